@@ -1,0 +1,73 @@
+"""Multi-head, grouped-query and multi-query attention: Megatron-core's own module, our core attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import model_validator
+
+from sas_megatron.config.attention import AttentionConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+class GroupedQueryAttentionConfig(AttentionConfig):
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245): G key/value heads, each read by N/G queries."""
+
+    kind: Literal["gqa"] = "gqa"
+
+    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+        """Terms: qkv H·D(N + 2G), projection N·D·H, and their biases."""
+        qkv_width = self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
+        output_width = self.head_dim * self.num_heads
+        return {
+            "qkv": hidden_size * qkv_width + (qkv_width if linear_bias else 0),
+            "projection": output_width * hidden_size + (hidden_size if linear_bias else 0),
+        }
+
+    def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
+        """Terms: qkv, scores q·kᵀ, values p·v, projection; two FLOPs a multiply-add, S² scores."""
+        qkv_width = self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
+        attention = 2 * sequence_length * self.num_heads * self.head_dim
+        return {
+            "qkv": 2 * hidden_size * qkv_width,
+            "scores": attention,
+            "values": attention,
+            "projection": 2 * self.num_heads * self.head_dim * hidden_size,
+        }
+
+    def build_spec(self) -> ModuleSpec:
+        """Megatron-core's `SelfAttention` with the project's core attention."""
+        from megatron.core.transformer.attention import SelfAttention
+
+        from sas_megatron.attention.core import build_self_attention_spec
+
+        return build_self_attention_spec(self, module=SelfAttention)
+
+
+class MultiHeadAttentionConfig(GroupedQueryAttentionConfig):
+    """Multi-head attention (Vaswani et al., arXiv 1706.03762): as many key/value heads as query heads."""
+
+    kind: Literal["mha"] = "mha"  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _check_multi_head(self) -> MultiHeadAttentionConfig:
+        if self.num_key_value_heads != self.num_heads:
+            raise self.problem(
+                "num_kv_heads", "multi-head attention has one for each query head", "leave it out, or use kind: gqa"
+            )
+        return self
+
+
+class MultiQueryAttentionConfig(GroupedQueryAttentionConfig):
+    """Multi-query attention (Shazeer, arXiv 1911.02150): one key/value head for all queries."""
+
+    kind: Literal["mqa"] = "mqa"  # type: ignore[assignment]
+    num_kv_heads: int | None = 1
+
+    @model_validator(mode="after")
+    def _check_multi_query(self) -> MultiQueryAttentionConfig:
+        if self.num_key_value_heads != 1:
+            raise self.problem("num_kv_heads", "multi-query attention has one", "leave it out, or use kind: gqa")
+        return self

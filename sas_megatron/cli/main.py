@@ -1,0 +1,60 @@
+"""The `sas-megatron` command: finds the subcommand's file, runs it, turns errors into exit statuses.
+
+Subcommands are imported only when they run, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from sas_megatron import __version__
+from sas_megatron.config.errors import UserError
+
+# name -> (module:attribute, one line of help); the help stands here so that listing imports nothing.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("sas_megatron.cli.quickstart:quickstart", "Train MHA and SAS side by side on real text and compare them."),
+    "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
+    "data": ("sas_megatron.cli.data:data", "Turn documents into token files, and look into them."),
+    "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
+    "costs": ("sas_megatron.cli.costs:costs", "Count parameters and FLOPs of configs."),
+    "bench": ("sas_megatron.cli.bench:bench", "Measure attention and tokenization on this machine."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose subcommands are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, attribute = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module_name), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sas-megatron")
+def cli() -> None:
+    """Train and compare attention variants (SAS, MHA, GQA, MQA) on Megatron-core."""
+
+
+def main() -> None:
+    """Runs the command line; exit status 2 for what the user can mend, with its message and no traceback."""
+    try:
+        cli.main(standalone_mode=True)
+    except UserError as error:
+        # Under a launcher every rank meets the same error; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,155 @@
+"""The `attention` section: what every variant states, and how a kind's name finds its class.
+
+A variant is one file that subclasses `AttentionConfig`, plus one line in `KINDS`; a variant from
+another package registers itself in the entry-point group `sas_megatron.attention` instead.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pkgutil
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.section import Section
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+ENTRY_POINT_GROUP = "sas_megatron.attention"
+
+# kind -> module:class, resolved when a config names it, so that config/ imports no variant.
+KINDS: dict[str, str] = {
+    "mha": "sas_megatron.attention.grouped:MultiHeadAttentionConfig",
+    "gqa": "sas_megatron.attention.grouped:GroupedQueryAttentionConfig",
+    "mqa": "sas_megatron.attention.grouped:MultiQueryAttentionConfig",
+    "sas": "sas_megatron.attention.simulated:SimulatedAttentionConfig",
+}
+
+
+class AttentionConfig(Section):
+    """What is common to all variants; a variant adds its fields and says what it costs.
+
+    Letters as in the SAS paper's reading here: N query heads, G key/value heads, D features a head,
+    H hidden size, S sequence length, P tensor-parallel ranks.
+    """
+
+    section_name: ClassVar[str] = "attention"
+
+    kind: str = Field(description="Which variant; decides the other fields.")
+    num_heads: int = Field(description="N, query heads.")
+    num_kv_heads: int | None = Field(default=None, description="G, key/value heads; null: as many as num_heads.")
+    head_dim: int = Field(description="D, features of one head.")
+    rotary_dim: int | None = Field(
+        default=None, description="Features of a query/key head that carry rotary positions; null: all."
+    )
+    dropout: float = Field(default=0.0, description="On the attention weights.")
+    backend: Literal["auto", "fused", "unfused"] = Field(
+        default="auto",
+        description="fused: scaled-dot-product attention of torch; unfused: plain products; auto: fused.",
+    )
+
+    @model_validator(mode="after")
+    def _check_common(self) -> AttentionConfig:
+        self.require_positive("num_heads", "num_kv_heads", "head_dim", "rotary_dim")
+        self.require_between(0.0, 1.0, "dropout")
+        if self.num_heads % self.num_key_value_heads:
+            raise self.problem(
+                "num_kv_heads",
+                f"must divide attention.num_heads={self.num_heads}",
+                f"use one of {_divisors(self.num_heads)}",
+            )
+        if self.rotary_dim is not None and self.rotary_dim % 2:
+            raise self.problem(
+                "rotary_dim", "must be even, since features turn in pairs", f"use {self.rotary_dim + 1}"
+            )
+        if self.rotary_width > self.query_key_dim:
+            raise self.problem(
+                "rotary_dim",
+                f"must not exceed the {self.query_key_dim} features of a query/key head",
+                f"use {self.query_key_dim} or less",
+            )
+        if self.rotary_width % 2:
+            raise self.problem(
+                "head_dim" if self.query_key_dim == self.head_dim else "simulated_head_dim",
+                "must be even where all features carry rotary positions",
+                "use an even width, or set attention.rotary_dim",
+            )
+        return self
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """G, with the default filled in."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def query_key_dim(self) -> int:
+        """Features of a query/key head at the scores: D here, E for SAS."""
+        return self.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Features that carry rotary positions, with the default filled in."""
+        return self.query_key_dim if self.rotary_dim is None else self.rotary_dim
+
+    def check_tensor_parallel(self, tensor: int) -> None:
+        """Raises `FieldError` where the heads cannot be shared by `tensor` ranks."""
+        groups = self.num_key_value_heads
+        if self.num_heads % tensor:
+            raise self.problem(
+                "num_heads",
+                f"must be divisible by parallel.tensor={tensor}, so that each rank owns whole heads",
+                f"set parallel.tensor to one of {_divisors(self.num_heads)}",
+            )
+        if groups % tensor and tensor % groups:
+            legal = [p for p in _divisors(self.num_heads) if groups % p == 0 or p % groups == 0]
+            raise FieldError(
+                "attention.num_kv_heads",
+                groups,
+                f"must be a multiple or a divisor of parallel.tensor={tensor}",
+                f"set parallel.tensor to one of {legal}",
+            )
+
+    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+        """Parameters of one layer's attention, as named terms that sum."""
+        raise NotImplementedError
+
+    def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
+        """Forward FLOPs of one token in one layer, as named terms that sum.
+
+        A multiply-add is two; scores and values are counted in full, without the causal half.
+        """
+        raise NotImplementedError
+
+    def build_spec(self) -> ModuleSpec:
+        """The Megatron-core spec of this variant's self-attention module."""
+        raise NotImplementedError
+
+
+def resolve_kind(kind: str) -> type[AttentionConfig]:
+    """The config class of an attention kind.
+
+    Raises:
+        UserError: no built-in kind and no entry point has that name.
+    """
+    names = dict(KINDS)
+    names.update({point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)})
+    if kind not in names:
+        raise FieldError("attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}")
+    resolved: type[AttentionConfig] = pkgutil.resolve_name(names[kind])
+    return resolved
+
+
+def parse_attention(value: Any) -> AttentionConfig:
+    """Builds the section from the mapping in a config file, by its `kind`."""
+    if isinstance(value, AttentionConfig):
+        return value
+    if not isinstance(value, dict) or "kind" not in value:
+        raise UserError(f"attention: needs a kind; use one of {', '.join(sorted(KINDS))}")
+    return resolve_kind(value["kind"]).model_validate(value)
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

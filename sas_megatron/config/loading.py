@@ -1,0 +1,182 @@
+"""YAML file + dotted overrides -> `RunConfig`, or one `UserError` that says what to mend."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from sas_megatron.config.attention import AttentionConfig, resolve_kind
+from sas_megatron.config.errors import FileProblem, UserError
+from sas_megatron.config.run import RunConfig
+
+# What Megatron-LM's users would type -> where it is here; only ever used in hints.
+MEGATRON_ALIASES: dict[str, str] = {
+    "num_attention_heads": "attention.num_heads",
+    "num_query_groups": "attention.num_kv_heads",
+    "kv_channels": "attention.head_dim",
+    "attention_dropout": "attention.dropout",
+    "rotary_percent": "attention.rotary_dim",
+    "padded_vocab_size": "model.vocab_size",
+    "make_vocab_size_divisible_by": "model.vocab_multiple",
+    "init_method_std": "model.init_std",
+    "norm_eps": "model.norm_epsilon",
+    "add_bias_linear": "model.linear_bias",
+    "untie_embeddings_and_output_weights": "model.tie_embeddings",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "sequence_parallel": "parallel.sequence",
+    "seq_length": "data.sequence_length",
+    "seq_len": "data.sequence_length",
+    "max_position_embeddings": "data.sequence_length",
+    "data_path": "data.prefixes",
+    "data_cache_path": "data.index_cache",
+    "tokenizer_model": "data.tokenizer",
+    "reset_position_ids": "data.reset_at_document_ends",
+    "reset_attention_mask": "data.reset_at_document_ends",
+    "lr": "optimizer.learning_rate",
+    "min_lr": "schedule.final_fraction",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_eps": "optimizer.epsilon",
+    "clip_grad": "optimizer.clip_gradient_norm",
+    "use_distributed_optimizer": "optimizer.distributed",
+    "lr_decay_style": "schedule.kind",
+    "lr_warmup_iters": "schedule.warmup_steps",
+    "train_iters": "training.num_steps",
+    "bf16": "training.precision",
+    "exit_interval": "training.stop_after_steps",
+    "eval_interval": "evaluation.interval",
+    "eval_iters": "evaluation.num_sequences",
+    "save_interval": "checkpoint.interval",
+    "log_interval": "logging.interval",
+    "save": "logging.run_directory",
+    "tensorboard_dir": "logging.tensorboard",
+}
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
+    """Reads a run's config.
+
+    Args:
+        path: YAML file with the sections of `RunConfig`.
+        overrides: `section.field=value`, the value in YAML; later ones win.
+
+    Raises:
+        UserError: the file or an override cannot be used; the message lists every wrong field found.
+    """
+    tree = read_yaml(path)
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return build_run_config(tree)
+
+
+def build_run_config(tree: dict[str, Any]) -> RunConfig:
+    """`RunConfig` from plain nested mappings; raises `UserError` as `load_run_config` does."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_describe(problem, tree) for problem in error.errors())) from None
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A YAML file whose top is a mapping; raises `FileProblem` otherwise."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileProblem(path, f"is not UTF-8 text ({error})", "give a YAML file") from None
+    except OSError as error:
+        raise FileProblem(path, f"cannot be read ({error.strerror})", "check the path") from None
+    try:
+        tree = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        # The place is on the last lines of the library's message.
+        raise FileProblem(path, f"is not YAML ({' '.join(str(error).split())})", "mend the syntax") from None
+    if not isinstance(tree, dict):
+        raise FileProblem(path, "holds no sections", "start from one of the files in configs/")
+    return tree
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_run_config` reads back to the same config."""
+    return dump_tree(config.model_dump(mode="json"))
+
+
+def dump_tree(tree: dict[str, Any]) -> str:
+    """Plain nested mappings as YAML, in their own order."""
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    buffer = io.StringIO()
+    writer.dump(tree, buffer)
+    return buffer.getvalue()
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise UserError(f"override {override!r}: must read section.field=value; write model.num_layers=4, say")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
+    node = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {key} is a value, not a section; {_hint(path)}")
+    node[keys[-1]] = value
+
+
+def _describe(problem: Any, tree: dict[str, Any]) -> str:
+    """One pydantic error in the project's form: field, value, rule, remedy."""
+    path = ".".join(str(part) for part in problem["loc"])
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"{path}={problem['input']!r}: no such key; {_hint(path, tree)}"
+    if kind == "missing":
+        return f"{path}: is required; add it"
+    if kind == "literal_error":
+        return f"{path}={problem['input']!r}: is not one of the choices; use {problem['ctx']['expected']}"
+    expected = problem["msg"].removeprefix("Input should be ")
+    return f"{path}={problem['input']!r}: must be {expected}; change it"
+
+
+def _hint(path: str, tree: dict[str, Any] | None = None) -> str:
+    name = path.rsplit(".", 1)[-1].replace("-", "_")
+    if name in MEGATRON_ALIASES:
+        return f"did you mean {MEGATRON_ALIASES[name]}?"
+    known = known_keys(tree)
+    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if not nearest:
+        by_name = {key.rsplit(".", 1)[-1]: key for key in known}
+        nearest = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)]
+    return f"did you mean {nearest[0]}?" if nearest else f"known sections: {', '.join(RunConfig.model_fields)}"
+
+
+def known_keys(tree: dict[str, Any] | None = None) -> list[str]:
+    """Every dotted key a config may hold; the attention's by the kind that `tree` names."""
+    keys: list[str] = []
+    for section, field in RunConfig.model_fields.items():
+        section_class: Any = field.annotation
+        if section == "attention":
+            section_class = _attention_class(tree)
+        keys.append(section)
+        if isinstance(section_class, type) and issubclass(section_class, BaseModel):
+            keys.extend(f"{section}.{name}" for name in section_class.model_fields)
+    return keys
+
+
+def _attention_class(tree: dict[str, Any] | None) -> type[AttentionConfig]:
+    section = (tree or {}).get("attention")
+    kind = section.get("kind") if isinstance(section, dict) else None
+    try:
+        return resolve_kind(kind) if isinstance(kind, str) else AttentionConfig
+    except UserError:
+        return AttentionConfig

@@ -1,0 +1,36 @@
+"""The `parallel` section: how many ranks share one model, and how."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from sas_megatron.config.section import Section
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism; the data-parallel degree is what the world size leaves over."""
+
+    section_name: ClassVar[str] = "parallel"
+
+    tensor: int = Field(default=1, description="P, ranks that share each layer's heads and MLP columns.")
+    sequence: bool = Field(
+        default=False, description="Shard norms and residuals over tokens within the tensor group."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        self.require_positive("tensor")
+        if self.sequence and self.tensor == 1:
+            raise self.problem(
+                "sequence",
+                "sequence parallelism shards over the tensor group, which has one rank here",
+                "set parallel.tensor to 2 or more, or parallel.sequence=false",
+            )
+        return self
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor

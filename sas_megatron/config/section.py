@@ -1,0 +1,34 @@
+"""The base of every config section: strict types, no unknown keys, problems that name their field."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from sas_megatron.config.errors import FieldError
+
+
+class Section(BaseModel):
+    """A part of a run's config; immutable once built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    section_name: ClassVar[str]
+
+    def problem(self, field: str, rule: str, remedy: str) -> FieldError:
+        """The error to raise when `field` of this section breaks `rule`."""
+        return FieldError(f"{self.section_name}.{field}", getattr(self, field), rule, remedy)
+
+    def require_positive(self, *fields: str) -> None:
+        """Checks that each of `fields` is above zero, where it is set at all."""
+        for field in fields:
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise self.problem(field, "must be positive", "use 1 or more")
+
+    def require_between(self, low: float, high: float, *fields: str) -> None:
+        """Checks that each of `fields` lies in [low, high)."""
+        for field in fields:
+            if not low <= getattr(self, field) < high:
+                raise self.problem(field, f"must be at least {low} and below {high}", f"use {low}, for example")

@@ -1,0 +1,92 @@
+"""The `training`, `evaluation`, `checkpoint` and `logging` sections."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from sas_megatron.config.section import Section
+
+
+class TrainingConfig(Section):
+    """How long, with what batches, in what precision."""
+
+    section_name: ClassVar[str] = "training"
+
+    num_steps: int = Field(description="Optimizer steps of the whole run.")
+    global_batch_size: int = Field(description="Samples of one optimizer step, over all ranks.")
+    micro_batch_size: int = Field(description="B, samples of one forward pass on one rank.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of weights and activations; gradients and optimizer stay in float32."
+    )
+    seed: int = Field(default=1234, description="Decides initial weights, sample order and dropout.")
+    stop_after_steps: int | None = Field(
+        default=None,
+        description="Save and stop at this step although num_steps (and so the schedule) is longer.",
+    )
+    collective_timeout_minutes: float = Field(
+        default=10.0, description="A collective that takes longer ends the run with an error."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        self.require_positive("num_steps", "global_batch_size", "micro_batch_size", "stop_after_steps")
+        self.require_positive("collective_timeout_minutes")
+        if self.seed < 0:
+            raise self.problem("seed", "must not be negative", "use 1234, for example")
+        if self.global_batch_size % self.micro_batch_size:
+            raise self.problem(
+                "global_batch_size",
+                f"must be a multiple of training.micro_batch_size={self.micro_batch_size}",
+                f"use {-(-self.global_batch_size // self.micro_batch_size) * self.micro_batch_size}",
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Held-out loss on the same fixed windows each time."""
+
+    section_name: ClassVar[str] = "evaluation"
+
+    interval: int | None = Field(default=None, description="Steps between evaluations; null: only at the end.")
+    num_sequences: int = Field(default=64, description="Validation windows, the first ones of the split.")
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        self.require_positive("interval", "num_sequences")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save, and whether to go on from what is there."""
+
+    section_name: ClassVar[str] = "checkpoint"
+
+    interval: int | None = Field(default=None, description="Steps between saves; null: only at the end.")
+    resume: bool = Field(
+        default=False, description="Go on from the newest checkpoint of the run directory, if there is one."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointConfig:
+        self.require_positive("interval")
+        return self
+
+
+class LoggingConfig(Section):
+    """Where the run leaves its files, and how often it speaks."""
+
+    section_name: ClassVar[str] = "logging"
+
+    run_directory: str = Field(description="Holds config.yaml, run.json, metrics.jsonl, summary.json, checkpoints/.")
+    interval: int = Field(default=10, description="Steps between logged ones; each is one line of metrics.jsonl.")
+    tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
+    wire_ledger: bool = Field(
+        default=False, description="Count the bytes each collective sends, by group, into summary.json."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> LoggingConfig:
+        self.require_positive("interval")
+        return self

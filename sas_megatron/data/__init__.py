@@ -1,0 +1,1 @@
+"""Documents -> sentencepiece pieces -> Megatron indexed datasets -> batches."""

@@ -1,0 +1,1 @@
+"""The GPT around the attention: assembly, initial weights, costs."""

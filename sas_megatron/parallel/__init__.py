@@ -1,0 +1,1 @@
+"""Process groups, the exchange of heads, gradient sums, and the ledger of bytes sent."""

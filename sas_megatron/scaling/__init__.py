@@ -1,0 +1,1 @@
+"""Fair matching and comparison of runs. No torch here."""

