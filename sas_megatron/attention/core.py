@@ -1,0 +1,174 @@
+"""Core attention: scores, softmax, values, and PEAA's mean, on torch's fused or plain products."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from sas_megatron.attention.aggregation import average_blocks
+from sas_megatron.config.attention import AttentionConfig
+
+
+class CoreAttention(MegatronModule):
+    """Scaled dot-product attention over this rank's heads, ending in the mean over simulated blocks.
+
+    Without parameters. Megatron-core's local core attention is unfused and refuses a value width
+    other than the key's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *_args: object,
+        attention: AttentionConfig,
+        num_blocks: int = 1,
+        softmax_scale: float | None = None,
+        **_options: object,
+    ) -> None:
+        super().__init__(config=config)
+        self.num_blocks = num_blocks
+        self.dropout = attention.dropout
+        self.scale = softmax_scale or 1 / math.sqrt(attention.query_key_dim)
+        self.attend = _attend_unfused if attention.backend == "unfused" else _attend_fused
+
+    def forward(
+        self,
+        query_SBME: torch.Tensor,
+        key_SBGE: torch.Tensor,
+        value_SBGD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        **_options: Any,
+    ) -> torch.Tensor:
+        """Attends and averages.
+
+        Args:
+            query_SBME: [S, B, M, E], in block-major order.
+            key_SBGE: [S', B, G, E]; each head is read by M/G consecutive query heads.
+            value_SBGD: [S', B, G, D].
+            attention_mask: True where attention is forbidden, [B or 1, 1, S, S']; None: by the type.
+            attn_mask_type: `causal` (where no mask is given) or `no_mask`.
+
+        Returns:
+            [S, B, M/r·D].
+        """
+        causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
+        context_BMSD = self.attend(
+            query_SBME.permute(1, 2, 0, 3),
+            key_SBGE.permute(1, 2, 0, 3),
+            value_SBGD.permute(1, 2, 0, 3),
+            allowed=None if attention_mask is None else attention_mask.logical_not(),
+            causal=causal,
+            dropout=self.dropout if self.training else 0.0,
+            scale=self.scale,
+        )
+        return average_blocks(context_BMSD.permute(2, 0, 1, 3), self.num_blocks).flatten(2)
+
+
+def _attend_fused(
+    query_BMSE: torch.Tensor,
+    key_BGSE: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    *,
+    allowed: torch.Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+) -> torch.Tensor:
+    """Torch's fused attention; the value is padded to the key's width where fusing needs equal widths."""
+    width = value_BGSD.shape[-1]
+    if value_BGSD.device.type == "cpu":
+        # Measured on CPU: padded is faster than the unfused path that unequal widths fall to.
+        value_BGSD = F.pad(value_BGSD, (0, query_BMSE.shape[-1] - width))
+    with _tensor_parallel_randomness(dropout):
+        context = F.scaled_dot_product_attention(
+            query_BMSE,
+            key_BGSE,
+            value_BGSD,
+            attn_mask=allowed,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=query_BMSE.shape[1] != key_BGSE.shape[1],
+        )
+    return context[..., :width]
+
+
+def _attend_unfused(
+    query_BMSE: torch.Tensor,
+    key_BGSE: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    *,
+    allowed: torch.Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+) -> torch.Tensor:
+    """Plain products, which torch's FLOP counter sees; softmax in at least float32."""
+    readers = query_BMSE.shape[1] // key_BGSE.shape[1]
+    key, value = (heads.repeat_interleave(readers, dim=1) for heads in (key_BGSE, value_BGSD))
+    scores = (query_BMSE * scale) @ key.transpose(-2, -1)
+    if causal:
+        rows, columns = scores.shape[-2:]
+        allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    with _tensor_parallel_randomness(dropout):
+        weights = F.dropout(weights, dropout)
+    return weights @ value
+
+
+def _tensor_parallel_randomness(dropout: float) -> Any:
+    """Each tensor rank drops other weights, since it has other heads; no cost where nothing drops."""
+    return get_cuda_rng_tracker().fork() if dropout > 0.0 else _NO_CONTEXT
+
+
+class _NoContext:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_exception: object) -> None:
+        return None
+
+
+_NO_CONTEXT = _NoContext()
+
+
+def build_self_attention_spec(
+    variant: AttentionConfig,
+    /,
+    *,
+    module: type[SelfAttention],
+    num_blocks: int = 1,
+    **module_options: object,
+) -> ModuleSpec:
+    """A `ModuleSpec` of self-attention on Megatron-core's parallel linears and our core attention.
+
+    Args:
+        variant: The attention's config.
+        module: Megatron-core's `SelfAttention` or a subclass.
+        num_blocks: r, the simulated copies that PEAA averages.
+        module_options: Further arguments for `module`.
+    """
+    return ModuleSpec(
+        module=module,
+        params={"attn_mask_type": AttnMaskType.causal, **module_options},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=functools.partial(CoreAttention, attention=variant, num_blocks=num_blocks),
+            linear_proj=RowParallelLinear,
+        ),
+    )

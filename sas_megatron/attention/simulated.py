@@ -1,0 +1,154 @@
+"""SAS, simulated attention scores (arXiv 2507.07694): the config, its rules and its costs; no torch.
+
+The layer itself is in `simulated_layer`, its parts in `head_simulation`, `feature_simulation`,
+`aggregation` and `core`. The paper's H, H', D, D' are N, M = r·N, D, E here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from sas_megatron.config.attention import AttentionConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+class SimulatedAttentionConfig(AttentionConfig):
+    """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
+
+    kind: Literal["sas"] = "sas"
+    head_expansion: int = Field(default=3, description="r, simulated heads for each base head.")
+    simulated_head_dim: int | None = Field(
+        default=None, description="E, simulated query/key features; null: 1.5·head_dim, or head_dim without them."
+    )
+    kernel_size: int = Field(default=3, description="k, width over the features, odd; 1 is the MLP form.")
+    simulate_query_heads: bool = Field(default=True, description="Off: the query's heads are repeated.")
+    simulate_key_heads: bool = Field(default=True, description="Off: the key's heads are repeated.")
+    simulate_value_heads: bool = Field(default=True, description="Off: the value's heads are repeated.")
+    simulate_features: bool = Field(default=True, description="Off: queries and keys keep D features.")
+    simulation_bias: bool = Field(default=True, description="Biases in all maps of the simulation.")
+    initialization: Literal["authors", "identity", "normal"] = Field(
+        default="authors",
+        description="authors: PyTorch's defaults; identity: starts as the base layer; normal: N(0, init_std).",
+    )
+    exchange: Literal["auto", "gather", "all_to_all"] = Field(
+        default="auto", description="How tensor ranks give the simulation all heads; auto weighs the costs."
+    )
+
+    @model_validator(mode="after")
+    def _check_simulated(self) -> SimulatedAttentionConfig:
+        self.require_positive("head_expansion", "simulated_head_dim", "kernel_size")
+        if self.kernel_size % 2 == 0:
+            raise self.problem(
+                "kernel_size",
+                "must be odd, so that the convolution keeps head_dim",
+                f"use {self.kernel_size - 1} or {self.kernel_size + 1}",
+            )
+        if self.simulated_head_dim is not None:
+            if not self.simulate_features and self.simulated_head_dim != self.head_dim:
+                raise self.problem(
+                    "simulated_head_dim",
+                    f"must be head_dim={self.head_dim} where attention.simulate_features=false",
+                    "leave it out",
+                )
+            if self.simulated_head_dim < self.head_dim:
+                raise self.problem(
+                    "simulated_head_dim",
+                    f"must be at least attention.head_dim={self.head_dim}",
+                    f"use {self.head_dim + self.head_dim // 2}, for example",
+                )
+        if self.initialization == "identity" and self.rotary_width > self.head_dim:
+            raise self.problem(
+                "rotary_dim",
+                f"identity initialization needs rotary positions on at most head_dim={self.head_dim} features",
+                "leave it out",
+            )
+        return self
+
+    @property
+    def query_key_dim(self) -> int:
+        """E, with the default filled in: the even width nearest to 1.5·D from above."""
+        if self.simulated_head_dim is not None:
+            return self.simulated_head_dim
+        return self.head_dim + (self.head_dim + 3) // 4 * 2 if self.simulate_features else self.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Features with rotary positions; all E by default, D under identity initialization."""
+        if self.rotary_dim is not None:
+            return self.rotary_dim
+        return self.head_dim if self.initialization == "identity" else self.query_key_dim
+
+    @property
+    def num_simulated_heads(self) -> int:
+        """M = r·N."""
+        return self.head_expansion * self.num_heads
+
+    @property
+    def simulates_heads(self) -> bool:
+        """Whether any of query, key and value has its heads simulated."""
+        return self.simulate_query_heads or self.simulate_key_heads or self.simulate_value_heads
+
+    def head_simulations(self) -> dict[str, int]:
+        """Base heads of each head simulation that is on, by name."""
+        switches = {
+            "query": (self.simulate_query_heads, self.num_heads),
+            "key": (self.simulate_key_heads, self.num_key_value_heads),
+            "value": (self.simulate_value_heads, self.num_key_value_heads),
+        }
+        return {name: heads for name, (on, heads) in switches.items() if on}
+
+    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+        """Terms: qkv, head simulation, feature simulation, projection.
+
+        Head simulation k·(C·rC + (rC)²) + 2rC for each of query (C = N), key and value (C = G);
+        feature simulation 2·(D·E + E² + 2E); biases only where simulation_bias is on.
+        """
+        width, wide, bias = self.head_dim, self.query_key_dim, self.simulation_bias
+        qkv_width = width * (self.num_heads + 2 * self.num_key_value_heads)
+        output_width = width * self.num_heads
+        heads = 0
+        for base in self.head_simulations().values():
+            simulated = self.head_expansion * base
+            heads += self.kernel_size * simulated * (base + simulated) + (2 * simulated if bias else 0)
+        features = 2 * (wide * (width + wide) + (2 * wide if bias else 0)) if self.simulate_features else 0
+        return {
+            "qkv": hidden_size * qkv_width + (qkv_width if linear_bias else 0),
+            "head_simulation": heads,
+            "feature_simulation": features,
+            "projection": output_width * hidden_size + (hidden_size if linear_bias else 0),
+        }
+
+    def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
+        """Terms: qkv, head simulation, feature simulation, scores, values, projection.
+
+        Two FLOPs a multiply-add; convolutions with all their taps, padding included; S² scores.
+        The mean of the blocks and the ReLUs are not counted, as nowhere else element-wise work is.
+        """
+        width, wide = self.head_dim, self.query_key_dim
+        base_heads = self.num_heads + self.num_key_value_heads
+        heads = 0
+        for base in self.head_simulations().values():
+            simulated = self.head_expansion * base
+            heads += 2 * self.kernel_size * simulated * (base + simulated) * width
+        features = 2 * self.head_expansion * base_heads * wide * (width + wide) if self.simulate_features else 0
+        return {
+            "qkv": 2 * hidden_size * width * (self.num_heads + 2 * self.num_key_value_heads),
+            "head_simulation": heads,
+            "feature_simulation": features,
+            "scores": 2 * sequence_length * self.num_simulated_heads * wide,
+            "values": 2 * sequence_length * self.num_simulated_heads * width,
+            "projection": 2 * self.num_heads * width * hidden_size,
+        }
+
+    def build_spec(self) -> ModuleSpec:
+        """`SimulatedSelfAttention` with PEAA's mean over r blocks."""
+        from sas_megatron.attention.core import build_self_attention_spec
+        from sas_megatron.attention.simulated_layer import SimulatedSelfAttention
+
+        return build_self_attention_spec(
+            self, module=SimulatedSelfAttention, num_blocks=self.head_expansion, attention=self
+        )

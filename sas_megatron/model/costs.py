@@ -1,0 +1,53 @@
+"""What a model costs, from its config alone: parameters and FLOPs as named terms that sum. No torch.
+
+Conventions, which every printed figure follows: a multiply-add is two FLOPs; scores and values are
+counted in full (S², not the causal half that fused back ends skip); the backward pass is twice the
+forward one; the embedding look-up costs nothing, the output layer's product counts, over the padded
+vocabulary; norms, activations, softmax and other element-wise work are left out.
+"""
+
+from __future__ import annotations
+
+from sas_megatron.config.model import ModelConfig
+from sas_megatron.config.run import RunConfig
+
+# Forward plus backward over forward: the gradients of inputs and of weights cost one forward each.
+TRAINING_FACTOR = 3
+
+
+def count_parameters(config: RunConfig) -> dict[str, int]:
+    """Parameters of the whole model by term; they sum to those of the built model."""
+    model = config.model
+    terms = {"embedding": model.padded_vocab_size * model.hidden_size}
+    attention = config.attention.count_parameters(model.hidden_size, linear_bias=model.linear_bias)
+    for name, count in attention.items():
+        terms[name] = model.num_layers * count
+    terms["mlp"] = model.num_layers * _count_mlp_parameters(model)
+    norm = model.hidden_size * (2 if model.normalization == "layernorm" else 1)
+    terms["norms"] = norm * (2 * model.num_layers + 1)
+    terms["head"] = 0 if model.tie_embeddings else terms["embedding"]
+    return terms
+
+
+def count_forward_flops(config: RunConfig, *, sequence_length: int | None = None) -> dict[str, int]:
+    """Forward FLOPs of one token by term, at the config's sequence length or another."""
+    model = config.model
+    length = sequence_length or config.data.sequence_length
+    attention = config.attention.count_forward_flops(model.hidden_size, sequence_length=length)
+    terms = {name: model.num_layers * count for name, count in attention.items()}
+    products = model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    terms["mlp"] = model.num_layers * 2 * model.hidden_size * products
+    terms["head"] = 2 * model.hidden_size * model.padded_vocab_size
+    return terms
+
+
+def count_training_flops(config: RunConfig, *, sequence_length: int | None = None) -> dict[str, int]:
+    """Forward and backward FLOPs of one token by term."""
+    forward = count_forward_flops(config, sequence_length=sequence_length)
+    return {name: TRAINING_FACTOR * count for name, count in forward.items()}
+
+
+def _count_mlp_parameters(model: ModelConfig) -> int:
+    first_width = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
+    weights = model.hidden_size * (first_width + model.ffn_hidden_size)
+    return weights + (first_width + model.hidden_size if model.linear_bias else 0)

@@ -1,0 +1,86 @@
+"""Initial weights that do not depend on the layout.
+
+Each parameter is drawn whole, on the CPU, by a generator seeded with (seed, global name), and each
+rank keeps its part. Megatron-core draws in the order in which modules are built, which differs
+between layouts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from megatron.core.parallel_state import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from torch import nn
+
+from sas_megatron.attention.residual_map import ResidualMap
+from sas_megatron.config.run import RunConfig
+
+
+def parameter_generator(seed: int, name: str) -> torch.Generator:
+    """The generator of one parameter, by the run's seed and the parameter's global name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, config: RunConfig) -> None:
+    """Draws all weights of this rank's part of the model in place.
+
+    Matrices from N(0, σ), σ = `model.init_std`; those that end a residual branch from
+    N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2); norms 1, biases 0; the simulation as
+    `attention.initialization` says.
+    """
+    drawn: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        if isinstance(module, ResidualMap):
+            prefix = module_name
+            module.initialize(
+                config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
+                config.model.init_std,
+                lambda name, prefix=prefix: parameter_generator(config.training.seed, f"{prefix}.{name}"),
+            )
+            drawn.update(module.parameters())
+    for name, parameter in model.named_parameters():
+        if parameter not in drawn:
+            _initialize_parameter(name, parameter, config)
+
+
+def _initialize_parameter(name: str, parameter: nn.Parameter, config: RunConfig) -> None:
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.dim() == 1:
+        parameter.fill_(1.0)
+    else:
+        std = config.model.init_std
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= math.sqrt(2 * config.model.num_layers)
+        whole = torch.empty(whole_shape(parameter))
+        whole.normal_(0.0, std, generator=parameter_generator(config.training.seed, name))
+        parameter.copy_(tensor_parallel_part(whole, parameter))
+
+
+def whole_shape(parameter: nn.Parameter) -> list[int]:
+    """Shape of the parameter over all tensor ranks."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= get_tensor_model_parallel_world_size()  # type: ignore[attr-defined]
+    return shape
+
+
+def tensor_parallel_part(whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of `whole`, as Megatron-core lays `parameter` out.
+
+    A stride of s (the MLP's gate and up projections: 2) means that the whole is s pieces and each
+    rank holds a part of every piece.
+    """
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    pieces = whole.chunk(stride, dim=dim)
+    return torch.cat([piece.chunk(ranks, dim=dim)[rank] for piece in pieces], dim=dim)

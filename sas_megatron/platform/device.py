@@ -1,0 +1,51 @@
+"""The device this process computes on, and the process-group back end that goes with it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import warnings
+
+import torch
+
+from sas_megatron.platform import cpu
+
+
+def prepare_device() -> torch.device:
+    """Chooses this process's device, and readies Megatron-core for it.
+
+    Returns:
+        The CUDA device numbered LOCAL_RANK, or the CPU (with the stand-in installed) where torch
+        finds no CUDA device.
+    """
+    # Megatron-core warns, on every rank, of each optional package that is absent.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    if cpu.install():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def process_group_backend(device: torch.device) -> str:
+    """NCCL for CUDA tensors, gloo for those of the CPU."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held at once so far: allocated on a GPU, resident for a CPU process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_machine(device: torch.device) -> dict[str, object]:
+    """What a reader of results must know of the hardware: processor or GPU, and how many."""
+    description: dict[str, object] = {"device": device.type, "processors": os.cpu_count()}
+    if device.type == "cuda":
+        description["gpu"] = torch.cuda.get_device_name(device)
+        description["gpus"] = torch.cuda.device_count()
+    with open("/proc/cpuinfo", encoding="utf-8") as information:
+        names = [line.split(":", 1)[1].strip() for line in information if line.startswith("model name")]
+    description["processor"] = names[0] if names else None
+    return description

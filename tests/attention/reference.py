@@ -1,0 +1,122 @@
+"""SAS by its definition, slow and obvious; for tests and nothing else.
+
+Every step is written out from the operator's definition: taps of the convolution one by one, every
+block of heads through the projection before averaging, softmax over a masked score matrix.
+Weights are named as in the layer, whole (not a tensor-parallel part).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.config.attention import AttentionConfig
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def simulate_heads(x_TCD: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
+    """u[m, d] = b1[m] + Σ_n Σ_j W1[m, n, j]·x[n, d + j - (k-1)/2]; w = u + conv2(ReLU(u))."""
+    prefix = f"simulation.heads.{name}."
+    u = _convolve(x_TCD, weights[prefix + "expand"], weights.get(prefix + "expand_bias"))
+    return u + _convolve(u.clamp(min=0), weights[prefix + "refine"], weights.get(prefix + "refine_bias"))
+
+
+def _convolve(x_TCD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    tokens, channels, width = x_TCD.shape
+    taps = weight.shape[2]
+    result = x_TCD.new_zeros(tokens, weight.shape[0], width)
+    for tap in range(taps):
+        shift = tap - (taps - 1) // 2
+        shifted = torch.zeros_like(x_TCD)
+        for feature in range(width):
+            if 0 <= feature + shift < width:
+                shifted[:, :, feature] = x_TCD[:, :, feature + shift]
+        result = result + torch.einsum("mc,tcd->tmd", weight[:, :, tap], shifted)
+    return result if bias is None else result + bias[None, :, None]
+
+
+def simulate_features(x_TMD: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
+    """y = x·A1ᵀ + a1 (D to E), z = y + ReLU(y)·A2ᵀ + a2 (E to E)."""
+    prefix = f"simulation.features.{name}."
+
+    def linear(x: torch.Tensor, part: str) -> torch.Tensor:
+        bias = weights.get(f"{prefix}{part}_bias")
+        product = torch.einsum("tmd,ed->tme", x, weights[prefix + part])
+        return product if bias is None else product + bias
+
+    y = linear(x_TMD, "expand")
+    return y + linear(y.clamp(min=0), "refine")
+
+
+def rotate(x_SBMD: torch.Tensor, rotary_dim: int, base: int = 10000) -> torch.Tensor:
+    """Rotary positions on the first `rotary_dim` features; pairs are a half apart; angles in float32."""
+    positions = torch.arange(x_SBMD.shape[0], dtype=torch.float32)
+    frequencies = 1.0 / (base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
+    angles = torch.outer(positions, frequencies)
+    cosine, sine = (
+        torch.cat([part, part], dim=-1)[:, None, None, :].to(x_SBMD.dtype) for part in (angles.cos(), angles.sin())
+    )
+    turned, rest = x_SBMD[..., :rotary_dim], x_SBMD[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cosine + torch.cat([-second, first], dim=-1) * sine, rest], dim=-1)
+
+
+def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.Tensor) -> torch.Tensor:
+    """Causal softmax attention head by head, scale 1/√E -> [S, B, M, D]."""
+    length, heads, width = query_SBME.shape[0], query_SBME.shape[2], query_SBME.shape[3]
+    readers = heads // key_SBGE.shape[2]
+    forbidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    outputs = []
+    for head in range(heads):
+        query, key, value = query_SBME[:, :, head], key_SBGE[:, :, head // readers], value_SBGD[:, :, head // readers]
+        scores = torch.einsum("sbe,tbe->bst", query, key) / math.sqrt(width)
+        weights = scores.masked_fill(forbidden, float("-inf")).softmax(dim=-1)
+        outputs.append(torch.einsum("bst,tbd->sbd", weights, value))
+    return torch.stack(outputs, dim=2)
+
+
+def self_attention(
+    hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig, *, rotary: bool = True
+) -> torch.Tensor:
+    """The whole layer: project, simulate, rotate, attend, project each block and average."""
+    length, batch, _ = hidden_SBH.shape
+    heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
+    columns = hidden_SBH @ weights["linear_qkv.weight"].T
+    # Megatron-core keeps each group's queries, key and value together.
+    grouped = columns.view(length * batch, groups, heads // groups + 2, width)
+    base = {
+        "query": grouped[:, :, :-2].reshape(length * batch, heads, width),
+        "key": grouped[:, :, -2],
+        "value": grouped[:, :, -1],
+    }
+    blocks = 1
+    if isinstance(config, SimulatedAttentionConfig):
+        blocks = config.head_expansion
+        switches = config.head_simulations()
+        for name, x_TCD in base.items():
+            base[name] = simulate_heads(x_TCD, weights, name) if name in switches else x_TCD.repeat(1, blocks, 1)
+        if config.simulate_features:
+            for name in ("query", "key"):
+                base[name] = simulate_features(base[name], weights, name)
+    query, key, value = (x.view(length, batch, *x.shape[1:]) for x in base.values())
+    if rotary:
+        query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
+    context = attend_blocks(query, key, value, blocks)
+    projected = [block.flatten(2) @ weights["linear_proj.weight"].T for block in context]
+    return torch.stack(projected).mean(dim=0)
+
+
+def attend_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int
+) -> list[torch.Tensor]:
+    """Attention of each block of simulated heads with that block's keys and values."""
+    return [
+        attend(q, k, v)
+        for q, k, v in zip(
+            query.chunk(blocks, dim=2), key.chunk(blocks, dim=2), value.chunk(blocks, dim=2), strict=True
+        )
+    ]
