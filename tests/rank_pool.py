@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
@@ -9,7 +10,12 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sas_megatron.config.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from sas_megatron.parallel.topology import Topology
 
 
 class RankPool:
@@ -57,6 +63,28 @@ class RankPool:
         self._folder.cleanup()
 
 
+_groups = contextlib.ExitStack()
+_topology: dict[int, Topology] = {}
+
+
+def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
+    """On a rank: the groups of a layout, kept until another one is asked for, and random state seeded anew.
+
+    Each set of gloo groups holds threads that no call frees, so they are not made for every test.
+    """
+    import torch
+
+    from sas_megatron.parallel import topology
+
+    if config.tensor not in _topology:
+        _topology.clear()
+        _groups.close()
+        joined = topology.joined_groups(config, device=torch.device("cpu"), seed=seed)
+        _topology[config.tensor] = _groups.enter_context(joined)
+    topology.seed_randomness(seed, _topology[config.tensor].data_rank)
+    return _topology[config.tensor]
+
+
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
     from sas_megatron.platform.device import prepare_device
 
@@ -74,4 +102,5 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
         except Exception:
             pipe.send((False, traceback.format_exc()))
     dist.barrier()
+    _groups.close()
     dist.destroy_process_group()

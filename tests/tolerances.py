@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-# Largest difference over largest magnitude of the expected tensor.
+# Norm of the difference over the norm of the expected tensor. (Single elements of a gradient are sums
+# that may cancel, so in bfloat16 they carry errors out of proportion to their own size.)
 RELATIVE_ERROR: dict[torch.dtype, float] = {
     # The same sums in another order, some hundred terms deep, at 2e-16 each.
     torch.float64: 1e-10,
     # As float64, at 1e-7 each; gradients of the first layer pass some ten products.
     torch.float32: 2e-5,
-    # 8 bits of mantissa: each product rounds to 4e-3, and results round again where layouts cut them.
-    torch.bfloat16: 4e-2,
+    # The definition itself, computed in bfloat16 by one process, errs by up to 8e-2 in the gradients of
+    # what comes before the softmax (differences of nearly equal terms), by 1e-2 in outputs.
+    torch.bfloat16: 1e-1,
 }
 
 # Loss after 5 optimizer steps in float32 between layouts: Adam's division amplifies rounding.
@@ -19,11 +23,12 @@ LOSS_AFTER_FIVE_STEPS = 1e-5
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest magnitude of `expected`."""
+    """Norm of the difference over the norm of `expected`; infinite where something is not finite."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
-    difference = (actual.double() - expected.double()).abs().max().item()
-    scale = expected.double().abs().max().item()
-    return difference / scale if scale > 0 else difference
+    difference = (actual.double() - expected.double()).norm().item()
+    scale = expected.double().norm().item()
+    error = difference / scale if scale > 0 else difference
+    return error if math.isfinite(error) else math.inf
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str) -> None:

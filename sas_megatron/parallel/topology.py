@@ -59,16 +59,11 @@ def joined_topology(
 
 @contextlib.contextmanager
 def joined_groups(config: ParallelConfig, *, device: torch.device, seed: int) -> Iterator[Topology]:
-    """Megatron-core's groups of one layout, within a world that is joined already.
-
-    Random state is seeded too: equal over the tensor group outside tensor-parallel regions,
-    different inside them, and different over the data-parallel group.
-    """
+    """Megatron-core's groups of one layout, within a world that is joined already; seeds randomness too."""
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor)
     try:
         data_rank = parallel_state.get_data_parallel_rank()
-        torch.manual_seed(seed + 100 * data_rank)
-        model_parallel_cuda_manual_seed(seed + 100 * data_rank)
+        seed_randomness(seed, data_rank)
         yield Topology(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
@@ -81,6 +76,15 @@ def joined_groups(config: ParallelConfig, *, device: torch.device, seed: int) ->
         )
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def seed_randomness(seed: int, data_rank: int) -> None:
+    """Seeds dropout: equal over the tensor group outside tensor-parallel regions, different inside them.
+
+    It differs over the data-parallel group as well, whose ranks see other samples.
+    """
+    torch.manual_seed(seed + 100 * data_rank)
+    model_parallel_cuda_manual_seed(seed + 100 * data_rank)
 
 
 def _join_world(device: torch.device, timeout: timedelta) -> None:

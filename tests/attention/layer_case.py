@@ -1,0 +1,173 @@
+"""One attention layer at a layout, run on ranks, and the same by the reference in one process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sas_megatron.config.attention import AttentionConfig, parse_attention
+from sas_megatron.config.parallel import ParallelConfig
+from tests.attention import reference
+from tests.rank_pool import in_layout
+
+HIDDEN_SIZE, LENGTH, BATCH = 20, 8, 3  # LENGTH divides by 4 for sequence parallelism; T = 24 does not by 5
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """What is computed (attention, dtype) and how it is laid out (the rest)."""
+
+    attention: tuple[tuple[str, Any], ...]
+    dtype: torch.dtype = torch.float64
+    sequence_parallel: bool = field(default=False)
+
+    @staticmethod
+    def of(dtype: torch.dtype = torch.float64, sequence_parallel: bool = False, **attention: Any) -> LayerCase:
+        """A case from the fields of the attention section."""
+        return LayerCase(tuple(sorted(attention.items())), dtype, sequence_parallel)
+
+    def config(self) -> AttentionConfig:
+        """The attention section."""
+        return parse_attention(dict(self.attention))
+
+
+@dataclass
+class LayerResult:
+    """Whole tensors: the output, and the gradients of input and parameters."""
+
+    output: torch.Tensor
+    input_gradient: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def drawn(name: str, shape: tuple[int, ...] | list[int], dtype: torch.dtype, scale: float = 0.2) -> torch.Tensor:
+    """A tensor that depends on its name and shape alone, rounded to `dtype`.
+
+    Wide enough that every ReLU has both signs, narrow enough that no softmax saturates: rounding
+    to bfloat16 would then be amplified without bound.
+    """
+    seed = sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 2**31
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def layer_input(dtype: torch.dtype) -> torch.Tensor:
+    """[S, B, H]."""
+    return drawn("input", (LENGTH, BATCH, HIDDEN_SIZE), dtype, scale=1.0)
+
+
+def output_gradient(dtype: torch.dtype) -> torch.Tensor:
+    """[S, B, H]; what comes back from above."""
+    return drawn("output gradient", (LENGTH, BATCH, HIDDEN_SIZE), dtype, scale=1.0)
+
+
+def weight_shapes(config: AttentionConfig) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of the layer's weights, by name, written from the operator's definition."""
+    heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "linear_qkv.weight": ((heads + 2 * groups) * width, HIDDEN_SIZE),
+        "linear_proj.weight": (HIDDEN_SIZE, heads * width),
+    }
+    if config.kind != "sas":
+        return shapes
+    assert hasattr(config, "head_expansion")
+    for name, base in config.head_simulations().items():
+        many, prefix = config.head_expansion * base, f"simulation.heads.{name}."
+        shapes[prefix + "expand"] = (many, base, config.kernel_size)
+        shapes[prefix + "refine"] = (many, many, config.kernel_size)
+        if config.simulation_bias:
+            shapes[prefix + "expand_bias"] = shapes[prefix + "refine_bias"] = (many,)
+    for name in ("query", "key") if config.simulate_features else ():
+        wide, prefix = config.query_key_dim, f"simulation.features.{name}."
+        shapes[prefix + "expand"], shapes[prefix + "refine"] = (wide, width), (wide, wide)
+        if config.simulation_bias:
+            shapes[prefix + "expand_bias"] = shapes[prefix + "refine_bias"] = (wide,)
+    return shapes
+
+
+@functools.lru_cache(maxsize=64)
+def by_reference(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> LayerResult:
+    """In float64, from inputs and weights rounded to `dtype`."""
+    config = parse_attention(dict(attention))
+    weights = {
+        name: drawn(name, shape, dtype).double().requires_grad_() for name, shape in weight_shapes(config).items()
+    }
+    hidden = layer_input(dtype).double().requires_grad_()
+    output = reference.self_attention(hidden, weights, config)
+    output.backward(output_gradient(dtype).double())
+    gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    assert hidden.grad is not None
+    return LayerResult(output.detach(), hidden.grad, gradients)
+
+
+def build_layer(case: LayerCase, tensor: int) -> torch.nn.Module:
+    """The Megatron-core module on this rank; the groups must exist."""
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = case.config()
+    transformer = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN_SIZE,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=config.head_dim,
+        add_bias_linear=False,
+        params_dtype=case.dtype,
+        bf16=case.dtype == torch.bfloat16,
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=case.sequence_parallel,
+    )
+    return build_module(config.build_spec(), config=transformer, layer_number=1)
+
+
+def rotary_angles(config: AttentionConfig) -> torch.Tensor:
+    """As the GPT model hands them to its layers."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    return RotaryEmbedding(config.rotary_width, 1.0)(LENGTH)
+
+
+def on_rank(case: LayerCase, tensor: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """This rank's output, input gradient and parameter gradients."""
+    from sas_megatron.model.initialization import tensor_parallel_part, whole_shape
+
+    topology = in_layout(ParallelConfig(tensor=tensor, sequence=case.sequence_parallel))
+    layer = build_layer(case, tensor)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            whole = drawn(name, whole_shape(parameter), case.dtype)
+            parameter.copy_(tensor_parallel_part(whole, parameter))
+    hidden, gradient = layer_input(case.dtype), output_gradient(case.dtype)
+    if case.sequence_parallel:
+        hidden, gradient = (x.chunk(tensor)[topology.tensor_rank].clone() for x in (hidden, gradient))
+    hidden.requires_grad_()
+    output, _ = layer(hidden, None, rotary_pos_emb=rotary_angles(case.config()))
+    output.backward(gradient)
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return output.detach(), hidden.grad, gradients
+
+
+def joined(case: LayerCase, by_rank: list[Any]) -> LayerResult:
+    """Whole tensors from the ranks' parts; replicated ones must be equal on every rank, to the bit."""
+    outputs, input_gradients, gradients = zip(*by_rank, strict=True)
+    if case.sequence_parallel:
+        output, input_gradient = torch.cat(outputs), torch.cat(input_gradients)
+    else:
+        output, input_gradient = outputs[0], input_gradients[0]
+        for rank, (other, other_gradient) in enumerate(zip(outputs, input_gradients, strict=True)):
+            assert torch.equal(other, output), f"rank {rank} has another output than rank 0"
+            assert torch.equal(other_gradient, input_gradient), f"rank {rank} has another input gradient"
+    whole = {}
+    for name in gradients[0]:
+        parts = [gradient[name] for gradient in gradients]
+        if name in ("linear_qkv.weight", "linear_proj.weight"):
+            whole[name] = torch.cat(parts, dim=0 if name.startswith("linear_qkv") else 1)
+            continue
+        for rank, part in enumerate(parts):
+            assert torch.equal(part, parts[0]), f"{name}: rank {rank} has another gradient than rank 0"
+        whole[name] = parts[0]
+    return LayerResult(output, input_gradient, whole)

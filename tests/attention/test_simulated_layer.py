@@ -1,0 +1,132 @@
+"""The SAS layer against its definition: outputs, input gradients and every parameter's gradient."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.attention import layer_case
+from tests.attention.layer_case import LayerCase
+from tests.tolerances import assert_near
+
+BOTH = ("gather", "all_to_all")
+
+
+def sas(**fields: Any) -> dict[str, Any]:
+    return {"kind": "sas", "head_dim": 6, "head_expansion": 2, "simulated_head_dim": 10, **fields}
+
+
+# The operator's switches, each at least once, over N = 4, 6 and 12, grouped and multi-query heads.
+OPERATORS: dict[str, dict[str, Any]] = {
+    "plain": sas(num_heads=4),
+    "wide kernel": sas(num_heads=4, kernel_size=5),
+    "mlp form": sas(num_heads=4, kernel_size=1),
+    "six heads": sas(num_heads=6, head_expansion=3),
+    "twelve heads": sas(num_heads=12, head_expansion=3, head_dim=2, simulated_head_dim=4),
+    "no expansion": sas(num_heads=4, head_expansion=1),
+    "grouped": sas(num_heads=4, num_kv_heads=2),
+    "grouped three": sas(num_heads=6, num_kv_heads=3, kernel_size=1),
+    "grouped twelve": sas(num_heads=12, num_kv_heads=4, head_dim=2, simulated_head_dim=2),
+    "multi-query": sas(num_heads=4, num_kv_heads=1, head_expansion=3),
+    "multi-query twelve": sas(num_heads=12, num_kv_heads=1, kernel_size=5),
+    "default features": {"kind": "sas", "num_heads": 4, "head_dim": 6},
+    "partial rotary": sas(num_heads=4, rotary_dim=4),
+    "no biases": sas(num_heads=4, simulation_bias=False),
+    "no query heads": sas(num_heads=4, simulate_query_heads=False),
+    "no key heads": sas(num_heads=4, num_kv_heads=2, simulate_key_heads=False),
+    "no value heads": sas(num_heads=4, num_kv_heads=2, simulate_value_heads=False),
+    "no features": sas(num_heads=4, simulate_features=False, simulated_head_dim=6),
+    "features only": sas(
+        num_heads=4, simulate_query_heads=False, simulate_key_heads=False, simulate_value_heads=False
+    ),
+    "unfused": sas(num_heads=4, num_kv_heads=2, backend="unfused"),
+}
+
+
+def legal(fields: dict[str, Any], tensor: int) -> bool:
+    groups = fields.get("num_kv_heads", fields["num_heads"])
+    return fields["num_heads"] % tensor == 0 and (groups % tensor == 0 or tensor % groups == 0)
+
+
+def check(ranks: Any, case: LayerCase, tensor: int) -> None:
+    expected = layer_case.by_reference(case.attention, case.dtype)
+    actual = layer_case.joined(case, ranks(tensor).run(layer_case.on_rank, case, tensor))
+    assert_near(actual.output, expected.output, case.dtype, "output")
+    assert_near(actual.input_gradient, expected.input_gradient, case.dtype, "input gradient")
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert_near(actual.gradients[name], gradient, case.dtype, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_one_rank_computes_the_definition(ranks: Any, operator: str) -> None:
+    # The exchange is not part of the function, so the reference is shared with the tests below.
+    check(ranks, LayerCase.of(exchange="gather", **OPERATORS[operator]), 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "tensor", "exchange", "sequence_parallel"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2]}{'-sequence' if case[3] else ''}")
+        for case in itertools.product(OPERATORS, (2, 4), BOTH, (False, True))
+        if legal(OPERATORS[case[0]], case[1])
+    ],
+)
+def test_any_number_of_ranks_computes_the_definition(
+    ranks: Any, operator: str, tensor: int, exchange: str, sequence_parallel: bool
+) -> None:
+    check(
+        ranks,
+        LayerCase.of(sequence_parallel=sequence_parallel, exchange=exchange, **OPERATORS[operator]),
+        tensor,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("exchange", BOTH)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_lower_precision_stays_within_the_table(
+    ranks: Any, tensor: int, exchange: str, dtype: torch.dtype
+) -> None:
+    check(ranks, LayerCase.of(dtype=dtype, exchange=exchange, **OPERATORS["grouped"]), tensor)
+
+
+def _without_gradient_sum(case: LayerCase, tensor: int) -> Any:
+    from sas_megatron.attention import simulated_layer
+
+    kept = simulated_layer.sum_gradients_over
+    simulated_layer.sum_gradients_over = lambda _group, weights: tuple(weights)
+    try:
+        return layer_case.on_rank(case, tensor)
+    finally:
+        simulated_layer.sum_gradients_over = kept
+
+
+@pytest.mark.parametrize("exchange", BOTH)
+def test_leaving_out_the_gradient_sum_is_noticed(ranks: Any, exchange: str) -> None:
+    case = LayerCase.of(exchange=exchange, **OPERATORS["plain"])
+    by_rank = ranks(2).run(_without_gradient_sum, case, 2)
+    with pytest.raises(AssertionError, match=r"simulation.*another gradient than rank 0"):
+        layer_case.joined(case, by_rank)
+
+
+def _uneven_tokens(case: LayerCase, tensor: int) -> Any:
+    kept, layer_case.LENGTH = layer_case.LENGTH, 7
+    try:
+        return layer_case.on_rank(case, tensor)
+    finally:
+        layer_case.LENGTH = kept
+
+
+def test_tokens_need_not_divide_by_the_ranks(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = LayerCase.of(exchange="all_to_all", **OPERATORS["grouped"])
+    by_rank = ranks(4).run(_uneven_tokens, case, 4)
+    monkeypatch.setattr(layer_case, "LENGTH", 7)
+    expected = layer_case.by_reference.__wrapped__(case.attention, case.dtype)
+    actual = layer_case.joined(case, by_rank)
+    assert_near(actual.output, expected.output, case.dtype, "output")
+    for name, gradient in expected.gradients.items():
+        assert_near(actual.gradients[name], gradient, case.dtype, f"gradient of {name}")
