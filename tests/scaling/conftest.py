@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -58,56 +59,58 @@ def train_line(
     return {**line, "kind": "train", "train_loss": loss, "gradient_norm": 1.1, "step_seconds": step_seconds}
 
 
+def write_run_directory(
+    root: Path,
+    name: str,
+    *,
+    losses: dict[int, float | None],
+    flops_per_token: float = 1000.0,
+    step_seconds: float = 0.5,
+    config: dict[str, Any] | None = None,
+    summary: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a finished run whose validation losses stand at the steps given, and returns its directory."""
+    directory = root / "runs" / name
+    directory.mkdir(parents=True)
+    tree = build_tree(**{"logging__run_directory": f"runs/{name}", **(config or {})})
+    (directory / "config.yaml").write_text(dump_tree(tree), encoding="utf-8")
+    described = {"started_at": "2026-01-03T05:07:09Z", "machine": "bench-1", "world_size": 1}
+    described |= {"packages": {"torch": "2.13.0"}, "corpus": "tales"}
+    (directory / "run.json").write_text(json.dumps(described | (provenance or {})))
+    costs = {"flops_per_token": flops_per_token, "step_seconds": step_seconds}
+    lines = []
+    for step in sorted({*range(10, 91, 10), *losses}):
+        lines.append(train_line(step, 6.5 - step / 50, **costs))
+        if step in losses:
+            lines.append(validation_line(step, losses[step], **costs))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    last = max(losses, default=90)
+    results = {
+        "exit_reason": "finished",
+        "steps": last,
+        "tokens": last * TOKENS_PER_STEP,
+        "training_flops": last * TOKENS_PER_STEP * flops_per_token,
+        "training_flops_per_token": {
+            "attention": 0.375 * flops_per_token,
+            "mlp": 0.625 * flops_per_token,
+        },
+        "parameters": {"embedding": 46080, "attention": 15552, "mlp": 33696},
+        "training_seconds": last * step_seconds,
+        "total_seconds": last * step_seconds + 3.7,
+        "median_step_seconds": step_seconds,
+        "peak_memory_bytes": 3 * 2**20,
+        "final_validation_loss": losses.get(last),
+        "world_size": 1,
+    }
+    (directory / "summary.json").write_text(json.dumps(results | (summary or {})))
+    return directory
+
+
 WriteRun = Callable[..., Path]
 
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """Writes a finished run whose validation losses stand at the steps given, and returns its directory."""
-
-    def write(
-        name: str,
-        *,
-        losses: dict[int, float | None],
-        flops_per_token: float = 1000.0,
-        step_seconds: float = 0.5,
-        config: dict[str, Any] | None = None,
-        summary: dict[str, Any] | None = None,
-        provenance: dict[str, Any] | None = None,
-    ) -> Path:
-        directory = tmp_path / "runs" / name
-        directory.mkdir(parents=True)
-        tree = build_tree(**{"logging__run_directory": f"runs/{name}", **(config or {})})
-        (directory / "config.yaml").write_text(dump_tree(tree), encoding="utf-8")
-        described = {"started_at": "2026-01-03T05:07:09Z", "machine": "bench-1", "world_size": 1}
-        described |= {"packages": {"torch": "2.13.0"}, "corpus": "tales"}
-        (directory / "run.json").write_text(json.dumps(described | (provenance or {})))
-        costs = {"flops_per_token": flops_per_token, "step_seconds": step_seconds}
-        lines = []
-        for step in sorted({*range(10, 91, 10), *losses}):
-            lines.append(train_line(step, 6.5 - step / 50, **costs))
-            if step in losses:
-                lines.append(validation_line(step, losses[step], **costs))
-        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        last = max(losses, default=90)
-        results = {
-            "exit_reason": "finished",
-            "steps": last,
-            "tokens": last * TOKENS_PER_STEP,
-            "training_flops": last * TOKENS_PER_STEP * flops_per_token,
-            "training_flops_per_token": {
-                "attention": 0.375 * flops_per_token,
-                "mlp": 0.625 * flops_per_token,
-            },
-            "parameters": {"embedding": 46080, "attention": 15552, "mlp": 33696},
-            "training_seconds": last * step_seconds,
-            "total_seconds": last * step_seconds + 3.7,
-            "median_step_seconds": step_seconds,
-            "peak_memory_bytes": 3 * 2**20,
-            "final_validation_loss": losses.get(last),
-            "world_size": 1,
-        }
-        (directory / "summary.json").write_text(json.dumps(results | (summary or {})))
-        return directory
-
-    return write
+    """`write_run_directory` under the test's own directory."""
+    return functools.partial(write_run_directory, tmp_path)
