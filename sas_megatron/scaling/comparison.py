@@ -28,6 +28,11 @@ ONE_SEED = (
     "that these runs cannot tell: a small difference may be noise. Repeat with more seeds before relying "
     "on it."
 )
+STRAIGHT_LINES = (
+    "Between two evaluations a loss is read off the straight line that joins them. Loss curves bend below "
+    "such a line, so the run that is read between evaluations looks worse than it was, the more so the "
+    "further apart they are (evaluation.interval)."
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     check_comparable(runs)
     rows = tuple(build_row(run, runs[0]) for run in runs)
     verdicts = tuple(judge(axis, runs[0], candidate) for axis in AXES for candidate in runs[1:])
-    return Comparison(rows=rows, verdicts=verdicts, remarks=_list_remarks(runs, rows))
+    return Comparison(rows=rows, verdicts=verdicts, remarks=_list_remarks(runs, rows, verdicts))
 
 
 def build_row(run: Run, baseline: Run) -> ComparisonRow:
@@ -224,7 +229,9 @@ def _say_early(run: Run, reading: Reading) -> str:
     return f"{text}, before its learning rate had finished falling, which counts against it."
 
 
-def _list_remarks(runs: Sequence[Run], rows: Sequence[ComparisonRow]) -> tuple[str, ...]:
+def _list_remarks(
+    runs: Sequence[Run], rows: Sequence[ComparisonRow], verdicts: Sequence[Verdict]
+) -> tuple[str, ...]:
     remarks = [remark for run in runs for remark in run.remarks]
     for row in rows[1:]:
         ratio = row.parameters_ratio
@@ -242,6 +249,11 @@ def _list_remarks(runs: Sequence[Run], rows: Sequence[ComparisonRow]) -> tuple[s
         remarks.append(
             "The runs name different machines: their seconds, and the verdicts at equal time, do not compare."
         )
+    readings = [
+        reading for verdict in verdicts for reading in (verdict.baseline_reading, verdict.candidate_reading)
+    ]
+    if any(reading and reading.steps[0] != reading.steps[1] for reading in readings):
+        remarks.append(STRAIGHT_LINES)
     return (*remarks, ONE_SEED)
 
 

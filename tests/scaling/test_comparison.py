@@ -10,6 +10,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.scaling.comparison import (
     AXES,
     ONE_SEED,
+    STRAIGHT_LINES,
     Axis,
     Reading,
     compare_runs,
@@ -93,6 +94,14 @@ def test_verdicts_in_words(pair: tuple[Run, Run]) -> None:
 def test_one_seed_is_always_remarked_on_and_names_no_figure(pair: tuple[Run, Run]) -> None:
     assert compare_runs(pair).remarks[-1] == ONE_SEED
     assert not any(character.isdigit() for character in ONE_SEED)
+
+
+def test_reading_between_evaluations_is_remarked_on_where_it_happens(
+    pair: tuple[Run, Run], write_run: WriteRun
+) -> None:
+    assert STRAIGHT_LINES in compare_runs(pair).remarks
+    twin = load_run(write_run("twin", losses={30: 5.5, 90: 4.5}))
+    assert STRAIGHT_LINES not in compare_runs([pair[0], twin]).remarks
 
 
 def test_a_tie_names_nobody(write_run: WriteRun) -> None:
