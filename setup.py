@@ -32,6 +32,7 @@ setup(
         "ruamel.yaml>=0.18,<0.20",
         "click>=8.1,<9",
         "rich>=13,<16",
+        "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
         "tensorboard>=2.18,<3",
     ],

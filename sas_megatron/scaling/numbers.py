@@ -1,0 +1,78 @@
+"""Numbers as people read them; a missing one is a dash, never a zero."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "–"
+_SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
+def format_count(value: float | None) -> str:
+    """Four significant digits, with k, M, B or T from ten thousand on."""
+    if value is None:
+        return MISSING
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == ' k' else size):#.4g}{unit}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def format_exact(value: float | None) -> str:
+    """Whole number with its thousands set apart."""
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def format_power(value: float | None) -> str:
+    """Mantissa of three digits times a power of ten: 1.23 × 10¹⁵."""
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Milliseconds to days, in the two largest units."""
+    if seconds is None:
+        return MISSING
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    if seconds < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def format_bytes(value: float | None) -> str:
+    """Binary units: 1.5 GiB."""
+    if value is None:
+        return MISSING
+    power = 0 if value < 1 else min(4, int(math.log2(value) // 10))
+    return f"{value / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def format_loss(value: float | None) -> str:
+    """Four decimals."""
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def format_difference(value: float | None) -> str:
+    """Four decimals with a sign (a real minus)."""
+    return MISSING if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def format_ratio(value: float | None) -> str:
+    """A factor: × 1.042."""
+    return MISSING if value is None else f"× {value:.3f}"
+
+
+def format_share(value: float | None) -> str:
+    """A percentage with one decimal."""
+    return MISSING if value is None else f"{value:.1%}".replace("%", " %")

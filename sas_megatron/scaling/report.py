@@ -1,0 +1,88 @@
+"""Runs -> comparison.json, comparison.png and comparison.html in one directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sas_megatron.config.errors import FileProblem
+from sas_megatron.scaling.comparison import AXES, Comparison, compare_runs
+from sas_megatron.scaling.figure import draw_png
+from sas_megatron.scaling.page import describe_subject, render_page
+from sas_megatron.scaling.runs import Run
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where a report lies, and what it says."""
+
+    json: Path
+    png: Path
+    html: Path
+    comparison: Comparison
+
+
+def write_report(runs: Sequence[Run], output_directory: str | Path) -> ReportFiles:
+    """Compares `runs`, the first being the baseline, and writes it for programs, for talks and to read.
+
+    Raises:
+        UserError: the runs cannot be compared, or the directory cannot be written.
+    """
+    comparison = compare_runs(runs)
+    title = describe_subject(runs)
+    directory = Path(output_directory)
+    files = ReportFiles(
+        json=directory / "comparison.json",
+        png=directory / "comparison.png",
+        html=directory / "comparison.html",
+        comparison=comparison,
+    )
+    # Everything is made before anything is written.
+    contents = {
+        files.json: to_json(comparison).encode(),
+        files.png: draw_png(runs, comparison.verdicts, title=title),
+        files.html: render_page(runs, comparison, title=title, written_at=datetime.now(UTC)).encode(),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_together(contents)
+    except OSError as error:
+        raise FileProblem(
+            directory, f"cannot be written ({error.strerror})", "choose another directory"
+        ) from None
+    return files
+
+
+def to_json(comparison: Comparison) -> str:
+    """The comparison for programs; missing numbers are null."""
+    budgets = {
+        axis: {verdict.candidate: verdict.budget for verdict in comparison.verdicts if verdict.axis == axis}
+        for axis in AXES
+    }
+    tree = {
+        "format_version": FORMAT_VERSION,
+        "baseline": comparison.rows[0].name,
+        "budgets": budgets,
+        **dataclasses.asdict(comparison),
+    }
+    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write_together(contents: Mapping[Path, bytes]) -> None:
+    """Replaces files only once all the new ones are whole; readers never see a part of one."""
+    asides = {path.with_name(f".{path.name}.{os.getpid()}.part"): path for path in contents}
+    try:
+        for aside, path in asides.items():
+            aside.write_bytes(contents[path])
+        for aside, path in asides.items():
+            os.replace(aside, path)
+    finally:
+        for aside in asides:
+            aside.unlink(missing_ok=True)

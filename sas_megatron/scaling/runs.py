@@ -1,0 +1,266 @@
+"""A finished run's files -> `Run`; and the rule that says which runs may stand side by side.
+
+config.yaml  run.json  summary.json  metrics.jsonl
+     |          |           |             |
+  RunConfig  provenance  RunSummary  train curve, validation curve
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from sas_megatron.config.errors import FileProblem, UserError
+from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.run import RunConfig
+
+# What a comparison varies, and what only says where files go. A resumed run is the uninterrupted
+# one (contract 2), so whether it was resumed may differ too.
+VARIED_KEYS = ("attention", "model.ffn_hidden_size")
+INERT_KEYS = ("logging.run_directory", "checkpoint.resume")
+FINISHED = "finished"
+
+
+class _Record(BaseModel):
+    # A NaN is not JSON: a result that does not exist is null, or left out.
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class CurvePoint(_Record):
+    """One line of metrics.jsonl: what had been spent by this step, and the loss there."""
+
+    step: int
+    consumed_tokens: int
+    training_flops: float
+    elapsed_seconds: float
+    loss: float | None = None
+
+
+class TrainPoint(CurvePoint):
+    """Loss of the step's own batch."""
+
+    kind: Literal["train"]
+    loss: float | None = Field(default=None, validation_alias="train_loss")
+
+
+class ValidationPoint(CurvePoint):
+    """Loss on the held-out windows after the step."""
+
+    kind: Literal["validation"]
+    loss: float | None = Field(default=None, validation_alias="validation_loss")
+
+
+class RunSummary(_Record):
+    """What summary.json says of the whole run; None where the run has no such result."""
+
+    exit_reason: str
+    steps: int
+    tokens: int
+    training_flops: float | None = None
+    training_flops_per_token: dict[str, float] | None = None
+    parameters: dict[str, int] | None = None
+    training_seconds: float | None = None
+    total_seconds: float | None = None
+    median_step_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    final_train_loss: float | None = None
+    final_validation_loss: float | None = None
+    best_validation_loss: float | None = None
+    validation_perplexity: float | None = None
+    validation_bits_per_byte: float | None = None
+    world_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as its files tell it; the name is its directory's."""
+
+    name: str
+    directory: Path
+    config: RunConfig
+    provenance: Mapping[str, Any]
+    summary: RunSummary
+    train_curve: tuple[CurvePoint, ...]
+    validation_curve: tuple[CurvePoint, ...]
+    remarks: tuple[str, ...] = ()
+
+
+_Curves = tuple[tuple[CurvePoint, ...], tuple[CurvePoint, ...]]
+_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint] = TypeAdapter(
+    Annotated[TrainPoint | ValidationPoint, Field(discriminator="kind")]
+)
+
+
+def load_run(directory: str | Path) -> Run:
+    """Reads the directory of a finished run.
+
+    Raises:
+        FileProblem: the directory or a file is missing, cannot be understood, or the run is unfinished.
+    """
+    directory = Path(directory)
+    wrong_place = "give a run directory that `sas-megatron train` wrote"
+    if not directory.is_dir():
+        raise FileProblem(directory, "is not a directory", wrong_place)
+    summary_path = directory / "summary.json"
+    for name in ("config.yaml", "run.json", "metrics.jsonl"):
+        if not (directory / name).is_file():
+            raise FileProblem(directory / name, "is missing", wrong_place)
+    unfinished = "go on with checkpoint.resume=true, or leave this run out"
+    if not summary_path.is_file():
+        raise FileProblem(summary_path, "is missing, so the run has not finished", unfinished)
+    summary = _read_summary(summary_path)
+    if summary.exit_reason != FINISHED:
+        raise FileProblem(
+            summary_path,
+            f"the run stopped at step {summary.steps} (exit_reason: {summary.exit_reason})",
+            unfinished,
+        )
+    (train_curve, validation_curve), remarks = _read_metrics(directory / "metrics.jsonl")
+    return Run(
+        # resolve(), so that "." has a name too.
+        name=directory.resolve().name,
+        directory=directory,
+        config=_read_config(directory / "config.yaml"),
+        provenance=_read_object(directory / "run.json"),
+        summary=summary,
+        train_curve=train_curve,
+        validation_curve=validation_curve,
+        remarks=remarks,
+    )
+
+
+def find_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+    """Dotted config keys that are not equal in all `runs`, with each run's value; None where it has none."""
+    flat = [_flatten(run.config.model_dump(mode="json")) for run in runs]
+    keys = dict.fromkeys(key for tree in flat for key in tree)
+    values = {key: tuple(tree.get(key) for tree in flat) for key in keys}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Lets runs pass that differ in their attention, the MLP width that makes up for it, and nothing else.
+
+    Raises:
+        UserError: fewer than two runs, two of one name, or other differences; lists each with its values.
+    """
+    names = [run.name for run in runs]
+    if len(runs) < 2:
+        raise UserError(f"a comparison of {len(runs)} run(s): needs two or more; name the baseline first")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"two runs are named {name}: the comparison could not tell them apart; rename a directory"
+            )
+    differences: dict[str, tuple[Any, ...]] = {
+        key: values for key, values in find_differences(runs).items() if not _may_differ(key)
+    }
+    for key in ("corpus", "world_size"):
+        recorded = tuple(run.provenance.get(key) for run in runs)
+        known = [value for value in recorded if value is not None]
+        if any(value != known[0] for value in known):
+            differences[f"run.json {key}"] = recorded
+    if differences:
+        lines = [
+            f"  {key}: " + ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+            for key, values in differences.items()
+        ]
+        raise UserError(
+            f"these runs differ in more than {' and '.join(VARIED_KEYS)}, so that a comparison would not be "
+            "fair; train them again with one value for each of\n" + "\n".join(lines)
+        )
+
+
+def _may_differ(key: str) -> bool:
+    return key in INERT_KEYS or any(key == varied or key.startswith(f"{varied}.") for varied in VARIED_KEYS)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_config(path: Path) -> RunConfig:
+    try:
+        return load_run_config(path)
+    except FileProblem:
+        raise
+    except UserError as error:
+        raise FileProblem(
+            path, f"is not a usable config ({error})", "read it with the version that wrote it"
+        ) from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FileProblem(path, f"is not JSON ({error})", "restore the file, or train again") from None
+    if not isinstance(value, dict):
+        raise FileProblem(path, "is not a JSON object", "restore the file, or train again")
+    return value
+
+
+def _read_summary(path: Path) -> RunSummary:
+    try:
+        return RunSummary.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise FileProblem(path, _describe(error), "restore the file, or train again") from None
+
+
+def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
+    """Both curves, and what had to be left out.
+
+    A run that went on from an older checkpoint logged the steps since then twice: the second counts.
+    """
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
+    train: list[CurvePoint] = []
+    validation: list[CurvePoint] = []
+    remarks: tuple[str, ...] = ()
+    for position, (number, line) in enumerate(lines):
+        try:
+            point = _METRICS_LINE.validate_json(line)
+        except ValidationError as error:
+            # A writer that was killed leaves at most its last line incomplete.
+            if position == len(lines) - 1 and error.errors()[0]["type"] == "json_invalid":
+                remarks = (f"{path}: the last line ({number}) is cut short and was left out.",)
+                break
+            raise FileProblem(f"{path}:{number}", _describe(error), "mend or remove the line") from None
+        for curve in (train, validation):
+            while curve and curve[-1].step > point.step:
+                curve.pop()
+        own = train if isinstance(point, TrainPoint) else validation
+        if own and own[-1].step == point.step:
+            own.pop()
+        own.append(point)
+    for curve in (train, validation):
+        _check_order(path, curve)
+    return (tuple(train), tuple(validation)), remarks
+
+
+def _check_order(path: Path, curve: Sequence[CurvePoint]) -> None:
+    for before, after in itertools.pairwise(curve):
+        for field in ("consumed_tokens", "training_flops", "elapsed_seconds"):
+            if getattr(after, field) < getattr(before, field):
+                raise FileProblem(
+                    path,
+                    f"{field} falls from {getattr(before, field)} at step {before.step} "
+                    f"to {getattr(after, field)} at step {after.step}, though it counts from the start",
+                    "train again, or leave this run out",
+                )
+
+
+def _describe(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    return f"{place + ': ' if place else ''}{problem['msg'][0].lower()}{problem['msg'][1:]}"
