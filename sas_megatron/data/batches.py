@@ -1,0 +1,142 @@
+"""Token files -> Megatron datasets -> the batches of one rank.
+
+Samples have a fixed order, decided by seed, split and sequence length alone. Step t takes the next
+`global_batch_size` of them; microbatch and data-parallel rank only decide who reads which. The one
+piece of state is therefore how many samples were consumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from sas_megatron.config.data import DataConfig
+from sas_megatron.config.errors import FieldError
+from sas_megatron.data.token_files import load_manifest, verify_token_files
+from sas_megatron.data.tokenizer import Tokenizer
+
+Sample = Mapping[str, torch.Tensor]
+
+# Validation windows are the same for every seed, so that runs of several seeds compare.
+VALIDATION_SEED = 0
+
+
+def open_token_files(data: DataConfig, *, vocab_size: int) -> Tokenizer:
+    """Checks the token files and their tokenizer against each other and the model, and opens the latter.
+
+    Raises:
+        FieldError: the tokenizer is another than the one that wrote a token file, or larger than the model.
+        FileProblem: a file is missing, damaged or holds a token the model has no row for.
+    """
+    tokenizer = Tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise FieldError(
+            "model.vocab_size",
+            vocab_size,
+            f"is less than the {tokenizer.vocab_size} pieces of {data.tokenizer}",
+            f"use {tokenizer.vocab_size}",
+        )
+    for prefix in data.prefixes:
+        verify_token_files(prefix, vocab_size)
+        if load_manifest(prefix).tokenizer_sha256 != tokenizer.sha256:
+            raise FieldError(
+                "data.tokenizer",
+                data.tokenizer,
+                f"is not the tokenizer that wrote {prefix}",
+                "give that one, or prepare the data again",
+            )
+    return tokenizer
+
+
+def build_training_samples(
+    data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int
+) -> torch.utils.data.Dataset[Sample]:
+    """At least `num_samples` samples of the training documents, in the order of `seed`."""
+    return _build_samples(data, tokenizer, num_samples=num_samples, seed=seed, split=0)
+
+
+def build_validation_samples(
+    data: DataConfig, tokenizer: Tokenizer, *, num_samples: int
+) -> torch.utils.data.Dataset[Sample]:
+    """The fixed windows of the validation documents, equal for every seed and layout."""
+    return _build_samples(data, tokenizer, num_samples=num_samples, seed=VALIDATION_SEED, split=1)
+
+
+def _build_samples(
+    data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int, split: int
+) -> torch.utils.data.Dataset[Sample]:
+    """One split, by Megatron-core's builder; rank 0 writes the index cache before the others read it."""
+    sizes = [1, 1, 0]
+    sizes[split] = num_samples
+    total = sum(data.split)
+    datasets = BlendedMegatronDatasetBuilder(
+        GPTDataset,
+        sizes,
+        lambda *_place: True,
+        GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=data.sequence_length,
+            blend=(data.prefixes, data.weights),
+            split=",".join(f"{share / total:.9f}" for share in (*data.split, 0.0)),
+            path_to_cache=data.index_cache,
+            tokenizer=tokenizer,
+            reset_position_ids=data.reset_at_document_ends,
+            reset_attention_mask=data.reset_at_document_ends,
+            eod_mask_loss=False,
+            create_attention_mask=data.reset_at_document_ends,
+        ),
+    ).build()
+    samples = datasets[split]
+    if samples is None:
+        raise FieldError(
+            "data.split",
+            data.split,
+            f"leaves no {('training', 'validation')[split]} documents in {', '.join(data.prefixes)}",
+            "raise that share, or prepare more documents",
+        )
+    built: torch.utils.data.Dataset[Sample] = samples
+    return built
+
+
+def microbatches(
+    samples: torch.utils.data.Dataset[Sample],
+    *,
+    first_sample: int,
+    num_samples: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's microbatches of the samples [first_sample, first_sample + num_samples).
+
+    Yields:
+        tokens, labels [B, S] int64, loss_mask [B, S] float32, position_ids [B, S], and attention_mask
+        [B, 1, S, S] bool, True where attention is forbidden, if documents are kept apart. The last
+        microbatch may be smaller.
+    """
+    stride = micro_batch_size * data_size
+    end = first_sample + num_samples
+    for start in range(first_sample + data_rank * micro_batch_size, end, stride):
+        parts = [samples[index] for index in range(start, min(start + micro_batch_size, end))]
+        yield {
+            name: torch.stack([torch.as_tensor(part[name]) for part in parts]).to(device, non_blocking=True)
+            for name in parts[0]
+        }
+
+
+class ByteLengths:
+    """UTF-8 bytes that label tokens stand for, for losses in bits per byte."""
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
+        self._lengths = torch.from_numpy(np.asarray(tokenizer.token_byte_lengths(), dtype=np.int64)).to(device)
+
+    def __call__(self, labels: torch.Tensor) -> torch.Tensor:
+        """Total bytes of all labels, a scalar tensor."""
+        return self._lengths[labels].sum()
+

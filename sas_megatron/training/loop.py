@@ -1,0 +1,250 @@
+"""A whole run: assemble or resume, step, evaluate, save, and leave a summary.
+
+    config -> groups -> data -> trainer -> [ step -> record -> (evaluate) -> (save) ]* -> summary
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sas_megatron.checkpoint.rank_files import find_newest_checkpoint, load_checkpoint, save_checkpoint
+from sas_megatron.config.run import RunConfig
+from sas_megatron.data.batches import (
+    ByteLengths,
+    build_training_samples,
+    build_validation_samples,
+    microbatches,
+    open_token_files,
+)
+from sas_megatron.data.token_files import load_manifest
+from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
+from sas_megatron.model.costs import count_parameters, count_training_flops
+from sas_megatron.model.language_loss import Batch
+from sas_megatron.parallel.topology import Topology, joined_topology, launched_world_size
+from sas_megatron.parallel.wire_ledger import WireLedger
+from sas_megatron.platform.device import describe_machine, peak_memory_bytes, prepare_device
+from sas_megatron.training.assembly import Trainer, assemble
+from sas_megatron.training.console import Console
+from sas_megatron.training.metrics import Meter, Progress
+from sas_megatron.training.run_files import RunFiles, describe_software
+from sas_megatron.training.state import capture_state, restore_state
+from sas_megatron.training.step import StepResult, train_step
+
+
+def train(config: RunConfig) -> None:
+    """Runs training to its end on this rank; the files are in `logging.run_directory`.
+
+    Raises:
+        UserError: something in config, data or layout does not fit; nothing has been written then.
+        TrainingFault: the loss or gradients became non-finite.
+    """
+    data_size = config.check_world_size(launched_world_size())
+    open_token_files(config.data, vocab_size=config.model.vocab_size)
+    RunFiles.check_directory(config)
+    device = prepare_device()
+    with joined_topology(
+        config.parallel,
+        device=device,
+        seed=config.training.seed,
+        timeout_minutes=config.training.collective_timeout_minutes,
+    ) as topology:
+        assert topology.data_size == data_size
+        Run(config, topology).complete()
+
+
+class Run:
+    """One run on one rank."""
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        self.started = time.perf_counter()
+        self.config = config
+        self.topology = topology
+        self.console = Console(config, speaks=topology.is_first)
+        self.meter = Meter(config, topology.world_size)
+        self.files = RunFiles(config) if topology.is_first else None
+        tokenizer = open_token_files(config.data, vocab_size=config.model.vocab_size)
+        self.byte_lengths = ByteLengths(tokenizer, topology.device)
+        self.training_samples = build_training_samples(
+            config.data,
+            tokenizer,
+            num_samples=config.training.num_steps * config.training.global_batch_size,
+            seed=config.training.seed,
+        )
+        self.validation_samples = build_validation_samples(
+            config.data, tokenizer, num_samples=config.evaluation.num_sequences
+        )
+        self.trainer: Trainer = assemble(config)
+        self.progress = Progress()
+        self.last: StepResult | None = None
+        self.held_out: HeldOutLoss | None = None
+        self.ledger = WireLedger({"tensor": topology.tensor_group, "data": topology.data_group})
+
+    def complete(self) -> None:
+        """Steps to the end, or to `training.stop_after_steps`."""
+        self._resume()
+        if self.files is not None:
+            self.files.open(self.config, self._provenance(), resumed_step=self.progress.step)
+        last_step = min(self.config.training.num_steps, self.config.training.stop_after_steps or 2**62)
+        try:
+            while self.progress.step < last_step:
+                self._step()
+                if self._is_due(self.config.evaluation.interval):
+                    self._evaluate()
+                if self._is_due(self.config.checkpoint.interval):
+                    self._save()
+            self._finish()
+        finally:
+            self.console.close()
+            if self.files is not None:
+                self.files.close()
+
+    def _resume(self) -> None:
+        newest = find_newest_checkpoint(RunFiles.checkpoints(self.config)) if self.config.checkpoint.resume else None
+        if newest is not None:
+            self.progress = restore_state(self.trainer, load_checkpoint(newest, self.topology))
+            self.console.say(f"going on from {newest} at step {self.progress.step}")
+
+    def _step(self) -> None:
+        training = self.config.training
+        self._synchronize()
+        begun = time.perf_counter()
+        with self._counted():
+            self.last = train_step(
+                self.trainer,
+                self._training_batches(),
+                step=self.progress.step + 1,
+                num_microbatches=training.global_batch_size // training.micro_batch_size // self.topology.data_size,
+                topology=self.topology,
+            )
+        self._synchronize()
+        seconds = time.perf_counter() - begun
+        self.progress.count_step(training.global_batch_size, seconds)
+        self.console.advance(self.progress.step)
+        if self.progress.step == 1 or self._is_due(self.config.logging.interval):
+            self._log_step(self.last, seconds)
+
+    def _training_batches(self) -> Iterator[Batch]:
+        training = self.config.training
+        return microbatches(
+            self.training_samples,
+            first_sample=self.progress.consumed_samples,
+            num_samples=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            data_rank=self.topology.data_rank,
+            data_size=self.topology.data_size,
+            device=self.topology.device,
+        )
+
+    def _log_step(self, result: StepResult, seconds: float) -> None:
+        samples = self.config.training.global_batch_size
+        record = {
+            "kind": "train",
+            **self.meter.position(self.progress),
+            "train_loss": result.loss,
+            "gradient_norm": result.gradient_norm,
+            "learning_rate": result.learning_rate,
+            "step_seconds": seconds,
+            "tokens_per_second": self.meter.tokens_per_second(samples, seconds),
+        }
+        self.console.step(record, teraflops=self.meter.teraflops_per_rank(samples, seconds))
+        if self.files is not None:
+            self.files.record(record)
+
+    def _evaluate(self) -> None:
+        batches = microbatches(
+            self.validation_samples,
+            first_sample=0,
+            num_samples=self.config.evaluation.num_sequences,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_rank=self.topology.data_rank,
+            data_size=self.topology.data_size,
+            device=self.topology.device,
+        )
+        held_out = evaluate_held_out(
+            self.trainer.model_chunks[0], batches, byte_lengths=self.byte_lengths, topology=self.topology
+        )
+        self.held_out = held_out
+        best = self.progress.best_validation_loss
+        self.progress.best_validation_loss = held_out.loss if best is None else min(best, held_out.loss)
+        self.console.say(
+            f" validation loss at iteration {self.progress.step} | lm loss value: {held_out.loss:.6E} | "
+            f"lm loss PPL: {held_out.perplexity:.6E} | bits per byte: {held_out.bits_per_byte:.4f} |"
+        )
+        if self.files is not None:
+            self.files.record(
+                {
+                    "kind": "validation",
+                    **self.meter.position(self.progress),
+                    "validation_loss": held_out.loss,
+                    "validation_perplexity": held_out.perplexity,
+                    "validation_bits_per_byte": held_out.bits_per_byte,
+                }
+            )
+
+    def _save(self) -> None:
+        save_checkpoint(
+            RunFiles.checkpoints(self.config),
+            step=self.progress.step,
+            state=capture_state(self.trainer, self.progress),
+            topology=self.topology,
+        )
+
+    def _finish(self) -> None:
+        if self.held_out is None or not self._is_due(self.config.evaluation.interval):
+            self._evaluate()
+        if not self._is_due(self.config.checkpoint.interval):
+            self._save()
+        if self.files is not None:
+            self.files.write_summary(self._summary())
+
+    def _summary(self) -> dict[str, Any]:
+        position = self.meter.position(self.progress)
+        finished = self.progress.step >= self.config.training.num_steps
+        return {
+            "schema": 1,
+            "exit_reason": "finished" if finished else "stop_after_steps",
+            "steps": self.progress.step,
+            "tokens": position["consumed_tokens"],
+            "training_flops": position["training_flops"],
+            "training_flops_per_token": count_training_flops(self.config),
+            "parameters": count_parameters(self.config),
+            "training_seconds": self.progress.training_seconds,
+            "total_seconds": time.perf_counter() - self.started,
+            "median_step_seconds": self.progress.median_step_seconds(),
+            "peak_memory_bytes": peak_memory_bytes(self.topology.device),
+            "final_train_loss": None if self.last is None else self.last.loss,
+            "final_validation_loss": None if self.held_out is None else self.held_out.loss,
+            "best_validation_loss": self.progress.best_validation_loss,
+            "validation_perplexity": None if self.held_out is None else self.held_out.perplexity,
+            "validation_bits_per_byte": None if self.held_out is None else self.held_out.bits_per_byte,
+            "world_size": self.topology.world_size,
+            "wire_bytes_sent_by_rank_0": self.ledger.as_dict() if self.config.logging.wire_ledger else None,
+        }
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "machine": describe_machine(self.topology.device),
+            **describe_software(),
+            "world_size": self.topology.world_size,
+            "tensor_parallel": self.config.parallel.tensor,
+            "data_parallel": self.topology.data_size,
+            "corpus": {
+                Path(prefix).name: load_manifest(prefix).model_dump(mode="json") for prefix in self.config.data.prefixes
+            },
+        }
+
+    def _is_due(self, interval: int | None) -> bool:
+        return interval is not None and self.progress.step % interval == 0
+
+    def _counted(self) -> contextlib.AbstractContextManager[object]:
+        return self.ledger if self.config.logging.wire_ledger else contextlib.nullcontext()
+
+    def _synchronize(self) -> None:
+        if self.topology.device.type == "cuda":
+            torch.cuda.synchronize(self.topology.device)

@@ -1,0 +1,90 @@
+"""Megatron-core's AdamW with explicit parameter groups, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamGroupOverride, ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.assembly import DTYPES
+
+
+def is_simulation(name: str) -> bool:
+    """Whether a parameter's name says that it is a head or feature simulation weight."""
+    return ".simulation." in name
+
+
+def is_vector(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a bias or a norm's weight, which are never decayed."""
+    return parameter.dim() == 1 or name.endswith("bias")
+
+
+def parameter_group(name: str, parameter: nn.Parameter) -> str:
+    """The optimizer's group of a parameter: `matrices`, `vectors`, or the same of the `simulation`."""
+    kind = "vectors" if is_vector(name, parameter) else "matrices"
+    return f"simulation {kind}" if is_simulation(name) else kind
+
+
+def build_optimizer(config: RunConfig, model_chunks: list[Any]) -> Any:
+    """AdamW over the chunks' parameters, in the groups of `parameter_group`."""
+    settings = config.optimizer
+    final = config.schedule.final_fraction
+    simulation_rate = settings.learning_rate * settings.simulation_learning_rate_multiplier
+    simulation = ParamGroupOverride(max_lr=simulation_rate, min_lr=simulation_rate * final)
+    overrides: dict[str, ParamGroupOverride] = {
+        "vectors": ParamGroupOverride(wd_mult=0.0),
+        "simulation matrices": ParamGroupOverride(
+            **simulation, wd_mult=settings.simulation_weight_decay_multiplier
+        ),
+        "simulation vectors": ParamGroupOverride(**simulation, wd_mult=0.0),
+    }
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            min_lr=settings.learning_rate * final,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_gradient_norm,
+            bf16=config.training.precision == "bfloat16",
+            params_dtype=DTYPES[config.training.precision],
+            use_distributed_optimizer=settings.distributed,
+        ),
+        model_chunks,
+        config_overrides={_key_of_group(group): override for group, override in overrides.items()},
+    )
+
+
+def _key_of_group(group: str) -> ParamKey:
+    predicate = ParamWithNamePredicate(
+        name=group, fn=lambda parameter, name: parameter_group(name, parameter) == group
+    )
+    return ParamKey(with_name_predicate=predicate)
+
+
+def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """The learning rate by step; `step(1)` before an optimizer step sets that step's rate."""
+    schedule, peak, steps = config.schedule, config.optimizer.learning_rate, config.training.num_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=peak,
+        min_lr=peak * schedule.final_fraction,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style="WSD" if schedule.kind == "warmup_stable_decay" else schedule.kind,
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        wsd_decay_steps=schedule.decay_steps,
+        lr_wsd_decay_style="linear" if schedule.kind == "warmup_stable_decay" else None,
+    )

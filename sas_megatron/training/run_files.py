@@ -1,0 +1,153 @@
+"""The files of a run: what the next stage reads, in place of logs.
+
+    config.yaml     the resolved config         metrics.jsonl   one object a logged step
+    run.json        where it came from          summary.json    what came out
+    checkpoints/    tensorboard/
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, TextIO
+
+from sas_megatron import __version__
+from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.loading import dump_yaml
+from sas_megatron.config.run import RunConfig
+
+PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
+
+
+class RunFiles:
+    """Writes a run's directory; only rank 0 has one."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.directory = Path(config.logging.run_directory)
+        self._with_tensorboard = config.logging.tensorboard
+        self._metrics: TextIO | None = None
+        self._tensorboard: Any = None
+
+    @staticmethod
+    def checkpoints(config: RunConfig) -> Path:
+        """The folder of a run's checkpoints."""
+        return Path(config.logging.run_directory) / "checkpoints"
+
+    @staticmethod
+    def check_directory(config: RunConfig) -> None:
+        """Before anything is built: the run directory must be new, or be gone on with, and be writable.
+
+        Raises:
+            FieldError: it holds a run and `checkpoint.resume` is off.
+            FileProblem: it cannot be written.
+        """
+        directory = Path(config.logging.run_directory)
+        if (directory / "metrics.jsonl").exists() and not config.checkpoint.resume:
+            raise FieldError(
+                "logging.run_directory",
+                directory,
+                "holds a run already",
+                "set checkpoint.resume=true to go on with it, or choose another directory",
+            )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileProblem(directory, f"cannot be made ({error.strerror})", "choose another logging.run_directory")
+        if not os.access(directory, os.W_OK):
+            raise FileProblem(directory, "is not writable", "choose another logging.run_directory")
+
+    def open(self, config: RunConfig, provenance: dict[str, Any], *, resumed_step: int) -> None:
+        """Starts or goes on with the files; records after `resumed_step` are dropped, they come again."""
+        resolved = dump_yaml(config)
+        _write_aside(self.directory / "config.yaml", resolved)
+        self._write_provenance(resolved, provenance, resumed_step)
+        metrics = self.directory / "metrics.jsonl"
+        kept = []
+        if metrics.exists():
+            lines = metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _is_up_to(line, resumed_step)]
+        _write_aside(metrics, "".join(line + "\n" for line in kept))
+        self._metrics = metrics.open("a", encoding="utf-8")
+        if self._with_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(self.directory / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
+            )
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Appends one object to metrics.jsonl, at once on disk, and its losses to TensorBoard."""
+        assert self._metrics is not None, "open() comes first"
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json and closes the other files."""
+        _write_aside(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.close()
+
+    def close(self) -> None:
+        """Closes what is open."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write_provenance(self, resolved: str, provenance: dict[str, Any], resumed_step: int) -> None:
+        path = self.directory / "run.json"
+        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        session = {"started_at": started, "from_step": resumed_step, **provenance}
+        first = sessions[0] if sessions else session
+        record = {
+            **session,
+            "started_at": first["started_at"],
+            "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
+            "sessions": [*sessions, session],
+        }
+        _write_aside(path, json.dumps(record, indent=2) + "\n")
+
+
+def describe_software() -> dict[str, Any]:
+    """Versions of the packages that decide results, and the state of the source tree."""
+    versions: dict[str, str | None] = {"sas-megatron": __version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"packages": versions, "git": _describe_git()}
+
+
+def _describe_git() -> str | None:
+    """Commit of the package's source, marked where it was changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError):
+        return False  # a line cut short by a crash
+
+
+def _write_aside(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,87 @@
+"""One optimizer step: forward and backward over the microbatches, the check of the loss, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sas_megatron.model.language_loss import Batch, forward_step
+from sas_megatron.parallel.topology import Topology
+from sas_megatron.training.assembly import Trainer
+
+
+class TrainingFault(RuntimeError):
+    """Training cannot go on, through no fault of the config's form."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured; the loss is the mean over the step's tokens, before the update."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
+
+def train_step(
+    trainer: Trainer, batches: Iterator[Batch], *, step: int, num_microbatches: int, topology: Topology
+) -> StepResult:
+    """Runs step number `step` (from 1).
+
+    Raises:
+        TrainingFault: the loss or the gradient norm is not finite; the weights are as before the step.
+    """
+    config = trainer.config
+    for chunk in trainer.model_chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    reports = trainer.run_schedule(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=trainer.model_chunks,
+        num_microbatches=num_microbatches,
+        seq_length=config.data.sequence_length,
+        micro_batch_size=config.training.micro_batch_size,
+        forward_only=False,
+    )
+    loss = mean_loss(reports, topology)
+    if not math.isfinite(loss):
+        raise TrainingFault(_describe_non_finite(reports, step, topology))
+    trainer.schedule.step(1)
+    _, gradient_norm, _ = trainer.optimizer.step()
+    if not math.isfinite(gradient_norm or 0.0):
+        raise TrainingFault(
+            f"step {step}: the gradient norm is {gradient_norm} on rank {topology.rank} although the loss is {loss}; "
+            "lower optimizer.learning_rate, or train in float32 to see whether precision is the cause"
+        )
+    return StepResult(
+        loss=loss, gradient_norm=float(gradient_norm or 0.0), learning_rate=trainer.schedule.get_lr({})
+    )
+
+
+def mean_loss(reports: list[dict[str, torch.Tensor]], topology: Topology) -> float:
+    """Mean loss by token over the microbatches of all data-parallel ranks."""
+    total = torch.stack([report["loss"] for report in reports]).sum(dim=0, dtype=torch.float64)
+    dist.all_reduce(total, group=topology.data_group)
+    return (total[0] / total[1]).item()
+
+
+def _describe_non_finite(reports: list[dict[str, torch.Tensor]], step: int, topology: Topology) -> str:
+    """Names every rank whose own microbatches are at fault; all ranks must call it."""
+    mine = [report["loss"][0].item() for report in reports]
+    of_ranks: list[list[float]] = [[] for _ in range(topology.world_size)]
+    dist.all_gather_object(of_ranks, mine)
+    culprits = [
+        f"rank {rank} microbatch {index} ({loss})"
+        for rank, losses in enumerate(of_ranks)
+        for index, loss in enumerate(losses)
+        if not math.isfinite(loss)
+    ]
+    return (
+        f"step {step}: the loss is not finite on {', '.join(culprits)}; "
+        "lower optimizer.learning_rate or look at that step's samples"
+    )
