@@ -15,11 +15,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from os import replace as rename_file
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def publish(prefix: Path) -> bool:
         token_file(prefix, ".json").unlink(missing_ok=True)  # the record of what is now replaced
     for name, ending in PUBLISHED.items():
         if (folder / name).exists():
-            os.replace(folder / name, token_file(prefix, ending))
+            rename_file(folder / name, token_file(prefix, ending))
     sync(folder.parent)
     shutil.rmtree(folder)
     return True
