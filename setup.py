@@ -23,7 +23,8 @@ setup(
         # 0.16.1 is the newest for Python 3.11, 0.19.2 for Python 3.12; both are tested.
         "megatron-core>=0.16.1,<0.20",
         "deepspeed>=0.18,<0.20",
-        "sentencepiece>=0.2.1,<0.3",
+        # 0.2.3 is the first that gives token ids as numpy arrays.
+        "sentencepiece>=0.2.3,<0.3",
         "pyarrow>=20,<27",
         "numpy>=1.26,<3",
         # einops is imported by megatron-core's attention without being declared there.

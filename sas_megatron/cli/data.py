@@ -1,0 +1,144 @@
+"""`sas-megatron data`: token files from documents, and what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from sas_megatron.data.token_files import TokenManifest
+    from sas_megatron.data.tokenizer import Tokenizer
+
+EXCERPT_CHARACTERS = 600
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def data() -> None:
+    """Turn documents into token files, and look into them."""
+
+
+@data.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A sentencepiece .model file.",
+)
+@click.option(
+    "--output", "prefix", type=str, required=True, metavar="PREFIX", help="Files to write, without ending."
+)
+@click.option("--workers", type=int, default=None, help="Processes that encode; by default one a processor.")
+@click.option("--text-column", default="text", show_default=True, help="Column that holds the text.")
+@click.option("--overwrite", is_flag=True, help="Replace token files of other documents, or damaged ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record of the files as JSON.")
+def prepare(
+    sources: tuple[str, ...],
+    tokenizer_path: Path,
+    prefix: str,
+    workers: int | None,
+    text_column: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write PREFIX.bin, PREFIX.idx and PREFIX.json from documents.
+
+    SOURCE is a file or folder of documents (Parquet, Arrow, JSON lines, text), or the word builtin: the
+    source of the Python standard library. A run that was stopped goes on where it was.
+    """
+    from sas_megatron.data.corpus import resolve_sources
+    from sas_megatron.data.prepare import prepare_token_files
+    from sas_megatron.data.progress import show_progress
+
+    with show_progress() as report_progress:
+        preparation = prepare_token_files(
+            resolve_sources(list(sources)),
+            tokenizer_path=tokenizer_path,
+            prefix=prefix,
+            text_column=text_column,
+            num_workers=workers,
+            overwrite=overwrite,
+            report_progress=report_progress,
+        )
+    manifest = preparation.manifest
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=2))
+        return
+    facts = (
+        f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, {manifest.text_bytes:,} bytes"
+    )
+    if manifest.empty_documents:
+        facts += f" ({manifest.empty_documents:,} empty documents left out)"
+    if preparation.was_complete:
+        click.echo(f"{prefix}: complete already; {facts}")
+        return
+    if preparation.resumed_chunks:
+        click.echo(f"{prefix}: took over {preparation.resumed_chunks} chunks from the run before")
+    speed = preparation.encoded_tokens / max(preparation.encoding_seconds, 1e-9)
+    click.echo(f"{prefix}: {facts}, in {preparation.encoding_seconds:.1f} s ({speed:,.0f} tokens/s)")
+
+
+@data.command()
+@click.argument("prefix")
+@click.option("--document", type=int, default=0, show_default=True, help="Document to show, counting from 0.")
+@click.option(
+    "--tokenizer", "tokenizer_path", type=click.Path(path_type=Path), help="If it is no longer where it was."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--verify", is_flag=True, help="Check every byte and token, not only sizes and headers.")
+def inspect(prefix: str, document: int, tokenizer_path: Path | None, as_json: bool, verify: bool) -> None:
+    """Show what token files hold, with the beginning of a document."""
+    import json
+
+    from sas_megatron.data.token_files import read_document_tokens, verify_token_files
+
+    manifest = verify_token_files(prefix, full=verify)
+    tokens = read_document_tokens(prefix, document).tolist()
+    text = _load_tokenizer(manifest, tokenizer_path).decode(tokens)
+    if as_json:
+        shown = {"index": document, "num_tokens": len(tokens), "text": text}
+        click.echo(json.dumps({**manifest.model_dump(), "verified": verify, "document": shown}, indent=2))
+        return
+    _print_facts(prefix, manifest)
+    click.echo(f"\ndocument {document}, {len(tokens):,} tokens:\n{text[:EXCERPT_CHARACTERS]}")
+    if verify:
+        click.echo("\nevery byte and token is as it was written")
+
+
+def _load_tokenizer(manifest: TokenManifest, tokenizer_path: Path | None) -> Tokenizer:
+    from sas_megatron.config.errors import FileProblem
+    from sas_megatron.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_path or manifest.tokenizer_path)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise FileProblem(
+            tokenizer.path, "is not the tokenizer that wrote the tokens", "give that with --tokenizer"
+        )
+    return tokenizer
+
+
+def _print_facts(prefix: str, manifest: TokenManifest) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=prefix, title_justify="left")
+    table.add_column("fact")
+    table.add_column("value", overflow="fold")  # paths and hashes are there to be copied
+    table.add_row(
+        "documents", f"{manifest.num_documents:,} ({manifest.empty_documents:,} empty ones left out)"
+    )
+    table.add_row("tokens", f"{manifest.num_tokens:,} as {manifest.dtype}, one end of document each")
+    table.add_row(
+        "text", f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.num_tokens:.2f} a token"
+    )
+    table.add_row("vocabulary", f"{manifest.vocab_size:,}, largest token id {manifest.max_token_id:,}")
+    table.add_row("tokenizer", f"{manifest.tokenizer_path} (sha256 {manifest.tokenizer_sha256[:12]}…)")
+    for source in manifest.sources:
+        table.add_row("source", f"{source.path} ({source.num_files:,} files, {source.size_bytes:,} bytes)")
+    table.add_row("text sha256", manifest.text_sha256)
+    table.add_row(".bin sha256", manifest.bin_sha256)
+    table.add_row("written", f"{manifest.created}, sas_megatron {manifest.package_version}")
+    Console().print(table)

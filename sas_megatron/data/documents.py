@@ -1,0 +1,275 @@
+"""Documents streamed from files, in bounded memory.
+
+    files and folders -> SourceFile -> TextBatch (an Arrow array of texts, about a mebibyte) -> str
+
+Arrow arrays keep the texts of a batch in one buffer, which later stages hash, cut and hand to other
+processes without making a Python string of each document.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from sas_megatron.config.errors import FieldError, FileProblem, UserError
+from sas_megatron.data.sources import DocumentFormat, SourceFile, find_source_files
+
+BATCH_BYTES = 1 << 20
+MAX_ROWS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Consecutive documents of one file."""
+
+    texts: pa.LargeStringArray  # valid UTF-8; null where a row holds no text
+    file: SourceFile
+    source_bytes_read: int  # of all files up to here, as they lie on disk; an estimate, for progress
+
+
+def stream_documents(sources: Sequence[str | Path], *, text_column: str = "text") -> Iterator[str]:
+    """Every document that is not empty, in order: files as named, a folder's sorted by path.
+
+    Raises:
+        FileProblem: a file is missing, damaged, undecodable or of an unknown ending.
+        FieldError: a file lacks the text column, or it holds no strings.
+        UserError: there is no document, or only empty ones.
+    """
+    num_documents = 0
+    for batch in stream_text_batches(find_source_files(sources), text_column=text_column):
+        for text in batch.texts.to_pylist():
+            if text:
+                num_documents += 1
+                yield text
+    if num_documents == 0:
+        raise empty_corpus(sources)
+
+
+def empty_corpus(sources: Sequence[str | Path]) -> UserError:
+    """The error for sources without a single document that has text."""
+    names = ", ".join(str(source) for source in sources)
+    return UserError(f"sources={names}: hold no documents, or only empty ones; name files with text in them")
+
+
+def stream_text_batches(files: Sequence[SourceFile], *, text_column: str = "text") -> Iterator[TextBatch]:
+    """The texts of the files in order, in batches of about a mebibyte. Raises as `stream_documents`."""
+    bytes_before = 0
+    for file in files:
+        reader = _READERS[file.document_format]
+        rows_before = 0
+        try:
+            for texts, share_read in reader(file, text_column):
+                strings = _checked_utf8(texts, file, rows_before)
+                rows_before += len(strings)
+                yield TextBatch(strings, file, bytes_before + int(share_read * file.size_bytes))
+        except FileNotFoundError as error:
+            raise FileProblem(file.path, "there is no such file", "check the path") from error
+        except (pa.ArrowException, OSError) as error:
+            # Arrow reports damaged data as ArrowInvalid or as OSError, depending on the format.
+            raise FileProblem(
+                file.path,
+                f"cannot be read as {file.document_format.value}: it is damaged or truncated "
+                f"({_first_line(error)})",
+                "write or download it again",
+            ) from error
+        bytes_before += file.size_bytes
+
+
+def _read_parquet(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, float]]:
+    # A buffered stream: otherwise a whole column chunk, which may be the whole file, is read at once.
+    with pq.ParquetFile(file.path, buffer_size=BATCH_BYTES, pre_buffer=False) as parquet:
+        schema = parquet.schema_arrow
+        _check_column(schema, text_column, file)
+        num_rows = parquet.metadata.num_rows
+        rows_per_batch = _rows_per_batch(parquet.metadata, text_column)
+        rows_read = 0
+        for batch in parquet.iter_batches(rows_per_batch, columns=[text_column], use_threads=False):
+            rows_read += batch.num_rows
+            yield batch.column(0), rows_read / max(num_rows, 1)
+
+
+def _rows_per_batch(metadata: pq.FileMetaData, text_column: str) -> int:
+    text_bytes = 0
+    for group_index in range(metadata.num_row_groups):
+        group = metadata.row_group(group_index)
+        for column_index in range(group.num_columns):
+            column = group.column(column_index)
+            if column.path_in_schema == text_column:
+                text_bytes += column.total_uncompressed_size
+    average_bytes = max(1, text_bytes // max(1, metadata.num_rows))
+    return int(max(1, min(MAX_ROWS_PER_BATCH, BATCH_BYTES // average_bytes)))
+
+
+def _read_arrow(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, float]]:
+    with pa.memory_map(str(file.path)) as mapped:
+        start = mapped.read(6)
+        mapped.seek(0)
+        if start[:4] == b"FEA1":
+            raise FileProblem(
+                file.path, "is a Feather file of version 1", "write it again as version 2 (Arrow IPC)"
+            )
+        if start == b"ARROW1":
+            reader = pa.ipc.open_file(mapped)
+            _check_column(reader.schema, text_column, file)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            reader = pa.ipc.open_stream(mapped)
+            _check_column(reader.schema, text_column, file)
+            batches = iter(reader)
+        for batch in batches:
+            # A batch in the file may hold everything: slices of it share its memory.
+            column = batch.column(batch.schema.get_field_index(text_column))
+            rows = max(1, min(MAX_ROWS_PER_BATCH, BATCH_BYTES * len(column) // max(1, column.nbytes)))
+            for row in range(0, len(column), rows):
+                yield column.slice(row, rows), mapped.tell() / max(1, file.size_bytes)
+
+
+def _check_column(schema: pa.Schema, text_column: str, file: SourceFile) -> None:
+    if text_column not in schema.names:
+        raise FieldError(
+            "text_column",
+            text_column,
+            f"{file.path} has no such column; its columns are {', '.join(schema.names) or 'none'}",
+            "name the one that holds the text",
+        )
+    column_type = schema.field(text_column).type
+    value_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
+    if not (
+        pa.types.is_string(value_type)
+        or pa.types.is_large_string(value_type)
+        or pa.types.is_string_view(value_type)
+    ):
+        raise FieldError(
+            "text_column",
+            text_column,
+            f"is of type {column_type} in {file.path}, not string",
+            "name a column of strings",
+        )
+
+
+def _read_json_lines(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, float]]:
+    # The json module, a line at a time, and not pyarrow.json: that one fixes a schema from the first block,
+    # fails when another field changes its type later, limits the length of a line, and names no line.
+    texts: list[str | None] = []
+    texts_bytes = offset = 0
+    with pa.OSFile(str(file.path)) as raw, _open_lines(file, raw) as lines:
+        for line_number, line in enumerate(lines, start=1):
+            stripped = line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line
+            if stripped.strip():
+                text = _text_of_line(_decode(stripped, file, offset), file, line_number, text_column)
+                texts.append(text)
+                texts_bytes += len(line)
+            offset += len(line)
+            if texts_bytes >= BATCH_BYTES or len(texts) >= MAX_ROWS_PER_BATCH:
+                yield pa.array(texts, pa.large_string()), raw.tell() / file.size_bytes
+                texts, texts_bytes = [], 0
+    yield pa.array(texts, pa.large_string()), 1.0
+
+
+def _text_of_line(line: str, file: SourceFile, line_number: int, text_column: str) -> str | None:
+    where = f"{file.path}, line {line_number}"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FileProblem(
+            where,
+            f"is not JSON ({error})",
+            "JSON lines hold one whole object on each line; mend or drop the line",
+        ) from error
+    if not isinstance(row, dict):
+        raise FileProblem(
+            where, f"holds a {type(row).__name__}, not an object", 'write {"text": "…"} on each line'
+        )
+    if text_column not in row:
+        raise FieldError(
+            "text_column",
+            text_column,
+            f"{where} has no such column; its columns are {', '.join(row) or 'none'}",
+            "name the one that holds the text",
+        )
+    text: object = row[text_column]
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise FieldError(
+            "text_column",
+            text_column,
+            f"holds a {type(text).__name__} in {where}",
+            "name a column of strings",
+        )
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FileProblem(
+                where,
+                f"holds half of a surrogate pair ({error.object[error.start]!r})",
+                "mend or drop the line",
+            ) from error
+    return text
+
+
+def _read_text(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, float]]:
+    del text_column  # a text file is one document, without columns
+    with pa.OSFile(str(file.path)) as raw, _open_lines(file, raw) as stream:
+        yield pa.array([_decode(stream.read(), file, 0)], pa.large_string()), 1.0
+
+
+def _open_lines(file: SourceFile, raw: pa.NativeFile) -> io.BufferedReader:
+    stream = raw if file.compression is None else pa.CompressedInputStream(raw, file.compression)
+    return io.BufferedReader(stream, buffer_size=BATCH_BYTES)
+
+
+def _decode(data: bytes, file: SourceFile, offset: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        within = " of the uncompressed text" if file.compression else ""
+        raise FileProblem(
+            file.path,
+            f"holds bytes that are not UTF-8 at byte offset {offset + error.start}{within} "
+            f"(0x{data[error.start]:02x})",
+            "convert it to UTF-8",
+        ) from error
+
+
+def _checked_utf8(texts: pa.Array, file: SourceFile, rows_before: int) -> pa.LargeStringArray:
+    """The texts as large strings; Arrow's readers take the bytes of a string column on trust."""
+    if pa.types.is_dictionary(texts.type):
+        texts = pc.dictionary_decode(texts)
+    strings = texts.cast(pa.large_string())
+    try:
+        strings.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, value in enumerate(strings.cast(pa.large_binary()).to_pylist(), start=rows_before):
+            try:
+                (value or b"").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise FileProblem(
+                    file.path,
+                    f"holds bytes that are not UTF-8 at byte offset {error.start} of the text in row {row} "
+                    f"(0x{value[error.start]:02x}), counting from 0",
+                    "convert it to UTF-8",
+                ) from error
+        raise
+    return strings
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+_READERS = {
+    DocumentFormat.PARQUET: _read_parquet,
+    DocumentFormat.ARROW: _read_arrow,
+    DocumentFormat.JSON_LINES: _read_json_lines,
+    DocumentFormat.TEXT: _read_text,
+}

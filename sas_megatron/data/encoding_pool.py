@@ -1,0 +1,136 @@
+"""Worker processes that encode chunks, with results in the order of the chunks.
+
+Not concurrent.futures: its processes outlive a parent that is killed, and import the parent's main module,
+which in training brings torch along. These end with their parent and import only what they need.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+
+from sas_megatron.config.errors import UserError
+from sas_megatron.data.chunks import Chunk
+from sas_megatron.data.encoding_worker import EncodedChunk, WorkerFailure
+
+# Results that may wait for one before them, for each worker; bounds the memory.
+MAX_CHUNKS_AHEAD_PER_WORKER = 4
+
+
+class EncodingPool:
+    """Processes with a tokenizer each; a context manager, which ends them."""
+
+    def __init__(self, tokenizer_path: Path, num_workers: int) -> None:
+        self._connections: list[Connection] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for _ in range(num_workers):
+            self._start_worker(tokenizer_path)
+
+    def __enter__(self) -> EncodingPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            if kind is not None:
+                process.terminate()
+            process.wait()
+
+    def wait_until_ready(self, tokenizer_sha256: str) -> None:
+        """Returns when each worker has imported its modules and read the tokenizer.
+
+        Raises:
+            UserError: a worker read another tokenizer than its parent.
+        """
+        for connection in self._connections:
+            if self._receive(connection) != tokenizer_sha256:
+                raise UserError("tokenizer: the file changed while it was read; run the command again")
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The workers, for whoever measures their memory."""
+        return [process.pid for process in self._processes]
+
+    def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
+        """Each chunk with its tokens, in order; takes chunks only as fast as workers finish them.
+
+        Raises:
+            UserError: a worker was killed, or refused what the user gave.
+            RuntimeError: a worker failed.
+        """
+        remaining = iter(chunks)
+        upcoming = next(remaining, None)
+        idle = list(self._connections)
+        in_flight: list[Chunk] = []  # in order
+        finished: dict[int, EncodedChunk] = {}
+        max_in_flight = MAX_CHUNKS_AHEAD_PER_WORKER * len(self._connections)
+
+        def feed_workers() -> None:
+            nonlocal upcoming
+            while upcoming is not None and idle and len(in_flight) < max_in_flight:
+                self._send(idle.pop(), upcoming)
+                in_flight.append(upcoming)
+                upcoming = next(remaining, None)  # read while the workers encode
+
+        feed_workers()
+        while in_flight:
+            busy = [connection for connection in self._connections if connection not in idle]
+            for ready in wait(busy):
+                assert isinstance(ready, Connection)
+                encoded = self._receive(ready)
+                assert isinstance(encoded, EncodedChunk)
+                finished[encoded.index] = encoded
+                idle.append(ready)
+            feed_workers()  # before the results are written
+            while in_flight and in_flight[0].index in finished:
+                chunk = in_flight.pop(0)
+                yield chunk, finished.pop(chunk.index)
+            feed_workers()  # a chunk that all waited for may have come
+
+    def _start_worker(self, tokenizer_path: Path) -> None:
+        ours, theirs = Pipe()
+        environment = dict(os.environ)
+        # The parent may have found the package by other means than the environment.
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        command = [sys.executable, "-m", "sas_megatron.data.encoding_worker", str(theirs.fileno())]
+        process = subprocess.Popen(
+            [*command, str(tokenizer_path.absolute())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        theirs.close()
+        self._connections.append(ours)
+        self._processes.append(process)
+
+    def _send(self, connection: Connection, chunk: Chunk) -> None:
+        try:
+            connection.send(chunk)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._ended(connection) from error
+
+    def _receive(self, connection: Connection) -> object:
+        try:
+            message = connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise self._ended(connection) from error
+        if isinstance(message, WorkerFailure):
+            raise (UserError if message.is_user_error else RuntimeError)(message.message)
+        return message
+
+    def _ended(self, connection: Connection) -> UserError:
+        process = self._processes[self._connections.index(connection)]
+        status = process.wait()
+        return UserError(
+            f"workers={len(self._processes)}: process {process.pid} ended by itself (status {status}), "
+            "perhaps for want of memory; run the command again, with fewer workers, to go on"
+        )

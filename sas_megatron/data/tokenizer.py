@@ -1,0 +1,160 @@
+"""The sentencepiece tokenizer: reversible for every text, and what Megatron-core's datasets ask of one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+
+from sas_megatron.config.errors import FileProblem
+
+# sentencepiece writes a space as U+2581, so that its decoder makes a space of a literal U+2581.
+SPACE_MARK = "\u2581"
+SPACE_MARK_BYTES = SPACE_MARK.encode()
+# What a tokenizer that normalizes its input would not give back.
+PROBE = " a  b\t\r\nc\u00a0\ufb01e\u0301\0\U0001f600 "
+
+
+class Tokenizer:
+    """A sentencepiece model whose `decode` gives back exactly the text that `encode` was given.
+
+    The model must keep text as it is (identity normalization, no space put in front or taken away) and
+    fall back to bytes: `train_tokenizer` makes such models. A literal U+2581, the one character that
+    sentencepiece cannot tell from another, is encoded as its three bytes.
+
+    Raises:
+        FileProblem: the file is missing, no sentencepiece model, or not reversible.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        model = _read_model(self.path)
+        self._processor = _load_processor(self.path, model)
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.eos_id: int = self._processor.eos_id()
+        self._token_bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
+        self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK_BYTES]
+        self._check_reversible()
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, without end of document.
+
+        Raises:
+            UnicodeEncodeError: the text holds half of a surrogate pair and so is no UTF-8.
+        """
+        tokens: list[int] = self.encode_documents([text.encode()])[0].tolist()
+        return tokens
+
+    def encode_documents(self, documents: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
+        """The token ids of each document, given as UTF-8, without end of document; in one thread."""
+        encoded: list[npt.NDArray[np.int32]] = self._processor.encode(
+            list(documents), return_type="numpy", num_threads=1
+        )
+        for index, document in enumerate(documents):
+            if SPACE_MARK_BYTES in document:
+                encoded[index] = self._encode_around_space_marks(document)
+        return encoded
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of token ids; bytes that are no UTF-8, as a model may generate, become U+FFFD."""
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The bytes of token ids; those of control tokens such as end of document are none."""
+        return b"".join([self._token_bytes[token] for token in tokens])
+
+    def token_byte_lengths(self) -> npt.NDArray[np.int32]:
+        """The UTF-8 bytes that each token stands for, int32 [vocab_size]; 0 for control tokens."""
+        return np.array([len(token_bytes) for token_bytes in self._token_bytes], dtype=np.int32)
+
+    @property
+    def token_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.int32]:
+        """The type of stored tokens that Megatron-core takes (DType.optimal_dtype): uint16 below 65500."""
+        return np.dtype(np.uint16) if self.vocab_size < 65500 else np.dtype(np.int32)
+
+    @property
+    def eod(self) -> int:
+        """The token at the end of each document, under Megatron-core's name."""
+        return self.eos_id
+
+    @property
+    def eos(self) -> int:
+        """The token at the end of each document, under Megatron-core's other name."""
+        return self.eos_id
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, object]:
+        """What Megatron-core hashes into the name of its cached sample indices: the model, not its path."""
+        return OrderedDict([("class", type(self).__name__), ("sha256", self.sha256)])
+
+    def tokenize(self, text: str) -> list[int]:
+        """`encode`, under Megatron-core's name."""
+        return self.encode(text)
+
+    def detokenize(self, tokens: Iterable[int]) -> str:
+        """`decode`, under Megatron-core's name."""
+        return self.decode(tokens)
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece: str = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # "<0x0A>"
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return b""
+        return piece.replace(SPACE_MARK, " ").encode()
+
+    def _encode_around_space_marks(self, document: bytes) -> npt.NDArray[np.int32]:
+        mark = np.array(self._space_mark_ids, dtype=np.int32)
+        between = self._processor.encode(document.split(SPACE_MARK_BYTES), return_type="numpy", num_threads=1)
+        parts = [between[0]]
+        for tokens in between[1:]:
+            parts += [mark, tokens]
+        return np.concatenate(parts)
+
+    def _check_reversible(self) -> None:
+        remedy = "train one with `sas-megatron tokenizer train`"
+        if self.eos_id < 0:
+            raise FileProblem(self.path, "has no token for the end of a document", remedy)
+        if not all(self._processor.is_byte(token) for token in self._space_mark_ids):
+            raise FileProblem(
+                self.path, "has no tokens for single bytes, so that some texts have no encoding", remedy
+            )
+        probe = PROBE + SPACE_MARK
+        if self.decode(self.encode(probe)) != probe:
+            raise FileProblem(
+                self.path,
+                "does not give back the text it encodes (it normalizes or drops characters)",
+                remedy,
+            )
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileProblem(
+            path, "there is no such tokenizer", "train one with `sas-megatron tokenizer train`"
+        ) from error
+    except OSError as error:
+        raise FileProblem(
+            path, f"cannot be read ({error.strerror})", "name a sentencepiece .model file"
+        ) from error
+
+
+def _load_processor(path: Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
+    try:
+        if not model:  # sentencepiece takes an empty model for one without pieces
+            raise RuntimeError("empty file")
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise FileProblem(
+            path,
+            "is damaged, or no sentencepiece model",
+            "copy it again, or train one with `sas-megatron tokenizer train`",
+        ) from error

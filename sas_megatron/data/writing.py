@@ -1,0 +1,35 @@
+"""Files that are whole or absent: written aside, brought to disk, renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to it when the block ends well, removed when it does not."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        publish_file(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def publish_file(aside: Path, path: Path) -> None:
+    """Brings a finished file to disk and renames it, so that after a power cut it is whole or absent."""
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
