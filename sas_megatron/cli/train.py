@@ -27,6 +27,6 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         print_costs({config: run_config})
         return
     logging.basicConfig(format="%(message)s")
-    from sas_megatron.training.loop import train as run_training
+    from sas_megatron.training.start import train as run_training
 
     run_training(run_config)

@@ -36,11 +36,6 @@ class Topology:
         return self.rank == 0
 
 
-def launched_world_size() -> int:
-    """Ranks of this run, as the launcher's environment tells before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextlib.contextmanager
 def joined_topology(
     config: ParallelConfig, *, device: torch.device, seed: int, timeout_minutes: float

@@ -25,7 +25,7 @@ class WireLedger(TorchDispatchMode):
 
     def __init__(self, names: dict[str, dist.ProcessGroup]) -> None:
         super().__init__()
-        self.names = {group.group_name: name for name, group in names.items() if group.size() > 1}
+        self.names = {group.group_name: name for name, group in names.items()}
         self.bytes_sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
     def __torch_dispatch__(
@@ -43,7 +43,9 @@ class WireLedger(TorchDispatchMode):
         rule = _BYTES_SENT.get(operation)
         if rule is None:
             return
-        group = next(_groups(args))
+        group = next(iter(_groups(args)))
+        if group.size() == 1:
+            return
         name = self.names.get(group.group_name, "other")
         self.bytes_sent[name][operation.strip("_")] += rule(args, group.size())
 
@@ -88,7 +90,7 @@ def _input_passes(args: tuple[Any, ...], size: int) -> float:
 
 def _all_to_all_single(args: tuple[Any, ...], size: int) -> float:
     # alltoall_base_(output, input, group, output_split_sizes, input_split_sizes, timeout)
-    source, group, input_splits = args[1], next(_groups(args)), args[4]
+    source, group, input_splits = args[1], next(iter(_groups(args))), args[4]
     if not input_splits:
         return (size - 1) / size * _bytes(source)
     row_bytes = _bytes(source) / max(1, source.shape[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,41 +61,28 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
-@contextlib.contextmanager
-def _on_cpu(*_args: object, **_options: object) -> Iterator[None]:
-    yield
-
-
-def _nothing(*_args: object, **_options: object) -> None:
-    return None
-
-
-def _get_rng_state(*_args: object, **_options: object) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: torch.Tensor, *_args: object, **_options: object) -> None:
-    torch.set_rng_state(new_state)
-
-
 def _stand_ins() -> dict[str, Any]:
-    """Names in `torch.cuda` and what answers for them on CPU."""
+    """Names in `torch.cuda` and what answers for them on CPU.
+
+    Each is an object of its own: torch's compiler keeps a table of these functions and refuses one
+    that stands under two names.
+    """
     return {
         # A torch.device, because factory calls take what current_device() returns as their device.
         "current_device": lambda: torch.device("cpu"),
-        "set_device": _nothing,
-        "synchronize": _nothing,
-        "empty_cache": _nothing,
-        "reset_peak_memory_stats": _nothing,
-        "device": _on_cpu,
-        "stream": _on_cpu,
+        "set_device": lambda _device: None,
+        "synchronize": lambda _device=None: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda _device=None: None,
+        "device": contextlib.nullcontext,
+        "stream": lambda _stream: contextlib.nullcontext(),
         "Stream": _CpuStream,
-        "Event": _CpuStream,
-        "current_stream": _CpuStream,
-        "default_stream": _CpuStream,
-        "manual_seed": torch.manual_seed,
-        "get_rng_state": _get_rng_state,
-        "set_rng_state": _set_rng_state,
+        "Event": type("Event", (_CpuStream,), {}),
+        "current_stream": lambda _device=None: _CpuStream(),
+        "default_stream": lambda _device=None: _CpuStream(),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "get_rng_state": lambda *_args, **_options: torch.get_rng_state(),
+        "set_rng_state": lambda new_state, *_args, **_options: torch.set_rng_state(new_state),
     }
 
 
@@ -129,14 +116,14 @@ def install() -> bool:
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _nothing)
+        setattr(torch.cuda.nvtx, name, lambda *_args: None)
     _CudaMeansCpu().__enter__()
 
     from megatron.core.tensor_parallel import random as megatron_random
 
     # On CPU the two random states that its tracker compares are one, so it would warn at each use.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-    megatron_random._get_cuda_rng_state = _get_rng_state
-    megatron_random._set_cuda_rng_state = _set_rng_state
+    megatron_random._get_cuda_rng_state = lambda *_args, **_options: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_args, **_options: torch.set_rng_state(state)
     _installed = True
     return True

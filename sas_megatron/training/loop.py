@@ -1,6 +1,6 @@
 """A whole run: assemble or resume, step, evaluate, save, and leave a summary.
 
-    config -> groups -> data -> trainer -> [ step -> record -> (evaluate) -> (save) ]* -> summary
+    data -> trainer -> [ step -> record -> (evaluate) -> (save) ]* -> summary
 """
 
 from __future__ import annotations
@@ -20,42 +20,21 @@ from sas_megatron.data.batches import (
     build_training_samples,
     build_validation_samples,
     microbatches,
-    open_token_files,
 )
+from sas_megatron.data.opening import open_token_files
 from sas_megatron.data.token_files import load_manifest
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.model.language_loss import Batch
-from sas_megatron.parallel.topology import Topology, joined_topology, launched_world_size
+from sas_megatron.parallel.topology import Topology
 from sas_megatron.parallel.wire_ledger import WireLedger
-from sas_megatron.platform.device import describe_machine, peak_memory_bytes, prepare_device
+from sas_megatron.platform.device import describe_machine, peak_memory_bytes
 from sas_megatron.training.assembly import Trainer, assemble
 from sas_megatron.training.console import Console
 from sas_megatron.training.metrics import Meter, Progress
 from sas_megatron.training.run_files import RunFiles, describe_software
 from sas_megatron.training.state import capture_state, restore_state
 from sas_megatron.training.step import StepResult, train_step
-
-
-def train(config: RunConfig) -> None:
-    """Runs training to its end on this rank; the files are in `logging.run_directory`.
-
-    Raises:
-        UserError: something in config, data or layout does not fit; nothing has been written then.
-        TrainingFault: the loss or gradients became non-finite.
-    """
-    data_size = config.check_world_size(launched_world_size())
-    open_token_files(config.data, vocab_size=config.model.vocab_size)
-    RunFiles.check_directory(config)
-    device = prepare_device()
-    with joined_topology(
-        config.parallel,
-        device=device,
-        seed=config.training.seed,
-        timeout_minutes=config.training.collective_timeout_minutes,
-    ) as topology:
-        assert topology.data_size == data_size
-        Run(config, topology).complete()
 
 
 class Run:

@@ -1,0 +1,10 @@
+"""What the launcher tells a process of its place, before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+
+def launched_world_size() -> int:
+    """Ranks of this run, as the launcher's environment tells before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,36 @@
+"""From a config to a running rank: what the user can mend is found before anything heavy is imported."""
+
+from __future__ import annotations
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.data.opening import open_token_files
+from sas_megatron.platform.launcher import launched_world_size
+from sas_megatron.training.run_files import RunFiles
+
+
+def train(config: RunConfig) -> None:
+    """Runs training to its end on this rank; the files are in `logging.run_directory`.
+
+    Raises:
+        UserError: something in config, data or layout does not fit; nothing has been written then.
+        TrainingFault: the loss or gradients became non-finite.
+    """
+    config.check_world_size(launched_world_size())
+    open_token_files(config.data, vocab_size=config.model.vocab_size)
+    RunFiles.check_directory(config)
+
+    from sas_megatron.platform.device import prepare_device
+
+    # Before Megatron-core is imported: on CPU it needs the stand-in.
+    device = prepare_device()
+
+    from sas_megatron.parallel.topology import joined_topology
+    from sas_megatron.training.loop import Run
+
+    with joined_topology(
+        config.parallel,
+        device=device,
+        seed=config.training.seed,
+        timeout_minutes=config.training.collective_timeout_minutes,
+    ) as topology:
+        Run(config, topology).complete()
