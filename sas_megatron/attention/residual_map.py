@@ -47,7 +47,7 @@ class ResidualMap(nn.Module, ABC):
 
     @torch.no_grad()
     def initialize(self, scheme: str, std: float, generator: DrawGenerator) -> None:
-        """Draws the weights, in float32 on the CPU, then casts.
+        """Draws the weights, in float64 on the CPU, then casts.
 
         Args:
             scheme: `authors`, PyTorch's default for convolutions and linear maps, uniform ±1/√fan_in
@@ -59,7 +59,7 @@ class ResidualMap(nn.Module, ABC):
         for name, parameter in self.named_parameters():
             matrix = self.expand if name.startswith("expand") else self.refine
             bound = 1 / math.sqrt(matrix[0].numel())
-            drawn = torch.zeros(parameter.shape)
+            drawn = torch.zeros(parameter.shape, dtype=torch.float64)
             if scheme == "authors":
                 drawn.uniform_(-bound, bound, generator=generator(name))
             elif scheme == "normal" and parameter is matrix:

@@ -108,13 +108,12 @@ def by_reference(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> 
     return LayerResult(output.detach(), hidden.grad, gradients)
 
 
-def build_layer(case: LayerCase, tensor: int) -> torch.nn.Module:
-    """The Megatron-core module on this rank; the groups must exist."""
-    from megatron.core.transformer.spec_utils import build_module
+def transformer_config(case: LayerCase, tensor: int) -> Any:
+    """Megatron-core's config of one layer."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = case.config()
-    transformer = TransformerConfig(
+    return TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN_SIZE,
         num_attention_heads=config.num_heads,
@@ -126,7 +125,13 @@ def build_layer(case: LayerCase, tensor: int) -> torch.nn.Module:
         tensor_model_parallel_size=tensor,
         sequence_parallel=case.sequence_parallel,
     )
-    return build_module(config.build_spec(), config=transformer, layer_number=1)
+
+
+def build_layer(case: LayerCase, tensor: int) -> torch.nn.Module:
+    """The Megatron-core module on this rank; the groups must exist."""
+    from megatron.core.transformer.spec_utils import build_module
+
+    return build_module(case.config().build_spec(), config=transformer_config(case, tensor), layer_number=1)
 
 
 def rotary_angles(config: AttentionConfig) -> torch.Tensor:

@@ -1,0 +1,87 @@
+"""Properties that every variant has: causality, and dropout that knows the tensor group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.attention.aggregation import average_blocks
+from sas_megatron.config.parallel import ParallelConfig
+from tests.attention import layer_case
+from tests.attention.layer_case import LayerCase
+from tests.rank_pool import in_layout
+from tests.tolerances import assert_near
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
+    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+    "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
+    "sas": {"kind": "sas", "num_heads": 4, "head_dim": 6, "kernel_size": 5},
+    "sas grouped": {"kind": "sas", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "head_expansion": 2},
+}
+
+
+def output_change(case: LayerCase, changed_token: int) -> torch.Tensor:
+    """Largest output change at each position when one token's input changes."""
+    in_layout(ParallelConfig())
+    layer = layer_case.build_layer(case, 1)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(layer_case.drawn(name, parameter.shape, case.dtype))
+    rotary = layer_case.rotary_angles(case.config())
+    hidden = layer_case.layer_input(case.dtype)
+    before, _ = layer(hidden, None, rotary_pos_emb=rotary)
+    hidden[changed_token] += 1.0
+    after, _ = layer(hidden, None, rotary_pos_emb=rotary)
+    return (after - before).abs().amax(dim=(1, 2)).detach()
+
+
+@pytest.mark.parametrize("backend", ["fused", "unfused"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_changed_token_changes_nothing_before_it(ranks: Any, variant: str, backend: str) -> None:
+    case = LayerCase.of(backend=backend, **VARIANTS[variant])
+    [change] = ranks(1).run(output_change, case, 5)
+    assert change[:5].max() == 0.0
+    assert (change[5:] > 0.0).all(), "the changed token must reach itself and what follows"
+
+
+@pytest.mark.parametrize("variant", ["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_baselines_compute_their_definition_at_any_number_of_ranks(ranks: Any, variant: str, tensor: int) -> None:
+    case = LayerCase.of(**VARIANTS[variant])
+    expected = layer_case.by_reference(case.attention, case.dtype)
+    actual = layer_case.joined(case, ranks(tensor).run(layer_case.on_rank, case, tensor))
+    assert_near(actual.output, expected.output, case.dtype, "output")
+    assert_near(actual.input_gradient, expected.input_gradient, case.dtype, "input gradient")
+    for name, gradient in expected.gradients.items():
+        assert_near(actual.gradients[name], gradient, case.dtype, f"gradient of {name}")
+
+
+def attention_weights_dropped(tensor: int, seed: int) -> torch.Tensor:
+    """Which of equal attention weights survive dropout on this rank: the output shows it."""
+    from sas_megatron.attention.core import CoreAttention
+    from sas_megatron.config.attention import parse_attention
+
+    in_layout(ParallelConfig(tensor=tensor), seed=seed)
+    attention = parse_attention({"kind": "mha", "num_heads": 2, "head_dim": 16, "dropout": 0.5})
+    core = CoreAttention(layer_case.transformer_config(LayerCase.of(**VARIANTS["mha"]), tensor), attention=attention)
+    query = torch.zeros(16, 1, 2, 16)
+    value = torch.eye(16)[:, None, None, :].expand(16, 1, 2, 16)
+    return core.train()(query, query, value, None)
+
+
+def test_tensor_ranks_drop_different_attention_weights_reproducibly(ranks: Any) -> None:
+    first, second = ranks(2).run(attention_weights_dropped, 2, 3)
+    again, _ = ranks(2).run(attention_weights_dropped, 2, 3)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again)
+
+
+def test_averaging_before_projecting_equals_projecting_each_block() -> None:
+    context = layer_case.drawn("context", (5, 3, 12, 7), torch.float64)
+    weight = layer_case.drawn("projection", (20, 4 * 7), torch.float64)
+    each = [block.flatten(2) @ weight.T for block in context.chunk(3, dim=2)]
+    once = average_blocks(context, 3).flatten(2) @ weight.T
+    assert_near(once, torch.stack(each).mean(dim=0), torch.float64, "aggregation")
