@@ -11,7 +11,8 @@ import click
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
 @click.option("--dry-run", is_flag=True, help="Print the resolved config and its costs; start nothing.")
-def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--check", "only_check", is_flag=True, help="Check config, data and WORLD_SIZE; start nothing.")
+def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bool) -> None:
     """Train the model that CONFIG describes; OVERRIDES read section.field=value.
 
     The same command runs bare (one process), under torchrun (launch/torchrun.sh) and under a
@@ -26,7 +27,11 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         click.echo(dump_yaml(run_config))
         print_costs({config: run_config})
         return
-    logging.basicConfig(format="%(message)s")
-    from sas_megatron.training.start import train as run_training
+    from sas_megatron.platform.launcher import launched_world_size
+    from sas_megatron.training import start
 
-    run_training(run_config)
+    if only_check:
+        start.check(run_config, world_size=launched_world_size())
+        return
+    logging.basicConfig(format="%(message)s")
+    start.train(run_config)

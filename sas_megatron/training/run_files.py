@@ -54,17 +54,17 @@ class RunFiles:
                 "holds a run already",
                 "set checkpoint.resume=true to go on with it, or choose another directory",
             )
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise FileProblem(
-                directory, f"cannot be made ({error.strerror})", "choose another logging.run_directory"
+                directory,
+                f"cannot be written ({existing} is {'not writable' if existing.is_dir() else 'a file'})",
+                "choose another logging.run_directory",
             )
-        if not os.access(directory, os.W_OK):
-            raise FileProblem(directory, "is not writable", "choose another logging.run_directory")
 
     def open(self, config: RunConfig, provenance: dict[str, Any], *, resumed_step: int) -> None:
         """Starts or goes on with the files; records after `resumed_step` are dropped, they come again."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         resolved = dump_yaml(config)
         _write_aside(self.directory / "config.yaml", resolved)
         self._write_provenance(resolved, provenance, resumed_step)

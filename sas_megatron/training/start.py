@@ -8,16 +8,25 @@ from sas_megatron.platform.launcher import launched_world_size
 from sas_megatron.training.run_files import RunFiles
 
 
+def check(config: RunConfig, *, world_size: int) -> None:
+    """Finds what the user can mend, without torch, and leaves nothing on disk.
+
+    Raises:
+        UserError: something in config, data, layout or run directory does not fit.
+    """
+    config.check_world_size(world_size)
+    open_token_files(config.data, vocab_size=config.model.vocab_size)
+    RunFiles.check_directory(config)
+
+
 def train(config: RunConfig) -> None:
     """Runs training to its end on this rank; the files are in `logging.run_directory`.
 
     Raises:
-        UserError: something in config, data or layout does not fit; nothing has been written then.
+        UserError: as `check` does.
         TrainingFault: the loss or gradients became non-finite.
     """
-    config.check_world_size(launched_world_size())
-    open_token_files(config.data, vocab_size=config.model.vocab_size)
-    RunFiles.check_directory(config)
+    check(config, world_size=launched_world_size())
 
     from sas_megatron.platform.device import prepare_device
 
