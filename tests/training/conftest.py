@@ -1,0 +1,56 @@
+"""A small corpus, tokenized once, and runs on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.loading import build_run_config
+from sas_megatron.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class SmallData:
+    """Token files of some hundred kilobytes of real text."""
+
+    prefix: Path
+    tokenizer: Path
+
+    def run(self, directory: Path, **sections: dict[str, Any]) -> RunConfig:
+        """A run of some seconds; `sections` are merged over its settings."""
+        tree: dict[str, dict[str, Any]] = {
+            "model": {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "vocab_size": 512},
+            "attention": {"kind": "sas", "num_heads": 4, "head_dim": 12, "head_expansion": 2},
+            "data": {
+                "prefixes": [str(self.prefix)],
+                "tokenizer": str(self.tokenizer),
+                "sequence_length": 40,
+                "split": [0.8, 0.2],
+            },
+            "optimizer": {"learning_rate": 3e-3},
+            "schedule": {"kind": "cosine", "warmup_steps": 3},
+            "training": {"num_steps": 20, "global_batch_size": 8, "micro_batch_size": 4},
+            "evaluation": {"num_sequences": 6, "interval": 10},
+            "logging": {"run_directory": str(directory), "interval": 1, "tensorboard": False},
+        }
+        for section, fields in sections.items():
+            tree.setdefault(section, {}).update(fields)
+        return build_run_config(tree)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
+    from sas_megatron.data.corpus import builtin_corpus
+    from sas_megatron.data.documents import stream_documents
+    from sas_megatron.data.prepare import prepare_token_files
+    from sas_megatron.data.tokenizer_training import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("small_data")
+    corpus = builtin_corpus(folder, max_bytes=400_000)
+    tokenizer, prefix = folder / "tokenizer.model", folder / "text"
+    train_tokenizer(stream_documents([corpus]), vocab_size=512, model_path=tokenizer)
+    prepare_token_files([corpus], tokenizer_path=tokenizer, prefix=prefix, num_workers=1)
+    return SmallData(prefix, tokenizer)

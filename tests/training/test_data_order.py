@@ -1,0 +1,151 @@
+"""What a step reads: the same samples in the same order at any layout; held-out windows and their bytes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.config.errors import FieldError
+from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.config.run import RunConfig
+from sas_megatron.data.opening import open_token_files
+from tests.rank_pool import in_layout
+from tests.training.conftest import SmallData
+
+
+def tokens_of_step(config: RunConfig, step: int, data_rank: int, data_size: int) -> list[list[int]]:
+    from sas_megatron.data.batches import build_training_samples, microbatches
+
+    in_layout(ParallelConfig())
+    tokenizer = open_token_files(config.data, vocab_size=config.model.vocab_size)
+    samples = build_training_samples(config.data, tokenizer, num_samples=160, seed=config.training.seed)
+    batches = microbatches(
+        samples,
+        first_sample=step * config.training.global_batch_size,
+        num_samples=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        data_rank=data_rank,
+        data_size=data_size,
+        device=torch.device("cpu"),
+    )
+    return [row.tolist() for batch in batches for row in batch["tokens"]]
+
+
+def test_data_parallel_ranks_share_a_step_without_gap_or_repeat(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = small_data.run(tmp_path, training={"global_batch_size": 12, "micro_batch_size": 3})
+    [alone] = ranks(1).run(tokens_of_step, config, 2, 0, 1)
+    shared = [ranks(1).run(tokens_of_step, config, 2, rank, 4)[0] for rank in range(4)]
+    assert len(alone) == 12
+    assert sorted(alone) == sorted(row for rows in shared for row in rows)
+    [another] = ranks(1).run(tokens_of_step, config, 3, 0, 1)
+    assert not set(map(tuple, alone)) & set(map(tuple, another)), "steps must not repeat samples"
+
+
+def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
+    """Labels of the validation windows, and what the evaluation makes of a model that knows nothing."""
+    from sas_megatron.data.batches import ByteLengths, build_validation_samples, microbatches
+    from sas_megatron.evaluation.held_out import evaluate_held_out
+
+    topology = in_layout(ParallelConfig())
+    tokenizer = open_token_files(config.data, vocab_size=config.model.vocab_size)
+    count = config.evaluation.num_sequences
+    samples = build_validation_samples(config.data, tokenizer, num_samples=count)
+
+    def batches() -> Any:
+        return microbatches(
+            samples,
+            first_sample=0,
+            num_samples=count,
+            micro_batch_size=4,
+            data_rank=0,
+            data_size=1,
+            device=topology.device,
+        )
+
+    class Uniform(torch.nn.Module):
+        def forward(self, tokens: Any, positions: Any, mask: Any, labels: Any) -> torch.Tensor:
+            return torch.full(labels.shape, math.log(512.0))
+
+    labels = [row.tolist() for batch in batches() for row in batch["labels"]]
+    result = evaluate_held_out(
+        Uniform(), batches(), byte_lengths=ByteLengths(tokenizer, topology.device), topology=topology
+    )
+    return labels, result.loss, result.bits_per_byte, result.num_bytes
+
+
+def test_validation_windows_do_not_depend_on_the_seed(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    [first] = ranks(1).run(held_out, small_data.run(tmp_path, training={"seed": 1}))
+    [second] = ranks(1).run(held_out, small_data.run(tmp_path, training={"seed": 2}))
+    assert first[0] == second[0]
+
+
+def test_bits_per_byte_counts_the_bytes_that_the_labels_spell(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = small_data.run(tmp_path)
+    [(labels, loss, bits_per_byte, num_bytes)] = ranks(1).run(held_out, config)
+    tokenizer = open_token_files(config.data, vocab_size=512)
+    spelled = sum(len(tokenizer.decode_bytes(row)) for row in labels)
+    assert len(labels) == 6
+    assert num_bytes == spelled
+    assert loss == pytest.approx(math.log(512))
+    assert bits_per_byte == pytest.approx(len(labels) * 40 * 9 / spelled)
+
+
+def losses_with_other_past(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Losses of a sample with an inner document end, and with another first document."""
+    from sas_megatron.data.batches import build_training_samples
+    from sas_megatron.model.assembly import build_gpt
+
+    in_layout(ParallelConfig())
+    tokenizer = open_token_files(config.data, vocab_size=512)
+    samples = build_training_samples(config.data, tokenizer, num_samples=2000, seed=1)
+    for index in range(2000):
+        sample = samples[index]
+        ends = (sample["tokens"] == tokenizer.eod).nonzero().flatten().tolist()
+        if ends and 5 < ends[0] < 30:
+            break
+    else:
+        raise AssertionError("no sample holds a document end")
+    model = build_gpt(config).eval()
+    batch = {name: torch.as_tensor(value)[None] for name, value in sample.items()}
+
+    def losses(tokens: torch.Tensor) -> torch.Tensor:
+        mask = batch.get("attention_mask")
+        return model(tokens, batch["position_ids"], mask, labels=batch["labels"]).detach()[0]
+
+    other = batch["tokens"].clone()
+    other[0, : ends[0]] = (other[0, : ends[0]] + 7) % 500
+    return losses(batch["tokens"]), losses(other), ends[0]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_documents_are_kept_apart_exactly_when_asked(
+    ranks: Any, small_data: SmallData, tmp_path: Path, apart: bool
+) -> None:
+    config = small_data.run(tmp_path, data={"reset_at_document_ends": apart})
+    [(before, after, end)] = ranks(1).run(losses_with_other_past, config)
+    assert not torch.equal(before[:end], after[:end])
+    assert torch.equal(before[end + 1 :], after[end + 1 :]) is apart
+
+
+def test_another_tokenizer_than_the_data_was_written_by_is_refused(small_data: SmallData, tmp_path: Path) -> None:
+    from sas_megatron.data.tokenizer_training import train_tokenizer
+
+    other = tmp_path / "other.model"
+    train_tokenizer(["some text, and some more of it\n" * 50], vocab_size=300, model_path=other)
+    config = small_data.run(tmp_path, data={"tokenizer": str(other)})
+    with pytest.raises(FieldError, match=r"data\.tokenizer=.*is not the tokenizer that wrote"):
+        open_token_files(config.data, vocab_size=512)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(small_data: SmallData, tmp_path: Path) -> None:
+    config = small_data.run(tmp_path)
+    with pytest.raises(FieldError, match=r"model\.vocab_size=300: is less than the 512 pieces .*; use 512"):
+        open_token_files(config.data, vocab_size=300)

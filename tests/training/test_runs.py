@@ -1,0 +1,211 @@
+"""Whole runs: the loss falls, stopping and going on changes nothing, layouts and faults leave their marks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.run import RunConfig
+from sas_megatron.training.run_files import RunFiles
+from tests.rank_pool import in_layout
+from tests.tolerances import LOSS_AFTER_FIVE_STEPS
+from tests.training.conftest import SmallData
+
+
+def complete(config: RunConfig) -> None:
+    """The run on this rank, within the pool's world."""
+    from sas_megatron.training.loop import Run
+
+    Run(config, in_layout(config.parallel, seed=config.training.seed)).complete()
+
+
+def records(config: RunConfig, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (Path(config.logging.run_directory) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def summary(config: RunConfig) -> dict[str, Any]:
+    return json.loads((Path(config.logging.run_directory) / "summary.json").read_text())
+
+
+def final_states(config: RunConfig) -> list[dict[str, Any]]:
+    """What each rank saved last."""
+    folder = RunFiles.checkpoints(config) / f"iter_{config.training.num_steps:07d}"
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank_*.pt"))]
+
+
+def assert_bit_equal(actual: Any, expected: Any, place: str = "") -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected), f"{place} differs"
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), place
+        for key in expected:
+            assert_bit_equal(actual[key], expected[key], f"{place}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), place
+        for index, (left, right) in enumerate(zip(actual, expected, strict=True)):
+            assert_bit_equal(left, right, f"{place}/{index}")
+    else:
+        assert actual == expected, f"{place}: {actual} is not {expected}"
+
+
+@pytest.mark.parametrize("kind", ["mha", "sas"])
+def test_training_on_the_builtin_corpus_lowers_the_loss(
+    ranks: Any, small_data: SmallData, tmp_path: Path, kind: str
+) -> None:
+    attention = {"kind": kind, "num_heads": 4, "head_dim": 12}
+    config = small_data.run(tmp_path / "run", training={"num_steps": 40})
+    tree = config.model_dump(mode="json") | {"attention": attention}
+    from sas_megatron.config.loading import build_run_config
+
+    config = build_run_config(tree)
+    ranks(1).run(complete, config)
+    losses = [record["train_loss"] for record in records(config)]
+    assert losses[0] == pytest.approx(math.log(512), abs=0.3), "untrained, every token is equally likely"
+    assert losses[-1] < losses[0] - 1.0
+    held_out = records(config, "validation")
+    assert [record["step"] for record in held_out] == [10, 20, 30, 40]
+    assert held_out[-1]["validation_loss"] < held_out[0]["validation_loss"] - 0.2
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "tensor 2 with dropout": (
+        2,
+        {"parallel": {"tensor": 2, "sequence": True}, "model": {"hidden_dropout": 0.1}, "attention": {"dropout": 0.1}},
+    ),
+    "data 2, bfloat16, distributed optimizer": (
+        2,
+        {"optimizer": {"distributed": True}, "training": {"precision": "bfloat16"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(
+    ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
+) -> None:
+    world_size, sections = LAYOUTS[layout]
+
+    def run(name: str, **more: dict[str, Any]) -> RunConfig:
+        merged = {section: {**sections.get(section, {}), **more.get(section, {})} for section in {**sections, **more}}
+        return small_data.run(tmp_path / name, **merged)
+
+    whole = run("whole")
+    ranks(world_size).run(complete, whole)
+    first = run("parts", training={"stop_after_steps": 10})
+    ranks(world_size).run(complete, first)
+    assert summary(first)["exit_reason"] == "stop_after_steps"
+    rest = run("parts", checkpoint={"resume": True})
+    ranks(world_size).run(complete, rest)
+
+    for rank, (actual, expected) in enumerate(zip(final_states(rest), final_states(whole), strict=True)):
+        for part in ("model", "optimizer", "schedule_steps", "random"):
+            assert_bit_equal(actual[part], expected[part], f"rank {rank} {part}")
+    timeless = ("step", "consumed_tokens", "training_flops", "train_loss", "gradient_norm", "learning_rate")
+    assert [[record[key] for key in timeless] for record in records(rest)] == [
+        [record[key] for key in timeless] for record in records(whole)
+    ]
+    assert summary(rest)["final_validation_loss"] == summary(whole)["final_validation_loss"]
+    provenance = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert [session["from_step"] for session in provenance["sessions"]] == [0, 10]
+
+
+def test_records_after_the_checkpoint_are_written_once(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    first = small_data.run(tmp_path / "run", training={"stop_after_steps": 10})
+    ranks(1).run(complete, first)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    # As a crash leaves it: steps past the checkpoint, the last line cut short.
+    metrics.write_text(metrics.read_text() + '{"kind": "train", "step": 11}\n{"kind": "train", "st')
+    rest = small_data.run(tmp_path / "run", checkpoint={"resume": True})
+    ranks(1).run(complete, rest)
+    assert [record["step"] for record in records(rest)] == list(range(1, 21))
+
+
+def test_layouts_see_the_same_samples_and_losses(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    losses = {}
+    for name, world_size, parallel, micro in (
+        ("one", 1, {}, 8),
+        ("tensor", 2, {"tensor": 2}, 2),
+        ("data", 2, {}, 4),
+        ("both", 4, {"tensor": 2, "sequence": True}, 1),
+    ):
+        config = small_data.run(
+            tmp_path / name, parallel=parallel, training={"num_steps": 5, "micro_batch_size": micro}
+        )
+        ranks(world_size).run(complete, config)
+        losses[name] = [record["train_loss"] for record in records(config)] + [
+            summary(config)["final_validation_loss"]
+        ]
+    for name, found in losses.items():
+        assert found == pytest.approx(losses["one"], rel=LOSS_AFTER_FIVE_STEPS), name
+
+
+def complete_with_broken_weight(config: RunConfig, broken_rank: int) -> None:
+    from sas_megatron.training.loop import Run
+
+    topology = in_layout(config.parallel, seed=config.training.seed)
+    run = Run(config, topology)
+    if topology.rank == broken_rank:
+        original = run._training_batches
+
+        def poisoned() -> Any:
+            if run.progress.step == 2:
+                with torch.no_grad():
+                    next(run.trainer.model_chunks[0].parameters()).fill_(float("nan"))
+            return original()
+
+        run._training_batches = poisoned  # type: ignore[method-assign]
+    run.complete()
+
+
+def test_a_non_finite_loss_stops_the_run_naming_step_and_rank(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = small_data.run(tmp_path / "run")
+    with pytest.raises(AssertionError, match=r"step 3: the loss is not finite on rank 1 microbatch 0 \(nan\)"):
+        ranks(2).run(complete_with_broken_weight, config, 1)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert [record["step"] for record in records(config)] == [1, 2]
+
+
+def test_a_run_directory_is_not_written_over(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    config = small_data.run(tmp_path / "run", training={"num_steps": 4})
+    ranks(1).run(complete, config)
+    with pytest.raises(FieldError, match=r"holds a run already; set checkpoint\.resume=true"):
+        RunFiles.check_directory(config)
+
+
+def test_an_unwritable_run_directory_is_refused_before_anything_is_made(
+    small_data: SmallData, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FileProblem, match=r"cannot be written \(.*file is a file\); choose another"):
+        RunFiles.check_directory(small_data.run(tmp_path / "file" / "run"))
+
+
+def test_the_run_directory_says_where_the_run_came_from(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    config = small_data.run(
+        tmp_path / "run", training={"num_steps": 4}, logging={"tensorboard": True, "wire_ledger": True}
+    )
+    ranks(2).run(complete, config)
+    from sas_megatron.config.loading import load_run_config
+
+    assert load_run_config(tmp_path / "run" / "config.yaml") == config
+    provenance = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert provenance["world_size"] == 2
+    assert provenance["packages"]["megatron-core"]
+    assert provenance["machine"]["processor"]
+    assert provenance["corpus"]["text"]["bin_sha256"]
+    result = summary(config)
+    assert result["exit_reason"] == "finished"
+    assert result["tokens"] == 4 * 8 * 40
+    assert result["training_flops"] == result["tokens"] * sum(result["training_flops_per_token"].values())
+    assert result["wire_bytes_sent_by_rank_0"]["data"]["allreduce"] > 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
