@@ -1,0 +1,161 @@
+"""Speed and memory of `prepare_token_files` against sentencepiece alone on the same texts."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sas_megatron.data.documents import stream_documents
+from sas_megatron.data.prepare import prepare_token_files
+
+MEMORY_POLL_SECONDS = 0.02
+
+# One process: texts in memory, in one batch, one thread, the fastest kind of result (numpy).
+# It waits for a line before it encodes, so that all begin together, and tells tokens and seconds.
+BARE_ENCODING = """
+import sys, time
+import pyarrow.parquet, sentencepiece
+path, model, share, shares = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+processor = sentencepiece.SentencePieceProcessor(model_file=model)
+texts = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()[share::shares]
+print("ready", flush=True)
+sys.stdin.readline()
+started = time.perf_counter()
+encoded = processor.encode(texts, return_type="numpy", num_threads=1)
+seconds = time.perf_counter() - started
+print(sum(map(len, encoded)), seconds, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class TokenizationMeasurement:
+    """Medians over repeats that alternate between the two; imports of the processes are left out of both."""
+
+    workers: int
+    repeats: int
+    tokens: int
+    text_bytes: int
+    prepare_tokens_per_second: float
+    bare_tokens_per_second: float  # as many concurrent processes of sentencepiece alone
+    ratio: float
+    peak_memory_bytes: int  # resident memory of all processes, the command itself included
+    peak_memory_bytes_of_triple: int  # of a corpus three times as long
+
+
+def measure_tokenization(
+    source_parquet: Path, tokenizer_path: Path, *, workers: int, repeats: int = 5
+) -> dict[str, Any]:
+    """Measures and returns the fields of `TokenizationMeasurement`; the Parquet file has a column `text`."""
+    prepare_speeds: list[float] = []
+    bare_speeds: list[float] = []
+    tokens = text_bytes = 0
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder, "tokens")
+        for _ in range(repeats):
+            preparation = prepare_token_files(
+                [source_parquet],
+                tokenizer_path=tokenizer_path,
+                prefix=prefix,
+                num_workers=workers,
+                overwrite=True,
+            )
+            tokens, text_bytes = preparation.manifest.num_tokens, preparation.manifest.text_bytes
+            prepare_speeds.append(tokens / preparation.encoding_seconds)
+            bare_speeds.append(_measure_bare(source_parquet, tokenizer_path, workers))
+        peak = _measure_memory(source_parquet, tokenizer_path, prefix, workers)
+        triple = _write_triple(source_parquet, Path(folder, "triple.parquet"))
+        peak_of_triple = _measure_memory(triple, tokenizer_path, prefix, workers)
+    prepare_speed, bare_speed = statistics.median(prepare_speeds), statistics.median(bare_speeds)
+    return asdict(
+        TokenizationMeasurement(
+            workers,
+            repeats,
+            tokens,
+            text_bytes,
+            prepare_speed,
+            bare_speed,
+            prepare_speed / bare_speed,
+            peak,
+            peak_of_triple,
+        )
+    )
+
+
+def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int) -> float:
+    """Tokens a second of concurrent processes, each with its share of the documents, until the last ends."""
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                BARE_ENCODING,
+                source_parquet,
+                tokenizer_path,
+                str(share),
+                str(num_processes),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for share in range(num_processes)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    results = [process.communicate()[0].split() for process in processes]
+    tokens = sum(int(result[0]) for result in results)
+    return tokens / max(float(result[1]) for result in results)
+
+
+def _write_triple(source_parquet: Path, path: Path) -> Path:
+    texts = list(stream_documents([source_parquet]))
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        for _ in range(3):
+            writer.write_table(pa.table({"text": texts}), row_group_size=128)
+    return path
+
+
+def _measure_memory(source: Path, tokenizer_path: Path, prefix: Path, workers: int) -> int:
+    """The peak of a command of its own, so that what this process has loaded does not count."""
+    arguments = ["data", "prepare", str(source), "--tokenizer", str(tokenizer_path), "--output", str(prefix)]
+    command = [sys.executable, "-m", "sas_megatron", *arguments, "--workers", str(workers), "--overwrite"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(_resident_bytes(pid) for pid in _process_tree(process.pid)))
+        time.sleep(MEMORY_POLL_SECONDS)
+    if process.returncode != 0:
+        raise RuntimeError(f"the measured command ended with status {process.returncode}")
+    return peak
+
+
+def _process_tree(process_id: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+    except OSError:
+        return []
+    return [process_id, *(pid for child in children for pid in _process_tree(int(child)))]
+
+
+def _resident_bytes(process_id: int) -> int:
+    try:
+        for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # it ended in between
+    return 0

@@ -1,0 +1,143 @@
+"""`tokenizer train`, `data prepare` and `data inspect`: output, exit statuses, light help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from sas_megatron.cli.main import cli
+from sas_megatron.config.errors import UserError
+
+TEXT = "def twice(number):\n    return 2 * number\n\n" * 40
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=True)
+
+
+def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sas_megatron", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "texts").mkdir()
+    for number in range(3):
+        (folder / "texts" / f"{number}.py").write_text(f"# file {number}\n{TEXT}")
+    model, prefix = folder / "made" / "t.model", folder / "made" / "tokens"
+    trained = invoke("tokenizer", "train", folder / "texts", "--vocab-size", 300, "--output", model)
+    assert trained.exit_code == 0, trained.output
+    assert f"{model}: 300 tokens (bpe), trained on" in trained.output
+    prepared = invoke(
+        "data", "prepare", folder / "texts", "--tokenizer", model, "--output", prefix, "--workers", 1
+    )
+    assert prepared.exit_code == 0, prepared.output
+    assert f"{prefix}: 3 documents," in prepared.output
+    assert "tokens/s)" in prepared.output
+    return folder
+
+
+def test_inspect_shows_facts_and_the_document(folder: Path) -> None:
+    shown = invoke("data", "inspect", folder / "made" / "tokens", "--document", 2, "--verify")
+    assert shown.exit_code == 0, shown.output
+    assert "# file 2\ndef twice(number):" in shown.output
+    assert "every byte and token is as it was written" in shown.output
+    assert "uint16, one end of document each" in shown.output
+
+
+def test_inspect_prints_json_that_programs_can_read(folder: Path) -> None:
+    facts = json.loads(invoke("data", "inspect", folder / "made" / "tokens", "--json").stdout)
+    assert (facts["num_documents"], facts["vocab_size"]) == (3, 300)
+    assert facts["document"]["text"] == f"# file 0\n{TEXT}"
+
+
+def test_prepare_says_when_there_is_nothing_to_do(folder: Path) -> None:
+    made = folder / "made"
+    arguments = [
+        "data",
+        "prepare",
+        folder / "texts",
+        "--tokenizer",
+        made / "t.model",
+        "--output",
+        made / "tokens",
+    ]
+    assert "complete already" in invoke(*arguments).output
+    assert json.loads(invoke(*arguments, "--json").stdout)["num_documents"] == 3
+
+
+def test_inspect_refuses_another_tokenizer(folder: Path) -> None:
+    other = folder / "other.model"
+    invoke("tokenizer", "train", folder / "texts", "--vocab-size", 290, "--output", other)
+    shown = invoke("data", "inspect", folder / "made" / "tokens", "--tokenizer", other)
+    assert isinstance(shown.exception, UserError)
+    assert "other.model: is not the tokenizer that wrote the tokens" in str(shown.exception)
+
+
+def test_the_builtin_corpus_is_a_source(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, corpus_of_a_few: Path
+) -> None:
+    monkeypatch.setattr("sas_megatron.data.corpus.builtin_corpus", lambda: corpus_of_a_few)
+    model = folder / "builtin.model"
+    trained = invoke("tokenizer", "train", "builtin", "--vocab-size", 500, "--output", model, "--json")
+    assert json.loads(trained.stdout)["corpus_bytes"] > 10_000
+
+
+@pytest.fixture(scope="module")
+def corpus_of_a_few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sas_megatron.data.corpus import builtin_corpus
+
+    return builtin_corpus(tmp_path_factory.mktemp("builtin"), max_bytes=100_000)
+
+
+def test_what_the_user_can_mend_exits_with_two_and_no_traceback(folder: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent.jsonl"
+    model = folder / "made" / "t.model"
+    (tmp_path / "file").write_text("")
+    for arguments, message in [
+        (("data", "inspect", tmp_path / "none"), f"{tmp_path}/none.json: there is no record of token files"),
+        (
+            ("data", "prepare", absent, "--tokenizer", model, "--output", tmp_path / "t"),
+            f"{absent}: there is no such file or folder; check the path",
+        ),
+        (
+            (
+                "tokenizer",
+                "train",
+                folder / "texts",
+                "--vocab-size",
+                300,
+                "--output",
+                tmp_path / "file" / "t.model",
+            ),
+            "cannot be written (Not a directory); name another --output",
+        ),
+    ]:
+        ended = run_command(*arguments)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("sas-megatron: error: ")
+        assert message in ended.stderr
+        assert "Traceback" not in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("tokenizer",), ("tokenizer", "train"), ("data",), ("data", "prepare"), ("data", "inspect")]
+)
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    script = (
+        "import sys\nfrom sas_megatron.cli.main import cli\n"
+        f"cli.main([*{arguments!r}, '--help'], standalone_mode=False)\n"
+        "heavy = ('torch', 'pyarrow', 'numpy', 'sentencepiece', 'rich')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("Usage:")
+    assert shown.endswith("[]\n")

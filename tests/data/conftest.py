@@ -1,0 +1,29 @@
+"""A small corpus and tokenizer, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sas_megatron.data.corpus import builtin_corpus
+from sas_megatron.data.documents import stream_documents
+from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_training import train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builtin_corpus(tmp_path_factory.mktemp("corpus"), max_bytes=3_000_001)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_tokenizer(stream_documents([corpus]), vocab_size=1023, model_path=path, sample_bytes=500_000)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_path)

@@ -1,0 +1,21 @@
+"""The benchmark's numbers are those of what it says it measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sas_megatron.data.benchmark import measure_tokenization
+from sas_megatron.data.prepare import prepare_token_files
+
+
+def test_it_measures_speed_and_memory(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    measured = measure_tokenization(corpus, tokenizer_path, workers=2, repeats=1)
+    preparation = prepare_token_files(
+        [corpus], tokenizer_path=tokenizer_path, prefix=tmp_path / "tokens", num_workers=2
+    )
+    assert measured["tokens"] == preparation.manifest.num_tokens
+    assert measured["ratio"] == measured["prepare_tokens_per_second"] / measured["bare_tokens_per_second"]
+    assert measured["bare_tokens_per_second"] > 10_000
+    # Python with pyarrow and two workers: neither nothing, nor anything near a gigabyte.
+    assert 60e6 < measured["peak_memory_bytes"] < 900e6
+    assert measured["peak_memory_bytes_of_triple"] < 900e6

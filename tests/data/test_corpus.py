@@ -1,0 +1,55 @@
+"""The built-in corpus is the standard library, the same on every call."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from sas_megatron.config.errors import FileProblem
+from sas_megatron.data.corpus import builtin_corpus, default_cache_folder, hash_documents, resolve_sources
+
+MAX_BYTES = 200_003
+
+
+def test_it_is_deterministic_bounded_and_recorded(tmp_path: Path) -> None:
+    first, second = (builtin_corpus(tmp_path / name, max_bytes=MAX_BYTES) for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    table = pq.read_table(first)
+    texts, paths = table["text"].to_pylist(), table["path"].to_pylist()
+    assert paths == sorted(paths)
+    assert MAX_BYTES / 4 < sum(len(text.encode()) for text in texts) <= MAX_BYTES
+    for text, path in zip(texts, paths, strict=True):
+        assert Path(sysconfig.get_paths()["stdlib"], path).read_bytes() == text.encode()
+    record = json.loads(first.with_suffix(".json").read_text())
+    assert record["sha256"] == hash_documents(paths, texts)
+    assert record["num_documents"] == len(texts)
+
+
+def test_a_second_call_reuses_it_and_a_damaged_one_is_written_again(tmp_path: Path) -> None:
+    path = builtin_corpus(tmp_path, max_bytes=MAX_BYTES)
+    written = path.stat().st_mtime_ns
+    assert builtin_corpus(tmp_path, max_bytes=MAX_BYTES).stat().st_mtime_ns == written
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert builtin_corpus(tmp_path, max_bytes=MAX_BYTES).read_bytes() == whole
+
+
+def test_the_cache_folder_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_folder() == tmp_path / "sas_megatron"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache_folder() == Path.home() / ".cache" / "sas_megatron"
+
+
+def test_other_sources_stay_as_they_are() -> None:
+    assert resolve_sources(["a.txt", "./builtin"]) == ["a.txt", "./builtin"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileProblem, match=r"cannot be written \(.*\); set XDG_CACHE_HOME"):
+        builtin_corpus(tmp_path / "file", max_bytes=MAX_BYTES)

@@ -1,0 +1,133 @@
+"""Whatever is wrong with token files is found and said, before a training reads them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.data.prepare import prepare_token_files
+from sas_megatron.data.token_files import load_manifest, read_document_tokens, token_file, verify_token_files
+from sas_megatron.data.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def original(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("token_files")
+    for number in range(7):
+        (folder / f"{number}.txt").write_text(f"document number {number}\n" * (number + 1))
+    prepare_token_files(
+        [folder], tokenizer_path=tokenizer_path, prefix=folder / "out" / "tokens", num_workers=1
+    )
+    return folder / "out" / "tokens"
+
+
+@pytest.fixture
+def prefix(original: Path, tmp_path: Path) -> Path:
+    shutil.copytree(original.parent, tmp_path / "copy")
+    return tmp_path / "copy" / "tokens"
+
+
+def problem(prefix: Path, vocab_size: int | None = None, *, full: bool = False) -> str:
+    with pytest.raises(FileProblem) as caught:
+        verify_token_files(prefix, vocab_size, full=full)
+    message = str(caught.value)
+    assert message.startswith(str(prefix))
+    return message.removeprefix(str(prefix))
+
+
+def edit_manifest(prefix: Path, **fields: object) -> None:
+    path = token_file(prefix, ".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_whole_files_pass(prefix: Path, tokenizer: Tokenizer) -> None:
+    assert verify_token_files(prefix, tokenizer.vocab_size, full=True) == load_manifest(prefix)
+
+
+def test_a_document_is_read_by_its_number(prefix: Path, tokenizer: Tokenizer) -> None:
+    for number in range(7):
+        tokens = read_document_tokens(prefix, number).tolist()
+        assert tokens[-1] == tokenizer.eos_id
+        assert tokenizer.decode(tokens) == f"document number {number}\n" * (number + 1)
+    for number in (7, -1):
+        with pytest.raises(FieldError, match=f"document={number}: .* has 7 documents; count from 0"):
+            read_document_tokens(prefix, number)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_missing_truncated_and_longer_files_are_named(prefix: Path, ending: str) -> None:
+    path = token_file(prefix, ending)
+    content = path.read_bytes()
+    path.write_bytes(content[:-3])
+    again = "prepare it again with `sas-megatron data prepare --overwrite`"
+    assert problem(prefix) == f"{ending}: is truncated: {len(content) - 3} bytes of {len(content)}; {again}"
+    path.write_bytes(content + b"\0")
+    assert f"{ending}: is longer than was written" in problem(prefix)
+    path.unlink()
+    assert problem(prefix) == f"{ending}: is missing; {again}"
+
+
+def test_a_record_that_is_missing_or_wrong_is_named(prefix: Path) -> None:
+    path = token_file(prefix, ".json")
+    edit_manifest(prefix, schema_version=99)
+    assert ".json: has schema version 99, this program reads 1" in problem(prefix)
+    edit_manifest(prefix, num_tokens="many")
+    assert ".json: is not a record of token files (num_tokens: Input should be a valid integer" in problem(
+        prefix
+    )
+    path.write_text('{"schema_version": 1')
+    assert ".json: is not a record of token files (the whole file: Invalid JSON" in problem(prefix)
+    path.write_bytes(b"\xff\xfe")
+    assert ".json: cannot be read" in problem(prefix)
+    path.unlink()
+    assert ".json: there is no record of token files" in problem(prefix)
+
+
+def test_headers_are_held_against_the_record(prefix: Path) -> None:
+    path = token_file(prefix, ".idx")
+    content = bytearray(path.read_bytes())
+    path.write_bytes(b"X" + content[1:])
+    assert ".idx: is not an index of token files" in problem(prefix)
+    content[18:26] = struct.pack("<Q", 6)
+    path.write_bytes(content)
+    assert ".idx: says type, sequences, documents + 1 = (8, 6, 8) where the record says (8, 7, 8)" in problem(
+        prefix
+    )
+
+
+def test_sizes_are_held_against_the_number_of_tokens(prefix: Path) -> None:
+    edit_manifest(prefix, num_tokens=load_manifest(prefix).num_tokens + 1)
+    assert ".bin: has " in problem(prefix)
+
+
+def test_tokens_beyond_the_vocabulary_are_found_at_no_cost(prefix: Path) -> None:
+    largest = load_manifest(prefix).max_token_id
+    verify_token_files(prefix, largest + 1)
+    assert problem(prefix, largest) == (
+        f".bin: holds token id {largest}, beyond the vocabulary of {largest}; "
+        "use the tokenizer that wrote it, or prepare the data with yours"
+    )
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_full_check_finds_every_changed_byte(prefix: Path, ending: str) -> None:
+    path = token_file(prefix, ending)
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    verify_token_files(prefix)
+    assert f"{ending}: differs from what was written (sha256)" in problem(prefix, full=True)
+
+
+def test_a_full_check_scans_every_token(prefix: Path) -> None:
+    tokens = np.fromfile(token_file(prefix, ".bin"), dtype=np.uint16)
+    largest = int(tokens.max())
+    edit_manifest(prefix, max_token_id=0)
+    verify_token_files(prefix, largest)
+    assert f".bin: holds token id {largest}" in problem(prefix, largest, full=True)

@@ -1,0 +1,174 @@
+"""Every text comes back exactly, byte lengths add up, and training is the same each time."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sas_megatron.config.errors import FieldError, FileProblem, UserError
+from sas_megatron.data.documents import stream_documents
+from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_training import sample_passages, train_tokenizer
+
+AWKWARD = [
+    "", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\r", "\0", "\u2581", " \u2581 ", "\u2581\u2581", "\u2585",
+    "\u2047", "<unk>", "<s>", "</s>", "<pad>", "<0x0A>", "<0xE2>", "\ufeff", "\u00a0", "\u3000", "\u200b",
+    "\ufb01", "Ａ①", "é", "e\u0301", "😀", "👩‍👩‍👧", "\U0010ffff", "\ufffd", "\ufffe",
+    "def f():\n        return 1\n", "a" * 999,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_texts_come_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+    lengths = tokenizer.token_byte_lengths()
+    for surrounded in (text, f"a{text}b", text * 3, f" {text} ", f"\n{text}\n"):
+        tokens = tokenizer.encode(surrounded)
+        assert tokenizer.decode(tokens) == surrounded
+        assert lengths[tokens].sum() == len(surrounded.encode())
+        assert tokenizer.eos_id not in tokens
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.one_of(st.text(), st.sampled_from(AWKWARD))).map("".join))
+def test_every_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.token_byte_lengths()[tokens].sum() == len(text.encode())
+
+
+def test_documents_of_a_corpus_come_back_exactly(tokenizer: Tokenizer, corpus: Path) -> None:
+    documents = list(stream_documents([corpus]))
+    encoded = tokenizer.encode_documents([document.encode() for document in documents])
+    assert [tokenizer.decode(tokens.tolist()) for tokens in encoded] == documents
+
+
+def test_it_has_what_megatron_asks_of_a_tokenizer(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == 1023
+    assert tokenizer.eod == tokenizer.eos == tokenizer.eos_id == 1
+    assert tokenizer.decode([tokenizer.eos_id]) == ""
+    assert tokenizer.token_byte_lengths()[tokenizer.eos_id] == 0
+    assert tokenizer.token_dtype == np.uint16
+    assert json.loads(json.dumps(tokenizer.unique_identifiers))["sha256"] == tokenizer.sha256
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer.encode("a\ud800")
+
+
+def test_generated_bytes_that_are_no_utf8_are_shown_as_such(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) in ("é", "\ufffd")
+    assert tokenizer.decode(tokenizer.encode("\U0010ffff")[:2]) == "\ufffd"
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_gives_the_same_file_each_time(tmp_path: Path, corpus: Path, model_type: str) -> None:
+    models = []
+    for name in ("a", "b"):
+        path = tmp_path / name / "t.model"
+        trained = train_tokenizer(
+            stream_documents([corpus]),
+            vocab_size=600,
+            model_path=path,
+            sample_bytes=100_001,
+            model_type=model_type,
+        )
+        models.append(path.read_bytes())
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert (record["model_type"], record["sha256"]) == (model_type, trained.sha256)
+        assert record["trainer_options"]["normalization_rule_name"] == "identity"
+    assert models[0] == models[1]
+
+
+def test_pieces_may_hold_newlines_and_runs_of_spaces(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode("):\n")) < 3
+    assert len(tokenizer.encode("        ")) == 1
+
+
+def test_the_sample_is_spread_over_the_whole_stream_and_bounded() -> None:
+    documents = [f"{number:05d}\n" * 100 for number in range(997)]
+    sample = sample_passages(iter(documents), 60_000)
+    assert sample.corpus_bytes == 997 * 600
+    assert 59_000 < sample.sampled_bytes <= 60_000
+    numbers = [int(passage[:5]) for passage in sample.passages]
+    assert numbers == sorted(numbers)
+    assert 300 < np.mean(numbers) < 700
+    assert sample == sample_passages(iter(documents), 60_000)
+    one_long = sample_passages(["".join(documents)], 60_000)
+    assert 40_000 < one_long.sampled_bytes <= 60_000
+    assert len(one_long.passages) > 2
+
+
+def test_characters_that_sentencepiece_reserves_do_not_drop_their_passage() -> None:
+    assert sample_passages(["left\u2581\u2585right"], 1000).passages == ["left", "right"]
+
+
+def error_of_training(documents: list[str], vocab_size: int, model_path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        train_tokenizer(documents, vocab_size=vocab_size, model_path=model_path)
+    return str(caught.value)
+
+
+def test_training_errors_say_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "t.model"
+    few = ["some words\nand some more"]
+    message = error_of_training(few, 9999, path)
+    assert message.startswith("vocab_size=9999: is more than the text has pieces for; use at most ")
+    largest = int(message.split("at most ")[1].split(",")[0])
+    assert "vocab_size=100: has no room for the 256 bytes" in error_of_training(few, 100, path)
+    assert "vocab_size=0: must be positive" in error_of_training(few, 0, path)
+    for documents in ([], [""], ["\n\r\n"]):
+        assert "there is no text to train a tokenizer on" in error_of_training(documents, 500, path)
+    assert list(tmp_path.iterdir()) == []
+    train_tokenizer(few, vocab_size=largest, model_path=path)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in error_of_training(few, largest, tmp_path / "file" / "t.model")
+
+
+def test_unigram_says_the_largest_vocabulary_too(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="is more than the text has pieces for; use at most"):
+        train_tokenizer(
+            ["some words"], vocab_size=9999, model_path=tmp_path / "t.model", model_type="unigram"
+        )
+
+
+def test_unusable_models_are_named(tmp_path: Path, tokenizer_path: Path) -> None:
+    path = tmp_path / "t.model"
+    with pytest.raises(FileProblem, match=r"t\.model: there is no such tokenizer; train one with"):
+        Tokenizer(path)
+    for content in (b"", b"garbage", tokenizer_path.read_bytes()[:5000]):
+        path.write_bytes(content)
+        with pytest.raises(FileProblem, match=r"t\.model: is damaged, or no sentencepiece model"):
+            Tokenizer(path)
+    with pytest.raises(FileProblem, match="cannot be read"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({}, "has no tokens for single bytes"),
+        ({"byte_fallback": True}, "does not give back the text it encodes"),
+        ({"byte_fallback": True, "eos_id": -1}, "has no token for the end of a document"),
+    ],
+)
+def test_models_that_are_not_reversible_are_refused(
+    tmp_path: Path, options: dict[str, object], problem: str
+) -> None:
+    model = io.BytesIO()
+    lines = [f"some words {number} and more of them" for number in range(99)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=320, model_type="bpe", minloglevel=2,
+        hard_vocab_limit=False, **options,
+    )  # fmt: skip
+    path = tmp_path / "t.model"
+    path.write_bytes(model.getvalue())
+    with pytest.raises(FileProblem, match=problem):
+        Tokenizer(path)
