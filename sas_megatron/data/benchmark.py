@@ -91,7 +91,7 @@ def measure_tokenization(
 
 
 def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int) -> float:
-    """Tokens a second of concurrent processes, each with its share of the documents, until the last ends."""
+    """The sum of the tokens a second of concurrent processes, each with its share of the documents."""
     processes = [
         subprocess.Popen(
             [
@@ -117,8 +117,7 @@ def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int
         process.stdin.write("\n")
         process.stdin.flush()
     results = [process.communicate()[0].split() for process in processes]
-    tokens = sum(int(result[0]) for result in results)
-    return tokens / max(float(result[1]) for result in results)
+    return sum(int(tokens) / float(seconds) for tokens, seconds in results)
 
 
 def _write_triple(source_parquet: Path, path: Path) -> Path:
