@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sas_megatron.config.errors import FileProblem
-from sas_megatron.data.writing import replace_file
+from sas_megatron.data.writing import make_folder, replace_file
 
 BUILTIN_NAME = "builtin"
 SCHEMA_VERSION = 1
@@ -62,7 +62,7 @@ def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = 
         "parquet_bytes": 0,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with replace_file(path) as aside:
             pq.write_table(
                 pa.table({"text": texts, "path": paths}), aside, row_group_size=ROW_GROUP_DOCUMENTS

@@ -29,7 +29,7 @@ from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.chunks import Chunk
 from sas_megatron.data.encoding_worker import EncodedChunk
 from sas_megatron.data.token_files import token_file, write_index
-from sas_megatron.data.writing import replace_file, sync
+from sas_megatron.data.writing import make_folder, replace_file, sync
 
 PUBLISHED = {"tokens.bin": ".bin", "index.idx": ".idx", "manifest.json": ".json"}
 
@@ -61,7 +61,7 @@ class PartialTokens:
         self.totals = Totals()
         self._bin_hash = hashlib.sha256()
         self._text_hash = hashlib.sha256()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         self._lock = open(self._folder / "lock", "w")  # noqa: SIM115  # held until close
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,20 +86,19 @@ class PartialTokens:
     def skip_finished(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """The chunks that are still to be encoded; the rest is checked against the journal and kept."""
         remaining = iter(chunks)
+        changed: Chunk | None = None
         for record in self._read_journal():
             chunk = next(remaining, None)
             if chunk is None:
                 break
             encoded = self._read_back(chunk, record)
             if encoded is None:
-                self._cut_to_totals()
-                yield chunk
+                changed = chunk
                 break
             self._count(chunk, encoded)
-        else:
-            self._cut_to_totals()
-        if self._tokens.tell() > self.totals.token_bytes:
-            self._cut_to_totals()
+        self._cut_to_totals()
+        if changed is not None:
+            yield changed
         yield from remaining
 
     def append(self, chunk: Chunk, encoded: EncodedChunk) -> None:

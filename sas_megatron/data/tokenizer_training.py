@@ -16,7 +16,7 @@ import sentencepiece
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.data.tokenizer import SPACE_MARK, Tokenizer
-from sas_megatron.data.writing import replace_file
+from sas_megatron.data.writing import make_folder, replace_file
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -86,7 +86,7 @@ def train_tokenizer(
         raise UserError("documents: there is no text to train a tokenizer on; name files with text in them")
     model = _train(sample.passages, vocab_size, model_type)
     try:
-        model_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(model_path.parent)
         with replace_file(model_path) as aside:
             aside.write_bytes(model)
             trained = TrainedTokenizer(
