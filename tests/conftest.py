@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.rank_pool import RankPool
+from tests.small_data import SmallData
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -28,3 +29,19 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool_of
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
+    """Token files of 400 kB of the built-in corpus, made once."""
+    from sas_megatron.data.corpus import builtin_corpus
+    from sas_megatron.data.documents import stream_documents
+    from sas_megatron.data.prepare import prepare_token_files
+    from sas_megatron.data.tokenizer_training import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("small_data")
+    corpus = builtin_corpus(folder, max_bytes=400_000)
+    tokenizer, prefix = folder / "tokenizer.model", folder / "text"
+    train_tokenizer(stream_documents([corpus]), vocab_size=512, model_path=tokenizer)
+    prepare_token_files([corpus], tokenizer_path=tokenizer, prefix=prefix, num_workers=1)
+    return SmallData(prefix, tokenizer)

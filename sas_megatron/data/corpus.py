@@ -35,7 +35,7 @@ def resolve_sources(sources: list[str]) -> list[str]:
 def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = None) -> Path:
     """The Parquet file of the built-in corpus (columns text and path), written on the first call.
 
-    One document a file, sorted by path, without installed packages and without the few test files that
+    One document a file, in the order of a hash of its path, without installed packages and without the few test files that
     are not UTF-8. Beside it stands a JSON record with the sha256 of its contents.
 
     Args:
@@ -87,12 +87,21 @@ def hash_documents(paths: list[str], texts: list[str]) -> str:
     return digest.hexdigest()
 
 
+def hash_order(relative_path: str) -> str:
+    """What the documents are sorted by; the same on every machine."""
+    return hashlib.sha256(relative_path.encode()).hexdigest()
+
+
 def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
+    # In the order of a hash: a split by documents, and the head of the corpus, are then fair samples.
     relative_paths = sorted(
-        path.as_posix()
-        for path in (found.relative_to(root) for found in root.rglob("*.py"))
-        if path.parts[0] not in ("site-packages", "dist-packages")
+        (
+            path.as_posix()
+            for path in (found.relative_to(root) for found in root.rglob("*.py"))
+            if path.parts[0] not in ("site-packages", "dist-packages")
+        ),
+        key=hash_order,
     )
     texts: list[str] = []
     paths: list[str] = []

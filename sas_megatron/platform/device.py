@@ -9,6 +9,7 @@ import warnings
 import torch
 
 from sas_megatron.platform import cpu
+from sas_megatron.platform.machine import describe_processor
 
 
 def prepare_device() -> torch.device:
@@ -40,12 +41,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
-    """What a reader of results must know of the hardware: processor or GPU, and how many."""
-    description: dict[str, object] = {"device": device.type, "processors": os.cpu_count()}
+    """Device type, GPU and processor, and how many of each."""
+    description: dict[str, object] = {"device": device.type, **describe_processor()}
     if device.type == "cuda":
         description["gpu"] = torch.cuda.get_device_name(device)
         description["gpus"] = torch.cuda.device_count()
-    with open("/proc/cpuinfo", encoding="utf-8") as information:
-        names = [line.split(":", 1)[1].strip() for line in information if line.startswith("model name")]
-    description["processor"] = names[0] if names else None
     return description

@@ -49,7 +49,9 @@ def test_a_changed_token_changes_nothing_before_it(ranks: Any, variant: str, bac
 
 @pytest.mark.parametrize("variant", ["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_baselines_compute_their_definition_at_any_number_of_ranks(ranks: Any, variant: str, tensor: int) -> None:
+def test_baselines_compute_their_definition_at_any_number_of_ranks(
+    ranks: Any, variant: str, tensor: int
+) -> None:
     case = LayerCase.of(**VARIANTS[variant])
     expected = layer_case.by_reference(case.attention, case.dtype)
     actual = layer_case.joined(case, ranks(tensor).run(layer_case.on_rank, case, tensor))
@@ -66,7 +68,9 @@ def attention_weights_dropped(tensor: int, seed: int) -> torch.Tensor:
 
     in_layout(ParallelConfig(tensor=tensor), seed=seed)
     attention = parse_attention({"kind": "mha", "num_heads": 2, "head_dim": 16, "dropout": 0.5})
-    core = CoreAttention(layer_case.transformer_config(LayerCase.of(**VARIANTS["mha"]), tensor), attention=attention)
+    core = CoreAttention(
+        layer_case.transformer_config(LayerCase.of(**VARIANTS["mha"]), tensor), attention=attention
+    )
     query = torch.zeros(16, 1, 2, 16)
     value = torch.eye(16)[:, None, None, :].expand(16, 1, 2, 16)
     return core.train()(query, query, value, None)

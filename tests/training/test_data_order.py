@@ -14,7 +14,7 @@ from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
 from tests.rank_pool import in_layout
-from tests.training.conftest import SmallData
+from tests.small_data import SmallData
 
 
 def tokens_of_step(config: RunConfig, step: int, data_rank: int, data_size: int) -> list[list[int]]:
@@ -79,7 +79,9 @@ def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
     return labels, result.loss, result.bits_per_byte, result.num_bytes
 
 
-def test_validation_windows_do_not_depend_on_the_seed(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_validation_windows_do_not_depend_on_the_seed(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
     [first] = ranks(1).run(held_out, small_data.run(tmp_path, training={"seed": 1}))
     [second] = ranks(1).run(held_out, small_data.run(tmp_path, training={"seed": 2}))
     assert first[0] == second[0]
@@ -135,7 +137,9 @@ def test_documents_are_kept_apart_exactly_when_asked(
     assert torch.equal(before[end + 1 :], after[end + 1 :]) is apart
 
 
-def test_another_tokenizer_than_the_data_was_written_by_is_refused(small_data: SmallData, tmp_path: Path) -> None:
+def test_another_tokenizer_than_the_data_was_written_by_is_refused(
+    small_data: SmallData, tmp_path: Path
+) -> None:
     from sas_megatron.data.tokenizer_training import train_tokenizer
 
     other = tmp_path / "other.model"

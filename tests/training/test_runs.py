@@ -15,7 +15,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.training.run_files import RunFiles
 from tests.rank_pool import in_layout
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
-from tests.training.conftest import SmallData
+from tests.small_data import SmallData
 
 
 def complete(config: RunConfig) -> None:
@@ -78,7 +78,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "tensor 2 with dropout": (
         2,
-        {"parallel": {"tensor": 2, "sequence": True}, "model": {"hidden_dropout": 0.1}, "attention": {"dropout": 0.1}},
+        {
+            "parallel": {"tensor": 2, "sequence": True},
+            "model": {"hidden_dropout": 0.1},
+            "attention": {"dropout": 0.1},
+        },
     ),
     "data 2, bfloat16, distributed optimizer": (
         2,
@@ -94,7 +98,10 @@ def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(
     world_size, sections = LAYOUTS[layout]
 
     def run(name: str, **more: dict[str, Any]) -> RunConfig:
-        merged = {section: {**sections.get(section, {}), **more.get(section, {})} for section in {**sections, **more}}
+        merged = {
+            section: {**sections.get(section, {}), **more.get(section, {})}
+            for section in {**sections, **more}
+        }
         return small_data.run(tmp_path / name, **merged)
 
     whole = run("whole")
@@ -117,7 +124,9 @@ def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(
     assert [session["from_step"] for session in provenance["sessions"]] == [0, 10]
 
 
-def test_records_after_the_checkpoint_are_written_once(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_records_after_the_checkpoint_are_written_once(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
     first = small_data.run(tmp_path / "run", training={"stop_after_steps": 10})
     ranks(1).run(complete, first)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -169,7 +178,9 @@ def test_a_non_finite_loss_stops_the_run_naming_step_and_rank(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(tmp_path / "run")
-    with pytest.raises(AssertionError, match=r"step 3: the loss is not finite on rank 1 microbatch 0 \(nan\)"):
+    with pytest.raises(
+        AssertionError, match=r"step 3: the loss is not finite on rank 1 microbatch 0 \(nan\)"
+    ):
         ranks(2).run(complete_with_broken_weight, config, 1)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert [record["step"] for record in records(config)] == [1, 2]
@@ -190,7 +201,9 @@ def test_an_unwritable_run_directory_is_refused_before_anything_is_made(
         RunFiles.check_directory(small_data.run(tmp_path / "file" / "run"))
 
 
-def test_the_run_directory_says_where_the_run_came_from(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_the_run_directory_says_where_the_run_came_from(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
     config = small_data.run(
         tmp_path / "run", training={"num_steps": 4}, logging={"tensorboard": True, "wire_ledger": True}
     )

@@ -91,11 +91,7 @@ def measure_tokenization(
 
 
 def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int) -> float:
-<<<<<<< HEAD
-    """Tokens a second of concurrent processes, each with its share of the documents, until the last ends."""
-=======
     """The sum of the tokens a second of concurrent processes, each with its share of the documents."""
->>>>>>> data
     processes = [
         subprocess.Popen(
             [
@@ -121,12 +117,7 @@ def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int
         process.stdin.write("\n")
         process.stdin.flush()
     results = [process.communicate()[0].split() for process in processes]
-<<<<<<< HEAD
-    tokens = sum(int(result[0]) for result in results)
-    return tokens / max(float(result[1]) for result in results)
-=======
     return sum(int(tokens) / float(seconds) for tokens, seconds in results)
->>>>>>> data
 
 
 def _write_triple(source_parquet: Path, path: Path) -> Path:
@@ -139,11 +130,7 @@ def _write_triple(source_parquet: Path, path: Path) -> Path:
 
 def _measure_memory(source: Path, tokenizer_path: Path, prefix: Path, workers: int) -> int:
     """The peak of a command of its own, so that what this process has loaded does not count."""
-<<<<<<< HEAD
-    arguments = ["data", "prepare", source, "--tokenizer", tokenizer_path, "--output", prefix]
-=======
     arguments = ["data", "prepare", str(source), "--tokenizer", str(tokenizer_path), "--output", str(prefix)]
->>>>>>> data
     command = [sys.executable, "-m", "sas_megatron", *arguments, "--workers", str(workers), "--overwrite"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sas_megatron.data.benchmark import measure_tokenization
+from sas_megatron.benchmarks.tokenization import measure_tokenization
 from sas_megatron.data.prepare import prepare_token_files
 
 

@@ -1,12 +1,10 @@
-"""A small corpus, tokenized once, and runs on it."""
+"""Runs on a small corpus of real text; the fixture `small_data` makes it once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.run import RunConfig
@@ -39,18 +37,3 @@ class SmallData:
         for section, fields in sections.items():
             tree.setdefault(section, {}).update(fields)
         return build_run_config(tree)
-
-
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
-    from sas_megatron.data.corpus import builtin_corpus
-    from sas_megatron.data.documents import stream_documents
-    from sas_megatron.data.prepare import prepare_token_files
-    from sas_megatron.data.tokenizer_training import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("small_data")
-    corpus = builtin_corpus(folder, max_bytes=400_000)
-    tokenizer, prefix = folder / "tokenizer.model", folder / "text"
-    train_tokenizer(stream_documents([corpus]), vocab_size=512, model_path=tokenizer)
-    prepare_token_files([corpus], tokenizer_path=tokenizer, prefix=prefix, num_workers=1)
-    return SmallData(prefix, tokenizer)

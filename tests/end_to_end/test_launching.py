@@ -1,0 +1,128 @@
+"""The commands as a user types them: real processes, real text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.loading import dump_yaml
+from tests.small_data import SmallData
+
+ROOT = Path(__file__).parents[2]
+
+
+def shell(*command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    # The commands of this interpreter first, as in an entered virtual environment.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        command,
+        cwd=cwd or ROOT,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture
+def config_file(small_data: SmallData, tmp_path: Path) -> Path:
+    config = small_data.run(tmp_path / "run", parallel={"tensor": 2}, training={"num_steps": 4})
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    return path
+
+
+def test_torchrun_script_trains_with_two_processes(config_file: Path, tmp_path: Path) -> None:
+    done = shell("launch/torchrun.sh", "2", str(config_file), "logging.interval=2")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "iteration" in line and "lm loss:" in line]
+    assert len(lines) == 3, "steps 1, 2 and 4, on one rank only"
+    for part in (
+        "consumed samples:",
+        "elapsed time per iteration (ms):",
+        "throughput per GPU (TFLOP/s/GPU):",
+    ):
+        assert part in lines[0]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("processes", "override", "message"),
+    [
+        ("3", "training.num_steps=4", "world size=3: must be a multiple of 2"),
+        ("2", "attention.kernel_size=4", "attention.kernel_size=4: must be odd"),
+        ("2", "data.tokenizer=missing.model", "missing.model"),
+        ("2", "data.prefixes=[missing]", "missing"),
+    ],
+)
+def test_what_the_user_can_mend_is_said_once_before_any_process_starts(
+    config_file: Path, tmp_path: Path, processes: str, override: str, message: str
+) -> None:
+    done = shell("launch/torchrun.sh", processes, str(config_file), override)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("sas-megatron: error:") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bare_process_is_told_how_to_start_two(config_file: Path) -> None:
+    done = shell(sys.executable, "-m", "sas_megatron", "train", str(config_file))
+    assert done.returncode == 2
+    assert "start 2 or 4 processes (launch/torchrun.sh 2 CONFIG)" in done.stderr
+
+
+def _columns(report: dict[str, Any], name: str) -> list[Any]:
+    return [row[name] for row in report["rows"]]
+
+
+def test_quickstart_ends_in_a_comparison_and_repeats_for_nothing(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sas_megatron",
+        "quickstart",
+        "--directory",
+        "here",
+        "--corpus-bytes",
+        "900000",
+    ]
+    small = [
+        "training.num_steps=6",
+        "schedule.warmup_steps=2",
+        "evaluation.interval=2",
+        "evaluation.num_sequences=4",
+    ]
+    small += ["data.sequence_length=64", "model.vocab_size=1024", "data.split=[0.8, 0.2]"]
+    done = shell(*command, *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "Final validation loss" in done.stdout
+    assert "At equal FLOPs" in done.stdout
+    report = json.loads((tmp_path / "here" / "comparison.json").read_text())
+    parameters = _columns(report, "parameters")
+    assert abs(parameters[1] / parameters[0] - 1) <= 0.02
+    assert (tmp_path / "here" / "comparison.png").stat().st_size > 10_000
+    assert "</html>" in (tmp_path / "here" / "comparison.html").read_text()
+
+    again = shell(*command, *small, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "trained already" in again.stdout
+    assert "iteration" not in again.stdout
+
+    other = shell(*command, *small, "optimizer.learning_rate=1e-3", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "holds a run of another config" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "script", ["launch/environment.sh", "launch/quickstart.sh", "launch/torchrun.sh", "tests/run.sh"]
+)
+def test_scripts_pass_the_shell_linter(script: str) -> None:
+    done = shell("shellcheck", "-x", script)
+    assert done.returncode == 0, done.stdout
