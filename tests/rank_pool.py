@@ -35,7 +35,9 @@ class RankPool:
         os.environ["OMP_NUM_THREADS"] = "1"
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, str(rendezvous), there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, str(rendezvous), there), daemon=True
+            )
             process.start()
             there.close()
             self._pipes.append(here)

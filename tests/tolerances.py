@@ -34,4 +34,6 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str) -> None:
     """Fails with `what` and the error found where it exceeds the table's for `dtype`."""
     error = relative_error(actual, expected)
-    assert error <= RELATIVE_ERROR[dtype], f"{what}: relative error {error:.2e}, allowed {RELATIVE_ERROR[dtype]:.0e}"
+    assert error <= RELATIVE_ERROR[dtype], (
+        f"{what}: relative error {error:.2e}, allowed {RELATIVE_ERROR[dtype]:.0e}"
+    )

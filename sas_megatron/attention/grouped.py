@@ -55,7 +55,9 @@ class MultiHeadAttentionConfig(GroupedQueryAttentionConfig):
     def _check_multi_head(self) -> MultiHeadAttentionConfig:
         if self.num_key_value_heads != self.num_heads:
             raise self.problem(
-                "num_kv_heads", "multi-head attention has one for each query head", "leave it out, or use kind: gqa"
+                "num_kv_heads",
+                "multi-head attention has one for each query head",
+                "leave it out, or use kind: gqa",
             )
         return self
 
@@ -69,5 +71,7 @@ class MultiQueryAttentionConfig(GroupedQueryAttentionConfig):
     @model_validator(mode="after")
     def _check_multi_query(self) -> MultiQueryAttentionConfig:
         if self.num_key_value_heads != 1:
-            raise self.problem("num_kv_heads", "multi-query attention has one", "leave it out, or use kind: gqa")
+            raise self.problem(
+                "num_kv_heads", "multi-query attention has one", "leave it out, or use kind: gqa"
+            )
         return self

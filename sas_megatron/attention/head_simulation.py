@@ -57,7 +57,9 @@ class HeadSimulation(ResidualMap):
     ) -> None:
         simulated = num_heads * expansion
         self_shape = (simulated, simulated, kernel_size)
-        super().__init__((simulated, num_heads, kernel_size), self_shape, bias=bias, dtype=dtype, device=device)
+        super().__init__(
+            (simulated, num_heads, kernel_size), self_shape, bias=bias, dtype=dtype, device=device
+        )
 
     def start_as_identity(
         self, name: str, drawn: torch.Tensor, bound: float, generator: torch.Generator

@@ -22,7 +22,8 @@ class SimulatedAttentionConfig(AttentionConfig):
     kind: Literal["sas"] = "sas"
     head_expansion: int = Field(default=3, description="r, simulated heads for each base head.")
     simulated_head_dim: int | None = Field(
-        default=None, description="E, simulated query/key features; null: 1.5·head_dim, or head_dim without them."
+        default=None,
+        description="E, simulated query/key features; null: 1.5·head_dim, or head_dim without them.",
     )
     kernel_size: int = Field(default=3, description="k, width over the features, odd; 1 is the MLP form.")
     simulate_query_heads: bool = Field(default=True, description="Off: the query's heads are repeated.")
@@ -134,7 +135,9 @@ class SimulatedAttentionConfig(AttentionConfig):
         for base in self.head_simulations().values():
             simulated = self.head_expansion * base
             heads += 2 * self.kernel_size * simulated * (base + simulated) * width
-        features = 2 * self.head_expansion * base_heads * wide * (width + wide) if self.simulate_features else 0
+        features = (
+            2 * self.head_expansion * base_heads * wide * (width + wide) if self.simulate_features else 0
+        )
         return {
             "qkv": 2 * hidden_size * width * (self.num_heads + 2 * self.num_key_value_heads),
             "head_simulation": heads,

@@ -39,7 +39,10 @@ class Simulation(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 name: HeadSimulation(
-                    num_heads, expansion=attention.head_expansion, kernel_size=attention.kernel_size, **options
+                    num_heads,
+                    expansion=attention.head_expansion,
+                    kernel_size=attention.kernel_size,
+                    **options,
                 )
                 for name, num_heads in attention.head_simulations().items()
             }

@@ -73,9 +73,13 @@ def load_checkpoint(path: Path, topology: Topology) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FileProblem(path, f"has no readable manifest ({error})", "remove it to go on from the one before")
+        raise FileProblem(
+            path, f"has no readable manifest ({error})", "remove it to go on from the one before"
+        )
     if manifest["schema"] > SCHEMA_VERSION:
-        raise FileProblem(path, f"has format {manifest['schema']}, newer than {SCHEMA_VERSION}", "update the package")
+        raise FileProblem(
+            path, f"has format {manifest['schema']}, newer than {SCHEMA_VERSION}", "update the package"
+        )
     if manifest["layout"] != _layout(topology):
         raise FileProblem(
             path,

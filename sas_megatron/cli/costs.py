@@ -45,7 +45,9 @@ def print_costs(configs: dict[str, RunConfig]) -> None:
         table.add_row("total", *(f"{total:,}" for total in totals))
         table.add_row("ratio", *(f"{total / totals[0]:.3f}" for total in totals))
         console.print(table)
-    console.print("A multiply-add is two FLOPs; S² scores; the embedding look-up is free, the output layer counts.")
+    console.print(
+        "A multiply-add is two FLOPs; S² scores; the embedding look-up is free, the output layer counts."
+    )
 
 
 def _count(config: RunConfig) -> dict[str, dict[str, int]]:

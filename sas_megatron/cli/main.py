@@ -16,7 +16,10 @@ from sas_megatron.config.errors import UserError
 
 # name -> (module:attribute, one line of help); the help stands here so that listing imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "quickstart": ("sas_megatron.cli.quickstart:quickstart", "Train MHA and SAS side by side on real text and compare them."),
+    "quickstart": (
+        "sas_megatron.cli.quickstart:quickstart",
+        "Train MHA and SAS side by side on real text and compare them.",
+    ),
     "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
     "data": ("sas_megatron.cli.data:data", "Turn documents into token files, and look into them."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),

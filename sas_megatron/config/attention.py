@@ -40,7 +40,9 @@ class AttentionConfig(Section):
 
     kind: str = Field(description="Which variant; decides the other fields.")
     num_heads: int = Field(description="N, query heads.")
-    num_kv_heads: int | None = Field(default=None, description="G, key/value heads; null: as many as num_heads.")
+    num_kv_heads: int | None = Field(
+        default=None, description="G, key/value heads; null: as many as num_heads."
+    )
     head_dim: int = Field(description="D, features of one head.")
     rotary_dim: int | None = Field(
         default=None, description="Features of a query/key head that carry rotary positions; null: all."
@@ -135,9 +137,13 @@ def resolve_kind(kind: str) -> type[AttentionConfig]:
         UserError: no built-in kind and no entry point has that name.
     """
     names = dict(KINDS)
-    names.update({point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)})
+    names.update(
+        {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    )
     if kind not in names:
-        raise FieldError("attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}")
+        raise FieldError(
+            "attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}"
+        )
     resolved: type[AttentionConfig] = pkgutil.resolve_name(names[kind])
     return resolved
 

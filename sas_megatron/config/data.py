@@ -38,12 +38,16 @@ class DataConfig(Section):
             raise self.problem("prefixes", "names no token file", "give at least one")
         if self.weights is not None and len(self.weights) != len(self.prefixes):
             raise self.problem(
-                "weights", f"has {len(self.weights)} entries for {len(self.prefixes)} prefixes", "give one each"
+                "weights",
+                f"has {len(self.weights)} entries for {len(self.prefixes)} prefixes",
+                "give one each",
             )
         if self.weights is not None and min(self.weights) <= 0:
             raise self.problem("weights", "must be positive", "leave out what is not to be drawn from")
         if len(self.split) != 2 or min(self.split) <= 0:
             raise self.problem(
-                "split", "must be two positive shares, training and validation", "use [0.97, 0.03], for example"
+                "split",
+                "must be two positive shares, training and validation",
+                "use [0.97, 0.03], for example",
             )
         return self

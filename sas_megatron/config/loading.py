@@ -121,7 +121,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        raise UserError(f"override {override!r}: must read section.field=value; write model.num_layers=4, say")
+        raise UserError(
+            f"override {override!r}: must read section.field=value; write model.num_layers=4, say"
+        )
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
@@ -157,7 +159,9 @@ def _hint(path: str, tree: dict[str, Any] | None = None) -> str:
     if not nearest:
         by_name = {key.rsplit(".", 1)[-1]: key for key in known}
         nearest = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)]
-    return f"did you mean {nearest[0]}?" if nearest else f"known sections: {', '.join(RunConfig.model_fields)}"
+    return (
+        f"did you mean {nearest[0]}?" if nearest else f"known sections: {', '.join(RunConfig.model_fields)}"
+    )
 
 
 def known_keys(tree: dict[str, Any] | None = None) -> list[str]:

@@ -24,7 +24,9 @@ class ModelConfig(Section):
         description="The embedding's rows are rounded up to a multiple of this, whatever the layout.",
     )
     activation: Literal["swiglu", "gelu"] = Field(default="swiglu", description="Of the MLP.")
-    normalization: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="Before each block.")
+    normalization: Literal["rmsnorm", "layernorm"] = Field(
+        default="rmsnorm", description="Before each block."
+    )
     norm_epsilon: float = Field(default=1e-5, description="Added to the variance in each norm.")
     linear_bias: bool = Field(default=False, description="Biases in the MLP and attention projections.")
     tie_embeddings: bool = Field(default=False, description="One table for input and output embedding.")

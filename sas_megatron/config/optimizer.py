@@ -19,7 +19,9 @@ class OptimizerConfig(Section):
     beta1: float = Field(default=0.9, description="Decay of the first moment.")
     beta2: float = Field(default=0.95, description="Decay of the second moment.")
     epsilon: float = Field(default=1e-8, description="Added to the root of the second moment.")
-    clip_gradient_norm: float = Field(default=1.0, description="Largest global gradient norm; 0 switches it off.")
+    clip_gradient_norm: float = Field(
+        default=1.0, description="Largest global gradient norm; 0 switches it off."
+    )
     distributed: bool = Field(
         default=False, description="Shard optimizer states over the data-parallel ranks (Megatron-core)."
     )
@@ -44,7 +46,9 @@ class ScheduleConfig(Section):
 
     section_name: ClassVar[str] = "schedule"
 
-    kind: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = Field(default="cosine", description="Shape.")
+    kind: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = Field(
+        default="cosine", description="Shape."
+    )
     warmup_steps: int = Field(default=0, description="Steps of linear warm-up from zero.")
     decay_steps: int | None = Field(
         default=None,

@@ -37,11 +37,15 @@ class RunConfig(BaseModel):
         self.attention.check_tensor_parallel(tensor)
         if self.model.ffn_hidden_size % tensor:
             raise self.model.problem(
-                "ffn_hidden_size", f"must be divisible by parallel.tensor={tensor}", f"use a multiple of {tensor}"
+                "ffn_hidden_size",
+                f"must be divisible by parallel.tensor={tensor}",
+                f"use a multiple of {tensor}",
             )
         if self.model.padded_vocab_size % tensor:
             raise self.model.problem(
-                "vocab_multiple", f"must be divisible by parallel.tensor={tensor}", f"use a multiple of {tensor}"
+                "vocab_multiple",
+                f"must be divisible by parallel.tensor={tensor}",
+                f"use a multiple of {tensor}",
             )
         if self.parallel.sequence and self.data.sequence_length % tensor:
             raise self.data.problem(
@@ -53,7 +57,9 @@ class RunConfig(BaseModel):
             steps = getattr(self.schedule, field)
             if steps is not None and steps > self.training.num_steps:
                 raise self.schedule.problem(
-                    field, f"exceeds training.num_steps={self.training.num_steps}", "shorten it or train longer"
+                    field,
+                    f"exceeds training.num_steps={self.training.num_steps}",
+                    "shorten it or train longer",
                 )
         return self
 
@@ -66,7 +72,9 @@ class RunConfig(BaseModel):
         model_size = self.parallel.model_size
         samples, micro = self.training.global_batch_size, self.training.micro_batch_size
         fitting = [
-            model_size * degree for degree in range(1, samples // micro + 1) if samples % (micro * degree) == 0
+            model_size * degree
+            for degree in range(1, samples // micro + 1)
+            if samples % (micro * degree) == 0
         ]
         if world_size % model_size:
             raise FieldError(

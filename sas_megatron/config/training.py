@@ -49,7 +49,9 @@ class EvaluationConfig(Section):
 
     section_name: ClassVar[str] = "evaluation"
 
-    interval: int | None = Field(default=None, description="Steps between evaluations; null: only at the end.")
+    interval: int | None = Field(
+        default=None, description="Steps between evaluations; null: only at the end."
+    )
     num_sequences: int = Field(default=64, description="Validation windows, the first ones of the split.")
 
     @model_validator(mode="after")
@@ -79,8 +81,12 @@ class LoggingConfig(Section):
 
     section_name: ClassVar[str] = "logging"
 
-    run_directory: str = Field(description="Holds config.yaml, run.json, metrics.jsonl, summary.json, checkpoints/.")
-    interval: int = Field(default=10, description="Steps between logged ones; each is one line of metrics.jsonl.")
+    run_directory: str = Field(
+        description="Holds config.yaml, run.json, metrics.jsonl, summary.json, checkpoints/."
+    )
+    interval: int = Field(
+        default=10, description="Steps between logged ones; each is one line of metrics.jsonl."
+    )
     tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
     wire_ledger: bool = Field(
         default=False, description="Count the bytes each collective sends, by group, into summary.json."

@@ -106,9 +106,10 @@ class ByteLengths:
     """UTF-8 bytes that label tokens stand for, for losses in bits per byte."""
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
-        self._lengths = torch.from_numpy(np.asarray(tokenizer.token_byte_lengths(), dtype=np.int64)).to(device)
+        self._lengths = torch.from_numpy(np.asarray(tokenizer.token_byte_lengths(), dtype=np.int64)).to(
+            device
+        )
 
     def __call__(self, labels: torch.Tensor) -> torch.Tensor:
         """Total bytes of all labels, a scalar tensor."""
         return self._lengths[labels].sum()
-

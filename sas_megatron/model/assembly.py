@@ -79,7 +79,9 @@ def build_layer_spec(config: RunConfig) -> ModuleSpec:
 def build_block_spec(config: RunConfig) -> TransformerBlockSubmodules:
     """All layers and the final norm."""
     layer = build_layer_spec(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.model.num_layers, layer_norm=ReplicatedNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * config.model.num_layers, layer_norm=ReplicatedNorm
+    )
 
 
 def build_gpt(config: RunConfig, *, dtype: torch.dtype | None = None) -> GPTModel:

@@ -26,7 +26,8 @@ class _SumGradients(torch.autograd.Function):
         dist.all_reduce(flat, group=ctx.group)
         pieces = flat.split([gradient.numel() for gradient in gradients])
         summed = [
-            piece.view_as(gradient).to(gradient.dtype) for piece, gradient in zip(pieces, gradients, strict=True)
+            piece.view_as(gradient).to(gradient.dtype)
+            for piece, gradient in zip(pieces, gradients, strict=True)
         ]
         return (None, *summed)
 

@@ -1,6 +1,6 @@
 """A whole run: assemble or resume, step, evaluate, save, and leave a summary.
 
-    data -> trainer -> [ step -> record -> (evaluate) -> (save) ]* -> summary
+data -> trainer -> [ step -> record -> (evaluate) -> (save) ]* -> summary
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ class Run:
                 self.files.close()
 
     def _resume(self) -> None:
-        newest = find_newest_checkpoint(RunFiles.checkpoints(self.config)) if self.config.checkpoint.resume else None
+        newest = (
+            find_newest_checkpoint(RunFiles.checkpoints(self.config))
+            if self.config.checkpoint.resume
+            else None
+        )
         if newest is not None:
             self.progress = restore_state(self.trainer, load_checkpoint(newest, self.topology))
             self.console.say(f"going on from {newest} at step {self.progress.step}")
@@ -98,7 +102,9 @@ class Run:
                 self.trainer,
                 self._training_batches(),
                 step=self.progress.step + 1,
-                num_microbatches=training.global_batch_size // training.micro_batch_size // self.topology.data_size,
+                num_microbatches=training.global_batch_size
+                // training.micro_batch_size
+                // self.topology.data_size,
                 topology=self.topology,
             )
         self._synchronize()
@@ -214,7 +220,8 @@ class Run:
             "tensor_parallel": self.config.parallel.tensor,
             "data_parallel": self.topology.data_size,
             "corpus": {
-                Path(prefix).name: load_manifest(prefix).model_dump(mode="json") for prefix in self.config.data.prefixes
+                Path(prefix).name: load_manifest(prefix).model_dump(mode="json")
+                for prefix in self.config.data.prefixes
             },
         }
 

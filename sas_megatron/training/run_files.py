@@ -1,8 +1,8 @@
 """The files of a run: what the next stage reads, in place of logs.
 
-    config.yaml     the resolved config         metrics.jsonl   one object a logged step
-    run.json        where it came from          summary.json    what came out
-    checkpoints/    tensorboard/
+config.yaml     the resolved config         metrics.jsonl   one object a logged step
+run.json        where it came from          summary.json    what came out
+checkpoints/    tensorboard/
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class RunFiles:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise FileProblem(directory, f"cannot be made ({error.strerror})", "choose another logging.run_directory")
+            raise FileProblem(
+                directory, f"cannot be made ({error.strerror})", "choose another logging.run_directory"
+            )
         if not os.access(directory, os.W_OK):
             raise FileProblem(directory, "is not writable", "choose another logging.run_directory")
 

@@ -16,7 +16,10 @@ def capture_state(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     return {
         "model": [_weights(chunk) for chunk in trainer.model_chunks],
         "optimizer": [
-            {"inner": optimizer.optimizer.state_dict(), "main": [p.detach() for p in _main_parameters(optimizer)]}
+            {
+                "inner": optimizer.optimizer.state_dict(),
+                "main": [p.detach() for p in _main_parameters(optimizer)],
+            }
             for optimizer in _optimizers(trainer)
         ],
         "schedule_steps": trainer.schedule.num_steps,

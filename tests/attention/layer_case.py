@@ -25,7 +25,9 @@ class LayerCase:
     sequence_parallel: bool = field(default=False)
 
     @staticmethod
-    def of(dtype: torch.dtype = torch.float64, sequence_parallel: bool = False, **attention: Any) -> LayerCase:
+    def of(
+        dtype: torch.dtype = torch.float64, sequence_parallel: bool = False, **attention: Any
+    ) -> LayerCase:
         """A case from the fields of the attention section."""
         return LayerCase(tuple(sorted(attention.items())), dtype, sequence_parallel)
 
@@ -43,7 +45,9 @@ class LayerResult:
     gradients: dict[str, torch.Tensor]
 
 
-def drawn(name: str, shape: tuple[int, ...] | list[int], dtype: torch.dtype, scale: float = 0.2) -> torch.Tensor:
+def drawn(
+    name: str, shape: tuple[int, ...] | list[int], dtype: torch.dtype, scale: float = 0.2
+) -> torch.Tensor:
     """A tensor that depends on its name and shape alone, rounded to `dtype`.
 
     Wide enough that every ReLU has both signs, narrow enough that no softmax saturates: rounding
@@ -93,7 +97,8 @@ def by_reference(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> 
     """In float64, from inputs and weights rounded to `dtype`."""
     config = parse_attention(dict(attention))
     weights = {
-        name: drawn(name, shape, dtype).double().requires_grad_() for name, shape in weight_shapes(config).items()
+        name: drawn(name, shape, dtype).double().requires_grad_()
+        for name, shape in weight_shapes(config).items()
     }
     hidden = layer_input(dtype).double().requires_grad_()
     output = reference.self_attention(hidden, weights, config)

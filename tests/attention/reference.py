@@ -58,7 +58,8 @@ def rotate(x_SBMD: torch.Tensor, rotary_dim: int, base: int = 10000) -> torch.Te
     frequencies = 1.0 / (base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
     angles = torch.outer(positions, frequencies)
     cosine, sine = (
-        torch.cat([part, part], dim=-1)[:, None, None, :].to(x_SBMD.dtype) for part in (angles.cos(), angles.sin())
+        torch.cat([part, part], dim=-1)[:, None, None, :].to(x_SBMD.dtype)
+        for part in (angles.cos(), angles.sin())
     )
     turned, rest = x_SBMD[..., :rotary_dim], x_SBMD[..., rotary_dim:]
     first, second = turned.chunk(2, dim=-1)
@@ -72,7 +73,11 @@ def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.T
     forbidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     outputs = []
     for head in range(heads):
-        query, key, value = query_SBME[:, :, head], key_SBGE[:, :, head // readers], value_SBGD[:, :, head // readers]
+        query, key, value = (
+            query_SBME[:, :, head],
+            key_SBGE[:, :, head // readers],
+            value_SBGD[:, :, head // readers],
+        )
         scores = torch.einsum("sbe,tbe->bst", query, key) / math.sqrt(width)
         weights = scores.masked_fill(forbidden, float("-inf")).softmax(dim=-1)
         outputs.append(torch.einsum("bst,tbd->sbd", weights, value))
@@ -98,7 +103,9 @@ def self_attention(
         blocks = config.head_expansion
         switches = config.head_simulations()
         for name, x_TCD in base.items():
-            base[name] = simulate_heads(x_TCD, weights, name) if name in switches else x_TCD.repeat(1, blocks, 1)
+            base[name] = (
+                simulate_heads(x_TCD, weights, name) if name in switches else x_TCD.repeat(1, blocks, 1)
+            )
         if config.simulate_features:
             for name in ("query", "key"):
                 base[name] = simulate_features(base[name], weights, name)
