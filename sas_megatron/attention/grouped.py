@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class GroupedQueryAttentionConfig(AttentionConfig):
-    """Grouped-query attention (Ainslie et al., arXiv 2305.13245): G key/value heads, each read by N/G queries."""
+    """Grouped-query attention (arXiv 2305.13245): G key/value heads, each read by N/G query heads."""
 
     kind: Literal["gqa"] = "gqa"
 

@@ -33,7 +33,7 @@ class SimulatedAttentionConfig(AttentionConfig):
     simulation_bias: bool = Field(default=True, description="Biases in all maps of the simulation.")
     initialization: Literal["authors", "identity", "normal"] = Field(
         default="authors",
-        description="authors: PyTorch's defaults; identity: starts as the base layer; normal: N(0, init_std).",
+        description="authors: PyTorch's defaults; identity: starts as the base layer; normal: N(0, σ).",
     )
     exchange: Literal["auto", "gather", "all_to_all"] = Field(
         default="auto", description="How tensor ranks give the simulation all heads; auto weighs the costs."
@@ -64,7 +64,7 @@ class SimulatedAttentionConfig(AttentionConfig):
         if self.initialization == "identity" and self.rotary_width > self.head_dim:
             raise self.problem(
                 "rotary_dim",
-                f"identity initialization needs rotary positions on at most head_dim={self.head_dim} features",
+                f"must be at most attention.head_dim={self.head_dim} under identity initialization",
                 "leave it out",
             )
         return self

@@ -80,7 +80,8 @@ class RunConfig(BaseModel):
             raise FieldError(
                 "world size",
                 world_size,
-                f"must be a multiple of {model_size}, the ranks of one model (parallel.tensor={self.parallel.tensor})",
+                f"must be a multiple of {model_size}, the ranks of one model "
+                f"(parallel.tensor={self.parallel.tensor})",
                 f"start {' or '.join(map(str, fitting[:4]))} processes "
                 f"(launch/torchrun.sh {fitting[0]} CONFIG), or change parallel.tensor",
             )

@@ -59,7 +59,7 @@ class RunFiles:
         except OSError as error:
             raise FileProblem(
                 directory, f"cannot be made ({error.strerror})", "choose another logging.run_directory"
-            )
+            ) from None
         if not os.access(directory, os.W_OK):
             raise FileProblem(directory, "is not writable", "choose another logging.run_directory")
 

@@ -1,4 +1,4 @@
-"""`tokenizer train`, `data prepare` and `data inspect`: output, exit statuses, and how light their help is."""
+"""`tokenizer train`, `data prepare` and `data inspect`: output, exit statuses, how light their help is."""
 
 from __future__ import annotations
 
@@ -135,7 +135,8 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     script = (
         "import sys\nfrom sas_megatron.cli.main import cli\n"
         f"cli.main([*{arguments!r}, '--help'], standalone_mode=False)\n"
-        "print([name for name in ('torch', 'pyarrow', 'numpy', 'sentencepiece', 'rich') if name in sys.modules])"
+        "heavy = ('torch', 'pyarrow', 'numpy', 'sentencepiece', 'rich')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert shown.startswith("Usage:")
