@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
-    kind: Literal["sas"] = "sas"
+    kind: Literal["sas"] = Field(default="sas", description="Simulated attention scores.")
     head_expansion: int = Field(default=3, description="r, simulated heads for each base head.")
     simulated_head_dim: int | None = Field(
         default=None,
@@ -74,7 +74,7 @@ class SimulatedAttentionConfig(AttentionConfig):
         """E, with the default filled in: the even width nearest to 1.5·D from above."""
         if self.simulated_head_dim is not None:
             return self.simulated_head_dim
-        return self.head_dim + (self.head_dim + 3) // 4 * 2 if self.simulate_features else self.head_dim
+        return -(-3 * self.head_dim // 4) * 2 if self.simulate_features else self.head_dim
 
     @property
     def rotary_width(self) -> int:
