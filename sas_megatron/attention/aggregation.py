@@ -14,4 +14,5 @@ def average_blocks(context_SBMD: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """[S, B, r·N, D] in block-major order -> [S, B, N, D], the mean over the r blocks."""
     if num_blocks == 1:
         return context_SBMD
-    return context_SBMD.unflatten(2, (num_blocks, -1)).mean(dim=2)
+    blocks_SBrND: torch.Tensor = context_SBMD.unflatten(2, (num_blocks, -1))
+    return blocks_SBrND.mean(dim=2)

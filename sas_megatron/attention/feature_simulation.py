@@ -38,10 +38,11 @@ class FeatureSimulation(ResidualMap):
     def start_as_identity(
         self, name: str, drawn: torch.Tensor, bound: float, generator: torch.Generator
     ) -> None:
-        """The D features pass, the others add nothing to the scores: refine 0, expand [I; extra rows]·(E/D)^¼.
+        """The D features pass, the others add nothing to the scores.
 
-        The factor, on both sides, makes up for dividing scores by √E in place of √D. The extra rows
-        are random for one side and zero for the other: were both zero, they would stay so for ever.
+        refine is 0, expand [I; extra rows]·(E/D)^¼. The factor, on both sides, makes up for dividing
+        scores by √E in place of √D. The extra rows are random for one side and zero for the other:
+        were both zero, they would stay so for ever.
         """
         if name != "expand":
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class GroupedQueryAttentionConfig(AttentionConfig):
-    """Grouped-query attention (Ainslie et al., arXiv 2305.13245): G key/value heads, each read by N/G queries."""
+    """Grouped-query attention (arXiv 2305.13245): G key/value heads, each read by N/G query heads."""
 
-    kind: Literal["gqa"] = "gqa"
+    kind: Literal["gqa"] = Field(default="gqa", description="Grouped-query attention.")
 
     def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
         """Terms: qkv H·D(N + 2G), projection N·D·H, and their biases."""
@@ -49,7 +49,9 @@ class GroupedQueryAttentionConfig(AttentionConfig):
 class MultiHeadAttentionConfig(GroupedQueryAttentionConfig):
     """Multi-head attention (Vaswani et al., arXiv 1706.03762): as many key/value heads as query heads."""
 
-    kind: Literal["mha"] = "mha"  # type: ignore[assignment]
+    kind: Literal["mha"] = Field(  # type: ignore[assignment]
+        default="mha", description="Multi-head attention."
+    )
 
     @model_validator(mode="after")
     def _check_multi_head(self) -> MultiHeadAttentionConfig:
@@ -65,8 +67,10 @@ class MultiHeadAttentionConfig(GroupedQueryAttentionConfig):
 class MultiQueryAttentionConfig(GroupedQueryAttentionConfig):
     """Multi-query attention (Shazeer, arXiv 1911.02150): one key/value head for all queries."""
 
-    kind: Literal["mqa"] = "mqa"  # type: ignore[assignment]
-    num_kv_heads: int | None = 1
+    kind: Literal["mqa"] = Field(  # type: ignore[assignment]
+        default="mqa", description="Multi-query attention."
+    )
+    num_kv_heads: int | None = Field(default=1, description="G, key/value heads; one here.")
 
     @model_validator(mode="after")
     def _check_multi_query(self) -> MultiQueryAttentionConfig:

@@ -38,7 +38,7 @@ def simulate_heads(
 
 def _of_base_heads(tensor: torch.Tensor, base_heads: slice, num_base: int, *, dim: int) -> torch.Tensor:
     """The part of a block-major head axis that belongs to `base_heads`, still block-major."""
-    blocks = tensor.unflatten(dim, (-1, num_base))
+    blocks: torch.Tensor = tensor.unflatten(dim, (-1, num_base))
     return blocks.narrow(dim + 1, base_heads.start, base_heads.stop - base_heads.start).flatten(dim, dim + 1)
 
 

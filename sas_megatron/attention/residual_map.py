@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,9 +39,9 @@ class ResidualMap(nn.Module, ABC):
         device: torch.device | int,
     ) -> None:
         super().__init__()
-        options = {"dtype": dtype, "device": device}
-        self.expand = nn.Parameter(torch.empty(*expand_shape, **options))
-        self.refine = nn.Parameter(torch.empty(*refine_shape, **options))
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.expand = nn.Parameter(torch.empty(expand_shape, **options))
+        self.refine = nn.Parameter(torch.empty(refine_shape, **options))
         self.expand_bias = nn.Parameter(torch.empty(expand_shape[0], **options)) if bias else None
         self.refine_bias = nn.Parameter(torch.empty(refine_shape[0], **options)) if bias else None
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
-    kind: Literal["sas"] = "sas"
+    kind: Literal["sas"] = Field(default="sas", description="Simulated attention scores.")
     head_expansion: int = Field(default=3, description="r, simulated heads for each base head.")
     simulated_head_dim: int | None = Field(
         default=None,
@@ -33,7 +33,7 @@ class SimulatedAttentionConfig(AttentionConfig):
     simulation_bias: bool = Field(default=True, description="Biases in all maps of the simulation.")
     initialization: Literal["authors", "identity", "normal"] = Field(
         default="authors",
-        description="authors: PyTorch's defaults; identity: starts as the base layer; normal: N(0, init_std).",
+        description="authors: PyTorch's defaults; identity: starts as the base layer; normal: N(0, σ).",
     )
     exchange: Literal["auto", "gather", "all_to_all"] = Field(
         default="auto", description="How tensor ranks give the simulation all heads; auto weighs the costs."
@@ -64,7 +64,7 @@ class SimulatedAttentionConfig(AttentionConfig):
         if self.initialization == "identity" and self.rotary_width > self.head_dim:
             raise self.problem(
                 "rotary_dim",
-                f"identity initialization needs rotary positions on at most head_dim={self.head_dim} features",
+                f"must be at most attention.head_dim={self.head_dim} under identity initialization",
                 "leave it out",
             )
         return self
@@ -74,7 +74,7 @@ class SimulatedAttentionConfig(AttentionConfig):
         """E, with the default filled in: the even width nearest to 1.5·D from above."""
         if self.simulated_head_dim is not None:
             return self.simulated_head_dim
-        return self.head_dim + (self.head_dim + 3) // 4 * 2 if self.simulate_features else self.head_dim
+        return -(-3 * self.head_dim // 4) * 2 if self.simulate_features else self.head_dim
 
     @property
     def rotary_width(self) -> int:

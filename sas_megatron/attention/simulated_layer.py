@@ -66,7 +66,10 @@ class Simulation(nn.Module):
         given = [weight for part in maps.values() for weight in part.weights() if weight is not None]
         summed = iter(sum_gradients_over(group, given))
         return {
-            name: ResidualMapWeights(*(None if weight is None else next(summed) for weight in part.weights()))
+            name: ResidualMapWeights(
+                # None only where the map itself has none, which is a bias.
+                *(None if weight is None else next(summed) for weight in part.weights())  # type: ignore[arg-type]
+            )
             for name, part in maps.items()
         }
 

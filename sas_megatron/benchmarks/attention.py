@@ -125,7 +125,7 @@ def _share_weights(literal: LiteralSimulatedAttention, ours: Any) -> None:
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def _time_in_turn(

@@ -27,8 +27,8 @@ class LiteralHeadSimulation(nn.Module):
     def forward(self, heads_SBND: torch.Tensor) -> torch.Tensor:
         """[S, B, N, D] -> [S, B, rN, D]."""
         u = self.expand(heads_SBND.flatten(0, 1))
-        w = u + self.refine(torch.relu(u))
-        return w.unflatten(0, heads_SBND.shape[:2])
+        w: torch.Tensor = (u + self.refine(torch.relu(u))).unflatten(0, heads_SBND.shape[:2])
+        return w
 
 
 class LiteralFeatureSimulation(nn.Module):
@@ -42,8 +42,9 @@ class LiteralFeatureSimulation(nn.Module):
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., E]."""
-        y = self.expand(heads)
-        return y + self.refine(torch.relu(y))
+        y: torch.Tensor = self.expand(heads)
+        z: torch.Tensor = y + self.refine(torch.relu(y))
+        return z
 
 
 class LiteralSimulatedAttention(nn.Module):
@@ -68,11 +69,10 @@ class LiteralSimulatedAttention(nn.Module):
         query, key, value = self.heads["query"](query), self.heads["key"](key), self.heads["value"](value)
         query, key = self.features["query"](query), self.features["key"](key)
         query, key = rotate(query, angles_SR), rotate(key, angles_SR)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        scale = 1 / math.sqrt(query.shape[-1])
         context = F.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-            is_causal=True,
-            scale=1 / math.sqrt(query.shape[-1]),
-            enable_gqa=heads != groups,
+            query, key, value, is_causal=True, scale=scale, enable_gqa=heads != groups
         )
         blocks = context.permute(2, 0, 1, 3).chunk(self.config.head_expansion, dim=2)
         return torch.stack([self.linear_proj(block.flatten(2)) for block in blocks]).mean(dim=0)

@@ -132,7 +132,7 @@ def _measure_memory(source: Path, tokenizer_path: Path, prefix: Path, workers: i
     """The peak of a command of its own, so that what this process has loaded does not count."""
     arguments = ["data", "prepare", str(source), "--tokenizer", str(tokenizer_path), "--output", str(prefix)]
     command = [sys.executable, "-m", "sas_megatron", *arguments, "--workers", str(workers), "--overwrite"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([str(argument) for argument in command], stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, sum(_resident_bytes(pid) for pid in _process_tree(process.pid)))

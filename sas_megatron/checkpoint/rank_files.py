@@ -75,7 +75,7 @@ def load_checkpoint(path: Path, topology: Topology) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise FileProblem(
             path, f"has no readable manifest ({error})", "remove it to go on from the one before"
-        )
+        ) from None
     if manifest["schema"] > SCHEMA_VERSION:
         raise FileProblem(
             path, f"has format {manifest['schema']}, newer than {SCHEMA_VERSION}", "update the package"

@@ -1,1 +1,1 @@
-"""What a run is: typed sections, YAML with dotted overrides, and the errors a user can mend. No torch here."""
+"""What a run is: typed sections, YAML with dotted overrides, errors a user can mend. No torch here."""

@@ -75,8 +75,8 @@ class AttentionConfig(Section):
             )
         if self.rotary_width % 2:
             raise self.problem(
-                "head_dim" if self.query_key_dim == self.head_dim else "simulated_head_dim",
-                "must be even where all features carry rotary positions",
+                "head_dim" if self.rotary_width == self.head_dim else "simulated_head_dim",
+                "must be even, since its features turn in pairs by rotary positions",
                 "use an even width, or set attention.rotary_dim",
             )
         return self
@@ -130,7 +130,7 @@ class AttentionConfig(Section):
         raise NotImplementedError
 
 
-def resolve_kind(kind: str) -> type[AttentionConfig]:
+def resolve_kind(kind: object) -> type[AttentionConfig]:
     """The config class of an attention kind.
 
     Raises:
@@ -140,7 +140,7 @@ def resolve_kind(kind: str) -> type[AttentionConfig]:
     names.update(
         {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
     )
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         raise FieldError(
             "attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}"
         )

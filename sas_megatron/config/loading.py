@@ -94,8 +94,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileProblem(path, f"cannot be read ({error.strerror})", "check the path") from None
     try:
         tree = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        # The place is on the last lines of the library's message.
+    except (YAMLError, ValueError) as error:
+        # ValueError: a scalar that only looks like a date or number, such as 2020-13-45.
         raise FileProblem(path, f"is not YAML ({' '.join(str(error).split())})", "mend the syntax") from None
     if not isinstance(tree, dict):
         raise FileProblem(path, "holds no sections", "start from one of the files in configs/")
@@ -126,7 +126,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         )
     try:
         value = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
+    except (YAMLError, ValueError):
         raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
     node = tree
     for key in keys[:-1]:

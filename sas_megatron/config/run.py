@@ -53,14 +53,17 @@ class RunConfig(BaseModel):
                 f"must be divisible by parallel.tensor={tensor} under sequence parallelism",
                 "change it, or set parallel.sequence=false",
             )
-        for field in ("warmup_steps", "decay_steps"):
-            steps = getattr(self.schedule, field)
-            if steps is not None and steps > self.training.num_steps:
-                raise self.schedule.problem(
-                    field,
-                    f"exceeds training.num_steps={self.training.num_steps}",
-                    "shorten it or train longer",
-                )
+        warmup, steps = self.schedule.warmup_steps, self.training.num_steps
+        if warmup >= steps:
+            raise self.schedule.problem(
+                "warmup_steps", f"must be below training.num_steps={steps}", "shorten it or train longer"
+            )
+        if warmup + (self.schedule.decay_steps or 0) > steps:
+            raise self.schedule.problem(
+                "decay_steps",
+                f"exceeds what schedule.warmup_steps={warmup} leaves of training.num_steps={steps}",
+                "shorten one of them or train longer",
+            )
         return self
 
     def check_world_size(self, world_size: int) -> int:
@@ -80,7 +83,8 @@ class RunConfig(BaseModel):
             raise FieldError(
                 "world size",
                 world_size,
-                f"must be a multiple of {model_size}, the ranks of one model (parallel.tensor={self.parallel.tensor})",
+                f"must be a multiple of {model_size}, the ranks of one model "
+                f"(parallel.tensor={self.parallel.tensor})",
                 f"start {' or '.join(map(str, fitting[:4]))} processes "
                 f"(launch/torchrun.sh {fitting[0]} CONFIG), or change parallel.tensor",
             )

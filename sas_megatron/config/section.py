@@ -12,7 +12,7 @@ from sas_megatron.config.errors import FieldError
 class Section(BaseModel):
     """A part of a run's config; immutable once built."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     section_name: ClassVar[str]
 
@@ -25,7 +25,11 @@ class Section(BaseModel):
         for field in fields:
             value = getattr(self, field)
             if value is not None and value <= 0:
-                raise self.problem(field, "must be positive", "use 1 or more")
+                raise self.problem(
+                    field,
+                    "must be positive",
+                    "use 1 or more" if isinstance(value, int) else "use more than 0",
+                )
 
     def require_between(self, low: float, high: float, *fields: str) -> None:
         """Checks that each of `fields` lies in [low, high)."""

@@ -8,7 +8,6 @@ piece of state is therefore how many samples were consumed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch

@@ -35,8 +35,8 @@ def resolve_sources(sources: list[str]) -> list[str]:
 def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = None) -> Path:
     """The Parquet file of the built-in corpus (columns text and path), written on the first call.
 
-    One document a file, in the order of a hash of its path, without installed packages and without the few test files that
-    are not UTF-8. Beside it stands a JSON record with the sha256 of its contents.
+    One document a file, in the order of a hash of its path, without installed packages and without the
+    few test files that are not UTF-8. Beside it stands a JSON record with the sha256 of its contents.
 
     Args:
         cache_folder: where the file is kept; by default `default_cache_folder()`.

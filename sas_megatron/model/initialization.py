@@ -7,6 +7,7 @@ between layouts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 
@@ -27,6 +28,10 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def _generator_in(seed: int, module_name: str, name: str) -> torch.Generator:
+    return parameter_generator(seed, f"{module_name}.{name}")
+
+
 @torch.no_grad()
 def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     """Draws all weights of this rank's part of the model in place.
@@ -38,11 +43,10 @@ def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     drawn: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
         if isinstance(module, ResidualMap):
-            prefix = module_name
             module.initialize(
                 config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
                 config.model.init_std,
-                lambda name, prefix=prefix: parameter_generator(config.training.seed, f"{prefix}.{name}"),
+                functools.partial(_generator_in, config.training.seed, module_name),
             )
             drawn.update(module.parameters())
     for name, parameter in model.named_parameters():

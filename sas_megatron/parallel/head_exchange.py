@@ -101,7 +101,7 @@ class AllToAllExchange(HeadExchange):
         """[T, C/P] -> [T/P, C]."""
         tokens_of = self._tokens_of_ranks(columns_TC_local.shape[0])
         mine = tokens_of[self.rank]
-        received = all_to_all(self.group, columns_TC_local, [mine] * self.num_ranks, tokens_of)
+        received: torch.Tensor = all_to_all(self.group, columns_TC_local, [mine] * self.num_ranks, tokens_of)
         return received.view(self.num_ranks, mine, -1).transpose(0, 1).reshape(mine, -1)
 
     def my_heads(

@@ -88,4 +88,5 @@ def _join_world(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
         return
     # A bare process is a world of one; it needs no address and no port.
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it, its stubs do not say so
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

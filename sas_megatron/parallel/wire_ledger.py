@@ -93,8 +93,9 @@ def _all_to_all_single(args: tuple[Any, ...], size: int) -> float:
     source, group, input_splits = args[1], next(iter(_groups(args))), args[4]
     if not input_splits:
         return (size - 1) / size * _bytes(source)
-    row_bytes = _bytes(source) / max(1, source.shape[0])
-    return row_bytes * (sum(input_splits) - input_splits[group.rank()])
+    row_bytes: float = _bytes(source) / max(1, source.shape[0])
+    rows: int = sum(input_splits) - input_splits[group.rank()]
+    return row_bytes * rows
 
 
 # Arguments are those of the dispatcher: outputs first, then inputs, then the group.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import warnings
 
 import torch
@@ -37,7 +36,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held at once so far: allocated on a GPU, resident for a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its figure starts at what the parent held when it started this process.
+    with open("/proc/self/status", encoding="utf-8") as status:
+        (kibibytes,) = [line.split()[1] for line in status if line.startswith("VmHWM:")]
+    return int(kibibytes) * 1024
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:

@@ -55,7 +55,8 @@ def train_step(
     _, gradient_norm, _ = trainer.optimizer.step()
     if not math.isfinite(gradient_norm or 0.0):
         raise TrainingFault(
-            f"step {step}: the gradient norm is {gradient_norm} on rank {topology.rank} although the loss is {loss}; "
+            f"step {step}: the gradient norm is {gradient_norm} on rank {topology.rank} "
+            f"although the loss is {loss}; "
             "lower optimizer.learning_rate, or train in float32 to see whether precision is the cause"
         )
     return StepResult(

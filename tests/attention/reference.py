@@ -26,7 +26,7 @@ def simulate_heads(x_TCD: torch.Tensor, weights: Weights, name: str) -> torch.Te
 
 
 def _convolve(x_TCD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    tokens, channels, width = x_TCD.shape
+    tokens, _, width = x_TCD.shape
     taps = weight.shape[2]
     result = x_TCD.new_zeros(tokens, weight.shape[0], width)
     for tap in range(taps):

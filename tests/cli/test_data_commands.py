@@ -1,4 +1,4 @@
-"""`tokenizer train`, `data prepare` and `data inspect`: output, exit statuses, light help."""
+"""`tokenizer train`, `data prepare` and `data inspect`: output, exit statuses, how light their help is."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.training.run_files import RunFiles
 from tests.rank_pool import in_layout
-from tests.tolerances import LOSS_AFTER_FIVE_STEPS
 from tests.small_data import SmallData
+from tests.tolerances import LOSS_AFTER_FIVE_STEPS
 
 
 def complete(config: RunConfig) -> None:

@@ -1,0 +1,120 @@
+"""The command line as a user meets it: exit status, standard error, and how light its help is."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sas_megatron.cli.main import COMMANDS, cli
+from sas_megatron.config.loading import load_run_config
+from sas_megatron.model.costs import count_forward_flops, count_parameters
+from tests.conftest import ROOT
+
+HELP_CPU_SECONDS = 0.5
+QUICKSTART = ROOT / "configs" / "quickstart_sas.yaml"
+
+
+def command(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sas_megatron", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip() == f"sas-megatron: error: {message}"
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not list(folder.iterdir()), "a refused command left files"
+
+
+def test_a_wrong_override_ends_training_before_it_starts(tmp_path: Path) -> None:
+    refused(
+        command("train", QUICKSTART, "attention.kernel_size=4", "training.num_steps=50", folder=tmp_path),
+        "attention.kernel_size=4: must be odd, so that the convolution keeps head_dim; use 3 or 5",
+        tmp_path,
+    )
+
+
+def test_a_world_that_does_not_fit_ends_training_before_it_starts(tmp_path: Path) -> None:
+    refused(
+        command("train", QUICKSTART, folder=tmp_path, WORLD_SIZE="3", RANK="0"),
+        "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
+        "start 2 processes (launch/torchrun.sh 2 CONFIG), or change parallel.tensor",
+        tmp_path,
+    )
+
+
+def test_of_many_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
+    done = command("train", "missing.yaml", folder=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["-h"], ["--version"], ["train", "--help"], ["costs", "--help"]]
+)
+def test_help_imports_neither_torch_nor_pydantic(arguments: list[str]) -> None:
+    script = (
+        "import sys\nfrom sas_megatron.cli.main import cli\n"
+        f"cli.main({arguments!r}, standalone_mode=False)\n"
+        "heavy = ('torch', 'megatron', 'pydantic', 'numpy', 'ruamel', 'rich')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_takes_little_time_and_names_every_command(tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = command("--help", folder=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0, done.stderr
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+    assert min(seconds) < HELP_CPU_SECONDS, f"{min(seconds):.2f} s of CPU"
+
+
+def test_costs_prints_json_that_programs_can_read() -> None:
+    paths = [str(QUICKSTART), str(ROOT / "configs" / "quickstart_mha.yaml")]
+    done = CliRunner().invoke(cli, ["costs", *paths, "--json"])
+    assert done.exit_code == 0, done.output
+    counted = json.loads(done.stdout)
+    assert list(counted) == paths
+    for path in paths:
+        config = load_run_config(path)
+        assert counted[path] == {
+            "parameters": count_parameters(config),
+            "forward_flops_per_token": count_forward_flops(config),
+        }
+
+
+def test_costs_prints_tables_with_totals() -> None:
+    done = CliRunner().invoke(cli, ["costs", str(QUICKSTART)])
+    assert done.exit_code == 0, done.output
+    total = sum(count_parameters(load_run_config(QUICKSTART)).values())
+    assert f"{total:,}" in done.stdout
+
+
+def test_a_dry_run_prints_the_config_and_its_costs_and_leaves_nothing(tmp_path: Path) -> None:
+    done = command("train", QUICKSTART, "model.num_layers=3", "--dry-run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "num_layers: 3" in done.stdout
+    assert "head_simulation" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,265 @@
+"""Every rule of a config, with the text that its breach shows: field, value, rule, remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.errors import UserError
+from sas_megatron.config.loading import MEGATRON_ALIASES, build_run_config, known_keys
+from tests.run_configs import small_config, small_tree
+
+MHA: dict[str, Any] = {"kind": "mha", "num_heads": 6, "head_dim": 10}
+SAS: dict[str, Any] = {"kind": "sas", "num_heads": 6, "head_dim": 10}
+
+# Sections that break one rule each -> the whole message.
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "misspelt key": (
+        {"attention": {**SAS, "kernal_size": 3}},
+        "attention.kernal_size=3: no such key; did you mean attention.kernel_size?",
+    ),
+    "misspelt section": (
+        {"modle": {"num_layers": 2}},
+        "modle={'num_layers': 2}: no such key; did you mean model?",
+    ),
+    "key of another section": (
+        {"training": {"learning_rate": 0.1}},
+        "training.learning_rate=0.1: no such key; did you mean optimizer.learning_rate?",
+    ),
+    "key of another kind": (
+        {"attention": {**MHA, "num_head": 6}},
+        "attention.num_head=6: no such key; did you mean attention.num_heads?",
+    ),
+    "name in Megatron-LM": (
+        {"parallel": {"tensor_model_parallel_size": 2}},
+        "parallel.tensor_model_parallel_size=2: no such key; did you mean parallel.tensor?",
+    ),
+    "option of Megatron-LM": (
+        {"data": {"seq-length": 128}},
+        "data.seq-length=128: no such key; did you mean data.sequence_length?",
+    ),
+    "nothing like it": (
+        {"model": {"zzzzzz": 1}},
+        "model.zzzzzz=1: no such key; known sections: model, attention, parallel, data, optimizer, "
+        "schedule, training, evaluation, checkpoint, logging",
+    ),
+    "unknown kind": (
+        {"attention": {"kind": "flash", "num_heads": 6}},
+        "attention.kind=flash: is not a known variant; use one of gqa, mha, mqa, sas",
+    ),
+    "kind that is no name": (
+        {"attention": {"kind": ["sas"]}},
+        "attention.kind=['sas']: is not a known variant; use one of gqa, mha, mqa, sas",
+    ),
+    "no kind": (
+        {"attention": {"num_heads": 6}},
+        "attention: needs a kind; use one of gqa, mha, mqa, sas",
+    ),
+    "heads over ranks": (
+        {"attention": MHA, "parallel": {"tensor": 4}},
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "set parallel.tensor to one of [1, 2, 3, 6]",
+    ),
+    "key/value heads over ranks": (
+        {"attention": {**MHA, "kind": "gqa", "num_kv_heads": 2}, "parallel": {"tensor": 3}},
+        "attention.num_kv_heads=2: must be a multiple or a divisor of parallel.tensor=3; "
+        "set parallel.tensor to one of [1, 2, 6]",
+    ),
+    "key/value heads over query heads": (
+        {"attention": {**MHA, "kind": "gqa", "num_kv_heads": 4}},
+        "attention.num_kv_heads=4: must divide attention.num_heads=6; use one of [1, 2, 3, 6]",
+    ),
+    "multi-head with groups": (
+        {"attention": {**MHA, "num_kv_heads": 3}},
+        "attention.num_kv_heads=3: multi-head attention has one for each query head; "
+        "leave it out, or use kind: gqa",
+    ),
+    "multi-query with groups": (
+        {"attention": {**MHA, "kind": "mqa", "num_kv_heads": 2}},
+        "attention.num_kv_heads=2: multi-query attention has one; leave it out, or use kind: gqa",
+    ),
+    "no heads": (
+        {"attention": {**MHA, "num_heads": 0}},
+        "attention.num_heads=0: must be positive; use 1 or more",
+    ),
+    "even kernel": (
+        {"attention": {**SAS, "kernel_size": 4}},
+        "attention.kernel_size=4: must be odd, so that the convolution keeps head_dim; use 3 or 5",
+    ),
+    "fewer simulated features": (
+        {"attention": {**SAS, "simulated_head_dim": 8}},
+        "attention.simulated_head_dim=8: must be at least attention.head_dim=10; use 15, for example",
+    ),
+    "width without features": (
+        {"attention": {**SAS, "simulated_head_dim": 16, "simulate_features": False}},
+        "attention.simulated_head_dim=16: must be head_dim=10 where attention.simulate_features=false; "
+        "leave it out",
+    ),
+    "odd rotary width": (
+        {"attention": {**MHA, "rotary_dim": 7}},
+        "attention.rotary_dim=7: must be even, since features turn in pairs; use 8",
+    ),
+    "rotary width beyond the head": (
+        {"attention": {**MHA, "rotary_dim": 12}},
+        "attention.rotary_dim=12: must not exceed the 10 features of a query/key head; use 10 or less",
+    ),
+    "odd head": (
+        {"attention": {**MHA, "head_dim": 7}},
+        "attention.head_dim=7: must be even, since its features turn in pairs by rotary positions; "
+        "use an even width, or set attention.rotary_dim",
+    ),
+    "odd simulated head": (
+        {"attention": {**SAS, "simulated_head_dim": 13}},
+        "attention.simulated_head_dim=13: must be even, since its features turn in pairs by rotary positions"
+        "; use an even width, or set attention.rotary_dim",
+    ),
+    "rotary width of identity": (
+        {"attention": {**SAS, "initialization": "identity", "rotary_dim": 12}},
+        "attention.rotary_dim=12: must be at most attention.head_dim=10 under identity initialization; "
+        "leave it out",
+    ),
+    "dropout of everything": (
+        {"attention": {**MHA, "dropout": 1.0}},
+        "attention.dropout=1.0: must be at least 0.0 and below 1.0; use 0.0, for example",
+    ),
+    "sequence parallel alone": (
+        {"parallel": {"sequence": True}},
+        "parallel.sequence=True: sequence parallelism shards over the tensor group, which has one rank here; "
+        "set parallel.tensor to 2 or more, or parallel.sequence=false",
+    ),
+    "sequence that does not divide": (
+        {"parallel": {"tensor": 2, "sequence": True}, "data": {"sequence_length": 13}},
+        "data.sequence_length=13: must be divisible by parallel.tensor=2 under sequence parallelism; "
+        "change it, or set parallel.sequence=false",
+    ),
+    "MLP that does not divide": (
+        {"parallel": {"tensor": 2}, "model": {"ffn_hidden_size": 27}},
+        "model.ffn_hidden_size=27: must be divisible by parallel.tensor=2; use a multiple of 2",
+    ),
+    "table that does not divide": (
+        {"parallel": {"tensor": 2}, "model": {"vocab_multiple": 5}},
+        "model.vocab_multiple=5: must be divisible by parallel.tensor=2; use a multiple of 2",
+    ),
+    "batch sizes": (
+        {"training": {"global_batch_size": 8, "micro_batch_size": 3}},
+        "training.global_batch_size=8: must be a multiple of training.micro_batch_size=3; use 9",
+    ),
+    "warm-up as long as the run": (
+        {"schedule": {"warmup_steps": 9}},
+        "schedule.warmup_steps=9: must be below training.num_steps=9; shorten it or train longer",
+    ),
+    "decay that overlaps warm-up": (
+        {"schedule": {"kind": "warmup_stable_decay", "warmup_steps": 4, "decay_steps": 6}},
+        "schedule.decay_steps=6: exceeds what schedule.warmup_steps=4 leaves of training.num_steps=9; "
+        "shorten one of them or train longer",
+    ),
+    "decay of another shape": (
+        {"schedule": {"decay_steps": 3}},
+        "schedule.decay_steps=3: belongs to schedule.kind=warmup_stable_decay and to no other; "
+        "set both or neither",
+    ),
+    "unknown choice": (
+        {"schedule": {"kind": "cosin"}},
+        "schedule.kind='cosin': is not one of the choices; "
+        "use 'cosine', 'linear', 'constant' or 'warmup_stable_decay'",
+    ),
+    "final fraction": (
+        {"schedule": {"final_fraction": 1.5}},
+        "schedule.final_fraction=1.5: must lie between 0 and 1; use 0.1, for example",
+    ),
+    "no rate": (
+        {"optimizer": {"learning_rate": 0.0}},
+        "optimizer.learning_rate=0.0: must be positive; use more than 0",
+    ),
+    "a rate that is no number": (
+        {"optimizer": {"learning_rate": float("nan")}},
+        "optimizer.learning_rate=nan: must be a finite number; change it",
+    ),
+    "no token files": (
+        {"data": {"prefixes": []}},
+        "data.prefixes=[]: names no token file; give at least one",
+    ),
+    "weights of other files": (
+        {"data": {"weights": [0.5, 0.5]}},
+        "data.weights=[0.5, 0.5]: has 2 entries for 1 prefixes; give one each",
+    ),
+    "weight of nothing": (
+        {"data": {"weights": [0.0]}},
+        "data.weights=[0.0]: must be positive; leave out what is not to be drawn from",
+    ),
+    "split in three": (
+        {"data": {"split": [0.8, 0.1, 0.1]}},
+        "data.split=[0.8, 0.1, 0.1]: must be two positive shares, training and validation; "
+        "use [0.97, 0.03], for example",
+    ),
+    "negative seed": (
+        {"training": {"seed": -1}},
+        "training.seed=-1: must not be negative; use 1234, for example",
+    ),
+    "fraction for a count": (
+        {"model": {"num_layers": 2.5}},
+        "model.num_layers=2.5: must be a valid integer; change it",
+    ),
+    "text for a number": (
+        {"optimizer": {"learning_rate": "fast"}},
+        "optimizer.learning_rate='fast': must be a valid number; change it",
+    ),
+    "interval of nothing": (
+        {"checkpoint": {"interval": 0}},
+        "checkpoint.interval=0: must be positive; use 1 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_rule_names_field_value_rule_and_remedy(case: str) -> None:
+    sections, message = BROKEN[case]
+    with pytest.raises(UserError) as caught:
+        small_config(**sections)
+    assert str(caught.value) == message
+
+
+def test_every_wrong_field_is_listed_at_once() -> None:
+    tree = small_tree(model={"num_layer": 2}, optimizer={"lr": 0.1})
+    del tree["logging"], tree["model"]["hidden_size"]
+    with pytest.raises(UserError) as caught:
+        build_run_config(tree)
+    assert str(caught.value).splitlines() == [
+        "model.hidden_size: is required; add it",
+        "model.num_layer=2: no such key; did you mean model.num_layers?",
+        "optimizer.lr=0.1: no such key; did you mean optimizer.learning_rate?",
+        "logging: is required; add it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "message"),
+    [
+        (
+            5,
+            "world size=5: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
+            "start 2 or 4 or 6 or 12 processes (launch/torchrun.sh 2 CONFIG), or change parallel.tensor",
+        ),
+        (
+            8,
+            "training.global_batch_size=12: must be a multiple of micro_batch_size × data-parallel ranks "
+            "= 2 × 4; start 2 or 4 or 6 or 12 processes, or change the batch sizes",
+        ),
+    ],
+)
+def test_a_world_that_does_not_fit_is_told_which_would(world_size: int, message: str) -> None:
+    config = small_config(
+        parallel={"tensor": 2}, training={"num_steps": 9, "global_batch_size": 12, "micro_batch_size": 2}
+    )
+    with pytest.raises(UserError) as caught:
+        config.check_world_size(world_size)
+    assert str(caught.value) == message
+    assert {size: config.check_world_size(size) for size in (2, 4, 6, 12)} == {2: 1, 4: 2, 6: 3, 12: 6}
+
+
+def test_hints_lead_to_keys_that_exist() -> None:
+    known = set(known_keys({"attention": {"kind": "sas"}}))
+    assert set(MEGATRON_ALIASES.values()) <= known
+    # A hint stands in for a wrong key, so no alias may be a right one in the section it leads to.
+    assert not {f"{target.split('.')[0]}.{alias}" for alias, target in MEGATRON_ALIASES.items()} & known

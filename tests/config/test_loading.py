@@ -1,0 +1,194 @@
+"""YAML and overrides: what is read, what is written back, and files that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from sas_megatron.config.attention import KINDS, resolve_kind
+from sas_megatron.config.errors import FileProblem, UserError
+from sas_megatron.config.loading import build_run_config, dump_yaml, load_run_config, read_yaml
+from sas_megatron.config.run import RunConfig
+from tests.conftest import ROOT
+from tests.run_configs import small_config
+
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SMALL = """\
+model: {num_layers: 2, hidden_size: 20, ffn_hidden_size: 28, vocab_size: 45}
+attention: {kind: sas, num_heads: 4, head_dim: 6}
+data: {prefixes: [corpus], tokenizer: tokenizer.model, sequence_length: 12}
+optimizer: {learning_rate: 1e-3}
+training: {num_steps: 9, global_batch_size: 4, micro_batch_size: 2}
+logging: {run_directory: run}
+"""
+
+
+@pytest.fixture
+def small_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_configs_are_shipped() -> None:
+    assert {"quickstart_mha", "quickstart_sas"} <= {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_config_loads_and_comes_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_run_config(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_run_config(again) == config
+    assert dump_yaml(load_run_config(again)) == dump_yaml(config)
+
+
+@pytest.mark.parametrize(
+    "name", ["größe", "null", "yes", "1e-3", "0x10", "a: b", "# not a comment", " ", "2020-01-02"]
+)
+def test_text_that_looks_like_something_else_comes_back_as_text(name: str, tmp_path: Path) -> None:
+    config = small_config(
+        logging={"run_directory": name}, optimizer={"learning_rate": 3e-05, "epsilon": 1e-12}
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_run_config(again) == config
+
+
+def test_numbers_read_as_people_write_them(small_file: Path) -> None:
+    assert load_run_config(small_file).optimizer.learning_rate == 0.001
+    for text, number in {"6e-4": 6e-4, "1E-3": 1e-3, "1": 1.0, ".5": 0.5, "+2.5e+0": 2.5}.items():
+        config = load_run_config(small_file, [f"optimizer.learning_rate={text}"])
+        assert config.optimizer.learning_rate == number
+
+
+def test_overrides_change_what_they_name_and_later_ones_win(small_file: Path) -> None:
+    config = load_run_config(
+        small_file,
+        [
+            "model.num_layers=3",
+            "parallel.tensor=2",
+            "model.num_layers=5",
+            "data.prefixes=[a, b=c]",
+            "data.weights=",
+        ],
+    )
+    assert (config.model.num_layers, config.parallel.tensor) == (5, 2)
+    assert (config.data.prefixes, config.data.weights) == (["a", "b=c"], None)
+    expected = load_run_config(small_file).model_dump()
+    expected["model"]["num_layers"], expected["parallel"]["tensor"] = 5, 2
+    expected["data"]["prefixes"] = ["a", "b=c"]
+    assert config.model_dump() == expected
+
+
+def test_a_kind_may_be_overridden_and_brings_its_own_fields(small_file: Path) -> None:
+    assert load_run_config(small_file, ["attention.kind=mqa"]).attention.num_key_value_heads == 1
+    with pytest.raises(UserError, match=r"attention.kernel_size=3: no such key"):
+        load_run_config(small_file, ["attention.kind=mha", "attention.kernel_size=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.num_layers",
+            "override 'model.num_layers': must read section.field=value; write model.num_layers=4, say",
+        ),
+        (
+            "num_layers=4",
+            "override 'num_layers=4': must read section.field=value; write model.num_layers=4, say",
+        ),
+        ("model.=4", "override 'model.=4': must read section.field=value; write model.num_layers=4, say"),
+        ("", "override '': must read section.field=value; write model.num_layers=4, say"),
+        ("model.num_layers=[", "override 'model.num_layers=[': the value is not YAML; quote it"),
+        (
+            "logging.run_directory=2020-13-45",
+            "override 'logging.run_directory=2020-13-45': the value is not YAML; quote it",
+        ),
+        (
+            "model.num_layers.x=4",
+            "override 'model.num_layers.x=4': num_layers is a value, not a section; "
+            "did you mean model.num_layers?",
+        ),
+        (
+            "model.num_attention_heads=4",
+            "model.num_attention_heads=4: no such key; did you mean attention.num_heads?",
+        ),
+    ],
+)
+def test_a_malformed_override_is_told_how_to_be_written(
+    small_file: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_run_config(small_file, [override])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: {num_layers: 2", r"is not YAML \(.*line 1.*\); mend the syntax"),
+        (
+            b"model: 1\nmodel: 2\n",
+            r'is not YAML \(.*found duplicate key "model".*line 2.*\); mend the syntax',
+        ),
+        (b"model: {a: 2020-13-45}", r"is not YAML \(month must be in 1..12.*\); mend the syntax"),
+        (b"- model\n- data\n", r"holds no sections; start from one of the files in configs/"),
+        (b"", r"holds no sections; start from one of the files in configs/"),
+        (b"model: \xff\xfe", r"is not UTF-8 text \(.*\); give a YAML file"),
+        (b"model: \x00", r"is not YAML \(.*\); mend the syntax"),
+    ],
+    ids=["broken", "duplicate keys", "no date", "list", "empty", "other encoding", "binary"],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(FileProblem, match=f"^{path}: {message}$"):
+        load_run_config(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yaml"
+    with pytest.raises(FileProblem) as caught:
+        load_run_config(missing)
+    assert str(caught.value) == f"{missing}: cannot be read (No such file or directory); check the path"
+    with pytest.raises(FileProblem, match="Is a directory"):
+        read_yaml(tmp_path)
+
+
+def test_a_config_cannot_be_changed_once_built() -> None:
+    config = small_config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.model.num_layers = 3
+
+
+def test_every_field_says_what_it_is() -> None:
+    sections: list[type[BaseModel]] = [resolve_kind(kind) for kind in KINDS]
+    for field in RunConfig.model_fields.values():
+        assert isinstance(field.annotation, type)
+        sections.append(field.annotation)
+    undescribed = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name, field in section.model_fields.items()
+        if not field.description
+    ]
+    assert not undescribed
+    assert all(section.__doc__ for section in sections)
+
+
+def test_simulated_width_defaults_to_the_even_width_from_one_and_a_half(small_file: Path) -> None:
+    widths = {}
+    for width in range(2, 12):
+        config = load_run_config(small_file, [f"attention.head_dim={width}", "attention.rotary_dim=2"])
+        widths[width] = config.attention.query_key_dim
+    assert widths == {2: 4, 3: 6, 4: 6, 5: 8, 6: 10, 7: 12, 8: 12, 9: 14, 10: 16, 11: 18}
+    assert load_run_config(small_file, ["attention.simulate_features=false"]).attention.query_key_dim == 6
+
+
+def test_a_tree_that_was_read_is_not_changed_by_building(small_file: Path) -> None:
+    tree = read_yaml(small_file)
+    build_run_config(tree)
+    assert tree == read_yaml(small_file)

@@ -1,0 +1,110 @@
+"""Initial weights: the same whole at every layout, another for another seed, spread as documented."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.config.run import RunConfig
+from tests.model.model_parts import initial_weights, joined_weights, logits_part
+from tests.run_configs import small_config
+from tests.tolerances import assert_near
+
+GQA = {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+SAS = {**GQA, "kind": "sas", "head_expansion": 2}
+
+
+def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model: Any) -> RunConfig:
+    return small_config(
+        attention=attention,
+        model=model,
+        parallel={"tensor": tensor},
+        training={"num_steps": 9, "global_batch_size": 4, "micro_batch_size": 2, "seed": seed},
+    )
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(
+    "attention", [{"kind": "mha", "num_heads": 4, "head_dim": 6}, SAS], ids=["mha", "sas"]
+)
+def test_the_parts_join_to_the_same_whole_at_every_size(
+    ranks: Any, attention: dict[str, Any], activation: str
+) -> None:
+    biased = activation == "gelu"
+    make = functools.partial(config_of, attention, activation=activation, linear_bias=biased)
+    (alone,) = ranks(1).run(initial_weights, make(1))
+    assert any(part.num_pieces == 2 for part in alone.values()) == (activation == "swiglu")
+    whole = joined_weights([alone])
+    for tensor in (2, 4):
+        joined = joined_weights(ranks(tensor).run(initial_weights, make(tensor)))
+        assert joined.keys() == whole.keys()
+        for name, weight in whole.items():
+            assert torch.equal(joined[name], weight), f"{name} at {tensor} ranks"
+
+
+@pytest.mark.parametrize("initialization", ["authors", "normal", "identity"])
+def test_simulation_weights_are_equal_on_all_ranks_whatever_the_scheme(
+    ranks: Any, initialization: str
+) -> None:
+    attention = {**SAS, "initialization": initialization}
+    whole = joined_weights(ranks(1).run(initial_weights, config_of(attention)))
+    joined = joined_weights(ranks(2).run(initial_weights, config_of(attention, tensor=2)))
+    assert all(torch.equal(joined[name], weight) for name, weight in whole.items())
+
+
+def test_another_seed_gives_other_weights_and_the_same_seed_the_same(ranks: Any) -> None:
+    first, again, other = (
+        joined_weights(ranks(1).run(initial_weights, config_of(SAS, seed=seed))) for seed in (3, 3, 4)
+    )
+    for name, weight in first.items():
+        assert torch.equal(again[name], weight), name
+        constant = "layernorm" in name
+        assert torch.equal(other[name], weight) == constant, name
+
+
+def test_no_two_parameters_start_alike(ranks: Any) -> None:
+    weights = joined_weights(ranks(1).run(initial_weights, config_of(SAS)))
+    drawn = {name: weight.flatten()[:24] for name, weight in weights.items() if "layernorm" not in name}
+    for name, weight in drawn.items():
+        for other, values in drawn.items():
+            shared = min(len(weight), len(values))
+            assert name == other or not torch.equal(weight[:shared], values[:shared]), f"{name} and {other}"
+
+
+def test_weights_are_spread_as_documented(ranks: Any) -> None:
+    config = config_of(
+        SAS,
+        hidden_size=60,
+        ffn_hidden_size=120,
+        num_layers=3,
+        init_std=0.05,
+        linear_bias=True,
+        vocab_size=300,
+    )
+    weights = joined_weights(ranks(1).run(initial_weights, config))
+    for name, weight in weights.items():
+        if ".simulation." in name:
+            matrix = weights[name.removesuffix("_bias")]
+            bound = 1 / math.sqrt(matrix[0].numel())
+            assert weight.abs().max() <= bound, name
+            assert weight.numel() < 20 or weight.abs().max() >= bound / 2, name
+        elif name.endswith("bias"):
+            assert not weight.any(), name
+        elif weight.dim() == 1:
+            assert bool((weight == 1).all()), name
+        else:
+            ends_branch = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            std = 0.05 / math.sqrt(6) if ends_branch else 0.05
+            # The standard error of σ is σ/√(2n); five of them.
+            assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel()), name
+
+
+def test_identity_starts_as_the_base_model(ranks: Any) -> None:
+    (base,) = ranks(1).run(logits_part, config_of(GQA))
+    (simulated,) = ranks(1).run(logits_part, config_of({**SAS, "initialization": "identity"}))
+    # The simulation is drawn in float32, so (E/D)^¼ carries a rounding of 1e-7.
+    assert_near(simulated, base, torch.float32, "logits")

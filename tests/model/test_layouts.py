@@ -1,0 +1,83 @@
+"""The whole model in float64: any number of tensor ranks gives the logits of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.config.run import RunConfig
+from tests.model.model_parts import logits_part
+from tests.run_configs import small_config
+from tests.tolerances import assert_near
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
+    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+    "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
+    "sas-gather": {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, "exchange": "gather"},
+    "sas-all_to_all": {"kind": "sas", "num_heads": 4, "head_dim": 6, "exchange": "all_to_all"},
+    "sas-grouped-gather": {
+        "kind": "sas",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "kernel_size": 5,
+        "exchange": "gather",
+    },
+    "sas-grouped-all_to_all": {
+        "kind": "sas",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "head_expansion": 2,
+        "exchange": "all_to_all",
+    },
+}
+# The rest of the model, so that each of its parts meets each layout.
+PARTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biased": {
+        "linear_bias": True,
+        "activation": "gelu",
+        "normalization": "layernorm",
+        "tie_embeddings": True,
+    },
+}
+
+
+def config_of(attention: str, parts: str, tensor: int, sequence: bool) -> RunConfig:
+    return small_config(
+        attention=ATTENTIONS[attention],
+        model=PARTS[parts],
+        parallel={"tensor": tensor, "sequence": sequence},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Any) -> dict[tuple[str, str], torch.Tensor]:
+    """Logits of one process."""
+    return {
+        (attention, parts): ranks(1).run(logits_part, config_of(attention, parts, 1, False))[0]
+        for attention in ATTENTIONS
+        for parts in PARTS
+    }
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_any_number_of_ranks_gives_the_logits_of_one(
+    ranks: Any, alone: Any, attention: str, parts: str, sequence: bool, tensor: int
+) -> None:
+    by_rank = ranks(tensor).run(logits_part, config_of(attention, parts, tensor, sequence))
+    assert_near(torch.cat(by_rank, dim=-1), alone[attention, parts], torch.float64, "logits")
+
+
+def test_variants_differ_from_each_other(alone: Any) -> None:
+    logits = [alone[attention, "plain"] for attention in ATTENTIONS]
+    for index, one in enumerate(logits):
+        assert one.std() > 0.05
+        assert not any(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for other in logits[index + 1 :])

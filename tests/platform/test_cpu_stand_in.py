@@ -1,0 +1,212 @@
+"""The stand-in answers for the CPU what Megatron-core asks of CUDA, and touches nothing where CUDA is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.parallel import ParallelConfig
+from tests.conftest import ROOT
+from tests.rank_pool import in_layout
+
+
+def run_script(script: str, **options: Any) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _devices() -> None:
+    import torch
+
+    assert torch.cuda.current_device() == torch.device("cpu")
+    assert torch.zeros(3, device=torch.cuda.current_device()).device.type == "cpu"
+    torch.cuda.set_device(1)
+    torch.cuda.synchronize()
+    torch.cuda.synchronize(0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.cuda.device(0):
+        assert not torch.cuda.is_available()
+
+
+def _streams_and_events() -> None:
+    import torch
+
+    stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+    assert isinstance(event, torch.cuda.Event)
+    assert isinstance(torch.cuda.current_stream(), torch.cuda.Stream)
+    assert isinstance(torch.cuda.default_stream(0), torch.cuda.Stream)
+    with torch.cuda.stream(stream):
+        event.record(stream)
+        stream.record_event(event)
+        assert isinstance(stream.record_event(), torch.cuda.Stream)
+    stream.wait_event(event)
+    stream.wait_stream(torch.cuda.current_stream())
+    event.wait()
+    event.synchronize()
+    stream.synchronize()
+    assert event.query()
+
+
+def _profiler_ranges() -> None:
+    import torch
+
+    torch.cuda.nvtx.range_push("forward")
+    torch.cuda.nvtx.mark("middle")
+    torch.cuda.nvtx.range_pop()
+
+
+def _random_states() -> None:
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.cuda.manual_seed(7)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(5)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(5, device="cuda"), first)
+
+    in_layout(ParallelConfig())  # seeds the tracker
+    torch.manual_seed(7)
+    with get_cuda_rng_tracker().fork():
+        inside = torch.rand(5)
+    assert torch.equal(torch.rand(5), first), "a fork must leave the outer random state as it was"
+    with get_cuda_rng_tracker().fork():
+        assert not torch.equal(torch.rand(5), inside), "a fork must go on where the last one ended"
+
+
+def _factories() -> None:
+    import torch
+
+    some = torch.arange(3.0)
+    for made in (
+        torch.zeros(2, device="cuda"),
+        torch.empty(2, 3, device="cuda:0"),
+        torch.ones(2, device=torch.device("cuda", 1)),
+        torch.tensor([1.5], device="cuda"),
+        torch.arange(4, device="cuda"),
+        torch.full((2,), 3.0, device="cuda"),
+        torch.randn(2, device="cuda"),
+        torch.as_tensor([1, 2], device="cuda"),
+        torch.zeros_like(some, device="cuda"),
+        some.new_zeros(2, device="cuda"),
+    ):
+        assert made.device.type == "cpu"
+    assert torch.zeros(2, device="meta").device.type == "meta"
+
+
+def _moves() -> None:
+    import torch
+
+    some = torch.arange(3.0)
+    assert some.cuda() is some
+    for moved in (
+        some.to("cuda"),
+        some.to("cuda:0", torch.float64),
+        some.to(torch.device("cuda")),
+        some.to(device="cuda", dtype=torch.float64),
+        some.cuda(0),
+        some.cuda(non_blocking=True),
+    ):
+        assert moved.device.type == "cpu"
+        assert moved.tolist() == some.tolist()
+    assert some.to("cuda:0", torch.float64).dtype == torch.float64
+    assert some.to(torch.int64).dtype == torch.int64
+    assert some.to("meta").device.type == "meta"
+    assert some.to(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    for module in (torch.nn.Linear(2, 3).cuda(), torch.nn.Linear(2, 3).to("cuda")):
+        assert module.weight.device.type == "cpu"
+        assert isinstance(module.weight, torch.nn.Parameter)
+
+
+def _type_names() -> None:
+    import torch
+
+    # Megatron-core sorts parameters by these names.
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.nn.Parameter(torch.zeros(1)).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+    assert torch.zeros(1).type(dtype=torch.int32).dtype == torch.int32
+
+
+def _install_again() -> None:
+    import torch
+    from torch.overrides import _get_current_function_mode_stack
+
+    from sas_megatron.platform import cpu
+
+    before, modes = dict(vars(torch.cuda)), len(_get_current_function_mode_stack())
+    assert cpu.install()
+    assert all(vars(torch.cuda)[name] is value for name, value in before.items())
+    assert len(_get_current_function_mode_stack()) == modes == 1
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        _devices,
+        _streams_and_events,
+        _profiler_ranges,
+        _random_states,
+        _factories,
+        _moves,
+        _type_names,
+        _install_again,
+    ],
+    ids=lambda check: check.__name__.removeprefix("_"),
+)
+def test_the_cpu_answers_for_cuda(ranks: Any, check: Callable[[], None]) -> None:
+    ranks(1).run(check)
+
+
+def test_torch_compiles_beside_the_stand_in() -> None:
+    printed = run_script(
+        "from sas_megatron.platform.device import prepare_device\n"
+        "prepare_device()\n"
+        "import torch, torch._dynamo, megatron.core.jit\n"
+        "compiled = torch.compile(lambda x: torch.relu(x) + 1, backend='eager')\n"
+        "print(compiled(torch.tensor([-1.0, 2.0])).tolist())\n"
+        "print(torch._dynamo.utils.counters['frames']['ok'])\n"
+    )
+    assert printed.splitlines() == ["[1.0, 3.0]", "1"]
+
+
+def test_a_machine_with_cuda_is_left_untouched() -> None:
+    printed = run_script(
+        "import sys, torch, torch.cuda.nvtx\n"
+        "from torch.overrides import _get_current_function_mode_stack\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "from sas_megatron.platform import cpu\n"
+        "places = [torch.cuda, torch.cuda.nvtx, torch, torch.Tensor]\n"
+        "before = [dict(vars(place)) for place in places]\n"
+        "assert set(cpu._stand_ins()) <= set(before[0])\n"
+        "print(cpu.install())\n"
+        "for place, names in zip(places, before):\n"
+        "    for name, value in names.items():\n"
+        "        assert vars(place)[name] is value, name\n"
+        "    assert set(vars(place)) == set(names)\n"
+        "print(_get_current_function_mode_stack(), 'megatron' in sys.modules)\n"
+    )
+    assert printed.splitlines() == ["False", "[] False"]
+
+
+def test_a_rank_takes_the_device_of_its_local_number() -> None:
+    printed = run_script(
+        "import os, torch\n"
+        "os.environ['LOCAL_RANK'] = '3'\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.set_device = print\n"
+        "from sas_megatron.platform.device import prepare_device, process_group_backend\n"
+        "device = prepare_device()\n"
+        "print(device, process_group_backend(device))\n"
+    )
+    assert printed.splitlines() == ["cuda:3", "cuda:3 nccl"]

@@ -1,0 +1,34 @@
+"""Small whole runs for tests: legal as they stand, each section open to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sas_megatron.config.loading import build_run_config
+from sas_megatron.config.run import RunConfig
+
+
+def small_tree(**sections: dict[str, Any]) -> dict[str, Any]:
+    """A run's plain mappings with odd sizes; `sections` are laid over them, `attention` replaces its own."""
+    tree: dict[str, Any] = {
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 20,
+            "ffn_hidden_size": 28,
+            "vocab_size": 45,
+            "vocab_multiple": 4,
+        },
+        "attention": {"kind": "mha", "num_heads": 4, "head_dim": 6},
+        "data": {"prefixes": ["corpus"], "tokenizer": "tokenizer.model", "sequence_length": 12},
+        "optimizer": {"learning_rate": 0.01},
+        "training": {"num_steps": 9, "global_batch_size": 4, "micro_batch_size": 2},
+        "logging": {"run_directory": "run"},
+    }
+    for name, fields in sections.items():
+        tree[name] = fields if name == "attention" else {**tree.get(name, {}), **fields}
+    return tree
+
+
+def small_config(**sections: dict[str, Any]) -> RunConfig:
+    """`small_tree` as a config."""
+    return build_run_config(small_tree(**sections))
