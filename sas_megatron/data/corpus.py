@@ -40,7 +40,7 @@ def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = 
 
     Args:
         cache_folder: where the file is kept; by default `default_cache_folder()`.
-        max_bytes: stop before the text grows beyond this; by default everything.
+        max_bytes: leave out the files with which the text would grow beyond this; by default take all.
 
     Raises:
         FileProblem: the folder cannot be written, or the standard library has no source files here.
@@ -114,9 +114,10 @@ def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str]]
         if not text:
             continue
         if remaining_bytes is not None:
-            remaining_bytes -= len(text.encode())
-            if remaining_bytes < 0:
-                break
+            size = len(text.encode())
+            if size > remaining_bytes:
+                continue
+            remaining_bytes -= size
         texts.append(text)
         paths.append(relative_path)
     if not texts:
