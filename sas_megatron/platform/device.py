@@ -18,8 +18,10 @@ def prepare_device() -> torch.device:
         The CUDA device numbered LOCAL_RANK, or the CPU (with the stand-in installed) where torch
         finds no CUDA device.
     """
-    # Megatron-core warns, on every rank, of each optional package that is absent.
+    # Megatron-core warns, on every rank, of each optional package that is absent, and calls collectives
+    # by names that newer torch calls deprecated; a user can mend neither.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*` is deprecated")
     if cpu.install():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

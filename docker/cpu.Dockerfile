@@ -1,0 +1,24 @@
+# The package on CPU, for a laptop without Python 3.11 or 3.12, and for CI.
+# build: docker build -f docker/cpu.Dockerfile -t sas-megatron:cpu .
+# run:   docker run --rm -v "$PWD/quickstart:/work/quickstart" sas-megatron:cpu quickstart
+FROM python:3.11-slim-bookworm
+
+# Megatron-core's dataset helpers come compiled; g++ is for DeepSpeed's and torch's own run-time builds.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/sas_megatron
+# What changes least comes first: torch, then the other packages, then the source.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+COPY setup.py pyproject.toml README.md LICENSE ./
+COPY sas_megatron/__init__.py sas_megatron/__init__.py
+RUN --mount=type=cache,target=/root/.cache/pip DS_BUILD_OPS=0 pip install --editable .
+COPY sas_megatron sas_megatron
+COPY configs configs
+COPY launch launch
+
+RUN useradd --create-home trainer && mkdir /work && chown trainer /work
+USER trainer
+WORKDIR /work
+ENTRYPOINT ["sas-megatron"]
+CMD ["--help"]
