@@ -1,0 +1,90 @@
+"""Five optimizer steps: every layout ends at the loss of one process, and no replica drifts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.run import RunConfig
+from tests.run_configs import small_config
+from tests.tolerances import LOSS_AFTER_FIVE_STEPS
+from tests.training.training_runs import NUM_STEPS, replicas_that_differ, steps_without, take_steps
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
+    "sas-gather": {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, "exchange": "gather"},
+    "sas-all_to_all": {
+        "kind": "sas",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "exchange": "all_to_all",
+    },
+}
+# Name -> world size, tensor-parallel ranks, sequence parallelism, distributed optimizer.
+LAYOUTS: dict[str, tuple[int, int, bool, bool]] = {
+    "tensor 2": (2, 2, False, False),
+    "tensor 2, sequence": (2, 2, True, False),
+    "tensor 4": (4, 4, False, False),
+    "tensor 4, sequence": (4, 4, True, False),
+    "data 2": (2, 1, False, False),
+    "data 2, distributed optimizer": (2, 1, False, True),
+    "tensor 2, data 2": (4, 2, False, False),
+    "tensor 2, sequence, data 2, distributed optimizer": (4, 2, True, True),
+}
+
+
+def config_of(
+    attention: str, *, tensor: int = 1, sequence: bool = False, distributed: bool = False
+) -> RunConfig:
+    return small_config(
+        attention=ATTENTIONS[attention],
+        parallel={"tensor": tensor, "sequence": sequence},
+        optimizer={"learning_rate": 0.01, "distributed": distributed},
+        schedule={"warmup_steps": 2},
+        training={"num_steps": 9, "global_batch_size": 4, "micro_batch_size": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Any) -> dict[str, Any]:
+    """The steps of one process."""
+    return {attention: ranks(1).run(take_steps, config_of(attention))[0] for attention in ATTENTIONS}
+
+
+# The layout varies slowest, since ranks keep their groups from test to test.
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, attention: str, layout: str) -> None:
+    world_size, tensor, sequence, distributed = LAYOUTS[layout]
+    config = config_of(attention, tensor=tensor, sequence=sequence, distributed=distributed)
+    by_rank = ranks(world_size).run(take_steps, config)
+    assert not replicas_that_differ(by_rank)
+    expected = alone[attention]
+    for steps in by_rank:
+        assert steps.losses == pytest.approx(expected.losses, rel=LOSS_AFTER_FIVE_STEPS)
+        assert steps.gradient_norms[0] == pytest.approx(expected.gradient_norms[0], rel=1e-5)
+
+
+def test_the_loss_starts_at_that_of_a_guess_and_moves(alone: Any) -> None:
+    for steps in alone.values():
+        assert len(steps.losses) == NUM_STEPS + 1
+        assert steps.losses[0] == pytest.approx(3.87, abs=0.05)  # ln 48, the padded vocabulary
+        # Were the weights not updated, a wrong layout would go unnoticed.
+        moved = [parameter for parameter in steps.weights.values() if (parameter.tensor != 0).any()]
+        assert len(moved) == len(steps.weights)
+        assert abs(steps.losses[-1] - steps.losses[0]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("fault", "attention", "sequence"),
+    [("simulation", "sas-gather", False), ("simulation", "sas-all_to_all", True), ("layernorm", "mha", True)],
+)
+def test_a_gradient_sum_left_out_makes_replicas_drift(
+    ranks: Any, fault: str, attention: str, sequence: bool
+) -> None:
+    by_rank = ranks(2).run(steps_without, fault, config_of(attention, tensor=2, sequence=sequence))
+    differing = replicas_that_differ(by_rank)
+    assert differing
+    assert all(fault in name for name in differing)
