@@ -36,14 +36,19 @@ LAYOUTS: dict[str, tuple[int, int, bool, bool]] = {
 
 
 def config_of(
-    attention: str, *, tensor: int = 1, sequence: bool = False, distributed: bool = False
+    attention: str,
+    *,
+    tensor: int = 1,
+    sequence: bool = False,
+    distributed: bool = False,
+    micro_batch_size: int = 2,
 ) -> RunConfig:
     return small_config(
         attention=ATTENTIONS[attention],
         parallel={"tensor": tensor, "sequence": sequence},
         optimizer={"learning_rate": 0.01, "distributed": distributed},
         schedule={"warmup_steps": 2},
-        training={"num_steps": 9, "global_batch_size": 4, "micro_batch_size": 2},
+        training={"num_steps": 9, "global_batch_size": 4, "micro_batch_size": micro_batch_size},
     )
 
 
@@ -65,6 +70,16 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, attenti
     for steps in by_rank:
         assert steps.losses == pytest.approx(expected.losses, rel=LOSS_AFTER_FIVE_STEPS)
         assert steps.gradient_norms[0] == pytest.approx(expected.gradient_norms[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("micro_batch_size", "world_size"), [(1, 1), (4, 1), (1, 2)])
+def test_the_cut_into_microbatches_changes_nothing(
+    ranks: Any, alone: Any, micro_batch_size: int, world_size: int
+) -> None:
+    # Samples bear loss on unequal numbers of tokens, so a mean of means would differ.
+    for steps in ranks(world_size).run(take_steps, config_of("mha", micro_batch_size=micro_batch_size)):
+        assert steps.losses == pytest.approx(alone["mha"].losses, rel=LOSS_AFTER_FIVE_STEPS)
+        assert steps.gradient_norms == pytest.approx(alone["mha"].gradient_norms, rel=1e-4)
 
 
 def test_the_loss_starts_at_that_of_a_guess_and_moves(alone: Any) -> None:
