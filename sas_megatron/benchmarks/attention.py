@@ -125,7 +125,8 @@ def _share_weights(literal: LiteralSimulatedAttention, ours: Any) -> None:
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    with torch.no_grad():
+        return float((actual - expected).norm() / expected.norm())
 
 
 def _time_in_turn(
