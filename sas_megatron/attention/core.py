@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sas_megatron.attention.aggregation import average_blocks
+from sas_megatron.attention.chunked import attend_chunked, suits_chunks
 from sas_megatron.config.attention import AttentionConfig
 
 
@@ -40,7 +41,7 @@ class CoreAttention(MegatronModule):
         self.num_blocks = num_blocks
         self.dropout = attention.dropout
         self.scale = softmax_scale or 1 / math.sqrt(attention.query_key_dim)
-        self.attend = _attend_unfused if attention.backend == "unfused" else _attend_fused
+        self.attend = _BACKENDS[attention.backend]
 
     def forward(
         self,
@@ -74,7 +75,9 @@ class CoreAttention(MegatronModule):
             dropout=self.dropout if self.training else 0.0,
             scale=self.scale,
         )
-        return average_blocks(context_BMSD.permute(2, 0, 1, 3), self.num_blocks).flatten(2)
+        averaged_SBND = average_blocks(context_BMSD.permute(2, 0, 1, 3), self.num_blocks)
+        # A padded value is cut back after the mean, when there is r times less of it.
+        return averaged_SBND[..., : value_SBGD.shape[-1]].flatten(2)
 
 
 def _attend_fused(
@@ -87,13 +90,12 @@ def _attend_fused(
     dropout: float,
     scale: float,
 ) -> torch.Tensor:
-    """Torch's fused attention; the value is padded to the key's width where fusing needs equal widths."""
-    width = value_BGSD.shape[-1]
+    """Torch's fused attention; where fusing needs equal widths, the value and so the result are padded."""
     if value_BGSD.device.type == "cpu":
         # Measured on CPU: padded is faster than the unfused path that unequal widths fall to.
-        value_BGSD = F.pad(value_BGSD, (0, query_BMSE.shape[-1] - width))
+        value_BGSD = F.pad(value_BGSD, (0, query_BMSE.shape[-1] - value_BGSD.shape[-1]))
     with _tensor_parallel_randomness(dropout):
-        context = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query_BMSE,
             key_BGSE,
             value_BGSD,
@@ -103,7 +105,24 @@ def _attend_fused(
             scale=scale,
             enable_gqa=query_BMSE.shape[1] != key_BGSE.shape[1],
         )
-    return context[..., :width]
+
+
+def _attend_auto(
+    query_BMSE: torch.Tensor,
+    key_BGSE: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    *,
+    causal: bool,
+    dropout: float,
+    scale: float,
+    **options: Any,
+) -> torch.Tensor:
+    """By chunks where that is faster, otherwise fused."""
+    if suits_chunks(query_BMSE, key_BGSE, causal=causal, dropout=dropout):
+        return attend_chunked(query_BMSE, key_BGSE, value_BGSD, scale=scale)
+    return _attend_fused(
+        query_BMSE, key_BGSE, value_BGSD, causal=causal, dropout=dropout, scale=scale, **options
+    )
 
 
 def _attend_unfused(
@@ -129,6 +148,9 @@ def _attend_unfused(
     with _tensor_parallel_randomness(dropout):
         weights = F.dropout(weights, dropout)
     return weights @ value
+
+
+_BACKENDS = {"auto": _attend_auto, "fused": _attend_fused, "unfused": _attend_unfused}
 
 
 def _tensor_parallel_randomness(dropout: float) -> Any:

@@ -15,7 +15,8 @@ from sas_megatron.attention.residual_map import ResidualMap, ResidualMapWeights
 def simulate_features(heads_MD: torch.Tensor, weights: ResidualMapWeights) -> torch.Tensor:
     """[..., D] -> [..., E]; weights: expand [E, D], refine [E, E], biases [E] or None."""
     expanded = F.linear(heads_MD, weights.expand, weights.expand_bias)
-    return expanded + F.linear(F.relu(expanded), weights.refine, weights.refine_bias)
+    # In place on the branch's output, which no backward pass needs: one large tensor less.
+    return F.linear(F.relu(expanded), weights.refine, weights.refine_bias).add_(expanded)
 
 
 class FeatureSimulation(ResidualMap):

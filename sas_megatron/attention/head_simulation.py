@@ -33,7 +33,8 @@ def simulate_heads(
         kept = _of_base_heads(expanded, base_heads, num_base, dim=1)
         refine = _of_base_heads(refine, base_heads, num_base, dim=0)
         bias = None if bias is None else _of_base_heads(bias, base_heads, num_base, dim=0)
-    return kept + F.conv1d(F.relu(expanded), refine, bias, padding=padding)
+    # In place on the branch's output, which no backward pass needs: one large tensor less.
+    return F.conv1d(F.relu(expanded), refine, bias, padding=padding).add_(kept)
 
 
 def _of_base_heads(tensor: torch.Tensor, base_heads: slice, num_base: int, *, dim: int) -> torch.Tensor:

@@ -108,6 +108,7 @@ def _build_block(attention: AttentionConfig, shape: BlockShape, dtype: torch.dty
         add_bias_linear=False,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        apply_rope_fusion=True,
     )
     return build_module(attention.build_spec(), config=config, layer_number=1)
 

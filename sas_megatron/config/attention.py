@@ -50,7 +50,8 @@ class AttentionConfig(Section):
     dropout: float = Field(default=0.0, description="On the attention weights.")
     backend: Literal["auto", "fused", "unfused"] = Field(
         default="auto",
-        description="fused: scaled-dot-product attention of torch; unfused: plain products; auto: fused.",
+        description="fused: scaled-dot-product attention of torch; unfused: plain products; auto: by chunks "
+        "of queries where that is faster (on CPU, causal, float32, up to 1,024 tokens), otherwise fused.",
     )
 
     @model_validator(mode="after")

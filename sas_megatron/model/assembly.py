@@ -53,6 +53,7 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         # Megatron-core's fused element-wise functions; on CPU they would only be compiled in vain.
         bias_activation_fusion=on_cuda and model.linear_bias,
         bias_dropout_fusion=on_cuda,
+        apply_rope_fusion=True,
         # Needs an extension of Apex or TransformerEngine.
         gradient_accumulation_fusion=False,
     )

@@ -9,6 +9,7 @@ import torch
 
 from sas_megatron.platform import cpu
 from sas_megatron.platform.machine import describe_processor
+from sas_megatron.platform.rotary import offer_fused_rotary
 
 
 def prepare_device() -> torch.device:
@@ -22,7 +23,9 @@ def prepare_device() -> torch.device:
     # by names that newer torch calls deprecated; a user can mend neither.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*` is deprecated")
-    if cpu.install():
+    on_cpu = cpu.install()
+    offer_fused_rotary()
+    if on_cpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

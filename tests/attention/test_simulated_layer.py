@@ -43,6 +43,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
         num_heads=4, simulate_query_heads=False, simulate_key_heads=False, simulate_value_heads=False
     ),
     "unfused": sas(num_heads=4, num_kv_heads=2, backend="unfused"),
+    "fused": sas(num_heads=4, backend="fused"),
 }
 
 
