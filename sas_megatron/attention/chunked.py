@@ -90,5 +90,5 @@ def attend_chunked(
         heads.permute(2, 0, 1, 3).flatten(1, 2).transpose(0, 1)
         for heads in (query_BMSE, key_BMSE, value_BMSD)
     )
-    context: torch.Tensor = _ChunkedAttention.apply(query, key, value, scale)
-    return context.unflatten(0, (batch, -1))
+    context: torch.Tensor = _ChunkedAttention.apply(query, key, value, scale).unflatten(0, (batch, -1))
+    return context

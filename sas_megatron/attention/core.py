@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,7 +151,11 @@ def _attend_unfused(
     return weights @ value
 
 
-_BACKENDS = {"auto": _attend_auto, "fused": _attend_fused, "unfused": _attend_unfused}
+_BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "auto": _attend_auto,
+    "fused": _attend_fused,
+    "unfused": _attend_unfused,
+}
 
 
 def _tensor_parallel_randomness(dropout: float) -> Any:
