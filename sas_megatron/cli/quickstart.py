@@ -57,7 +57,7 @@ def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> 
     from sas_megatron.scaling.matching import match_parameters
 
     data = directory.absolute() / "data"
-    common = [f"data.prefixes=['{data / 'corpus'}']", f"data.tokenizer='{data / 'tokenizer.model'}'"]
+    common = [f"data.prefixes=['{data / 'python_source'}']", f"data.tokenizer='{data / 'tokenizer.model'}'"]
     configs = []
     for path in paths:
         name = path.stem.removeprefix("quickstart_")
@@ -85,7 +85,7 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
         train_tokenizer(stream_documents([corpus]), vocab_size=vocab_size, model_path=model)
     with show_progress() as report_progress:
         preparation = prepare_token_files(
-            [corpus], tokenizer_path=model, prefix=folder / "corpus", report_progress=report_progress
+            [corpus], tokenizer_path=model, prefix=folder / "python_source", report_progress=report_progress
         )
     manifest = preparation.manifest
     _say(
