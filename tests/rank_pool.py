@@ -66,7 +66,7 @@ class RankPool:
 
 
 _groups = contextlib.ExitStack()
-_topology: dict[int, Topology] = {}
+_topology: dict[tuple[int, int], Topology] = {}
 
 
 def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
@@ -78,13 +78,15 @@ def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
 
     from sas_megatron.parallel import topology
 
-    if config.tensor not in _topology:
+    layout = (config.tensor, config.context)
+    if layout not in _topology:
         _topology.clear()
         _groups.close()
         joined = topology.joined_groups(config, device=torch.device("cpu"), seed=seed)
-        _topology[config.tensor] = _groups.enter_context(joined)
-    topology.seed_randomness(seed, _topology[config.tensor].data_rank)
-    return _topology[config.tensor]
+        _topology[layout] = _groups.enter_context(joined)
+    place = _topology[layout]
+    topology.seed_randomness(seed, place.data_rank * config.context + place.context_rank)
+    return place
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:

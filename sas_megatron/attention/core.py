@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sas_megatron.attention.aggregation import average_blocks
 from sas_megatron.attention.chunked import attend_chunked, suits_chunks
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.parallel.context_exchange import ContextExchange
 
 
 class CoreAttention(MegatronModule):
@@ -43,6 +45,8 @@ class CoreAttention(MegatronModule):
         self.dropout = attention.dropout
         self.scale = softmax_scale or 1 / math.sqrt(attention.query_key_dim)
         self.attend = _BACKENDS[attention.backend]
+        group = parallel_state.get_context_parallel_group()
+        self.context_exchange = ContextExchange(group) if group.size() > 1 else None
 
     def forward(
         self,
@@ -66,6 +70,9 @@ class CoreAttention(MegatronModule):
         Returns:
             [S, B, M/r·D].
         """
+        value_width = value_SBGD.shape[-1]
+        if self.context_exchange is not None:
+            query_SBME, key_SBGE, value_SBGD = self._with_all_tokens(query_SBME, key_SBGE, value_SBGD)
         causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
         context_BMSD = self.attend(
             query_SBME.permute(1, 2, 0, 3),
@@ -76,9 +83,24 @@ class CoreAttention(MegatronModule):
             dropout=self.dropout if self.training else 0.0,
             scale=self.scale,
         )
-        averaged_SBND = average_blocks(context_BMSD.permute(2, 0, 1, 3), self.num_blocks)
+        context_SBMD = context_BMSD.permute(2, 0, 1, 3)
+        if self.context_exchange is not None:
+            context_SBMD = self.context_exchange.scatter_tokens(context_SBMD[..., :value_width])
+        averaged_SBND = average_blocks(context_SBMD, self.num_blocks)
         # A padded value is cut back after the mean, when there is r times less of it.
-        return averaged_SBND[..., : value_SBGD.shape[-1]].flatten(2)
+        return averaged_SBND[..., :value_width].flatten(2)
+
+    def _with_all_tokens(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[S/C, B, heads, D] each -> [S, B, a C-th of the heads, D]."""
+        assert self.context_exchange is not None
+        if key.shape[2] % self.context_exchange.num_ranks:
+            # Too few to share: each query head brings its own copy.
+            readers = query.shape[2] // key.shape[2]
+            key, value = (heads.repeat_interleave(readers, dim=2) for heads in (key, value))
+        gather = self.context_exchange.gather_tokens
+        return gather(query), gather(key), gather(value)
 
 
 def _attend_fused(

@@ -89,6 +89,11 @@ class SimulatedAttentionConfig(AttentionConfig):
         return self.head_expansion * self.num_heads
 
     @property
+    def num_attended_heads(self) -> int:
+        """M = r·N: context parallelism shards them r times as far as the base heads."""
+        return self.num_simulated_heads
+
+    @property
     def simulates_heads(self) -> bool:
         """Whether any of query, key and value has its heads simulated."""
         return self.simulate_query_heads or self.simulate_key_heads or self.simulate_value_heads

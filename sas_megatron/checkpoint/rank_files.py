@@ -105,6 +105,7 @@ def _layout(topology: Topology) -> dict[str, int]:
     return {
         "world_size": topology.world_size,
         "tensor": topology.tensor_group.size(),
+        "context": topology.context_group.size(),
         "data": topology.data_size,
     }
 

@@ -115,6 +115,22 @@ class AttentionConfig(Section):
                 f"set parallel.tensor to one of {legal}",
             )
 
+    @property
+    def num_attended_heads(self) -> int:
+        """Heads of the scores: N here, r·N for SAS."""
+        return self.num_heads
+
+    def check_context_parallel(self, tensor: int, context: int) -> None:
+        """Raises `FieldError` where a tensor rank's heads cannot be shared by `context` ranks."""
+        heads = self.num_attended_heads // tensor
+        if heads % context:
+            raise FieldError(
+                "parallel.context",
+                context,
+                f"must divide the {heads} heads that each of parallel.tensor={tensor} ranks attends with",
+                f"use one of {_divisors(heads)}",
+            )
+
     def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
         """Parameters of one layer's attention, as named terms that sum."""
         raise NotImplementedError

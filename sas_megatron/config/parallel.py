@@ -19,9 +19,13 @@ class ParallelConfig(Section):
         default=False, description="Shard norms and residuals over tokens within the tensor group."
     )
 
+    context: int = Field(
+        default=1, description="C, ranks that share each sequence; attention trades tokens for heads."
+    )
+
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        self.require_positive("tensor")
+        self.require_positive("tensor", "context")
         if self.sequence and self.tensor == 1:
             raise self.problem(
                 "sequence",
@@ -33,4 +37,4 @@ class ParallelConfig(Section):
     @property
     def model_size(self) -> int:
         """Ranks that hold one copy of the model."""
-        return self.tensor
+        return self.tensor * self.context

@@ -34,7 +34,17 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         tensor = self.parallel.tensor
+        context = self.parallel.context
         self.attention.check_tensor_parallel(tensor)
+        self.attention.check_context_parallel(tensor, context)
+        # Megatron-core gives each context rank two chunks of the sequence, one early and one late.
+        chunks = 2 * context if context > 1 else 1
+        if self.data.sequence_length % chunks:
+            raise self.data.problem(
+                "sequence_length",
+                f"must be divisible by {chunks}, twice parallel.context={context}",
+                f"use a multiple of {chunks}",
+            )
         if self.model.ffn_hidden_size % tensor:
             raise self.model.problem(
                 "ffn_hidden_size",
@@ -47,10 +57,11 @@ class RunConfig(BaseModel):
                 f"must be divisible by parallel.tensor={tensor}",
                 f"use a multiple of {tensor}",
             )
-        if self.parallel.sequence and self.data.sequence_length % tensor:
+        if self.parallel.sequence and self.data.sequence_length // context % tensor:
             raise self.data.problem(
                 "sequence_length",
-                f"must be divisible by parallel.tensor={tensor} under sequence parallelism",
+                f"over parallel.context={context} must be divisible by parallel.tensor={tensor} "
+                "under sequence parallelism",
                 "change it, or set parallel.sequence=false",
             )
         warmup, steps = self.schedule.warmup_steps, self.training.num_steps
@@ -84,7 +95,7 @@ class RunConfig(BaseModel):
                 "world size",
                 world_size,
                 f"must be a multiple of {model_size}, the ranks of one model "
-                f"(parallel.tensor={self.parallel.tensor})",
+                f"(parallel.tensor={self.parallel.tensor} × context={self.parallel.context})",
                 f"start {' or '.join(map(str, fitting[:4]))} processes "
                 f"(launch/torchrun.sh {fitting[0]} CONFIG), or change parallel.tensor",
             )

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError
@@ -83,22 +85,28 @@ def microbatches(
     data_rank: int,
     data_size: int,
     device: torch.device,
+    context_group: dist.ProcessGroup | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's microbatches of the samples [first_sample, first_sample + num_samples).
 
     Yields:
         tokens, labels [B, S] int64, loss_mask [B, S] float32, position_ids [B, S], and attention_mask
-        [B, 1, S, S] bool, True where attention is forbidden, if documents are kept apart. The last
-        microbatch may be smaller.
+        [B, 1, S, S] bool, True where attention is forbidden, if documents are kept apart. Under context
+        parallelism all but the mask are this rank's tokens. The last microbatch may be smaller.
     """
     stride = micro_batch_size * data_size
     end = first_sample + num_samples
     for start in range(first_sample + data_rank * micro_batch_size, end, stride):
         parts = [samples[index] for index in range(start, min(start + micro_batch_size, end))]
-        yield {
+        batch = {
             name: torch.stack([torch.as_tensor(part[name]) for part in parts]).to(device, non_blocking=True)
             for name in parts[0]
         }
+        if context_group is not None and context_group.size() > 1:
+            # Attention sees all tokens of a head, so it needs the whole mask.
+            whole = {name: batch.pop(name) for name in ("attention_mask",) if name in batch}
+            batch = {**get_batch_on_this_cp_rank(batch, context_group), **whole}
+        yield batch
 
 
 class ByteLengths:

@@ -50,6 +50,7 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence,
+        context_parallel_size=config.parallel.context,
         # Megatron-core's fused element-wise functions; on CPU they would only be compiled in vain.
         bias_activation_fusion=on_cuda and model.linear_bias,
         bias_dropout_fusion=on_cuda,

@@ -28,7 +28,10 @@ class Topology:
     tensor_group: dist.ProcessGroup
     data_rank: int
     data_size: int
+    # With the context ranks: what losses and token counts are summed over.
     data_group: dist.ProcessGroup
+    context_rank: int
+    context_group: dist.ProcessGroup
 
     @property
     def is_first(self) -> bool:
@@ -55,10 +58,13 @@ def joined_topology(
 @contextlib.contextmanager
 def joined_groups(config: ParallelConfig, *, device: torch.device, seed: int) -> Iterator[Topology]:
     """Megatron-core's groups of one layout, within a world that is joined already; seeds randomness too."""
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor, context_parallel_size=config.context
+    )
     try:
         data_rank = parallel_state.get_data_parallel_rank()
-        seed_randomness(seed, data_rank)
+        context_rank = parallel_state.get_context_parallel_rank()
+        seed_randomness(seed, data_rank * config.context + context_rank)
         yield Topology(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
@@ -67,19 +73,21 @@ def joined_groups(config: ParallelConfig, *, device: torch.device, seed: int) ->
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
             data_rank=data_rank,
             data_size=parallel_state.get_data_parallel_world_size(),
-            data_group=parallel_state.get_data_parallel_group(),
+            data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            context_rank=context_rank,
+            context_group=parallel_state.get_context_parallel_group(),
         )
     finally:
         parallel_state.destroy_model_parallel()
 
 
-def seed_randomness(seed: int, data_rank: int) -> None:
+def seed_randomness(seed: int, sample_rank: int) -> None:
     """Seeds dropout: equal over the tensor group outside tensor-parallel regions, different inside them.
 
-    It differs over the data-parallel group as well, whose ranks see other samples.
+    It differs over the data and context groups as well, whose ranks (`sample_rank`) see other tokens.
     """
-    torch.manual_seed(seed + 100 * data_rank)
-    model_parallel_cuda_manual_seed(seed + 100 * data_rank)
+    torch.manual_seed(seed + 100 * sample_rank)
+    model_parallel_cuda_manual_seed(seed + 100 * sample_rank)
 
 
 def _join_world(device: torch.device, timeout: timedelta) -> None:

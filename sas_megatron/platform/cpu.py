@@ -52,6 +52,9 @@ class _CudaMeansCpu(TorchFunctionMode):
             return str(func(*args)).replace("torch.", "torch.cuda.", 1)
         if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs and kwargs.get("pin_memory"):
+            # Pinning is for copies to a GPU, and fails without one.
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
         return func(*args, **(kwargs or {}))

@@ -62,7 +62,13 @@ class Run:
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.ledger = WireLedger({"tensor": topology.tensor_group, "data": topology.data_group})
+        self.ledger = WireLedger(
+            {
+                "tensor": topology.tensor_group,
+                "context": topology.context_group,
+                "data": topology.data_group,
+            }
+        )
 
     def complete(self) -> None:
         """Steps to the end, or to `training.stop_after_steps`."""
@@ -124,6 +130,7 @@ class Run:
             data_rank=self.topology.data_rank,
             data_size=self.topology.data_size,
             device=self.topology.device,
+            context_group=self.topology.context_group,
         )
 
     def _log_step(self, result: StepResult, seconds: float) -> None:
@@ -150,6 +157,7 @@ class Run:
             data_rank=self.topology.data_rank,
             data_size=self.topology.data_size,
             device=self.topology.device,
+            context_group=self.topology.context_group,
         )
         held_out = evaluate_held_out(
             self.trainer.model_chunks[0], batches, byte_lengths=self.byte_lengths, topology=self.topology
@@ -218,6 +226,7 @@ class Run:
             **describe_software(),
             "world_size": self.topology.world_size,
             "tensor_parallel": self.config.parallel.tensor,
+            "context_parallel": self.config.parallel.context,
             "data_parallel": self.topology.data_size,
             "corpus": {
                 Path(prefix).name: load_manifest(prefix).model_dump(mode="json")

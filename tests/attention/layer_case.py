@@ -108,7 +108,7 @@ def by_reference(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> 
     return LayerResult(output.detach(), hidden.grad, gradients)
 
 
-def transformer_config(case: LayerCase, tensor: int) -> Any:
+def transformer_config(case: LayerCase, tensor: int, context: int = 1) -> Any:
     """Megatron-core's config of one layer."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -124,34 +124,53 @@ def transformer_config(case: LayerCase, tensor: int) -> Any:
         bf16=case.dtype == torch.bfloat16,
         tensor_model_parallel_size=tensor,
         sequence_parallel=case.sequence_parallel,
+        context_parallel_size=context,
     )
 
 
-def build_layer(case: LayerCase, tensor: int) -> torch.nn.Module:
+def zigzag_shares(context: int) -> list[list[int]]:
+    """Tokens of each context rank: chunks c and 2C-1-c of 2C."""
+    chunks = torch.arange(LENGTH).chunk(2 * context)
+    return [torch.cat([chunks[rank], chunks[2 * context - 1 - rank]]).tolist() for rank in range(context)]
+
+
+def build_layer(case: LayerCase, tensor: int, context: int = 1) -> torch.nn.Module:
     """The Megatron-core module on this rank; the groups must exist."""
     from megatron.core.transformer.spec_utils import build_module
 
-    return build_module(case.config().build_spec(), config=transformer_config(case, tensor), layer_number=1)
+    return build_module(
+        case.config().build_spec(), config=transformer_config(case, tensor, context), layer_number=1
+    )
 
 
 def rotary_angles(config: AttentionConfig) -> torch.Tensor:
     """As the GPT model hands them to its layers."""
+    from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    return RotaryEmbedding(config.rotary_width, 1.0)(LENGTH)
+    # It hands each context rank the angles of its own tokens.
+    return RotaryEmbedding(config.rotary_width, 1.0, cp_group=parallel_state.get_context_parallel_group())(
+        LENGTH
+    )
 
 
-def on_rank(case: LayerCase, tensor: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def on_rank(
+    case: LayerCase, tensor: int, context: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """This rank's output, input gradient and parameter gradients."""
     from sas_megatron.model.initialization import tensor_parallel_part, whole_shape
 
-    topology = in_layout(ParallelConfig(tensor=tensor, sequence=case.sequence_parallel))
-    layer = build_layer(case, tensor)
+    layout = ParallelConfig(tensor=tensor, sequence=case.sequence_parallel, context=context)
+    topology = in_layout(layout)
+    layer = build_layer(case, tensor, context)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             whole = drawn(name, whole_shape(parameter), case.dtype)
             parameter.copy_(tensor_parallel_part(whole, parameter))
     hidden, gradient = layer_input(case.dtype), output_gradient(case.dtype)
+    if context > 1:
+        shares = zigzag_shares(context)
+        hidden, gradient = (x[shares[topology.context_rank]] for x in (hidden, gradient))
     if case.sequence_parallel:
         hidden, gradient = (x.chunk(tensor)[topology.tensor_rank].clone() for x in (hidden, gradient))
     hidden.requires_grad_()
@@ -181,3 +200,17 @@ def joined(case: LayerCase, by_rank: list[Any]) -> LayerResult:
             assert torch.equal(part, parts[0]), f"{name}: rank {rank} has another gradient than rank 0"
         whole[name] = parts[0]
     return LayerResult(output, input_gradient, whole)
+
+
+def joined_over_context(case: LayerCase, by_rank: list[Any], *, tensor: int, context: int) -> LayerResult:
+    """Whole tensors where tensor ranks are neighbours and context ranks their groups.
+
+    Tokens go back to their places; the gradients of weights, which context ranks hold for their own
+    tokens, are added up, as the data-parallel reduction does.
+    """
+    parts = [joined(case, by_rank[rank * tensor : (rank + 1) * tensor]) for rank in range(context)]
+    order = torch.tensor([token for share in zigzag_shares(context) for token in share]).argsort()
+    output = torch.cat([part.output for part in parts])[order]
+    input_gradient = torch.cat([part.input_gradient for part in parts])[order]
+    gradients = {name: sum(part.gradients[name] for part in parts) for name in parts[0].gradients}
+    return LayerResult(output, input_gradient, gradients)  # type: ignore[arg-type]

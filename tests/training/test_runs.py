@@ -143,7 +143,9 @@ def test_layouts_see_the_same_samples_and_losses(ranks: Any, small_data: SmallDa
         ("one", 1, {}, 8),
         ("tensor", 2, {"tensor": 2}, 2),
         ("data", 2, {}, 4),
-        ("both", 4, {"tensor": 2, "sequence": True}, 1),
+        ("context", 2, {"context": 2}, 8),
+        ("tensor and data", 4, {"tensor": 2, "sequence": True}, 1),
+        ("tensor and context", 4, {"tensor": 2, "sequence": True, "context": 2}, 4),
     ):
         config = small_data.run(
             tmp_path / name, parallel=parallel, training={"num_steps": 5, "micro_batch_size": micro}
