@@ -1,6 +1,7 @@
 # The package on CPU, for a laptop without Python 3.11 or 3.12, and for CI.
 # build: docker build -f docker/cpu.Dockerfile -t sas-megatron:cpu .
-# run:   docker run --rm -v "$PWD/quickstart:/work/quickstart" sas-megatron:cpu quickstart
+# run:   mkdir -p quickstart && docker run --rm --user "$(id -u):$(id -g)" -e HOME=/tmp \
+#          -v "$PWD/quickstart:/work/quickstart" sas-megatron:cpu quickstart
 FROM python:3.11-slim-bookworm
 
 # Megatron-core's dataset helpers come compiled; g++ is for DeepSpeed's and torch's own run-time builds.

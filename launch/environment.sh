@@ -50,7 +50,11 @@ enter_environment() {
   if [ "$(cat "$venv/set_up_for${extras:+_$extras}" 2>/dev/null)" != "$stamp" ]; then
     say "making $venv with $("$base" --version); this takes a few minutes, once"
     brings_torch "$base" && options=(--system-site-packages)
-    [ -x "$venv/bin/python" ] || "$base" -m venv "${options[@]}" "$venv"
+    # An environment of another Python, or one whose making was cut short, is made anew.
+    if [ "$("$venv/bin/python" --version 2>/dev/null)" != "$("$base" --version)" ] ||
+      ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+      "$base" -m venv --clear "${options[@]}" "$venv"
+    fi
     "$venv/bin/python" -c 'import torch' 2>/dev/null || install_torch "$venv/bin/python"
     say 'installing the package and what it needs'
     # DeepSpeed ships source only; its compiled operators are built when first used, if at all.

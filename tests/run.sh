@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets the package up in .venv, then runs the tests.
-# usage: tests/run.sh [--all] [pytest arguments]      --all: also the long ones, and those on Python 3.12
+# usage: tests/run.sh [--all] [pytest arguments]      --all: on Python 3.12 with the newest Megatron-core too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
@@ -10,7 +10,7 @@ if [ "${1:-}" = --all ]; then all=true; shift; fi
 enter_environment test
 export OMP_NUM_THREADS=1
 if [ "$all" = false ]; then
-  exec python -m pytest -m 'not slow' "$@"
+  exec python -m pytest "$@"
 fi
 python -m pytest "$@"
 # The newest Megatron-core needs Python 3.12: the same layers, layouts, data and training there.

@@ -56,7 +56,8 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         *,
         attn_mask_type: AttnMaskType | None = None,
-        **_options: Any,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """Attends and averages.
 
@@ -70,6 +71,10 @@ class CoreAttention(MegatronModule):
         Returns:
             [S, B, M/r·D].
         """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise NotImplementedError(
+                "the core attention takes neither an additive bias nor packed sequences"
+            )
         value_width = value_SBGD.shape[-1]
         if self.context_exchange is not None:
             query_SBME, key_SBGE, value_SBGD = self._with_all_tokens(query_SBME, key_SBGE, value_SBGD)
@@ -114,9 +119,8 @@ def _attend_fused(
     scale: float,
 ) -> torch.Tensor:
     """Torch's fused attention; where fusing needs equal widths, the value and so the result are padded."""
-    if value_BGSD.device.type == "cpu":
-        # Measured on CPU: padded is faster than the unfused path that unequal widths fall to.
-        value_BGSD = F.pad(value_BGSD, (0, query_BMSE.shape[-1] - value_BGSD.shape[-1]))
+    # Unequal widths would fall to the unfused path; padded is faster (measured on CPU).
+    value_BGSD = F.pad(value_BGSD, (0, query_BMSE.shape[-1] - value_BGSD.shape[-1]))
     with _tensor_parallel_randomness(dropout):
         return F.scaled_dot_product_attention(
             query_BMSE,

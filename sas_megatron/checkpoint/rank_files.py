@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from sas_megatron.config.errors import FileProblem
 from sas_megatron.parallel.topology import Topology
 
 SCHEMA_VERSION = 1
+GO_BACK = "remove that checkpoint to go on from the one before"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -65,35 +67,51 @@ def find_newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, topology: Topology) -> dict[str, Any]:
-    """This rank's state, random states already set.
+    """This rank's state, random states already set; every rank must call it.
 
     Raises:
-        FileProblem: the checkpoint is damaged, of a newer format, or of another layout.
+        FileProblem: the checkpoint is damaged, of a newer format, or of another layout; the same on
+            every rank, whichever rank's file is at fault.
     """
+    state, problem = None, None
+    try:
+        _check_manifest(path, topology)
+        state = _read_rank_file(path / _rank_file(topology.rank), topology.device)
+    except FileProblem as error:
+        problem = error
+    problems: list[FileProblem | None] = [None] * topology.world_size
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise found
+    assert state is not None, "no rank found a problem"
+    _set_random_states(state.pop("random"))
+    return state
+
+
+def _check_manifest(path: Path, topology: Topology) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileProblem(
-            path, f"has no readable manifest ({error})", "remove it to go on from the one before"
-        ) from None
-    if manifest["schema"] > SCHEMA_VERSION:
-        raise FileProblem(
-            path, f"has format {manifest['schema']}, newer than {SCHEMA_VERSION}", "update the package"
-        )
-    if manifest["layout"] != _layout(topology):
+        schema, layout = manifest["schema"], manifest["layout"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileProblem(path, f"has no readable manifest ({error!r})", GO_BACK) from None
+    if schema > SCHEMA_VERSION:
+        raise FileProblem(path, f"has format {schema}, newer than {SCHEMA_VERSION}", "update the package")
+    if layout != _layout(topology):
         raise FileProblem(
             path,
-            f"was saved by the layout {manifest['layout']}, this run has {_layout(topology)}",
+            f"was saved by the layout {layout}, this run has {_layout(topology)}",
             "resume with the same number of ranks and parallel.* settings",
         )
+
+
+def _read_rank_file(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         # Weights only: reading a checkpoint runs no code from it.
-        state: dict[str, Any] = torch.load(
-            path / _rank_file(topology.rank), map_location=topology.device, weights_only=True
-        )
-    except (OSError, RuntimeError, EOFError) as error:
-        raise FileProblem(path, f"is damaged ({error})", "remove it to go on from the one before") from None
-    _set_random_states(state.pop("random"))
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileProblem(path, f"is damaged ({reason})", GO_BACK) from None
     return state
 
 

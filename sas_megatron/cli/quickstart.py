@@ -71,10 +71,12 @@ def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> 
 
 
 def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) -> None:
+    from sas_megatron.config.errors import FieldError
     from sas_megatron.data.corpus import builtin_corpus
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.prepare import prepare_token_files
     from sas_megatron.data.progress import show_progress
+    from sas_megatron.data.tokenizer import Tokenizer
     from sas_megatron.data.tokenizer_training import train_tokenizer
 
     _say("text: the source of the Python standard library")
@@ -83,6 +85,13 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
     if not model.exists():
         _say(f"tokenizer: sentencepiece, {vocab_size:,} pieces")
         train_tokenizer(stream_documents([corpus]), vocab_size=vocab_size, model_path=model)
+    if Tokenizer(model).vocab_size != vocab_size:
+        raise FieldError(
+            "model.vocab_size",
+            vocab_size,
+            f"is not that of {model}, which an earlier quickstart left",
+            "choose another --directory",
+        )
     with show_progress() as report_progress:
         preparation = prepare_token_files(
             [corpus], tokenizer_path=model, prefix=folder / "python_source", report_progress=report_progress
@@ -98,6 +107,7 @@ def _train(config: RunConfig) -> None:
     """Runs one config by torchrun on this machine; a finished run of the same config is kept."""
     from sas_megatron.config.errors import FieldError
     from sas_megatron.config.loading import dump_yaml, load_run_config
+    from sas_megatron.data.writing import replace_file
     from sas_megatron.model.costs import count_parameters
     from sas_megatron.training.start import check
 
@@ -121,13 +131,25 @@ def _train(config: RunConfig) -> None:
         f"tensor parallel over {ranks} processes"
     )
     run_directory.mkdir(parents=True, exist_ok=True)
-    planned = run_directory / "config.yaml"
-    planned.write_text(dump_yaml(config), encoding="utf-8")
+    with replace_file(resolved) as aside:
+        aside.write_text(dump_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
-    finished = subprocess.run([*command, "-m", "sas_megatron", "train", str(planned)], env=environment)
+    if _count_gpus() < ranks:
+        # The comparison is of equal layouts: with too few GPUs all ranks compute on the CPU.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    finished = subprocess.run([*command, "-m", "sas_megatron", "train", str(resolved)], env=environment)
     if finished.returncode:
         raise click.exceptions.Exit(1)
+
+
+def _count_gpus() -> int:
+    """GPUs that nvidia-smi lists; 0 without it. Asking torch would take seconds."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 def _report(configs: list[RunConfig], directory: Path, *, seconds: float) -> None:

@@ -15,8 +15,7 @@ import click
 def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bool) -> None:
     """Train the model that CONFIG describes; OVERRIDES read section.field=value.
 
-    The same command runs bare (one process), under torchrun (launch/torchrun.sh) and under a
-    cluster's launcher.
+    The same command runs bare, as one process, and under torchrun (launch/torchrun.sh).
     """
     from sas_megatron.config.loading import dump_yaml, load_run_config
 
@@ -33,5 +32,21 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bo
     if only_check:
         start.check(run_config, world_size=launched_world_size())
         return
-    logging.basicConfig(format="%(message)s")
+    _speak_once_on_the_first_rank()
     start.train(run_config)
+
+
+def _speak_once_on_the_first_rank() -> None:
+    """Shows what the package logs (choices of `auto`, warnings): on rank 0, and each message once."""
+    from sas_megatron.platform.launcher import is_first_rank
+
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (message in said or said.add(message))  # type: ignore[func-returns-value]
+
+    logging.basicConfig(format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(is_new)
+    logging.getLogger("sas_megatron").setLevel(logging.INFO if is_first_rank() else logging.WARNING)

@@ -28,7 +28,7 @@ class DataConfig(Section):
         description="Restart positions and hide earlier documents from attention at each end of document.",
     )
     index_cache: str | None = Field(
-        default=None, description="Folder for the sample indices; null: beside the first prefix."
+        default=None, description="Folder for the sample indices; null: index_cache beside the first prefix."
     )
 
     @model_validator(mode="after")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """What the user gave cannot be used; the command line prints it and exits with status 2."""
@@ -17,10 +19,16 @@ class FieldError(UserError):
         self.remedy = remedy
         super().__init__(f"{field}={value}: {rule}; {remedy}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.rule, self.remedy)
+
 
 class FileProblem(UserError):
     """A file cannot be read, written or understood: `PATH: what is wrong; what to do`."""
 
     def __init__(self, path: object, problem: str, remedy: str) -> None:
-        self.path = path
+        self.path, self.problem, self.remedy = path, problem, remedy
         super().__init__(f"{path}: {problem}; {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.problem, self.remedy)

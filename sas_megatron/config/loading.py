@@ -68,7 +68,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: list[str] | None = 
         overrides: `section.field=value`, the value in YAML; later ones win.
 
     Raises:
-        UserError: the file or an override cannot be used; the message lists every wrong field found.
+        UserError: the file or an override cannot be used; the message names the wrong fields.
     """
     tree = read_yaml(path)
     for override in overrides or []:
@@ -115,6 +115,17 @@ def dump_tree(tree: dict[str, Any]) -> str:
     buffer = io.StringIO()
     writer.dump(tree, buffer)
     return buffer.getvalue()
+
+
+def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keyed by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten_tree(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

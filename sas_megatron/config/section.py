@@ -35,6 +35,5 @@ class Section(BaseModel):
         """Checks that each of `fields` lies in [low, high)."""
         for field in fields:
             if not low <= getattr(self, field) < high:
-                raise self.problem(
-                    field, f"must be at least {low} and below {high}", f"use {low}, for example"
-                )
+                below = "" if high == float("inf") else f" and below {high}"
+                raise self.problem(field, f"must be at least {low}{below}", "change it")

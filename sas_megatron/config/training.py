@@ -52,7 +52,9 @@ class EvaluationConfig(Section):
     interval: int | None = Field(
         default=None, description="Steps between evaluations; null: only at the end."
     )
-    num_sequences: int = Field(default=64, description="Validation windows, the first ones of the split.")
+    num_sequences: int = Field(
+        default=64, description="Validation windows, drawn from the split the same for every seed."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:

@@ -1,13 +1,15 @@
 """Token files -> Megatron datasets -> the batches of one rank.
 
-Samples have a fixed order, decided by seed, split and sequence length alone. Step t takes the next
-`global_batch_size` of them; microbatch and data-parallel rank only decide who reads which. The one
-piece of state is therefore how many samples were consumed.
+Samples have a fixed order, decided by seed, split, sequence length and the length of the run. Step
+t takes the next `global_batch_size` of them; microbatch and data-parallel rank only decide who reads
+which. The one piece of state is therefore how many samples were consumed.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError
+from sas_megatron.data.token_files import load_manifest
 from sas_megatron.data.tokenizer import Tokenizer
 
 Sample = Mapping[str, torch.Tensor]
@@ -56,7 +59,7 @@ def _build_samples(
             sequence_length=data.sequence_length,
             blend=(data.prefixes, data.weights),
             split=",".join(f"{share / total:.9f}" for share in (*data.split, 0.0)),
-            path_to_cache=data.index_cache,
+            path_to_cache=str(index_cache_folder(data)),
             tokenizer=tokenizer,
             reset_position_ids=data.reset_at_document_ends,
             reset_attention_mask=data.reset_at_document_ends,
@@ -74,6 +77,20 @@ def _build_samples(
         )
     built: torch.utils.data.Dataset[Sample] = samples
     return built
+
+
+def index_cache_folder(data: DataConfig) -> Path:
+    """Where the sample indices of these token files are kept: a folder for each content of theirs.
+
+    Megatron-core names its cached indices by path and settings, so those of files that were written
+    anew would be taken for theirs.
+    """
+    root = Path(data.index_cache) if data.index_cache else Path(data.prefixes[0]).parent / "index_cache"
+    digest = hashlib.sha256()
+    for prefix in data.prefixes:
+        manifest = load_manifest(prefix)
+        digest.update(f"{manifest.bin_sha256} {manifest.idx_sha256}\n".encode())
+    return root / digest.hexdigest()[:16]
 
 
 def microbatches(

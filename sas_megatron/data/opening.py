@@ -7,9 +7,18 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.data.token_files import load_manifest, verify_token_files
 from sas_megatron.data.tokenizer import Tokenizer
 
+# Up to this many bytes, a second or so, token files are read whole before a run; beyond it their
+# sizes, headers and records are compared (`sas-megatron data inspect --verify` reads them whole).
+VERIFIED_WHOLE_BYTES = 2**30
 
-def open_token_files(data: DataConfig, *, vocab_size: int) -> Tokenizer:
+
+def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False) -> Tokenizer:
     """Checks the token files and their tokenizer against each other and the model, and opens the latter.
+
+    Args:
+        data: Names the files.
+        vocab_size: Rows of the model's embedding that stand for tokens.
+        verify: Read files of up to `VERIFIED_WHOLE_BYTES` whole, for damage and tokens beyond the vocabulary.
 
     Raises:
         FieldError: the tokenizer is another than the one that wrote a token file, or larger than the model.
@@ -24,8 +33,9 @@ def open_token_files(data: DataConfig, *, vocab_size: int) -> Tokenizer:
             f"use {tokenizer.vocab_size}",
         )
     for prefix in data.prefixes:
-        verify_token_files(prefix, vocab_size)
-        if load_manifest(prefix).tokenizer_sha256 != tokenizer.sha256:
+        manifest = load_manifest(prefix)
+        verify_token_files(prefix, vocab_size, full=verify and manifest.bin_bytes <= VERIFIED_WHOLE_BYTES)
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise FieldError(
                 "data.tokenizer",
                 data.tokenizer,

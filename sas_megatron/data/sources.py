@@ -116,6 +116,8 @@ def _stat_file(path: Path, found: tuple[DocumentFormat, str | None] | None) -> S
         raise FileProblem(path, "there is no such file or folder", "check the path") from error
     except OSError as error:
         raise FileProblem(path, f"cannot be read ({error.strerror})", "check its permissions") from error
+    if not os.access(path, os.R_OK):
+        raise FileProblem(path, "cannot be read (permission denied)", "check its permissions")
     assert found is not None, "a missing file is reported before its ending"
     return SourceFile(path, found[0], found[1], status.st_size, status.st_mtime_ns)
 

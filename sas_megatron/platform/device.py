@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from sas_megatron.config.errors import FieldError
 from sas_megatron.platform import cpu
 from sas_megatron.platform.machine import describe_processor
 from sas_megatron.platform.rotary import offer_fused_rotary
@@ -27,7 +28,15 @@ def prepare_device() -> torch.device:
     offer_fused_rotary()
     if on_cpu:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise FieldError(
+            "LOCAL_RANK",
+            local_rank,
+            f"is beyond the {torch.cuda.device_count()} GPUs of this node",
+            "start one process a GPU, or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -73,9 +73,12 @@ class Run:
     def complete(self) -> None:
         """Steps to the end, or to `training.stop_after_steps`."""
         self._resume()
+        last_step = min(self.config.training.num_steps, self.config.training.stop_after_steps or 2**62)
+        if self.progress.step >= last_step and (RunFiles(self.config).directory / "summary.json").exists():
+            self.console.say(f"finished already, at step {self.progress.step}; nothing to do")
+            return
         if self.files is not None:
             self.files.open(self.config, self._provenance(), resumed_step=self.progress.step)
-        last_step = min(self.config.training.num_steps, self.config.training.stop_after_steps or 2**62)
         try:
             while self.progress.step < last_step:
                 self._step()
@@ -208,6 +211,7 @@ class Run:
             "training_flops_per_token": count_training_flops(self.config),
             "parameters": count_parameters(self.config),
             "training_seconds": self.progress.training_seconds,
+            # What follows is of the last session, where a run was gone on with.
             "total_seconds": time.perf_counter() - self.started,
             "median_step_seconds": self.progress.median_step_seconds(),
             "peak_memory_bytes": peak_memory_bytes(self.topology.device),

@@ -18,8 +18,9 @@ from typing import Any, TextIO
 
 from sas_megatron import __version__
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.config.loading import dump_yaml
+from sas_megatron.config.loading import dump_yaml, flatten_tree, load_run_config
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.token_files import load_manifest
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 
@@ -54,6 +55,8 @@ class RunFiles:
                 "holds a run already",
                 "set checkpoint.resume=true to go on with it, or choose another directory",
             )
+        if config.checkpoint.resume:
+            _check_goes_on(config)
         existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise FileProblem(
@@ -137,6 +140,44 @@ def _describe_git() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+# What may change when a run is gone on with: nothing that decides samples, weights or losses.
+MAY_CHANGE = (
+    "logging.",
+    "evaluation.",
+    "checkpoint.",
+    "data.index_cache",
+    "training.stop_after_steps",
+    "training.collective_timeout_minutes",
+)
+
+
+def _check_goes_on(config: RunConfig) -> None:
+    """Raises `FieldError` where the run directory's run had another config or other data."""
+    directory = Path(config.logging.run_directory)
+    if (directory / "config.yaml").exists():
+        old = flatten_tree(load_run_config(directory / "config.yaml").model_dump(mode="json"))
+        new = flatten_tree(config.model_dump(mode="json"))
+        for field in dict.fromkeys([*new, *old]):
+            if new.get(field) != old.get(field) and not field.startswith(MAY_CHANGE):
+                raise FieldError(
+                    field,
+                    new.get(field),
+                    f"was {old.get(field)} in the run that is to be gone on with ({directory})",
+                    "put it back, or choose another logging.run_directory",
+                )
+    if (directory / "run.json").exists():
+        corpus = json.loads((directory / "run.json").read_text(encoding="utf-8"))["corpus"]
+        for prefix in config.data.prefixes:
+            recorded = corpus.get(Path(prefix).name, {}).get("bin_sha256")
+            if recorded != load_manifest(prefix).bin_sha256:
+                raise FieldError(
+                    "data.prefixes",
+                    prefix,
+                    f"holds other tokens than the run in {directory} began with",
+                    "give those, or choose another logging.run_directory",
+                )
 
 
 def _is_up_to(line: str, step: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
-from sas_megatron.platform.launcher import launched_world_size
+from sas_megatron.platform.launcher import is_first_rank, launched_world_size
 from sas_megatron.training.run_files import RunFiles
 
 
@@ -15,7 +15,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
         UserError: something in config, data, layout or run directory does not fit.
     """
     config.check_world_size(world_size)
-    open_token_files(config.data, vocab_size=config.model.vocab_size)
+    open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_rank())
     RunFiles.check_directory(config)
 
 

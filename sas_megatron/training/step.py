@@ -33,7 +33,8 @@ def train_step(
     """Runs step number `step` (from 1).
 
     Raises:
-        TrainingFault: the loss or the gradient norm is not finite; the weights are as before the step.
+        TrainingFault: the loss is not finite, and the weights are as before the step; or the gradient
+            norm is not, and the weights are lost: the last checkpoint is what counts.
     """
     config = trainer.config
     for chunk in trainer.model_chunks:

@@ -38,7 +38,7 @@ def output_change(case: LayerCase, changed_token: int) -> torch.Tensor:
     return (after - before).abs().amax(dim=(1, 2)).detach()
 
 
-@pytest.mark.parametrize("backend", ["fused", "unfused"])
+@pytest.mark.parametrize("backend", ["auto", "fused", "unfused"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_changed_token_changes_nothing_before_it(ranks: Any, variant: str, backend: str) -> None:
     case = LayerCase.of(backend=backend, **VARIANTS[variant])

@@ -121,7 +121,8 @@ def test_quickstart_ends_in_a_comparison_and_repeats_for_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "script", ["launch/environment.sh", "launch/quickstart.sh", "launch/torchrun.sh", "tests/run.sh"]
+    "script",
+    ["launch/environment.sh", "launch/quickstart.sh", "launch/torchrun.sh", "tests/run.sh", ".ci/run"],
 )
 def test_scripts_pass_the_shell_linter(script: str) -> None:
     done = shell("shellcheck", "-x", script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.config.errors import FieldError
+from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
@@ -153,3 +154,57 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(small_data: SmallDa
     config = small_data.run(tmp_path)
     with pytest.raises(FieldError, match=r"model\.vocab_size=300: is less than the 512 pieces .*; use 512"):
         open_token_files(config.data, vocab_size=300)
+
+
+def test_damaged_token_files_are_refused_before_a_run(small_data: SmallData, tmp_path: Path) -> None:
+    for ending in (".bin", ".idx", ".json"):
+        (tmp_path / f"text{ending}").write_bytes(small_data.prefix.with_suffix(ending).read_bytes())
+    tokens = bytearray((tmp_path / "text.bin").read_bytes())
+    tokens[1001] ^= 1
+    (tmp_path / "text.bin").write_bytes(tokens)
+    config = small_data.run(tmp_path / "run", data={"prefixes": [str(tmp_path / "text")]})
+    open_token_files(config.data, vocab_size=512)
+    with pytest.raises(FileProblem, match=r"text\.bin: differs from what was written \(sha256\)"):
+        open_token_files(config.data, vocab_size=512, verify=True)
+
+
+def test_files_written_anew_get_indices_of_their_own(small_data: SmallData, tmp_path: Path) -> None:
+    from sas_megatron.data.batches import index_cache_folder
+
+    for ending in (".bin", ".idx", ".json"):
+        (tmp_path / f"text{ending}").write_bytes(small_data.prefix.with_suffix(ending).read_bytes())
+    data = small_data.run(tmp_path / "run", data={"prefixes": [str(tmp_path / "text")]}).data
+    before = index_cache_folder(data)
+    manifest = (tmp_path / "text.json").read_text()
+    sha256 = json.loads(manifest)["bin_sha256"]
+    (tmp_path / "text.json").write_text(manifest.replace(sha256, sha256[::-1]))
+    assert index_cache_folder(data) != before
+    assert index_cache_folder(data).parent == tmp_path / "index_cache"
+
+
+def blended_documents(config: RunConfig, num_samples: int) -> list[int]:
+    """How many samples come from each of two token files, told apart by their constant tokens."""
+    from sas_megatron.data.batches import build_training_samples
+
+    in_layout(ParallelConfig())
+    tokenizer = open_token_files(config.data, vocab_size=512)
+    samples = build_training_samples(config.data, tokenizer, num_samples=num_samples, seed=1)
+    texts = [tokenizer.decode(samples[index]["tokens"].tolist()) for index in range(num_samples)]
+    return [sum(letter in text for text in texts) for letter in ("q", "z")]
+
+
+def test_blends_draw_by_their_weights(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    from sas_megatron.data.prepare import prepare_token_files
+
+    prefixes = []
+    for letter in ("q", "z"):
+        (tmp_path / letter).mkdir()
+        for index in range(20):
+            (tmp_path / letter / f"{index}.txt").write_text(f"{letter} {index} " * 200)
+        prefixes.append(str(tmp_path / f"tokens_{letter}"))
+        prepare_token_files(
+            [tmp_path / letter], tokenizer_path=small_data.tokenizer, prefix=prefixes[-1], num_workers=1
+        )
+    config = small_data.run(tmp_path / "run", data={"prefixes": prefixes, "weights": [3.0, 1.0]})
+    [counts] = ranks(1).run(blended_documents, config, 80)
+    assert counts == [60, 20]

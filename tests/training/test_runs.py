@@ -195,6 +195,38 @@ def test_a_run_directory_is_not_written_over(ranks: Any, small_data: SmallData, 
         RunFiles.check_directory(config)
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"seed": 2}}, r"training\.seed=2: was 1234 in the run that is to be gone on with"),
+        ({"optimizer": {"learning_rate": 1e-4}}, r"optimizer\.learning_rate=0\.0001: was 0\.003"),
+        ({"model": {"ffn_hidden_size": 96}}, r"model\.ffn_hidden_size=96: was 64"),
+    ],
+)
+def test_a_run_is_not_gone_on_with_by_another_config(
+    ranks: Any, small_data: SmallData, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    ranks(1).run(complete, small_data.run(tmp_path / "run", training={"num_steps": 4}))
+    merged = {"training": {"num_steps": 4, **sections.pop("training", {})}, **sections}
+    other = small_data.run(tmp_path / "run", checkpoint={"resume": True}, **merged)
+    with pytest.raises(FieldError, match=message):
+        RunFiles.check_directory(other)
+    allowed = small_data.run(
+        tmp_path / "run", checkpoint={"resume": True}, training={"num_steps": 4}, logging={"interval": 3}
+    )
+    RunFiles.check_directory(allowed)
+
+
+def test_going_on_with_a_finished_run_changes_nothing(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    ranks(1).run(complete, small_data.run(tmp_path / "run", training={"num_steps": 4}))
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = small_data.run(tmp_path / "run", training={"num_steps": 4}, checkpoint={"resume": True})
+    ranks(1).run(complete, again)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+
+
 def test_an_unwritable_run_directory_is_refused_before_anything_is_made(
     small_data: SmallData, tmp_path: Path
 ) -> None:
