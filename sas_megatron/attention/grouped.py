@@ -19,23 +19,12 @@ class GroupedQueryAttentionConfig(AttentionConfig):
 
     def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
         """Terms: qkv H·D(N + 2G), projection N·D·H, and their biases."""
-        qkv_width = self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
-        output_width = self.head_dim * self.num_heads
-        return {
-            "qkv": hidden_size * qkv_width + (qkv_width if linear_bias else 0),
-            "projection": output_width * hidden_size + (hidden_size if linear_bias else 0),
-        }
+        return self._count_projection_parameters(hidden_size, linear_bias=linear_bias)
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv, scores q·kᵀ, values p·v, projection; two FLOPs a multiply-add, S² scores."""
-        qkv_width = self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
         attention = 2 * sequence_length * self.num_heads * self.head_dim
-        return {
-            "qkv": 2 * hidden_size * qkv_width,
-            "scores": attention,
-            "values": attention,
-            "projection": 2 * self.num_heads * self.head_dim * hidden_size,
-        }
+        return {**self._count_projection_flops(hidden_size), "scores": attention, "values": attention}
 
     def build_spec(self) -> ModuleSpec:
         """Megatron-core's `SelfAttention` with the project's core attention."""

@@ -114,19 +114,13 @@ class SimulatedAttentionConfig(AttentionConfig):
         feature simulation 2·(D·E + E² + 2E); biases only where simulation_bias is on.
         """
         width, wide, bias = self.head_dim, self.query_key_dim, self.simulation_bias
-        qkv_width = width * (self.num_heads + 2 * self.num_key_value_heads)
-        output_width = width * self.num_heads
         heads = 0
         for base in self.head_simulations().values():
             simulated = self.head_expansion * base
             heads += self.kernel_size * simulated * (base + simulated) + (2 * simulated if bias else 0)
         features = 2 * (wide * (width + wide) + (2 * wide if bias else 0)) if self.simulate_features else 0
-        return {
-            "qkv": hidden_size * qkv_width + (qkv_width if linear_bias else 0),
-            "head_simulation": heads,
-            "feature_simulation": features,
-            "projection": output_width * hidden_size + (hidden_size if linear_bias else 0),
-        }
+        projections = self._count_projection_parameters(hidden_size, linear_bias=linear_bias)
+        return {**projections, "head_simulation": heads, "feature_simulation": features}
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv, head simulation, feature simulation, scores, values, projection.
@@ -144,12 +138,11 @@ class SimulatedAttentionConfig(AttentionConfig):
             2 * self.head_expansion * base_heads * wide * (width + wide) if self.simulate_features else 0
         )
         return {
-            "qkv": 2 * hidden_size * width * (self.num_heads + 2 * self.num_key_value_heads),
+            **self._count_projection_flops(hidden_size),
             "head_simulation": heads,
             "feature_simulation": features,
             "scores": 2 * sequence_length * self.num_simulated_heads * wide,
             "values": 2 * sequence_length * self.num_simulated_heads * width,
-            "projection": 2 * self.num_heads * width * hidden_size,
         }
 
     def build_spec(self) -> ModuleSpec:

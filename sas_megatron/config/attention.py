@@ -142,6 +142,22 @@ class AttentionConfig(Section):
         """
         raise NotImplementedError
 
+    def _count_projection_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+        """Terms `qkv`, H·D(N + 2G), and `projection`, N·D·H, with their biases."""
+        qkv_width, output_width = self._projection_widths()
+        return {
+            "qkv": hidden_size * qkv_width + (qkv_width if linear_bias else 0),
+            "projection": output_width * hidden_size + (hidden_size if linear_bias else 0),
+        }
+
+    def _count_projection_flops(self, hidden_size: int) -> dict[str, int]:
+        """The same terms in forward FLOPs of one token."""
+        qkv_width, output_width = self._projection_widths()
+        return {"qkv": 2 * hidden_size * qkv_width, "projection": 2 * output_width * hidden_size}
+
+    def _projection_widths(self) -> tuple[int, int]:
+        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads), self.head_dim * self.num_heads
+
     def build_spec(self) -> ModuleSpec:
         """The Megatron-core spec of this variant's self-attention module."""
         raise NotImplementedError
