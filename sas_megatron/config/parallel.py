@@ -38,3 +38,7 @@ class ParallelConfig(Section):
     def model_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor * self.context
+
+    def describe_model_ranks(self) -> str:
+        """The degrees that make up `model_size`, for messages."""
+        return f"parallel.tensor={self.tensor}" + (f" × context={self.context}" if self.context > 1 else "")

@@ -57,11 +57,10 @@ class RunConfig(BaseModel):
                 f"must be divisible by parallel.tensor={tensor}",
                 f"use a multiple of {tensor}",
             )
-        if self.parallel.sequence and self.data.sequence_length // context % tensor:
+        if self.parallel.sequence and self.data.sequence_length % self.parallel.model_size:
             raise self.data.problem(
                 "sequence_length",
-                f"over parallel.context={context} must be divisible by parallel.tensor={tensor} "
-                "under sequence parallelism",
+                f"must be divisible by {self.parallel.describe_model_ranks()} under sequence parallelism",
                 "change it, or set parallel.sequence=false",
             )
         warmup, steps = self.schedule.warmup_steps, self.training.num_steps
@@ -95,7 +94,7 @@ class RunConfig(BaseModel):
                 "world size",
                 world_size,
                 f"must be a multiple of {model_size}, the ranks of one model "
-                f"(parallel.tensor={self.parallel.tensor} × context={self.parallel.context})",
+                f"({self.parallel.describe_model_ranks()})",
                 f"start {' or '.join(map(str, fitting[:4]))} processes "
                 f"(launch/torchrun.sh {fitting[0]} CONFIG), or change parallel.tensor",
             )

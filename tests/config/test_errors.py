@@ -121,7 +121,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dropout of everything": (
         {"attention": {**MHA, "dropout": 1.0}},
-        "attention.dropout=1.0: must be at least 0.0 and below 1.0; use 0.0, for example",
+        "attention.dropout=1.0: must be at least 0.0 and below 1.0; change it",
     ),
     "sequence parallel alone": (
         {"parallel": {"sequence": True}},
