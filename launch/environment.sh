@@ -34,7 +34,8 @@ install_torch() {
   # Without a GPU the CPU build will do: PyPI's is several gigabytes of CUDA. A wheel at hand first.
   elif "${pip[@]}" --no-index --no-deps "$SAS_MEGATRON_TORCH" 2>/dev/null; then
     say 'installed torch from a wheel at hand'
-  elif "${pip[@]}" --index-url "$SAS_MEGATRON_CPU_INDEX" "$SAS_MEGATRON_CPU_TORCH" 2>/dev/null; then
+  elif "${pip[@]}" --retries 1 --timeout 20 --index-url "$SAS_MEGATRON_CPU_INDEX" "$SAS_MEGATRON_CPU_TORCH" \
+    2>/dev/null; then
     say "installed the CPU build of torch from $SAS_MEGATRON_CPU_INDEX"
   else
     say 'found no CPU build of torch; installing the CUDA build from PyPI, about 3 GB'

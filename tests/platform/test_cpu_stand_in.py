@@ -199,14 +199,28 @@ def test_a_machine_with_cuda_is_left_untouched() -> None:
     assert printed.splitlines() == ["False", "[] False"]
 
 
+ON_A_NODE_WITH_FOUR_GPUS = (
+    "import os, torch\n"
+    "os.environ['LOCAL_RANK'] = '{local_rank}'\n"
+    "torch.cuda.is_available = lambda: True\n"
+    "torch.cuda.device_count = lambda: 4\n"
+    "torch.cuda.set_device = print\n"
+    "from sas_megatron.config.errors import FieldError\n"
+    "from sas_megatron.platform.device import prepare_device, process_group_backend\n"
+)
+
+
 def test_a_rank_takes_the_device_of_its_local_number() -> None:
     printed = run_script(
-        "import os, torch\n"
-        "os.environ['LOCAL_RANK'] = '3'\n"
-        "torch.cuda.is_available = lambda: True\n"
-        "torch.cuda.set_device = print\n"
-        "from sas_megatron.platform.device import prepare_device, process_group_backend\n"
-        "device = prepare_device()\n"
-        "print(device, process_group_backend(device))\n"
+        ON_A_NODE_WITH_FOUR_GPUS.format(local_rank=3)
+        + "device = prepare_device()\nprint(device, process_group_backend(device))\n"
     )
     assert printed.splitlines() == ["cuda:3", "cuda:3 nccl"]
+
+
+def test_a_rank_beyond_the_gpus_of_its_node_is_told() -> None:
+    printed = run_script(
+        ON_A_NODE_WITH_FOUR_GPUS.format(local_rank=4)
+        + "try:\n    prepare_device()\nexcept FieldError as error:\n    print(error)\n"
+    )
+    assert printed.startswith("LOCAL_RANK=4: is beyond the 4 GPUs of this node; start one process a GPU")
