@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sas_megatron.config.errors import FileProblem, UserError
-from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.loading import flatten_tree, load_run_config
 from sas_megatron.config.run import RunConfig
 
 # What a comparison varies, and what only says where files go. A resumed run is the uninterrupted
@@ -137,7 +137,7 @@ def load_run(directory: str | Path) -> Run:
 
 def find_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
     """Dotted config keys that are not equal in all `runs`, with each run's value; None where it has none."""
-    flat = [_flatten(run.config.model_dump(mode="json")) for run in runs]
+    flat = [flatten_tree(run.config.model_dump(mode="json")) for run in runs]
     keys = dict.fromkeys(key for tree in flat for key in tree)
     values = {key: tuple(tree.get(key) for tree in flat) for key in keys}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
@@ -178,16 +178,6 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 def _may_differ(key: str) -> bool:
     return key in INERT_KEYS or any(key == varied or key.startswith(f"{varied}.") for varied in VARIED_KEYS)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _read_config(path: Path) -> RunConfig:
