@@ -239,7 +239,7 @@ def test_every_wrong_field_is_listed_at_once() -> None:
         (
             5,
             "world size=5: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
-            "start 2 or 4 or 6 or 12 processes (launch/torchrun.sh 2 CONFIG), or change parallel.tensor",
+            "start 2 or 4 or 6 or 12 processes (launch/torchrun.sh 2 CONFIG), or change the degrees",
         ),
         (
             8,
