@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
@@ -64,7 +65,7 @@ class RunConfig(BaseModel):
             raise self.data.problem(
                 "sequence_length",
                 f"must be divisible by {self.parallel.describe_sequence_ranks()} under sequence parallelism",
-                "change it, or set parallel.sequence=false",
+                f"use a multiple of {math.lcm(chunks, tensor * context)}, or set parallel.sequence=false",
             )
         if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:
             raise self.parallel.problem(
