@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -79,21 +80,34 @@ class CoreAttention(MegatronModule):
         if self.context_exchange is not None:
             query_SBME, key_SBGE, value_SBGD = self._with_all_tokens(query_SBME, key_SBGE, value_SBGD)
         causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
-        context_BMSD = self.attend(
-            query_SBME.permute(1, 2, 0, 3),
-            key_SBGE.permute(1, 2, 0, 3),
-            value_SBGD.permute(1, 2, 0, 3),
-            allowed=None if attention_mask is None else attention_mask.logical_not(),
-            causal=causal,
-            dropout=self.dropout if self.training else 0.0,
-            scale=self.scale,
-        )
+        dropout = self.dropout if self.training else 0.0
+        with self._randomness(dropout):
+            context_BMSD = self.attend(
+                query_SBME.permute(1, 2, 0, 3),
+                key_SBGE.permute(1, 2, 0, 3),
+                value_SBGD.permute(1, 2, 0, 3),
+                allowed=None if attention_mask is None else attention_mask.logical_not(),
+                causal=causal,
+                dropout=dropout,
+                scale=self.scale,
+            )
         context_SBMD = context_BMSD.permute(2, 0, 1, 3)
         if self.context_exchange is not None:
             context_SBMD = self.context_exchange.scatter_tokens(context_SBMD[..., :value_width])
         averaged_SBND = average_blocks(context_SBMD, self.num_blocks)
         # A padded value is cut back after the mean, when there is r times less of it.
         return averaged_SBND[..., :value_width].flatten(2)
+
+    def _randomness(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        """Each tensor rank drops other weights, since it has other heads.
+
+        Under sequence parallelism whole layers run in that state already. Entering it again would draw
+        what was drawn before, and recomputation would then drop other weights than the forward pass.
+        """
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        forked: contextlib.AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return forked
 
     def _with_all_tokens(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -121,17 +135,16 @@ def _attend_fused(
     """Torch's fused attention; where fusing needs equal widths, the value and so the result are padded."""
     # Unequal widths would fall to the unfused path; padded is faster (measured on CPU).
     value_BGSD = F.pad(value_BGSD, (0, query_BMSE.shape[-1] - value_BGSD.shape[-1]))
-    with _tensor_parallel_randomness(dropout):
-        return F.scaled_dot_product_attention(
-            query_BMSE,
-            key_BGSE,
-            value_BGSD,
-            attn_mask=allowed,
-            dropout_p=dropout,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=query_BMSE.shape[1] != key_BGSE.shape[1],
-        )
+    return F.scaled_dot_product_attention(
+        query_BMSE,
+        key_BGSE,
+        value_BGSD,
+        attn_mask=allowed,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query_BMSE.shape[1] != key_BGSE.shape[1],
+    )
 
 
 def _attend_auto(
@@ -172,9 +185,7 @@ def _attend_unfused(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-    with _tensor_parallel_randomness(dropout):
-        weights = F.dropout(weights, dropout)
-    return weights @ value
+    return F.dropout(weights, dropout) @ value
 
 
 _BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
@@ -182,22 +193,6 @@ _BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
     "fused": _attend_fused,
     "unfused": _attend_unfused,
 }
-
-
-def _tensor_parallel_randomness(dropout: float) -> Any:
-    """Each tensor rank drops other weights, since it has other heads; no cost where nothing drops."""
-    return get_cuda_rng_tracker().fork() if dropout > 0.0 else _NO_CONTEXT
-
-
-class _NoContext:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_exception: object) -> None:
-        return None
-
-
-_NO_CONTEXT = _NoContext()
 
 
 def build_self_attention_spec(
