@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.parallel.roll_call import RollCall
 from sas_megatron.platform.device import process_group_backend
 
 
@@ -34,6 +35,8 @@ class Topology:
     data_group: dist.ProcessGroup
     context_rank: int
     context_group: dist.ProcessGroup
+    # None in a world that was joined elsewhere.
+    roll_call: RollCall | None = None
 
     @property
     def is_first(self) -> bool:
@@ -49,7 +52,10 @@ class Topology:
 def joined_topology(
     config: ParallelConfig, *, device: torch.device, seed: int, timeout_minutes: float
 ) -> Iterator[Topology]:
-    """Joins the world and its groups for the length of a `with` block, and leaves in good order."""
+    """Joins the world and its groups for the length of a `with` block, and leaves in good order.
+
+    In a world of several ranks an error within ends the process: see `RollCall`.
+    """
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = _meet(timeout)
     dist.init_process_group(
@@ -60,8 +66,11 @@ def joined_topology(
         timeout=timeout,
     )
     try:
-        with joined_groups(config, device=device, seed=seed, timeout_minutes=timeout_minutes) as topology:
-            yield topology
+        with (
+            RollCall(store, rank=rank, world_size=world_size, timeout_minutes=timeout_minutes) as roll_call,
+            joined_groups(config, device=device, seed=seed, timeout_minutes=timeout_minutes) as topology,
+        ):
+            yield replace(topology, roll_call=roll_call)
             # Without it about one two-rank gloo run in six aborts at exit. After an error the other
             # ranks may never come here, so then it is left out.
             dist.barrier()

@@ -62,17 +62,12 @@ class Run:
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.ledger = WireLedger(
-            {
-                "tensor": topology.tensor_group,
-                "context": topology.context_group,
-                "data": topology.data_group,
-            }
-        )
+        self.ledger = WireLedger(topology.groups())
 
     def complete(self) -> None:
         """Steps to the end, or to `training.stop_after_steps`."""
         self._resume()
+        self._tell_finished_step()
         last_step = min(self.config.training.num_steps, self.config.training.stop_after_steps or 2**62)
         if self.progress.step >= last_step and (RunFiles(self.config).directory / "summary.json").exists():
             self.console.say(f"finished already, at step {self.progress.step}; nothing to do")
@@ -119,6 +114,7 @@ class Run:
         self._synchronize()
         seconds = time.perf_counter() - begun
         self.progress.count_step(training.global_batch_size, seconds)
+        self._tell_finished_step()
         self.console.advance(self.progress.step)
         if self.progress.step == 1 or self._is_due(self.config.logging.interval):
             self._log_step(self.last, seconds)
@@ -237,6 +233,10 @@ class Run:
                 for prefix in self.config.data.prefixes
             },
         }
+
+    def _tell_finished_step(self) -> None:
+        if self.topology.roll_call is not None:
+            self.topology.roll_call.finish_step(self.progress.step)
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.step % interval == 0
