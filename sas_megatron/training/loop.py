@@ -27,7 +27,7 @@ from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.parallel.topology import Topology
-from sas_megatron.parallel.wire_ledger import WireLedger
+from sas_megatron.parallel.wire_ledger import WireLedger, gather_ledgers
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
 from sas_megatron.training.assembly import Trainer, assemble
 from sas_megatron.training.console import Console
@@ -192,10 +192,11 @@ class Run:
             self._evaluate()
         if not self._is_due(self.config.checkpoint.interval):
             self._save()
+        wire_bytes = gather_ledgers(self.ledger) if self.config.logging.wire_ledger else None
         if self.files is not None:
-            self.files.write_summary(self._summary())
+            self.files.write_summary(self._summary(wire_bytes))
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self, wire_bytes: list[dict[str, Any]] | None) -> dict[str, Any]:
         position = self.meter.position(self.progress)
         finished = self.progress.step >= self.config.training.num_steps
         return {
@@ -217,7 +218,7 @@ class Run:
             "validation_perplexity": None if self.held_out is None else self.held_out.perplexity,
             "validation_bits_per_byte": None if self.held_out is None else self.held_out.bits_per_byte,
             "world_size": self.topology.world_size,
-            "wire_bytes_sent_by_rank_0": self.ledger.as_dict() if self.config.logging.wire_ledger else None,
+            "wire_bytes_sent": wire_bytes,
         }
 
     def _provenance(self) -> dict[str, Any]:
