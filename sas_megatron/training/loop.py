@@ -35,6 +35,7 @@ from sas_megatron.training.metrics import Meter, Progress
 from sas_megatron.training.run_files import RunFiles, describe_software
 from sas_megatron.training.state import capture_state, restore_state
 from sas_megatron.training.step import StepResult, train_step
+from sas_megatron.training.step_profiler import StepProfiler
 
 
 class Run:
@@ -63,6 +64,7 @@ class Run:
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
         self.ledger = WireLedger(topology.groups())
+        self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
     def complete(self) -> None:
         """Steps to the end, or to `training.stop_after_steps`."""
@@ -76,7 +78,8 @@ class Run:
             self.files.open(self.config, self._provenance(), resumed_step=self.progress.step)
         try:
             while self.progress.step < last_step:
-                self._step()
+                with self.profiler.step(self.progress.step + 1):
+                    self._step()
                 if self._is_due(self.config.evaluation.interval):
                     self._evaluate()
                 if self._is_due(self.config.checkpoint.interval):
@@ -192,6 +195,7 @@ class Run:
             self._evaluate()
         if not self._is_due(self.config.checkpoint.interval):
             self._save()
+        self.profiler.close()
         wire_bytes = gather_ledgers(self.ledger) if self.config.logging.wire_ledger else None
         if self.files is not None:
             self.files.write_summary(self._summary(wire_bytes))
