@@ -16,7 +16,7 @@ class AnswerKind(StrEnum):
 
     FAILED = "failed"  # an error of its own
     LOST = "lost"  # a collective that another rank broke or never joined
-    SIGNALLED = "signalled"  # told to end, by the launcher or a person
+    TOLD = "told"  # to end, by the launcher or a person; the text says how
     STANDS = "stands"  # alive; the text is the line of code it is at
 
 
@@ -56,7 +56,7 @@ def describe_stop(standings: Sequence[Standing], *, timeout_minutes: float) -> s
             f"the others waited {timeout_minutes:g} minutes in a collective "
             "(training.collective_timeout_minutes)"
         )
-    findings = findings or _name_signalled(standings) or _name_lost(standings)
+    findings = findings or _name_told(standings) or _name_lost(standings)
     return f"{begin}: {'; '.join(findings)}; go on from the last checkpoint with checkpoint.resume=true"
 
 
@@ -87,9 +87,9 @@ def _name_stragglers(standings: Sequence[Standing]) -> list[str]:
     ]
 
 
-def _name_signalled(standings: Sequence[Standing]) -> list[str]:
-    signalled = _answered(standings, AnswerKind.SIGNALLED)
-    return [f"{_name(alike)} received {signal}" for signal, alike in signalled.items()]
+def _name_told(standings: Sequence[Standing]) -> list[str]:
+    told = _answered(standings, AnswerKind.TOLD)
+    return [f"{_name(alike)} {how}" for how, alike in told.items()]
 
 
 def _name_lost(standings: Sequence[Standing]) -> list[str]:

@@ -78,6 +78,7 @@ class RollCall:
         connection = self._base.clone()  # type: ignore[attr-defined]  # its stubs do not have it
         self._watchers_store = PrefixStore("roll_call", connection)
         self._main_thread = threading.get_ident()
+        self._launcher = os.getppid()
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         # The number of a signal is written there at once, whatever the main thread is doing.
@@ -123,6 +124,8 @@ class RollCall:
         self._left.set()
         self._wake.send(b"\0")
         self._watcher.join(timeout=GRACE_SECONDS)
+        self._wake.close()
+        self._woken.close()
 
     # What follows runs on the watching thread.
 
@@ -132,19 +135,27 @@ class RollCall:
             received = self._wait_for_wake(SECONDS_BETWEEN_LOOKS)
             if self._left.is_set():
                 return
-            told = [name for name in _SIGNALS if name in received]
+            told = self._order_to_end(received)
             try:
                 called = looks_at_store and self._watchers_store.check(["called"])
             except dist.DistError:
                 called = looks_at_store = False
-            if told or called or self._answer is not None:
-                first = Answer(AnswerKind.SIGNALLED, told[0].name) if told else None
-                self._conclude(first or self._place())
+            if told is not None or called or self._answer is not None:
+                self._conclude(told or self._place())
                 return
 
     def _wait_for_wake(self, seconds: float) -> bytes:
         ready, _, _ = select.select([self._woken], [], [], seconds)
         return self._woken.recv(64) if ready else b""
+
+    def _order_to_end(self, received: bytes) -> Answer | None:
+        for number in _SIGNALS:
+            if number in received:
+                return Answer(AnswerKind.TOLD, f"received {number.name}")
+        # torchrun does not take its processes with it when it is killed.
+        if dist.is_torchelastic_launched() and os.getppid() != self._launcher:
+            return Answer(AnswerKind.TOLD, "lost torchrun, which was killed")
+        return None
 
     def _place(self) -> Answer:
         """The line that the main thread is at."""
@@ -164,7 +175,7 @@ class RollCall:
                 self._give_last_word(store)
                 time.sleep(SECONDS_BETWEEN_COUNTS)
             self._report(store)
-            self._let_the_others_end_first(store)
+            self._end_with_the_others(store)
         except dist.DistError:
             time.sleep(max(0.0, deadline - time.monotonic()))
             if self._left.is_set():
@@ -172,14 +183,23 @@ class RollCall:
             self._end_without_store()
         _end_process()
 
-    def _let_the_others_end_first(self, store: Store) -> None:
-        """Without torchrun's agent rank 0 hosts the store, which the others still use."""
-        store.add("ended", 1)
+    def _end_with_the_others(self, store: Store) -> None:
+        """Waits shortly for those whose grace began later: this host may keep the store that they use."""
         deadline = time.monotonic() + 2 * SECONDS_BETWEEN_LOOKS
-        while self.rank == 0 and store.add("ended", 0) < store.add("answers", 0):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(SECONDS_BETWEEN_COUNTS)
+
+        def wait_until(counter: str, *, short_of_all: int) -> None:
+            while time.monotonic() < deadline:
+                if store.add(counter, 0) >= store.add("answers", 0) - short_of_all:
+                    return
+                time.sleep(SECONDS_BETWEEN_COUNTS)
+
+        with contextlib.suppress(dist.DistError):
+            store.add("reported", 1)
+            wait_until("reported", short_of_all=0)
+            if self.rank != 0:
+                store.add("ended", 1)
+            else:  # without torchrun's agent it hosts the store itself
+                wait_until("ended", short_of_all=1)
 
     def _give_last_word(self, store: Store) -> None:
         """Replaces the first answer once the main thread's error is known, which is better knowledge."""
@@ -240,7 +260,7 @@ def _end_process() -> NoReturn:
 
 def _answer_of(error: BaseException) -> Answer:
     if isinstance(error, KeyboardInterrupt):
-        return Answer(AnswerKind.SIGNALLED, "SIGINT")
+        return Answer(AnswerKind.TOLD, "received SIGINT")
     # gloo raises plain RuntimeErrors that name its source file; NCCL and the store have their own types.
     is_lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
     return Answer(AnswerKind.LOST if is_lost else AnswerKind.FAILED, _one_line(error))

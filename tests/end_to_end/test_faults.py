@@ -222,6 +222,18 @@ def test_a_signal_to_the_launcher_is_told_from_a_fault(job: Job) -> None:
     assert "Traceback" not in _without_torchrun(job.output())
 
 
+def test_a_launcher_that_is_killed_leaves_no_process_behind(job: Job) -> None:
+    job.start_by_script()
+    job.wait_for_step(3)
+    job.signal_launcher(signal.SIGKILL)
+    assert job.wait(1) == -signal.SIGKILL
+    deadline = time.monotonic() + GRACE_SECONDS + MARGIN_SECONDS
+    while job.processes():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.2)
+    assert "is gone, so no rank can be asked; rank 0, its launcher or its host ended first" in job.report()
+
+
 def _without_torchrun(output: str) -> str:
     """The job's output without torchrun's own account, which begins where its error is raised."""
     return re.split(r"Traceback \(most recent call last\):\n  File \"[^\"]*/torchrun\"", output)[0]

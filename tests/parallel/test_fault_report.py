@@ -20,7 +20,7 @@ CLOSED = Answer(AnswerKind.LOST, "RuntimeError: [gloo/pair.cc:544] Connection cl
 WAITS = Answer(AnswerKind.STANDS, "distributed/distributed_c10d.py:3000 in all_reduce")
 LOOPS = Answer(AnswerKind.STANDS, "data/batches.py:57 in microbatches")
 BROKEN = Answer(AnswerKind.FAILED, "OSError: [Errno 28] No space left on device")
-TERMINATED = Answer(AnswerKind.SIGNALLED, "SIGTERM")
+TERMINATED = Answer(AnswerKind.TOLD, "received SIGTERM")
 
 ENDS: dict[str, tuple[list[tuple[str | None, int | None, Answer | None]], str]] = {
     "a dead rank": (
