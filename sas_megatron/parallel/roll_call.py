@@ -65,6 +65,7 @@ class RollCall:
         self._timeout_minutes = timeout_minutes
         self._base = store
         self._store = PrefixStore("roll_call", store)
+        self._leaves_notes = world_size > 1
         self._last_step: int | None = None
         self._answer: Answer | None = None
         self._traceback: str | None = None
@@ -91,10 +92,12 @@ class RollCall:
     def finish_step(self, step: int) -> None:
         """Notes that this rank has finished `step` (0: it is about to begin the first)."""
         self._last_step = step
-        if self.world_size > 1:
-            # A store that is gone hurts nobody until something else goes wrong.
-            with contextlib.suppress(dist.DistError):
-                self._store.set(f"step/{self.rank}", str(step))
+        if not self._leaves_notes:
+            return
+        try:
+            self._store.set(f"step/{self.rank}", str(step))
+        except dist.DistError:
+            self._leaves_notes = False  # a lost store hurts nobody until something else goes wrong
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
