@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-table",
         action="store_true",
-        help="Run the table of layouts with every attention, not a sample.",
+        help="Run the table of layouts with every attention.",
     )
 
 

@@ -274,5 +274,7 @@ def test_the_run_directory_says_where_the_run_came_from(
     assert result["exit_reason"] == "finished"
     assert result["tokens"] == 4 * 8 * 40
     assert result["training_flops"] == result["tokens"] * sum(result["training_flops_per_token"].values())
-    assert result["wire_bytes_sent_by_rank_0"]["data"]["allreduce"] > 0
+    (sent,) = result["wire_bytes_sent"]
+    assert sent["ranks"] == [0, 1], "data-parallel ranks send the same"
+    assert sent["sent"]["data"]["allreduce"] > 0
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
