@@ -53,7 +53,7 @@ def test_a_bare_process_is_a_world_of_one_and_leaves_in_good_order() -> None:
         "0 1 True 1 0",
         "gloo 1 1",
         # The timeout holds in every group, not in the world's alone.
-        *["0:01:30"] * 4,
+        *["0:01:30"] * 5,
         "False False",
         "'within'",
         "False False",
