@@ -26,6 +26,11 @@ class GroupedQueryAttentionConfig(AttentionConfig):
         attention = 2 * sequence_length * self.num_heads * self.head_dim
         return {**self._count_projection_flops(hidden_size), "scores": attention, "values": attention}
 
+    def count_kv_cache_elements(self) -> dict[str, int]:
+        """Terms: keys G·D, values G·D."""
+        kept = self.num_key_value_heads * self.head_dim
+        return {"keys": kept, "values": kept}
+
     def build_spec(self) -> ModuleSpec:
         """Megatron-core's `SelfAttention` with the project's core attention."""
         from megatron.core.transformer.attention import SelfAttention

@@ -147,6 +147,14 @@ class SimulatedAttentionConfig(AttentionConfig):
             "values": 2 * sequence_length * self.num_simulated_heads * width,
         }
 
+    def count_kv_cache_elements(self) -> dict[str, int]:
+        """Terms: keys G·D, values G·D: the base heads, simulated again when read.
+
+        Keeping the simulated heads would take r(E + D)/2D times as much, and no simulation.
+        """
+        kept = self.num_key_value_heads * self.head_dim
+        return {"keys": kept, "values": kept}
+
     def build_spec(self) -> ModuleSpec:
         """`SimulatedSelfAttention` with PEAA's mean over r blocks."""
         from sas_megatron.attention.core import build_self_attention_spec

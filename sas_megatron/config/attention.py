@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import pkgutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,7 @@ from sas_megatron.config.section import Section
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 ENTRY_POINT_GROUP = "sas_megatron.attention"
 
@@ -29,6 +31,14 @@ KINDS: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class InitialWeights:
+    """How a weight starts: N(0, scale), or uniform in ±scale; 0 for zeros."""
+
+    distribution: Literal["normal", "uniform"]
+    scale: float
+
+
 class AttentionConfig(Section):
     """What is common to all variants; a variant adds its fields and says what it costs.
 
@@ -37,6 +47,8 @@ class AttentionConfig(Section):
     """
 
     section_name: ClassVar[str] = "attention"
+    # Whether the layer turns queries and keys by the model's rotary angles, or has its own.
+    uses_model_rotary: ClassVar[bool] = True
     # Parts that `training.recompute_modules` may name.
     recomputable: ClassVar[tuple[str, ...]] = ("attention",)
 
@@ -132,6 +144,30 @@ class AttentionConfig(Section):
                 f"must divide the {heads} heads that each of parallel.tensor={tensor} ranks attends with",
                 f"use one of {_divisors(heads)}",
             )
+
+    def initial_weights(self, name: str, whole_shape: tuple[int, ...]) -> InitialWeights | None:
+        """How a matrix of the layer starts, where the variant's paper says so; None: as the model's others.
+
+        Args:
+            name: Within the attention layer, such as `linear_proj.weight`.
+            whole_shape: Over all tensor ranks, [out, in].
+        """
+        return None
+
+    def transformer_options(self) -> dict[str, Any]:
+        """Further fields of Megatron-core's `TransformerConfig`, or of `transformer_config_type`."""
+        return {}
+
+    def transformer_config_type(self) -> type[TransformerConfig]:
+        """`TransformerConfig`, or the class derived from it that the variant's module needs."""
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        found: type[TransformerConfig] = TransformerConfig
+        return found
+
+    def count_kv_cache_elements(self) -> dict[str, int]:
+        """Numbers that decoding keeps of each token and layer, as named terms that sum."""
+        raise NotImplementedError
 
     def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
         """Parameters of one layer's attention, as named terms that sum."""

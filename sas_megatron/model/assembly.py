@@ -36,7 +36,7 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
     dtype = dtype or DTYPES[config.training.precision]
     on_cuda = torch.cuda.is_available()
     interleaved = config.parallel.virtual_pipeline > 1
-    transformer = TransformerConfig(
+    transformer = attention.transformer_config_type()(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -74,6 +74,7 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         **_recompute_options(config),
+        **attention.transformer_options(),
     )
     if "simulation" in _recomputed_modules(config):
         # Ours: Megatron-core refuses names that it does not know, and reads the list no further.
@@ -114,9 +115,11 @@ class BiasPassingLinear(RowParallelLinear):
     """
 
     def forward(self, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the parent, with a view of the bias in its place."""
+        """As the parent, with a tensor of its own that stands for the bias."""
         output, bias = super().forward(*args, **options)
-        return output, None if bias is None else bias.view_as(bias)
+        if bias is not None:
+            bias = bias.view_as(bias) if torch.is_grad_enabled() else bias.detach()
+        return output, bias
 
 
 def build_layer_spec(config: RunConfig) -> ModuleSpec:
@@ -171,12 +174,13 @@ def _build_piece(config: RunConfig, piece: int, dtype: torch.dtype | None) -> GP
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         vp_stage=virtual_stage,
     )
-    # Megatron-core can rotate a part of kv_channels, but never more than it; SAS turns up to E > D.
-    model.rotary_pos_emb = RotaryEmbedding(
-        kv_channels=config.attention.rotary_width,
-        rotary_percent=1.0,
-        rotary_base=config.model.rotary_base,
-        cp_group=model.pg_collection.cp,
-    )
+    if config.attention.uses_model_rotary:
+        # Megatron-core can rotate a part of kv_channels, but never more than it; SAS turns up to E > D.
+        model.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=config.attention.rotary_width,
+            rotary_percent=1.0,
+            rotary_base=config.model.rotary_base,
+            cp_group=model.pg_collection.cp,
+        )
     initialize_weights(model, config)
     return model

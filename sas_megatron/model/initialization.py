@@ -20,6 +20,7 @@ from megatron.core.parallel_state import (
 from torch import nn
 
 from sas_megatron.attention.residual_map import ResidualMap
+from sas_megatron.config.attention import InitialWeights
 from sas_megatron.config.run import RunConfig
 
 _LAYERS = "decoder.layers."
@@ -41,7 +42,7 @@ def initialize_weights(model: nn.Module, config: RunConfig) -> None:
 
     Matrices from N(0, σ), σ = `model.init_std`; those that end a residual branch from
     N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2); norms 1, biases 0; the simulation as
-    `attention.initialization` says.
+    `attention.initialization` says, and other weights of the attention as `initial_weights` does.
     """
     drawn: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
@@ -77,12 +78,24 @@ def _initialize_parameter(name: str, parameter: nn.Parameter, config: RunConfig)
     elif parameter.dim() == 1:
         parameter.fill_(1.0)
     else:
-        std = config.model.init_std
-        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            std /= math.sqrt(2 * config.model.num_layers)
-        whole = torch.empty(whole_shape(parameter))
-        whole.normal_(0.0, std, generator=parameter_generator(config.training.seed, name))
+        shape = whole_shape(parameter)
+        initial = _initial_weights(name, tuple(shape), config)
+        generator = parameter_generator(config.training.seed, name)
+        if initial.distribution == "normal":
+            whole = torch.empty(shape).normal_(0.0, initial.scale, generator=generator)
+        else:
+            whole = torch.empty(shape).uniform_(-initial.scale, initial.scale, generator=generator)
         parameter.copy_(tensor_parallel_part(whole, parameter))
+
+
+def _initial_weights(name: str, whole_shape: tuple[int, ...], config: RunConfig) -> InitialWeights:
+    _, in_attention, own_name = name.partition(".self_attention.")
+    chosen = config.attention.initial_weights(own_name, whole_shape) if in_attention else None
+    if chosen is not None:
+        return chosen
+    ends_branch = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    narrowing = math.sqrt(2 * config.model.num_layers) if ends_branch else 1.0
+    return InitialWeights("normal", config.model.init_std / narrowing)
 
 
 def whole_shape(parameter: nn.Parameter) -> list[int]:

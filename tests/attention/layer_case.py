@@ -1,4 +1,4 @@
-"""One attention layer at a layout, run on ranks, and the same by the reference in one process."""
+"""One attention layer at a layout, run on ranks, and the same by its definition in one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.parallel import ParallelConfig
-from tests.attention import reference
+from tests.attention.definitions import DEFINITIONS
+from tests.model.model_parts import WeightPart, joined_weights, weight_parts
 from tests.rank_pool import in_layout
 
 HIDDEN_SIZE, LENGTH, BATCH = 20, 8, 3  # LENGTH divides by 4 for sequence parallelism; T = 24 does not by 5
@@ -68,40 +69,16 @@ def output_gradient(dtype: torch.dtype) -> torch.Tensor:
     return drawn("output gradient", (LENGTH, BATCH, HIDDEN_SIZE), dtype, scale=1.0)
 
 
-def weight_shapes(config: AttentionConfig) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of the layer's weights, by name, written from the operator's definition."""
-    heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "linear_qkv.weight": ((heads + 2 * groups) * width, HIDDEN_SIZE),
-        "linear_proj.weight": (HIDDEN_SIZE, heads * width),
-    }
-    if config.kind != "sas":
-        return shapes
-    assert hasattr(config, "head_expansion")
-    for name, base in config.head_simulations().items():
-        many, prefix = config.head_expansion * base, f"simulation.heads.{name}."
-        shapes[prefix + "expand"] = (many, base, config.kernel_size)
-        shapes[prefix + "refine"] = (many, many, config.kernel_size)
-        if config.simulation_bias:
-            shapes[prefix + "expand_bias"] = shapes[prefix + "refine_bias"] = (many,)
-    for name in ("query", "key") if config.simulate_features else ():
-        wide, prefix = config.query_key_dim, f"simulation.features.{name}."
-        shapes[prefix + "expand"], shapes[prefix + "refine"] = (wide, width), (wide, wide)
-        if config.simulation_bias:
-            shapes[prefix + "expand_bias"] = shapes[prefix + "refine_bias"] = (wide,)
-    return shapes
-
-
 @functools.lru_cache(maxsize=64)
-def by_reference(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> LayerResult:
+def by_definition(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> LayerResult:
     """In float64, from inputs and weights rounded to `dtype`."""
     config = parse_attention(dict(attention))
     weights = {
         name: drawn(name, shape, dtype).double().requires_grad_()
-        for name, shape in weight_shapes(config).items()
+        for name, shape in DEFINITIONS[config.kind].weight_shapes(config, HIDDEN_SIZE).items()
     }
     hidden = layer_input(dtype).double().requires_grad_()
-    output = reference.self_attention(hidden, weights, config)
+    output = DEFINITIONS[config.kind].self_attention(hidden, weights, config)
     output.backward(output_gradient(dtype).double())
     gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
     assert hidden.grad is not None
@@ -110,10 +87,8 @@ def by_reference(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> 
 
 def transformer_config(case: LayerCase, tensor: int, context: int = 1) -> Any:
     """Megatron-core's config of one layer."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
     config = case.config()
-    return TransformerConfig(
+    return config.transformer_config_type()(
         num_layers=1,
         hidden_size=HIDDEN_SIZE,
         num_attention_heads=config.num_heads,
@@ -125,6 +100,7 @@ def transformer_config(case: LayerCase, tensor: int, context: int = 1) -> Any:
         tensor_model_parallel_size=tensor,
         sequence_parallel=case.sequence_parallel,
         context_parallel_size=context,
+        **config.transformer_options(),
     )
 
 
@@ -156,7 +132,7 @@ def rotary_angles(config: AttentionConfig) -> torch.Tensor:
 
 def on_rank(
     case: LayerCase, tensor: int, context: int = 1
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, WeightPart]]:
     """This rank's output, input gradient and parameter gradients."""
     from sas_megatron.model.initialization import tensor_parallel_part, whole_shape
 
@@ -176,8 +152,7 @@ def on_rank(
     hidden.requires_grad_()
     output, _ = layer(hidden, None, rotary_pos_emb=rotary_angles(case.config()))
     output.backward(gradient)
-    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    return output.detach(), hidden.grad, gradients
+    return output.detach(), hidden.grad, weight_parts([layer], lambda parameter: parameter.grad)
 
 
 def joined(case: LayerCase, by_rank: list[Any]) -> LayerResult:
@@ -190,16 +165,7 @@ def joined(case: LayerCase, by_rank: list[Any]) -> LayerResult:
         for rank, (other, other_gradient) in enumerate(zip(outputs, input_gradients, strict=True)):
             assert torch.equal(other, output), f"rank {rank} has another output than rank 0"
             assert torch.equal(other_gradient, input_gradient), f"rank {rank} has another input gradient"
-    whole = {}
-    for name in gradients[0]:
-        parts = [gradient[name] for gradient in gradients]
-        if name in ("linear_qkv.weight", "linear_proj.weight"):
-            whole[name] = torch.cat(parts, dim=0 if name.startswith("linear_qkv") else 1)
-            continue
-        for rank, part in enumerate(parts):
-            assert torch.equal(part, parts[0]), f"{name}: rank {rank} has another gradient than rank 0"
-        whole[name] = parts[0]
-    return LayerResult(output, input_gradient, whole)
+    return LayerResult(output, input_gradient, joined_weights(list(gradients)))
 
 
 def joined_over_context(case: LayerCase, by_rank: list[Any], *, tensor: int, context: int) -> LayerResult:

@@ -53,7 +53,7 @@ def test_baselines_compute_their_definition_at_any_number_of_ranks(
     ranks: Any, variant: str, tensor: int
 ) -> None:
     case = LayerCase.of(**VARIANTS[variant])
-    expected = layer_case.by_reference(case.attention, case.dtype)
+    expected = layer_case.by_definition(case.attention, case.dtype)
     actual = layer_case.joined(case, ranks(tensor).run(layer_case.on_rank, case, tensor))
     assert_near(actual.output, expected.output, case.dtype, "output")
     assert_near(actual.input_gradient, expected.input_gradient, case.dtype, "input gradient")

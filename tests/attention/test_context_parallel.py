@@ -41,7 +41,7 @@ CASES = {
 def test_context_ranks_compute_the_definition(ranks: Any, name: str) -> None:
     fields, tensor, context, sequence = CASES[name]
     case = LayerCase.of(sequence_parallel=sequence, **fields)
-    expected = layer_case.by_reference(case.attention, case.dtype)
+    expected = layer_case.by_definition(case.attention, case.dtype)
     by_rank = ranks(tensor * context).run(layer_case.on_rank, case, tensor, context)
     actual = layer_case.joined_over_context(case, by_rank, tensor=tensor, context=context)
     assert_near(actual.output, expected.output, case.dtype, "output")

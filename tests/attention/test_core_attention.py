@@ -7,7 +7,7 @@ import torch
 
 from sas_megatron.attention import chunked
 from sas_megatron.attention.chunked import attend_chunked, suits_chunks
-from tests.attention import reference
+from tests.attention import definitions
 from tests.attention.layer_case import drawn
 from tests.tolerances import assert_near
 
@@ -21,7 +21,7 @@ def inputs(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
 def test_chunks_of_queries_compute_causal_attention(length: int) -> None:
     expected_inputs, actual_inputs = inputs(length, torch.float64), inputs(length, torch.float64)
-    expected = reference.attend(*expected_inputs)
+    expected = definitions.attend(*expected_inputs)
     query, key, value = (x.permute(1, 2, 0, 3) for x in actual_inputs)
     actual = attend_chunked(query, key, value, scale=10**-0.5).permute(2, 0, 1, 3)
     assert_near(actual, expected, torch.float64, "context")

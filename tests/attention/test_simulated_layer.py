@@ -53,7 +53,7 @@ def legal(fields: dict[str, Any], tensor: int) -> bool:
 
 
 def check(ranks: Any, case: LayerCase, tensor: int) -> None:
-    expected = layer_case.by_reference(case.attention, case.dtype)
+    expected = layer_case.by_definition(case.attention, case.dtype)
     actual = layer_case.joined(case, ranks(tensor).run(layer_case.on_rank, case, tensor))
     assert_near(actual.output, expected.output, case.dtype, "output")
     assert_near(actual.input_gradient, expected.input_gradient, case.dtype, "input gradient")
@@ -64,7 +64,7 @@ def check(ranks: Any, case: LayerCase, tensor: int) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_one_rank_computes_the_definition(ranks: Any, operator: str) -> None:
-    # The exchange is not part of the function, so the reference is shared with the tests below.
+    # The exchange is not part of the function, so the definition is shared with the tests below.
     check(ranks, LayerCase.of(exchange="gather", **OPERATORS[operator]), 1)
 
 
@@ -110,7 +110,7 @@ def _without_gradient_sum(case: LayerCase, tensor: int) -> Any:
 def test_leaving_out_the_gradient_sum_is_noticed(ranks: Any, exchange: str) -> None:
     case = LayerCase.of(exchange=exchange, **OPERATORS["plain"])
     by_rank = ranks(2).run(_without_gradient_sum, case, 2)
-    with pytest.raises(AssertionError, match=r"simulation.*another gradient than rank 0"):
+    with pytest.raises(AssertionError, match=r"simulation.*differs between rank 0 and rank"):
         layer_case.joined(case, by_rank)
 
 
@@ -126,7 +126,7 @@ def test_tokens_need_not_divide_by_the_ranks(ranks: Any, monkeypatch: pytest.Mon
     case = LayerCase.of(exchange="all_to_all", **OPERATORS["grouped"])
     by_rank = ranks(4).run(_uneven_tokens, case, 4)
     monkeypatch.setattr(layer_case, "LENGTH", 7)
-    expected = layer_case.by_reference.__wrapped__(case.attention, case.dtype)
+    expected = layer_case.by_definition.__wrapped__(case.attention, case.dtype)
     actual = layer_case.joined(case, by_rank)
     assert_near(actual.output, expected.output, case.dtype, "output")
     for name, gradient in expected.gradients.items():

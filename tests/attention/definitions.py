@@ -1,14 +1,16 @@
-"""SAS by its definition, slow and obvious; for tests and nothing else.
+"""Attention variants by their definitions, slow and obvious; for tests and nothing else.
 
-Every step is written out from the operator's definition: taps of the convolution one by one, every
-block of heads through the projection before averaging, softmax over a masked score matrix.
+Every step is written out from the paper's equations: of SAS, taps of the convolution one by one, every
+block of heads through the projection before averaging; softmax over a masked score matrix.
 Weights are named as in the layer, whole (not a tensor-parallel part).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -84,10 +86,10 @@ def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.T
     return torch.stack(outputs, dim=2)
 
 
-def self_attention(
+def grouped_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig, *, rotary: bool = True
 ) -> torch.Tensor:
-    """The whole layer: project, simulate, rotate, attend, project each block and average."""
+    """Grouped-query attention and SAS: project, simulate, rotate, attend, project each block and average."""
     length, batch, _ = hidden_SBH.shape
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
     columns = hidden_SBH @ weights["linear_qkv.weight"].T
@@ -127,3 +129,38 @@ def attend_blocks(
             query.chunk(blocks, dim=2), key.chunk(blocks, dim=2), value.chunk(blocks, dim=2), strict=True
         )
     ]
+
+
+def grouped_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of the same layer's weights, by name."""
+    heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "linear_qkv.weight": ((heads + 2 * groups) * width, hidden_size),
+        "linear_proj.weight": (hidden_size, heads * width),
+    }
+    if not isinstance(config, SimulatedAttentionConfig):
+        return shapes
+    for name, base in config.head_simulations().items():
+        many, prefix = config.head_expansion * base, f"simulation.heads.{name}."
+        shapes[prefix + "expand"] = (many, base, config.kernel_size)
+        shapes[prefix + "refine"] = (many, many, config.kernel_size)
+        if config.simulation_bias:
+            shapes[prefix + "expand_bias"] = shapes[prefix + "refine_bias"] = (many,)
+    for name in ("query", "key") if config.simulate_features else ():
+        wide, prefix = config.query_key_dim, f"simulation.features.{name}."
+        shapes[prefix + "expand"], shapes[prefix + "refine"] = (wide, width), (wide, wide)
+        if config.simulation_bias:
+            shapes[prefix + "expand_bias"] = shapes[prefix + "refine_bias"] = (wide,)
+    return shapes
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A variant's layer: hidden states [S, B, H] and whole weights -> [S, B, H]; and the weights it has."""
+
+    self_attention: Callable[..., torch.Tensor]
+    weight_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]
+
+
+_GROUPED = Definition(grouped_attention, grouped_weight_shapes)
+DEFINITIONS: dict[str, Definition] = {"mha": _GROUPED, "gqa": _GROUPED, "mqa": _GROUPED, "sas": _GROUPED}
