@@ -219,6 +219,7 @@ def build_self_attention_spec(
     *,
     module: type[SelfAttention],
     num_blocks: int = 1,
+    linear_qkv: Callable[..., Any] = ColumnParallelLinear,
     **module_options: object,
 ) -> ModuleSpec:
     """A `ModuleSpec` of self-attention on Megatron-core's parallel linears and our core attention.
@@ -227,13 +228,15 @@ def build_self_attention_spec(
         variant: The attention's config.
         module: Megatron-core's `SelfAttention` or a subclass.
         num_blocks: r, the simulated copies that PEAA averages.
+        linear_qkv: Builds what the queries, keys and values are made from, given the arguments of a
+            `ColumnParallelLinear`; another one needs a `module` that reads it.
         module_options: Further arguments for `module`.
     """
     return ModuleSpec(
         module=module,
         params={"attn_mask_type": AttnMaskType.causal, **module_options},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=linear_qkv,
             core_attention=functools.partial(CoreAttention, attention=variant, num_blocks=num_blocks),
             linear_proj=RowParallelLinear,
         ),

@@ -28,6 +28,7 @@ KINDS: dict[str, str] = {
     "gqa": "sas_megatron.attention.grouped:GroupedQueryAttentionConfig",
     "mqa": "sas_megatron.attention.grouped:MultiQueryAttentionConfig",
     "sas": "sas_megatron.attention.simulated:SimulatedAttentionConfig",
+    "tpa": "sas_megatron.attention.tensor_product:TensorProductAttentionConfig",
 }
 
 

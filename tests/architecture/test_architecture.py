@@ -17,7 +17,10 @@ WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
     *sorted((PACKAGE / "scaling").glob("*.py")),
     *(PACKAGE / "model" / name for name in ("__init__.py", "costs.py")),
-    *(PACKAGE / "attention" / name for name in ("__init__.py", "grouped.py", "simulated.py")),
+    *(
+        PACKAGE / "attention" / name
+        for name in ("__init__.py", "grouped.py", "simulated.py", "tensor_product.py")
+    ),
 ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.tensor_product import TensorProductAttentionConfig
 from sas_megatron.config.attention import AttentionConfig
 
 Weights = Mapping[str, torch.Tensor]
@@ -154,6 +155,47 @@ def grouped_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str
     return shapes
 
 
+def tensor_product_attention(
+    hidden_SBH: torch.Tensor, weights: Weights, config: TensorProductAttentionConfig
+) -> torch.Tensor:
+    """T6: of each token Q = (1/R) Σ_r a_r(x) ⊗ b_r(x), likewise K and V; b of Q and K is rotated."""
+    length, batch, _ = hidden_SBH.shape
+    heads, width = config.num_heads, config.head_dim
+    made = {}
+    for name in ("query", "key", "value"):
+        own = hidden_SBH @ weights[f"linear_qkv.heads.{name}"].T
+        if name == "query" and not config.factorize_query:
+            made[name] = rotate(own.view(length, batch, heads, width), config.rotary_width)
+            continue
+        rank = {"query": config.query_rank or 6, "key": config.key_rank, "value": config.value_rank}[name]
+        a_SBNR = own.view(length, batch, heads, rank)
+        b_SBRD = (hidden_SBH @ weights[f"linear_qkv.features.{name}"].T).view(length, batch, rank, width)
+        if name != "value":
+            b_SBRD = rotate(b_SBRD, config.rotary_width)
+        total = hidden_SBH.new_zeros(length, batch, heads, width)
+        for r in range(rank):
+            total = total + torch.einsum("sbn,sbd->sbnd", a_SBNR[..., r], b_SBRD[:, :, r])
+        made[name] = total / rank
+    context = attend(made["query"], made["key"], made["value"])
+    return context.flatten(2) @ weights["linear_proj.weight"].T
+
+
+def tensor_product_weight_shapes(
+    config: TensorProductAttentionConfig, hidden_size: int
+) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of its weights, by name."""
+    heads, width = config.num_heads, config.head_dim
+    ranks = {"query": config.query_rank or 6, "key": config.key_rank, "value": config.value_rank}
+    shapes: dict[str, tuple[int, ...]] = {"linear_proj.weight": (hidden_size, heads * width)}
+    for name, rank in ranks.items():
+        if name == "query" and not config.factorize_query:
+            shapes["linear_qkv.heads.query"] = (heads * width, hidden_size)
+            continue
+        shapes[f"linear_qkv.heads.{name}"] = (heads * rank, hidden_size)
+        shapes[f"linear_qkv.features.{name}"] = (rank * width, hidden_size)
+    return shapes
+
+
 @dataclass(frozen=True)
 class Definition:
     """A variant's layer: hidden states [S, B, H] and whole weights -> [S, B, H]; and the weights it has."""
@@ -163,4 +205,10 @@ class Definition:
 
 
 _GROUPED = Definition(grouped_attention, grouped_weight_shapes)
-DEFINITIONS: dict[str, Definition] = {"mha": _GROUPED, "gqa": _GROUPED, "mqa": _GROUPED, "sas": _GROUPED}
+DEFINITIONS: dict[str, Definition] = {
+    "mha": _GROUPED,
+    "gqa": _GROUPED,
+    "mqa": _GROUPED,
+    "sas": _GROUPED,
+    "tpa": Definition(tensor_product_attention, tensor_product_weight_shapes),
+}

@@ -46,15 +46,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown kind": (
         {"attention": {"kind": "flash", "num_heads": 6}},
-        "attention.kind=flash: is not a known variant; use one of gqa, mha, mqa, sas",
+        "attention.kind=flash: is not a known variant; use one of gqa, mha, mqa, sas, tpa",
     ),
     "kind that is no name": (
         {"attention": {"kind": ["sas"]}},
-        "attention.kind=['sas']: is not a known variant; use one of gqa, mha, mqa, sas",
+        "attention.kind=['sas']: is not a known variant; use one of gqa, mha, mqa, sas, tpa",
     ),
     "no kind": (
         {"attention": {"num_heads": 6}},
-        "attention: needs a kind; use one of gqa, mha, mqa, sas",
+        "attention: needs a kind; use one of gqa, mha, mqa, sas, tpa",
     ),
     "heads over ranks": (
         {"attention": MHA, "parallel": {"tensor": 4}},
@@ -78,6 +78,25 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "multi-query with groups": (
         {"attention": {**MHA, "kind": "mqa", "num_kv_heads": 2}},
         "attention.num_kv_heads=2: multi-query attention has one; leave it out, or use kind: gqa",
+    ),
+    "tensor products with groups": (
+        {"attention": {**MHA, "kind": "tpa", "num_kv_heads": 2}},
+        "attention.num_kv_heads=2: tensor product attention has one for each query head; "
+        "leave it out, and set attention.key_rank and attention.value_rank",
+    ),
+    "tensor products over ranks": (
+        {"attention": {**MHA, "kind": "tpa"}, "parallel": {"tensor": 4}},
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "set parallel.tensor to one of [1, 2, 3, 6]",
+    ),
+    "rank of a query without factors": (
+        {"attention": {**MHA, "kind": "tpa", "factorize_query": False, "query_rank": 6}},
+        "attention.query_rank=6: queries have no rank where attention.factorize_query=false; "
+        "leave it out, or set attention.factorize_query=true",
+    ),
+    "no rank": (
+        {"attention": {**MHA, "kind": "tpa", "key_rank": 0}},
+        "attention.key_rank=0: must be positive; use 1 or more",
     ),
     "no heads": (
         {"attention": {**MHA, "num_heads": 0}},

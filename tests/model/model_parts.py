@@ -123,7 +123,7 @@ def _roughen_weights(model: Any) -> None:
     """Gives every weight a part in the result, the same at every layout.
 
     Matrices from N(0, 0.02) leave scores, gates and ReLUs in their linear range, so they are scaled
-    up; biases start at 0 and norms at 1, so noise is added.
+    up; biases start at 0 and norms at 1, so noise is added, and so it is to matrices that start at 0.
     """
     from sas_megatron.model.initialization import (
         global_name,
@@ -136,7 +136,7 @@ def _roughen_weights(model: Any) -> None:
         name = global_name(model, own_name)
         if ".simulation." in name:
             continue
-        if parameter.dim() == 2:
+        if parameter.dim() == 2 and parameter.any():
             parameter.mul_(8.0)
         else:
             noise = torch.randn(whole_shape(parameter), generator=parameter_generator(6, name))

@@ -98,12 +98,14 @@ def _executed_flops(config: RunConfig) -> dict[str, float]:
     parts = {
         name: of_modules(f"self_attention.{name}") for name in ("linear_qkv", "core_attention", "linear_proj")
     }
+    # What of the layer's other products is no convolution.
+    others = {"tpa": "factor_products", "mfa": "query_up"}.get(config.attention.kind, "feature_simulation")
     executed = {
         "qkv": parts["linear_qkv"],
         "scores and values": parts["core_attention"],
         "projection": parts["linear_proj"],
         "head_simulation": of_modules(".self_attention", convolutions=True),
-        "feature_simulation": of_modules(".self_attention", convolutions=False) - sum(parts.values()),
+        others: of_modules(".self_attention", convolutions=False) - sum(parts.values()),
         "mlp": of_modules(".mlp"),
         "head": of_modules(".output_layer"),
     }
@@ -130,7 +132,7 @@ def test_parameters_of_a_shipped_config_are_those_of_the_built_model(ranks: Any,
 
 @st.composite
 def attentions(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(["mha", "gqa", "mqa", "sas", "sas", "sas"]))
+    kind = draw(st.sampled_from(["mha", "gqa", "mqa", "tpa", "sas", "sas", "sas"]))
     num_kv_heads, readers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 4))
     attention: dict[str, Any] = {
@@ -141,6 +143,11 @@ def attentions(draw: st.DrawFn) -> dict[str, Any]:
     }
     if kind in ("gqa", "sas"):
         attention["num_kv_heads"] = num_kv_heads
+    if kind == "tpa":
+        attention["factorize_query"] = draw(st.booleans())
+        if attention["factorize_query"]:
+            attention["query_rank"] = draw(st.sampled_from([None, 1, 5]))
+        return {**attention, "key_rank": draw(st.integers(1, 3)), "value_rank": draw(st.integers(1, 3))}
     if kind != "sas":
         return attention
     for switch in ("query_heads", "key_heads", "value_heads", "features"):
@@ -192,7 +199,7 @@ def test_flops_of_any_config_are_those_that_run(ranks: Any, config: RunConfig) -
     assert without_zeros(executed) == without_zeros(_counted_flops(config))
 
 
-@pytest.mark.parametrize("name", ["quickstart_sas", "quickstart_gqa"])
+@pytest.mark.parametrize("name", ["quickstart_sas", "quickstart_gqa", "quickstart_tpa"])
 def test_flops_of_a_shipped_config_are_those_that_run(ranks: Any, name: str) -> None:
     overrides = [
         "parallel.tensor=1",

@@ -16,6 +16,7 @@ from tests.tolerances import assert_near
 
 GQA = {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 SAS = {**GQA, "kind": "sas", "head_expansion": 2}
+TPA = {"kind": "tpa", "num_heads": 4, "head_dim": 6}
 
 
 def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model: Any) -> RunConfig:
@@ -29,7 +30,7 @@ def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize(
-    "attention", [{"kind": "mha", "num_heads": 4, "head_dim": 6}, SAS], ids=["mha", "sas"]
+    "attention", [{"kind": "mha", "num_heads": 4, "head_dim": 6}, SAS, TPA], ids=["mha", "sas", "tpa"]
 )
 def test_the_parts_join_to_the_same_whole_at_every_size(
     ranks: Any, attention: dict[str, Any], activation: str
@@ -101,6 +102,22 @@ def test_weights_are_spread_as_documented(ranks: Any) -> None:
             std = 0.05 / math.sqrt(6) if ends_branch else 0.05
             # The standard error of σ is σ/√(2n); five of them.
             assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel()), name
+
+
+def test_tensor_products_start_as_their_authors_say_or_as_the_model_does(ranks: Any) -> None:
+    model = {"hidden_size": 60, "num_layers": 2, "init_std": 0.05}
+    authors, normal = (
+        joined_weights(ranks(1).run(initial_weights, config_of({**TPA, "initialization": name}, **model)))
+        for name in ("authors", "normal")
+    )
+    for name, weight in authors.items():
+        if name.endswith("self_attention.linear_proj.weight"):
+            assert not weight.any(), name
+            assert normal[name].std() > 0.02, name
+        elif ".linear_qkv." in name:
+            bound = math.sqrt(6 / sum(weight.shape))
+            assert 0.99 * bound < weight.abs().max() <= bound, name
+            assert abs(normal[name].std().item() / 0.05 - 1) < 5 / math.sqrt(2 * weight.numel()), name
 
 
 def test_identity_starts_as_the_base_model(ranks: Any) -> None:

@@ -34,6 +34,8 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
         "head_expansion": 2,
         "exchange": "all_to_all",
     },
+    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6},
+    "tpa-kv": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "factorize_query": False},
 }
 # The rest of the model, so that each of its parts meets each layout.
 PARTS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,8 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
         "head_expansion": 2,
         "exchange": "all_to_all",
     },
+    # The authors' output projection of 0 would leave no factor a gradient in the first step.
+    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "initialization": "normal"},
 }
 
 TIED = {"tie_embeddings": True, "linear_bias": True, "normalization": "layernorm", "activation": "gelu"}

@@ -1,0 +1,116 @@
+"""Tensor product attention (T6, arXiv 2501.06425): the config, its rules and its costs; no torch.
+
+A token's queries of all heads are a sum of R outer products, of a vector over the heads (A) with one
+over the features (B), both linear in the hidden state; likewise keys and values. What decoding keeps
+of a token is the factors, not the heads. The layer is in `tensor_product_layer`; the paper's h, d_h
+and d are N, D and H here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from sas_megatron.config.attention import AttentionConfig, InitialWeights
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+# The ranks of the paper's models.
+DEFAULT_QUERY_RANK, DEFAULT_KEY_VALUE_RANK = 6, 2
+
+
+class TensorProductAttentionConfig(AttentionConfig):
+    """Queries, keys and values of N heads as sums of R products of a head and a feature factor.
+
+    Every head has its own keys and values, so there are no groups. The factors have no biases, as in
+    the paper; `model.linear_bias` gives the output projection one.
+    """
+
+    kind: Literal["tpa"] = Field(default="tpa", description="Tensor product attention.")
+    factorize_query: bool = Field(
+        default=True, description="Off: the paper's KV-only form, queries by an ordinary projection."
+    )
+    query_rank: int | None = Field(
+        default=None, description="R_q, products in a query; null: 6, or none where it is not factorized."
+    )
+    key_rank: int = Field(default=DEFAULT_KEY_VALUE_RANK, description="R_k, products in a key.")
+    value_rank: int = Field(default=DEFAULT_KEY_VALUE_RANK, description="R_v, products in a value.")
+    initialization: Literal["authors", "normal"] = Field(
+        default="authors",
+        description="authors: factors by Xavier's uniform rule, output projection 0; normal: as the model's "
+        "other matrices.",
+    )
+
+    @model_validator(mode="after")
+    def _check_tensor_product(self) -> TensorProductAttentionConfig:
+        self.require_positive("query_rank", "key_rank", "value_rank")
+        if self.num_key_value_heads != self.num_heads:
+            raise self.problem(
+                "num_kv_heads",
+                "tensor product attention has one for each query head",
+                "leave it out, and set attention.key_rank and attention.value_rank",
+            )
+        if self.query_rank is not None and not self.factorize_query:
+            raise self.problem(
+                "query_rank",
+                "queries have no rank where attention.factorize_query=false",
+                "leave it out, or set attention.factorize_query=true",
+            )
+        return self
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """R of what is factorized, by `query`, `key` and `value`."""
+        ranks = {"key": self.key_rank, "value": self.value_rank}
+        return {"query": self.query_rank or DEFAULT_QUERY_RANK, **ranks} if self.factorize_query else ranks
+
+    @property
+    def head_widths(self) -> dict[str, int]:
+        """Columns that each head has of its own: R head factors, or a query's D features."""
+        return {"query": self.head_dim, **self.ranks}
+
+    def initial_weights(self, name: str, whole_shape: tuple[int, ...]) -> InitialWeights | None:
+        """By the authors: Xavier's uniform rule, each matrix by its own shape; output projection 0."""
+        if self.initialization == "normal":
+            return None
+        if name == "linear_proj.weight":
+            return InitialWeights("normal", 0.0)
+        return InitialWeights("uniform", math.sqrt(6 / sum(whole_shape)))
+
+    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+        """Terms: qkv, H·(R_q + R_k + R_v)(N + D), with H·N·D in place of the query's; projection, N·D·H."""
+        projection = self._count_projection_parameters(hidden_size, linear_bias=linear_bias)["projection"]
+        return {"qkv": hidden_size * self._count_projected_columns(), "projection": projection}
+
+    def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
+        """Terms: qkv (the factors), factor products 2·R·N·D of each, scores, values, projection.
+
+        As Megatron-core's rotary positions and our core attention compute it: on whole heads, not on
+        factors, as the paper's decoding kernel does.
+        """
+        attention = 2 * sequence_length * self.num_heads * self.head_dim
+        return {
+            "qkv": 2 * hidden_size * self._count_projected_columns(),
+            "factor_products": 2 * sum(self.ranks.values()) * self.num_heads * self.head_dim,
+            "scores": attention,
+            "values": attention,
+            "projection": self._count_projection_flops(hidden_size)["projection"],
+        }
+
+    def count_kv_cache_elements(self) -> dict[str, int]:
+        """Terms: keys R_k(N + D), values R_v(N + D): both factors of each."""
+        factors = self.num_heads + self.head_dim
+        return {"keys": self.key_rank * factors, "values": self.value_rank * factors}
+
+    def build_spec(self) -> ModuleSpec:
+        """`TensorProductSelfAttention`, its factors in place of Megatron-core's fused projection."""
+        from sas_megatron.attention.tensor_product_layer import build_tensor_product_spec
+
+        return build_tensor_product_spec(self)
+
+    def _count_projected_columns(self) -> int:
+        own = self.num_heads * sum(self.head_widths.values())
+        return own + self.head_dim * sum(self.ranks.values())

@@ -1,0 +1,84 @@
+"""Tensor product attention on tensor ranks against its definition, in every gradient; and what it keeps."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.config.attention import parse_attention
+from tests.attention import layer_case
+from tests.attention.layer_case import LayerCase
+from tests.attention.test_simulated_layer import check
+
+
+def tpa(**fields: Any) -> dict[str, Any]:
+    return {"kind": "tpa", "num_heads": 4, "head_dim": 6, **fields}
+
+
+OPERATORS: dict[str, dict[str, Any]] = {
+    "tpa": tpa(),
+    "tpa, ranks 3 1 4": tpa(query_rank=3, key_rank=1, value_rank=4),
+    "tpa, KV only": tpa(factorize_query=False, key_rank=3),
+    "tpa, partial rotary": tpa(num_heads=12, rotary_dim=4),
+    "tpa, unfused": tpa(backend="unfused"),
+}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "operator"),
+    [case for case in itertools.product((1, 2, 4), (False, True), OPERATORS) if case[0] > 1 or not case[1]],
+)
+def test_any_number_of_ranks_computes_the_definition(
+    ranks: Any, operator: str, tensor: int, sequence: bool
+) -> None:
+    check(ranks, LayerCase.of(sequence_parallel=sequence, **OPERATORS[operator]), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("operator", ["tpa"])
+def test_lower_precision_stays_within_the_table(
+    ranks: Any, operator: str, sequence: bool, dtype: torch.dtype
+) -> None:
+    check(ranks, LayerCase.of(dtype=dtype, sequence_parallel=sequence, **OPERATORS[operator]), 2)
+
+
+def _without(missing: str, case: LayerCase, tensor: int) -> Any:
+    from sas_megatron.parallel import shared_columns
+
+    kept = getattr(shared_columns, missing)
+    without = {
+        "sum_gradients_over": lambda _group, weights: tuple(weights),
+        "copy_to_tensor_model_parallel_region": lambda columns, **_options: columns,
+    }
+    setattr(shared_columns, missing, without[missing])
+    try:
+        return layer_case.on_rank(case, tensor)
+    finally:
+        setattr(shared_columns, missing, kept)
+
+
+@pytest.mark.parametrize("operator", ["tpa"])
+def test_leaving_out_a_sum_over_the_ranks_is_noticed(ranks: Any, operator: str) -> None:
+    for sequence, missing in ((True, "sum_gradients_over"), (False, "copy_to_tensor_model_parallel_region")):
+        case = LayerCase.of(sequence_parallel=sequence, **OPERATORS[operator])
+        with pytest.raises(AssertionError, match=r"differs between rank|has another input gradient"):
+            layer_case.joined(case, ranks(2).run(_without, missing, case, 2))
+
+
+def test_tensor_products_have_the_published_parameters_and_cache() -> None:
+    """arXiv 2501.06425, table 1: d(R_q + R_k + R_v)(h + d_h) + d·h·d_h, and (R_k + R_v)(h + d_h) kept."""
+    hidden, heads, width = 48, 4, 10
+    attention = parse_attention(tpa(head_dim=width, query_rank=5, key_rank=2, value_rank=3))
+    parameters = attention.count_parameters(hidden, linear_bias=False)
+    assert sum(parameters.values()) == hidden * (5 + 2 + 3) * (heads + width) + hidden * heads * width
+    assert attention.count_kv_cache_elements() == {"keys": 2 * (heads + width), "values": 3 * (heads + width)}
+
+
+def test_queries_without_factors_have_a_projection_of_their_own() -> None:
+    factorized = parse_attention(tpa()).count_parameters(48, linear_bias=False)
+    plain = parse_attention(tpa(factorize_query=False)).count_parameters(48, linear_bias=False)
+    assert plain["qkv"] - factorized["qkv"] == 48 * (4 * 6 - 6 * (4 + 6))
