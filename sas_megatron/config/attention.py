@@ -27,6 +27,7 @@ KINDS: dict[str, str] = {
     "mha": "sas_megatron.attention.grouped:MultiHeadAttentionConfig",
     "gqa": "sas_megatron.attention.grouped:GroupedQueryAttentionConfig",
     "mqa": "sas_megatron.attention.grouped:MultiQueryAttentionConfig",
+    "mfa": "sas_megatron.attention.factorized:FactorizedAttentionConfig",
     "sas": "sas_megatron.attention.simulated:SimulatedAttentionConfig",
     "tpa": "sas_megatron.attention.tensor_product:TensorProductAttentionConfig",
 }

@@ -19,7 +19,7 @@ WITHOUT_TORCH = [
     *(PACKAGE / "model" / name for name in ("__init__.py", "costs.py")),
     *(
         PACKAGE / "attention" / name
-        for name in ("__init__.py", "grouped.py", "simulated.py", "tensor_product.py")
+        for name in ("__init__.py", "factorized.py", "grouped.py", "simulated.py", "tensor_product.py")
     ),
 ]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sas_megatron.attention.factorized import FactorizedAttentionConfig
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
 from sas_megatron.attention.tensor_product import TensorProductAttentionConfig
 from sas_megatron.config.attention import AttentionConfig
@@ -196,6 +197,37 @@ def tensor_product_weight_shapes(
     return shapes
 
 
+def factorized_attention(
+    hidden_SBH: torch.Tensor, weights: Weights, config: FactorizedAttentionConfig
+) -> torch.Tensor:
+    """MFA: q_h = norm(x·S)·U_h of every head h, and one k = x·W_k and v = x·W_v."""
+    length, batch, _ = hidden_SBH.shape
+    rank, width = config.query_rank, config.head_dim
+    shared = weights["linear_qkv.weight"]
+    low_SBC = hidden_SBH @ shared[:rank].T
+    # Of Megatron-core's default ε.
+    scale = torch.rsqrt(low_SBC.pow(2).mean(dim=-1, keepdim=True) + 1e-5)
+    low_SBC = low_SBC * scale * weights["linear_qkv.query_norm"]
+    query = (low_SBC @ weights["linear_query_up.weight"].T).view(length, batch, config.num_heads, width)
+    key = (hidden_SBH @ shared[rank : rank + width].T).unsqueeze(2)
+    value = (hidden_SBH @ shared[rank + width :].T).unsqueeze(2)
+    context = attend(rotate(query, config.rotary_width), rotate(key, config.rotary_width), value)
+    return context.flatten(2) @ weights["linear_proj.weight"].T
+
+
+def factorized_weight_shapes(
+    config: FactorizedAttentionConfig, hidden_size: int
+) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of its weights, by name."""
+    features = config.num_heads * config.head_dim
+    return {
+        "linear_qkv.weight": (config.query_rank + 2 * config.head_dim, hidden_size),
+        "linear_qkv.query_norm": (config.query_rank,),
+        "linear_query_up.weight": (features, config.query_rank),
+        "linear_proj.weight": (hidden_size, features),
+    }
+
+
 @dataclass(frozen=True)
 class Definition:
     """A variant's layer: hidden states [S, B, H] and whole weights -> [S, B, H]; and the weights it has."""
@@ -210,5 +242,6 @@ DEFINITIONS: dict[str, Definition] = {
     "gqa": _GROUPED,
     "mqa": _GROUPED,
     "sas": _GROUPED,
+    "mfa": Definition(factorized_attention, factorized_weight_shapes),
     "tpa": Definition(tensor_product_attention, tensor_product_weight_shapes),
 }

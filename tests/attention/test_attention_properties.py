@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
     "sas": {"kind": "sas", "num_heads": 4, "head_dim": 6, "kernel_size": 5},
     "sas grouped": {"kind": "sas", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "head_expansion": 2},
+    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
     "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6},
     "tpa kv": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "factorize_query": False, "value_rank": 3},
 }

@@ -1,4 +1,4 @@
-"""Tensor product attention on tensor ranks against its definition, in every gradient; and what it keeps."""
+"""Attention on factored projections, over tensor ranks, against its definition; and what it keeps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,20 @@ def tpa(**fields: Any) -> dict[str, Any]:
     return {"kind": "tpa", "num_heads": 4, "head_dim": 6, **fields}
 
 
+def mfa(**fields: Any) -> dict[str, Any]:
+    return {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7, **fields}
+
+
 OPERATORS: dict[str, dict[str, Any]] = {
     "tpa": tpa(),
     "tpa, ranks 3 1 4": tpa(query_rank=3, key_rank=1, value_rank=4),
     "tpa, KV only": tpa(factorize_query=False, key_rank=3),
     "tpa, partial rotary": tpa(num_heads=12, rotary_dim=4),
     "tpa, unfused": tpa(backend="unfused"),
+    "mfa": mfa(),
+    "mfa, rank 1, partial rotary": mfa(query_rank=1, rotary_dim=4),
+    "mfa, wide heads": mfa(num_heads=8, head_dim=10, query_rank=24),
+    "mfa, unfused": mfa(backend="unfused"),
 }
 
 
@@ -39,7 +47,7 @@ def test_any_number_of_ranks_computes_the_definition(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("operator", ["tpa"])
+@pytest.mark.parametrize("operator", ["tpa", "mfa"])
 def test_lower_precision_stays_within_the_table(
     ranks: Any, operator: str, sequence: bool, dtype: torch.dtype
 ) -> None:
@@ -61,7 +69,7 @@ def _without(missing: str, case: LayerCase, tensor: int) -> Any:
         setattr(shared_columns, missing, kept)
 
 
-@pytest.mark.parametrize("operator", ["tpa"])
+@pytest.mark.parametrize("operator", ["tpa", "mfa"])
 def test_leaving_out_a_sum_over_the_ranks_is_noticed(ranks: Any, operator: str) -> None:
     for sequence, missing in ((True, "sum_gradients_over"), (False, "copy_to_tensor_model_parallel_region")):
         case = LayerCase.of(sequence_parallel=sequence, **OPERATORS[operator])
@@ -76,6 +84,16 @@ def test_tensor_products_have_the_published_parameters_and_cache() -> None:
     parameters = attention.count_parameters(hidden, linear_bias=False)
     assert sum(parameters.values()) == hidden * (5 + 2 + 3) * (heads + width) + hidden * heads * width
     assert attention.count_kv_cache_elements() == {"keys": 2 * (heads + width), "values": 3 * (heads + width)}
+
+
+def test_factorization_has_the_published_parameters_and_cache() -> None:
+    """arXiv 2412.19255: query down and up, one key and value head, output; 2·d kept."""
+    hidden, heads, width, rank = 48, 6, 10, 13
+    attention = parse_attention(mfa(num_heads=heads, head_dim=width, query_rank=rank))
+    parameters = attention.count_parameters(hidden, linear_bias=False)
+    query = hidden * rank + rank + rank * heads * width
+    assert sum(parameters.values()) == query + 2 * hidden * width + heads * width * hidden
+    assert attention.count_kv_cache_elements() == {"keys": width, "values": width}
 
 
 def test_queries_without_factors_have_a_projection_of_their_own() -> None:

@@ -46,15 +46,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown kind": (
         {"attention": {"kind": "flash", "num_heads": 6}},
-        "attention.kind=flash: is not a known variant; use one of gqa, mha, mqa, sas, tpa",
+        "attention.kind=flash: is not a known variant; use one of gqa, mfa, mha, mqa, sas, tpa",
     ),
     "kind that is no name": (
         {"attention": {"kind": ["sas"]}},
-        "attention.kind=['sas']: is not a known variant; use one of gqa, mha, mqa, sas, tpa",
+        "attention.kind=['sas']: is not a known variant; use one of gqa, mfa, mha, mqa, sas, tpa",
     ),
     "no kind": (
         {"attention": {"num_heads": 6}},
-        "attention: needs a kind; use one of gqa, mha, mqa, sas, tpa",
+        "attention: needs a kind; use one of gqa, mfa, mha, mqa, sas, tpa",
     ),
     "heads over ranks": (
         {"attention": MHA, "parallel": {"tensor": 4}},
@@ -97,6 +97,25 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": (
         {"attention": {**MHA, "kind": "tpa", "key_rank": 0}},
         "attention.key_rank=0: must be positive; use 1 or more",
+    ),
+    "factorization with groups": (
+        {"attention": {**MHA, "kind": "mfa", "query_rank": 8, "num_kv_heads": 2}},
+        "attention.num_kv_heads=2: multi-matrix factorization attention has one key and one value head; "
+        "leave it out, or use kind: gqa",
+    ),
+    "factorization over ranks": (
+        {"attention": {**MHA, "kind": "mfa", "query_rank": 8}, "parallel": {"tensor": 4}},
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "set parallel.tensor to one of [1, 2, 3, 6]",
+    ),
+    "no low rank": (
+        {"attention": {**MHA, "kind": "mfa", "query_rank": 61}},
+        "attention.query_rank=61: must not exceed the 60 features of all query heads; "
+        "use less, or kind: mqa, whose queries are of full rank",
+    ),
+    "no columns": (
+        {"attention": {**MHA, "kind": "mfa", "query_rank": 0}},
+        "attention.query_rank=0: must be positive; use 1 or more",
     ),
     "no heads": (
         {"attention": {**MHA, "num_heads": 0}},

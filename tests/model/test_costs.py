@@ -32,6 +32,7 @@ TERM_OF_PARAMETER = {
     "embedding.": "embedding",
     "output_layer.": "head",
     "linear_qkv.": "qkv",
+    "linear_query_up.": "query_up",
     "linear_proj.": "projection",
     "simulation.heads.": "head_simulation",
     "simulation.features.": "feature_simulation",
@@ -132,7 +133,7 @@ def test_parameters_of_a_shipped_config_are_those_of_the_built_model(ranks: Any,
 
 @st.composite
 def attentions(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(["mha", "gqa", "mqa", "tpa", "sas", "sas", "sas"]))
+    kind = draw(st.sampled_from(["mha", "gqa", "mqa", "tpa", "mfa", "sas", "sas", "sas"]))
     num_kv_heads, readers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 4))
     attention: dict[str, Any] = {
@@ -143,6 +144,9 @@ def attentions(draw: st.DrawFn) -> dict[str, Any]:
     }
     if kind in ("gqa", "sas"):
         attention["num_kv_heads"] = num_kv_heads
+    if kind == "mfa":
+        most = attention["num_heads"] * head_dim
+        return {**attention, "query_rank": draw(st.integers(1, most))}
     if kind == "tpa":
         attention["factorize_query"] = draw(st.booleans())
         if attention["factorize_query"]:
@@ -199,7 +203,7 @@ def test_flops_of_any_config_are_those_that_run(ranks: Any, config: RunConfig) -
     assert without_zeros(executed) == without_zeros(_counted_flops(config))
 
 
-@pytest.mark.parametrize("name", ["quickstart_sas", "quickstart_gqa", "quickstart_tpa"])
+@pytest.mark.parametrize("name", ["quickstart_sas", "quickstart_gqa", "quickstart_tpa", "quickstart_mfa"])
 def test_flops_of_a_shipped_config_are_those_that_run(ranks: Any, name: str) -> None:
     overrides = [
         "parallel.tensor=1",

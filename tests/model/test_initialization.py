@@ -16,6 +16,7 @@ from tests.tolerances import assert_near
 
 GQA = {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 SAS = {**GQA, "kind": "sas", "head_expansion": 2}
+MFA = {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7}
 TPA = {"kind": "tpa", "num_heads": 4, "head_dim": 6}
 
 
@@ -30,7 +31,9 @@ def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize(
-    "attention", [{"kind": "mha", "num_heads": 4, "head_dim": 6}, SAS, TPA], ids=["mha", "sas", "tpa"]
+    "attention",
+    [{"kind": "mha", "num_heads": 4, "head_dim": 6}, SAS, TPA, MFA],
+    ids=["mha", "sas", "tpa", "mfa"],
 )
 def test_the_parts_join_to_the_same_whole_at_every_size(
     ranks: Any, attention: dict[str, Any], activation: str

@@ -34,6 +34,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
         "head_expansion": 2,
         "exchange": "all_to_all",
     },
+    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
     "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6},
     "tpa-kv": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "factorize_query": False},
 }

@@ -20,6 +20,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
         "head_expansion": 2,
         "exchange": "all_to_all",
     },
+    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
     # The authors' output projection of 0 would leave no factor a gradient in the first step.
     "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "initialization": "normal"},
 }

@@ -1,0 +1,83 @@
+"""Multi-matrix factorization attention (arXiv 2412.19255): the config, its rules, its costs; no torch.
+
+Many wide query heads from one low-rank projection, and a single key and value head for all of them: the
+queries' capacity grows with N·D at a cost of C·N·D parameters, while decoding keeps 2·D numbers of a
+token, however many heads there are. The layer is in `factorized_layer`.
+
+The paper's key-reuse form (MFA-KR), whose values are made from the keys, is not offered.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from sas_megatron.config.attention import AttentionConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+class FactorizedAttentionConfig(AttentionConfig):
+    """Queries of N heads by way of C normalized columns; one key and one value head of D features.
+
+    These projections have no biases; `model.linear_bias` gives the output projection one.
+    """
+
+    kind: Literal["mfa"] = Field(default="mfa", description="Multi-matrix factorization attention.")
+    num_kv_heads: int | None = Field(default=1, description="G, key/value heads; one here.")
+    query_rank: int = Field(description="C, columns that the queries of all heads are made from.")
+
+    @model_validator(mode="after")
+    def _check_factorized(self) -> FactorizedAttentionConfig:
+        self.require_positive("query_rank")
+        if self.num_key_value_heads != 1:
+            raise self.problem(
+                "num_kv_heads",
+                "multi-matrix factorization attention has one key and one value head",
+                "leave it out, or use kind: gqa",
+            )
+        if self.query_rank > self.num_heads * self.head_dim:
+            raise self.problem(
+                "query_rank",
+                f"must not exceed the {self.num_heads * self.head_dim} features of all query heads",
+                "use less, or kind: mqa, whose queries are of full rank",
+            )
+        return self
+
+    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+        """Terms: qkv, H·(C + 2D) and the norm's C; query up, C·N·D; projection, N·D·H."""
+        projection = self._count_projection_parameters(hidden_size, linear_bias=linear_bias)["projection"]
+        return {
+            "qkv": hidden_size * self._shared_width + self.query_rank,
+            "query_up": self.query_rank * self.num_heads * self.head_dim,
+            "projection": projection,
+        }
+
+    def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
+        """Terms: qkv, query up, scores, values, projection; two FLOPs a multiply-add, S² scores."""
+        heads_width = self.num_heads * self.head_dim
+        attention = 2 * sequence_length * heads_width
+        return {
+            "qkv": 2 * hidden_size * self._shared_width,
+            "query_up": 2 * self.query_rank * heads_width,
+            "scores": attention,
+            "values": attention,
+            "projection": 2 * heads_width * hidden_size,
+        }
+
+    def count_kv_cache_elements(self) -> dict[str, int]:
+        """Terms: keys D, values D, whatever the number of heads."""
+        return {"keys": self.head_dim, "values": self.head_dim}
+
+    def build_spec(self) -> ModuleSpec:
+        """`FactorizedSelfAttention`, its shared columns in place of Megatron-core's fused projection."""
+        from sas_megatron.attention.factorized_layer import build_factorized_spec
+
+        return build_factorized_spec(self)
+
+    @property
+    def _shared_width(self) -> int:
+        """Columns that all heads read: C of the queries, D of the key, D of the value."""
+        return self.query_rank + 2 * self.head_dim
