@@ -19,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class WireLedger(TorchDispatchMode):
     """While entered, adds up the bytes of every collective of this process.
 
-    `bytes_sent` maps group name -> operation -> bytes. Groups are named by `names`; others count
-    under "other".
+    `bytes_sent` maps group name -> operation -> bytes, `calls` the same -> number of collectives.
+    Groups are named by `names`; others count under "other".
     """
 
     def __init__(self, names: dict[str, dist.ProcessGroup]) -> None:
         super().__init__()
         self.names = {group.group_name: name for name, group in names.items()}
         self.bytes_sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.calls: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
 
     def __torch_dispatch__(
         self,
@@ -48,6 +49,7 @@ class WireLedger(TorchDispatchMode):
             return
         name = self.names.get(group.group_name, "other")
         self.bytes_sent[name][operation.strip("_")] += rule(args, group.size())
+        self.calls[name][operation.strip("_")] += 1
 
     def total(self, group: str) -> float:
         """Bytes sent in one group, over all operations."""

@@ -1,0 +1,200 @@
+"""One rank of a run, simulated: what it holds, computes and sends in a step of the real training code.
+
+    config, rank -> fake world -> assemble -> a step that makes the optimizer's state
+      -> two steps of few microbatches, measured -> the step of all microbatches, by their difference
+
+A step is a fixed part and a part for each microbatch, once there are enough of them to fill the
+pipeline; so two short steps tell all longer ones exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.language_loss import Batch
+from sas_megatron.parallel.topology import Topology
+from sas_megatron.parallel.wire_ledger import WireLedger
+from sas_megatron.planning.fake_world import fake_world
+from sas_megatron.planning.memory_meter import MemoryMeter, distinct_bytes
+from sas_megatron.planning.operation_meter import OperationMeter
+from sas_megatron.planning.tally import Tally
+from sas_megatron.training.assembly import Trainer, assemble
+from sas_megatron.training.step import train_step
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank holds, and does in one optimizer step."""
+
+    rank: int
+    num_layers: int
+    num_heads: int
+    num_parameters: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    # The most held at once, all the above included: while microbatches run, and while weights are updated.
+    microbatches_peak_bytes: int
+    update_peak_bytes: int
+    num_microbatches: int
+    fixed: Tally
+    per_microbatch: Tally
+
+    @property
+    def static_bytes(self) -> int:
+        """Parameters, gradients and optimizer state."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most held at once in a step."""
+        return max(self.microbatches_peak_bytes, self.update_peak_bytes)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most that activations and temporaries hold beside parameters, gradients and optimizer state."""
+        return self.peak_bytes - self.static_bytes
+
+    @property
+    def step(self) -> Tally:
+        """The whole step."""
+        return self.fixed + self.per_microbatch * self.num_microbatches
+
+
+def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
+    """Builds and steps the real model as `rank` of `world_size`; see `fake_world` for what it needs.
+
+    Raises:
+        UserError: the layout does not fit the world size.
+    """
+    data_parallel = config.check_world_size(world_size)
+    num_microbatches = config.training.global_batch_size // config.training.micro_batch_size // data_parallel
+    with fake_world(config.parallel, rank=rank, world_size=world_size) as topology, MemoryMeter() as memory:
+        stepper = Stepper(config, topology, memory)
+        counts = _measured_microbatches(config, num_microbatches)
+        # The first step makes the optimizer's state, which later ones find.
+        stepper.step(counts[0])
+        tallies = [stepper.step(count) for count in counts]
+        per_microbatch = Tally()
+        if len(counts) == 2:
+            per_microbatch = (tallies[1] + tallies[0] * -1) * (1 / (counts[1] - counts[0]))
+        else:
+            num_microbatches, per_microbatch = counts[0], Tally()
+        return stepper.report(
+            num_microbatches=num_microbatches,
+            fixed=tallies[0] + per_microbatch * -counts[0],
+            per_microbatch=per_microbatch,
+        )
+
+
+def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int]:
+    """How many microbatches to step with: two numbers to tell the others by, or the one that is wanted.
+
+    A pipeline of p stages holds what it will ever hold at p microbatches; its interleaved schedule,
+    which takes them in rounds of p, at two rounds.
+    """
+    stages = getattr(config.parallel, "pipeline", 1)
+    interleaved = getattr(config.parallel, "virtual_pipeline", 1) > 1
+    counts = [2 * stages, 3 * stages] if interleaved else [stages, stages + 1]
+    return counts if num_microbatches > counts[1] else [num_microbatches]
+
+
+class Stepper:
+    """A trainer on made-up batches that counts what each of its steps does; on real ranks or simulated ones.
+
+    `memory` must be entered before this is built, and through all steps.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology, memory: MemoryMeter) -> None:
+        self.config = config
+        self.topology = topology
+        self.memory = memory
+        self.trainer = assemble(config)
+        self.microbatches_peak_bytes = 0
+        self.update_peak_bytes = 0
+        self._run_schedule = self.trainer.run_schedule
+        self.trainer.run_schedule = self._watched_schedule
+
+    def step(self, num_microbatches: int) -> Tally:
+        """One optimizer step, counted."""
+        operations, ledger = OperationMeter(), WireLedger(ledger_names(self.topology))
+        self.memory.reset_peak()
+        with operations, ledger:
+            train_step(
+                self.trainer,
+                self._batches(),
+                step=1,
+                num_microbatches=num_microbatches,
+                topology=self.topology,
+            )
+        self.update_peak_bytes = self.memory.peak_bytes
+        plain: list[Any] = [ledger.bytes_sent, ledger.calls]
+        return Tally(dict(operations.calls), *({group: dict(by) for group, by in part.items()} for part in plain))
+
+    def report(self, *, num_microbatches: int, fixed: Tally, per_microbatch: Tally) -> RankReport:
+        """What the rank holds after its last step, with the tallies given."""
+        parameters = [p for chunk in self.trainer.model_chunks for p in chunk.parameters()]
+        gradients = [parameter.main_grad for parameter in parameters]
+        optimizer = list(_optimizer_tensors(self.trainer))
+        attention, parallel = self.config.attention, self.config.parallel
+        return RankReport(
+            rank=self.topology.rank,
+            num_layers=sum(
+                isinstance(module, TransformerLayer)
+                for chunk in self.trainer.model_chunks
+                for module in chunk.modules()
+            ),
+            num_heads=attention.num_attended_heads // parallel.tensor // parallel.context,
+            num_parameters=sum(parameter.numel() for parameter in parameters),
+            parameter_bytes=distinct_bytes(parameters),
+            gradient_bytes=distinct_bytes(gradients),
+            optimizer_bytes=distinct_bytes(optimizer, without=[*parameters, *gradients]),
+            microbatches_peak_bytes=self.microbatches_peak_bytes,
+            update_peak_bytes=self.update_peak_bytes,
+            num_microbatches=num_microbatches,
+            fixed=fixed,
+            per_microbatch=per_microbatch,
+        )
+
+    def _watched_schedule(self, **arguments: Any) -> Any:
+        reports = self._run_schedule(**arguments)
+        self.microbatches_peak_bytes = self.memory.peak_bytes
+        self.memory.reset_peak()
+        return reports
+
+    def _batches(self) -> Iterator[Batch]:
+        """Microbatches shaped as `data.batches.microbatches` gives them."""
+        data, parallel = self.config.data, self.config.parallel
+        batch_size, length = self.config.training.micro_batch_size, data.sequence_length
+        shape = (batch_size, length // parallel.context)
+        while True:
+            batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "labels")}
+            batch["loss_mask"] = torch.ones(shape)
+            batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)
+            if data.reset_at_document_ends:
+                batch["attention_mask"] = torch.zeros(batch_size, 1, length, length, dtype=torch.bool)
+            yield batch
+
+
+def ledger_names(topology: Topology) -> dict[str, Any]:
+    """The groups that a report names; the gradient norm's and others come under "other"."""
+    return {
+        "tensor": topology.tensor_group,
+        "context": topology.context_group,
+        "data": topology.data_group,
+    }
+
+
+def _optimizer_tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
+    """Moments and full-precision weights of Megatron-core's optimizer, or of each that it chains."""
+    for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
