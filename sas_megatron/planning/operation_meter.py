@@ -28,8 +28,15 @@ _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     ],
 }
 
-# Answer shapes or make room; they move nothing.
-_FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+# They make room, or read out one number; no tensor moves.
+_FREE = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten._local_scalar_dense,
+}
 
 
 class OperationMeter(TorchDispatchMode):

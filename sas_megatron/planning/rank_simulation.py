@@ -9,6 +9,8 @@ pipeline; so two short steps tell all longer ones exactly.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +81,7 @@ def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankRepor
         stepper = Stepper(config, topology, memory)
         counts = _measured_microbatches(config, num_microbatches)
         # The first step makes the optimizer's state, which later ones find.
-        stepper.step(counts[0])
+        stepper.step(min(counts[0], getattr(config.parallel, "pipeline", 1)))
         tallies = [stepper.step(count) for count in counts]
         per_microbatch = Tally()
         if len(counts) == 2:
@@ -124,8 +126,8 @@ class Stepper:
     def step(self, num_microbatches: int) -> Tally:
         """One optimizer step, counted."""
         operations, ledger = OperationMeter(), WireLedger(ledger_names(self.topology))
-        self.memory.reset_peak()
-        with operations, ledger:
+        with _without_garbage(), operations, ledger:
+            self.memory.reset_peak()
             train_step(
                 self.trainer,
                 self._batches(),
@@ -180,6 +182,17 @@ class Stepper:
             if data.reset_at_document_ends:
                 batch["attention_mask"] = torch.zeros(batch_size, 1, length, length, dtype=torch.bool)
             yield batch
+
+
+@contextlib.contextmanager
+def _without_garbage() -> Iterator[None]:
+    """Collects cycles before and none within, so that the peak does not depend on when Python does."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def ledger_names(topology: Topology) -> dict[str, Any]:
