@@ -52,7 +52,7 @@ class _NothingHappens(TorchDispatchMode):
 
 
 class _TensorsOfMadeUpScalars(TorchFunctionMode):
-    """Makes a tensor of (nested) lists of scalar tensors, which torch would read below every dispatch mode."""
+    """Makes a tensor of lists of scalar tensors, which torch would read below every dispatch mode."""
 
     def __torch_function__(
         self,
@@ -91,9 +91,9 @@ def _stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
     """What must be answered without tensors: (module, name, answer)."""
     new_group, get_rng_state = dist.new_group, torch.get_rng_state
 
-    def new_fake_group(*args: Any, backend: str | None = None, **options: Any) -> Any:
+    def new_fake_group(ranks: list[int], **options: Any) -> Any:
         # Megatron-core makes gloo groups beside the others; gloo would look for its peers.
-        return new_group(*args, backend="fake", **options)
+        return new_group(ranks, **{**options, "backend": "fake"})
 
     def gather_own_object(gathered: list[Any], own: Any, group: Any = None) -> None:
         # All ranks would say the same, or the answer is used for messages alone.

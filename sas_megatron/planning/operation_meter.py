@@ -20,15 +20,13 @@ aten = torch.ops.aten
 _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten.baddbmm_: flop_registry[aten.baddbmm],
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        aten._scaled_dot_product_flash_attention
-    ],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
 
-# They make room, or read out one number; no tensor moves.
+# They make room, read out one number, or are views by another name; no tensor moves.
 _FREE = {
     aten.empty,
     aten.empty_like,
@@ -36,7 +34,12 @@ _FREE = {
     aten.new_empty,
     aten.new_empty_strided,
     aten._local_scalar_dense,
+    aten._unsafe_view,
 }
+
+# They read and write as much of their first operand as the result, or what is put, has.
+_ROWS_OF_RESULT = {aten.index, aten.index_select, aten.embedding, aten.gather}
+_ROWS_PUT = {aten.index_put_}
 
 
 class OperationMeter(TorchDispatchMode):
@@ -74,7 +77,7 @@ class OperationMeter(TorchDispatchMode):
                 dtype=str(tensors[0].dtype).removeprefix("torch."),
                 flops=flops,
                 executed_flops=flops // 2 if causal else flops,
-                traffic_bytes=sum(_touched_bytes(tensor) for tensor in (*inputs, *outputs)),
+                traffic_bytes=_traffic_bytes(func, inputs, outputs),
             )
         ] += 1
 
@@ -109,6 +112,14 @@ def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
         if argument.name == name:
             return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
     return None
+
+
+def _traffic_bytes(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+    if func.overloadpacket in _ROWS_OF_RESULT:
+        return sum(2 * _touched_bytes(tensor) for tensor in outputs)
+    if func.overloadpacket in _ROWS_PUT:
+        return sum(2 * _touched_bytes(tensor) for tensor in inputs[1:])
+    return sum(_touched_bytes(tensor) for tensor in (*inputs, *outputs))
 
 
 def _touched_bytes(tensor: torch.Tensor) -> int:

@@ -1,7 +1,7 @@
 """One rank of a run, simulated: what it holds, computes and sends in a step of the real training code.
 
     config, rank -> fake world -> assemble -> a step that makes the optimizer's state
-      -> two steps of few microbatches, measured -> the step of all microbatches, by their difference
+      -> two steps of few microbatches, counted -> the step of all microbatches, by their difference
 
 A step is a fixed part and a part for each microbatch, once there are enough of them to fill the
 pipeline; so two short steps tell all longer ones exactly.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from sas_megatron.config.run import RunConfig
@@ -31,10 +32,20 @@ from sas_megatron.training.step import train_step
 
 
 @dataclass(frozen=True)
+class StepTally:
+    """One step: forward and backward passes with the reduction of gradients at their end; then the update."""
+
+    microbatches: Tally
+    update: Tally
+
+
+@dataclass(frozen=True)
 class RankReport:
     """What one rank holds, and does in one optimizer step."""
 
     rank: int
+    # The ranks of its groups, by the ledger's names.
+    group_ranks: dict[str, list[int]]
     num_layers: int
     num_heads: int
     num_parameters: int
@@ -45,8 +56,9 @@ class RankReport:
     microbatches_peak_bytes: int
     update_peak_bytes: int
     num_microbatches: int
-    fixed: Tally
-    per_microbatch: Tally
+    # Forward and backward passes with the reduction of gradients at their end; then the rest of the step.
+    microbatches: Tally
+    update: Tally
 
     @property
     def static_bytes(self) -> int:
@@ -66,7 +78,7 @@ class RankReport:
     @property
     def step(self) -> Tally:
         """The whole step."""
-        return self.fixed + self.per_microbatch * self.num_microbatches
+        return self.microbatches + self.update
 
 
 def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
@@ -82,17 +94,20 @@ def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankRepor
         counts = _measured_microbatches(config, num_microbatches)
         # The first step makes the optimizer's state, which later ones find.
         stepper.step(min(counts[0], getattr(config.parallel, "pipeline", 1)))
-        tallies = [stepper.step(count) for count in counts]
-        per_microbatch = Tally()
-        if len(counts) == 2:
-            per_microbatch = (tallies[1] + tallies[0] * -1) * (1 / (counts[1] - counts[0]))
-        else:
-            num_microbatches, per_microbatch = counts[0], Tally()
-        return stepper.report(
-            num_microbatches=num_microbatches,
-            fixed=tallies[0] + per_microbatch * -counts[0],
-            per_microbatch=per_microbatch,
-        )
+        steps = [stepper.step(count) for count in counts]
+        phases = [
+            _extrapolated(phase, counts, num_microbatches)
+            for phase in ([step.microbatches for step in steps], [step.update for step in steps])
+        ]
+        return stepper.report(num_microbatches=num_microbatches, step=StepTally(*phases))
+
+
+def _extrapolated(measured: list[Tally], counts: list[int], wanted: int) -> Tally:
+    """The tally of `wanted` microbatches: on the line through those of two counts, or the only one."""
+    if len(counts) == 1:
+        return measured[0]
+    per_microbatch = (measured[1] + measured[0] * -1) * (1 / (counts[1] - counts[0]))
+    return measured[0] + per_microbatch * (wanted - counts[0])
 
 
 def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int]:
@@ -120,33 +135,42 @@ class Stepper:
         self.trainer = assemble(config)
         self.microbatches_peak_bytes = 0
         self.update_peak_bytes = 0
+        self._meters = _Meters(topology)
+        self._microbatches = Tally()
         self._run_schedule = self.trainer.run_schedule
         self.trainer.run_schedule = self._watched_schedule
 
-    def step(self, num_microbatches: int) -> Tally:
+    def step(self, num_microbatches: int) -> StepTally:
         """One optimizer step, counted."""
-        operations, ledger = OperationMeter(), WireLedger(ledger_names(self.topology))
-        with _without_garbage(), operations, ledger:
+        self._meters = _Meters(self.topology)
+        with _without_garbage(), self._meters:
             self.memory.reset_peak()
-            train_step(
-                self.trainer,
-                self._batches(),
-                step=1,
-                num_microbatches=num_microbatches,
-                topology=self.topology,
-            )
+            self.run(num_microbatches)
         self.update_peak_bytes = self.memory.peak_bytes
-        plain: list[Any] = [ledger.bytes_sent, ledger.calls]
-        return Tally(dict(operations.calls), *({group: dict(by) for group, by in part.items()} for part in plain))
+        whole = self._meters.tally()
+        return StepTally(self._microbatches, whole + self._microbatches * -1)
 
-    def report(self, *, num_microbatches: int, fixed: Tally, per_microbatch: Tally) -> RankReport:
-        """What the rank holds after its last step, with the tallies given."""
+    def run(self, num_microbatches: int) -> None:
+        """One optimizer step, uncounted but for the memory."""
+        train_step(
+            self.trainer, self._batches(), step=1, num_microbatches=num_microbatches, topology=self.topology
+        )
+
+    def report(self, *, num_microbatches: int, step: StepTally) -> RankReport:
+        """What the rank holds after its last step, with the tallies of one."""
         parameters = [p for chunk in self.trainer.model_chunks for p in chunk.parameters()]
         gradients = [parameter.main_grad for parameter in parameters]
         optimizer = list(_optimizer_tensors(self.trainer))
         attention, parallel = self.config.attention, self.config.parallel
         return RankReport(
             rank=self.topology.rank,
+            group_ranks={
+                **{
+                    name: dist.get_process_group_ranks(group)
+                    for name, group in ledger_names(self.topology).items()
+                },
+                "other": list(range(self.topology.world_size)),
+            },
             num_layers=sum(
                 isinstance(module, TransformerLayer)
                 for chunk in self.trainer.model_chunks
@@ -160,12 +184,15 @@ class Stepper:
             microbatches_peak_bytes=self.microbatches_peak_bytes,
             update_peak_bytes=self.update_peak_bytes,
             num_microbatches=num_microbatches,
-            fixed=fixed,
-            per_microbatch=per_microbatch,
+            microbatches=step.microbatches,
+            update=step.update,
         )
 
     def _watched_schedule(self, **arguments: Any) -> Any:
+        # What comes before, the zeroing of gradients, is the update's.
+        before = self._meters.tally()
         reports = self._run_schedule(**arguments)
+        self._microbatches = self._meters.tally() + before * -1
         self.microbatches_peak_bytes = self.memory.peak_bytes
         self.memory.reset_peak()
         return reports
@@ -182,6 +209,27 @@ class Stepper:
             if data.reset_at_document_ends:
                 batch["attention_mask"] = torch.zeros(batch_size, 1, length, length, dtype=torch.bool)
             yield batch
+
+
+class _Meters(contextlib.ExitStack):
+    """The operation meter and the wire ledger, entered together and read as one tally."""
+
+    def __init__(self, topology: Topology) -> None:
+        super().__init__()
+        self.operations = OperationMeter()
+        self.ledger = WireLedger(ledger_names(topology))
+
+    def __enter__(self) -> _Meters:
+        super().__enter__()
+        self.enter_context(self.operations)
+        self.enter_context(self.ledger)
+        return self
+
+    def tally(self) -> Tally:
+        """What was counted so far."""
+        plain: list[Any] = [self.ledger.bytes_sent, self.ledger.calls]
+        by_group = ({group: dict(counts) for group, counts in part.items()} for part in plain)
+        return Tally(dict(self.operations.calls), *by_group)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a rank does in a step of any number of microbatches: sums that grow by the same with each. No torch."""
+"""What a rank does in a step, as sums that can be added and scaled. No torch."""
 
 from __future__ import annotations
 

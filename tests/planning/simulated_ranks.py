@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
@@ -14,7 +12,6 @@ def real_report(config: RunConfig) -> Any:
     """On a rank: what a step does and holds, the step after the first."""
     from sas_megatron.planning.memory_meter import MemoryMeter
     from sas_megatron.planning.rank_simulation import Stepper
-    from sas_megatron.planning.tally import Tally
 
     topology = in_layout(config.parallel)
     num_microbatches = (
@@ -23,8 +20,7 @@ def real_report(config: RunConfig) -> Any:
     with MemoryMeter() as memory:
         stepper = Stepper(config, topology, memory)
         stepper.step(num_microbatches)
-        tally = stepper.step(num_microbatches)
-        return stepper.report(num_microbatches=num_microbatches, fixed=tally, per_microbatch=Tally())
+        return stepper.report(num_microbatches=num_microbatches, step=stepper.step(num_microbatches))
 
 
 def simulated_reports(config: RunConfig, ranks: list[int], world_size: int) -> list[Any]:

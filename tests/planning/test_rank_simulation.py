@@ -1,4 +1,4 @@
-"""A simulated rank counts what the real one does: bytes on the wire, operations and memory, to the last one."""
+"""A simulated rank counts what the real one does: bytes on the wire, products, memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_products_are_those_of_real_tensors(reports: list[tuple[Any, Any]]) -> N
 
 def _products(report: Any) -> dict[Any, float]:
     return {
-        operation: calls for operation, calls in report.step.operations.items() if operation.kind != "elementwise"
+        operation: calls
+        for operation, calls in report.step.operations.items()
+        if operation.kind != "elementwise"
     }
 
 
@@ -96,7 +98,7 @@ def test_memory_traffic_is_that_of_real_tensors(reports: list[tuple[Any, Any]]) 
         assert of_simulated == pytest.approx(of_real, rel=VIEW_COPIES), f"rank {real.rank}"
 
 
-# What is small and may or may not be alive at the peak: losses reported so far, parts of the norm, token orders.
+# Small, and alive at the peak or not: losses reported so far, parts of the norm, token orders.
 SCALAR_BYTES = 256
 
 
