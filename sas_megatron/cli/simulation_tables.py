@@ -162,9 +162,7 @@ def show_validation(result: dict[str, Any]) -> None:
         row = (f"{peak[side] / 2**20:,.1f} MiB" for side in ("estimated", "measured"))
         table.add_row(f"{name}: peak memory", *row, f"{peak['error']:+.1%}")
     step = result["step_seconds"]
-    table.add_row(
-        "step", f"{step['estimated']:.3f} s", f"{step['measured']:.3f} s", f"{step['error']:+.1%}"
-    )
+    table.add_row("step", f"{step['estimated']:.3f} s", f"{step['measured']:.3f} s", f"{step['error']:+.1%}")
     Console().print(table)
 
 
@@ -196,28 +194,24 @@ def show_search(result: dict[str, Any]) -> None:
             soft_wrap=True,
         )
         return
-    table = _table("layouts", ["tokens/s", "step", "memory", "MFU", "loses by"])
-    for layout in result["layouts"]:
+    table = _table("layouts", ["tokens/s", "step", "memory", "MFU"])
+    for place, layout in enumerate(result["layouts"], start=1):
         table.add_row(
-            _short(layout["overrides"]),
+            str(place),
             f"{layout['tokens_per_second']:,.0f}",
             f"{layout['seconds']:.4g} s",
             _gib(layout["needed_bytes"]),
             f"{layout['model_flops_utilization']:.1%}",
-            layout["loses_by"] or "",
         )
     console.print(table)
+    for place, layout in enumerate(result["layouts"], start=1):
+        loss = f"; loses by {layout['loses_by']}" if layout["loses_by"] else ""
+        console.print(f"{place}. {' '.join(layout['overrides'])}{loss}", soft_wrap=True, highlight=False)
     console.print(
         f"{result['considered']} layouts are legal, {result['too_large']} of them too large for "
-        f"{result['hardware']}. The first, to paste:",
+        f"{result['hardware']}. Paste what stands after a number behind the config's path.",
         soft_wrap=True,
     )
-    console.print(" ".join(result["layouts"][0]["overrides"]), soft_wrap=True, highlight=False)
-
-
-def _short(overrides: Iterable[str]) -> str:
-    """The overrides without their sections."""
-    return " ".join(override.split(".", 1)[1] for override in overrides)
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:

@@ -29,7 +29,9 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> l
         for rank in range(world_size):
             here, there = context.Pipe()
             place = (rank, world_size, str(Path(folder) / "rendezvous"))
-            process = context.Process(target=_work, args=(place, there, function, args), daemon=True)
+            process = context.Process(
+                target=_work, args=(place, there, function, args), name=f"simulated {rank}"
+            )
             with _environment(OMP_NUM_THREADS="1"):
                 process.start()
             there.close()

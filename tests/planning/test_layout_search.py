@@ -1,0 +1,95 @@
+"""The search finds the layout that a made-up machine was made for, and says why the others lose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.errors import UserError
+from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
+from tests.planning.test_rank_simulation import MHA
+from tests.run_configs import small_config
+
+
+def _machine(*, memory_gib: float, wire_gigabytes_per_second: float) -> Hardware:
+    wire = WireFigures(gigabytes_per_second=wire_gigabytes_per_second, latency_microseconds=0.001)
+    return Hardware(
+        name="a toy",
+        device="gpu",
+        memory_gib=memory_gib,
+        matrix_teraflops={"float32": 1.0, "bfloat16": 1.0},
+        memory_gigabytes_per_second=1000.0,
+        node_wire=wire,
+        network_wire=wire,
+        devices_per_node=8,
+        reserved_gib=0.0,
+        fragmentation=0.0,
+        operation_microseconds=0.001,
+        attainable=AttainableShares(matrix=1.0, convolution=1.0, attention=1.0, memory=1.0, wire=1.0),
+    )
+
+
+def _config(**sections: Any) -> Any:
+    model = {
+        "num_layers": 3,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "vocab_size": 64,
+        "vocab_multiple": 8,
+    }
+    training = {"global_batch_size": 4, "micro_batch_size": 2}
+    return small_config(model=model, attention={**MHA, "head_dim": 16}, training=training, **sections)
+
+
+def _search(memory_gib: float, wire: float, world_size: int = 2) -> Any:
+    from sas_megatron.planning.layout_search import search_layouts
+
+    machine = _machine(memory_gib=memory_gib, wire_gigabytes_per_second=wire)
+    return search_layouts(_config(), world_size=world_size, hardware=machine)
+
+
+def test_with_room_for_the_model_data_parallelism_wins(simulator: Any) -> None:
+    # It sends each gradient once a step; the others send activations in each layer.
+    search = simulator(_search, 1.0, 1.0)
+    best = search.ranked[0]
+    assert not any(
+        override.startswith(("parallel.tensor", "parallel.context")) for override in best.overrides
+    )
+    assert best.loses_by is None
+    assert search.num_too_large == 0
+    by_tensor = next(x for x in search.ranked if "parallel.tensor=2" in x.overrides)
+    assert "tensor +" in by_tensor.loses_by
+    assert [x.step.seconds for x in search.ranked] == sorted(x.step.seconds for x in search.ranked)
+
+
+def test_without_room_for_the_whole_model_its_weights_are_shared(simulator: Any) -> None:
+    roomy = simulator(_search, 1.0, 1.0)
+    by_tensor = [x for x in roomy.ranked if "parallel.tensor=2" in x.overrides]
+    others = [x for x in roomy.ranked if "parallel.tensor=2" not in x.overrides]
+    room = (min(x.peak_bytes for x in by_tensor) + min(x.peak_bytes for x in others)) / 2
+    tight = simulator(_search, room / 2**30, 1.0)
+    assert tight.ranked
+    assert all("parallel.tensor=2" in layout.overrides for layout in tight.ranked)
+    assert tight.num_too_large > 0
+
+
+def test_pasting_the_overrides_gives_the_layout() -> None:
+    from sas_megatron.planning.layout_search import legal_layouts
+
+    machine = _machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
+    layouts = list(legal_layouts(_config(), world_size=8, hardware=machine))
+    places = {(x.parallel.tensor, x.parallel.context, x.training.micro_batch_size) for x in layouts}
+    assert len(places) == len(layouts)
+    # Four heads, four samples and twelve tokens: eight ranks in these ways alone.
+    assert places == {
+        *((2, 1, 1), (4, 1, 1), (4, 1, 2), (2, 2, 1), (2, 2, 2), (1, 2, 1)),
+    }
+
+
+def test_no_legal_layout_is_said() -> None:
+    from sas_megatron.planning.layout_search import search_layouts
+
+    machine = _machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
+    with pytest.raises(UserError, match="no layout of this model and batch is legal"):
+        search_layouts(_config(), world_size=7, hardware=machine)
