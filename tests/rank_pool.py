@@ -66,7 +66,7 @@ class RankPool:
 
 
 _groups = contextlib.ExitStack()
-_topology: dict[tuple[int, int], Topology] = {}
+_topology: dict[tuple[int, ...], Topology] = {}
 
 
 def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
@@ -78,14 +78,15 @@ def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
 
     from sas_megatron.parallel import topology
 
-    layout = (config.tensor, config.context)
+    layout = (config.tensor, config.context, config.pipeline, config.virtual_pipeline)
     if layout not in _topology:
         _topology.clear()
         _groups.close()
         joined = topology.joined_groups(config, device=torch.device("cpu"), seed=seed)
         _topology[layout] = _groups.enter_context(joined)
     place = _topology[layout]
-    topology.seed_randomness(seed, place.data_rank * config.context + place.context_rank)
+    sample_rank = place.data_rank * config.context + place.context_rank
+    topology.seed_randomness(seed, sample_rank, place.pipeline_rank)
     return place
 
 

@@ -18,8 +18,17 @@ RELATIVE_ERROR: dict[torch.dtype, float] = {
     torch.bfloat16: 1e-1,
 }
 
+# Every parameter's gradient of a whole model in float32, between layouts. In one process it errs by up to
+# 3e-5 against float64 (the simulation of keys: softmax ignores what all keys share, so its gradients are
+# differences that nearly cancel), and both sides err. A missing sum over two ranks errs by 0.1 or more.
+WHOLE_MODEL_GRADIENT = 6e-5
+
 # Loss after 5 optimizer steps in float32 between layouts: Adam's division amplifies rounding.
 LOSS_AFTER_FIVE_STEPS = 1e-5
+
+
+# The same in bfloat16 between two engines, which round sums of gradients at other places.
+BFLOAT16_LOSS = 2e-3
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -33,7 +42,10 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str) -> None:
     """Fails with `what` and the error found where it exceeds the table's for `dtype`."""
+    assert_within(RELATIVE_ERROR[dtype], actual, expected, what)
+
+
+def assert_within(allowed: float, actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Fails with `what` and the error found where it exceeds `allowed`, an entry of this table."""
     error = relative_error(actual, expected)
-    assert error <= RELATIVE_ERROR[dtype], (
-        f"{what}: relative error {error:.2e}, allowed {RELATIVE_ERROR[dtype]:.0e}"
-    )
+    assert error <= allowed, f"{what}: relative error {error:.2e}, allowed {allowed:.0e}"

@@ -6,7 +6,7 @@ The layer itself is in `simulated_layer`, its parts in `head_simulation`, `featu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
+
+    recomputable: ClassVar[tuple[str, ...]] = ("attention", "simulation")
 
     kind: Literal["sas"] = Field(default="sas", description="Simulated attention scores.")
     head_expansion: int = Field(default=3, description="r, simulated heads for each base head.")

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -95,6 +96,9 @@ class SimulatedSelfAttention(SelfAttention):
         self.simulation = Simulation(attention, dtype=config.params_dtype, device=torch.cuda.current_device())
         strategy = choose_exchange(attention, tensor_parallel=self.tp_group.size())
         self.exchange = build_head_exchange(strategy, self.tp_group)
+        self.recomputes_simulation = (
+            config.recompute_granularity == "selective" and "simulation" in config.recompute_modules
+        )
 
     def get_query_key_value_tensors(
         self,
@@ -106,11 +110,22 @@ class SimulatedSelfAttention(SelfAttention):
         """[S, B, H] -> query [S, B, r·N/P, E], key [S, B, r·G/P, E], value [S, B, r·G/P, D] of this rank."""
         if output_gate or not split_qkv:
             raise NotImplementedError("SAS has neither an output gate nor a fused QKV rotary path")
-        weights = self.simulation.summed_weights(self.tp_group)
         if self.attention.simulates_heads:
-            base = self._simulated_heads(hidden_states, weights)
+            base = self.linear_qkv(hidden_states)[:1]
         else:
             base = super().get_query_key_value_tensors(hidden_states)
+        if self.recomputes_simulation and self.training:
+            # Keeps the projected heads, 1/r or less of what the simulation makes of them.
+            query, key, value = checkpoint(self._simulate, False, *base)
+        else:
+            query, key, value = self._simulate(*base)
+        return query, key, value
+
+    def _simulate(self, *base: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Projected columns [S, B, C/P], or query, key and value with base heads -> the simulated three."""
+        weights = self.simulation.summed_weights(self.tp_group)
+        if self.attention.simulates_heads:
+            base = tuple(self._simulated_heads(base[0], weights))
         query, key, value = (
             heads if f"heads.{name}" in weights else heads.repeat(1, 1, self.attention.head_expansion, 1)
             for name, heads in zip(("query", "key", "value"), base, strict=True)
@@ -121,10 +136,9 @@ class SimulatedSelfAttention(SelfAttention):
         return query, key, value
 
     def _simulated_heads(
-        self, hidden_states: torch.Tensor, weights: dict[str, ResidualMapWeights]
+        self, projected: torch.Tensor, weights: dict[str, ResidualMapWeights]
     ) -> list[torch.Tensor]:
         """Query, key and value [S, B, heads of this rank, D]; simulated ones with r times the heads."""
-        projected, _ = self.linear_qkv(hidden_states)
         num_tokens = projected.shape[0] * projected.shape[1]
         columns_TC = self.exchange.all_columns(projected.flatten(0, 1))
 

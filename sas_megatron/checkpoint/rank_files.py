@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,25 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.parallel.topology import Topology
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GO_BACK = "remove that checkpoint to go on from the one before"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
-def save_checkpoint(folder: Path, *, step: int, state: dict[str, Any], topology: Topology) -> Path:
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    capture: Callable[[Path], dict[str, Any]],
+    topology: Topology,
+) -> Path:
     """Writes a checkpoint of all ranks; every rank must call it.
 
     Args:
         folder: The run's `checkpoints` folder.
         step: Steps finished.
-        state: This rank's state: tensors, numbers, strings and plain containers of them.
+        capture: Gives this rank's state: tensors, numbers, strings and plain containers of them. It is
+            handed the checkpoint's folder, and may write more into it.
         topology: This rank's place.
     """
     final = folder / f"iter_{step:07d}"
@@ -44,6 +52,7 @@ def save_checkpoint(folder: Path, *, step: int, state: dict[str, Any], topology:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    state = capture(partial)
     with (partial / _rank_file(topology.rank)).open("wb") as file:
         torch.save({**state, "random": _random_states()}, file)
         file.flush()
@@ -97,6 +106,10 @@ def _check_manifest(path: Path, topology: Topology) -> None:
         raise FileProblem(path, f"has no readable manifest ({error!r})", GO_BACK) from None
     if schema > SCHEMA_VERSION:
         raise FileProblem(path, f"has format {schema}, newer than {SCHEMA_VERSION}", "update the package")
+    if schema < SCHEMA_VERSION:
+        raise FileProblem(
+            path, f"has format {schema}, older than {SCHEMA_VERSION}", "go on with the version that wrote it"
+        )
     if layout != _layout(topology):
         raise FileProblem(
             path,
@@ -124,6 +137,7 @@ def _layout(topology: Topology) -> dict[str, int]:
         "world_size": topology.world_size,
         "tensor": topology.tensor_group.size(),
         "context": topology.context_group.size(),
+        "pipeline": topology.pipeline_group.size(),
         "data": topology.data_size,
     }
 

@@ -37,6 +37,8 @@ class AttentionConfig(Section):
     """
 
     section_name: ClassVar[str] = "attention"
+    # Parts that `training.recompute_modules` may name.
+    recomputable: ClassVar[tuple[str, ...]] = ("attention",)
 
     kind: str = Field(description="Which variant; decides the other fields.")
     num_heads: int = Field(description="N, query heads.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.data import DataConfig
+from sas_megatron.config.deepspeed import DeepSpeedConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
@@ -27,6 +29,7 @@ class RunConfig(BaseModel):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     training: TrainingConfig
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig
@@ -37,6 +40,7 @@ class RunConfig(BaseModel):
         context = self.parallel.context
         self.attention.check_tensor_parallel(tensor)
         self.attention.check_context_parallel(tensor, context)
+        self.parallel.check_layers(self.model.num_layers)
         # Megatron-core gives each context rank two chunks of the sequence, one early and one late.
         chunks = 2 * context if context > 1 else 1
         if self.data.sequence_length % chunks:
@@ -57,12 +61,20 @@ class RunConfig(BaseModel):
                 f"must be divisible by parallel.tensor={tensor}",
                 f"use a multiple of {tensor}",
             )
-        if self.parallel.sequence and self.data.sequence_length % self.parallel.model_size:
+        if self.parallel.sequence and self.data.sequence_length % (tensor * context):
             raise self.data.problem(
                 "sequence_length",
-                f"must be divisible by {self.parallel.describe_model_ranks()} under sequence parallelism",
-                "change it, or set parallel.sequence=false",
+                f"must be divisible by {self.parallel.describe_sequence_ranks()} under sequence parallelism",
+                f"use a multiple of {math.lcm(chunks, tensor * context)}, or set parallel.sequence=false",
             )
+        if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:
+            raise self.parallel.problem(
+                "overlap_parameter_gather",
+                "concerns the distributed optimizer, and optimizer.distributed=false",
+                "set optimizer.distributed=true, or leave it out",
+            )
+        self._check_recompute()
+        self._check_engine()
         warmup, steps = self.schedule.warmup_steps, self.training.num_steps
         if warmup >= steps:
             raise self.schedule.problem(
@@ -75,6 +87,59 @@ class RunConfig(BaseModel):
                 "shorten one of them or train longer",
             )
         return self
+
+    def _check_recompute(self) -> None:
+        """What is recomputed must be there."""
+        recomputable = [*self.attention.recomputable, "mlp"]
+        for name in self.training.recompute_modules or []:
+            if name not in recomputable:
+                raise self.training.problem(
+                    "recompute_modules",
+                    f"{name} is nothing that attention.kind={self.attention.kind} can recompute",
+                    f"use some of {recomputable}",
+                )
+        stages = self.parallel.layers_of_stages(self.model.num_layers)
+        pieces = [layers // self.parallel.virtual_pipeline for layers in stages]
+        if (self.training.recompute_layers or 0) > min(pieces):
+            raise self.training.problem(
+                "recompute_layers",
+                f"exceeds the {min(pieces)} layers of a pipeline stage's piece",
+                f"use at most {min(pieces)}, or leave it out to recompute all",
+            )
+
+    def _check_engine(self) -> None:
+        """What the engine cannot do, it does not get."""
+        if self.training.engine == "megatron":
+            if self.deepspeed != DeepSpeedConfig():
+                raise self.training.problem(
+                    "engine",
+                    "does not use the section deepspeed, which is set",
+                    "set training.engine=deepspeed, or take the section out",
+                )
+            return
+        if self.parallel.pipeline > 1:
+            raise self.parallel.problem(
+                "pipeline",
+                "pipelines run on Megatron-core's schedules, which training.engine=deepspeed does not use",
+                "set training.engine=megatron, or parallel.pipeline=1",
+            )
+        for section, field, instead in (
+            (self.optimizer, "distributed", "deepspeed.zero_stage=1"),
+            (self.parallel, "overlap_gradient_reduce", "deepspeed.settings.zero_optimization.overlap_comm"),
+        ):
+            if getattr(section, field):
+                raise section.problem(
+                    field,
+                    "belongs to Megatron-core's engine, and training.engine=deepspeed",
+                    f"use {instead}, or set training.engine=megatron",
+                )
+        if self.training.precision == "bfloat16" and self.deepspeed.zero_stage == 0:
+            # Seen with 0.19.8: the norm counts one tensor rank, and Adam's step is off by one.
+            raise self.deepspeed.problem(
+                "zero_stage",
+                "DeepSpeed clips and updates wrongly in bfloat16 at stage 0",
+                "use 1, 2 or 3, or training.precision=float32, or training.engine=megatron",
+            )
 
     def check_world_size(self, world_size: int) -> int:
         """Data-parallel degree that `world_size` ranks leave.
@@ -96,7 +161,7 @@ class RunConfig(BaseModel):
                 f"must be a multiple of {model_size}, the ranks of one model "
                 f"({self.parallel.describe_model_ranks()})",
                 f"start {' or '.join(map(str, fitting[:4]))} processes "
-                f"(launch/torchrun.sh {fitting[0]} CONFIG), or change parallel.tensor",
+                f"(launch/torchrun.sh {fitting[0]} CONFIG), or change the degrees",
             )
         data_parallel = world_size // model_size
         if samples % (micro * data_parallel):
@@ -106,4 +171,5 @@ class RunConfig(BaseModel):
                 f"must be a multiple of micro_batch_size × data-parallel ranks = {micro} × {data_parallel}",
                 f"start {' or '.join(map(str, fitting[:4]))} processes, or change the batch sizes",
             )
+        self.parallel.check_microbatches(samples // (micro * data_parallel))
         return data_parallel

@@ -20,10 +20,28 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of weights and activations; gradients and optimizer stay in float32."
     )
+    engine: Literal["megatron", "deepspeed"] = Field(
+        default="megatron",
+        description="What reduces gradients and updates weights: Megatron-core's DDP and optimizers, or "
+        "DeepSpeed's ZeRO (section deepspeed).",
+    )
     seed: int = Field(default=1234, description="Decides initial weights, sample order and dropout.")
     stop_after_steps: int | None = Field(
         default=None,
         description="Save and stop at this step although num_steps (and so the schedule) is longer.",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="Activations that are computed again in the backward pass in place of being kept: those "
+        "of recompute_modules, or all of a layer but its input.",
+    )
+    recompute_modules: list[Literal["attention", "simulation", "mlp"]] | None = Field(
+        default=None,
+        description="Under selective: attention (scores and weights), simulation (SAS: from the projected "
+        "heads to query, key and value, their exchange included), mlp; null: all of the attention.",
+    )
+    recompute_layers: int | None = Field(
+        default=None, description="Under full: only the first so many layers of each stage; null: all."
     )
     collective_timeout_minutes: float = Field(
         default=10.0, description="A collective that takes longer ends the run with an error."
@@ -32,7 +50,12 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         self.require_positive("num_steps", "global_batch_size", "micro_batch_size", "stop_after_steps")
-        self.require_positive("collective_timeout_minutes")
+        self.require_positive("collective_timeout_minutes", "recompute_layers")
+        for field, mode in (("recompute_modules", "selective"), ("recompute_layers", "full")):
+            if getattr(self, field) is not None and self.recompute != mode:
+                raise self.problem(
+                    field, f"belongs to training.recompute={mode} and to no other", "set both or neither"
+                )
         if self.seed < 0:
             raise self.problem("seed", "must not be negative", "use 1234, for example")
         if self.global_batch_size % self.micro_batch_size:

@@ -97,27 +97,34 @@ def microbatches(
     *,
     first_sample: int,
     num_samples: int,
+    num_microbatches: int,
     micro_batch_size: int,
     data_rank: int,
     data_size: int,
     device: torch.device,
     context_group: dist.ProcessGroup | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's microbatches of the samples [first_sample, first_sample + num_samples).
+    """This rank's `num_microbatches` of the samples [first_sample, first_sample + num_samples).
+
+    All have one shape on every rank, as pipeline stages need: where the samples do not fill them, the
+    last sample stands in again, with no weight in the loss.
 
     Yields:
         tokens, labels [B, S] int64, loss_mask [B, S] float32, position_ids [B, S], and attention_mask
         [B, 1, S, S] bool, True where attention is forbidden, if documents are kept apart. Under context
-        parallelism all but the mask are this rank's tokens. The last microbatch may be smaller.
+        parallelism all but the mask are this rank's tokens.
     """
     stride = micro_batch_size * data_size
     end = first_sample + num_samples
-    for start in range(first_sample + data_rank * micro_batch_size, end, stride):
-        parts = [samples[index] for index in range(start, min(start + micro_batch_size, end))]
+    for microbatch in range(num_microbatches):
+        start = first_sample + microbatch * stride + data_rank * micro_batch_size
+        indices = range(start, start + micro_batch_size)
+        parts = [samples[min(index, end - 1)] for index in indices]
         batch = {
             name: torch.stack([torch.as_tensor(part[name]) for part in parts]).to(device, non_blocking=True)
             for name in parts[0]
         }
+        batch["loss_mask"][max(0, end - start) :] = 0.0
         if context_group is not None and context_group.size() > 1:
             # Attention sees all tokens of a head, so it needs the whole mask.
             batch = {
@@ -144,6 +151,6 @@ class ByteLengths:
             device
         )
 
-    def __call__(self, labels: torch.Tensor) -> torch.Tensor:
-        """Total bytes of all labels, a scalar tensor."""
-        return self._lengths[labels].sum()
+    def __call__(self, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Total bytes of the labels where `mask` is not zero, a scalar tensor."""
+        return (self._lengths[labels] * (mask != 0)).sum()

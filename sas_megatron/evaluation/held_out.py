@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 import torch.distributed as dist
 
 from sas_megatron.data.batches import ByteLengths
-from sas_megatron.model.language_loss import Batch
+from sas_megatron.model.language_loss import Batch, token_losses
 from sas_megatron.parallel.topology import Topology
+
+# Runs the model over microbatches by a forward step, and gives the reports of the last stage.
+RunForward = Callable[[Callable[..., Any]], list[dict[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,31 @@ class HeldOutLoss:
         return self.loss * self.num_tokens / math.log(2) / self.num_bytes
 
 
-@torch.no_grad()
 def evaluate_held_out(
-    model: Any, batches: Iterator[Batch], *, byte_lengths: ByteLengths, topology: Topology
+    run_forward: RunForward, *, byte_lengths: ByteLengths, topology: Topology
 ) -> HeldOutLoss:
-    """Loss over the batches of all data-parallel ranks; the model is left in training mode."""
+    """Loss over the batches of all data-parallel ranks, the same on every rank."""
     totals = torch.zeros(3, dtype=torch.float64, device=topology.device)
-    model.eval()
-    for batch in batches:
-        losses = model(
-            batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
-        )
-        mask = batch["loss_mask"]
-        totals[0] += (losses * mask).sum(dtype=torch.float64)
-        totals[1] += mask.sum()
-        totals[2] += byte_lengths(batch["labels"])
-    model.train()
+    for report in run_forward(functools.partial(_held_out_step, byte_lengths=byte_lengths)):
+        totals += report["totals"]
+    # Only the pipeline's last stage has reports.
     dist.all_reduce(totals, group=topology.data_group)
+    dist.all_reduce(totals, group=topology.pipeline_group)
     total_loss, num_tokens, num_bytes = totals.tolist()
     return HeldOutLoss(total_loss / num_tokens, int(num_tokens), int(num_bytes))
+
+
+def _held_out_step(
+    batches: Iterator[Batch], model: Any, *, byte_lengths: ByteLengths
+) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """A forward step as Megatron-core's schedules call it; its report: losses, tokens and bytes."""
+    batch = next(batches)
+
+    def totals(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        mask = batch["loss_mask"]
+        total = (losses_BS * mask).sum(dtype=torch.float64)
+        num_bytes = byte_lengths(batch["labels"], mask)
+        counted = torch.stack([total, mask.sum(dtype=torch.float64), num_bytes.double()])
+        return total, mask.sum().to(torch.int), {"totals": counted}
+
+    return token_losses(model, batch), totals

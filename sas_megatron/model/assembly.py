@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
@@ -16,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.initialization import initialize_weights
+from sas_megatron.parallel.topology import virtual_pipeline_size
 from sas_megatron.platform.norm import ReplicatedNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,7 +35,8 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
     model, attention = config.model, config.attention
     dtype = dtype or DTYPES[config.training.precision]
     on_cuda = torch.cuda.is_available()
-    return TransformerConfig(
+    interleaved = config.parallel.virtual_pipeline > 1
+    transformer = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -51,13 +56,67 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         tensor_model_parallel_size=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence,
         context_parallel_size=config.parallel.context,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(config.parallel),
+        num_layers_in_first_pipeline_stage=config.parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=config.parallel.last_stage_layers,
+        # Of what a stage has sent on, only where it came from is needed. (Sends of interleaved stages are
+        # not waited for, and gloo, unlike CUDA's streams, may not have read the memory yet.)
+        deallocate_pipeline_outputs=on_cuda or not interleaved,
         # Megatron-core's fused element-wise functions; on CPU they would only be compiled in vain.
         bias_activation_fusion=on_cuda and model.linear_bias,
         bias_dropout_fusion=on_cuda,
         apply_rope_fusion=True,
         # Needs an extension of Apex or TransformerEngine.
         gradient_accumulation_fusion=False,
+        # Batched, two interleaved stages would take each other's activations for gradients: the sends
+        # of both directions go between the same two ranks. Apart, they go over two groups.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        **_recompute_options(config),
     )
+    if "simulation" in _recomputed_modules(config):
+        # Ours: Megatron-core refuses names that it does not know, and reads the list no further.
+        transformer.recompute_modules.append("simulation")
+    return transformer
+
+
+def _recomputed_modules(config: RunConfig) -> list[str]:
+    """Under selective recomputation, the names of `training.recompute_modules`, the default filled in."""
+    if config.training.recompute != "selective":
+        return []
+    return list(config.training.recompute_modules or config.attention.recomputable)
+
+
+def _recompute_options(config: RunConfig) -> dict[str, Any]:
+    """`training.recompute*` as Megatron-core's fields."""
+    training = config.training
+    if training.recompute == "none":
+        return {}
+    if training.recompute == "full":
+        layers = training.recompute_layers
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform" if layers is None else "block",
+            "recompute_num_layers": layers or 1,
+        }
+    names = {"attention": "core_attn", "mlp": "mlp"}
+    modules = [names[module] for module in _recomputed_modules(config) if module in names]
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
+class BiasPassingLinear(RowParallelLinear):
+    """Megatron-core's row-parallel linear, whose bias survives that the MLP is recomputed.
+
+    The MLP returns its last bias, for the residual branch to add. Recomputation makes what it returns
+    the result of an operation, in place; done to the parameter itself, as in 0.16.1, each backward
+    pass then runs those of all microbatches before, and ends in a deadlock.
+    """
+
+    def forward(self, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the parent, with a view of the bias in its place."""
+        output, bias = super().forward(*args, **options)
+        return output, None if bias is None else bias.view_as(bias)
 
 
 def build_layer_spec(config: RunConfig) -> ModuleSpec:
@@ -71,35 +130,46 @@ def build_layer_spec(config: RunConfig) -> ModuleSpec:
             pre_mlp_layernorm=ReplicatedNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=BiasPassingLinear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def build_block_spec(config: RunConfig) -> TransformerBlockSubmodules:
-    """All layers and the final norm."""
+def build_block_spec(config: RunConfig, *, num_layers: int | None = None) -> TransformerBlockSubmodules:
+    """`num_layers` layers, all if None, and the final norm (which the last stage has)."""
     layer = build_layer_spec(config)
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * config.model.num_layers, layer_norm=ReplicatedNorm
+        layer_specs=[layer] * (num_layers or config.model.num_layers), layer_norm=ReplicatedNorm
     )
 
 
-def build_gpt(config: RunConfig, *, dtype: torch.dtype | None = None) -> GPTModel:
-    """This rank's part of the model, its weights drawn from `training.seed`.
+def build_gpt_pieces(config: RunConfig, *, dtype: torch.dtype | None = None) -> list[GPTModel]:
+    """This rank's part of the model, a GPT for each piece of its stage, drawn from `training.seed`.
 
     The process groups must exist (`joined_topology`). Under any layout the parts join to the same
-    whole, weight for weight.
+    whole, weight for weight. Most layouts have one piece; interleaved stages several.
     """
+    return [_build_piece(config, piece, dtype) for piece in range(config.parallel.virtual_pipeline)]
+
+
+def _build_piece(config: RunConfig, piece: int, dtype: torch.dtype | None) -> GPTModel:
+    pieces = config.parallel.virtual_pipeline
+    virtual_stage = piece if pieces > 1 else None
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    layers_of_stage = config.parallel.layers_of_stages(config.model.num_layers)[stage]
     model = GPTModel(
         config=build_transformer_config(config, dtype=dtype),
-        transformer_layer_spec=build_block_spec(config),
+        transformer_layer_spec=build_block_spec(config, num_layers=layers_of_stage // pieces),
         vocab_size=config.model.padded_vocab_size,
         max_sequence_length=config.data.sequence_length,
+        pre_process=stage == 0 and piece == 0,
+        post_process=stage == config.parallel.pipeline - 1 and piece == pieces - 1,
         position_embedding_type="rope",
         rotary_base=config.model.rotary_base,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
+        vp_stage=virtual_stage,
     )
     # Megatron-core can rotate a part of kv_channels, but never more than it; SAS turns up to E > D.
     model.rotary_pos_emb = RotaryEmbedding(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from typing import Any
 
 import torch
 from megatron.core.parallel_state import (
@@ -20,6 +21,8 @@ from torch import nn
 
 from sas_megatron.attention.residual_map import ResidualMap
 from sas_megatron.config.run import RunConfig
+
+_LAYERS = "decoder.layers."
 
 
 def parameter_generator(seed: int, name: str) -> torch.Generator:
@@ -46,12 +49,26 @@ def initialize_weights(model: nn.Module, config: RunConfig) -> None:
             module.initialize(
                 config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
                 config.model.init_std,
-                functools.partial(_generator_in, config.training.seed, module_name),
+                functools.partial(_generator_in, config.training.seed, global_name(model, module_name)),
             )
             drawn.update(module.parameters())
     for name, parameter in model.named_parameters():
         if parameter not in drawn:
-            _initialize_parameter(name, parameter, config)
+            _initialize_parameter(global_name(model, name), parameter, config)
+
+
+def global_name(model: Any, name: str) -> str:
+    """A name within this rank's part -> the name in a whole model of one part.
+
+    Layers are counted from the model's first in place of the part's, and where the last stage keeps
+    a copy of the input embedding as its output layer, that goes by the embedding's name.
+    """
+    part, _, rest = name.removeprefix(_LAYERS).partition(".")
+    if name.startswith(_LAYERS):
+        return f"{_LAYERS}{model.decoder.layers[int(part)].layer_number - 1}.{rest}"
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return name
 
 
 def _initialize_parameter(name: str, parameter: nn.Parameter, config: RunConfig) -> None:

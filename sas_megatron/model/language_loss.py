@@ -11,23 +11,28 @@ Batch = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
+def token_losses(model: Any, batch: Batch) -> torch.Tensor:
+    """Losses by token [B, S] in float32; on a pipeline stage but the last, hidden states [S, B, H]."""
+    losses: torch.Tensor = model(
+        batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
+    )
+    return losses
+
+
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
     """Runs the model on the next microbatch.
 
     Returns:
-        Losses by token [B, S] in float32, and the function that adds them up.
+        What `token_losses` returns, and the function that adds losses up.
     """
     batch = next(batches)
-    losses = model(
-        batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
-    )
-    mask = batch["loss_mask"]
 
     def total_loss(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         # Sums, not means: Megatron-core divides by the tokens of the whole step, so that the loss
         # does not depend on how samples are cut into microbatches and ranks.
+        mask = batch["loss_mask"]
         total = (losses_BS * mask).sum()
         num_tokens = mask.sum().to(torch.int)
         return total, num_tokens, {"loss": torch.stack([total.detach(), num_tokens.to(total.dtype)])}
 
-    return losses, total_loss
+    return token_losses(model, batch), total_loss

@@ -32,6 +32,8 @@ class Topology:
     data_group: dist.ProcessGroup
     context_rank: int
     context_group: dist.ProcessGroup
+    pipeline_rank: int
+    pipeline_group: dist.ProcessGroup
 
     @property
     def is_first(self) -> bool:
@@ -59,12 +61,16 @@ def joined_topology(
 def joined_groups(config: ParallelConfig, *, device: torch.device, seed: int) -> Iterator[Topology]:
     """Megatron-core's groups of one layout, within a world that is joined already; seeds randomness too."""
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor, context_parallel_size=config.context
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(config),
+        context_parallel_size=config.context,
     )
     try:
         data_rank = parallel_state.get_data_parallel_rank()
         context_rank = parallel_state.get_context_parallel_rank()
-        seed_randomness(seed, data_rank * config.context + context_rank)
+        pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+        seed_randomness(seed, data_rank * config.context + context_rank, pipeline_rank)
         yield Topology(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
@@ -76,18 +82,28 @@ def joined_groups(config: ParallelConfig, *, device: torch.device, seed: int) ->
             data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             context_rank=context_rank,
             context_group=parallel_state.get_context_parallel_group(),
+            pipeline_rank=pipeline_rank,
+            pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         )
     finally:
         parallel_state.destroy_model_parallel()
 
 
-def seed_randomness(seed: int, sample_rank: int) -> None:
+def virtual_pipeline_size(config: ParallelConfig) -> int | None:
+    """Pieces of each stage as Megatron-core takes them: None where stages do not interleave."""
+    return config.virtual_pipeline if config.virtual_pipeline > 1 else None
+
+
+def seed_randomness(seed: int, sample_rank: int, pipeline_rank: int) -> None:
     """Seeds dropout: equal over the tensor group outside tensor-parallel regions, different inside them.
 
-    It differs over the data and context groups as well, whose ranks (`sample_rank`) see other tokens.
+    It differs over the data and context groups as well, whose ranks (`sample_rank`) see other tokens,
+    and over the pipeline, whose ranks have other layers. (Megatron-core adds the tensor rank and a
+    large constant by itself inside tensor-parallel regions.)
     """
-    torch.manual_seed(seed + 100 * sample_rank)
-    model_parallel_cuda_manual_seed(seed + 100 * sample_rank)
+    own = seed + 100 * sample_rank + 100_003 * pipeline_rank
+    torch.manual_seed(own)
+    model_parallel_cuda_manual_seed(own)
 
 
 def _join_world(device: torch.device, timeout: timedelta) -> None:

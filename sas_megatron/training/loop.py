@@ -1,13 +1,16 @@
 """A whole run: assemble or resume, step, evaluate, save, and leave a summary.
 
-data -> trainer -> [ step -> record -> (evaluate) -> (save) ]* -> summary
+data -> engine -> [ step -> record -> (evaluate) -> (save) ]* -> summary
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,10 @@ from sas_megatron.model.language_loss import Batch
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.parallel.wire_ledger import WireLedger
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
-from sas_megatron.training.assembly import Trainer, assemble
 from sas_megatron.training.console import Console
+from sas_megatron.training.engine import Engine, assemble
 from sas_megatron.training.metrics import Meter, Progress
 from sas_megatron.training.run_files import RunFiles, describe_software
-from sas_megatron.training.state import capture_state, restore_state
 from sas_megatron.training.step import StepResult, train_step
 
 
@@ -58,7 +60,7 @@ class Run:
         self.validation_samples = build_validation_samples(
             config.data, tokenizer, num_samples=config.evaluation.num_sequences
         )
-        self.trainer: Trainer = assemble(config)
+        self.engine: Engine = assemble(config)
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
@@ -66,6 +68,7 @@ class Run:
             {
                 "tensor": topology.tensor_group,
                 "context": topology.context_group,
+                "pipeline": topology.pipeline_group,
                 "data": topology.data_group,
             }
         )
@@ -99,7 +102,10 @@ class Run:
             else None
         )
         if newest is not None:
-            self.progress = restore_state(self.trainer, load_checkpoint(newest, self.topology))
+            state = load_checkpoint(newest, self.topology)
+            self.engine.restore(state["engine"], newest)
+            self.engine.schedule.step(state["schedule_steps"])
+            self.progress = Progress(**state["progress"])
             self.console.say(f"going on from {newest} at step {self.progress.step}")
 
     def _step(self) -> None:
@@ -108,12 +114,10 @@ class Run:
         begun = time.perf_counter()
         with self._counted():
             self.last = train_step(
-                self.trainer,
+                self.engine,
                 self._training_batches(),
                 step=self.progress.step + 1,
-                num_microbatches=training.global_batch_size
-                // training.micro_batch_size
-                // self.topology.data_size,
+                num_microbatches=self._num_microbatches(training.global_batch_size),
                 topology=self.topology,
             )
         self._synchronize()
@@ -124,17 +128,31 @@ class Run:
             self._log_step(self.last, seconds)
 
     def _training_batches(self) -> Iterator[Batch]:
-        training = self.config.training
-        return microbatches(
+        return self._batches(
             self.training_samples,
             first_sample=self.progress.consumed_samples,
-            num_samples=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
+            num_samples=self.config.training.global_batch_size,
+        )
+
+    def _batches(self, samples: Any, *, first_sample: int, num_samples: int) -> Iterator[Batch]:
+        return microbatches(
+            samples,
+            first_sample=first_sample,
+            num_samples=num_samples,
+            num_microbatches=self._num_microbatches(num_samples),
+            micro_batch_size=self.config.training.micro_batch_size,
             data_rank=self.topology.data_rank,
             data_size=self.topology.data_size,
             device=self.topology.device,
             context_group=self.topology.context_group,
         )
+
+    def _num_microbatches(self, num_samples: int) -> int:
+        """Microbatches in which each data-parallel rank goes over its part of `num_samples`."""
+        by_all = self.config.training.micro_batch_size * self.topology.data_size
+        parallel = self.config.parallel
+        turns = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        return math.ceil(num_samples / by_all / turns) * turns
 
     def _log_step(self, result: StepResult, seconds: float) -> None:
         samples = self.config.training.global_batch_size
@@ -152,18 +170,14 @@ class Run:
             self.files.record(record)
 
     def _evaluate(self) -> None:
-        batches = microbatches(
-            self.validation_samples,
-            first_sample=0,
-            num_samples=self.config.evaluation.num_sequences,
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_rank=self.topology.data_rank,
-            data_size=self.topology.data_size,
-            device=self.topology.device,
-            context_group=self.topology.context_group,
-        )
+        num_sequences = self.config.evaluation.num_sequences
+        batches = self._batches(self.validation_samples, first_sample=0, num_samples=num_sequences)
         held_out = evaluate_held_out(
-            self.trainer.model_chunks[0], batches, byte_lengths=self.byte_lengths, topology=self.topology
+            functools.partial(
+                self.engine.forward, batches=batches, num_microbatches=self._num_microbatches(num_sequences)
+            ),
+            byte_lengths=self.byte_lengths,
+            topology=self.topology,
         )
         self.held_out = held_out
         best = self.progress.best_validation_loss
@@ -187,7 +201,11 @@ class Run:
         save_checkpoint(
             RunFiles.checkpoints(self.config),
             step=self.progress.step,
-            state=capture_state(self.trainer, self.progress),
+            capture=lambda folder: {
+                "engine": self.engine.capture(folder),
+                "schedule_steps": self.engine.schedule.num_steps,
+                "progress": asdict(self.progress),
+            },
             topology=self.topology,
         )
 
@@ -231,6 +249,7 @@ class Run:
             "world_size": self.topology.world_size,
             "tensor_parallel": self.config.parallel.tensor,
             "context_parallel": self.config.parallel.context,
+            "pipeline_parallel": self.config.parallel.pipeline,
             "data_parallel": self.topology.data_size,
             "corpus": {
                 Path(prefix).name: load_manifest(prefix).model_dump(mode="json")

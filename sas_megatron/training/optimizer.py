@@ -1,4 +1,4 @@
-"""Megatron-core's AdamW with explicit parameter groups, and its learning-rate schedule."""
+"""AdamW's parameter groups, Megatron-core's optimizer over them, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -30,24 +30,39 @@ def parameter_group(name: str, parameter: nn.Parameter) -> str:
     return f"simulation {kind}" if is_simulation(name) else kind
 
 
-def build_optimizer(config: RunConfig, model_chunks: list[Any]) -> Any:
-    """AdamW over the chunks' parameters, in the groups of `parameter_group`."""
+def group_overrides(config: RunConfig) -> dict[str, ParamGroupOverride]:
+    """By group of `parameter_group`, where its rate and decay differ from those of `matrices`."""
     settings = config.optimizer
     final = config.schedule.final_fraction
     simulation_rate = settings.learning_rate * settings.simulation_learning_rate_multiplier
     simulation = ParamGroupOverride(max_lr=simulation_rate, min_lr=simulation_rate * final)
-    overrides: dict[str, ParamGroupOverride] = {
+    return {
         "vectors": ParamGroupOverride(wd_mult=0.0),
         "simulation matrices": ParamGroupOverride(
             **simulation, wd_mult=settings.simulation_weight_decay_multiplier
         ),
         "simulation vectors": ParamGroupOverride(**simulation, wd_mult=0.0),
     }
+
+
+def describe_parameter_groups(config: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """The same groups as a torch optimizer takes them, with what `build_schedule` reads of each."""
+    members: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        members.setdefault(parameter_group(name, parameter), []).append(parameter)
+    overrides = group_overrides(config)
+    return [{"params": parameters, **overrides.get(group, {})} for group, parameters in members.items()]
+
+
+def build_optimizer(config: RunConfig, model_chunks: list[Any]) -> Any:
+    """Megatron-core's AdamW over the chunks' parameters, in the groups of `parameter_group`."""
+    settings = config.optimizer
+    overrides = group_overrides(config)
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.learning_rate,
-            min_lr=settings.learning_rate * final,
+            min_lr=settings.learning_rate * config.schedule.final_fraction,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.beta1,
             adam_beta2=settings.beta2,

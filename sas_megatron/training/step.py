@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sas_megatron.model.language_loss import Batch, forward_step
+from sas_megatron.model.language_loss import Batch
 from sas_megatron.parallel.topology import Topology
-from sas_megatron.training.assembly import Trainer
+from sas_megatron.training.engine import Engine, Reports
 
 
 class TrainingFault(RuntimeError):
@@ -28,7 +28,7 @@ class StepResult:
 
 
 def train_step(
-    trainer: Trainer, batches: Iterator[Batch], *, step: int, num_microbatches: int, topology: Topology
+    engine: Engine, batches: Iterator[Batch], *, step: int, num_microbatches: int, topology: Topology
 ) -> StepResult:
     """Runs step number `step` (from 1).
 
@@ -36,43 +36,33 @@ def train_step(
         TrainingFault: the loss is not finite, and the weights are as before the step; or the gradient
             norm is not, and the weights are lost: the last checkpoint is what counts.
     """
-    config = trainer.config
-    for chunk in trainer.model_chunks:
-        chunk.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    reports = trainer.run_schedule(
-        forward_step_func=forward_step,
-        data_iterator=batches,
-        model=trainer.model_chunks,
-        num_microbatches=num_microbatches,
-        seq_length=config.data.sequence_length,
-        micro_batch_size=config.training.micro_batch_size,
-        forward_only=False,
-    )
+    reports = engine.accumulate(batches, num_microbatches=num_microbatches)
     loss = mean_loss(reports, topology)
     if not math.isfinite(loss):
         raise TrainingFault(_describe_non_finite(reports, step, topology))
-    trainer.schedule.step(1)
-    _, gradient_norm, _ = trainer.optimizer.step()
-    if not math.isfinite(gradient_norm or 0.0):
+    engine.schedule.step(1)
+    gradient_norm = engine.update()
+    if not math.isfinite(gradient_norm):
         raise TrainingFault(
             f"step {step}: the gradient norm is {gradient_norm} on rank {topology.rank} "
             f"although the loss is {loss}; "
             "lower optimizer.learning_rate, or train in float32 to see whether precision is the cause"
         )
-    return StepResult(
-        loss=loss, gradient_norm=float(gradient_norm or 0.0), learning_rate=trainer.schedule.get_lr({})
-    )
+    return StepResult(loss=loss, gradient_norm=gradient_norm, learning_rate=engine.schedule.get_lr({}))
 
 
-def mean_loss(reports: list[dict[str, torch.Tensor]], topology: Topology) -> float:
-    """Mean loss by token over the microbatches of all data-parallel ranks."""
-    total = torch.stack([report["loss"] for report in reports]).sum(dim=0, dtype=torch.float64)
+def mean_loss(reports: Reports, topology: Topology) -> float:
+    """Mean loss by token over the microbatches of all data-parallel ranks; the same on every rank."""
+    total = torch.zeros(2, dtype=torch.float64, device=topology.device)
+    for report in reports:
+        total += report["loss"]
+    # Only the pipeline's last stage has reports.
     dist.all_reduce(total, group=topology.data_group)
+    dist.all_reduce(total, group=topology.pipeline_group)
     return (total[0] / total[1]).item()
 
 
-def _describe_non_finite(reports: list[dict[str, torch.Tensor]], step: int, topology: Topology) -> str:
+def _describe_non_finite(reports: Reports, step: int, topology: Topology) -> str:
     """Names every rank whose own microbatches are at fault; all ranks must call it."""
     mine = [report["loss"][0].item() for report in reports]
     of_ranks: list[list[float]] = [[] for _ in range(topology.world_size)]

@@ -19,7 +19,7 @@ from tests.rank_pool import in_layout
 def save(folder: Path) -> Path:
     topology = in_layout(ParallelConfig())
     state = {"weights": torch.arange(50.0) + topology.rank, "step": 7}
-    return save_checkpoint(folder, step=7, state=state, topology=topology)
+    return save_checkpoint(folder, step=7, capture=lambda _folder: state, topology=topology)
 
 
 def load(path: Path, tensor: int = 1) -> tuple[str, Any]:
@@ -71,7 +71,8 @@ def test_a_bad_manifest_a_newer_format_and_another_layout_are_refused(ranks: Any
     for text, expected in (
         ("{", "has no readable manifest"),
         ("{}", "has no readable manifest"),
-        (json.dumps({**whole, "schema": 99}), "has format 99, newer than 1; update the package"),
+        (json.dumps({**whole, "schema": 99}), "has format 99, newer than 2; update the package"),
+        (json.dumps({**whole, "schema": 1}), "has format 1, older than 2; go on with the version that"),
     ):
         manifest.write_text(text)
         assert all(expected in message for _, message in ranks(2).run(load, checkpoint))

@@ -42,7 +42,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "nothing like it": (
         {"model": {"zzzzzz": 1}},
         "model.zzzzzz=1: no such key; known sections: model, attention, parallel, data, optimizer, "
-        "schedule, training, evaluation, checkpoint, logging",
+        "schedule, training, deepspeed, evaluation, checkpoint, logging",
     ),
     "unknown kind": (
         {"attention": {"kind": "flash", "num_heads": 6}},
@@ -131,7 +131,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "sequence that does not divide": (
         {"parallel": {"tensor": 2, "sequence": True}, "data": {"sequence_length": 13}},
         "data.sequence_length=13: must be divisible by parallel.tensor=2 under sequence parallelism; "
-        "change it, or set parallel.sequence=false",
+        "use a multiple of 2, or set parallel.sequence=false",
     ),
     "MLP that does not divide": (
         {"parallel": {"tensor": 2}, "model": {"ffn_hidden_size": 27}},
@@ -239,7 +239,7 @@ def test_every_wrong_field_is_listed_at_once() -> None:
         (
             5,
             "world size=5: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
-            "start 2 or 4 or 6 or 12 processes (launch/torchrun.sh 2 CONFIG), or change parallel.tensor",
+            "start 2 or 4 or 6 or 12 processes (launch/torchrun.sh 2 CONFIG), or change the degrees",
         ),
         (
             8,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from tests.rank_pool import in_layout
 
@@ -20,16 +22,21 @@ class WeightPart:
     num_pieces: int
 
 
-def weight_parts(model: Any) -> dict[str, WeightPart]:
-    """All parameters of a rank's model by name, as Megatron-core lays them out."""
+def weight_parts(
+    pieces: list[Any], value_of: Callable[[Any], torch.Tensor] = torch.detach
+) -> dict[str, WeightPart]:
+    """All parameters of a rank's pieces by global name, or what `value_of` gives for each."""
+    from sas_megatron.model.initialization import global_name
+
     parts = {}
-    for name, parameter in model.named_parameters():
-        shared = getattr(parameter, "tensor_model_parallel", False)
-        parts[name] = WeightPart(
-            parameter.detach().clone(),
-            parameter.partition_dim if shared else None,
-            parameter.partition_stride if shared else 1,
-        )
+    for piece in pieces:
+        for name, parameter in piece.named_parameters():
+            shared = getattr(parameter, "tensor_model_parallel", False)
+            parts[global_name(piece, name)] = WeightPart(
+                value_of(parameter).clone(),
+                parameter.partition_dim if shared else None,
+                parameter.partition_stride if shared else 1,
+            )
     return parts
 
 
@@ -51,10 +58,10 @@ def joined_weights(by_rank: list[dict[str, WeightPart]]) -> dict[str, torch.Tens
 
 def initial_weights(config: RunConfig) -> dict[str, WeightPart]:
     """On a rank: the parameters of the freshly built model."""
-    from sas_megatron.model.assembly import build_gpt
+    from sas_megatron.model.assembly import build_gpt_pieces
 
     in_layout(config.parallel)
-    return weight_parts(build_gpt(config))
+    return weight_parts(build_gpt_pieces(config))
 
 
 def random_tokens(config: RunConfig) -> torch.Tensor:
@@ -63,17 +70,52 @@ def random_tokens(config: RunConfig) -> torch.Tensor:
     return torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(5))
 
 
-def logits_part(config: RunConfig) -> torch.Tensor:
-    """On a rank: float64 logits of its part of the vocabulary, [B, S, V/P]."""
-    from sas_megatron.model.assembly import build_gpt
+def logits_part(config: RunConfig) -> torch.Tensor | None:
+    """On a rank: float64 logits of its part of the vocabulary, [B, S, V/P]; None before the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    in_layout(config.parallel)
-    model = build_gpt(config, dtype=torch.float64)
-    _roughen_weights(model)
+    from sas_megatron.model.assembly import build_gpt_pieces
+
+    topology = in_layout(config.parallel)
+    pieces = build_gpt_pieces(config, dtype=torch.float64)
+    for piece in pieces:
+        _roughen_weights(piece)
     tokens = random_tokens(config)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    mine = token_places(tokens.shape[1], topology.context_group.size())[topology.context_rank]
+
+    def forward_step(_batches: Any, piece: Any) -> Any:
+        logits = piece(tokens[:, mine], positions[:, mine], None)
+        return logits, lambda output: (output.sum(), {"logits": output})
+
     with torch.no_grad():
-        return model(tokens, positions, None)
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[None] * len(pieces),
+            model=pieces,
+            num_microbatches=config.parallel.pipeline,
+            seq_length=config.data.sequence_length,
+            micro_batch_size=config.training.micro_batch_size,
+            forward_only=True,
+        )
+    return reports[0]["logits"] if reports else None
+
+
+def token_places(length: int, context: int) -> list[torch.Tensor]:
+    """Tokens of each context rank: chunks c and 2C-1-c of 2C."""
+    chunks = torch.arange(length).chunk(2 * context)
+    return [torch.cat([chunks[rank], chunks[2 * context - 1 - rank]]) for rank in range(context)]
+
+
+def joined_logits(by_rank: list[torch.Tensor | None], parallel: ParallelConfig) -> torch.Tensor:
+    """Whole logits of one copy of the model: ranks run over tensor, context, data, then pipeline."""
+    of_last_stage = [part for part in by_rank if part is not None]
+    by_context = [
+        torch.cat(of_last_stage[first : first + parallel.tensor], dim=-1)
+        for first in range(0, parallel.tensor * parallel.context, parallel.tensor)
+    ]
+    places = torch.cat(token_places(by_context[0].shape[1] * parallel.context, parallel.context))
+    return torch.cat(by_context, dim=1)[:, places.argsort()]
 
 
 @torch.no_grad()
@@ -83,9 +125,15 @@ def _roughen_weights(model: Any) -> None:
     Matrices from N(0, 0.02) leave scores, gates and ReLUs in their linear range, so they are scaled
     up; biases start at 0 and norms at 1, so noise is added.
     """
-    from sas_megatron.model.initialization import parameter_generator, tensor_parallel_part, whole_shape
+    from sas_megatron.model.initialization import (
+        global_name,
+        parameter_generator,
+        tensor_parallel_part,
+        whole_shape,
+    )
 
-    for name, parameter in model.named_parameters():
+    for own_name, parameter in model.named_parameters():
+        name = global_name(model, own_name)
         if ".simulation." in name:
             continue
         if parameter.dim() == 2:

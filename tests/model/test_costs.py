@@ -55,11 +55,11 @@ def _without_storage() -> Iterator[None]:
 
 
 def _built_parameters(config: RunConfig) -> dict[str, int]:
-    from sas_megatron.model.assembly import build_gpt
+    from sas_megatron.model.assembly import build_gpt_pieces
 
     in_layout(ParallelConfig())
     with _without_storage():
-        model = build_gpt(config)
+        (model,) = build_gpt_pieces(config)
     terms: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         assert parameter.device.type == "meta", name
@@ -76,10 +76,10 @@ def _executed_flops(config: RunConfig) -> dict[str, float]:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sas_megatron.model.assembly import build_gpt
+    from sas_megatron.model.assembly import build_gpt_pieces
 
     in_layout(ParallelConfig())
-    model = build_gpt(config)
+    (model,) = build_gpt_pieces(config)
     length = config.data.sequence_length
     tokens = torch.zeros(config.training.micro_batch_size, length, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""The whole model in float64: any number of tensor ranks gives the logits of one process."""
+"""The whole model in float64: any layout of ranks gives the logits of one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sas_megatron.config.run import RunConfig
-from tests.model.model_parts import logits_part
+from tests.model.model_parts import joined_logits, logits_part
 from tests.run_configs import small_config
 from tests.tolerances import assert_near
 
@@ -47,33 +47,52 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(attention: str, parts: str, tensor: int, sequence: bool) -> RunConfig:
+def config_of(attention: str, parts: str, **parallel: Any) -> RunConfig:
     return small_config(
-        attention=ATTENTIONS[attention],
-        model=PARTS[parts],
-        parallel={"tensor": tensor, "sequence": sequence},
+        attention=ATTENTIONS[attention], model={"num_layers": 4, **PARTS[parts]}, parallel=parallel
     )
+
+
+# Degrees whose product is the world size; the layout varies slowest, since ranks keep their groups.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor 2": {"tensor": 2},
+    "tensor 2, sequence": {"tensor": 2, "sequence": True},
+    "tensor 4": {"tensor": 4},
+    "tensor 4, sequence": {"tensor": 4, "sequence": True},
+    "pipeline 2": {"pipeline": 2},
+    "pipeline 2 interleaved": {"pipeline": 2, "virtual_pipeline": 2},
+    "pipeline 2, first stage short": {"pipeline": 2, "first_stage_layers": 1},
+    "context 2": {"context": 2},
+    "context 2, pipeline 2": {"context": 2, "pipeline": 2},
+    "tensor 2, sequence, pipeline 2 interleaved": {
+        "tensor": 2,
+        "sequence": True,
+        "pipeline": 2,
+        "virtual_pipeline": 2,
+    },
+    "tensor 2, context 2": {"tensor": 2, "context": 2},
+}
 
 
 @pytest.fixture(scope="module")
 def alone(ranks: Any) -> dict[tuple[str, str], torch.Tensor]:
     """Logits of one process."""
     return {
-        (attention, parts): ranks(1).run(logits_part, config_of(attention, parts, 1, False))[0]
+        (attention, parts): ranks(1).run(logits_part, config_of(attention, parts))[0]
         for attention in ATTENTIONS
         for parts in PARTS
     }
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
-@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
-@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_number_of_ranks_gives_the_logits_of_one(
-    ranks: Any, alone: Any, attention: str, parts: str, sequence: bool, tensor: int
+    ranks: Any, alone: Any, attention: str, parts: str, layout: str
 ) -> None:
-    by_rank = ranks(tensor).run(logits_part, config_of(attention, parts, tensor, sequence))
-    assert_near(torch.cat(by_rank, dim=-1), alone[attention, parts], torch.float64, "logits")
+    config = config_of(attention, parts, **LAYOUTS[layout])
+    by_rank = ranks(config.parallel.model_size).run(logits_part, config)
+    assert_near(joined_logits(by_rank, config.parallel), alone[attention, parts], torch.float64, "logits")
 
 
 def test_variants_differ_from_each_other(alone: Any) -> None:

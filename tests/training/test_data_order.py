@@ -28,6 +28,7 @@ def tokens_of_step(config: RunConfig, step: int, data_rank: int, data_size: int)
         samples,
         first_sample=step * config.training.global_batch_size,
         num_samples=config.training.global_batch_size,
+        num_microbatches=config.training.global_batch_size // config.training.micro_batch_size // data_size,
         micro_batch_size=config.training.micro_batch_size,
         data_rank=data_rank,
         data_size=data_size,
@@ -63,6 +64,7 @@ def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
             samples,
             first_sample=0,
             num_samples=count,
+            num_microbatches=3,  # the second is filled up to four windows, the third is all filling
             micro_batch_size=4,
             data_rank=0,
             data_size=1,
@@ -73,9 +75,21 @@ def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
         def forward(self, tokens: Any, positions: Any, mask: Any, labels: Any) -> torch.Tensor:
             return torch.full(labels.shape, math.log(512.0))
 
-    labels = [row.tolist() for batch in batches() for row in batch["labels"]]
+    def run_forward(forward_step: Any) -> list[dict[str, torch.Tensor]]:
+        model, remaining, reports = Uniform(), batches(), []
+        for _ in range(3):
+            losses, report_of = forward_step(remaining, model)
+            reports.append(report_of(losses)[2])
+        return reports
+
+    labels = [
+        row.tolist()
+        for batch in batches()
+        for row, mask in zip(batch["labels"], batch["loss_mask"], strict=True)
+        if mask.any()
+    ]
     result = evaluate_held_out(
-        Uniform(), batches(), byte_lengths=ByteLengths(tokenizer, topology.device), topology=topology
+        run_forward, byte_lengths=ByteLengths(tokenizer, topology.device), topology=topology
     )
     return labels, result.loss, result.bits_per_byte, result.num_bytes
 
@@ -104,7 +118,7 @@ def test_bits_per_byte_counts_the_bytes_that_the_labels_spell(
 def losses_with_other_past(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Losses of a sample with an inner document end, and with another first document."""
     from sas_megatron.data.batches import build_training_samples
-    from sas_megatron.model.assembly import build_gpt
+    from sas_megatron.model.assembly import build_gpt_pieces
 
     in_layout(ParallelConfig())
     tokenizer = open_token_files(config.data, vocab_size=512)
@@ -116,7 +130,8 @@ def losses_with_other_past(config: RunConfig) -> tuple[torch.Tensor, torch.Tenso
             break
     else:
         raise AssertionError("no sample holds a document end")
-    model = build_gpt(config).eval()
+    (model,) = build_gpt_pieces(config)
+    model.eval()
     batch = {name: torch.as_tensor(value)[None] for name, value in sample.items()}
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:

@@ -35,15 +35,15 @@ def config_of(**changes: Any) -> RunConfig:
 
 def _rates_and_decays(config: RunConfig, step: int) -> dict[str, tuple[float, float]]:
     """On a rank: learning rate and weight decay of every parameter at one step, by name."""
-    from sas_megatron.training.assembly import assemble
+    from sas_megatron.training.engine import assemble
 
     in_layout(config.parallel)
-    trainer = assemble(config)
+    engine = assemble(config)
     for _ in range(step):
-        trainer.schedule.step(1)
-    names = {id(parameter): name for name, parameter in trainer.model_chunks[0].module.named_parameters()}
+        engine.schedule.step(1)
+    names = {id(parameter): name for name, parameter in engine.pieces[0].named_parameters()}
     found: dict[str, tuple[float, float]] = {}
-    for group in trainer.optimizer.param_groups:
+    for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
             name = names.pop(id(parameter))  # a second time would be a KeyError
             found[name] = (group["lr"], group["weight_decay"])
@@ -53,14 +53,14 @@ def _rates_and_decays(config: RunConfig, step: int) -> dict[str, tuple[float, fl
 
 def _elements_by_group(config: RunConfig) -> dict[tuple[float, float], int]:
     """On a rank: how many numbers are optimized at each rate and decay, in whatever copies."""
-    from sas_megatron.training.assembly import assemble
+    from sas_megatron.training.engine import assemble
 
     in_layout(config.parallel)
-    trainer = assemble(config)
+    engine = assemble(config)
     for _ in range(WARMUP):
-        trainer.schedule.step(1)
+        engine.schedule.step(1)
     counted: dict[tuple[float, float], int] = {}
-    for optimizer in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
         for group in optimizer.optimizer.param_groups:
             key = (round(group["lr"], 9), round(group["weight_decay"], 9))
             counted[key] = counted.get(key, 0) + sum(parameter.numel() for parameter in group["params"])

@@ -113,7 +113,7 @@ def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(
     ranks(world_size).run(complete, rest)
 
     for rank, (actual, expected) in enumerate(zip(final_states(rest), final_states(whole), strict=True)):
-        for part in ("model", "optimizer", "schedule_steps", "random"):
+        for part in ("engine", "schedule_steps", "random"):
             assert_bit_equal(actual[part], expected[part], f"rank {rank} {part}")
     timeless = ("step", "consumed_tokens", "training_flops", "train_loss", "gradient_norm", "learning_rate")
     assert [[record[key] for key in timeless] for record in records(rest)] == [
@@ -169,7 +169,7 @@ def complete_with_broken_weight(config: RunConfig, broken_rank: int) -> None:
         def poisoned() -> Any:
             if run.progress.step == 2:
                 with torch.no_grad():
-                    next(run.trainer.model_chunks[0].parameters()).fill_(float("nan"))
+                    next(run.engine.pieces[0].parameters()).fill_(float("nan"))
             return original()
 
         run._training_batches = poisoned  # type: ignore[method-assign]

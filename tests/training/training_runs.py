@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sas_megatron.config.run import RunConfig
 from tests.model.model_parts import WeightPart, weight_parts
 from tests.rank_pool import in_layout
 
-NUM_STEPS = 5
+NUM_STEPS = 6  # the last loss is the one after five updates
 
 
 @dataclass
 class Steps:
-    """What one rank saw: losses before each update and after the last, gradient norms, final weights."""
+    """What one rank saw: losses before each update and after the last, and its part of the weights."""
 
     losses: list[float]
     gradient_norms: list[float]
+    initial_weights: dict[str, WeightPart]
+    # Of the first step, summed over all ranks.
+    gradients: dict[str, WeightPart]
     weights: dict[str, WeightPart]
-    data_rank: int
+    tensor_rank: int
+    # Pipeline, context and data rank: those who share it hold one part of the model between them.
+    place: tuple[int, int, int]
 
 
 class RandomSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -42,43 +50,101 @@ class RandomSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def take_steps(config: RunConfig) -> Steps:
-    """On a rank: `NUM_STEPS` updates, and one step more for the loss after them."""
+    """On a rank: `NUM_STEPS` updates."""
     from sas_megatron.data.batches import microbatches
-    from sas_megatron.training.assembly import assemble
+    from sas_megatron.training.engine import assemble
     from sas_megatron.training.step import train_step
 
     topology = in_layout(config.parallel)
-    trainer = assemble(config)
+    engine = assemble(config)
     training, samples = config.training, RandomSamples(config)
-    losses, norms, weights = [], [], {}
-    for step in range(NUM_STEPS + 1):
-        if step == NUM_STEPS:
-            weights = weight_parts(trainer.model_chunks[0].module)
+    per_rank = training.global_batch_size // training.micro_batch_size // topology.data_size
+    initial_weights = weight_parts(engine.pieces, weight_reader(engine))
+    losses, norms, gradients = [], [], {}
+    update = engine.update
+
+    def first_update() -> float:
+        gradients.update(weight_parts(engine.pieces, gradient_reader(engine)))
+        engine.update = update
+        return update()
+
+    engine.update = first_update
+    for step in range(NUM_STEPS):
         batches = microbatches(
             samples,
             first_sample=step * training.global_batch_size,
             num_samples=training.global_batch_size,
+            num_microbatches=per_rank,
             micro_batch_size=training.micro_batch_size,
             data_rank=topology.data_rank,
             data_size=topology.data_size,
             device=topology.device,
+            context_group=topology.context_group,
         )
-        per_rank = training.global_batch_size // training.micro_batch_size // topology.data_size
-        result = train_step(trainer, batches, step=step + 1, num_microbatches=per_rank, topology=topology)
+        result = train_step(engine, batches, step=step + 1, num_microbatches=per_rank, topology=topology)
         losses.append(result.loss)
         norms.append(result.gradient_norm)
         assert next(batches, None) is None, "a step must use all its microbatches"
-    return Steps(losses, norms, weights, topology.data_rank)
+    if config.training.engine == "megatron":
+        engine.capture(Path())  # where updated weights are still to be gathered, it does that
+    return Steps(
+        losses,
+        norms,
+        initial_weights,
+        gradients,
+        weight_parts(engine.pieces, weight_reader(engine)),
+        topology.tensor_rank,
+        (topology.pipeline_rank, topology.context_rank, topology.data_rank),
+    )
+
+
+def weight_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
+    """Gives a parameter's weights, whole where data ranks hold shards of them."""
+    if engine.config.training.engine == "megatron" or engine.config.deepspeed.zero_stage < 3:
+        return torch.detach
+
+    def gathered(parameter: Any) -> torch.Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    return gathered
+
+
+def gradient_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
+    """Gives the gradient of a parameter after `accumulate`, whole where data ranks hold shards of it."""
+    if engine.config.training.engine == "deepspeed":
+        from deepspeed.utils import safe_get_full_grad
+
+        stage = engine.config.deepspeed.zero_stage
+        return safe_get_full_grad if stage else lambda parameter: parameter.grad
+    if engine.config.optimizer.distributed:
+        for chunk in engine.chunks:
+            for buffer in chunk.buffers:
+                for bucket in buffer.buckets:
+                    group = buffer.data_parallel_group
+                    shard = bucket.grad_data.chunk(group.size())[group.rank()]
+                    dist.all_gather_into_tensor(bucket.grad_data, shard.clone(), group=group)
+    return lambda parameter: parameter.main_grad
+
+
+def tensor_groups(by_rank: list[Steps]) -> list[list[Steps]]:
+    """The ranks that hold one part of the model between them, in the order of their tensor ranks."""
+    groups: dict[tuple[int, int, int], list[Steps]] = {}
+    for steps in sorted(by_rank, key=lambda steps: steps.tensor_rank):
+        groups.setdefault(steps.place, []).append(steps)
+    return list(groups.values())
 
 
 def replicas_that_differ(by_rank: list[Steps]) -> list[str]:
     """Names of parameters whose copies are not equal to the bit: over all ranks, or those of one part."""
+    originals: dict[tuple[str, int], torch.Tensor] = {}
     differing = []
-    for name, first in by_rank[0].weights.items():
-        tensor_size = len([steps for steps in by_rank if steps.data_rank == 0])
-        for rank, steps in enumerate(by_rank):
-            original = by_rank[rank % tensor_size if first.dim is not None else 0]
-            if not torch.equal(steps.weights[name].tensor, original.weights[name].tensor):
+    for rank, steps in enumerate(by_rank):
+        for name, part in steps.weights.items():
+            key = (name, -1 if part.dim is None else steps.tensor_rank)
+            if not torch.equal(part.tensor, originals.setdefault(key, part.tensor)):
                 differing.append(f"{name} on rank {rank}")
     return differing
 
@@ -86,17 +152,17 @@ def replicas_that_differ(by_rank: list[Steps]) -> list[str]:
 def steps_without(fault: str, config: RunConfig) -> Any:
     """On a rank: `take_steps` with one sum of gradients left out."""
     from sas_megatron.attention import simulated_layer
-    from sas_megatron.training import assembly
+    from sas_megatron.training import megatron_engine
 
-    kept_sum, kept_finalize = simulated_layer.sum_gradients_over, assembly.finalize_model_grads
+    kept_sum, kept_finalize = simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads
     if fault == "simulation":
         simulated_layer.sum_gradients_over = lambda _group, weights: tuple(weights)
     else:
-        assembly.finalize_model_grads = _finalize_without_norms
+        megatron_engine.finalize_model_grads = _finalize_without_norms
     try:
         return take_steps(config)
     finally:
-        simulated_layer.sum_gradients_over, assembly.finalize_model_grads = kept_sum, kept_finalize
+        simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads = kept_sum, kept_finalize
 
 
 def _finalize_without_norms(model: list[Any], *arguments: Any, **options: Any) -> None:

@@ -1,0 +1,129 @@
+"""The table of layouts: what each one shares out, and in how many processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sas_megatron.config.run import RunConfig
+from tests.run_configs import small_config
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
+    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+    "sas-gather": {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, "exchange": "gather"},
+    "sas-all_to_all": {
+        "kind": "sas",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "head_expansion": 2,
+        "exchange": "all_to_all",
+    },
+}
+
+TIED = {"tie_embeddings": True, "linear_bias": True, "normalization": "layernorm", "activation": "gelu"}
+OVERLAP = {"overlap_gradient_reduce": True, "overlap_parameter_gather": True}
+SHARDED = {"distributed": True}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`world_size` ranks; what `parallel` leaves of them share the batch. `model` also holds alone."""
+
+    world_size: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] | None = None
+
+    def config(self, attention: str) -> RunConfig:
+        """A run of four layers and eight samples a step on this layout."""
+        sections: dict[str, Any] = {
+            "attention": ATTENTIONS[attention],
+            "model": {"num_layers": 4, **self.model},
+            "data": {"sequence_length": 16},
+            "parallel": self.parallel,
+            "optimizer": {"learning_rate": 0.01, **self.optimizer},
+            "schedule": {"warmup_steps": 2},
+            "training": {"num_steps": 9, "global_batch_size": 8, "micro_batch_size": 2, **self.training},
+        }
+        if self.deepspeed is not None:
+            sections["training"]["engine"] = "deepspeed"
+            sections["deepspeed"] = self.deepspeed
+        return small_config(**sections)
+
+    def alone(self, attention: str) -> RunConfig:
+        """The same model in one process: Megatron-core's engine, nothing shared, nothing recomputed."""
+        return Layout(1, model=self.model).config(attention)
+
+
+# Each axis alone, then what interacts.
+LAYOUTS: dict[str, Layout] = {
+    "one rank, selective recompute": Layout(1, training={"recompute": "selective"}),
+    "one rank, full recompute": Layout(1, training={"recompute": "full"}),
+    "one rank, full recompute of one layer": Layout(1, training={"recompute": "full", "recompute_layers": 1}),
+    "tensor 2": Layout(2, {"tensor": 2}),
+    "tensor 2, sequence": Layout(2, {"tensor": 2, "sequence": True}),
+    "tensor 4": Layout(4, {"tensor": 4}),
+    "tensor 4, sequence": Layout(4, {"tensor": 4, "sequence": True}),
+    "pipeline 2": Layout(2, {"pipeline": 2}),
+    "pipeline 2, tied": Layout(2, {"pipeline": 2}, model=TIED),
+    "pipeline 2, uneven": Layout(2, {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3}),
+    "pipeline 2, interleaved": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pipeline 4": Layout(4, {"pipeline": 4}),
+    "context 2": Layout(2, {"context": 2}),
+    "context 4": Layout(4, {"context": 4}),
+    "data 2": Layout(2),
+    "data 2, overlapped": Layout(2, {"overlap_gradient_reduce": True}),
+    "data 2, distributed optimizer": Layout(2, optimizer=SHARDED),
+    "data 2, distributed optimizer, overlapped": Layout(2, OVERLAP, SHARDED),
+    "tensor 2, data 2": Layout(4, {"tensor": 2}),
+    "tensor 2, sequence, pipeline 2": Layout(4, {"tensor": 2, "sequence": True, "pipeline": 2}),
+    "tensor 2, sequence, pipeline 2, tied, selective recompute": Layout(
+        4,
+        {"tensor": 2, "sequence": True, "pipeline": 2},
+        training={"recompute": "selective", "recompute_modules": ["attention", "mlp"]},
+        model=TIED,
+    ),
+    "tensor 2, pipeline 2 interleaved": Layout(4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    "tensor 2, context 2": Layout(4, {"tensor": 2, "context": 2}),
+    "tensor 2, sequence, context 2, selective recompute": Layout(
+        4, {"tensor": 2, "sequence": True, "context": 2}, training={"recompute": "selective"}
+    ),
+    "context 2, data 2, distributed optimizer": Layout(4, {"context": 2}, SHARDED),
+    "pipeline 2, context 2, full recompute": Layout(
+        4, {"pipeline": 2, "context": 2}, training={"recompute": "full"}
+    ),
+    "pipeline 2 interleaved, data 2, distributed optimizer, overlapped": Layout(
+        4, {"pipeline": 2, "virtual_pipeline": 2, **OVERLAP}, SHARDED
+    ),
+    "tensor 2, sequence, data 2, distributed optimizer, overlapped": Layout(
+        4, {"tensor": 2, "sequence": True, **OVERLAP}, SHARDED
+    ),
+    "tensor 2, sequence, pipeline 2, data 2, distributed optimizer": Layout(
+        8, {"tensor": 2, "sequence": True, "pipeline": 2}, SHARDED
+    ),
+    "tensor 2, sequence, pipeline 2 interleaved, context 2": Layout(
+        8, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2}
+    ),
+    "tensor 2, context 2, data 2, distributed optimizer, overlapped": Layout(
+        8, {"tensor": 2, "context": 2, **OVERLAP}, SHARDED
+    ),
+    "pipeline 2 tied, context 2, data 2, distributed optimizer": Layout(
+        8, {"pipeline": 2, "context": 2}, SHARDED, model=TIED
+    ),
+    **{
+        f"DeepSpeed stage {stage}, {name}": Layout(
+            world_size, parallel, model=model, deepspeed={"zero_stage": stage}
+        )
+        for name, world_size, parallel, model in (
+            ("data 2", 2, {}, {}),
+            ("tensor 2, data 2", 4, {"tensor": 2}, {}),
+            ("tensor 2, sequence, data 2, tied", 4, {"tensor": 2, "sequence": True}, TIED),
+            ("tensor 2, context 2", 4, {"tensor": 2, "context": 2}, {}),
+        )
+        for stage in range(4)
+    },
+}
