@@ -58,8 +58,8 @@ def simulate(
         raise FieldError("world size", world_size, "must be positive", "use 1 or more")
     if search and validate:
         raise UserError("--search and --validate: are two questions; ask one of them")
-    if getattr(run_config.training, "engine", "megatron") != "megatron":
-        raise UserError("training.engine: only the megatron engine can be simulated; use megatron")
+    if run_config.training.engine != "megatron":
+        raise run_config.training.problem("engine", "cannot be simulated yet", "set training.engine=megatron")
     if not search:
         run_config.check_world_size(world_size)
     if validate:

@@ -102,7 +102,7 @@ def show_estimate(result: dict[str, Any]) -> None:
     )
     console.print(
         "A multiply-add is two FLOPs, fused attention counts S² scores; bytes in the ring convention; "
-        "no communication is taken to overlap; shares of the peak attained are the hardware file's.",
+        "communication overlaps only as parallel.overlap_* says; shares of the peak attained are the hardware file's.",
         soft_wrap=True,
     )
 
@@ -170,8 +170,9 @@ def search_as_dict(search: LayoutSearch, top: int) -> dict[str, Any]:
     """The best layouts and what became of the rest, in plain types."""
     return {
         "hardware": search.hardware.name,
-        "considered": search.num_legal,
-        "too_large": search.num_too_large,
+        "legal_layouts": search.num_legal,
+        "families": search.num_families,
+        "simulated_families": search.num_simulated_families,
         "layouts": [
             {
                 "overrides": layout.overrides,
@@ -189,7 +190,7 @@ def show_search(result: dict[str, Any]) -> None:
     console = Console()
     if not result["layouts"]:
         console.print(
-            f"none of {result['considered']} layouts fits into the memory of {result['hardware']}; "
+            f"none of {result['legal_layouts']} legal layouts fits into the memory of {result['hardware']}; "
             "use more ranks, a smaller micro batch in the config, or a smaller model",
             soft_wrap=True,
         )
@@ -208,7 +209,8 @@ def show_search(result: dict[str, Any]) -> None:
         loss = f"; loses by {layout['loses_by']}" if layout["loses_by"] else ""
         console.print(f"{place}. {' '.join(layout['overrides'])}{loss}", soft_wrap=True, highlight=False)
     console.print(
-        f"{result['considered']} layouts are legal, {result['too_large']} of them too large for "
+        f"{result['legal_layouts']} layouts are legal, in {result['families']} families that differ in more "
+        f"than their micro batch; the {result['simulated_families']} most promising were simulated on "
         f"{result['hardware']}. Paste what stands after a number behind the config's path.",
         soft_wrap=True,
     )

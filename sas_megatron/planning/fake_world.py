@@ -5,7 +5,7 @@
       -> torch's FakeTensorMode: every operation computes shapes alone
       -> what the code reads out of a tensor (`.item()`) is answered with a one
 
-So the real assembly and the real training step run unchanged, and what they allocate, compute and
+So the real engine and the real training step run unchanged, and what they allocate, compute and
 send is what is counted.
 """
 

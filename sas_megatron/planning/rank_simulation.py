@@ -1,6 +1,6 @@
 """One rank of a run, simulated: what it holds, computes and sends in a step of the real training code.
 
-    config, rank -> fake world -> assemble -> a step that makes the optimizer's state
+    config, rank -> fake world -> the engine -> a step that makes the optimizer's state
       -> two steps of few microbatches, counted -> the step of all microbatches, by their difference
 
 A step is a fixed part and a part for each microbatch, once there are enough of them to fill the
@@ -27,7 +27,8 @@ from sas_megatron.planning.fake_world import fake_world
 from sas_megatron.planning.memory_meter import MemoryMeter, distinct_bytes
 from sas_megatron.planning.operation_meter import OperationMeter
 from sas_megatron.planning.tally import Tally
-from sas_megatron.training.assembly import Trainer, assemble
+from sas_megatron.training.engine import Reports
+from sas_megatron.training.megatron_engine import MegatronEngine
 from sas_megatron.training.step import train_step
 
 
@@ -93,7 +94,7 @@ def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankRepor
         stepper = Stepper(config, topology, memory)
         counts = _measured_microbatches(config, num_microbatches)
         # The first step makes the optimizer's state, which later ones find.
-        stepper.step(min(counts[0], getattr(config.parallel, "pipeline", 1)))
+        stepper.step(min(counts[0], config.parallel.pipeline))
         steps = [stepper.step(count) for count in counts]
         phases = [
             _extrapolated(phase, counts, num_microbatches)
@@ -103,7 +104,7 @@ def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankRepor
 
 
 def _extrapolated(measured: list[Tally], counts: list[int], wanted: int) -> Tally:
-    """The tally of `wanted` microbatches: on the line through those of two counts, or the only one."""
+    """Of `wanted` microbatches: on the line through those of two counts, or the only one."""
     if len(counts) == 1:
         return measured[0]
     per_microbatch = (measured[1] + measured[0] * -1) * (1 / (counts[1] - counts[0]))
@@ -116,14 +117,16 @@ def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int
     A pipeline of p stages holds what it will ever hold at p microbatches; its interleaved schedule,
     which takes them in rounds of p, at two rounds.
     """
-    stages = getattr(config.parallel, "pipeline", 1)
-    interleaved = getattr(config.parallel, "virtual_pipeline", 1) > 1
+    stages = config.parallel.pipeline
+    interleaved = config.parallel.virtual_pipeline > 1
     counts = [2 * stages, 3 * stages] if interleaved else [stages, stages + 1]
     return counts if num_microbatches > counts[1] else [num_microbatches]
 
 
 class Stepper:
-    """A trainer on made-up batches that counts what each of its steps does; on real ranks or simulated ones.
+    """A training engine on made-up batches that counts what each of its steps does.
+
+    It works on real ranks as on simulated ones.
 
     `memory` must be entered before this is built, and through all steps.
     """
@@ -132,13 +135,11 @@ class Stepper:
         self.config = config
         self.topology = topology
         self.memory = memory
-        self.trainer = assemble(config)
+        self.engine = _WatchedEngine(config, self)
         self.microbatches_peak_bytes = 0
         self.update_peak_bytes = 0
         self._meters = _Meters(topology)
         self._microbatches = Tally()
-        self._run_schedule = self.trainer.run_schedule
-        self.trainer.run_schedule = self._watched_schedule
 
     def step(self, num_microbatches: int) -> StepTally:
         """One optimizer step, counted."""
@@ -153,14 +154,14 @@ class Stepper:
     def run(self, num_microbatches: int) -> None:
         """One optimizer step, uncounted but for the memory."""
         train_step(
-            self.trainer, self._batches(), step=1, num_microbatches=num_microbatches, topology=self.topology
+            self.engine, self._batches(), step=1, num_microbatches=num_microbatches, topology=self.topology
         )
 
     def report(self, *, num_microbatches: int, step: StepTally) -> RankReport:
         """What the rank holds after its last step, with the tallies of one."""
-        parameters = [p for chunk in self.trainer.model_chunks for p in chunk.parameters()]
+        parameters = [parameter for piece in self.engine.pieces for parameter in piece.parameters()]
         gradients = [parameter.main_grad for parameter in parameters]
-        optimizer = list(_optimizer_tensors(self.trainer))
+        optimizer = list(_optimizer_tensors(self.engine.optimizer))
         attention, parallel = self.config.attention, self.config.parallel
         return RankReport(
             rank=self.topology.rank,
@@ -173,8 +174,8 @@ class Stepper:
             },
             num_layers=sum(
                 isinstance(module, TransformerLayer)
-                for chunk in self.trainer.model_chunks
-                for module in chunk.modules()
+                for piece in self.engine.pieces
+                for module in piece.modules()
             ),
             num_heads=attention.num_attended_heads // parallel.tensor // parallel.context,
             num_parameters=sum(parameter.numel() for parameter in parameters),
@@ -188,14 +189,11 @@ class Stepper:
             update=step.update,
         )
 
-    def _watched_schedule(self, **arguments: Any) -> Any:
-        # What comes before, the zeroing of gradients, is the update's.
-        before = self._meters.tally()
-        reports = self._run_schedule(**arguments)
-        self._microbatches = self._meters.tally() + before * -1
+    def note_microbatches(self) -> None:
+        """To be called between the microbatches and the update: what was counted so far is theirs."""
+        self._microbatches = self._meters.tally()
         self.microbatches_peak_bytes = self.memory.peak_bytes
         self.memory.reset_peak()
-        return reports
 
     def _batches(self) -> Iterator[Batch]:
         """Microbatches shaped as `data.batches.microbatches` gives them."""
@@ -211,13 +209,27 @@ class Stepper:
             yield batch
 
 
+class _WatchedEngine(MegatronEngine):
+    """The engine as it is, but that it says when a step's microbatches are done."""
+
+    def __init__(self, config: RunConfig, stepper: Stepper) -> None:
+        super().__init__(config)
+        self._stepper = stepper
+
+    def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
+        """The engine's."""
+        reports = super().accumulate(batches, num_microbatches=num_microbatches)
+        self._stepper.note_microbatches()
+        return reports
+
+
 class _Meters(contextlib.ExitStack):
     """The operation meter and the wire ledger, entered together and read as one tally."""
 
     def __init__(self, topology: Topology) -> None:
         super().__init__()
         self.operations = OperationMeter()
-        self.ledger = WireLedger(ledger_names(topology))
+        self.ledger = build_ledger(topology)
 
     def __enter__(self) -> _Meters:
         super().__enter__()
@@ -243,18 +255,24 @@ def _without_garbage() -> Iterator[None]:
         gc.enable()
 
 
+def build_ledger(topology: Topology) -> WireLedger:
+    """The ledger of a report; the gradient norm's group and others come under "other"."""
+    return WireLedger(ledger_names(topology), sends="pipeline")
+
+
 def ledger_names(topology: Topology) -> dict[str, Any]:
-    """The groups that a report names; the gradient norm's and others come under "other"."""
+    """The groups that a report names."""
     return {
         "tensor": topology.tensor_group,
         "context": topology.context_group,
+        "pipeline": topology.pipeline_group,
         "data": topology.data_group,
     }
 
 
-def _optimizer_tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
+def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
     """Moments and full-precision weights of Megatron-core's optimizer, or of each that it chains."""
-    for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups:
             yield from group["params"]
         for state in part.optimizer.state.values():

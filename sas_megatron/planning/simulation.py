@@ -52,7 +52,7 @@ def stage_ranks(config: RunConfig, world_size: int) -> list[int]:
     Megatron-core numbers ranks stage by stage. The second stage holds the most activations of those
     between the ends, since it starts the most microbatches ahead.
     """
-    stages = getattr(config.parallel, "pipeline", 1)
+    stages = config.parallel.pipeline
     per_stage = world_size // stages
     return [stage * per_stage for stage in sorted({0, min(1, stages - 1), stages - 1})]
 

@@ -5,8 +5,8 @@ and has to be started. A step of m microbatches on p stages of v chunks takes
 
     (m + (p-1)/v) · [compute + tensor + context + pipeline of the slowest stage] + data + update
 
-(pipeline bubble: Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Nothing is taken to overlap:
-the training code waits for each collective, and reduces gradients after the last microbatch.
+(pipeline bubble: Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Nothing is taken to overlap but
+what `parallel.overlap_*` asks for.
 """
 
 from __future__ import annotations
@@ -60,17 +60,19 @@ def estimate_step(
         UserError: the hardware file lacks a figure that is needed.
     """
     parallel = config.parallel
-    stages, chunks = getattr(parallel, "pipeline", 1), getattr(parallel, "virtual_pipeline", 1)
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
     slowest = max(reports, key=lambda report: sum(_pipelined_seconds(report, hardware).values()))
     terms = _pipelined_seconds(slowest, hardware)
     bubble = (stages - 1) / chunks / slowest.num_microbatches
     if stages > 1:
         terms["bubble"] = bubble * sum(terms.values())
+    per_microbatch = sum(terms.values()) / slowest.num_microbatches / (1 + bubble)
+    terms["data"] = _data_seconds(slowest, config, hardware, per_microbatch_seconds=per_microbatch)
     terms["update"] = _compute_seconds(slowest.update, hardware)
     for tally in (slowest.microbatches, slowest.update):
-        for group, seconds in _wire_seconds(slowest, tally, hardware).items():
-            if tally is slowest.update or group not in PIPELINED_GROUPS:
-                terms[group] = terms.get(group, 0.0) + seconds
+        for group in tally.wire_bytes:
+            if group != "data" and (group not in PIPELINED_GROUPS or tally is slowest.update):
+                terms[group] = terms.get(group, 0.0) + _group_seconds(slowest, tally, group, hardware)
     tokens = config.training.global_batch_size * config.data.sequence_length
     peak = hardware.matrix_rate(config.training.precision) * world_size
     model_flops = tokens * sum(count_training_flops(config).values())
@@ -84,11 +86,34 @@ def estimate_step(
 
 def _pipelined_seconds(report: RankReport, hardware: Hardware) -> dict[str, float]:
     """By term, what all microbatches take of the slowest stage, and a pipeline's ends wait for."""
-    wire = _wire_seconds(report, report.microbatches, hardware)
     return {
         "compute": _compute_seconds(report.microbatches, hardware),
-        **{group: seconds for group, seconds in wire.items() if group in PIPELINED_GROUPS},
+        **{
+            group: _group_seconds(report, report.microbatches, group, hardware)
+            for group in PIPELINED_GROUPS
+            if group in report.microbatches.wire_bytes
+        },
     }
+
+
+def _data_seconds(
+    report: RankReport, config: RunConfig, hardware: Hardware, *, per_microbatch_seconds: float
+) -> float:
+    """What the data-parallel ranks' exchange adds to the step, beyond what an overlap hides.
+
+    The gradients' reduction hides behind the last microbatch's backward pass, two thirds of its time,
+    and the parameters' gathering behind the next step's first forward pass, a third.
+    """
+    seconds = {"gather": 0.0, "reduce": 0.0}
+    for tally in (report.microbatches, report.update):
+        for operation in tally.wire_bytes.get("data", {}):
+            kind = "gather" if operation.startswith("allgather") else "reduce"
+            seconds[kind] += _wire_seconds(report, tally, "data", operation, hardware)
+    if config.parallel.overlap_gradient_reduce:
+        seconds["reduce"] = max(0.0, seconds["reduce"] - per_microbatch_seconds * 2 / 3)
+    if config.parallel.overlap_parameter_gather:
+        seconds["gather"] = max(0.0, seconds["gather"] - per_microbatch_seconds / 3)
+    return sum(seconds.values())
 
 
 def _compute_seconds(tally: Tally, hardware: Hardware) -> float:
@@ -110,14 +135,17 @@ def working_seconds(operation: Operation, hardware: Hardware) -> float:
     return max(moving, operation.executed_flops / (hardware.matrix_rate(operation.dtype) * share))
 
 
-def _wire_seconds(report: RankReport, tally: Tally, hardware: Hardware) -> dict[str, float]:
-    """By group: bytes over the wire's rate, and in each call a latency for each doubling of the ranks."""
-    seconds = {}
-    for group in tally.wire_bytes:
-        ranks = report.group_ranks.get(group, report.group_ranks["other"])
-        wire = hardware.wire_between(ranks)
-        rate = 1e9 * wire.gigabytes_per_second * hardware.attainable.wire
-        hops = math.ceil(math.log2(max(2, len(ranks))))
-        calls = sum(tally.wire_calls.get(group, {}).values())
-        seconds[group] = tally.group_bytes(group) / rate + 1e-6 * wire.latency_microseconds * hops * calls
-    return seconds
+def _group_seconds(report: RankReport, tally: Tally, group: str, hardware: Hardware) -> float:
+    return sum(
+        _wire_seconds(report, tally, group, operation, hardware) for operation in tally.wire_bytes[group]
+    )
+
+
+def _wire_seconds(report: RankReport, tally: Tally, group: str, operation: str, hardware: Hardware) -> float:
+    """Bytes over the wire's rate, and in each call a latency for each doubling of the ranks."""
+    ranks = report.group_ranks.get(group, report.group_ranks["other"])
+    wire = hardware.wire_between(ranks)
+    rate = 1e9 * wire.gigabytes_per_second * hardware.attainable.wire
+    hops = 1 if operation == "send" else math.ceil(math.log2(max(2, len(ranks))))
+    calls = tally.wire_calls[group][operation]
+    return tally.wire_bytes[group][operation] / rate + 1e-6 * wire.latency_microseconds * hops * calls

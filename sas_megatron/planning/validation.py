@@ -15,12 +15,11 @@ import torch
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.parallel.topology import joined_groups
-from sas_megatron.parallel.wire_ledger import WireLedger
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.machine_measurement import hardware_from, measure_here
 from sas_megatron.planning.memory_meter import MemoryMeter
 from sas_megatron.planning.rank_processes import run_on_ranks
-from sas_megatron.planning.rank_simulation import Stepper, ledger_names, simulate_rank
+from sas_megatron.planning.rank_simulation import Stepper, build_ledger, simulate_rank
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
 
 MOST_RANKS = 8
@@ -112,7 +111,7 @@ def _measure_rank(config: RunConfig) -> dict[str, Any]:
         num_microbatches = training.global_batch_size // training.micro_batch_size // topology.data_size
         stepper = Stepper(config, topology, MemoryMeter())
         stepper.run(num_microbatches)
-        ledger = WireLedger(ledger_names(topology))
+        ledger = build_ledger(topology)
         gc.collect()
         _forget_peak()
         with ledger:

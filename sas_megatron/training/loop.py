@@ -70,7 +70,8 @@ class Run:
                 "context": topology.context_group,
                 "pipeline": topology.pipeline_group,
                 "data": topology.data_group,
-            }
+            },
+            sends="pipeline",
         )
 
     def complete(self) -> None:

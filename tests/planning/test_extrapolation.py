@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from sas_megatron.config.run import RunConfig
-from tests.planning.test_rank_simulation import ALL_TO_ALL, DISTRIBUTED, GATHER, MHA
 from tests.run_configs import small_config
+from tests.training.layouts import ATTENTIONS
 
 # The distributed optimizer's buffers end at a multiple of 128 elements a rank: no line in depth.
 PADDING = 2e-3
 
+DISTRIBUTED: dict[str, Any] = {"optimizer": {"learning_rate": 0.01, "distributed": True}}
+MHA, GATHER, ALL_TO_ALL = (ATTENTIONS[name] for name in ("mha", "sas-gather", "sas-all_to_all"))
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "alone": (1, MHA, {}, {}),
     "tensor-data": (4, ALL_TO_ALL, {"tensor": 2, "sequence": True}, DISTRIBUTED),

@@ -8,8 +8,8 @@ import pytest
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
-from tests.planning.test_rank_simulation import MHA
 from tests.run_configs import small_config
+from tests.training.layouts import ATTENTIONS
 
 
 def _machine(*, memory_gib: float, wire_gigabytes_per_second: float) -> Hardware:
@@ -39,7 +39,9 @@ def _config(**sections: Any) -> Any:
         "vocab_multiple": 8,
     }
     training = {"global_batch_size": 4, "micro_batch_size": 2}
-    return small_config(model=model, attention={**MHA, "head_dim": 16}, training=training, **sections)
+    return small_config(
+        model=model, attention={**ATTENTIONS["mha"], "head_dim": 16}, training=training, **sections
+    )
 
 
 def _search(memory_gib: float, wire: float, world_size: int = 2) -> Any:
@@ -57,34 +59,38 @@ def test_with_room_for_the_model_data_parallelism_wins(simulator: Any) -> None:
         override.startswith(("parallel.tensor", "parallel.context")) for override in best.overrides
     )
     assert best.loses_by is None
-    assert search.num_too_large == 0
+    assert search.num_simulated_families <= search.num_families <= search.num_legal
     by_tensor = next(x for x in search.ranked if "parallel.tensor=2" in x.overrides)
     assert "tensor +" in by_tensor.loses_by
     assert [x.step.seconds for x in search.ranked] == sorted(x.step.seconds for x in search.ranked)
 
 
-def test_without_room_for_the_whole_model_its_weights_are_shared(simulator: Any) -> None:
+def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any) -> None:
     roomy = simulator(_search, 1.0, 1.0)
-    by_tensor = [x for x in roomy.ranked if "parallel.tensor=2" in x.overrides]
-    others = [x for x in roomy.ranked if "parallel.tensor=2" not in x.overrides]
-    room = (min(x.peak_bytes for x in by_tensor) + min(x.peak_bytes for x in others)) / 2
+    sizes = sorted(layout.peak_bytes for layout in roomy.ranked)
+    room = sizes[len(sizes) // 3]
     tight = simulator(_search, room / 2**30, 1.0)
     assert tight.ranked
-    assert all("parallel.tensor=2" in layout.overrides for layout in tight.ranked)
-    assert tight.num_too_large > 0
+    assert all(layout.peak_bytes <= room for layout in tight.ranked)
+    fitting = [layout.overrides for layout in roomy.ranked if layout.peak_bytes <= room]
+    assert tight.ranked[0].overrides == fitting[0]
+    assert tight.ranked[0].overrides != roomy.ranked[0].overrides
 
 
-def test_pasting_the_overrides_gives_the_layout() -> None:
-    from sas_megatron.planning.layout_search import legal_layouts
+def test_every_legal_layout_is_considered_once() -> None:
+    from sas_megatron.planning.layout_screening import legal_layouts
 
     machine = _machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
     layouts = list(legal_layouts(_config(), world_size=8, hardware=machine))
-    places = {(x.parallel.tensor, x.parallel.context, x.training.micro_batch_size) for x in layouts}
-    assert len(places) == len(layouts)
-    # Four heads, four samples and twelve tokens: eight ranks in these ways alone.
-    assert places == {
-        *((2, 1, 1), (4, 1, 1), (4, 1, 2), (2, 2, 1), (2, 2, 2), (1, 2, 1)),
-    }
+    places = [
+        (x.parallel.tensor, x.parallel.context, x.parallel.pipeline, x.training.micro_batch_size)
+        for x in layouts
+        if x.training.recompute == "none"
+    ]
+    assert len(set(places)) == len(places)
+    # Four heads, four samples, twelve tokens, three layers: eight ranks in these ways alone.
+    assert set(places) == {(2, 1, 1, 1), (4, 1, 1, 1), (4, 1, 1, 2), (1, 2, 1, 1), (2, 2, 1, 1), (2, 2, 1, 2)}
+    assert {x.training.recompute for x in layouts} == {"none", "selective", "full"}
 
 
 def test_no_legal_layout_is_said() -> None:

@@ -9,57 +9,44 @@ import pytest
 from sas_megatron.config.run import RunConfig
 from tests.planning.simulated_ranks import real_report, simulated_reports
 from tests.run_configs import small_config
+from tests.training.layouts import ATTENTIONS, LAYOUTS
 
-MHA: dict[str, Any] = {"kind": "mha", "num_heads": 4, "head_dim": 6}
-GQA: dict[str, Any] = {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
-GATHER: dict[str, Any] = {"kind": "sas", "num_heads": 4, "head_dim": 6, "exchange": "gather"}
-ALL_TO_ALL: dict[str, Any] = {**GATHER, "head_expansion": 2, "exchange": "all_to_all"}
-DISTRIBUTED: dict[str, Any] = {"optimizer": {"learning_rate": 0.01, "distributed": True}}
-BFLOAT16 = {"training": {"precision": "bfloat16", "global_batch_size": 8}}
-
-# world size, attention, parallel, further sections
-CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "alone": (1, MHA, {}, {}),
-    "tensor-mha": (2, MHA, {"tensor": 2}, {}),
-    "tensor-gqa-bfloat16": (2, GQA, {"tensor": 2}, BFLOAT16),
-    "tensor-gather": (2, GATHER, {"tensor": 2}, {}),
-    "tensor-all_to_all-sequence": (2, ALL_TO_ALL, {"tensor": 2, "sequence": True}, {}),
-    "context": (2, GQA, {"context": 2}, {}),
-    "data": (2, MHA, {}, {}),
-    "data-distributed": (2, GATHER, {}, DISTRIBUTED),
-    "data-distributed-bfloat16-accumulated": (2, MHA, {}, {**DISTRIBUTED, **BFLOAT16}),
-    "tied-biased-documents": (
-        2,
-        MHA,
-        {"tensor": 2},
-        {
-            "model": {"tie_embeddings": True, "linear_bias": True, "normalization": "layernorm"},
-            "data": {"reset_at_document_ends": True},
-        },
-    ),
-    "tensor-context-sequence": (4, GATHER, {"tensor": 2, "context": 2, "sequence": True}, {}),
-    "tensor-data-distributed-accumulated": (
-        4,
-        ALL_TO_ALL,
-        {"tensor": 2, "sequence": True},
-        {**DISTRIBUTED, "training": {"global_batch_size": 8}},
-    ),
-    "tensor-context-data": (8, ALL_TO_ALL, {"tensor": 2, "context": 2, "sequence": True}, DISTRIBUTED),
-    "tensor-8": (8, {**GATHER, "num_heads": 8, "num_kv_heads": 4}, {"tensor": 8}, {}),
-}
+# Of the table of layouts: each kind of parallelism with each kind of attention that it concerns.
+CASES: list[tuple[str, str]] = [
+    ("one rank, selective recompute", "sas-gather"),
+    ("tensor 2", "mha"),
+    ("tensor 2, sequence", "sas-all_to_all"),
+    ("pipeline 2, uneven", "gqa"),
+    ("pipeline 2, interleaved", "mha"),
+    ("context 2", "gqa"),
+    ("data 2, overlapped", "mha"),
+    ("data 2, distributed optimizer, overlapped", "sas-gather"),
+    ("tensor 2, sequence, pipeline 2, tied, selective recompute", "sas-all_to_all"),
+    ("tensor 2, sequence, context 2, selective recompute", "sas-gather"),
+    ("pipeline 2, context 2, full recompute", "gqa"),
+    ("pipeline 2 interleaved, data 2, distributed optimizer, overlapped", "mha"),
+    ("tensor 2, sequence, pipeline 2, data 2, distributed optimizer", "sas-all_to_all"),
+    ("tensor 2, sequence, pipeline 2 interleaved, context 2", "gqa"),
+    ("pipeline 2 tied, context 2, data 2, distributed optimizer", "sas-gather"),
+    ("data 2, bfloat16, documents", "mha"),
+]
 
 
-def config_of(case: str) -> RunConfig:
-    _, attention, parallel, sections = CASES[case]
-    model = {"hidden_size": 24, "ffn_hidden_size": 40, "vocab_size": 48, "vocab_multiple": 8}
-    sections = {**sections, "model": {**model, **sections.get("model", {})}}
-    return small_config(attention=attention, parallel=parallel, **sections)
+def config_of(layout: str, attention: str) -> tuple[int, RunConfig]:
+    if layout in LAYOUTS:
+        return LAYOUTS[layout].world_size, LAYOUTS[layout].config(attention)
+    return 2, small_config(
+        attention=ATTENTIONS[attention],
+        data={"reset_at_document_ends": True},
+        training={"precision": "bfloat16", "global_batch_size": 8},
+        optimizer={"learning_rate": 0.01, "distributed": True},
+    )
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def reports(request: Any, ranks: Any, simulator: Any) -> list[tuple[Any, Any]]:
     """Real and simulated report of each rank of a case."""
-    config, world_size = config_of(request.param), CASES[request.param][0]
+    world_size, config = config_of(*request.param)
     real = ranks(world_size).run(real_report, config)
     simulated = simulator(simulated_reports, config, list(range(world_size)), world_size)
     return list(zip(real, simulated, strict=True))

@@ -9,8 +9,8 @@ import pytest
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
-from tests.planning.test_rank_simulation import DISTRIBUTED, GATHER
 from tests.run_configs import small_config
+from tests.training.layouts import ATTENTIONS
 
 MEMORY_ERROR = 0.1
 
@@ -26,11 +26,11 @@ def validation(simulator: Any) -> Any:
     """Two ranks of some hundred megabytes."""
     config = small_config(
         model={"hidden_size": 256, "ffn_hidden_size": 512, "vocab_size": 8192},
-        attention={**GATHER, "num_heads": 8, "head_dim": 32},
+        attention={**ATTENTIONS["sas-gather"], "num_heads": 8, "head_dim": 32},
         parallel={"tensor": 2, "sequence": True},
         data={"sequence_length": 512},
         training={"global_batch_size": 8, "micro_batch_size": 4},
-        **DISTRIBUTED,
+        optimizer={"learning_rate": 0.01, "distributed": True},
     )
     return simulator(_validate, config, 2)
 
