@@ -102,7 +102,8 @@ def show_estimate(result: dict[str, Any]) -> None:
     )
     console.print(
         "A multiply-add is two FLOPs, fused attention counts S² scores; bytes in the ring convention; "
-        "communication overlaps only as parallel.overlap_* says; shares of the peak attained are the hardware file's.",
+        "communication overlaps only as parallel.overlap_* says; the shares of the peak are the "
+        "hardware file's.",
         soft_wrap=True,
     )
 
