@@ -1,6 +1,6 @@
 """One rank of a run, simulated: what it holds, computes and sends in a step of the real training code.
 
-    config, rank -> fake world -> the engine -> a step that makes the optimizer's state
+    config, rank -> fake world -> the engine -> an update, which makes the optimizer's state
       -> two steps of few microbatches, counted -> the step of all microbatches, by their difference
 
 A step is a fixed part and a part for each microbatch, once there are enough of them to fill the
@@ -93,8 +93,6 @@ def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankRepor
     with fake_world(config.parallel, rank=rank, world_size=world_size) as topology, MemoryMeter() as memory:
         stepper = Stepper(config, topology, memory)
         counts = _measured_microbatches(config, num_microbatches)
-        # The first step makes the optimizer's state, which later ones find.
-        stepper.step(min(counts[0], config.parallel.pipeline))
         steps = [stepper.step(count) for count in counts]
         phases = [
             _extrapolated(phase, counts, num_microbatches)
@@ -115,11 +113,11 @@ def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int
     """How many microbatches to step with: two numbers to tell the others by, or the one that is wanted.
 
     A pipeline of p stages holds what it will ever hold at p microbatches; its interleaved schedule,
-    which takes them in rounds of p, at two rounds.
+    which takes them in rounds of p and runs at most (v+1)·p - 2 pieces ahead, at two rounds.
     """
     stages = config.parallel.pipeline
     interleaved = config.parallel.virtual_pipeline > 1
-    counts = [2 * stages, 3 * stages] if interleaved else [stages, stages + 1]
+    counts = [stages, 2 * stages] if interleaved else [stages, stages + 1]
     return counts if num_microbatches > counts[1] else [num_microbatches]
 
 
@@ -136,6 +134,8 @@ class Stepper:
         self.topology = topology
         self.memory = memory
         self.engine = _WatchedEngine(config, self)
+        # Makes the optimizer's state, which every step but the first finds.
+        self.engine.update()
         self.microbatches_peak_bytes = 0
         self.update_peak_bytes = 0
         self._meters = _Meters(topology)

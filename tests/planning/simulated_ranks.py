@@ -19,6 +19,7 @@ def real_report(config: RunConfig) -> Any:
     )
     with MemoryMeter() as memory:
         stepper = Stepper(config, topology, memory)
+        # The first step's own, such as parameters that are gathered for the next.
         stepper.step(num_microbatches)
         return stepper.report(num_microbatches=num_microbatches, step=stepper.step(num_microbatches))
 
