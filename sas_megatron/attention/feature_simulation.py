@@ -19,7 +19,7 @@ def simulate_features(heads_MD: torch.Tensor, weights: ResidualMapWeights) -> to
     expanded = F.linear(heads_MD.flatten(0, -2), weights.expand, weights.expand_bias)
     # In place on the branch's output, which no backward pass needs: one large tensor less.
     simulated = F.linear(F.relu(expanded), weights.refine, weights.refine_bias).add_(expanded)
-    return simulated.unflatten(0, heads_MD.shape[:-1])
+    return simulated.view(*heads_MD.shape[:-1], -1)
 
 
 class FeatureSimulation(ResidualMap):
