@@ -13,6 +13,16 @@ from tests.small_data import SmallData
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What tests/run.sh --all adds."""
+    parser.addoption(
+        "--whole-table",
+        action="store_true",
+        help="Run the table of layouts with every attention.",
+    )
+
+
 ROOT = Path(__file__).parents[1]
 
 

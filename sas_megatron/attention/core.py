@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -76,36 +77,67 @@ class CoreAttention(MegatronModule):
                 "the core attention takes neither an additive bias nor packed sequences"
             )
         value_width = value_SBGD.shape[-1]
+        shared_blocks = self.num_blocks
         if self.context_exchange is not None:
-            query_SBME, key_SBGE, value_SBGD = self._with_all_tokens(query_SBME, key_SBGE, value_SBGD)
+            shared_blocks = self._blocks_to_share(query_SBME.shape[2], key_SBGE.shape[2])
+            query_SBME, key_SBGE, value_SBGD = self._with_all_tokens(
+                query_SBME, key_SBGE, value_SBGD, num_blocks=shared_blocks
+            )
         causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
-        context_BMSD = self.attend(
-            query_SBME.permute(1, 2, 0, 3),
-            key_SBGE.permute(1, 2, 0, 3),
-            value_SBGD.permute(1, 2, 0, 3),
-            allowed=None if attention_mask is None else attention_mask.logical_not(),
-            causal=causal,
-            dropout=self.dropout if self.training else 0.0,
-            scale=self.scale,
-        )
-        context_SBMD = context_BMSD.permute(2, 0, 1, 3)
+        dropout = self.dropout if self.training else 0.0
+        with self._randomness(dropout):
+            context_BMSD = self.attend(
+                query_SBME.permute(1, 2, 0, 3),
+                key_SBGE.permute(1, 2, 0, 3),
+                value_SBGD.permute(1, 2, 0, 3),
+                allowed=None if attention_mask is None else attention_mask.logical_not(),
+                causal=causal,
+                dropout=dropout,
+                scale=self.scale,
+            )
+        # Where this rank has all blocks of its base heads, their mean is taken before anything is sent.
+        averaged_SBND = average_blocks(context_BMSD.permute(2, 0, 1, 3), shared_blocks)
+        # A padded value is cut back after a mean, when there is less of it.
+        averaged_SBND = averaged_SBND[..., :value_width]
         if self.context_exchange is not None:
-            context_SBMD = self.context_exchange.scatter_tokens(context_SBMD[..., :value_width])
-        averaged_SBND = average_blocks(context_SBMD, self.num_blocks)
-        # A padded value is cut back after the mean, when there is r times less of it.
-        return averaged_SBND[..., :value_width].flatten(2)
+            averaged_SBND = self.context_exchange.scatter_tokens(averaged_SBND)
+        return average_blocks(averaged_SBND, self.num_blocks // shared_blocks).flatten(2)
+
+    def _blocks_to_share(self, num_query_heads: int, num_key_heads: int) -> int:
+        """Blocks of heads of which each context rank gets a part: all, or one, the heads as they come.
+
+        The latter where a block has fewer query heads than there are ranks, and where keys could only
+        be shared in parts of a block by sending copies of them.
+        """
+        assert self.context_exchange is not None
+        ranks = self.context_exchange.num_ranks
+        if (num_query_heads // self.num_blocks) % ranks:
+            return 1
+        keys_in_parts = (num_key_heads // self.num_blocks) % ranks == 0
+        return self.num_blocks if keys_in_parts or num_key_heads % ranks else 1
+
+    def _randomness(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        """Each tensor rank drops other weights, since it has other heads.
+
+        Under sequence parallelism whole layers run in that state already. Entering it again would draw
+        what was drawn before, and recomputation would then drop other weights than the forward pass.
+        """
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        forked: contextlib.AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return forked
 
     def _with_all_tokens(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_blocks: int
+    ) -> list[torch.Tensor]:
         """[S/C, B, heads, D] each -> [S, B, a C-th of the heads, D]."""
         assert self.context_exchange is not None
-        if key.shape[2] % self.context_exchange.num_ranks:
+        if (key.shape[2] // num_blocks) % self.context_exchange.num_ranks:
             # Too few to share: each query head brings its own copy.
             readers = query.shape[2] // key.shape[2]
             key, value = (heads.repeat_interleave(readers, dim=2) for heads in (key, value))
-        gather = self.context_exchange.gather_tokens
-        return gather(query), gather(key), gather(value)
+        exchange = self.context_exchange
+        return [exchange.gather_tokens(heads, num_blocks=num_blocks) for heads in (query, key, value)]
 
 
 def _attend_fused(
@@ -121,17 +153,16 @@ def _attend_fused(
     """Torch's fused attention; where fusing needs equal widths, the value and so the result are padded."""
     # Unequal widths would fall to the unfused path; padded is faster (measured on CPU).
     value_BGSD = F.pad(value_BGSD, (0, query_BMSE.shape[-1] - value_BGSD.shape[-1]))
-    with _tensor_parallel_randomness(dropout):
-        return F.scaled_dot_product_attention(
-            query_BMSE,
-            key_BGSE,
-            value_BGSD,
-            attn_mask=allowed,
-            dropout_p=dropout,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=query_BMSE.shape[1] != key_BGSE.shape[1],
-        )
+    return F.scaled_dot_product_attention(
+        query_BMSE,
+        key_BGSE,
+        value_BGSD,
+        attn_mask=allowed,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query_BMSE.shape[1] != key_BGSE.shape[1],
+    )
 
 
 def _attend_auto(
@@ -172,9 +203,7 @@ def _attend_unfused(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-    with _tensor_parallel_randomness(dropout):
-        weights = F.dropout(weights, dropout)
-    return weights @ value
+    return F.dropout(weights, dropout) @ value
 
 
 _BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
@@ -182,22 +211,6 @@ _BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
     "fused": _attend_fused,
     "unfused": _attend_unfused,
 }
-
-
-def _tensor_parallel_randomness(dropout: float) -> Any:
-    """Each tensor rank drops other weights, since it has other heads; no cost where nothing drops."""
-    return get_cuda_rng_tracker().fork() if dropout > 0.0 else _NO_CONTEXT
-
-
-class _NoContext:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_exception: object) -> None:
-        return None
-
-
-_NO_CONTEXT = _NoContext()
 
 
 def build_self_attention_spec(

@@ -76,6 +76,10 @@ class RunConfig(BaseModel):
         self._check_recompute()
         self._check_engine()
         warmup, steps = self.schedule.warmup_steps, self.training.num_steps
+        if self.logging.profile_steps is not None and self.logging.profile_steps[0] > steps:
+            raise self.logging.problem(
+                "profile_steps", f"begins after training.num_steps={steps}", "use steps of the run"
+            )
         if warmup >= steps:
             raise self.schedule.problem(
                 "warmup_steps", f"must be below training.num_steps={steps}", "shorten it or train longer"

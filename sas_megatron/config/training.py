@@ -114,10 +114,23 @@ class LoggingConfig(Section):
     )
     tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
     wire_ledger: bool = Field(
-        default=False, description="Count the bytes each collective sends, by group, into summary.json."
+        default=False,
+        description="Count the bytes that each rank sends in collectives, by group, into summary.json.",
+    )
+    profile_steps: list[int] | None = Field(
+        default=None,
+        description="First and last step that every rank profiles, as profile/*.json.gz for Perfetto; "
+        "these steps are slower. null: none.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> LoggingConfig:
         self.require_positive("interval")
+        steps = self.profile_steps
+        if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+            raise self.problem(
+                "profile_steps",
+                "must be two step numbers, counted from 1, the first not after the last",
+                "use [10, 12] for three steps, or null for none",
+            )
         return self

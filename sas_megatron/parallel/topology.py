@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.parallel.roll_call import RollCall
 from sas_megatron.platform.device import process_group_backend
 
 
@@ -34,22 +37,47 @@ class Topology:
     context_group: dist.ProcessGroup
     pipeline_rank: int
     pipeline_group: dist.ProcessGroup
+    # None in a world that was joined elsewhere.
+    roll_call: RollCall | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, the one that writes the run's files."""
         return self.rank == 0
 
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """The groups that collectives run in, by the names that reports use."""
+        return {
+            "tensor": self.tensor_group,
+            "context": self.context_group,
+            "pipeline": self.pipeline_group,
+            "data": self.data_group,
+        }
+
 
 @contextlib.contextmanager
 def joined_topology(
     config: ParallelConfig, *, device: torch.device, seed: int, timeout_minutes: float
 ) -> Iterator[Topology]:
-    """Joins the world and its groups for the length of a `with` block, and leaves in good order."""
-    _join_world(device, timedelta(minutes=timeout_minutes))
+    """Joins the world and its groups for the length of a `with` block, and leaves in good order.
+
+    In a world of several ranks an error within ends the process: see `RollCall`.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = _meet(timeout)
+    dist.init_process_group(
+        process_group_backend(device),
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     try:
-        with joined_groups(config, device=device, seed=seed) as topology:
-            yield topology
+        with (
+            RollCall(store, rank=rank, world_size=world_size, timeout_minutes=timeout_minutes) as roll_call,
+            joined_groups(config, device=device, seed=seed, timeout_minutes=timeout_minutes) as topology,
+        ):
+            yield replace(topology, roll_call=roll_call)
             # Without it about one two-rank gloo run in six aborts at exit. After an error the other
             # ranks may never come here, so then it is left out.
             dist.barrier()
@@ -58,13 +86,17 @@ def joined_topology(
 
 
 @contextlib.contextmanager
-def joined_groups(config: ParallelConfig, *, device: torch.device, seed: int) -> Iterator[Topology]:
+def joined_groups(
+    config: ParallelConfig, *, device: torch.device, seed: int, timeout_minutes: float = 10.0
+) -> Iterator[Topology]:
     """Megatron-core's groups of one layout, within a world that is joined already; seeds randomness too."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(config),
         context_parallel_size=config.context,
+        # Its groups do not inherit the world's timeout. A fraction is fine, though annotated as int.
+        distributed_timeout_minutes=timeout_minutes,
     )
     try:
         data_rank = parallel_state.get_data_parallel_rank()
@@ -106,11 +138,10 @@ def seed_randomness(seed: int, sample_rank: int, pipeline_rank: int) -> None:
     model_parallel_cuda_manual_seed(own)
 
 
-def _join_world(device: torch.device, timeout: timedelta) -> None:
-    backend = process_group_backend(device)
+def _meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """The store that all ranks share, this one's rank, and the world's size."""
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-        return
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        return store, rank, world_size
     # A bare process is a world of one; it needs no address and no port.
-    store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it, its stubs do not say so
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    return dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # torch exports it, its stubs do not say so

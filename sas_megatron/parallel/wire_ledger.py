@@ -65,6 +65,27 @@ class WireLedger(TorchDispatchMode):
         }
 
 
+def gather_ledgers(ledger: WireLedger) -> list[dict[str, Any]] | None:
+    """What every rank sent: `{"ranks": [0, 2], "sent": ledger}` for each set of ranks that sent the same.
+
+    Every rank must call it. On the others than rank 0 it is None.
+    """
+    is_first, sent = dist.get_rank() == 0, ledger.as_dict()
+    of_ranks: list[dict[str, dict[str, int]]] | None = [{}] * dist.get_world_size() if is_first else None
+    dist.gather_object(sent, of_ranks)
+    if of_ranks is None:
+        return None
+    alike: list[dict[str, Any]] = []
+    for rank, of_rank in enumerate(of_ranks):
+        for entry in alike:
+            if entry["sent"] == of_rank:
+                entry["ranks"].append(rank)
+                break
+        else:
+            alike.append({"ranks": [rank], "sent": of_rank})
+    return alike
+
+
 def _groups(args: Iterable[Any]) -> Iterable[dist.ProcessGroup]:
     for argument in args:
         if isinstance(argument, torch.ScriptObject):

@@ -168,7 +168,7 @@ class Stepper:
             group_ranks={
                 **{
                     name: dist.get_process_group_ranks(group)
-                    for name, group in ledger_names(self.topology).items()
+                    for name, group in self.topology.groups().items()
                 },
                 "other": list(range(self.topology.world_size)),
             },
@@ -257,17 +257,7 @@ def _without_garbage() -> Iterator[None]:
 
 def build_ledger(topology: Topology) -> WireLedger:
     """The ledger of a report; the gradient norm's group and others come under "other"."""
-    return WireLedger(ledger_names(topology), sends="pipeline")
-
-
-def ledger_names(topology: Topology) -> dict[str, Any]:
-    """The groups that a report names."""
-    return {
-        "tensor": topology.tensor_group,
-        "context": topology.context_group,
-        "pipeline": topology.pipeline_group,
-        "data": topology.data_group,
-    }
+    return WireLedger(topology.groups(), sends="pipeline")
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:

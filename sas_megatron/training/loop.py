@@ -30,13 +30,14 @@ from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.parallel.topology import Topology
-from sas_megatron.parallel.wire_ledger import WireLedger
+from sas_megatron.parallel.wire_ledger import WireLedger, gather_ledgers
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
 from sas_megatron.training.console import Console
 from sas_megatron.training.engine import Engine, assemble
 from sas_megatron.training.metrics import Meter, Progress
 from sas_megatron.training.run_files import RunFiles, describe_software
 from sas_megatron.training.step import StepResult, train_step
+from sas_megatron.training.step_profiler import StepProfiler
 
 
 class Run:
@@ -64,19 +65,13 @@ class Run:
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.ledger = WireLedger(
-            {
-                "tensor": topology.tensor_group,
-                "context": topology.context_group,
-                "pipeline": topology.pipeline_group,
-                "data": topology.data_group,
-            },
-            sends="pipeline",
-        )
+        self.ledger = WireLedger(topology.groups(), sends="pipeline")
+        self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
     def complete(self) -> None:
         """Steps to the end, or to `training.stop_after_steps`."""
         self._resume()
+        self._tell_finished_step()
         last_step = min(self.config.training.num_steps, self.config.training.stop_after_steps or 2**62)
         if self.progress.step >= last_step and (RunFiles(self.config).directory / "summary.json").exists():
             self.console.say(f"finished already, at step {self.progress.step}; nothing to do")
@@ -85,7 +80,8 @@ class Run:
             self.files.open(self.config, self._provenance(), resumed_step=self.progress.step)
         try:
             while self.progress.step < last_step:
-                self._step()
+                with self.profiler.step(self.progress.step + 1):
+                    self._step()
                 if self._is_due(self.config.evaluation.interval):
                     self._evaluate()
                 if self._is_due(self.config.checkpoint.interval):
@@ -124,6 +120,7 @@ class Run:
         self._synchronize()
         seconds = time.perf_counter() - begun
         self.progress.count_step(training.global_batch_size, seconds)
+        self._tell_finished_step()
         self.console.advance(self.progress.step)
         if self.progress.step == 1 or self._is_due(self.config.logging.interval):
             self._log_step(self.last, seconds)
@@ -215,10 +212,12 @@ class Run:
             self._evaluate()
         if not self._is_due(self.config.checkpoint.interval):
             self._save()
+        self.profiler.close()
+        wire_bytes = gather_ledgers(self.ledger) if self.config.logging.wire_ledger else None
         if self.files is not None:
-            self.files.write_summary(self._summary())
+            self.files.write_summary(self._summary(wire_bytes))
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self, wire_bytes: list[dict[str, Any]] | None) -> dict[str, Any]:
         position = self.meter.position(self.progress)
         finished = self.progress.step >= self.config.training.num_steps
         return {
@@ -240,7 +239,7 @@ class Run:
             "validation_perplexity": None if self.held_out is None else self.held_out.perplexity,
             "validation_bits_per_byte": None if self.held_out is None else self.held_out.bits_per_byte,
             "world_size": self.topology.world_size,
-            "wire_bytes_sent_by_rank_0": self.ledger.as_dict() if self.config.logging.wire_ledger else None,
+            "wire_bytes_sent": wire_bytes,
         }
 
     def _provenance(self) -> dict[str, Any]:
@@ -257,6 +256,10 @@ class Run:
                 for prefix in self.config.data.prefixes
             },
         }
+
+    def _tell_finished_step(self) -> None:
+        if self.topology.roll_call is not None:
+            self.topology.roll_call.finish_step(self.progress.step)
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.step % interval == 0

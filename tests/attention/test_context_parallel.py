@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from sas_megatron.config.errors import FieldError
+from sas_megatron.config.parallel import ParallelConfig
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
 from tests.attention.test_attention_properties import VARIANTS
+from tests.rank_pool import in_layout
 from tests.tolerances import assert_near
 
 SAS_OVER_HEADS: dict[str, Any] = {
@@ -25,6 +28,9 @@ CASES = {
     **{f"{name} C=4": (fields, 1, 4, False) for name, fields in VARIANTS.items()},
     **{f"{name} P=2 C=2": (fields, 2, 2, False) for name, fields in VARIANTS.items()},
     **{f"{name} P=2 C=2 sequence": (fields, 2, 2, True) for name, fields in VARIANTS.items()},
+    # Keys too few to be shared by block, and by rank: as they come, and as copies.
+    "sas multi-query C=2": ({**VARIANTS["sas"], "num_kv_heads": 1, "head_expansion": 2}, 1, 2, False),
+    "sas multi-query C=4": ({**VARIANTS["sas"], "num_kv_heads": 1, "head_expansion": 2}, 1, 4, False),
     # Two base heads shared by four ranks: simulated heads go further than base heads.
     "sas C=4 > N": (SAS_OVER_HEADS, 1, 4, False),
 }
@@ -51,3 +57,44 @@ def test_heads_that_context_ranks_cannot_share_are_refused() -> None:
     ):
         case.config().check_context_parallel(2, 4)
     LayerCase.of(**VARIANTS["sas"]).config().check_context_parallel(2, 3)
+
+
+def bytes_over_context(case: LayerCase, context: int) -> tuple[float, float]:
+    """On a rank: what it sends over the context group, forward and backward."""
+    from sas_megatron.parallel.wire_ledger import WireLedger
+
+    topology = in_layout(ParallelConfig(context=context))
+    layer = layer_case.build_layer(case, 1, context)
+    hidden = torch.randn(layer_case.LENGTH // context, layer_case.BATCH, layer_case.HIDDEN_SIZE)
+    hidden.requires_grad_()
+    angles = layer_case.rotary_angles(case.config())[: layer_case.LENGTH // context]
+    forward, backward = (WireLedger(topology.groups()) for _ in range(2))
+    with forward:
+        output, _ = layer(hidden, None, rotary_pos_emb=angles)
+    with backward:
+        output.sum().backward()
+    return forward.total("context"), backward.total("context")
+
+
+@pytest.mark.parametrize(
+    ("fields", "context", "width"),
+    [
+        # r(N+G)E + rGD for queries, keys and values; back comes N·D where a rank has whole columns of blocks.
+        ({"num_heads": 4}, 2, 2 * (4 + 4) * 10 + 2 * 4 * 6 + 4 * 6),
+        ({"num_heads": 4, "num_kv_heads": 2}, 2, 2 * (4 + 2) * 10 + 2 * 2 * 6 + 4 * 6),
+        # More ranks than base heads: r·N·D comes back.
+        ({"num_heads": 2}, 4, 2 * (2 + 2) * 10 + 2 * 2 * 6 + 2 * 2 * 6),
+        # Multi-query: each query head brings copies of the r key heads.
+        ({"num_heads": 4, "num_kv_heads": 1}, 4, 2 * (4 + 4) * 10 + 2 * 4 * 6 + 4 * 6),
+    ],
+)
+def test_context_ranks_send_what_the_formula_says(
+    ranks: Any, fields: dict[str, int], context: int, width: int
+) -> None:
+    case = LayerCase.of(dtype=torch.float32, **{**SAS_OVER_HEADS, **fields})
+    tokens_of_rank = layer_case.LENGTH // context * layer_case.BATCH
+    expected = (context - 1) / context * tokens_of_rank * width * 4
+    assert (
+        ranks(context).run(bytes_over_context, case, context)
+        == [pytest.approx((expected, expected))] * context
+    )

@@ -188,6 +188,25 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"weights": [0.0]}},
         "data.weights=[0.0]: must be positive; leave out what is not to be drawn from",
     ),
+    "profile of one step number": (
+        {"logging": {"profile_steps": [3]}},
+        "logging.profile_steps=[3]: must be two step numbers, counted from 1, the first not after the last; "
+        "use [10, 12] for three steps, or null for none",
+    ),
+    "profile backwards": (
+        {"logging": {"profile_steps": [5, 3]}},
+        "logging.profile_steps=[5, 3]: must be two step numbers, counted from 1, the first not after the "
+        "last; use [10, 12] for three steps, or null for none",
+    ),
+    "profile from step 0": (
+        {"logging": {"profile_steps": [0, 3]}},
+        "logging.profile_steps=[0, 3]: must be two step numbers, counted from 1, the first not after the "
+        "last; use [10, 12] for three steps, or null for none",
+    ),
+    "profile after the end": (
+        {"logging": {"profile_steps": [10, 12]}},
+        "logging.profile_steps=[10, 12]: begins after training.num_steps=9; use steps of the run",
+    ),
     "split in three": (
         {"data": {"split": [0.8, 0.1, 0.1]}},
         "data.split=[0.8, 0.1, 0.1]: must be two positive shares, training and validation; "

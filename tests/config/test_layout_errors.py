@@ -1,4 +1,4 @@
-"""Illegal layouts, with the text that says what would work; found without torch, so before any process group."""
+"""Illegal layouts, by the text that says what would work; found without torch, before any process group."""
 
 from __future__ import annotations
 

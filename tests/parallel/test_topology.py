@@ -20,10 +20,12 @@ device = prepare_device()
 from megatron.core import parallel_state
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.parallel.topology import joined_topology
-settings = {"device": device, "seed": 1, "timeout_minutes": 1.0}
+settings = {"device": device, "seed": 1, "timeout_minutes": 1.5}
 with joined_topology(ParallelConfig(), **settings) as topology:
     print(topology.rank, topology.world_size, topology.is_first, topology.data_size, topology.tensor_rank)
     print(dist.get_backend(), topology.tensor_group.size(), topology.data_group.size())
+    for group in (dist.group.WORLD, *topology.groups().values()):
+        print(group._get_backend(device).options._timeout)
 print(dist.is_initialized(), parallel_state.model_parallel_is_initialized())
 try:
     with joined_topology(ParallelConfig(), **settings):
@@ -50,6 +52,8 @@ def test_a_bare_process_is_a_world_of_one_and_leaves_in_good_order() -> None:
     assert done.stdout.splitlines() == [
         "0 1 True 1 0",
         "gloo 1 1",
+        # The timeout holds in every group, not in the world's alone.
+        *["0:01:30"] * 4,
         "False False",
         "'within'",
         "False False",

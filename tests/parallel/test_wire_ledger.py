@@ -111,6 +111,28 @@ def test_a_group_of_one_sends_nothing(ranks: Any) -> None:
     assert ranks(1).run(_counted, _all_reduce, 1, True) == [{}]
 
 
+def _gathered() -> Any:
+    from sas_megatron.parallel.wire_ledger import WireLedger, gather_ledgers
+
+    topology = in_layout(ParallelConfig(tensor=2))
+    with WireLedger(topology.groups()) as ledger:
+        _all_to_all_uneven(topology.tensor_group)
+        _all_reduce(topology.data_group)
+        _all_reduce(topology.context_group)
+    return gather_ledgers(ledger)
+
+
+def test_ranks_that_sent_the_same_are_reported_together(ranks: Any) -> None:
+    on_first, *on_others = ranks(4).run(_gathered)
+    data = {"allreduce": TENSOR_BYTES}
+    row = WIDTH * 4
+    assert on_first == [
+        {"ranks": [0, 2], "sent": {"tensor": {"alltoall_base": 2 * row}, "data": data}},
+        {"ranks": [1, 3], "sent": {"tensor": {"alltoall_base": row}, "data": data}},
+    ]
+    assert on_others == [None, None, None]
+
+
 def _backward_bytes() -> tuple[dict[str, Any], dict[str, Any]]:
     from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 

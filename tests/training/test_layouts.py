@@ -25,9 +25,23 @@ def alone(ranks: Any) -> Any:
     return lambda layout, attention: steps(tuple(layout.model.items()), attention)
 
 
-# The layout varies slowest, since ranks keep their groups from test to test.
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("name", LAYOUTS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every layout with one attention in turn, or, with --whole-table, with each.
+
+    The layout varies slowest, since ranks keep their groups from test to test.
+    """
+    if "attention" not in metafunc.fixturenames:
+        return
+    attentions = list(ATTENTIONS)
+    whole = metafunc.config.getoption("--whole-table")
+    cases = [
+        (name, attention)
+        for index, name in enumerate(LAYOUTS)
+        for attention in (attentions if whole else [attentions[(index + index // 4) % len(attentions)]])
+    ]
+    metafunc.parametrize(("name", "attention"), cases)
+
+
 def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, name: str, attention: str) -> None:
     layout = LAYOUTS[name]
     expected: Steps = alone(layout, attention)

@@ -84,6 +84,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             "attention": {"dropout": 0.1},
         },
     ),
+    "pipeline 2 interleaved, data 2, overlapped": (
+        4,
+        {
+            "model": {"num_layers": 4, "tie_embeddings": True},
+            "parallel": {
+                "pipeline": 2,
+                "virtual_pipeline": 2,
+                "overlap_gradient_reduce": True,
+                "overlap_parameter_gather": True,
+            },
+            "optimizer": {"distributed": True},
+            "training": {"micro_batch_size": 2},
+        },
+    ),
     "data 2, bfloat16, distributed optimizer": (
         2,
         {"optimizer": {"distributed": True}, "training": {"precision": "bfloat16"}},
@@ -139,20 +153,26 @@ def test_records_after_the_checkpoint_are_written_once(
 
 def test_layouts_see_the_same_samples_and_losses(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     losses = {}
-    for name, world_size, parallel, micro in (
-        ("one", 1, {}, 8),
-        ("tensor", 2, {"tensor": 2}, 2),
-        ("data", 2, {}, 4),
-        ("context", 2, {"context": 2}, 8),
-        ("tensor and data", 4, {"tensor": 2, "sequence": True}, 1),
-        ("tensor and context", 4, {"tensor": 2, "sequence": True, "context": 2}, 4),
+    for name, world_size, parallel, micro, engine in (
+        ("one", 1, {}, 8, "megatron"),
+        ("tensor", 2, {"tensor": 2}, 2, "megatron"),
+        ("data", 2, {}, 4, "megatron"),
+        ("context", 2, {"context": 2}, 8, "megatron"),
+        ("pipeline", 2, {"pipeline": 2}, 2, "megatron"),
+        ("DeepSpeed", 2, {}, 2, "deepspeed"),
+        ("tensor and data", 4, {"tensor": 2, "sequence": True}, 1, "megatron"),
+        ("tensor and context", 4, {"tensor": 2, "sequence": True, "context": 2}, 4, "megatron"),
+        ("tensor and pipeline", 4, {"tensor": 2, "sequence": True, "pipeline": 2}, 4, "megatron"),
     ):
         config = small_data.run(
-            tmp_path / name, parallel=parallel, training={"num_steps": 5, "micro_batch_size": micro}
+            tmp_path / name,
+            parallel=parallel,
+            training={"num_steps": 5, "micro_batch_size": micro, "engine": engine},
         )
         ranks(world_size).run(complete, config)
         losses[name] = [record["train_loss"] for record in records(config)] + [
-            summary(config)["final_validation_loss"]
+            summary(config)["final_validation_loss"],
+            summary(config)["validation_bits_per_byte"],
         ]
     for name, found in losses.items():
         assert found == pytest.approx(losses["one"], rel=LOSS_AFTER_FIVE_STEPS), name
@@ -254,5 +274,7 @@ def test_the_run_directory_says_where_the_run_came_from(
     assert result["exit_reason"] == "finished"
     assert result["tokens"] == 4 * 8 * 40
     assert result["training_flops"] == result["tokens"] * sum(result["training_flops_per_token"].values())
-    assert result["wire_bytes_sent_by_rank_0"]["data"]["allreduce"] > 0
+    (sent,) = result["wire_bytes_sent"]
+    assert sent["ranks"] == [0, 1], "data-parallel ranks send the same"
+    assert sent["sent"]["data"]["allreduce"] > 0
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

@@ -1,0 +1,239 @@
+"""A rank that dies, hangs or fails ends the whole job in time, is named, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sas_megatron.config.loading import dump_yaml
+from sas_megatron.parallel.roll_call import GRACE_SECONDS
+from tests.conftest import ROOT
+from tests.small_data import SmallData
+
+TIMEOUT_SECONDS = 15  # long enough for four ranks to meet on two busy cores
+TORCHRUN_KILLS_AFTER_SECONDS = 30  # what SIGTERM cannot end
+MARGIN_SECONDS = 30  # for a busy machine
+HOST = socket.gethostname()
+
+# Trains as `sas-megatron train` does, but for what rank 3 does in its step 4.
+ENTRY = """
+import os, sys
+from sas_megatron.config.loading import load_run_config
+from sas_megatron.platform.device import prepare_device
+
+def raise_an_error():
+    raise ValueError("this sample is no good")
+
+def loop_for_ever():
+    while True:
+        pass
+
+if __name__ == "__main__":
+    prepare_device()
+    from sas_megatron.training import loop, start
+    misbehave, train_step = globals()[sys.argv[1]], loop.train_step
+    def broken_step(*args, step, **kwargs):
+        if step == 4 and os.environ["RANK"] == "3":
+            misbehave()
+        return train_step(*args, step=step, **kwargs)
+    loop.train_step = broken_step
+    start.train(load_run_config(sys.argv[2]))
+"""
+
+
+class Job:
+    """A job of four ranks under torchrun; its processes carry a marker in their environment."""
+
+    def __init__(self, folder: Path, small_data: SmallData) -> None:
+        self.config = folder / "run.yaml"
+        self.run_directory = folder / "run"
+        self.config.write_text(
+            dump_yaml(
+                small_data.run(
+                    self.run_directory,
+                    parallel={"tensor": 2},
+                    training={
+                        "num_steps": 5000,
+                        "micro_batch_size": 2,
+                        "collective_timeout_minutes": TIMEOUT_SECONDS / 60,
+                    },
+                    evaluation={"interval": None},
+                )
+            )
+        )
+        self._marker = f"FAULT_TEST={uuid.uuid4()}"
+        self._output = folder / "output"
+
+    def start(self, *command: str) -> None:
+        # The commands of this interpreter first, as in an entered virtual environment.
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        name, value = self._marker.split("=")
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "PATH": path,
+                    "PYTHONPATH": str(ROOT),
+                    name: value,
+                },
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def start_by_script(self) -> None:
+        self.start("launch/torchrun.sh", "4", str(self.config))
+
+    def start_misbehaving(self, how: str) -> None:
+        entry = self.config.with_name("entry.py")
+        entry.write_text(ENTRY)
+        self.start("torchrun", "--standalone", "--nproc-per-node=4", str(entry), how, str(self.config))
+
+    def finished_steps(self) -> int:
+        metrics = self.run_directory / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 240
+        while self.finished_steps() < step:
+            assert self._process.poll() is None, self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.05)
+
+    def signal_rank(self, rank: int, number: signal.Signals) -> None:
+        (process,) = [pid for pid in self.processes() if f"RANK={rank}" in _environment(pid)]
+        os.kill(process, number)
+
+    def signal_launcher(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, seconds: float) -> int:
+        return self._process.wait(timeout=seconds)
+
+    def processes(self) -> list[int]:
+        own = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        return [pid for pid in own if self._marker in _environment(pid)]
+
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def report(self) -> str:
+        (report,) = [
+            line for line in self.output().splitlines() if line.startswith("sas-megatron: training stopped")
+        ]
+        return report
+
+    def kill(self) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _environment(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []  # it has ended, or is another user's
+
+
+@pytest.fixture
+def job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
+    job = Job(tmp_path, small_data)
+    yield job
+    job.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [
+        (signal.SIGKILL, GRACE_SECONDS + MARGIN_SECONDS),
+        (signal.SIGSTOP, TIMEOUT_SECONDS + GRACE_SECONDS + TORCHRUN_KILLS_AFTER_SECONDS + MARGIN_SECONDS),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(
+    job: Job, number: signal.Signals, seconds: float
+) -> None:
+    job.start_by_script()
+    job.wait_for_step(3)
+    job.signal_rank(3, number)
+    assert job.wait(seconds) == 1
+    assert not job.processes()
+    report = job.report()
+    named = re.fullmatch(
+        rf"sas-megatron: training stopped after step (\d+): rank 3 on {HOST} \(last finished step (\d+)\) "
+        r"did not answer, being dead or hung; (the others waited .*; )?go on from the last checkpoint .*",
+        report,
+    )
+    assert named, report
+    newest, last = int(named[1]), int(named[2])
+    assert last in (newest, newest - 1)
+    assert newest in (job.finished_steps(), job.finished_steps() + 1)
+    waited = "the others waited 0.25 minutes in a collective (training.collective_timeout_minutes)"
+    assert (waited in report) == (number == signal.SIGSTOP)
+    assert "Traceback" not in _without_torchrun(job.output())
+
+
+def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
+    job.start_misbehaving("raise_an_error")
+    job.wait_for_step(3)
+    assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) == 1
+    assert not job.processes()
+    assert (
+        f"training stopped after step 3: rank 3 on {HOST} (last finished step 3) failed: "
+        "ValueError: this sample is no good; go on" in job.report()
+    )
+    output = _without_torchrun(job.output())
+    assert output.count("Traceback") == 1
+    assert "in raise_an_error\n" in output
+
+
+def test_a_rank_that_loops_is_named_with_the_place_where_it_loops(job: Job) -> None:
+    job.start_misbehaving("loop_for_ever")
+    job.wait_for_step(3)
+    assert job.wait(TIMEOUT_SECONDS + GRACE_SECONDS + MARGIN_SECONDS) == 1
+    assert not job.processes()
+    assert re.search(
+        rf"after step 3: rank 3 on {HOST} \(last finished step 3\) stayed at \S*entry\.py:\d+ in "
+        r"loop_for_ever; the others waited 0\.25 minutes",
+        job.report(),
+    )
+    assert "Traceback" not in _without_torchrun(job.output())
+
+
+def test_a_signal_to_the_launcher_is_told_from_a_fault(job: Job) -> None:
+    job.start_by_script()
+    job.wait_for_step(3)
+    job.signal_launcher(signal.SIGTERM)
+    assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) not in (0, 2)
+    assert not job.processes()
+    assert re.search(rf"after step \d+: ranks 0-3 on {HOST} .* received SIGTERM; go on", job.report())
+    assert "Traceback" not in _without_torchrun(job.output())
+
+
+def test_a_launcher_that_is_killed_leaves_no_process_behind(job: Job) -> None:
+    job.start_by_script()
+    job.wait_for_step(3)
+    job.signal_launcher(signal.SIGKILL)
+    assert job.wait(1) == -signal.SIGKILL
+    deadline = time.monotonic() + GRACE_SECONDS + MARGIN_SECONDS
+    while job.processes():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.2)
+    assert "is gone, so no rank can be asked; rank 0, its launcher or its host ended first" in job.report()
+
+
+def _without_torchrun(output: str) -> str:
+    """The job's output without torchrun's own account, which begins where its error is raised."""
+    return re.split(r"Traceback \(most recent call last\):\n  File \"[^\"]*/torchrun\"", output)[0]
