@@ -30,51 +30,62 @@ def _machine(*, memory_gib: float, wire_gigabytes_per_second: float) -> Hardware
     )
 
 
-def _config(**sections: Any) -> Any:
-    model = {
-        "num_layers": 3,
-        "hidden_size": 64,
-        "ffn_hidden_size": 128,
-        "vocab_size": 64,
-        "vocab_multiple": 8,
-    }
-    training = {"global_batch_size": 4, "micro_batch_size": 2}
+def _config(*, sequence_length: int = 12) -> Any:
     return small_config(
-        model=model, attention={**ATTENTIONS["mha"], "head_dim": 16}, training=training, **sections
+        model={
+            "num_layers": 3,
+            "hidden_size": 64,
+            "ffn_hidden_size": 128,
+            "vocab_size": 64,
+            "vocab_multiple": 8,
+        },
+        attention={**ATTENTIONS["mha"], "head_dim": 16},
+        data={"sequence_length": sequence_length},
+        training={"global_batch_size": 4, "micro_batch_size": 2},
     )
 
 
-def _search(memory_gib: float, wire: float, world_size: int = 2) -> Any:
+def _search(sequence_length: int, memory_gib: float) -> Any:
     from sas_megatron.planning.layout_search import search_layouts
 
-    machine = _machine(memory_gib=memory_gib, wire_gigabytes_per_second=wire)
-    return search_layouts(_config(), world_size=world_size, hardware=machine)
+    # Slow wires: what is sent decides.
+    machine = _machine(memory_gib=memory_gib, wire_gigabytes_per_second=1.0)
+    return search_layouts(_config(sequence_length=sequence_length), world_size=2, hardware=machine)
 
 
-def test_with_room_for_the_model_data_parallelism_wins(simulator: Any) -> None:
-    # It sends each gradient once a step; the others send activations in each layer.
-    search = simulator(_search, 1.0, 1.0)
-    best = search.ranked[0]
-    assert not any(
-        override.startswith(("parallel.tensor", "parallel.context")) for override in best.overrides
-    )
+@pytest.fixture(scope="module")
+def short(simulator: Any) -> Any:
+    """The search for short sequences, with room for everything."""
+    return simulator(_search, 12, 1.0)
+
+
+def test_where_activations_are_small_tensor_parallelism_wins(short: Any) -> None:
+    best = short.ranked[0]
+    assert "parallel.tensor=2" in best.overrides
     assert best.loses_by is None
-    assert search.num_simulated_families <= search.num_families <= search.num_legal
-    by_tensor = next(x for x in search.ranked if "parallel.tensor=2" in x.overrides)
+    by_data = next(layout for layout in short.ranked if "optimizer.distributed=true" in layout.overrides)
+    assert "data +" in by_data.loses_by
+    seconds = [layout.step.seconds for layout in short.ranked]
+    assert seconds == sorted(seconds)
+    assert short.num_simulated_families <= short.num_families <= short.num_legal
+
+
+def test_where_activations_outweigh_gradients_data_parallelism_wins(simulator: Any) -> None:
+    search = simulator(_search, 192, 1.0)
+    assert not any(override.startswith("parallel.") for override in search.ranked[0].overrides)
+    by_tensor = next(layout for layout in search.ranked if "parallel.tensor=2" in layout.overrides)
     assert "tensor +" in by_tensor.loses_by
-    assert [x.step.seconds for x in search.ranked] == sorted(x.step.seconds for x in search.ranked)
 
 
-def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any) -> None:
-    roomy = simulator(_search, 1.0, 1.0)
-    sizes = sorted(layout.peak_bytes for layout in roomy.ranked)
+def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any, short: Any) -> None:
+    sizes = sorted(layout.peak_bytes for layout in short.ranked)
     room = sizes[len(sizes) // 3]
-    tight = simulator(_search, room / 2**30, 1.0)
+    tight = simulator(_search, 12, room / 2**30)
     assert tight.ranked
     assert all(layout.peak_bytes <= room for layout in tight.ranked)
-    fitting = [layout.overrides for layout in roomy.ranked if layout.peak_bytes <= room]
+    fitting = [layout.overrides for layout in short.ranked if layout.peak_bytes <= room]
     assert tight.ranked[0].overrides == fitting[0]
-    assert tight.ranked[0].overrides != roomy.ranked[0].overrides
+    assert tight.ranked[0].overrides != short.ranked[0].overrides
 
 
 def test_every_legal_layout_is_considered_once() -> None:

@@ -87,8 +87,9 @@ def test_memory_traffic_is_that_of_real_tensors(reports: list[tuple[Any, Any]]) 
 
 # Small, and alive at the peak or not: losses reported so far, parts of the norm, token orders.
 SCALAR_BYTES = 256
-# Interleaved pieces share an iterator that keeps batches; these models are small beside their batches.
-KEPT_BATCHES_SHARE = 0.01
+# Interleaved pieces share an iterator that keeps batches, and gloo keeps a message to the next stage until
+# it has left; these models are small beside both.
+IN_TRANSIT_SHARE = 0.03
 
 
 def test_memory_is_that_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:
@@ -98,5 +99,5 @@ def test_memory_is_that_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:
             assert getattr(simulated, field) == getattr(real, field), f"rank {real.rank}: {field}"
         for field in ("microbatches_peak_bytes", "update_peak_bytes"):
             difference = getattr(simulated, field) - getattr(real, field)
-            allowed = SCALAR_BYTES + KEPT_BATCHES_SHARE * getattr(real, field)
+            allowed = SCALAR_BYTES + IN_TRANSIT_SHARE * getattr(real, field)
             assert abs(difference) <= allowed, f"rank {real.rank}: {field} differs by {difference}"
