@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from sas_megatron.config.errors import UserError
-from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
+from sas_megatron.config.training import TrainingConfig
 from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.planning.hardware_file import Hardware
 
@@ -21,6 +21,8 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Of forward and backward: a second forward pass, and that of the attention's core.
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.08, "full": 1 / 3}
 VIRTUAL_PIPELINES = (1, 2, 4)
+# Forward and backward, counted on the smallest configs: 110 for MHA, 260 for SAS.
+OPERATIONS_PER_LAYER = 180
 
 
 def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> Iterator[RunConfig]:
@@ -63,19 +65,25 @@ def _may_be_legal(config: RunConfig, chosen: dict[str, Any], world_size: int) ->
 
 def with_layout(config: RunConfig, chosen: dict[str, Any], *, world_size: int) -> RunConfig:
     """The config at the degrees chosen, with what follows; raises `UserError` as the config does."""
-    tree = config.model_dump(mode="json")
+    values: dict[str, dict[str, Any]] = {"parallel": {}, "training": {}}
     for name, value in chosen.items():
         section, field = name.split(".")
-        tree[section][field] = value
-    tree["training"] |= {"recompute_modules": None, "recompute_layers": None}
-    parallel = tree["parallel"] | {"first_stage_layers": None, "last_stage_layers": None}
-    parallel["sequence"] = parallel["tensor"] > 1
-    tree["parallel"] = parallel
-    ranks = parallel["tensor"] * parallel["context"] * parallel["pipeline"]
-    tree["optimizer"]["distributed"] = world_size > ranks
-    if world_size == ranks:
+        values[section][field] = value
+    parallel = config.parallel.model_dump() | values["parallel"]
+    parallel |= {"first_stage_layers": None, "last_stage_layers": None, "sequence": parallel["tensor"] > 1}
+    shares_data = world_size > parallel["tensor"] * parallel["context"] * parallel["pipeline"]
+    if not shares_data:
         parallel |= {"overlap_gradient_reduce": False, "overlap_parameter_gather": False}
-    return build_run_config(tree)
+    training = config.training.model_dump() | {"recompute_modules": None, "recompute_layers": None}
+    sections = {name: getattr(config, name) for name in RunConfig.model_fields}
+    return RunConfig(
+        **{
+            **sections,
+            "parallel": ParallelConfig(**parallel),
+            "training": TrainingConfig(**(training | values["training"])),
+            "optimizer": config.optimizer.model_copy(update={"distributed": shares_data}),
+        }
+    )
 
 
 def weights_fit(config: RunConfig, hardware: Hardware) -> bool:
@@ -94,10 +102,11 @@ def rough_seconds(config: RunConfig, *, world_size: int, hardware: Hardware) -> 
     rate = hardware.matrix_rate(training.precision) * hardware.attainable.matrix
     flops = tokens * sum(count_training_flops(config).values()) / world_size
     again = 1 + RECOMPUTED_SHARE[training.recompute]
-    seconds = flops / rate * again
+    layers = config.model.num_layers / parallel.pipeline
+    starting = 1e-6 * hardware.operation_microseconds * OPERATIONS_PER_LAYER * layers * microbatches
+    seconds = max(flops / rate, starting) * again
 
     element_bytes = ELEMENT_BYTES[training.precision]
-    layers = config.model.num_layers / parallel.pipeline
     hidden = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes
     # Two blocks a layer, into and out of each, forward and twice backward as far as weights' inputs go.
     seconds += _seconds_over(parallel.tensor, 8 * again * layers * hidden, 1, hardware)
