@@ -62,7 +62,7 @@ _RANK_ROWS = {
     "layers": "layers",
     "attended_heads": "attended heads",
     "parameters": "parameters",
-    "parameter_bytes": "parameters",
+    "parameter_bytes": "weights",
     "gradient_bytes": "gradients",
     "optimizer_bytes": "optimizer state",
     "peak_activation_bytes": "activations and temporaries, peak",

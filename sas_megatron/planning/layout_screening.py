@@ -21,8 +21,8 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Of forward and backward: a second forward pass, and that of the attention's core.
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.08, "full": 1 / 3}
 VIRTUAL_PIPELINES = (1, 2, 4)
-# Forward and backward, counted on the smallest configs: 110 for MHA, 260 for SAS.
-OPERATIONS_PER_LAYER = 180
+# Forward and backward of one microbatch: 114 counted for MHA, 187 for SAS (configs/gpu_125m_*.yaml).
+OPERATIONS_PER_LAYER = 150
 
 
 def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> Iterator[RunConfig]:
