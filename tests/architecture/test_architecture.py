@@ -17,6 +17,10 @@ WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
     *sorted((PACKAGE / "scaling").glob("*.py")),
     *(PACKAGE / "model" / name for name in ("__init__.py", "costs.py")),
+    *(
+        PACKAGE / "planning" / name
+        for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "tally.py")
+    ),
     *(PACKAGE / "attention" / name for name in ("__init__.py", "grouped.py", "simulated.py")),
 ]
 

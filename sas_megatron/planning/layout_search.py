@@ -1,0 +1,192 @@
+"""Which layout of a model on so many devices takes the least time, of those that fit into their memory.
+
+every combination of degrees -> the config's own rules -> weights that fit by count alone
+  -> simulated with one and two layers a pipeline chunk, from which the depth follows on a line
+  -> micro batches grow while they fit and pay -> ranked by tokens a second
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sas_megatron.config.errors import UserError
+from sas_megatron.config.loading import flatten_tree
+from sas_megatron.config.run import RunConfig
+from sas_megatron.planning.hardware_file import Hardware
+from sas_megatron.planning.layout_screening import legal_layouts, rough_seconds, weights_fit
+from sas_megatron.planning.rank_simulation import RankReport, simulate_rank
+from sas_megatron.planning.simulation import for_hardware, stage_ranks
+from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
+from sas_megatron.planning.tally import Tally
+
+# Depths, in layers a chunk, that the line is drawn through.
+SHALLOW_LAYERS = (1, 2)
+# Each differs from the others in more than its micro batch; enough for the rough cost's errors.
+FAMILIES_THAT_FIT = 12
+# Of the step's seconds: what a layout may take longer in a term without a word about it.
+NEGLIGIBLE_SHARE = 1e-4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One legal layout that fits, and its estimate."""
+
+    # What it differs in from the config given, as the command line takes it.
+    overrides: list[str]
+    peak_bytes: int
+    step: StepEstimate
+    # Where it takes longer than the first, largest first; None: it is the first.
+    loses_by: str | None = None
+
+
+@dataclass(frozen=True)
+class LayoutSearch:
+    """What a search found."""
+
+    hardware: Hardware
+    # Fastest first.
+    ranked: list[Layout]
+    num_legal: int
+    # Families differ in more than their micro batch; the most promising ones were simulated.
+    num_families: int
+    num_simulated_families: int
+
+
+def search_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> LayoutSearch:
+    """Ranks the layouts of `config` on `world_size` devices; the layout that it states is not favoured.
+
+    Raises:
+        UserError: no layout is legal, or the hardware file lacks a figure.
+    """
+    legal = list(legal_layouts(config, world_size=world_size, hardware=hardware))
+    if not legal:
+        raise UserError(
+            f"world size={world_size}: no layout of this model and batch is legal on so many ranks; "
+            "use another number, or another training.global_batch_size"
+        )
+    families: dict[tuple[Any, ...], list[RunConfig]] = {}
+    for candidate in legal:
+        if weights_fit(candidate, hardware):
+            families.setdefault(_family(candidate), []).append(candidate)
+    promising = sorted(
+        families.values(),
+        key=lambda family: min(
+            rough_seconds(candidate, world_size=world_size, hardware=hardware) for candidate in family
+        ),
+    )
+    found, num_simulated = _simulate_families(config, promising, world_size=world_size, hardware=hardware)
+    ranked = sorted(found, key=lambda layout: layout.step.seconds)
+    return LayoutSearch(
+        hardware=hardware,
+        ranked=[replace(layout, loses_by=_loss(layout.step, ranked[0].step)) for layout in ranked],
+        num_legal=len(legal),
+        num_families=len({_family(candidate) for candidate in legal}),
+        num_simulated_families=num_simulated,
+    )
+
+
+def _simulate_families(
+    config: RunConfig, families: list[list[RunConfig]], *, world_size: int, hardware: Hardware
+) -> tuple[list[Layout], int]:
+    """Layouts of the first `FAMILIES_THAT_FIT` families that fit, and how many families were tried."""
+    workers = max(1, min(len(families), os.cpu_count() or 1))
+    found: list[Layout] = []
+    num_tried = num_fitting = 0
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_ready
+    ) as pool:
+        while num_tried < len(families) and num_fitting < FAMILIES_THAT_FIT:
+            batch = families[num_tried : num_tried + workers]
+            jobs = [pool.submit(_try_family, config, family, world_size, hardware) for family in batch]
+            num_tried += len(batch)
+            for job in jobs:
+                layouts = job.result()
+                found.extend(layouts)
+                num_fitting += bool(layouts)
+    return found, num_tried
+
+
+def simulate_shallow(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
+    """`simulate_rank` from one and two layers a pipeline chunk: all that is counted is a line in depth."""
+    chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+    depth = config.model.num_layers / chunks
+    if depth <= max(SHALLOW_LAYERS):
+        return simulate_rank(config, rank=rank, world_size=world_size)
+    near, far = (
+        simulate_rank(_at_depth(config, chunks * layers), rank=rank, world_size=world_size)
+        for layers in SHALLOW_LAYERS
+    )
+    return extrapolate_depth(
+        near, far, beyond=(depth - SHALLOW_LAYERS[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
+    )
+
+
+def extrapolate_depth(near: RankReport, far: RankReport, *, beyond: float) -> RankReport:
+    """The report `beyond` times the difference of the two from the first."""
+    values: dict[str, Any] = {}
+    for field in fields(RankReport):
+        first, second = getattr(near, field.name), getattr(far, field.name)
+        if isinstance(first, Tally):
+            values[field.name] = first + (second + first * -1) * beyond
+        elif isinstance(first, int):
+            values[field.name] = round(first + (second - first) * beyond)
+        else:
+            values[field.name] = first
+    return RankReport(**values)
+
+
+def _at_depth(config: RunConfig, num_layers: int) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": num_layers})})
+
+
+def _try_family(
+    config: RunConfig, family: list[RunConfig], world_size: int, hardware: Hardware
+) -> list[Layout]:
+    """The layouts of equal degrees that fit; micro batches grow while that pays."""
+    found: list[Layout] = []
+    for candidate in family:
+        simulated = for_hardware(candidate, hardware)
+        ends = {stage_ranks(candidate, world_size)[place] for place in (0, -1)}
+        reports = [simulate_shallow(simulated, rank=rank, world_size=world_size) for rank in sorted(ends)]
+        peak_bytes = max(report.peak_bytes for report in reports)
+        if not hardware.fits(peak_bytes):
+            break
+        step = estimate_step(candidate, reports, hardware=hardware, world_size=world_size)
+        if found and step.seconds > found[-1].step.seconds:
+            break
+        found.append(Layout(_overrides(config, candidate), peak_bytes, step))
+    return found
+
+
+def _ready() -> None:
+    from sas_megatron.platform.device import prepare_device
+
+    prepare_device()
+
+
+def _family(config: RunConfig) -> tuple[Any, ...]:
+    """What layouts have in common that differ in their micro batch alone."""
+    return (*config.parallel.model_dump().values(), config.training.recompute)
+
+
+def _overrides(config: RunConfig, layout: RunConfig) -> list[str]:
+    before, after = (flatten_tree(value.model_dump(mode="json")) for value in (config, layout))
+    changed = [name for name, value in after.items() if before.get(name) != value]
+    return [f"{name}={str(after[name]).lower()}" for name in changed] or [
+        f"parallel.tensor={layout.parallel.tensor}"
+    ]
+
+
+def _loss(step: StepEstimate, first: StepEstimate) -> str | None:
+    """The two terms in which a layout takes longest beyond the first, in milliseconds."""
+    if step is first:
+        return None
+    names = dict.fromkeys([*step.terms_seconds, *first.terms_seconds])
+    more = {name: step.terms_seconds.get(name, 0.0) - first.terms_seconds.get(name, 0.0) for name in names}
+    visible = NEGLIGIBLE_SHARE * first.seconds
+    worst = sorted((name for name in more if more[name] > visible), key=lambda name: -more[name])[:2]
+    return ", ".join(f"{name} +{1e3 * more[name]:.3g} ms" for name in worst)
