@@ -27,6 +27,8 @@ from sas_megatron.planning.tally import Tally
 SHALLOW_LAYERS = (1, 2)
 # Each differs from the others in more than its micro batch; enough for the rough cost's errors.
 FAMILIES_THAT_FIT = 12
+# A micro batch whose rough cost is so near to its family's least is large enough.
+ENOUGH = 1.02
 # Of the step's seconds: what a layout may take longer in a term without a word about it.
 NEGLIGIBLE_SHARE = 1e-4
 
@@ -146,20 +148,31 @@ def _at_depth(config: RunConfig, num_layers: int) -> RunConfig:
 def _try_family(
     config: RunConfig, family: list[RunConfig], world_size: int, hardware: Hardware
 ) -> list[Layout]:
-    """The layouts of equal degrees that fit; micro batches grow while that pays."""
+    """Of equal degrees: the micro batch that should be large enough, and the next, or one that fits."""
+    rough = [rough_seconds(candidate, world_size=world_size, hardware=hardware) for candidate in family]
+    enough = next(place for place, seconds in enumerate(rough) if seconds <= ENOUGH * min(rough))
     found: list[Layout] = []
-    for candidate in family:
-        simulated = for_hardware(candidate, hardware)
-        ends = {stage_ranks(candidate, world_size)[place] for place in (0, -1)}
-        reports = [simulate_shallow(simulated, rank=rank, world_size=world_size) for rank in sorted(ends)]
-        peak_bytes = max(report.peak_bytes for report in reports)
-        if not hardware.fits(peak_bytes):
-            break
-        step = estimate_step(candidate, reports, hardware=hardware, world_size=world_size)
-        if found and step.seconds > found[-1].step.seconds:
-            break
-        found.append(Layout(_overrides(config, candidate), peak_bytes, step))
+    for place in (enough, enough + 1):
+        if place < len(family) and (layout := _try(config, family[place], world_size, hardware)):
+            found.append(layout)
+    smaller = enough - 1
+    while not found and smaller >= 0:
+        if layout := _try(config, family[smaller], world_size, hardware):
+            found.append(layout)
+        smaller -= 1
     return found
+
+
+def _try(config: RunConfig, candidate: RunConfig, world_size: int, hardware: Hardware) -> Layout | None:
+    """The layout simulated, or None where it does not fit."""
+    simulated = for_hardware(candidate, hardware)
+    ends = {stage_ranks(candidate, world_size)[place] for place in (0, -1)}
+    reports = [simulate_shallow(simulated, rank=rank, world_size=world_size) for rank in sorted(ends)]
+    peak_bytes = max(report.peak_bytes for report in reports)
+    if not hardware.fits(peak_bytes):
+        return None
+    step = estimate_step(candidate, reports, hardware=hardware, world_size=world_size)
+    return Layout(_overrides(config, candidate), peak_bytes, step)
 
 
 def _ready() -> None:

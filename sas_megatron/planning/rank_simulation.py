@@ -1,6 +1,6 @@
 """One rank of a run, simulated: what it holds, computes and sends in a step of the real training code.
 
-    config, rank -> fake world -> the engine -> an update, which makes the optimizer's state
+    config, rank -> fake world -> the engine -> an update and a forward pass, for what is made once
       -> two steps of few microbatches, counted -> the step of all microbatches, by their difference
 
 A step is a fixed part and a part for each microbatch, once there are enough of them to fill the
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.language_loss import Batch
+from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.parallel.wire_ledger import WireLedger
 from sas_megatron.planning.fake_world import fake_world
@@ -134,8 +134,10 @@ class Stepper:
         self.topology = topology
         self.memory = memory
         self.engine = _WatchedEngine(config, self)
-        # Makes the optimizer's state, which every step but the first finds.
+        # Makes the optimizer's state and the tables of rotary positions, which later steps find.
         self.engine.update()
+        turns = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
+        self.engine.forward(forward_step, self._batches(), num_microbatches=turns)
         self.microbatches_peak_bytes = 0
         self.update_peak_bytes = 0
         self._meters = _Meters(topology)

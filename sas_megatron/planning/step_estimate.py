@@ -68,7 +68,7 @@ def estimate_step(
         terms["bubble"] = bubble * sum(terms.values())
     per_microbatch = sum(terms.values()) / slowest.num_microbatches / (1 + bubble)
     terms["data"] = _data_seconds(slowest, config, hardware, per_microbatch_seconds=per_microbatch)
-    terms["update"] = _compute_seconds(slowest.update, hardware)
+    terms["update"] = _compute_seconds(slowest.update, hardware, by_tensor=hardware.device == "cpu")
     for tally in (slowest.microbatches, slowest.update):
         for group in tally.wire_bytes:
             if group != "data" and (group not in PIPELINED_GROUPS or tally is slowest.update):
@@ -116,11 +116,16 @@ def _data_seconds(
     return sum(seconds.values())
 
 
-def _compute_seconds(tally: Tally, hardware: Hardware) -> float:
+def _compute_seconds(tally: Tally, hardware: Hardware, *, by_tensor: bool = True) -> float:
+    """Of all operations; `by_tensor` where each is started by itself, and not for many tensors together.
+
+    torch's AdamW goes tensor by tensor on CPU and over lists of tensors on a GPU.
+    """
     working = sum(
         calls * working_seconds(operation, hardware) for operation, calls in tally.operations.items()
     )
-    starting = 1e-6 * hardware.operation_microseconds * sum(tally.operations.values())
+    starts = sum(tally.operations.values()) if by_tensor else 0.0
+    starting = 1e-6 * hardware.operation_microseconds * starts
     # A GPU works while the next operations are started; a CPU does one after the other.
     return max(working, starting) if hardware.device == "gpu" else working + starting
 
