@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,14 @@ def _search(config: RunConfig, world_size: int, hardware: Hardware, top: int) ->
     from sas_megatron.cli.simulation_tables import search_as_dict, show_search
     from sas_megatron.planning.layout_search import search_layouts
 
-    return search_as_dict(search_layouts(config, world_size=world_size, hardware=hardware), top), show_search
+    result = search_layouts(config, world_size=world_size, hardware=hardware, announce=_announce)
+    return search_as_dict(result, top), show_search
+
+
+def _announce(text: str) -> None:
+    """On a terminal, how far a search is: it takes minutes."""
+    if sys.stderr.isatty():
+        click.echo(f"\r{text}", err=True, nl=False)
 
 
 def _find_hardware(name: str, world_size: int, memory_gib: float | None) -> Hardware:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from sas_megatron.planning.rank_simulation import RankReport, simulate_rank
 from sas_megatron.planning.simulation import for_hardware, stage_ranks
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
 from sas_megatron.planning.tally import Tally
+from sas_megatron.platform.device import prepare_device
 
 # Depths, in layers a chunk, that the line is drawn through.
 SHALLOW_LAYERS = (1, 2)
@@ -58,8 +60,20 @@ class LayoutSearch:
     num_simulated_families: int
 
 
-def search_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> LayoutSearch:
+def search_layouts(
+    config: RunConfig,
+    *,
+    world_size: int,
+    hardware: Hardware,
+    announce: Callable[[str], None] = lambda _text: None,
+) -> LayoutSearch:
     """Ranks the layouts of `config` on `world_size` devices; the layout that it states is not favoured.
+
+    Args:
+        config: the run.
+        world_size: number of devices.
+        hardware: what they are.
+        announce: is told how far the search is, now and then.
 
     Raises:
         UserError: no layout is legal, or the hardware file lacks a figure.
@@ -80,7 +94,9 @@ def search_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) ->
             rough_seconds(candidate, world_size=world_size, hardware=hardware) for candidate in family
         ),
     )
-    found, num_simulated = _simulate_families(config, promising, world_size=world_size, hardware=hardware)
+    found, num_simulated = _simulate_families(
+        config, promising, world_size=world_size, hardware=hardware, announce=announce
+    )
     ranked = sorted(found, key=lambda layout: layout.step.seconds)
     return LayoutSearch(
         hardware=hardware,
@@ -92,14 +108,22 @@ def search_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) ->
 
 
 def _simulate_families(
-    config: RunConfig, families: list[list[RunConfig]], *, world_size: int, hardware: Hardware
+    config: RunConfig,
+    families: list[list[RunConfig]],
+    *,
+    world_size: int,
+    hardware: Hardware,
+    announce: Callable[[str], None],
 ) -> tuple[list[Layout], int]:
     """Layouts of the first `FAMILIES_THAT_FIT` families that fit, and how many families were tried."""
     workers = max(1, min(len(families), os.cpu_count() or 1))
     found: list[Layout] = []
     num_tried = num_fitting = 0
     with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_ready
+        # By itself the first thing that a worker imports: Megatron-core must find the CPU's stand-in.
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=prepare_device,
     ) as pool:
         while num_tried < len(families) and num_fitting < FAMILIES_THAT_FIT:
             batch = families[num_tried : num_tried + workers]
@@ -109,6 +133,7 @@ def _simulate_families(
                 layouts = job.result()
                 found.extend(layouts)
                 num_fitting += bool(layouts)
+            announce(f"simulated {num_tried} kinds of layouts, {num_fitting} of them fit")
     return found, num_tried
 
 
@@ -173,12 +198,6 @@ def _try(config: RunConfig, candidate: RunConfig, world_size: int, hardware: Har
         return None
     step = estimate_step(candidate, reports, hardware=hardware, world_size=world_size)
     return Layout(_overrides(config, candidate), peak_bytes, step)
-
-
-def _ready() -> None:
-    from sas_megatron.platform.device import prepare_device
-
-    prepare_device()
 
 
 def _family(config: RunConfig) -> tuple[Any, ...]:

@@ -29,12 +29,11 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> l
         for rank in range(world_size):
             here, there = context.Pipe()
             place = (rank, world_size, str(Path(folder) / "rendezvous"))
-            process = context.Process(
-                target=_work, args=(place, there, function, args), name=f"simulated {rank}"
-            )
+            process = context.Process(target=_work, args=(place, there), name=f"simulated {rank}")
             with _environment(OMP_NUM_THREADS="1"):
                 process.start()
             there.close()
+            here.send((function, args))
             ranks.append((process, here))
         try:
             return _answers([pipe for _, pipe in ranks])
@@ -84,16 +83,17 @@ def _answers(pipes: list[Connection]) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _work(
-    place: tuple[int, int, str], pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _work(place: tuple[int, int, str], pipe: Connection) -> None:
     import torch.distributed as dist
 
     from sas_megatron.platform.device import prepare_device
 
     rank, world_size, rendezvous = place
     try:
+        # Before the function is received, whose module may import Megatron-core: that must find the CPU's
+        # stand-in.
         prepare_device()
+        function, args = pipe.recv()
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
         result = function(*args)
         dist.barrier()

@@ -134,14 +134,21 @@ class Stepper:
         self.topology = topology
         self.memory = memory
         self.engine = _WatchedEngine(config, self)
-        # Makes the optimizer's state and the tables of rotary positions, which later steps find.
-        self.engine.update()
-        turns = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
-        self.engine.forward(forward_step, self._batches(), num_microbatches=turns)
-        self.microbatches_peak_bytes = 0
-        self.update_peak_bytes = 0
         self._meters = _Meters(topology)
         self._microbatches = Tally()
+        self._warm_up()
+        self.microbatches_peak_bytes = 0
+        self.update_peak_bytes = 0
+
+    def _warm_up(self) -> None:
+        """Makes the optimizer's state and the tables of rotary positions, which later steps find."""
+        turns = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline > 1 else 1
+        if self.config.parallel.overlap_parameter_gather:
+            # A whole step: the next one gathers the parameters that this one updates.
+            self.run(turns)
+            return
+        self.engine.update()
+        self.engine.forward(forward_step, self._batches(), num_microbatches=turns)
 
     def step(self, num_microbatches: int) -> StepTally:
         """One optimizer step, counted."""
