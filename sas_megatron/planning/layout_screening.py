@@ -1,7 +1,7 @@
 """Which layouts are worth a simulation: the legal ones, and a rough cost of each from counts alone.
 
-The rough cost ranks, it is never shown: FLOPs at the attainable rate with the pipeline's bubble and
-what is computed again, and the large messages of each group over its wire.
+The rough cost ranks, it is never shown: the time that one device would compute for, shared out, with the
+pipeline's bubble and what is computed again, and the large messages of each group over its wire.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.training import TrainingConfig
-from sas_megatron.model.costs import count_parameters, count_training_flops
+from sas_megatron.model.costs import count_parameters
 from sas_megatron.planning.hardware_file import Hardware
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -92,19 +92,26 @@ def weights_fit(config: RunConfig, hardware: Hardware) -> bool:
     return hardware.fits(_parameters_of_rank(config) * per_parameter)
 
 
-def rough_seconds(config: RunConfig, *, world_size: int, hardware: Hardware) -> float:
-    """The rough cost of a step, in seconds that are only good to compare."""
+def rough_seconds(
+    config: RunConfig, *, alone_seconds_per_token: float, world_size: int, hardware: Hardware
+) -> float:
+    """The rough cost of a step, in seconds that are only good to compare.
+
+    Args:
+        config: a layout.
+        alone_seconds_per_token: what one device with the whole model computes for.
+        world_size: devices.
+        hardware: their figures.
+    """
     parallel, training = config.parallel, config.training
     data_parallel = world_size // parallel.model_size
     tokens = training.global_batch_size * config.data.sequence_length
     microbatches = training.global_batch_size // training.micro_batch_size // data_parallel
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / microbatches
-    rate = hardware.matrix_rate(training.precision) * hardware.attainable.matrix
-    flops = tokens * sum(count_training_flops(config).values()) / world_size
     again = 1 + RECOMPUTED_SHARE[training.recompute]
     layers = config.model.num_layers / parallel.pipeline
     starting = 1e-6 * hardware.operation_microseconds * OPERATIONS_PER_LAYER * layers * microbatches
-    seconds = max(flops / rate, starting) * again
+    seconds = max(alone_seconds_per_token * tokens / world_size, starting) * again
 
     element_bytes = ELEMENT_BYTES[training.precision]
     hidden = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes

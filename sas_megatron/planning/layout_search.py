@@ -8,6 +8,7 @@ every combination of degrees -> the config's own rules -> weights that fit by co
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import flatten_tree
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
-from sas_megatron.planning.layout_screening import legal_layouts, rough_seconds, weights_fit
+from sas_megatron.planning.layout_screening import legal_layouts, rough_seconds, weights_fit, with_layout
 from sas_megatron.planning.rank_simulation import RankReport, simulate_rank
 from sas_megatron.planning.simulation import for_hardware, stage_ranks
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
@@ -33,6 +34,10 @@ FAMILIES_THAT_FIT = 12
 ENOUGH = 1.02
 # Of the step's seconds: what a layout may take longer in a term without a word about it.
 NEGLIGIBLE_SHARE = 1e-4
+
+
+# Layouts that differ in their micro batch alone, smallest first, with their rough seconds.
+Family = list[tuple[RunConfig, float]]
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,15 @@ def search_layouts(
     for candidate in legal:
         if weights_fit(candidate, hardware):
             families.setdefault(_family(candidate), []).append(candidate)
+    rough = functools.partial(
+        rough_seconds,
+        alone_seconds_per_token=_alone_seconds_per_token(config, hardware),
+        world_size=world_size,
+        hardware=hardware,
+    )
     promising = sorted(
-        families.values(),
-        key=lambda family: min(
-            rough_seconds(candidate, world_size=world_size, hardware=hardware) for candidate in family
-        ),
+        ([(candidate, rough(candidate)) for candidate in family] for family in families.values()),
+        key=lambda family: min(seconds for _, seconds in family),
     )
     found, num_simulated = _simulate_families(
         config, promising, world_size=world_size, hardware=hardware, announce=announce
@@ -107,9 +116,28 @@ def search_layouts(
     )
 
 
+def _alone_seconds_per_token(config: RunConfig, hardware: Hardware) -> float:
+    """Forward and backward on one device that holds the whole model, whether there is one or not."""
+    alone = with_layout(
+        config,
+        {
+            "parallel.tensor": 1,
+            "parallel.context": 1,
+            "parallel.pipeline": 1,
+            "parallel.virtual_pipeline": 1,
+            "training.recompute": "none",
+            "training.global_batch_size": config.training.micro_batch_size,
+        },
+        world_size=1,
+    )
+    report = simulate_shallow(for_hardware(alone, hardware), rank=0, world_size=1)
+    step = estimate_step(alone, [report], hardware=hardware, world_size=1)
+    return step.terms_seconds["compute"] / step.tokens
+
+
 def _simulate_families(
     config: RunConfig,
-    families: list[list[RunConfig]],
+    families: list[Family],
     *,
     world_size: int,
     hardware: Hardware,
@@ -170,19 +198,17 @@ def _at_depth(config: RunConfig, num_layers: int) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": num_layers})})
 
 
-def _try_family(
-    config: RunConfig, family: list[RunConfig], world_size: int, hardware: Hardware
-) -> list[Layout]:
+def _try_family(config: RunConfig, family: Family, world_size: int, hardware: Hardware) -> list[Layout]:
     """Of equal degrees: the micro batch that should be large enough, and the next, or one that fits."""
-    rough = [rough_seconds(candidate, world_size=world_size, hardware=hardware) for candidate in family]
-    enough = next(place for place, seconds in enumerate(rough) if seconds <= ENOUGH * min(rough))
+    least = min(seconds for _, seconds in family)
+    enough = next(place for place, (_, seconds) in enumerate(family) if seconds <= ENOUGH * least)
     found: list[Layout] = []
     for place in (enough, enough + 1):
-        if place < len(family) and (layout := _try(config, family[place], world_size, hardware)):
+        if place < len(family) and (layout := _try(config, family[place][0], world_size, hardware)):
             found.append(layout)
     smaller = enough - 1
     while not found and smaller >= 0:
-        if layout := _try(config, family[smaller], world_size, hardware):
+        if layout := _try(config, family[smaller][0], world_size, hardware):
             found.append(layout)
         smaller -= 1
     return found

@@ -137,8 +137,15 @@ def _operation_seconds() -> float:
     config = build_run_config(_TINY)
     with joined_groups(ParallelConfig(), device=torch.device("cpu"), seed=1) as topology:
         stepper = Stepper(config, topology, MemoryMeter())
-        seconds = _seconds(lambda: stepper.run(2))
-        counted = stepper.step(2)
+        # Many microbatches for each exchange of gradients, and for its sake as many steps on every rank.
+        num_microbatches, num_steps = 8, 5
+        stepper.run(num_microbatches)
+        dist.barrier()
+        begun = time.perf_counter()
+        for _ in range(num_steps):
+            stepper.run(num_microbatches)
+        seconds = (time.perf_counter() - begun) / num_steps
+        counted = stepper.step(num_microbatches)
         return seconds / sum((counted.microbatches + counted.update).operations.values())
 
 

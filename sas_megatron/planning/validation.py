@@ -105,7 +105,7 @@ def _measure_rank(config: RunConfig) -> dict[str, Any]:
     # Each tensor in pages of its own, which return to the system when it is freed: what is resident is
     # then what is held, and not what the C library keeps for the next.
     _set_mapping_threshold(2**16)
-    before = _resident_bytes("VmRSS")
+    before, files_before = _resident_bytes("VmRSS"), _resident_bytes("RssFile")
     with joined_groups(config.parallel, device=torch.device("cpu"), seed=config.training.seed) as topology:
         training = config.training
         num_microbatches = training.global_batch_size // training.micro_batch_size // topology.data_size
@@ -116,7 +116,8 @@ def _measure_rank(config: RunConfig) -> dict[str, Any]:
         _forget_peak()
         with ledger:
             stepper.run(num_microbatches)
-        peak = _resident_bytes("VmHWM") - before
+        # Pages of libraries, read from their files when first used, are no tensors.
+        peak = _resident_bytes("VmHWM") - before - (_resident_bytes("RssFile") - files_before)
         # As the C library would have it after some steps: pages are kept, and not asked for anew.
         _set_mapping_threshold(2**25)
         seconds = []
