@@ -53,9 +53,9 @@ def print_costs(configs: dict[str, RunConfig], *, sequence_length: int | None = 
         console.print(table)
     lengths = {sequence_length or config.data.sequence_length for config in configs.values()}
     console.print(
-        f"At {' and '.join(f'{length:,}' for length in sorted(lengths))} tokens. A multiply-add is two FLOPs, "
-        "training takes three times the forward pass; the embedding look-up is free, the output layer counts; "
-        "the cache is of 2-byte elements.",
+        f"At {' and '.join(f'{length:,}' for length in sorted(lengths))} tokens. A multiply-add is two "
+        "FLOPs, training takes three times the forward pass; the embedding look-up is free, the output "
+        "layer counts; the cache is of 2-byte elements.",
         soft_wrap=True,
     )
 
