@@ -14,9 +14,12 @@ from sas_megatron.attention.residual_map import ResidualMap, ResidualMapWeights
 
 def simulate_features(heads_MD: torch.Tensor, weights: ResidualMapWeights) -> torch.Tensor:
     """[..., D] -> [..., E]; weights: expand [E, D], refine [E, E], biases [E] or None."""
-    expanded = F.linear(heads_MD, weights.expand, weights.expand_bias)
+    # On rows and not on the tensor as it is: linear would return a view of its rows, and the gradient of an
+    # addition in place to a view is copied whole three times.
+    expanded = F.linear(heads_MD.flatten(0, -2), weights.expand, weights.expand_bias)
     # In place on the branch's output, which no backward pass needs: one large tensor less.
-    return F.linear(F.relu(expanded), weights.refine, weights.refine_bias).add_(expanded)
+    simulated = F.linear(F.relu(expanded), weights.refine, weights.refine_bias).add_(expanded)
+    return simulated.view(*heads_MD.shape[:-1], -1)
 
 
 class FeatureSimulation(ResidualMap):

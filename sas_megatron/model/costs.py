@@ -1,9 +1,10 @@
 """What a model costs, from its config alone: parameters and FLOPs as named terms that sum. No torch.
 
 Conventions, which every printed figure follows: a multiply-add is two FLOPs; scores and values are
-counted in full (S², not the causal half that fused back ends skip); the backward pass is twice the
-forward one; the embedding look-up costs nothing, the output layer's product counts, over the padded
-vocabulary; norms, activations, softmax and other element-wise work are left out.
+counted in full (S², not the causal half that fused back ends skip; `causal_half` gives that); the
+backward pass is twice the forward one; the embedding look-up costs nothing, the output layer's product
+counts, over the padded vocabulary (`without_embeddings` leaves out both tables); norms, activations,
+softmax and other element-wise work are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from sas_megatron.config.run import RunConfig
 
 # Forward plus backward over forward: the gradients of inputs and of weights cost one forward each.
 TRAINING_FACTOR = 3
+# Of FLOPs: what a causal back end computes about half of.
+CAUSAL_TERMS = ("scores", "values")
+# Of parameters and FLOPs: the input and output tables, which scaling laws leave out or in.
+EMBEDDING_TERMS = ("embedding", "head")
 
 
 def count_parameters(config: RunConfig) -> dict[str, int]:
@@ -45,6 +50,23 @@ def count_training_flops(config: RunConfig, *, sequence_length: int | None = Non
     """Forward and backward FLOPs of one token by term."""
     forward = count_forward_flops(config, sequence_length=sequence_length)
     return {name: TRAINING_FACTOR * count for name, count in forward.items()}
+
+
+def count_kv_cache_bytes(config: RunConfig, *, element_bytes: int = 2) -> dict[str, int]:
+    """Bytes that decoding keeps of each token, in all layers, by term."""
+    elements = config.attention.count_kv_cache_elements()
+    return {name: config.model.num_layers * element_bytes * count for name, count in elements.items()}
+
+
+def causal_half(flops: dict[str, int], *, sequence_length: int) -> dict[str, float]:
+    """The same terms where token t attends to t tokens: (S + 1)/2 of S on average."""
+    share = (sequence_length + 1) / (2 * sequence_length)
+    return {name: count * (share if name in CAUSAL_TERMS else 1.0) for name, count in flops.items()}
+
+
+def without_embeddings(terms: dict[str, int]) -> dict[str, int]:
+    """The same terms but for those of the input and output tables."""
+    return {name: count for name, count in terms.items() if name not in EMBEDDING_TERMS}
 
 
 def _count_mlp_parameters(model: ModelConfig) -> int:

@@ -19,14 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class WireLedger(TorchDispatchMode):
     """While entered, adds up the bytes of every collective of this process.
 
-    `bytes_sent` maps group name -> operation -> bytes. Groups are named by `names`; others count
-    under "other".
+    `bytes_sent` maps group name -> operation -> bytes, `calls` the same -> number of collectives.
+    Groups are named by `names`; others count under "other", messages between two ranks in them under
+    `sends` (between two pipeline stages Megatron-core sends over the world's group).
     """
 
-    def __init__(self, names: dict[str, dist.ProcessGroup]) -> None:
+    def __init__(self, names: dict[str, dist.ProcessGroup], *, sends: str = "other") -> None:
         super().__init__()
         self.names = {group.group_name: name for name, group in names.items()}
+        self.sends = sends
         self.bytes_sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.calls: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
 
     def __torch_dispatch__(
         self,
@@ -46,8 +49,9 @@ class WireLedger(TorchDispatchMode):
         group = next(iter(_groups(args)))
         if group.size() == 1:
             return
-        name = self.names.get(group.group_name, "other")
+        name = self.names.get(group.group_name, self.sends if operation == "send" else "other")
         self.bytes_sent[name][operation.strip("_")] += rule(args, group.size())
+        self.calls[name][operation.strip("_")] += 1
 
     def total(self, group: str) -> float:
         """Bytes sent in one group, over all operations."""

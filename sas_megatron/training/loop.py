@@ -65,7 +65,7 @@ class Run:
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.ledger = WireLedger(topology.groups())
+        self.ledger = WireLedger(topology.groups(), sends="pipeline")
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
     def complete(self) -> None:

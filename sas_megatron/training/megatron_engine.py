@@ -91,8 +91,9 @@ class MegatronEngine(Engine):
         num_microbatches: int,
         forward_only: bool,
     ) -> Reports:
-        # Each piece of an interleaved stage goes over the same microbatches, at its own time.
-        per_chunk = itertools.tee(batches, len(self.chunks))
+        # Each piece of an interleaved stage goes over the same microbatches, at its own time. A tee keeps
+        # up to 57 batches alive, so a single piece does without.
+        per_chunk = itertools.tee(batches, len(self.chunks)) if len(self.chunks) > 1 else (batches,)
         reports: Reports = self.run_schedule(
             forward_step_func=forward_step,
             data_iterator=list(per_chunk),

@@ -18,6 +18,10 @@ WITHOUT_TORCH = [
     *sorted((PACKAGE / "scaling").glob("*.py")),
     *(PACKAGE / "model" / name for name in ("__init__.py", "costs.py")),
     *(
+        PACKAGE / "planning" / name
+        for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "tally.py")
+    ),
+    *(
         PACKAGE / "attention" / name
         for name in ("__init__.py", "factorized.py", "grouped.py", "simulated.py", "tensor_product.py")
     ),

@@ -52,7 +52,7 @@ def test_a_world_that_does_not_fit_ends_training_before_it_starts(tmp_path: Path
     refused(
         command("train", QUICKSTART, folder=tmp_path, WORLD_SIZE="3", RANK="0"),
         "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
-        "start 2 processes (launch/torchrun.sh 2 CONFIG), or change parallel.tensor",
+        "start 2 processes (launch/torchrun.sh 2 CONFIG), or change the degrees",
         tmp_path,
     )
 
@@ -99,10 +99,29 @@ def test_costs_prints_json_that_programs_can_read() -> None:
     assert list(counted) == paths
     for path in paths:
         config = load_run_config(path)
-        assert counted[path] == {
-            "parameters": count_parameters(config),
-            "forward_flops_per_token": count_forward_flops(config),
+        parameters, flops = count_parameters(config), count_forward_flops(config)
+        assert counted[path]["parameters"]["terms"] == parameters
+        assert counted[path]["forward_flops_per_token"]["terms"] == flops
+        tables = parameters["embedding"] + parameters["head"]
+        assert counted[path]["parameters"]["totals"] == {
+            "total": sum(parameters.values()),
+            "without embeddings": sum(parameters.values()) - tables,
         }
+        # Of 256 tokens the average one attends to 128.5.
+        skipped = (flops["scores"] + flops["values"]) * (1 - 257 / 512)
+        assert counted[path]["forward_flops_per_token"]["totals"] == {
+            "total": sum(flops.values()),
+            "with the causal half of scores and values": round(sum(flops.values()) - skipped),
+            "without embeddings": sum(flops.values()) - flops["head"],
+        }
+        # Four layers of four heads of 32 features, keys and values, two bytes each.
+        assert counted[path]["kv_cache_bytes_per_token"]["totals"] == {"total": 4 * 4 * 32 * 2 * 2}
+
+
+def test_costs_are_counted_at_another_sequence_length() -> None:
+    done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "--sequence-length", "1024", "--json"])
+    flops = json.loads(done.stdout)[str(QUICKSTART)]["forward_flops_per_token"]["terms"]
+    assert flops == count_forward_flops(load_run_config(QUICKSTART), sequence_length=1024)
 
 
 def test_costs_prints_tables_with_totals() -> None:

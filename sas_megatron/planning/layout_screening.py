@@ -1,0 +1,143 @@
+"""Which layouts are worth a simulation: the legal ones, and a rough cost of each from counts alone.
+
+The rough cost ranks, it is never shown: the time that one device would compute for, shared out, with the
+pipeline's bubble and what is computed again, and the large messages of each group over its wire.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from sas_megatron.config.errors import UserError
+from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.config.run import RunConfig
+from sas_megatron.config.training import TrainingConfig
+from sas_megatron.model.costs import count_parameters
+from sas_megatron.planning.hardware_file import Hardware
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+# Of forward and backward: a second forward pass, and that of the attention's core.
+RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.08, "full": 1 / 3}
+VIRTUAL_PIPELINES = (1, 2, 4)
+# Forward and backward of one microbatch: 114 counted for MHA, 187 for SAS (configs/gpu_125m_*.yaml).
+OPERATIONS_PER_LAYER = 150
+
+
+def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> Iterator[RunConfig]:
+    """Every combination of degrees that the config's rules allow; small micro batches before large ones.
+
+    Sequence parallelism goes with tensor parallelism, and the distributed optimizer with data
+    parallelism: each sends the same bytes and holds less. Tensor groups stay within a node, stages
+    are even, and `training.recompute` takes its defaults.
+    """
+    degrees = _divisors(world_size)
+    axes: dict[str, list[Any]] = {
+        "parallel.tensor": [degree for degree in degrees if degree <= hardware.devices_per_node],
+        "parallel.context": degrees,
+        "parallel.pipeline": [degree for degree in degrees if degree <= config.model.num_layers],
+        "parallel.virtual_pipeline": list(VIRTUAL_PIPELINES),
+        "training.recompute": list(RECOMPUTED_SHARE),
+        "training.micro_batch_size": _divisors(config.training.global_batch_size),
+    }
+    for place in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, place, strict=True))
+        if not _may_be_legal(config, chosen, world_size):
+            continue
+        try:
+            candidate = with_layout(config, chosen, world_size=world_size)
+            candidate.check_world_size(world_size)
+        except UserError:
+            continue
+        yield candidate
+
+
+def _may_be_legal(config: RunConfig, chosen: dict[str, Any], world_size: int) -> bool:
+    """What rules most combinations out, before a config is built for them."""
+    ranks = chosen["parallel.tensor"] * chosen["parallel.context"] * chosen["parallel.pipeline"]
+    if world_size % ranks:
+        return False
+    data_parallel: int = world_size // ranks
+    samples: int = data_parallel * chosen["training.micro_batch_size"]
+    return config.training.global_batch_size % samples == 0
+
+
+def with_layout(config: RunConfig, chosen: dict[str, Any], *, world_size: int) -> RunConfig:
+    """The config at the degrees chosen, with what follows; raises `UserError` as the config does."""
+    values: dict[str, dict[str, Any]] = {"parallel": {}, "training": {}}
+    for name, value in chosen.items():
+        section, field = name.split(".")
+        values[section][field] = value
+    parallel = config.parallel.model_dump() | values["parallel"]
+    parallel |= {"first_stage_layers": None, "last_stage_layers": None, "sequence": parallel["tensor"] > 1}
+    shares_data = world_size > parallel["tensor"] * parallel["context"] * parallel["pipeline"]
+    if not shares_data:
+        parallel |= {"overlap_gradient_reduce": False, "overlap_parameter_gather": False}
+    training = config.training.model_dump() | {"recompute_modules": None, "recompute_layers": None}
+    sections = {name: getattr(config, name) for name in RunConfig.model_fields}
+    return RunConfig(
+        **{
+            **sections,
+            "parallel": ParallelConfig(**parallel),
+            "training": TrainingConfig(**(training | values["training"])),
+            "optimizer": config.optimizer.model_copy(update={"distributed": shares_data}),
+        }
+    )
+
+
+def weights_fit(config: RunConfig, hardware: Hardware) -> bool:
+    """Whether parameters and float32 gradients alone fit, evenly shared; the rest is simulated."""
+    per_parameter = ELEMENT_BYTES[config.training.precision] + 4
+    return hardware.fits(_parameters_of_rank(config) * per_parameter)
+
+
+def rough_seconds(
+    config: RunConfig, *, alone_seconds_per_token: float, world_size: int, hardware: Hardware
+) -> float:
+    """The rough cost of a step, in seconds that are only good to compare.
+
+    Args:
+        config: a layout.
+        alone_seconds_per_token: what one device with the whole model computes for.
+        world_size: devices.
+        hardware: their figures.
+    """
+    parallel, training = config.parallel, config.training
+    data_parallel = world_size // parallel.model_size
+    tokens = training.global_batch_size * config.data.sequence_length
+    microbatches = training.global_batch_size // training.micro_batch_size // data_parallel
+    bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / microbatches
+    again = 1 + RECOMPUTED_SHARE[training.recompute]
+    layers = config.model.num_layers / parallel.pipeline
+    starting = 1e-6 * hardware.operation_microseconds * OPERATIONS_PER_LAYER * layers * microbatches
+    seconds = max(alone_seconds_per_token * tokens / world_size, starting) * again
+
+    element_bytes = ELEMENT_BYTES[training.precision]
+    hidden = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes
+    # Two blocks a layer, into and out of each, forward and twice backward as far as weights' inputs go.
+    seconds += _seconds_over(parallel.tensor, 8 * again * layers * hidden, 1, hardware)
+    heads = hidden * config.attention.num_attended_heads * config.attention.query_key_dim
+    traded = heads / config.model.hidden_size / parallel.tensor
+    # Query, key, value and the result, forward and backward.
+    seconds += _seconds_over(parallel.context, 8 * again * layers * traded, parallel.tensor, hardware)
+    inner = parallel.tensor * parallel.context
+    update = _parameters_of_rank(config) * (4 + element_bytes)
+    return seconds * (1 + bubble) + _seconds_over(data_parallel, update, inner, hardware)
+
+
+def _seconds_over(ranks: int, num_bytes: float, stride: int, hardware: Hardware) -> float:
+    """`num_bytes` passed round `ranks` ranks that stand `stride` apart."""
+    if ranks == 1:
+        return 0.0
+    wire = hardware.wire_between([0, (ranks - 1) * stride])
+    return (ranks - 1) / ranks * num_bytes / (1e9 * wire.gigabytes_per_second * hardware.attainable.wire)
+
+
+def _parameters_of_rank(config: RunConfig) -> float:
+    parallel: ParallelConfig = config.parallel
+    return sum(count_parameters(config).values()) / parallel.tensor / parallel.pipeline
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

@@ -1,0 +1,250 @@
+"""Which layout of a model on so many devices takes the least time, of those that fit into their memory.
+
+every combination of degrees -> the config's own rules -> weights that fit by count alone
+  -> simulated with one and two layers a pipeline chunk, from which the depth follows on a line
+  -> micro batches grow while they fit and pay -> ranked by tokens a second
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sas_megatron.config.errors import UserError
+from sas_megatron.config.loading import flatten_tree
+from sas_megatron.config.run import RunConfig
+from sas_megatron.planning.hardware_file import Hardware
+from sas_megatron.planning.layout_screening import legal_layouts, rough_seconds, weights_fit, with_layout
+from sas_megatron.planning.rank_simulation import RankReport, simulate_rank
+from sas_megatron.planning.simulation import for_hardware, stage_ranks
+from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
+from sas_megatron.planning.tally import Tally
+from sas_megatron.platform.device import prepare_device
+
+# Depths, in layers a chunk, that the line is drawn through.
+SHALLOW_LAYERS = (1, 2)
+# Each differs from the others in more than its micro batch; enough for the rough cost's errors.
+FAMILIES_THAT_FIT = 12
+# A micro batch whose rough cost is so near to its family's least is large enough.
+ENOUGH = 1.02
+# Of the step's seconds: what a layout may take longer in a term without a word about it.
+NEGLIGIBLE_SHARE = 1e-4
+
+
+# Layouts that differ in their micro batch alone, smallest first, with their rough seconds.
+Family = list[tuple[RunConfig, float]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One legal layout that fits, and its estimate."""
+
+    # What it differs in from the config given, as the command line takes it.
+    overrides: list[str]
+    peak_bytes: int
+    step: StepEstimate
+    # Where it takes longer than the first, largest first; None: it is the first.
+    loses_by: str | None = None
+
+
+@dataclass(frozen=True)
+class LayoutSearch:
+    """What a search found."""
+
+    hardware: Hardware
+    # Fastest first.
+    ranked: list[Layout]
+    num_legal: int
+    # Families differ in more than their micro batch; the most promising ones were simulated.
+    num_families: int
+    num_simulated_families: int
+
+
+def search_layouts(
+    config: RunConfig,
+    *,
+    world_size: int,
+    hardware: Hardware,
+    announce: Callable[[str], None] = lambda _text: None,
+) -> LayoutSearch:
+    """Ranks the layouts of `config` on `world_size` devices; the layout that it states is not favoured.
+
+    Args:
+        config: the run.
+        world_size: number of devices.
+        hardware: what they are.
+        announce: is told how far the search is, now and then.
+
+    Raises:
+        UserError: no layout is legal, or the hardware file lacks a figure.
+    """
+    legal = list(legal_layouts(config, world_size=world_size, hardware=hardware))
+    if not legal:
+        raise UserError(
+            f"world size={world_size}: no layout of this model and batch is legal on so many ranks; "
+            "use another number, or another training.global_batch_size"
+        )
+    families: dict[tuple[Any, ...], list[RunConfig]] = {}
+    for candidate in legal:
+        if weights_fit(candidate, hardware):
+            families.setdefault(_family(candidate), []).append(candidate)
+    rough = functools.partial(
+        rough_seconds,
+        alone_seconds_per_token=_alone_seconds_per_token(config, hardware),
+        world_size=world_size,
+        hardware=hardware,
+    )
+    promising = sorted(
+        ([(candidate, rough(candidate)) for candidate in family] for family in families.values()),
+        key=lambda family: min(seconds for _, seconds in family),
+    )
+    found, num_simulated = _simulate_families(
+        config, promising, world_size=world_size, hardware=hardware, announce=announce
+    )
+    ranked = sorted(found, key=lambda layout: layout.step.seconds)
+    return LayoutSearch(
+        hardware=hardware,
+        ranked=[replace(layout, loses_by=_loss(layout.step, ranked[0].step)) for layout in ranked],
+        num_legal=len(legal),
+        num_families=len({_family(candidate) for candidate in legal}),
+        num_simulated_families=num_simulated,
+    )
+
+
+def _alone_seconds_per_token(config: RunConfig, hardware: Hardware) -> float:
+    """Forward and backward on one device that holds the whole model, whether there is one or not."""
+    alone = with_layout(
+        config,
+        {
+            "parallel.tensor": 1,
+            "parallel.context": 1,
+            "parallel.pipeline": 1,
+            "parallel.virtual_pipeline": 1,
+            "training.recompute": "none",
+            "training.global_batch_size": config.training.micro_batch_size,
+        },
+        world_size=1,
+    )
+    report = simulate_shallow(for_hardware(alone, hardware), rank=0, world_size=1)
+    step = estimate_step(alone, [report], hardware=hardware, world_size=1)
+    return step.terms_seconds["compute"] / step.tokens
+
+
+def _simulate_families(
+    config: RunConfig,
+    families: list[Family],
+    *,
+    world_size: int,
+    hardware: Hardware,
+    announce: Callable[[str], None],
+) -> tuple[list[Layout], int]:
+    """Layouts of the first `FAMILIES_THAT_FIT` families that fit, and how many families were tried."""
+    workers = max(1, min(len(families), os.cpu_count() or 1))
+    found: list[Layout] = []
+    num_tried = num_fitting = 0
+    with concurrent.futures.ProcessPoolExecutor(
+        # By itself the first thing that a worker imports: Megatron-core must find the CPU's stand-in.
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=prepare_device,
+    ) as pool:
+        while num_tried < len(families) and num_fitting < FAMILIES_THAT_FIT:
+            batch = families[num_tried : num_tried + workers]
+            jobs = [pool.submit(_try_family, config, family, world_size, hardware) for family in batch]
+            num_tried += len(batch)
+            for job in jobs:
+                layouts = job.result()
+                found.extend(layouts)
+                num_fitting += bool(layouts)
+            announce(f"simulated {num_tried} kinds of layouts, {num_fitting} of them fit")
+    return found, num_tried
+
+
+def simulate_shallow(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
+    """`simulate_rank` from one and two layers a pipeline chunk: all that is counted is a line in depth."""
+    chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+    depth = config.model.num_layers / chunks
+    if depth <= max(SHALLOW_LAYERS):
+        return simulate_rank(config, rank=rank, world_size=world_size)
+    near, far = (
+        simulate_rank(_at_depth(config, chunks * layers), rank=rank, world_size=world_size)
+        for layers in SHALLOW_LAYERS
+    )
+    return extrapolate_depth(
+        near, far, beyond=(depth - SHALLOW_LAYERS[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
+    )
+
+
+def extrapolate_depth(near: RankReport, far: RankReport, *, beyond: float) -> RankReport:
+    """The report `beyond` times the difference of the two from the first."""
+    values: dict[str, Any] = {}
+    for field in fields(RankReport):
+        first, second = getattr(near, field.name), getattr(far, field.name)
+        if isinstance(first, Tally):
+            values[field.name] = first + (second + first * -1) * beyond
+        elif isinstance(first, int):
+            values[field.name] = round(first + (second - first) * beyond)
+        else:
+            values[field.name] = first
+    return RankReport(**values)
+
+
+def _at_depth(config: RunConfig, num_layers: int) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": num_layers})})
+
+
+def _try_family(config: RunConfig, family: Family, world_size: int, hardware: Hardware) -> list[Layout]:
+    """Of equal degrees: the micro batch that should be large enough, and the next, or one that fits."""
+    least = min(seconds for _, seconds in family)
+    enough = next(place for place, (_, seconds) in enumerate(family) if seconds <= ENOUGH * least)
+    found: list[Layout] = []
+    for place in (enough, enough + 1):
+        if place < len(family) and (layout := _try(config, family[place][0], world_size, hardware)):
+            found.append(layout)
+    smaller = enough - 1
+    while not found and smaller >= 0:
+        if layout := _try(config, family[smaller][0], world_size, hardware):
+            found.append(layout)
+        smaller -= 1
+    return found
+
+
+def _try(config: RunConfig, candidate: RunConfig, world_size: int, hardware: Hardware) -> Layout | None:
+    """The layout simulated, or None where it does not fit."""
+    simulated = for_hardware(candidate, hardware)
+    ends = {stage_ranks(candidate, world_size)[place] for place in (0, -1)}
+    reports = [simulate_shallow(simulated, rank=rank, world_size=world_size) for rank in sorted(ends)]
+    peak_bytes = max(report.peak_bytes for report in reports)
+    if not hardware.fits(peak_bytes):
+        return None
+    step = estimate_step(candidate, reports, hardware=hardware, world_size=world_size)
+    return Layout(_overrides(config, candidate), peak_bytes, step)
+
+
+def _family(config: RunConfig) -> tuple[Any, ...]:
+    """What layouts have in common that differ in their micro batch alone."""
+    return (*config.parallel.model_dump().values(), config.training.recompute)
+
+
+def _overrides(config: RunConfig, layout: RunConfig) -> list[str]:
+    before, after = (flatten_tree(value.model_dump(mode="json")) for value in (config, layout))
+    changed = [name for name, value in after.items() if before.get(name) != value]
+    return [f"{name}={str(after[name]).lower()}" for name in changed] or [
+        f"parallel.tensor={layout.parallel.tensor}"
+    ]
+
+
+def _loss(step: StepEstimate, first: StepEstimate) -> str | None:
+    """The two terms in which a layout takes longest beyond the first, in milliseconds."""
+    if step is first:
+        return None
+    names = dict.fromkeys([*step.terms_seconds, *first.terms_seconds])
+    more = {name: step.terms_seconds.get(name, 0.0) - first.terms_seconds.get(name, 0.0) for name in names}
+    visible = NEGLIGIBLE_SHARE * first.seconds
+    worst = sorted((name for name in more if more[name] > visible), key=lambda name: -more[name])[:2]
+    return ", ".join(f"{name} +{1e3 * more[name]:.3g} ms" for name in worst)

@@ -1,0 +1,118 @@
+"""Steps of few microbatches, and models of few layers, tell the others exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.run import RunConfig
+from tests.run_configs import small_config
+from tests.training.layouts import ATTENTIONS
+
+# The distributed optimizer's buffers end at a multiple of 128 elements a rank: no line in depth.
+PADDING = 1e-2
+# Nor is it which parameters, whole or cut and with what room between them, make up a rank's part; much
+# among parameters as small as here.
+SHARDED_STATE = 0.1
+
+DISTRIBUTED: dict[str, Any] = {"optimizer": {"learning_rate": 0.01, "distributed": True}}
+MHA, GATHER, ALL_TO_ALL = (ATTENTIONS[name] for name in ("mha", "sas-gather", "sas-all_to_all"))
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "alone": (1, MHA, {}, {}),
+    "tensor-data": (4, ALL_TO_ALL, {"tensor": 2, "sequence": True}, DISTRIBUTED),
+    "context-data": (4, GATHER, {"context": 2}, {}),
+}
+
+
+def _config(layout: str, *, num_layers: int, num_microbatches: int) -> tuple[int, RunConfig]:
+    world_size, attention, parallel, sections = LAYOUTS[layout]
+    data_parallel = world_size // (parallel.get("tensor", 1) * parallel.get("context", 1))
+    model = {
+        "num_layers": num_layers,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "vocab_size": 512,
+        "vocab_multiple": 8,
+    }
+    return world_size, small_config(
+        model=model,
+        attention={**attention, "head_dim": 8},
+        parallel=parallel,
+        training={"micro_batch_size": 2, "global_batch_size": 2 * data_parallel * num_microbatches},
+        **sections,
+    )
+
+
+def _few_and_all_microbatches(few: tuple[int, RunConfig], microbatches: int) -> tuple[Any, Any]:
+    """In a simulating process: the extrapolated report and the one of every microbatch stepped through."""
+    from sas_megatron.planning import rank_simulation
+
+    world_size, config = few
+    kept = rank_simulation._measured_microbatches
+    short = rank_simulation.simulate_rank(config, rank=world_size - 1, world_size=world_size)
+    rank_simulation._measured_microbatches = lambda _config, count: [count]
+    try:
+        whole = rank_simulation.simulate_rank(config, rank=world_size - 1, world_size=world_size)
+    finally:
+        rank_simulation._measured_microbatches = kept
+    assert whole.num_microbatches == microbatches
+    return short, whole
+
+
+def _shallow_and_whole(case: tuple[int, RunConfig]) -> tuple[Any, Any]:
+    from sas_megatron.planning.layout_search import simulate_shallow
+    from sas_megatron.planning.rank_simulation import simulate_rank
+
+    world_size, config = case
+    return (
+        simulate_shallow(config, rank=0, world_size=world_size),
+        simulate_rank(config, rank=0, world_size=world_size),
+    )
+
+
+def _sums(tally: Any) -> dict[str, float]:
+    return {
+        "calls": sum(tally.operations.values()),
+        "flops": tally.flops,
+        "executed_flops": sum(calls * op.executed_flops for op, calls in tally.operations.items()),
+        "traffic_bytes": sum(calls * op.traffic_bytes for op, calls in tally.operations.items()),
+    }
+
+
+def _assert_same(extrapolated: Any, whole: Any, *, peak_slack_bytes: int, padding: float = 0.0) -> None:
+    for phase in ("microbatches", "update"):
+        short, full = getattr(extrapolated, phase), getattr(whole, phase)
+        short_sums, full_sums = _sums(short), _sums(full)
+        if padding and phase == "update":
+            del short_sums["calls"], full_sums["calls"]
+            assert short_sums == pytest.approx(full_sums, rel=SHARDED_STATE)
+        else:
+            assert short_sums == pytest.approx(full_sums, rel=padding), phase
+        short_bytes, full_bytes = short.rounded_wire_bytes(), full.rounded_wire_bytes()
+        assert short_bytes.pop("data", {}) == pytest.approx(full_bytes.pop("data", {}), rel=padding), phase
+        assert short_bytes == full_bytes, phase
+        assert short.wire_calls == full.wire_calls, phase
+    for field in ("num_layers", "num_parameters", "parameter_bytes", "gradient_bytes"):
+        assert getattr(extrapolated, field) == pytest.approx(getattr(whole, field), rel=padding), field
+    sharded = SHARDED_STATE if padding else 0.0
+    assert extrapolated.optimizer_bytes == pytest.approx(whole.optimizer_bytes, rel=sharded)
+    peak_slack_bytes += round(sharded * whole.optimizer_bytes)
+    for field in ("microbatches_peak_bytes", "update_peak_bytes"):
+        difference = getattr(extrapolated, field) - getattr(whole, field)
+        assert abs(difference) <= peak_slack_bytes, f"{field} differs by {difference}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_short_steps_tell_a_long_one(simulator: Any, layout: str) -> None:
+    microbatches = 7
+    case = _config(layout, num_layers=2, num_microbatches=microbatches)
+    short, whole = simulator(_few_and_all_microbatches, case, microbatches)
+    # The report of each microbatch, two float32 numbers, stays until the end of the step.
+    _assert_same(short, whole, peak_slack_bytes=64 * microbatches)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_shallow_models_tell_a_deep_one(simulator: Any, layout: str) -> None:
+    shallow, whole = simulator(_shallow_and_whole, _config(layout, num_layers=5, num_microbatches=1))
+    _assert_same(shallow, whole, peak_slack_bytes=2048, padding=PADDING if layout == "tensor-data" else 0.0)

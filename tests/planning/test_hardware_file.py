@@ -1,0 +1,51 @@
+"""Hardware files: the shipped ones load, and what is wrong in another is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sas_megatron.config.errors import UserError
+from sas_megatron.planning.hardware_file import SHIPPED, load_hardware, shipped_names
+
+
+@pytest.mark.parametrize("name", ["a100", "h100", "h200"])
+def test_a_shipped_file_loads_and_states_its_origin(name: str) -> None:
+    assert name in shipped_names()
+    hardware = load_hardware(name)
+    assert hardware.matrix_rate("bfloat16") > hardware.matrix_rate("float32")
+    text = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "data sheet" in text
+    assert "Assumptions" in text
+
+
+def test_groups_within_a_node_use_its_wire_and_others_the_network() -> None:
+    hardware = load_hardware("h100")
+    assert hardware.wire_between([0, 7]) == hardware.node_wire
+    assert hardware.wire_between([7, 8]) == hardware.network_wire
+
+
+def test_a_wrong_file_is_named_with_its_wrong_field(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = (SHIPPED / "h100.yaml").read_text(encoding="utf-8")
+    path.write_text(text.replace("memory_gib: 79.6", "memory_gib: lots"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.yaml: memory_gib: .*number"):
+        load_hardware(path)
+    path.write_text(text.replace("memory_gib: 79.6", "memory_gib: -1"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"hardware\.memory_gib=-1.*must be positive"):
+        load_hardware(path)
+    with pytest.raises(UserError, match="use a100, h100, h200, this-machine"):
+        load_hardware("h900")
+
+
+def test_memory_counts_the_allocator_and_the_reserve() -> None:
+    hardware = load_hardware("h100")
+    room = (hardware.memory_gib - hardware.reserved_gib) * 2**30 / (1 + hardware.fragmentation)
+    assert hardware.fits(room - 2**20)
+    assert not hardware.fits(room + 2**20)
+
+
+def test_a_missing_rate_is_said() -> None:
+    with pytest.raises(UserError, match="no rate for float8"):
+        load_hardware("h100").matrix_rate("float8")
