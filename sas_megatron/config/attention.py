@@ -27,6 +27,7 @@ KINDS: dict[str, str] = {
     "mha": "sas_megatron.attention.grouped:MultiHeadAttentionConfig",
     "gqa": "sas_megatron.attention.grouped:GroupedQueryAttentionConfig",
     "mqa": "sas_megatron.attention.grouped:MultiQueryAttentionConfig",
+    "mla": "sas_megatron.attention.latent:LatentAttentionConfig",
     "sas": "sas_megatron.attention.simulated:SimulatedAttentionConfig",
 }
 
