@@ -28,6 +28,7 @@ KINDS: dict[str, str] = {
     "gqa": "sas_megatron.attention.grouped:GroupedQueryAttentionConfig",
     "mqa": "sas_megatron.attention.grouped:MultiQueryAttentionConfig",
     "mfa": "sas_megatron.attention.factorized:FactorizedAttentionConfig",
+    "mla": "sas_megatron.attention.latent:LatentAttentionConfig",
     "sas": "sas_megatron.attention.simulated:SimulatedAttentionConfig",
     "tpa": "sas_megatron.attention.tensor_product:TensorProductAttentionConfig",
 }
@@ -80,6 +81,11 @@ class AttentionConfig(Section):
                 f"must divide attention.num_heads={self.num_heads}",
                 f"use one of {_divisors(self.num_heads)}",
             )
+        if self.uses_model_rotary:
+            self._check_rotary()
+        return self
+
+    def _check_rotary(self) -> None:
         if self.rotary_dim is not None and self.rotary_dim % 2:
             raise self.problem(
                 "rotary_dim", "must be even, since features turn in pairs", f"use {self.rotary_dim + 1}"
@@ -96,7 +102,6 @@ class AttentionConfig(Section):
                 "must be even, since its features turn in pairs by rotary positions",
                 "use an even width, or set attention.rotary_dim",
             )
-        return self
 
     @property
     def num_key_value_heads(self) -> int:

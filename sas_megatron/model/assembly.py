@@ -66,7 +66,8 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         # Megatron-core's fused element-wise functions; on CPU they would only be compiled in vain.
         bias_activation_fusion=on_cuda and model.linear_bias,
         bias_dropout_fusion=on_cuda,
-        apply_rope_fusion=True,
+        # One pass over queries and keys; a layer with positions of its own has none of it.
+        apply_rope_fusion=attention.uses_model_rotary,
         # Needs an extension of Apex or TransformerEngine.
         gradient_accumulation_fusion=False,
         # Batched, two interleaved stages would take each other's activations for gradients: the sends
@@ -76,6 +77,9 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         **_recompute_options(config),
         **attention.transformer_options(),
     )
+    if hasattr(transformer, "rotary_base"):
+        # A layer with positions of its own reads θ there, and so does the GPT in place of its argument.
+        transformer.rotary_base = model.rotary_base
     if "simulation" in _recomputed_modules(config):
         # Ours: Megatron-core refuses names that it does not know, and reads the list no further.
         transformer.recompute_modules.append("simulation")

@@ -15,11 +15,16 @@ class ReplicatedNorm:
     """
 
     def __new__(  # type: ignore[misc]
-        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_options: object
+        cls,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        normalization: str | None = None,
+        **_options: object,
     ) -> torch.nn.Module:
-        """The norm itself; this class has no instances."""
+        """The norm itself, of the config's kind or another; this class has no instances."""
         norms = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
-        norm: torch.nn.Module = norms[config.normalization](
+        norm: torch.nn.Module = norms[normalization or config.normalization](
             hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
         for parameter in norm.parameters():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sas_megatron.attention.factorized import FactorizedAttentionConfig
+from sas_megatron.attention.latent import LatentAttentionConfig
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
 from sas_megatron.attention.tensor_product import TensorProductAttentionConfig
 from sas_megatron.config.attention import AttentionConfig
@@ -133,6 +134,86 @@ def attend_blocks(
     ]
 
 
+def latent_attention(
+    hidden_SBH: torch.Tensor, weights: Weights, config: LatentAttentionConfig
+) -> torch.Tensor:
+    """Multi-head latent attention, equations 9 to 19 and 37 to 47 of arXiv 2405.04434, head by head.
+
+    c^KV = W^DKV·h, k^C = W^UK·c, v^C = W^UV·c, c^Q = W^DQ·h, q^C = W^UQ·c^Q, with RMSNorms on the latents;
+    q^R = RoPE(W^QR·c^Q), k^R = RoPE(W^KR·h), one for all heads; [q^C; q^R]·[k^C; k^R] / √(D + R).
+    As in the layer, W^DKV and W^KR are the rows of one matrix; so are each head's W^UQ and W^QR, and its
+    W^UK and W^UV.
+    """
+    compressed = config.query_lora_rank is not None
+    query_latent = hidden_SBH
+    if compressed:
+        query_latent = root_mean_square_norm(
+            hidden_SBH @ weights["linear_q_down_proj.weight"].T, weights["q_layernorm.weight"]
+        )
+    query_up = weights["linear_q_up_proj.weight" if compressed else "linear_q_proj.weight"]
+    down = weights["linear_kv_down_proj.weight"]
+    latent = hidden_SBH @ down[: config.kv_lora_rank].T
+    latent = root_mean_square_norm(latent, weights["kv_layernorm.weight"])
+    rotary_key = rotate_neighbours((hidden_SBH @ down[config.kv_lora_rank :].T)[:, :, None])
+    queries, keys, values = [], [], []
+    for of_query, of_key_value in zip(
+        query_up.chunk(config.num_heads),
+        weights["linear_kv_up_proj.weight"].chunk(config.num_heads),
+        strict=True,
+    ):
+        query = query_latent @ of_query.T
+        rotary_query = rotate_neighbours(query[:, :, None, config.head_dim :])[:, :, 0]
+        queries.append(torch.cat([query[:, :, : config.head_dim], rotary_query], dim=-1))
+        key, value = of_key_value[: config.head_dim], of_key_value[config.head_dim :]
+        keys.append(torch.cat([latent @ key.T, rotary_key[:, :, 0]], dim=-1))
+        values.append(latent @ value.T)
+    context = attend(*(torch.stack(heads, dim=2) for heads in (queries, keys, values)))
+    return context.flatten(2) @ weights["linear_proj.weight"].T
+
+
+def root_mean_square_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
+    """x / √(mean x² + ε) · weight."""
+    return x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def rotate_neighbours(x_SBMR: torch.Tensor, base: int = 10000) -> torch.Tensor:
+    """Rotary positions on pairs of neighbours (2i, 2i + 1), as DeepSeek's and the layer's; angles in float32.
+
+    The layer lays the turned pairs out as two halves, of queries and keys alike, so scores are the same.
+    """
+    width = x_SBMR.shape[-1]
+    positions = torch.arange(x_SBMR.shape[0], dtype=torch.float32)
+    turned = torch.empty_like(x_SBMR)
+    for even in range(0, width, 2):
+        frequency = 1.0 / (base ** (torch.tensor(even, dtype=torch.float32) / width))
+        angle = (positions * frequency)[:, None, None]
+        cosine, sine = angle.cos().to(x_SBMR.dtype), angle.sin().to(x_SBMR.dtype)
+        first, second = x_SBMR[..., even], x_SBMR[..., even + 1]
+        turned[..., even] = first * cosine - second * sine
+        turned[..., even + 1] = first * sine + second * cosine
+    return turned
+
+
+def latent_weight_shapes(config: LatentAttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of the same layer's weights, by name."""
+    heads, latent, rank = config.num_heads, config.kv_lora_rank, config.query_lora_rank
+    query_width = heads * (config.head_dim + config.rotary_head_dim)
+    shapes: dict[str, tuple[int, ...]] = {
+        "linear_kv_down_proj.weight": (latent + config.rotary_head_dim, hidden_size),
+        "kv_layernorm.weight": (latent,),
+        "linear_kv_up_proj.weight": (heads * (config.head_dim + config.value_width), latent),
+        "linear_proj.weight": (hidden_size, heads * config.value_width),
+    }
+    if rank is None:
+        return {**shapes, "linear_q_proj.weight": (query_width, hidden_size)}
+    return {
+        **shapes,
+        "linear_q_down_proj.weight": (rank, hidden_size),
+        "q_layernorm.weight": (rank,),
+        "linear_q_up_proj.weight": (query_width, rank),
+    }
+
+
 def grouped_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
     """Whole shapes of the same layer's weights, by name."""
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
@@ -244,4 +325,5 @@ DEFINITIONS: dict[str, Definition] = {
     "sas": _GROUPED,
     "mfa": Definition(factorized_attention, factorized_weight_shapes),
     "tpa": Definition(tensor_product_attention, tensor_product_weight_shapes),
+    "mla": Definition(latent_attention, latent_weight_shapes),
 }

@@ -119,11 +119,13 @@ def build_layer(case: LayerCase, tensor: int, context: int = 1) -> torch.nn.Modu
     )
 
 
-def rotary_angles(config: AttentionConfig) -> torch.Tensor:
-    """As the GPT model hands them to its layers."""
+def rotary_angles(config: AttentionConfig) -> torch.Tensor | None:
+    """As the GPT model hands them to its layers; None to a layer that makes its own."""
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+    if not config.uses_model_rotary:
+        return None
     # It hands each context rank the angles of its own tokens.
     return RotaryEmbedding(config.rotary_width, 1.0, cp_group=parallel_state.get_context_parallel_group())(
         LENGTH
@@ -152,7 +154,18 @@ def on_rank(
     hidden.requires_grad_()
     output, _ = layer(hidden, None, rotary_pos_emb=rotary_angles(case.config()))
     output.backward(gradient)
+    sum_over_sequence_parts(layer)
     return output.detach(), hidden.grad, weight_parts([layer], lambda parameter: parameter.grad)
+
+
+def sum_over_sequence_parts(layer: torch.nn.Module) -> None:
+    """What the engines do once a step, by Megatron-core's mark, for weights that met their rank's tokens."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    for parameter in layer.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            torch.distributed.all_reduce(parameter.grad, group=group)
 
 
 def joined(case: LayerCase, by_rank: list[Any]) -> LayerResult:

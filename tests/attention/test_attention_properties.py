@@ -18,6 +18,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
     "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
     "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
+    "mla": {
+        "kind": "mla",
+        "num_heads": 4,
+        "head_dim": 5,
+        "rotary_head_dim": 6,
+        "value_head_dim": 7,
+        "kv_lora_rank": 9,
+        "query_lora_rank": 11,
+    },
+    "mla uncompressed queries": {
+        "kind": "mla",
+        "num_heads": 4,
+        "head_dim": 6,
+        "rotary_head_dim": 4,
+        "kv_lora_rank": 7,
+        "query_lora_rank": None,
+    },
     "sas": {"kind": "sas", "num_heads": 4, "head_dim": 6, "kernel_size": 5},
     "sas grouped": {"kind": "sas", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "head_expansion": 2},
     "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
@@ -50,16 +67,19 @@ def test_a_changed_token_changes_nothing_before_it(ranks: Any, variant: str, bac
     assert (change[5:] > 0.0).all(), "the changed token must reach itself and what follows"
 
 
-@pytest.mark.parametrize("variant", ["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("variant", [name for name, fields in VARIANTS.items() if fields["kind"] != "sas"])
+@pytest.mark.parametrize(
+    ("tensor", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, False), (4, True)]
+)
 def test_baselines_compute_their_definition_at_any_number_of_ranks(
-    ranks: Any, variant: str, tensor: int
+    ranks: Any, variant: str, tensor: int, sequence_parallel: bool
 ) -> None:
-    case = LayerCase.of(**VARIANTS[variant])
+    case = LayerCase.of(sequence_parallel=sequence_parallel, **VARIANTS[variant])
     expected = layer_case.by_definition(case.attention, case.dtype)
     actual = layer_case.joined(case, ranks(tensor).run(layer_case.on_rank, case, tensor))
     assert_near(actual.output, expected.output, case.dtype, "output")
     assert_near(actual.input_gradient, expected.input_gradient, case.dtype, "input gradient")
+    assert actual.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         assert_near(actual.gradients[name], gradient, case.dtype, f"gradient of {name}")
 

@@ -12,6 +12,13 @@ from tests.run_configs import small_config, small_tree
 
 MHA: dict[str, Any] = {"kind": "mha", "num_heads": 6, "head_dim": 10}
 SAS: dict[str, Any] = {"kind": "sas", "num_heads": 6, "head_dim": 10}
+MLA: dict[str, Any] = {
+    **MHA,
+    "kind": "mla",
+    "rotary_head_dim": 4,
+    "kv_lora_rank": 8,
+    "query_lora_rank": None,
+}
 
 # Sections that break one rule each -> the whole message.
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
@@ -46,15 +53,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown kind": (
         {"attention": {"kind": "flash", "num_heads": 6}},
-        "attention.kind=flash: is not a known variant; use one of gqa, mfa, mha, mqa, sas, tpa",
+        "attention.kind=flash: is not a known variant; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "kind that is no name": (
         {"attention": {"kind": ["sas"]}},
-        "attention.kind=['sas']: is not a known variant; use one of gqa, mfa, mha, mqa, sas, tpa",
+        "attention.kind=['sas']: is not a known variant; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "no kind": (
         {"attention": {"num_heads": 6}},
-        "attention: needs a kind; use one of gqa, mfa, mha, mqa, sas, tpa",
+        "attention: needs a kind; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "heads over ranks": (
         {"attention": MHA, "parallel": {"tensor": 4}},
@@ -120,6 +127,32 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no heads": (
         {"attention": {**MHA, "num_heads": 0}},
         "attention.num_heads=0: must be positive; use 1 or more",
+    ),
+    "latent attention with groups": (
+        {"attention": {**MLA, "num_kv_heads": 2}},
+        "attention.num_kv_heads=2: latent attention reads a key and a value for each query head out of its "
+        "latent; leave it out; kv_lora_rank decides what is kept of a token",
+    ),
+    "latent attention with the others' positions": (
+        {"attention": {**MLA, "rotary_dim": 4}},
+        "attention.rotary_dim=4: latent attention has features for the positions; use rotary_head_dim",
+    ),
+    "odd rotary width of latent attention": (
+        {"attention": {**MLA, "rotary_head_dim": 5}},
+        "attention.rotary_head_dim=5: must be even, since features turn in pairs; use 6",
+    ),
+    "values wider than keys": (
+        {"attention": {**MLA, "value_head_dim": 15}},
+        "attention.value_head_dim=15: must be at most head_dim + rotary_head_dim = 14; use 14 or less",
+    ),
+    "no latent": (
+        {"attention": {**MLA, "kv_lora_rank": 0}},
+        "attention.kv_lora_rank=0: must be positive; use 1 or more",
+    ),
+    "latent attention's heads over ranks": (
+        {"attention": MLA, "parallel": {"tensor": 4}},
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "set parallel.tensor to one of [1, 2, 3, 6]",
     ),
     "even kernel": (
         {"attention": {**SAS, "kernel_size": 4}},

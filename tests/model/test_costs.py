@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sas_megatron.config.attention import parse_attention
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
@@ -34,6 +35,13 @@ TERM_OF_PARAMETER = {
     "linear_qkv.": "qkv",
     "linear_query_up.": "query_up",
     "linear_proj.": "projection",
+    "linear_q_proj.": "query",
+    "linear_q_down_proj.": "query_down",
+    "linear_q_up_proj.": "query_up",
+    "linear_kv_down_proj.": "key_value_down",
+    "linear_kv_up_proj.": "key_value_up",
+    "q_layernorm.": "latent_norms",
+    "kv_layernorm.": "latent_norms",
     "simulation.heads.": "head_simulation",
     "simulation.features.": "feature_simulation",
     "mlp.": "mlp",
@@ -96,17 +104,17 @@ def _executed_flops(config: RunConfig) -> dict[str, float]:
             if convolutions is None or ("conv" in str(operation)) == convolutions
         )
 
-    parts = {
-        name: of_modules(f"self_attention.{name}") for name in ("linear_qkv", "core_attention", "linear_proj")
-    }
+    parts: dict[str, int] = defaultdict(int)
+    for name, term in TERM_OF_PARAMETER.items():
+        if name.startswith("linear_"):
+            parts[term] += of_modules(f"self_attention.{name.removesuffix('.')}")
+    parts["scores and values"] = of_modules("self_attention.core_attention")
     # What of the layer's other products is no convolution.
     others = {"tpa": "factor_products", "mfa": "query_up"}.get(config.attention.kind, "feature_simulation")
+    parts[others] += of_modules(".self_attention", convolutions=False) - sum(parts.values())
     executed = {
-        "qkv": parts["linear_qkv"],
-        "scores and values": parts["core_attention"],
-        "projection": parts["linear_proj"],
+        **parts,
         "head_simulation": of_modules(".self_attention", convolutions=True),
-        others: of_modules(".self_attention", convolutions=False) - sum(parts.values()),
         "mlp": of_modules(".mlp"),
         "head": of_modules(".output_layer"),
     }
@@ -133,7 +141,7 @@ def test_parameters_of_a_shipped_config_are_those_of_the_built_model(ranks: Any,
 
 @st.composite
 def attentions(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(["mha", "gqa", "mqa", "tpa", "mfa", "sas", "sas", "sas"]))
+    kind = draw(st.sampled_from(["mha", "gqa", "mqa", "mla", "tpa", "mfa", "sas", "sas", "sas"]))
     num_kv_heads, readers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 4))
     attention: dict[str, Any] = {
@@ -142,6 +150,15 @@ def attentions(draw: st.DrawFn) -> dict[str, Any]:
         "head_dim": head_dim,
         "backend": "unfused",
     }
+    if kind == "mla":
+        rotary_head_dim = 2 * draw(st.integers(1, 3))
+        return {
+            **attention,
+            "rotary_head_dim": rotary_head_dim,
+            "value_head_dim": draw(st.none() | st.integers(1, head_dim + rotary_head_dim)),
+            "kv_lora_rank": draw(st.integers(1, 9)),
+            "query_lora_rank": draw(st.none() | st.integers(1, 9)),
+        }
     if kind in ("gqa", "sas"):
         attention["num_kv_heads"] = num_kv_heads
     if kind == "mfa":
@@ -214,6 +231,38 @@ def test_flops_of_a_shipped_config_are_those_that_run(ranks: Any, name: str) -> 
     config = load_run_config(ROOT / "configs" / f"{name}.yaml", [*overrides, "training.micro_batch_size=1"])
     (executed,) = ranks(1).run(_executed_flops, config)
     assert without_zeros(executed) == without_zeros(_counted_flops(config))
+
+
+# d, h, d_h, d_h^R, d_c, d_c' of the paper; those of DeepSeek-V2 and of DeepSeek-V2-Lite.
+PUBLISHED = {
+    "DeepSeek-V2": (5120, 128, 128, 64, 512, 1536),
+    "DeepSeek-V2-Lite": (2048, 16, 128, 64, 512, None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_latent_attention_has_the_published_number_of_parameters(name: str) -> None:
+    hidden, heads, width, rotary, latent, query_latent = PUBLISHED[name]
+    attention = parse_attention(
+        {
+            "kind": "mla",
+            "num_heads": heads,
+            "head_dim": width,
+            "rotary_head_dim": rotary,
+            "kv_lora_rank": latent,
+            "query_lora_rank": query_latent,
+        }
+    )
+    queries = heads * width + heads * rotary
+    expected = (
+        (hidden * queries if query_latent is None else query_latent * (hidden + queries))
+        + latent * (hidden + 2 * heads * width)
+        + hidden * (heads * width + rotary)
+    )
+    counted = attention.count_parameters(hidden, linear_bias=False)
+    assert counted.pop("latent_norms") == latent + (query_latent or 0)
+    assert sum(counted.values()) == expected
+    assert sum(attention.count_kv_cache_elements().values()) == 576  # 4.5·d_h, table 1 of the paper
 
 
 def test_training_costs_three_forwards_and_scores_alone_grow_with_the_length() -> None:

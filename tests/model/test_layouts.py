@@ -16,6 +16,14 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
     "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
     "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
+    "mla": {
+        "kind": "mla",
+        "num_heads": 4,
+        "head_dim": 6,
+        "rotary_head_dim": 4,
+        "kv_lora_rank": 9,
+        "query_lora_rank": 11,
+    },
     "sas-gather": {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, "exchange": "gather"},
     "sas-all_to_all": {"kind": "sas", "num_heads": 4, "head_dim": 6, "exchange": "all_to_all"},
     "sas-grouped-gather": {

@@ -37,7 +37,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = [
         (name, attention)
         for index, name in enumerate(LAYOUTS)
-        for attention in (attentions if whole else [attentions[(index + index // 4) % len(attentions)]])
+        for attention in (
+            attentions if whole else [attentions[(index + index // len(attentions)) % len(attentions)]]
+        )
     ]
     metafunc.parametrize(("name", "attention"), cases)
 

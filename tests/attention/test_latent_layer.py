@@ -1,0 +1,48 @@
+"""What latent attention takes from the config around it: θ, the scale of the scores, the kind of norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.config.parallel import ParallelConfig
+from tests.attention.test_attention_properties import VARIANTS
+from tests.rank_pool import in_layout
+from tests.run_configs import small_config
+
+MLA = VARIANTS["mla"]
+
+
+def built_layer(model_fields: dict[str, Any]) -> dict[str, Any]:
+    """On a rank: the rotary frequencies, the scale and the norms of the first layer's attention."""
+    from sas_megatron.model.assembly import build_gpt_pieces
+
+    in_layout(ParallelConfig())
+    (model,) = build_gpt_pieces(small_config(attention=MLA, model=model_fields))
+    attention = model.decoder.layers[0].self_attention
+    return {
+        "frequencies": attention.rotary_pos_emb.inv_freq,
+        "scale": attention.core_attention.scale,
+        "norms": {type(attention.q_layernorm).__name__, type(attention.kv_layernorm).__name__},
+        "epsilons": {attention.q_layernorm.eps, attention.kv_layernorm.eps},
+    }
+
+
+@pytest.mark.parametrize("base", [10000, 500])
+def test_positions_turn_by_the_models_base(ranks: Any, base: int) -> None:
+    (layer,) = ranks(1).run(built_layer, {"rotary_base": base})
+    assert torch.allclose(layer["frequencies"], base ** (-torch.arange(0, 6, 2) / 6))
+
+
+def test_scores_are_scaled_by_the_whole_width_of_queries(ranks: Any) -> None:
+    (layer,) = ranks(1).run(built_layer, {})
+    assert layer["scale"] == pytest.approx(1 / math.sqrt(5 + 6))
+
+
+def test_latents_have_the_papers_norm_whatever_the_models_is(ranks: Any) -> None:
+    (layer,) = ranks(1).run(built_layer, {"normalization": "layernorm", "norm_epsilon": 1e-3})
+    assert layer["norms"] == {"RMSNorm"}
+    assert layer["epsilons"] == {1e-3}
