@@ -220,7 +220,9 @@ def test_flops_of_any_config_are_those_that_run(ranks: Any, config: RunConfig) -
     assert without_zeros(executed) == without_zeros(_counted_flops(config))
 
 
-@pytest.mark.parametrize("name", ["quickstart_sas", "quickstart_gqa", "quickstart_tpa", "quickstart_mfa"])
+@pytest.mark.parametrize(
+    "name", ["quickstart_sas", "quickstart_gqa", "quickstart_mla", "quickstart_tpa", "quickstart_mfa"]
+)
 def test_flops_of_a_shipped_config_are_those_that_run(ranks: Any, name: str) -> None:
     overrides = [
         "parallel.tensor=1",
