@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from sas_megatron.config.errors import UserError
@@ -21,8 +22,14 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Of forward and backward: a second forward pass, and that of the attention's core.
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.08, "full": 1 / 3}
 VIRTUAL_PIPELINES = (1, 2, 4)
-# Forward and backward of one microbatch: 114 counted for MHA, 187 for SAS (configs/gpu_125m_*.yaml).
-OPERATIONS_PER_LAYER = 150
+
+
+@dataclass(frozen=True)
+class AloneCost:
+    """Forward and backward on one device that holds the whole model, whether there is one or not."""
+
+    seconds_per_token: float
+    operations_per_microbatch: float
 
 
 def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> Iterator[RunConfig]:
@@ -92,14 +99,12 @@ def weights_fit(config: RunConfig, hardware: Hardware) -> bool:
     return hardware.fits(_parameters_of_rank(config) * per_parameter)
 
 
-def rough_seconds(
-    config: RunConfig, *, alone_seconds_per_token: float, world_size: int, hardware: Hardware
-) -> float:
+def rough_seconds(config: RunConfig, *, alone: AloneCost, world_size: int, hardware: Hardware) -> float:
     """The rough cost of a step, in seconds that are only good to compare.
 
     Args:
         config: a layout.
-        alone_seconds_per_token: what one device with the whole model computes for.
+        alone: what it is shared out of.
         world_size: devices.
         hardware: their figures.
     """
@@ -110,8 +115,9 @@ def rough_seconds(
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / microbatches
     again = 1 + RECOMPUTED_SHARE[training.recompute]
     layers = config.model.num_layers / parallel.pipeline
-    starting = 1e-6 * hardware.operation_microseconds * OPERATIONS_PER_LAYER * layers * microbatches
-    seconds = max(alone_seconds_per_token * tokens / world_size, starting) * again
+    operations = alone.operations_per_microbatch * microbatches / parallel.pipeline
+    starting = 1e-6 * hardware.operation_microseconds * operations
+    seconds = max(alone.seconds_per_token * tokens / world_size, starting) * again
 
     element_bytes = ELEMENT_BYTES[training.precision]
     hidden = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes

@@ -1,14 +1,16 @@
 """Which layout of a model on so many devices takes the least time, of those that fit into their memory.
 
 every combination of degrees -> the config's own rules -> weights that fit by count alone
+  -> by a rough cost (`layout_screening`), until that alone exceeds the best found
   -> simulated with one and two layers a pipeline chunk, from which the depth follows on a line
-  -> micro batches grow while they fit and pay -> ranked by tokens a second
+  -> ranked by time
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
+import math
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -19,7 +21,13 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import flatten_tree
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
-from sas_megatron.planning.layout_screening import legal_layouts, rough_seconds, weights_fit, with_layout
+from sas_megatron.planning.layout_screening import (
+    AloneCost,
+    legal_layouts,
+    rough_seconds,
+    weights_fit,
+    with_layout,
+)
 from sas_megatron.planning.rank_simulation import RankReport, simulate_rank
 from sas_megatron.planning.simulation import for_hardware, stage_ranks
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
@@ -28,8 +36,8 @@ from sas_megatron.platform.device import prepare_device
 
 # Depths, in layers a chunk, that the line is drawn through.
 SHALLOW_LAYERS = (1, 2)
-# Each differs from the others in more than its micro batch; enough for the rough cost's errors.
-FAMILIES_THAT_FIT = 12
+# Where the rough cost is a poor bound.
+MOST_FAMILIES_THAT_FIT = 16
 # A micro batch whose rough cost is so near to its family's least is large enough.
 ENOUGH = 1.02
 # Of the step's seconds: what a layout may take longer in a term without a word about it.
@@ -95,7 +103,7 @@ def search_layouts(
             families.setdefault(_family(candidate), []).append(candidate)
     rough = functools.partial(
         rough_seconds,
-        alone_seconds_per_token=_alone_seconds_per_token(config, hardware),
+        alone=_alone_cost(config, hardware),
         world_size=world_size,
         hardware=hardware,
     )
@@ -116,8 +124,7 @@ def search_layouts(
     )
 
 
-def _alone_seconds_per_token(config: RunConfig, hardware: Hardware) -> float:
-    """Forward and backward on one device that holds the whole model, whether there is one or not."""
+def _alone_cost(config: RunConfig, hardware: Hardware) -> AloneCost:
     alone = with_layout(
         config,
         {
@@ -132,7 +139,8 @@ def _alone_seconds_per_token(config: RunConfig, hardware: Hardware) -> float:
     )
     report = simulate_shallow(for_hardware(alone, hardware), rank=0, world_size=1)
     step = estimate_step(alone, [report], hardware=hardware, world_size=1)
-    return step.terms_seconds["compute"] / step.tokens
+    operations = sum(report.microbatches.operations.values())
+    return AloneCost(step.terms_seconds["compute"] / step.tokens, operations)
 
 
 def _simulate_families(
@@ -143,7 +151,10 @@ def _simulate_families(
     hardware: Hardware,
     announce: Callable[[str], None],
 ) -> tuple[list[Layout], int]:
-    """Layouts of the first `FAMILIES_THAT_FIT` families that fit, and how many families were tried."""
+    """Layouts of the families that may hold the fastest, and how many families were tried.
+
+    The rough cost leaves much out, so a family with more of it than the best layout found cannot win.
+    """
     workers = max(1, min(len(families), os.cpu_count() or 1))
     found: list[Layout] = []
     num_tried = num_fitting = 0
@@ -153,7 +164,10 @@ def _simulate_families(
         multiprocessing.get_context("spawn"),
         initializer=prepare_device,
     ) as pool:
-        while num_tried < len(families) and num_fitting < FAMILIES_THAT_FIT:
+        while num_tried < len(families) and num_fitting < MOST_FAMILIES_THAT_FIT:
+            best_seconds = min((layout.step.seconds for layout in found), default=math.inf)
+            if min(seconds for _, seconds in families[num_tried]) > best_seconds:
+                break
             batch = families[num_tried : num_tried + workers]
             jobs = [pool.submit(_try_family, config, family, world_size, hardware) for family in batch]
             num_tried += len(batch)
