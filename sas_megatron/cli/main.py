@@ -56,7 +56,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sas-megatron")
 def cli() -> None:
-    """Train and compare attention variants (SAS, MHA, GQA, MQA) on Megatron-core."""
+    """Train and compare attention variants (SAS, MHA, GQA, MQA, MLA, MFA, TPA) on Megatron-core."""
 
 
 def main() -> None:
