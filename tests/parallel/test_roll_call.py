@@ -138,7 +138,11 @@ def test_an_interrupt_ends_all_ranks_without_a_traceback(start_ranks: Callable[.
     status, _, errors = end(first)
     assert status == 1
     assert f"rank 1 on {HOST} (last finished step 2) received SIGINT; go on" in errors
-    assert end(second) == (1, "", "")
+    status, _, errors = end(second)
+    assert status == 1
+    # On a machine so busy that the store's host is gone first, torch says that with no word of ours.
+    assert "Traceback" not in errors
+    assert "sas-megatron" not in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "gone dark"])

@@ -63,8 +63,7 @@ def test_where_activations_are_small_tensor_parallelism_wins(short: Any) -> None
     best = short.ranked[0]
     assert "parallel.tensor=2" in best.overrides
     assert best.loses_by is None
-    by_data = next(layout for layout in short.ranked if "optimizer.distributed=true" in layout.overrides)
-    assert "data +" in by_data.loses_by
+    assert any("data +" in layout.loses_by for layout in short.ranked[1:])
     seconds = [layout.step.seconds for layout in short.ranked]
     assert seconds == sorted(seconds)
     assert short.num_simulated_families <= short.num_families <= short.num_legal
@@ -73,8 +72,8 @@ def test_where_activations_are_small_tensor_parallelism_wins(short: Any) -> None
 def test_where_activations_outweigh_gradients_data_parallelism_wins(simulator: Any) -> None:
     search = simulator(_search, 192, 1.0)
     assert not any(override.startswith("parallel.") for override in search.ranked[0].overrides)
-    by_tensor = next(layout for layout in search.ranked if "parallel.tensor=2" in layout.overrides)
-    assert "tensor +" in by_tensor.loses_by
+    # What the others send alone exceeds it, so they are left out.
+    assert search.num_simulated_families < search.num_families
 
 
 def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any, short: Any) -> None:
