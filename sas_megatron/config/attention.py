@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.errors import FieldError, UserError
-from sas_megatron.config.section import Section
+from sas_megatron.config.section import Section, divisors
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -79,7 +79,7 @@ class AttentionConfig(Section):
             raise self.problem(
                 "num_kv_heads",
                 f"must divide attention.num_heads={self.num_heads}",
-                f"use one of {_divisors(self.num_heads)}",
+                f"use one of {divisors(self.num_heads)}",
             )
         if self.uses_model_rotary:
             self._check_rotary()
@@ -125,10 +125,10 @@ class AttentionConfig(Section):
             raise self.problem(
                 "num_heads",
                 f"must be divisible by parallel.tensor={tensor}, so that each rank owns whole heads",
-                f"set parallel.tensor to one of {_divisors(self.num_heads)}",
+                f"set parallel.tensor to one of {divisors(self.num_heads)}",
             )
         if groups % tensor and tensor % groups:
-            legal = [p for p in _divisors(self.num_heads) if groups % p == 0 or p % groups == 0]
+            legal = [p for p in divisors(self.num_heads) if groups % p == 0 or p % groups == 0]
             raise FieldError(
                 "attention.num_kv_heads",
                 groups,
@@ -149,7 +149,7 @@ class AttentionConfig(Section):
                 "parallel.context",
                 context,
                 f"must divide the {heads} heads that each of parallel.tensor={tensor} ranks attends with",
-                f"use one of {_divisors(heads)}",
+                f"use one of {divisors(heads)}",
             )
 
     def initial_weights(self, name: str, whole_shape: tuple[int, ...]) -> InitialWeights | None:
@@ -233,7 +233,3 @@ def parse_attention(value: Any) -> AttentionConfig:
     if not isinstance(value, dict) or "kind" not in value:
         raise UserError(f"attention: needs a kind; use one of {', '.join(sorted(KINDS))}")
     return resolve_kind(value["kind"]).model_validate(value)
-
-
-def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

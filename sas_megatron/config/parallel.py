@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from sas_megatron.config.section import Section
+from sas_megatron.config.section import Section, divisors
 
 
 class ParallelConfig(Section):
@@ -113,7 +113,7 @@ class ParallelConfig(Section):
                 raise self.problem(
                     "virtual_pipeline",
                     f"must divide the layers of each stage, and one has {layers}",
-                    f"use one of {[v for v in range(1, layers + 1) if layers % v == 0]}",
+                    f"use one of {divisors(layers)}",
                 )
 
     def layers_of_stages(self, num_layers: int) -> list[int]:
@@ -123,9 +123,14 @@ class ParallelConfig(Section):
         even = (num_layers - sum(given.values())) // max(1, self.pipeline - len(given))
         return [given.get(stage, even) for stage in range(self.pipeline)]
 
+    @property
+    def microbatch_turns(self) -> int:
+        """Microbatches that interleaved stages take together; 1 where stages do not interleave."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
+
     def check_microbatches(self, num_microbatches: int) -> None:
         """Raises `FieldError` where interleaved stages cannot take turns over a step's microbatches."""
-        if self.virtual_pipeline > 1 and num_microbatches % self.pipeline:
+        if num_microbatches % self.microbatch_turns:
             raise self.problem(
                 "virtual_pipeline",
                 f"interleaved stages take the microbatches in groups of parallel.pipeline={self.pipeline}, "

@@ -175,5 +175,5 @@ class RunConfig(BaseModel):
                 f"must be a multiple of micro_batch_size × data-parallel ranks = {micro} × {data_parallel}",
                 f"start {' or '.join(map(str, fitting[:4]))} processes, or change the batch sizes",
             )
-        self.parallel.check_microbatches(samples // (micro * data_parallel))
+        self.parallel.check_microbatches(self.training.num_microbatches(data_parallel))
         return data_parallel

@@ -9,6 +9,11 @@ from pydantic import BaseModel, ConfigDict
 from sas_megatron.config.errors import FieldError
 
 
+def divisors(number: int) -> list[int]:
+    """From 1 to `number`, for remedies that list what would work."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
 class Section(BaseModel):
     """A part of a run's config; immutable once built."""
 

@@ -66,6 +66,10 @@ class TrainingConfig(Section):
             )
         return self
 
+    def num_microbatches(self, data_parallel: int) -> int:
+        """Microbatches of a step on each of `data_parallel` ranks, whose number must fit the batch."""
+        return self.global_batch_size // self.micro_batch_size // data_parallel
+
 
 class EvaluationConfig(Section):
     """Held-out loss on the same fixed windows each time."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sas_megatron.data.batches import ByteLengths
 from sas_megatron.model.language_loss import Batch, token_losses
@@ -45,9 +44,7 @@ def evaluate_held_out(
     totals = torch.zeros(3, dtype=torch.float64, device=topology.device)
     for report in run_forward(functools.partial(_held_out_step, byte_lengths=byte_lengths)):
         totals += report["totals"]
-    # Only the pipeline's last stage has reports.
-    dist.all_reduce(totals, group=topology.data_group)
-    dist.all_reduce(totals, group=topology.pipeline_group)
+    topology.sum_reports(totals)
     total_loss, num_tokens, num_bytes = totals.tolist()
     return HeldOutLoss(total_loss / num_tokens, int(num_tokens), int(num_bytes))
 

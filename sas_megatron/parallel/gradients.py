@@ -20,16 +20,21 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Partial sums are added in float32, as Megatron-core accumulates all gradients.
-        accumulate = torch.promote_types(gradients[0].dtype, torch.float32)
-        flat = torch.cat([gradient.reshape(-1).to(accumulate) for gradient in gradients])
-        dist.all_reduce(flat, group=ctx.group)
-        pieces = flat.split([gradient.numel() for gradient in gradients])
-        summed = [
-            piece.view_as(gradient).to(gradient.dtype)
-            for piece, gradient in zip(pieces, gradients, strict=True)
-        ]
-        return (None, *summed)
+        return (None, *sum_over(ctx.group, gradients))
+
+
+def sum_over(group: dist.ProcessGroup, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients added up over a group, in one all-reduce; those given stay as they are.
+
+    Partial sums are added in float32, as Megatron-core accumulates all gradients.
+    """
+    accumulate = torch.promote_types(gradients[0].dtype, torch.float32)
+    flat = torch.cat([gradient.reshape(-1).to(accumulate) for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    pieces = flat.split([gradient.numel() for gradient in gradients])
+    return [
+        piece.view_as(gradient).to(gradient.dtype) for piece, gradient in zip(pieces, gradients, strict=True)
+    ]
 
 
 def sum_gradients_over(group: dist.ProcessGroup, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -54,6 +54,14 @@ class Topology:
             "data": self.data_group,
         }
 
+    def sum_reports(self, totals: torch.Tensor) -> None:
+        """Adds up, in place, what the pipelines' last stages report of their samples and tokens.
+
+        The other stages give zeros; all ranks end with the same.
+        """
+        dist.all_reduce(totals, group=self.data_group)
+        dist.all_reduce(totals, group=self.pipeline_group)
+
 
 @contextlib.contextmanager
 def joined_topology(

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from sas_megatron.parallel.topology import Topology
 
 
 class WireLedger(TorchDispatchMode):
@@ -63,6 +66,11 @@ class WireLedger(TorchDispatchMode):
             group: {operation: round(count) for operation, count in operations.items()}
             for group, operations in self.bytes_sent.items()
         }
+
+
+def build_ledger(topology: Topology) -> WireLedger:
+    """The ledger of a run's rank; the gradient norm's group and others come under "other"."""
+    return WireLedger(topology.groups(), sends="pipeline")
 
 
 def gather_ledgers(ledger: WireLedger) -> list[dict[str, Any]] | None:

@@ -14,6 +14,7 @@ from typing import Any
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
+from sas_megatron.config.section import divisors
 from sas_megatron.config.training import TrainingConfig
 from sas_megatron.model.costs import count_parameters
 from sas_megatron.planning.hardware_file import Hardware
@@ -39,14 +40,14 @@ def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> 
     parallelism: each sends the same bytes and holds less. Tensor groups stay within a node, stages
     are even, and `training.recompute` takes its defaults.
     """
-    degrees = _divisors(world_size)
+    degrees = divisors(world_size)
     axes: dict[str, list[Any]] = {
         "parallel.tensor": [degree for degree in degrees if degree <= hardware.devices_per_node],
         "parallel.context": degrees,
         "parallel.pipeline": [degree for degree in degrees if degree <= config.model.num_layers],
         "parallel.virtual_pipeline": list(VIRTUAL_PIPELINES),
         "training.recompute": list(RECOMPUTED_SHARE),
-        "training.micro_batch_size": _divisors(config.training.global_batch_size),
+        "training.micro_batch_size": divisors(config.training.global_batch_size),
     }
     for place in itertools.product(*axes.values()):
         chosen = dict(zip(axes, place, strict=True))
@@ -111,7 +112,7 @@ def rough_seconds(config: RunConfig, *, alone: AloneCost, world_size: int, hardw
     parallel, training = config.parallel, config.training
     data_parallel = world_size // parallel.model_size
     tokens = training.global_batch_size * config.data.sequence_length
-    microbatches = training.global_batch_size // training.micro_batch_size // data_parallel
+    microbatches = training.num_microbatches(data_parallel)
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / microbatches
     again = 1 + RECOMPUTED_SHARE[training.recompute]
     layers = config.model.num_layers / parallel.pipeline
@@ -143,7 +144,3 @@ def _seconds_over(ranks: int, num_bytes: float, stride: int, hardware: Hardware)
 def _parameters_of_rank(config: RunConfig) -> float:
     parallel: ParallelConfig = config.parallel
     return sum(count_parameters(config).values()) / parallel.tensor / parallel.pipeline
-
-
-def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

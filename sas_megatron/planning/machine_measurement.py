@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.planning.hardware_file import BYTES_PER_GIB, AttainableShares, Hardware, WireFigures
 from sas_megatron.planning.rank_processes import run_on_ranks
-from sas_megatron.platform.machine import describe_processor
+from sas_megatron.platform.machine import describe_processor, read_memory_bytes
 
 # For each figure: many turns of the processor's scheduler.
 MEASURED_SECONDS = 0.4
@@ -38,7 +38,7 @@ def hardware_from(by_rank: list[dict[str, float]], *, num_processes: int) -> Har
     return Hardware(
         name=f"{describe_processor()['processor']}, {num_processes} processes of one thread, measured",
         device="cpu",
-        memory_gib=_memory_bytes() / num_processes / BYTES_PER_GIB,
+        memory_gib=read_memory_bytes("/proc/meminfo", "MemTotal") / num_processes / BYTES_PER_GIB,
         matrix_teraflops={dtype: mean[dtype] / 1e12 for dtype in ("float32", "bfloat16")},
         memory_gigabytes_per_second=mean["memory_bytes_per_second"] / 1e9,
         node_wire=wire,
@@ -178,9 +178,3 @@ def _wire() -> dict[str, float]:
         "wire_bytes_per_second": large_bytes / max(seconds["large"] - seconds["small"], 1e-9),
         "wire_latency_seconds": seconds["small"] / hops,
     }
-
-
-def _memory_bytes() -> int:
-    with open("/proc/meminfo", encoding="utf-8") as information:
-        (kibibytes,) = [line.split()[1] for line in information if line.startswith("MemTotal:")]
-    return int(kibibytes) * 1024

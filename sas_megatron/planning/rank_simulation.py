@@ -22,13 +22,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.parallel.topology import Topology
-from sas_megatron.parallel.wire_ledger import WireLedger
+from sas_megatron.parallel.wire_ledger import build_ledger
 from sas_megatron.planning.fake_world import fake_world
 from sas_megatron.planning.memory_meter import MemoryMeter, distinct_bytes
 from sas_megatron.planning.operation_meter import OperationMeter
 from sas_megatron.planning.tally import Tally
 from sas_megatron.training.engine import Reports
-from sas_megatron.training.megatron_engine import MegatronEngine
+from sas_megatron.training.megatron_engine import MegatronEngine, main_parameters
 from sas_megatron.training.step import train_step
 
 
@@ -89,7 +89,7 @@ def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankRepor
         UserError: the layout does not fit the world size.
     """
     data_parallel = config.check_world_size(world_size)
-    num_microbatches = config.training.global_batch_size // config.training.micro_batch_size // data_parallel
+    num_microbatches = config.training.num_microbatches(data_parallel)
     with fake_world(config.parallel, rank=rank, world_size=world_size) as topology, MemoryMeter() as memory:
         stepper = Stepper(config, topology, memory)
         counts = _measured_microbatches(config, num_microbatches)
@@ -116,8 +116,7 @@ def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int
     which takes them in rounds of p and runs at most (v+1)·p - 2 pieces ahead, at two rounds.
     """
     stages = config.parallel.pipeline
-    interleaved = config.parallel.virtual_pipeline > 1
-    counts = [stages, 2 * stages] if interleaved else [stages, stages + 1]
+    counts = [stages, stages + config.parallel.microbatch_turns]
     return counts if num_microbatches > counts[1] else [num_microbatches]
 
 
@@ -142,7 +141,7 @@ class Stepper:
 
     def _warm_up(self) -> None:
         """Makes the optimizer's state and the tables of rotary positions, which later steps find."""
-        turns = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline > 1 else 1
+        turns = self.config.parallel.microbatch_turns
         if self.config.parallel.overlap_parameter_gather:
             # A whole step: the next one gathers the parameters that this one updates.
             self.run(turns)
@@ -170,7 +169,7 @@ class Stepper:
         """What the rank holds after its last step, with the tallies of one."""
         parameters = [parameter for piece in self.engine.pieces for parameter in piece.parameters()]
         gradients = [parameter.main_grad for parameter in parameters]
-        optimizer = list(_optimizer_tensors(self.engine.optimizer))
+        optimizer = [tensor for part in self.engine.optimizers() for tensor in _optimizer_tensors(part)]
         attention, parallel = self.config.attention, self.config.parallel
         return RankReport(
             rank=self.topology.rank,
@@ -264,15 +263,8 @@ def _without_garbage() -> Iterator[None]:
         gc.enable()
 
 
-def build_ledger(topology: Topology) -> WireLedger:
-    """The ledger of a report; the gradient norm's group and others come under "other"."""
-    return WireLedger(topology.groups(), sends="pipeline")
-
-
 def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Moments and full-precision weights of Megatron-core's optimizer, or of each that it chains."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in part.optimizer.param_groups:
-            yield from group["params"]
-        for state in part.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+    """Moments and full-precision weights of one of Megatron-core's optimizers."""
+    yield from main_parameters(optimizer)
+    for state in optimizer.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))

@@ -15,12 +15,14 @@ import torch
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.parallel.topology import joined_groups
+from sas_megatron.parallel.wire_ledger import build_ledger
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.machine_measurement import hardware_from, measure_here
 from sas_megatron.planning.memory_meter import MemoryMeter
 from sas_megatron.planning.rank_processes import run_on_ranks
-from sas_megatron.planning.rank_simulation import Stepper, build_ledger, simulate_rank
+from sas_megatron.planning.rank_simulation import Stepper, simulate_rank
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
+from sas_megatron.platform.machine import read_memory_bytes
 
 MOST_RANKS = 8
 TIMED_STEPS = 5
@@ -107,8 +109,7 @@ def _measure_rank(config: RunConfig) -> dict[str, Any]:
     _set_mapping_threshold(2**16)
     before, files_before = _resident_bytes("VmRSS"), _resident_bytes("RssFile")
     with joined_groups(config.parallel, device=torch.device("cpu"), seed=config.training.seed) as topology:
-        training = config.training
-        num_microbatches = training.global_batch_size // training.micro_batch_size // topology.data_size
+        num_microbatches = config.training.num_microbatches(topology.data_size)
         stepper = Stepper(config, topology, MemoryMeter())
         stepper.run(num_microbatches)
         ledger = build_ledger(topology)
@@ -142,12 +143,10 @@ def _set_mapping_threshold(num_bytes: int) -> None:
     library.malloc_trim(0)
 
 
+def _resident_bytes(field: str) -> int:
+    return read_memory_bytes("/proc/self/status", field)
+
+
 def _forget_peak() -> None:
     """Lets VmHWM start anew from what is resident (proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _resident_bytes(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    (kibibytes,) = [line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:")]
-    return int(kibibytes) * 1024

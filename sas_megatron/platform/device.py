@@ -9,7 +9,7 @@ import torch
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.platform import cpu
-from sas_megatron.platform.machine import describe_processor
+from sas_megatron.platform.machine import describe_processor, read_memory_bytes
 from sas_megatron.platform.rotary import offer_fused_rotary
 
 
@@ -51,9 +51,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not getrusage: its figure starts at what the parent held when it started this process.
-    with open("/proc/self/status", encoding="utf-8") as status:
-        (kibibytes,) = [line.split()[1] for line in status if line.startswith("VmHWM:")]
-    return int(kibibytes) * 1024
+    return read_memory_bytes("/proc/self/status", "VmHWM")
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:

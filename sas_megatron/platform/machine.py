@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def describe_processor() -> dict[str, object]:
@@ -14,3 +15,10 @@ def describe_processor() -> dict[str, object]:
     except OSError:
         pass  # not Linux
     return {"processor": names[0] if names else None, "processors": os.cpu_count()}
+
+
+def read_memory_bytes(path: str, field: str) -> int:
+    """A figure of /proc/meminfo or /proc/self/status, such as `MemTotal`, which they give in KiB."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    (kibibytes,) = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(kibibytes) * 1024

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch, forward_step
+from sas_megatron.parallel.gradients import sum_over
 from sas_megatron.training.engine import Engine, ForwardStep, Reports
 from sas_megatron.training.optimizer import build_schedule, describe_parameter_groups
 
@@ -54,9 +55,8 @@ class DeepSpeedEngine(Engine):
         self.pieces = build_gpt_pieces(config)
         (self.model,) = self.pieces
         self.groups = ModelParallelUnit()
-        data_size = parallel_state.get_data_parallel_world_size()
-        self.num_microbatches = (
-            config.training.global_batch_size // config.training.micro_batch_size // data_size
+        self.num_microbatches = config.training.num_microbatches(
+            parallel_state.get_data_parallel_world_size()
         )
         deepspeed = _import_deepspeed()
         optimizer = torch.optim.AdamW(
@@ -84,7 +84,7 @@ class DeepSpeedEngine(Engine):
         group = parallel_state.get_tensor_model_parallel_group()
         for parameter in self.model.parameters():
             if getattr(parameter, "sequence_parallel", False):
-                parameter.register_hook(lambda gradient: _summed(gradient, group))
+                parameter.register_hook(lambda gradient: sum_over(group, [gradient])[0])
 
     def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
         """Forward and backward; the last backward pass reduces over the data ranks."""
@@ -176,9 +176,3 @@ def _import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-
-
-def _summed(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    summed = gradient.float()
-    dist.all_reduce(summed, group=group)
-    return summed.to(gradient.dtype)

@@ -30,7 +30,7 @@ from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.parallel.topology import Topology
-from sas_megatron.parallel.wire_ledger import WireLedger, gather_ledgers
+from sas_megatron.parallel.wire_ledger import build_ledger, gather_ledgers
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
 from sas_megatron.training.console import Console
 from sas_megatron.training.engine import Engine, assemble
@@ -65,7 +65,7 @@ class Run:
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.ledger = WireLedger(topology.groups(), sends="pipeline")
+        self.ledger = build_ledger(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
     def complete(self) -> None:
@@ -148,8 +148,7 @@ class Run:
     def _num_microbatches(self, num_samples: int) -> int:
         """Microbatches in which each data-parallel rank goes over its part of `num_samples`."""
         by_all = self.config.training.micro_batch_size * self.topology.data_size
-        parallel = self.config.parallel
-        turns = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        turns = self.config.parallel.microbatch_turns
         return math.ceil(num_samples / by_all / turns) * turns
 
     def _log_step(self, result: StepResult, seconds: float) -> None:

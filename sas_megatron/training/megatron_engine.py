@@ -117,9 +117,9 @@ class MegatronEngine(Engine):
             "optimizer": [
                 {
                     "inner": optimizer.optimizer.state_dict(),
-                    "main": [parameter.detach() for parameter in _main_parameters(optimizer)],
+                    "main": [parameter.detach() for parameter in main_parameters(optimizer)],
                 }
-                for optimizer in self._optimizers()
+                for optimizer in self.optimizers()
             ],
         }
 
@@ -129,9 +129,9 @@ class MegatronEngine(Engine):
         for piece, weights in zip(self.pieces, state["model"], strict=True):
             for name, parameter in piece.named_parameters():
                 parameter.copy_(weights[name])
-        for optimizer, saved in zip(self._optimizers(), state["optimizer"], strict=True):
+        for optimizer, saved in zip(self.optimizers(), state["optimizer"], strict=True):
             optimizer.optimizer.load_state_dict(saved["inner"])
-            for parameter, main in zip(_main_parameters(optimizer), saved["main"], strict=True):
+            for parameter, main in zip(main_parameters(optimizer), saved["main"], strict=True):
                 parameter.copy_(main)
 
     def _settle_parameters(self) -> None:
@@ -141,10 +141,11 @@ class MegatronEngine(Engine):
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
 
-    def _optimizers(self) -> list[Any]:
+    def optimizers(self) -> list[Any]:
+        """Megatron-core's optimizer, or each of those that it chains."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
 
-def _main_parameters(optimizer: Any) -> list[torch.Tensor]:
+def main_parameters(optimizer: Any) -> list[torch.Tensor]:
     """What the inner AdamW updates: the weights, their float32 copies, or this rank's shards of those."""
     return [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]

@@ -56,9 +56,7 @@ def mean_loss(reports: Reports, topology: Topology) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=topology.device)
     for report in reports:
         total += report["loss"]
-    # Only the pipeline's last stage has reports.
-    dist.all_reduce(total, group=topology.data_group)
-    dist.all_reduce(total, group=topology.pipeline_group)
+    topology.sum_reports(total)
     return (total[0] / total[1]).item()
 
 

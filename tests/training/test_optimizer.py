@@ -60,7 +60,7 @@ def _elements_by_group(config: RunConfig) -> dict[tuple[float, float], int]:
     for _ in range(WARMUP):
         engine.schedule.step(1)
     counted: dict[tuple[float, float], int] = {}
-    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+    for optimizer in engine.optimizers():
         for group in optimizer.optimizer.param_groups:
             key = (round(group["lr"], 9), round(group["weight_decay"], 9))
             counted[key] = counted.get(key, 0) + sum(parameter.numel() for parameter in group["params"])
