@@ -18,8 +18,10 @@ from tests.conftest import ROOT
 HOST = socket.gethostname()
 
 # A rank that says when it is ready, and then does as it is told.
+# A shell starts background jobs, tests among them, with SIGINT ignored, and children inherit it.
 RANK = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from torch.distributed import TCPStore
 from sas_megatron.config.errors import FieldError
 from sas_megatron.parallel.roll_call import RollCall
@@ -138,11 +140,7 @@ def test_an_interrupt_ends_all_ranks_without_a_traceback(start_ranks: Callable[.
     status, _, errors = end(first)
     assert status == 1
     assert f"rank 1 on {HOST} (last finished step 2) received SIGINT; go on" in errors
-    status, _, errors = end(second)
-    assert status == 1
-    # On a machine so busy that the store's host is gone first, torch says that with no word of ours.
-    assert "Traceback" not in errors
-    assert "sas-megatron" not in errors
+    assert end(second) == (1, "", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "gone dark"])
