@@ -96,12 +96,37 @@ class CheckpointConfig(Section):
 
     interval: int | None = Field(default=None, description="Steps between saves; null: only at the end.")
     resume: bool = Field(
-        default=False, description="Go on from the newest checkpoint of the run directory, if there is one."
+        default=False,
+        description="Go on from the newest undamaged checkpoint of the run directory, if there is one; the "
+        "layout may be another.",
+    )
+    keep_last: int | None = Field(
+        default=None, description="Checkpoints to keep, the newest ones; older are removed. null: all."
+    )
+    keep_every: int | None = Field(
+        default=None,
+        description="With keep_last: those whose step is a multiple of this are kept for good, too.",
+    )
+    asynchronous: bool = Field(
+        default=False,
+        description="Write in the background, from a copy in memory of what each rank writes, while training "
+        "goes on.",
+    )
+    initial_weights: str | None = Field(
+        default=None,
+        description="A checkpoint of the same model, from any run, layout or engine, whose weights a new run "
+        "begins with; null: draw them.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointConfig:
-        self.require_positive("interval")
+        self.require_positive("interval", "keep_last", "keep_every")
+        if self.keep_every is not None and self.keep_last is None:
+            raise self.problem(
+                "keep_every",
+                "says what to keep beside the newest, and checkpoint.keep_last=null keeps all",
+                "set checkpoint.keep_last too, or leave it out",
+            )
         return self
 
 

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
 
+from sas_megatron.checkpoint.layout import describe_layout, name_differences
+from sas_megatron.checkpoint.loading import Checkpoint
+from sas_megatron.checkpoint.sharded_tensors import shard_parameter, shard_weights
+from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.parallel.gradients import sum_over
-from sas_megatron.training.engine import Engine, ForwardStep, Reports
+from sas_megatron.training.engine import Engine, ForwardStep, Reports, build_pieces
 from sas_megatron.training.optimizer import build_schedule, describe_parameter_groups
 
 # Its files within a checkpoint.
@@ -50,9 +54,9 @@ class ModelParallelUnit:
 class DeepSpeedEngine(Engine):
     """ZeRO stages 0 to 3 with tensor and context parallelism; AdamW from torch."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, initial_weights: Path | None = None) -> None:
         self.config = config
-        self.pieces = build_gpt_pieces(config)
+        self.pieces = build_pieces(config, initial_weights)
         (self.model,) = self.pieces
         self.groups = ModelParallelUnit()
         self.num_microbatches = config.training.num_microbatches(
@@ -135,14 +139,40 @@ class DeepSpeedEngine(Engine):
         self.engine.train()
         return reports
 
-    def capture(self, folder: Path) -> dict[str, Any]:
-        """DeepSpeed's own checkpoint, in the folder `deepspeed`; nothing for the rank's file."""
-        self.engine.save_checkpoint(str(folder), tag=FOLDER, save_latest=False)
+    def shards(self) -> list[ShardedTensor]:
+        """The weights, for other engines and layouts to begin with; `restore` reads its own files."""
+        if self.config.deepspeed.zero_stage < 3:
+            return shard_weights(self.pieces)
+        from deepspeed import zero
+
+        # Gathered one after another; of the data ranks, which then hold the same, the first keeps them.
+        shards = []
+        for name, parameter in self.model.named_parameters():
+            with zero.GatheredParameters([parameter]):
+                if self.groups.get_data_parallel_rank() == 0:
+                    values = parameter.detach().to("cpu", copy=True)
+                    shards += shard_parameter(self.model, name, parameter, values)
+        return shards
+
+    def counts(self) -> dict[str, int]:
+        """None: DeepSpeed's files have them."""
         return {}
 
-    def restore(self, state: dict[str, Any], folder: Path) -> None:
-        """Exact on the layout that saved it. DeepSpeed unpickles its files: load only your own."""
-        self.engine.load_checkpoint(str(folder), tag=FOLDER, load_lr_scheduler_states=False)
+    def write_files(self, folder: Path) -> None:
+        """DeepSpeed's own checkpoint, in the folder `deepspeed`."""
+        self.engine.save_checkpoint(str(folder), tag=FOLDER, save_latest=False)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Exact, on the layout that saved it. DeepSpeed unpickles its files: load only your own."""
+        changes = name_differences(checkpoint.manifest.layout, describe_layout(self.config))
+        if changes:
+            raise FileProblem(
+                checkpoint.path,
+                f"holds DeepSpeed's files for another layout ({changes})",
+                "go on with the layout that saved it, or begin another run from its weights by "
+                "checkpoint.initial_weights",
+            )
+        self.engine.load_checkpoint(str(checkpoint.path), tag=FOLDER, load_lr_scheduler_states=False)
 
 
 def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str, Any]:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from sas_megatron.checkpoint.loading import Checkpoint, load_initial_weights
 from sas_megatron.config.run import RunConfig
+from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch
 
 ForwardStep = Callable[..., Any]
@@ -53,23 +56,40 @@ class Engine(ABC):
         """Runs the model without gradients and without dropout; reports as `accumulate` does."""
 
     @abstractmethod
-    def capture(self, folder: Path) -> dict[str, Any]:
-        """Weights and optimizer of this rank as plain containers of tensors, for its checkpoint file.
-
-        An engine with a format of its own writes that into the checkpoint's `folder` in their place.
-        """
+    def shards(self) -> list[ShardedTensor]:
+        """What a checkpoint needs of this rank's tensors: the weights, and what else `restore` reads."""
 
     @abstractmethod
-    def restore(self, state: dict[str, Any], folder: Path) -> None:
-        """Puts what `capture` returned and wrote into this freshly assembled engine, on the same layout."""
+    def counts(self) -> dict[str, int]:
+        """What it needs beside tensors, the same on every rank."""
+
+    @abstractmethod
+    def write_files(self, folder: Path) -> None:
+        """Writes what the engine saves in a format of its own into a checkpoint's folder; all ranks do."""
+
+    @abstractmethod
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts a checkpoint of this engine into it, freshly assembled; every rank must call it.
+
+        Raises:
+            FileProblem: the checkpoint is of another model, or of a layout that the engine cannot load.
+        """
 
 
-def assemble(config: RunConfig) -> Engine:
+def build_pieces(config: RunConfig, initial_weights: Path | None) -> list[Any]:
+    """This rank's pieces with drawn weights, or those of the checkpoint `initial_weights`."""
+    pieces = build_gpt_pieces(config)
+    if initial_weights is not None:
+        load_initial_weights(initial_weights, pieces)
+    return list(pieces)
+
+
+def assemble(config: RunConfig, *, initial_weights: Path | None = None) -> Engine:
     """Builds model, optimizer and schedule on this rank, by `training.engine`; its groups must exist."""
     if config.training.engine == "deepspeed":
         from sas_megatron.training.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(config)
+        return DeepSpeedEngine(config, initial_weights)
     from sas_megatron.training.megatron_engine import MegatronEngine
 
-    return MegatronEngine(config)
+    return MegatronEngine(config, initial_weights)

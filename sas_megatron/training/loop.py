@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.rank_files import find_newest_checkpoint, load_checkpoint, save_checkpoint
+from sas_megatron.checkpoint.loading import Checkpoint, find_newest_whole, restore_random_states
+from sas_megatron.checkpoint.saving import CheckpointSaver
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.batches import (
     ByteLengths,
@@ -61,7 +62,9 @@ class Run:
         self.validation_samples = build_validation_samples(
             config.data, tokenizer, num_samples=config.evaluation.num_sequences
         )
-        self.engine: Engine = assemble(config)
+        self.saver = CheckpointSaver(RunFiles.checkpoints(config), config, topology)
+        self.resumed_from = self._find_checkpoint()
+        self.engine: Engine = assemble(config, initial_weights=self._initial_weights())
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
@@ -84,6 +87,7 @@ class Run:
                     self._step()
                 if self._is_due(self.config.evaluation.interval):
                     self._evaluate()
+                self.saver.finish_if_written()
                 if self._is_due(self.config.checkpoint.interval):
                     self._save()
             self._finish()
@@ -92,18 +96,23 @@ class Run:
             if self.files is not None:
                 self.files.close()
 
+    def _find_checkpoint(self) -> Checkpoint | None:
+        if not self.config.checkpoint.resume:
+            return None
+        return find_newest_whole(RunFiles.checkpoints(self.config), say=self.console.say)
+
+    def _initial_weights(self) -> Path | None:
+        path = self.config.checkpoint.initial_weights
+        return Path(path) if path is not None and self.resumed_from is None else None
+
     def _resume(self) -> None:
-        newest = (
-            find_newest_checkpoint(RunFiles.checkpoints(self.config))
-            if self.config.checkpoint.resume
-            else None
-        )
-        if newest is not None:
-            state = load_checkpoint(newest, self.topology)
-            self.engine.restore(state["engine"], newest)
-            self.engine.schedule.step(state["schedule_steps"])
-            self.progress = Progress(**state["progress"])
-            self.console.say(f"going on from {newest} at step {self.progress.step}")
+        checkpoint = self.resumed_from
+        if checkpoint is not None:
+            self.engine.restore(checkpoint)
+            restore_random_states(checkpoint, self.config, say=self.console.say)
+            self.engine.schedule.step(checkpoint.progress["schedule_steps"])
+            self.progress = Progress(**checkpoint.progress["counts"])
+            self.console.say(f"going on from {checkpoint.path} at step {self.progress.step}")
 
     def _step(self) -> None:
         training = self.config.training
@@ -195,15 +204,17 @@ class Run:
             )
 
     def _save(self) -> None:
-        save_checkpoint(
-            RunFiles.checkpoints(self.config),
-            step=self.progress.step,
-            capture=lambda folder: {
-                "engine": self.engine.capture(folder),
+        if self.files is not None:
+            self.files.sync()
+        self.saver.save(
+            self.progress.step,
+            shards=self.engine.shards(),
+            progress={
+                "counts": asdict(self.progress),
                 "schedule_steps": self.engine.schedule.num_steps,
-                "progress": asdict(self.progress),
+                "engine": self.engine.counts(),
             },
-            topology=self.topology,
+            write_files=self.engine.write_files,
         )
 
     def _finish(self) -> None:
@@ -211,6 +222,7 @@ class Run:
             self._evaluate()
         if not self._is_due(self.config.checkpoint.interval):
             self._save()
+        self.saver.finish()
         self.profiler.close()
         wire_bytes = gather_ledgers(self.ledger) if self.config.logging.wire_ledger else None
         if self.files is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -16,19 +17,21 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from sas_megatron.checkpoint.loading import Checkpoint, restore_tensors
+from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch, forward_step
-from sas_megatron.training.engine import Engine, ForwardStep, Reports
+from sas_megatron.training.engine import Engine, ForwardStep, Reports, build_pieces
 from sas_megatron.training.optimizer import build_optimizer, build_schedule
+from sas_megatron.training.optimizer_states import read_num_updates, set_num_updates, shard_optimizer
 
 
 class MegatronEngine(Engine):
     """Gradients in float32 buffers, reduced over the data ranks; AdamW, its states sharded if asked for."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, initial_weights: Path | None = None) -> None:
         self.config = config
-        self.pieces = build_gpt_pieces(config)
+        self.pieces = build_pieces(config, initial_weights)
         self.chunks = [self._wrap(piece, is_first=index == 0) for index, piece in enumerate(self.pieces)]
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config, self.optimizer)
@@ -105,36 +108,29 @@ class MegatronEngine(Engine):
         )
         return reports
 
-    def capture(self, folder: Path) -> dict[str, Any]:
-        """Weights by piece, AdamW's states, and the float32 weights or shards that it updates."""
-        self._settle_parameters()
-        return {
-            # Parameters and not the state dictionary: Megatron-core's holds opaque extra states beside them.
-            "model": [
-                {name: parameter.detach() for name, parameter in piece.named_parameters()}
-                for piece in self.pieces
-            ],
-            "optimizer": [
-                {
-                    "inner": optimizer.optimizer.state_dict(),
-                    "main": [parameter.detach() for parameter in main_parameters(optimizer)],
-                }
-                for optimizer in self.optimizers()
-            ],
-        }
+    def shards(self) -> list[ShardedTensor]:
+        """Weights, AdamW's moments, and the float32 weights that it updates where the model's are others."""
+        self.settle_parameters()
+        optimizers = self.optimizers()
+        return shard_weights(self.pieces) + [
+            shard for optimizer in optimizers for shard in shard_optimizer(optimizer, self.pieces)
+        ]
+
+    def counts(self) -> dict[str, int]:
+        """AdamW's updates."""
+        return {"num_updates": max(map(read_num_updates, self.optimizers()))}
+
+    def write_files(self, folder: Path) -> None:
+        """None: all is in tensors."""
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Any], folder: Path) -> None:
-        """Exact on the layout that captured it."""
-        for piece, weights in zip(self.pieces, state["model"], strict=True):
-            for name, parameter in piece.named_parameters():
-                parameter.copy_(weights[name])
-        for optimizer, saved in zip(self.optimizers(), state["optimizer"], strict=True):
-            optimizer.optimizer.load_state_dict(saved["inner"])
-            for parameter, main in zip(main_parameters(optimizer), saved["main"], strict=True):
-                parameter.copy_(main)
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Exact on the layout that saved it; on others the same numbers are shared out anew."""
+        restore_tensors(checkpoint, self.shards())
+        for optimizer in self.optimizers():
+            set_num_updates(optimizer, checkpoint.progress["engine"]["num_updates"])
 
-    def _settle_parameters(self) -> None:
+    def settle_parameters(self) -> None:
         """Gathers updated parameters now, where they would be gathered in the next forward pass."""
         if self.config.parallel.overlap_parameter_gather:
             for chunk in self.chunks:

@@ -95,6 +95,11 @@ class RunFiles:
                 if isinstance(value, float):
                     self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
+    def sync(self) -> None:
+        """Waits until the records are on disk: a checkpoint must not outlive those before it."""
+        assert self._metrics is not None, "open() comes first"
+        os.fsync(self._metrics.fileno())
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json and closes the other files."""
         _write_aside(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -147,6 +152,10 @@ MAY_CHANGE = (
     "logging.",
     "evaluation.",
     "checkpoint.",
+    "parallel.",
+    "optimizer.distributed",
+    "training.micro_batch_size",
+    "training.recompute",
     "data.index_cache",
     "training.stop_after_steps",
     "training.collective_timeout_minutes",

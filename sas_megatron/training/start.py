@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from sas_megatron.checkpoint.manifest import read_manifest
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
 from sas_megatron.platform.launcher import is_first_rank, launched_world_size
@@ -17,6 +20,8 @@ def check(config: RunConfig, *, world_size: int) -> None:
     config.check_world_size(world_size)
     open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_rank())
     RunFiles.check_directory(config)
+    if config.checkpoint.initial_weights is not None:
+        read_manifest(Path(config.checkpoint.initial_weights))
 
 
 def train(config: RunConfig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def take_steps(config: RunConfig) -> Steps:
         norms.append(result.gradient_norm)
         assert next(batches, None) is None, "a step must use all its microbatches"
     if config.training.engine == "megatron":
-        engine.capture(Path())  # where updated weights are still to be gathered, it does that
+        engine.settle_parameters()
     return Steps(
         losses,
         norms,

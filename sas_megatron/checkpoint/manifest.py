@@ -1,0 +1,255 @@
+"""What makes a folder a checkpoint: its final name, and a manifest with size and checksum of each file.
+
+    checkpoints/iter_0001000/  __0_0.distcp …   tensors of each rank, in torch's distributed format
+                               .metadata        where each tensor's parts lie in them
+                               progress.json    step, samples, schedule     config.yaml   the run's config
+                               manifest.json    all of the above            manifest.sha256   its checksum
+
+Everything is written, and synced to disk, in `iter_0001000.partial`, which is then renamed: what has
+its final name is complete. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sas_megatron.config.errors import FileProblem
+
+# 1 and 2 were one file a rank.
+SCHEMA = 3
+MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.sha256"
+# What was counted, and the config of the run.
+PROGRESS, CONFIG = "progress.json", "config.yaml"
+GO_BACK = "put it back from a copy, or go on from the one before with checkpoint.resume=true"
+_NAME = re.compile(r"iter_(\d{7,})")
+_LEFT_OVER = re.compile(r"iter_\d{7,}\.(partial|replaced)")
+
+
+class DamagedCheckpoint(FileProblem):
+    """Files of a checkpoint are not what was written; an earlier checkpoint may serve."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was when the checkpoint was published."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`layout` is of the ranks that saved; `files` are relative to the checkpoint's folder."""
+
+    step: int
+    engine: str
+    layout: dict[str, Any]
+    files: dict[str, FileRecord]
+
+
+def describe_file(path: Path) -> FileRecord:
+    """Reads the file once."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder's name of the checkpoint after `step` steps."""
+    return f"iter_{step:07d}"
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it gets its name."""
+    return folder / f"{checkpoint_name(step)}.partial"
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints within `folder`, the one with the most steps first."""
+    if not folder.is_dir():
+        return []
+    complete = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(complete, key=_step_of, reverse=True)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a file and waits until it is on disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(partial: Path, manifest: Manifest) -> Path:
+    """Writes the manifest into a finished folder and gives it its final name, in one step."""
+    write_synced(partial / MANIFEST, json.dumps({"schema": SCHEMA, **asdict(manifest)}, indent=2) + "\n")
+    checksum = describe_file(partial / MANIFEST).sha256
+    # In the form that `sha256sum -c` takes.
+    write_synced(partial / MANIFEST_CHECKSUM, f"{checksum}  {MANIFEST}\n")
+    for folder in {partial, *(path.parent for path in partial.rglob("*"))}:
+        sync(folder)
+    final = partial.with_suffix("")
+    if final.exists():  # saved again, after going on from an earlier one
+        replaced = final.with_suffix(".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    partial.rename(final)
+    sync(final.parent)
+    return final
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint at `path`; the files that it lists are not looked at.
+
+    Raises:
+        DamagedCheckpoint: it is missing or not what was written.
+        FileProblem: its format is of another version.
+    """
+    if not path.is_dir():
+        raise FileProblem(path, "is no folder", "give a checkpoint, such as run/checkpoints/iter_0001000")
+    try:
+        text = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    checksum = path / MANIFEST_CHECKSUM
+    expected = f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()
+    # The manifests of formats 1 and 2 have none.
+    if checksum.exists() and checksum.read_bytes() != expected:
+        raise DamagedCheckpoint(path, f"is damaged: {MANIFEST} or {MANIFEST_CHECKSUM} has changed", GO_BACK)
+    try:
+        tree = json.loads(text)
+        _check_schema(path, int(tree["schema"]))
+        if not checksum.exists():
+            raise DamagedCheckpoint(path, f"is damaged: {MANIFEST_CHECKSUM} is missing", GO_BACK)
+        files = {name: FileRecord(**record) for name, record in tree["files"].items()}
+        return Manifest(tree["step"], tree["engine"], tree["layout"], files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> DamagedCheckpoint:
+    return DamagedCheckpoint(path, f"is damaged: it has no readable {MANIFEST} ({error!r})", GO_BACK)
+
+
+def _check_schema(path: Path, schema: int) -> None:
+    if schema > SCHEMA:
+        raise FileProblem(path, f"has format {schema}, newer than {SCHEMA}", "update the package")
+    if schema < SCHEMA:
+        raise FileProblem(
+            path, f"has format {schema}, older than {SCHEMA}", "go on with the version that wrote it"
+        )
+
+
+def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
+    """What is wrong with those files of the checkpoint at `path`, a line each; reads each of them once."""
+    return [
+        f"{name} {damage}"
+        for name, record in files.items()
+        if (damage := _damage(path / name, record)) is not None
+    ]
+
+
+def _damage(path: Path, record: FileRecord) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != record.size_bytes:
+            return f"has {size:,} bytes, {record.size_bytes:,} were written"
+        if describe_file(path).sha256 != record.sha256:
+            return "has other contents than were written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def refuse_damage(path: Path, damage: Iterable[str]) -> None:
+    """Raises `DamagedCheckpoint` if there is any."""
+    if found := sorted(damage):
+        raise DamagedCheckpoint(path, f"is damaged: {'; '.join(found)}", GO_BACK)
+
+
+def verify_checkpoint(path: Path) -> Manifest:
+    """Reads every file of the checkpoint at `path` in this process.
+
+    Raises:
+        DamagedCheckpoint: some are not what was written; it names each.
+        FileProblem: its format is of another version.
+    """
+    manifest = read_manifest(path)
+    refuse_damage(path, find_damage(path, manifest.files))
+    return manifest
+
+
+def remove_old(folder: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
+    """Removes what is not to be kept, and what interrupted saves and removals have left.
+
+    Args:
+        folder: The run's `checkpoints` folder; nothing is being written there.
+        keep_last: How many of the newest stay; None: all. Those with missing or cut files do not count,
+            so that of the sound ones the last always stays.
+        keep_every: Those whose step is a multiple of it stay too.
+
+    Returns:
+        The checkpoints removed.
+    """
+    for path in folder.iterdir():
+        if _LEFT_OVER.fullmatch(path.name):
+            shutil.rmtree(path)
+    if keep_last is None:
+        return []
+    checkpoints = find_checkpoints(folder)
+    kept = [path for path in checkpoints if _looks_whole(path)][:keep_last]
+    if len(kept) < keep_last:
+        return []
+    removed = []
+    for path in checkpoints:
+        is_spared = keep_every is not None and _step_of(path) % keep_every == 0
+        if _step_of(path) < _step_of(kept[-1]) and not is_spared:
+            _remove(path)
+            removed.append(path)
+    return removed
+
+
+def _remove(path: Path) -> None:
+    """First the name, so that what a crash leaves half removed is not taken for a checkpoint."""
+    doomed = path.with_suffix(".replaced")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _looks_whole(path: Path) -> bool:
+    try:
+        manifest = read_manifest(path)
+        return all((path / name).stat().st_size == file.size_bytes for name, file in manifest.files.items())
+    except (FileProblem, OSError):
+        return False
+
+
+def _step_of(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found is not None, f"{path} is not named as a checkpoint is"
+    return int(found[1])
+
+
+def find_own_share(files: dict[str, FileRecord], *, rank: int, num_ranks: int) -> dict[str, FileRecord]:
+    """Files that one of several ranks is to read, so that all together read each once, in like shares."""
+    by_size: Sequence[str] = sorted(files, key=lambda name: (-files[name].size_bytes, name))
+    return {name: files[name] for name in by_size[rank::num_ranks]}
