@@ -200,6 +200,7 @@ class CheckpointSaver:
         for path in own:
             manifest.sync(path)
         files = {name: record for _, records in by_rank for name, record in records.items()}
+        _check_seen_here(partial, files)
         manifest.publish(
             partial,
             Manifest(
@@ -215,6 +216,18 @@ class CheckpointSaver:
         self._pending = None
         if self._topology.is_first:
             shutil.rmtree(manifest.partial_folder(self._folder, step), ignore_errors=True)
+
+
+def _check_seen_here(folder: Path, files: dict[str, FileRecord]) -> None:
+    """Raises `FileProblem` if what other ranks wrote did not come into this rank's folder."""
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != record.size_bytes:
+            raise FileProblem(
+                path,
+                "was written by another rank, and is not there for rank 0",
+                "put logging.run_directory on a file system that all ranks share",
+            )
 
 
 def _describe(folder: Path, paths: list[Path]) -> dict[str, FileRecord]:

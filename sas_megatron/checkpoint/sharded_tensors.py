@@ -10,7 +10,6 @@ are, so one way serves every attention; layers' own `sharded_state_dict` is not 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -24,10 +23,8 @@ from megatron.core.dist_checkpointing.strategies.checkpointable import (
 from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from torch import nn
 
+from sas_megatron.checkpoint.boxes import Box, boxes_of_run
 from sas_megatron.model.initialization import global_name, whole_shape
-
-# A tensor with its place: offsets in something larger.
-Box = tuple[torch.Tensor, tuple[int, ...]]
 
 
 def shard_weights(pieces: list[Any]) -> list[ShardedTensor]:
@@ -77,33 +74,6 @@ def shard_parameter(
         for run, place in boxes_of_run(values, tuple(parameter.shape), first_element)
         for box, offset in _boxes_in_whole(run, place, parameter)
     ]
-
-
-def boxes_of_run(values: torch.Tensor, shape: tuple[int, ...], first_element: int) -> Iterator[Box]:
-    """Cuts a run of elements of a tensor of `shape`, in memory's order, into boxes of it, in that order.
-
-    At most one box for the part of a row at either end, in each dimension, and one for all between.
-    """
-    if tuple(values.shape) == shape:
-        yield values, (0,) * len(shape)
-        return
-    if len(shape) == 1:
-        yield values, (first_element,)
-        return
-    row = math.prod(shape[1:])
-    done = 0
-    while done < values.numel():
-        index, within = divmod(first_element + done, row)
-        rows = (values.numel() - done) // row
-        if within == 0 and rows:
-            block = values.narrow(0, done, rows * row).view(rows, *shape[1:])
-            yield block, (index,) + (0,) * (len(shape) - 1)
-            done += rows * row
-            continue
-        part = values.narrow(0, done, min(row - within, values.numel() - done))
-        for box, offset in boxes_of_run(part, shape[1:], within):
-            yield box.unsqueeze(0), (index, *offset)
-        done += part.numel()
 
 
 def _boxes_in_whole(box: torch.Tensor, place: tuple[int, ...], parameter: nn.Parameter) -> Iterator[Box]:

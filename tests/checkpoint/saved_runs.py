@@ -1,0 +1,102 @@
+"""On ranks: a few steps, a checkpoint, and going on from it at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sas_megatron.config.run import RunConfig
+from tests.model.model_parts import WeightPart, weight_parts
+from tests.rank_pool import in_layout
+from tests.training.training_runs import RandomSamples
+
+
+def take_steps_from(engine: Any, topology: Any, first_step: int, num_steps: int) -> list[float]:
+    """The losses of so many steps."""
+    from sas_megatron.data.batches import microbatches
+    from sas_megatron.training.step import train_step
+
+    config = engine.config
+    training = config.training
+    num_microbatches = training.num_microbatches(topology.data_size)
+    losses = []
+    for step in range(first_step, first_step + num_steps):
+        batches = microbatches(
+            RandomSamples(config),
+            first_sample=step * training.global_batch_size,
+            num_samples=training.global_batch_size,
+            num_microbatches=num_microbatches,
+            micro_batch_size=training.micro_batch_size,
+            data_rank=topology.data_rank,
+            data_size=topology.data_size,
+            device=topology.device,
+            context_group=topology.context_group,
+        )
+        result = train_step(
+            engine, batches, step=step + 1, num_microbatches=num_microbatches, topology=topology
+        )
+        losses.append(result.loss)
+    return losses
+
+
+def save(engine: Any, topology: Any, folder: Path, step: int) -> None:
+    """As a run does it."""
+    from sas_megatron.checkpoint.saving import CheckpointSaver
+
+    saver = CheckpointSaver(folder, engine.config, topology)
+    saver.save(
+        step,
+        shards=engine.shards(),
+        progress={"engine": engine.counts(), "schedule_steps": engine.schedule.num_steps},
+        write_files=engine.write_files,
+    )
+    saver.finish()
+
+
+def train_and_save(
+    config: RunConfig, folder: Path, num_steps: int
+) -> tuple[list[float], dict[str, WeightPart]]:
+    """On a rank: losses of the steps, and its part of the weights as they were saved."""
+    from sas_megatron.training.engine import assemble
+
+    topology = in_layout(config.parallel)
+    engine = assemble(config)
+    losses = take_steps_from(engine, topology, 0, num_steps)
+    save(engine, topology, folder, num_steps)
+    return losses, weight_parts(engine.pieces)
+
+
+def go_on(config: RunConfig, path: Path, first_step: int, num_steps: int, again: Path | None) -> list[float]:
+    """On a rank: saves what it has loaded into `again`, and returns the losses of further steps."""
+    from sas_megatron.checkpoint.loading import open_checkpoint
+    from sas_megatron.training.engine import assemble
+
+    topology = in_layout(config.parallel)
+    engine = assemble(config)
+    checkpoint = open_checkpoint(path)
+    engine.restore(checkpoint)
+    engine.schedule.step(checkpoint.progress["schedule_steps"])
+    if again is not None:
+        save(engine, topology, again, first_step)
+    return take_steps_from(engine, topology, first_step, num_steps)
+
+
+def begin_with_weights(config: RunConfig, path: Path) -> tuple[dict[str, WeightPart], list[float]]:
+    """On a rank: its part of the weights that a run with initial weights begins with, and losses."""
+    from sas_megatron.training.engine import assemble
+    from tests.training.training_runs import weight_reader
+
+    topology = in_layout(config.parallel)
+    engine = assemble(config, initial_weights=path)
+    weights = weight_parts(engine.pieces, weight_reader(engine))
+    return weights, take_steps_from(engine, topology, 0, 2)
+
+
+def whole_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of a checkpoint, whole."""
+    from sas_megatron.checkpoint.tensor_reading import RANDOM_PREFIX, TensorReader
+
+    reader = TensorReader(path)
+    return {name: reader.whole(name) for name in reader.sizes() if not name.startswith(RANDOM_PREFIX)}

@@ -1,0 +1,221 @@
+"""Damage is found and gone back from, faults while saving harm nothing, and training need not wait."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
+from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.run import RunConfig
+from tests.checkpoint.saved_runs import save, take_steps_from, train_and_save, whole_tensors
+from tests.rank_pool import in_layout
+from tests.training.layouts import SHARDED, Layout
+
+TWO = Layout(2, optimizer=SHARDED)
+
+
+def config_with(layout: Layout = TWO, **checkpoint: Any) -> RunConfig:
+    from sas_megatron.config.loading import build_run_config
+
+    return build_run_config({**layout.config("sas-gather").model_dump(mode="json"), "checkpoint": checkpoint})
+
+
+def look_for_newest(folder: Path) -> tuple[str, list[str]]:
+    """On a rank: the newest whole checkpoint, or the problem; and what was said on the way."""
+    from sas_megatron.checkpoint.loading import find_newest_whole
+
+    in_layout(TWO.config("mha").parallel)
+    said: list[str] = []
+    try:
+        checkpoint = find_newest_whole(folder, say=said.append)
+    except FileProblem as problem:
+        return str(problem), said
+    return "none" if checkpoint is None else checkpoint.path.name, said
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After one step and after two."""
+    folder = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        ranks(2).run(train_and_save, config_with(), folder, step)
+    return folder
+
+
+def test_without_checkpoints_there_is_none(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2).run(look_for_newest, tmp_path / "missing") == [("none", [])] * 2
+
+
+def test_every_damaged_file_is_said_and_the_checkpoint_before_taken(
+    ranks: Any, two_checkpoints: Path
+) -> None:
+    newest, before = find_checkpoints(two_checkpoints)
+    assert ranks(2).run(look_for_newest, two_checkpoints) == [(newest.name, [])] * 2
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {
+        *("__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json", "common.pt"),
+        *("progress.json", "config.yaml", "manifest.json", "manifest.sha256"),
+    }
+    draw = random.Random(4)
+    for path in files:
+        content = path.read_bytes()
+        offset = draw.randrange(len(content))
+        flipped = bytearray(content)
+        flipped[offset] ^= 1 << draw.randrange(8)
+        for damaged in (content[:-1], bytes(flipped), None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            for found, said in ranks(2).run(look_for_newest, two_checkpoints):
+                assert found == before.name, (path.name, offset)
+                (line,) = said
+                assert line.startswith(f"{newest}: is damaged: ")
+                assert path.name in line
+                assert line.endswith("; going back to the checkpoint before")
+        path.write_bytes(content)
+    verify_checkpoint(newest)
+
+
+def test_where_all_are_damaged_the_run_does_not_begin_anew(
+    ranks: Any, two_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(two_checkpoints, folder)
+    for path in find_checkpoints(folder):
+        (path / "__1_0.distcp").unlink()
+    for found, said in ranks(2).run(look_for_newest, folder):
+        assert found.startswith(f"{folder}: holds no checkpoint that is whole: 2 are damaged; put one back")
+        assert len(said) == 2
+
+
+def test_a_newer_version_is_refused_on_every_rank(ranks: Any, two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(two_checkpoints, folder)
+    manifest = find_checkpoints(folder)[0] / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": 99}))
+    (manifest.parent / "manifest.sha256").unlink()
+    for found, _ in ranks(2).run(look_for_newest, folder):
+        assert found == f"{manifest.parent}: has format 99, newer than 3; update the package"
+
+
+@contextlib.contextmanager
+def no_file_longer_than(num_bytes: int) -> Iterator[None]:
+    """As on a disk that is full, writing further fails in this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_on_a_full_disk(config: RunConfig, folder: Path, full_on: int, num_bytes: int) -> str:
+    """On a rank: what is said of a second checkpoint that one rank cannot write."""
+    from sas_megatron.training.engine import assemble
+
+    topology = in_layout(config.parallel)
+    engine = assemble(config)
+    take_steps_from(engine, topology, 0, 1)
+    save(engine, topology, folder, 1)
+    take_steps_from(engine, topology, 1, 1)
+    is_full = topology.rank == full_on
+    with no_file_longer_than(num_bytes) if is_full else contextlib.nullcontext():
+        try:
+            save(engine, topology, folder, 2)
+        except FileProblem as problem:
+            return str(problem)
+    return "saved"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("full_on", "num_bytes"), [(0, 20_000), (1, 20_000), (0, 200), (1, 0)])
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(
+    ranks: Any, tmp_path: Path, full_on: int, num_bytes: int, asynchronous: bool
+) -> None:
+    config = config_with(asynchronous=asynchronous)
+    said = ranks(2).run(save_on_a_full_disk, config, tmp_path, full_on, num_bytes)
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{tmp_path / 'iter_0000002.partial'}: cannot be written (")
+    assert said[0].endswith("go on from the last with checkpoint.resume=true")
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+    verify_checkpoint(tmp_path / "iter_0000001")
+
+
+def test_a_folder_that_cannot_be_made_is_said_on_every_rank(ranks: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(AssertionError, match=r"rank 1:(.|\n)*partial: cannot be written \("):
+        ranks(2).run(train_and_save, config_with(), tmp_path / "checkpoints", 1)
+
+
+def save_and_go_on(config: RunConfig, folder: Path) -> list[float]:
+    """On a rank: steps while the first checkpoint is being written."""
+    from sas_megatron.checkpoint.saving import CheckpointSaver
+    from sas_megatron.training.engine import assemble
+
+    topology = in_layout(config.parallel)
+    engine = assemble(config)
+    saver = CheckpointSaver(folder, config, topology)
+    losses = []
+    for step in range(1, 4):
+        losses += take_steps_from(engine, topology, step - 1, 1)
+        saver.save(
+            step,
+            shards=engine.shards(),
+            progress={"engine": engine.counts()},
+            write_files=engine.write_files,
+        )
+        with torch.no_grad():  # what is done to the weights now must not reach the files
+            for parameter in engine.pieces[0].parameters():
+                parameter.add_(1.0)
+            saver.finish_if_written()
+            for parameter in engine.pieces[0].parameters():
+                parameter.sub_(1.0)
+    saver.finish()
+    return losses
+
+
+def test_asynchronous_checkpoints_hold_what_was_when_they_were_begun(ranks: Any, tmp_path: Path) -> None:
+    ranks(2).run(save_and_go_on, config_with(), tmp_path / "at once")
+    ranks(2).run(save_and_go_on, config_with(asynchronous=True, keep_last=2), tmp_path / "behind")
+    assert [path.name for path in find_checkpoints(tmp_path / "behind")] == ["iter_0000003", "iter_0000002"]
+    for path in find_checkpoints(tmp_path / "behind"):
+        verify_checkpoint(path)
+        expected = whole_tensors(tmp_path / "at once" / path.name)
+        for name, tensor in whole_tensors(path).items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_loading_runs_no_code_from_the_index(ranks: Any, two_checkpoints: Path, tmp_path: Path) -> None:
+    from sas_megatron.checkpoint.tensor_reading import TensorReader
+
+    folder = tmp_path / "copy"
+    shutil.copytree(find_checkpoints(two_checkpoints)[0], folder)
+    mark = tmp_path / "ran"
+    (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.")
+    with pytest.raises(FileProblem, match=r"\.metadata: names os\.system, which is no"):
+        TensorReader(folder).sizes()
+    assert not mark.exists()
+
+
+def test_files_of_another_model_are_refused_by_name_and_shape(ranks: Any, two_checkpoints: Path) -> None:
+    other = config_with(Layout(2, model={"ffn_hidden_size": 36}))
+    with pytest.raises(
+        AssertionError, match=r"has another shape, \[56, 20\], of .*linear_fc1\.weight, which is \[72, 20\]"
+    ):
+        ranks(2).run(weights_from, other, find_checkpoints(two_checkpoints)[0])
+
+
+def weights_from(config: RunConfig, path: Path) -> None:
+    """On a rank."""
+    from sas_megatron.training.engine import assemble
+
+    in_layout(config.parallel)
+    assemble(config, initial_weights=path)
