@@ -155,9 +155,7 @@ def test_deepspeeds_own_files_are_checked_and_bound_to_their_layout(
     (path,) = find_checkpoints(tmp_path / "run" / "checkpoints")
     own = [name for name in verify_checkpoint(path).files if name.startswith("deepspeed/")]
     assert len(own) == 3, own  # the model's, and each data rank's part of the optimizer's
-    with pytest.raises(
-        AssertionError, match=r"DeepSpeed's files for another layout \(data 2 -> 1, w"
-    ):
+    with pytest.raises(AssertionError, match=r"DeepSpeed's files for another layout \(data 2 -> 1, w"):
         ranks(1).run(complete, run(checkpoint={"resume": True}))
     for name, number in itertools.product(own, (0, 1)):
         content = (path / name).read_bytes()
