@@ -1,4 +1,4 @@
-"""However often ranks are killed, in a step, while saving or while loading, the run ends as if none had been."""
+"""However often ranks are killed, in a step, while saving or loading, the run ends as if none had been."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.run import RunConfig
 from tests.end_to_end.jobs import Job
 from tests.small_data import SmallData
-from tests.training.test_runs import complete, final_tensors, records, summary
+from tests.training.test_runs import assert_end_alike, complete, records, summary
 
 KILLS = 5
 WHOLE_TABLE_SEEDS = 6
@@ -105,14 +105,11 @@ def test_a_run_whose_ranks_are_killed_ends_as_the_undisturbed_one(
         assert not job.processes()
         for path in find_checkpoints(tmp_path / "tortured" / "checkpoints"):
             verify_checkpoint(path)
-    job.start(
-        "torchrun", "--standalone", "--nproc-per-node=2", "-m", "sas_megatron", "train", str(job.config)
-    )
+    train = ("-m", "sas_megatron", "train", str(job.config))
+    job.start("torchrun", "--standalone", f"--nproc-per-node={NUM_RANKS}", *train)
     assert job.wait(SECONDS_TO_END) == 0, job.output()
 
-    expected = final_tensors(undisturbed)
-    for name, tensor in final_tensors(tortured).items():
-        assert tensor.equal(expected[name]), name
+    assert_end_alike(tortured, undisturbed)
     timeless = ("step", "consumed_samples", "train_loss", "gradient_norm", "learning_rate")
     assert [[record[key] for key in timeless] for record in records(tortured)] == [
         [record[key] for key in timeless] for record in records(undisturbed)

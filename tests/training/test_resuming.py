@@ -16,7 +16,7 @@ from sas_megatron.training import start
 from sas_megatron.training.run_files import RunFiles
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
-from tests.training.test_runs import complete, final_tensors, records, summary
+from tests.training.test_runs import assert_end_alike, complete, records, summary
 
 
 def complete_and_listen(config: RunConfig) -> list[str]:
@@ -94,9 +94,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_nothing_had_been(
     for said in ranks(2).run(complete_and_listen, broken):
         assert said[0].startswith(f"{newest}: is damaged: __0_0.distcp has")
         assert said[1] == f"going on from {before} at step 4"
-    expected = final_tensors(whole)
-    for name, tensor in final_tensors(broken).items():
-        assert tensor.equal(expected[name]), name
+    assert_end_alike(broken, whole)
     losses = [[record["train_loss"] for record in records(config)] for config in (broken, whole)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
