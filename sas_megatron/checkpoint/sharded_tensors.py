@@ -57,8 +57,6 @@ def shard_parameter(
         prefix: Before the parameter's global name.
     """
     whole_name = global_name(piece, name)
-    # The last stage's copy of tied embeddings is loaded like the original, and not saved.
-    is_copy = name == "output_layer.weight" and whole_name != name
     whole = whole_shape(parameter)
     return [
         ShardedTensor(
@@ -69,7 +67,6 @@ def shard_parameter(
             global_shape=tuple(whole),
             global_offset=offset,
             axis_fragmentations=None,  # no regular grid
-            replica_id=int(is_copy),
         )
         for run, place in boxes_of_run(values, tuple(parameter.shape), first_element)
         for box, offset in _boxes_in_whole(run, place, parameter)

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -40,9 +39,7 @@ class TensorWriter:
         self._planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
         self._metadata: Metadata | None = None
-        self._planner.set_up_planner(
-            by_name(shard for shard in shards if is_main_replica(shard.replica_id)), None, is_first
-        )
+        self._planner.set_up_planner(by_name(shards), None, is_first)
         self._writer.set_up_storage_writer(is_first)
         local = self._writer.prepare_local_plan(self._planner.create_local_plan())
         plans: list[SavePlan] = [local] * dist.get_world_size()

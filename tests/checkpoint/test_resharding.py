@@ -96,7 +96,7 @@ def test_eight_ranks_go_on_from_one(ranks: Any, alone: Any, tmp_path: Path) -> N
 
 
 def test_tied_embeddings_are_saved_once_and_loaded_twice(ranks: Any, alone: Any, tmp_path: Path) -> None:
-    # So large, and on stages so unlike, that the data ranks of each hold other runs of its elements.
+    # So large that the data ranks share it; both stages must cut it alike.
     model = {**TIED, "vocab_size": 597}
     uneven = {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3}
     tied = Layout(4, uneven, SHARDED, model=model)
