@@ -57,11 +57,13 @@ class _Pending:
         self.records = _describe(self.partial, paths + self.other_files)
 
     def write_noting_problems(self) -> None:
-        """As `write`, on a thread."""
+        """As `write`, on a thread, whose exceptions nobody else would see."""
         try:
             writing(self.partial, self.write)()
         except FileProblem as problem:
             self.problem = problem
+        except BaseException as error:
+            self.problem = FileProblem(self.partial, f"was not written ({error!r})", "see that error")
 
     def tell(self) -> None:
         """Raises what `write_noting_problems` noted."""

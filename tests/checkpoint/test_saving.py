@@ -193,6 +193,31 @@ def test_asynchronous_checkpoints_hold_what_was_when_they_were_begun(ranks: Any,
             assert torch.equal(tensor, expected[name]), name
 
 
+def save_while_memory_runs_out(config: RunConfig, folder: Path) -> None:
+    """On a rank: on the second of which the writing thread fails."""
+    from sas_megatron.checkpoint.tensor_writing import TensorWriter
+    from sas_megatron.training.engine import assemble
+
+    topology = in_layout(config.parallel)
+    kept = TensorWriter.write
+    if topology.rank == 1:
+        TensorWriter.write = raise_memory_error  # type: ignore[method-assign]
+    try:
+        save(assemble(config), topology, folder, 1)
+    finally:
+        TensorWriter.write = kept  # type: ignore[method-assign]
+
+
+def raise_memory_error(_writer: Any) -> Any:
+    raise MemoryError
+
+
+def test_whatever_ends_the_writing_thread_nothing_incomplete_is_published(ranks: Any, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"rank 0:(.|\n)*partial: was not written \(MemoryError\(\)\)"):
+        ranks(2).run(save_while_memory_runs_out, config_with(asynchronous=True), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_loading_runs_no_code_from_the_index(ranks: Any, two_checkpoints: Path, tmp_path: Path) -> None:
     from sas_megatron.checkpoint.tensor_reading import TensorReader
 
