@@ -23,7 +23,13 @@ from sas_megatron.config.run import RunConfig
 # What a comparison varies, and what only says where files go. A resumed run is the uninterrupted
 # one (contract 2), so whether it was resumed may differ too.
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
-INERT_KEYS = ("logging.run_directory", "checkpoint.resume")
+INERT_KEYS = (
+    "logging.run_directory",
+    "checkpoint.resume",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "checkpoint.asynchronous",
+)
 FINISHED = "finished"
 
 
