@@ -9,7 +9,7 @@ The paper's key-reuse form (MFA-KR), whose values are made from the keys, is not
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,9 +25,21 @@ class FactorizedAttentionConfig(AttentionConfig):
     These projections have no biases; `model.linear_bias` gives the output projection one.
     """
 
+    dimension_steps: ClassVar[dict[str, int]] = {**AttentionConfig.dimension_steps, "query_rank": 8}
+    # More heads cost no more to decode, and that is what the method is for.
+    size_dimensions: ClassVar[tuple[str, ...]] = ("num_heads",)
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim")
+
     kind: Literal["mfa"] = Field(default="mfa", description="Multi-matrix factorization attention.")
     num_kv_heads: int | None = Field(default=1, description="G, key/value heads; one here.")
     query_rank: int = Field(description="C, columns that the queries of all heads are made from.")
+
+    @classmethod
+    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+        """Heads twice as wide as the base's, from a quarter of the hidden size: a choice of this project."""
+        step, head_dim = cls.dimension_steps["query_rank"], 2 * base.head_dim
+        rank = min(max(1, round(hidden_size / 4 / step)) * step, base.num_heads * head_dim)
+        return {"num_heads": base.num_heads, "head_dim": head_dim, "query_rank": rank}
 
     @model_validator(mode="after")
     def _check_factorized(self) -> FactorizedAttentionConfig:

@@ -21,6 +21,14 @@ class LatentAttentionConfig(AttentionConfig):
     """Keys and values are read from one narrow latent a token, and all heads share one rotary key."""
 
     uses_model_rotary: ClassVar[bool] = False
+    dimension_steps: ClassVar[dict[str, int]] = {
+        **AttentionConfig.dimension_steps,
+        "rotary_head_dim": 8,
+        "value_head_dim": 8,
+        "kv_lora_rank": 8,
+        "query_lora_rank": 8,
+    }
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("kv_lora_rank",)
 
     kind: Literal["mla"] = Field(default="mla", description="Multi-head latent attention.")
     head_dim: int = Field(description="D, query/key features of a head without positions.")
@@ -33,6 +41,19 @@ class LatentAttentionConfig(AttentionConfig):
     query_lora_rank: int | None = Field(
         description="Width of the latent that queries are read from; null: queries are not compressed."
     )
+
+    @classmethod
+    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+        """In DeepSeek-V2's proportions (its section 3.1.2): D/2 rotary features, a latent of 4·D, and 3/10
+        of the hidden size for the queries' latent.
+        """
+        step = cls.dimension_steps["query_lora_rank"]
+        return {
+            **super().modelled_on(base, hidden_size=hidden_size),
+            "rotary_head_dim": 2 * (-(-base.head_dim // 4)),
+            "kv_lora_rank": 4 * base.head_dim,
+            "query_lora_rank": max(1, round(0.3 * hidden_size / step)) * step,
+        }
 
     @model_validator(mode="after")
     def _check_latent(self) -> LatentAttentionConfig:

@@ -6,7 +6,7 @@ The layer itself is in `simulated_layer`, its parts in `head_simulation`, `featu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,13 @@ class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
     recomputable: ClassVar[tuple[str, ...]] = ("attention", "simulation")
+    dimension_steps: ClassVar[dict[str, int]] = {
+        **AttentionConfig.dimension_steps,
+        "num_kv_heads": 1,
+        "head_expansion": 1,
+        "simulated_head_dim": 8,
+    }
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("num_kv_heads", "head_dim")
 
     kind: Literal["sas"] = Field(default="sas", description="Simulated attention scores.")
     head_expansion: int = Field(default=3, description="r, simulated heads for each base head.")
@@ -40,6 +47,13 @@ class SimulatedAttentionConfig(AttentionConfig):
     exchange: Literal["auto", "gather", "all_to_all"] = Field(
         default="auto", description="How tensor ranks give the simulation all heads; auto weighs the costs."
     )
+
+    @classmethod
+    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+        """The base's heads and groups, simulated as the defaults say."""
+        groups = base.num_key_value_heads
+        shared = {} if groups == base.num_heads else {"num_kv_heads": groups}
+        return {**super().modelled_on(base, hidden_size=hidden_size), **shared}
 
     @model_validator(mode="after")
     def _check_simulated(self) -> SimulatedAttentionConfig:

@@ -9,7 +9,7 @@ and d are N, D and H here.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,16 @@ class TensorProductAttentionConfig(AttentionConfig):
     Every head has its own keys and values, so there are no groups. The factors have no biases, as in
     the paper; `model.linear_bias` gives the output projection one.
     """
+
+    dimension_steps: ClassVar[dict[str, int]] = {
+        **AttentionConfig.dimension_steps,
+        "query_rank": 1,
+        "key_rank": 1,
+        "value_rank": 1,
+    }
+    # Factors cost so little that the authors raise the number of heads to equal another attention.
+    size_dimensions: ClassVar[tuple[str, ...]] = ("num_heads",)
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("num_heads", "key_rank", "value_rank")
 
     kind: Literal["tpa"] = Field(default="tpa", description="Tensor product attention.")
     factorize_query: bool = Field(

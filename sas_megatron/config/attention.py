@@ -54,6 +54,11 @@ class AttentionConfig(Section):
     uses_model_rotary: ClassVar[bool] = True
     # Parts that `training.recompute_modules` may name.
     recomputable: ClassVar[tuple[str, ...]] = ("attention",)
+    # For fair matches (scaling/matching.py): the fields that may be solved for, each in multiples of what
+    # suits the hardware; those that take up a difference in size; those that decide what decoding keeps.
+    dimension_steps: ClassVar[dict[str, int]] = {"num_heads": 1, "head_dim": 8}
+    size_dimensions: ClassVar[tuple[str, ...]] = ()
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim")
 
     kind: str = Field(description="Which variant; decides the other fields.")
     num_heads: int = Field(description="N, query heads.")
@@ -152,6 +157,11 @@ class AttentionConfig(Section):
                 f"use one of {divisors(heads)}",
             )
 
+    @classmethod
+    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+        """The fields of a variant in the place of `base`, where a study names no more than its kind."""
+        return {"num_heads": base.num_heads, "head_dim": base.head_dim}
+
     def initial_weights(self, name: str, whole_shape: tuple[int, ...]) -> InitialWeights | None:
         """How a matrix of the layer starts, where the variant's paper says so; None: as the model's others.
 
@@ -209,20 +219,22 @@ class AttentionConfig(Section):
 
 
 def resolve_kind(kind: object) -> type[AttentionConfig]:
-    """The config class of an attention kind.
+    """The config class of an attention kind; a built-in one before an entry point of the same name.
 
     Raises:
         UserError: no built-in kind and no entry point has that name.
     """
-    names = dict(KINDS)
-    names.update(
-        {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
-    )
-    if not isinstance(kind, str) or kind not in names:
-        raise FieldError(
-            "attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}"
-        )
-    resolved: type[AttentionConfig] = pkgutil.resolve_name(names[kind])
+    if isinstance(kind, str) and kind in KINDS:
+        place = KINDS[kind]
+    else:
+        # Looked up last: it reads the metadata of every installed package, and sweeps build many configs.
+        points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+        registered = {point.name: point.value for point in points}
+        if not isinstance(kind, str) or kind not in registered:
+            names = ", ".join(sorted({*KINDS, *registered}))
+            raise FieldError("attention.kind", kind, "is not a known variant", f"use one of {names}")
+        place = registered[kind]
+    resolved: type[AttentionConfig] = pkgutil.resolve_name(place)
     return resolved
 
 
