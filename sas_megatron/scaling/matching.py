@@ -179,7 +179,8 @@ class _Search:
         if name == "attention.num_heads":
             step = math.lcm(step, *self.degrees.tensor)
         factor = LARGEST_COUNT_FACTOR if name in COUNTS else LARGEST_FACTOR
-        return list(range(step, factor * max(start, step) + 1, step))
+        # What stands in the config is a choice too, whatever multiple it is.
+        return sorted({start, *range(step, factor * max(start, step) + 1, step)})
 
     def _with_nearest_width(self, config: RunConfig) -> RunConfig:
         """The MLP width, a multiple of 8 on each rank, with which the config costs nearest to the base.

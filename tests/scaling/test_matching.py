@@ -180,3 +180,10 @@ def test_a_solved_head_count_divides_by_every_degree() -> None:
     assert found.config.attention.num_heads % 12 == 0
     for tensor, context in itertools.product((1, 3, 4), (1,)):
         found.config.attention.check_context_parallel(tensor, context)
+
+
+def test_what_stands_in_the_config_is_a_choice_whatever_multiple_it_is() -> None:
+    base = base_config(attention__head_dim=12)
+    found = match(base, base, axis="kv")
+    assert found.changes == {}
+    assert found.ratios == {"params": 1, "flops": 1, "kv": 1}
