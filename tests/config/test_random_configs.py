@@ -35,41 +35,41 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     return tree
 
 
-@settings(
-    max_examples=600,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
+SWEEP = settings(
+    max_examples=600, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def outcome(tree: dict[str, Any]) -> RunConfig | UserError:
+    """The run, or what is wrong with it."""
+    try:
+        return build_run_config(tree)
+    except UserError as error:
+        return error
+
+
+@SWEEP
 @given(tree=trees())
 def test_any_config_is_legal_or_ends_in_a_message(tree: dict[str, Any]) -> None:
-    try:
-        config = build_run_config(tree)
-    except FieldError as error:
-        assert error.field
-        assert error.rule
-        assert error.remedy
-        return
-    except UserError as error:
-        assert all("." in line.split(":")[0] for line in str(error).splitlines()), error
-        return
-    for terms in (count_parameters(config), count_forward_flops(config), count_kv_cache_bytes(config)):
-        assert all(isinstance(count, int) and count >= 0 for count in terms.values()), terms
+    result = outcome(tree)
+    if isinstance(result, FieldError):
+        assert result.field
+        assert result.rule
+        assert result.remedy
+    elif isinstance(result, UserError):
+        assert all("." in line.split(":")[0] for line in str(result).splitlines()), result
+    else:
+        for terms in (count_parameters(result), count_forward_flops(result), count_kv_cache_bytes(result)):
+            assert all(isinstance(count, int) and count >= 0 for count in terms.values()), terms
 
 
 def test_both_outcomes_are_drawn() -> None:
     legal = []
 
-    @settings(max_examples=600, deadline=None, derandomize=True, database=None)
+    @SWEEP
     @given(tree=trees())
     def draw(tree: dict[str, Any]) -> None:
-        try:
-            build_run_config(tree)
-        except UserError:
-            legal.append(False)
-        else:
-            legal.append(True)
+        legal.append(isinstance(outcome(tree), RunConfig))
 
     draw()
     assert 0.02 < sum(legal) / len(legal) < 0.9
