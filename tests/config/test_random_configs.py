@@ -22,16 +22,20 @@ VALUES = NUMBERS | st.none() | st.booleans() | st.sampled_from([0.5, -1.0, "auto
 @st.composite
 def trees(draw: st.DrawFn) -> dict[str, Any]:
     kind = draw(st.sampled_from(sorted(KINDS)))
-    attention: dict[str, Any] = {"kind": kind, "num_heads": draw(NUMBERS), "head_dim": draw(NUMBERS)}
-    for field in resolve_kind(kind).model_fields:
-        if field != "kind" and draw(st.integers(0, 3)) == 0:
-            attention[field] = draw(NUMBERS if draw(st.booleans()) else VALUES)
+    attention: dict[str, Any] = {"kind": kind, "num_heads": 4, "head_dim": 6}
+    likely = draw(st.integers(0, 4)) * 6
+    for field, about in resolve_kind(kind).model_fields.items():
+        if field != "kind" and (
+            draw(st.integers(0, 29)) < likely or field in attention or about.is_required()
+        ):
+            choices = st.sampled_from([2, 4, 8]) if draw(st.integers(0, 4)) else NUMBERS | VALUES
+            attention[field] = draw(choices)
     tree = small_tree(attention=attention)
     for section, model in RunConfig.model_fields.items():
         fields = getattr(model.annotation, "model_fields", {})
         for field in fields if section in ("model", "parallel", "training", "data") else ():
-            if draw(st.integers(0, 14)) == 0:
-                tree.setdefault(section, {})[field] = draw(NUMBERS if draw(st.booleans()) else VALUES)
+            if draw(st.integers(0, 599)) < likely:
+                tree.setdefault(section, {})[field] = draw(NUMBERS | VALUES)
     return tree
 
 
