@@ -96,6 +96,7 @@ def _solver(
         base,
         variant,
         measure=lambda configs: measure_step_seconds(configs, rounds=rounds),
+        announce=lambda text: click.echo(text, err=True),
         free=free,
         degrees=degrees,
         tolerance=tolerance,

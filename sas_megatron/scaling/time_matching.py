@@ -28,6 +28,7 @@ def match_time(
     variant: RunConfig,
     *,
     measure: Measure,
+    announce: Callable[[str], None] = lambda text: None,
     free: tuple[str, ...] | None = None,
     degrees: Degrees | None = None,
     tolerance: float = TOLERANCE,
@@ -38,6 +39,7 @@ def match_time(
         base: the run to equal.
         variant: a run with the attention to match, near in size for a good start.
         measure: times steps of several runs in turn; ratios are taken within a round.
+        announce: is told each measured ratio, since measuring takes minutes.
         free: of the MLP's width and depth; None: both, depth only where width is not enough.
         degrees: what the width must divide by; None: what the variant's own layout needs.
         tolerance: largest difference, as a share of the base's time.
@@ -51,7 +53,7 @@ def match_time(
     degrees = degrees or Degrees((variant.parallel.tensor,), (variant.parallel.context,))
     degrees.check(variant)
     step = WIDTH_MULTIPLE * math.lcm(*degrees.tensor)
-    line = _TimeLine(base, variant, measure, step)
+    line = _TimeLine(base, variant, measure, announce, step)
     line.start(with_depth=free is None or DEPTH in free)
     for _ in range(MOST_TRIES):
         guess = line.guess(with_width=free is None or MLP in free, with_depth=free is None or DEPTH in free)
@@ -72,8 +74,16 @@ def match_time(
 class _TimeLine:
     """Measured step times over the base's, by (layers, MLP width), and what they say of others."""
 
-    def __init__(self, base: RunConfig, variant: RunConfig, measure: Measure, step: int) -> None:
+    def __init__(
+        self,
+        base: RunConfig,
+        variant: RunConfig,
+        measure: Measure,
+        announce: Callable[[str], None],
+        step: int,
+    ) -> None:
         self.base, self.variant, self.measure, self.step = base, variant, measure, step
+        self.announce = announce
         self.ratios: dict[tuple[int, int], float] = {}
         self.layers = variant.model.num_layers
         self.width = self._rounded(variant.model.ffn_hidden_size)
@@ -123,6 +133,10 @@ class _TimeLine:
         for index, place in enumerate(places, start=1):
             ratios = [seconds[index] / seconds[0] for seconds in rounds]
             self.ratios[place] = statistics.median(ratios)
+            self.announce(
+                f"{self.variant.attention.kind}, {DEPTH}={place[0]}, {MLP}={place[1]}: "
+                f"{self.ratios[place]:.3f} of the base's time; rounds differ by {max(ratios) - min(ratios):.3f}"
+            )
         return self.ratios[places[-1]], max(ratios) - min(ratios)
 
     def _fit(self) -> tuple[float, float, float]:
