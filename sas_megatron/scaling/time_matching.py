@@ -133,11 +133,12 @@ class _TimeLine:
         for index, place in enumerate(places, start=1):
             ratios = [seconds[index] / seconds[0] for seconds in rounds]
             self.ratios[place] = statistics.median(ratios)
+            noise = max(ratios) - min(ratios)
             self.announce(
                 f"{self.variant.attention.kind}, {DEPTH}={place[0]}, {MLP}={place[1]}: "
-                f"{self.ratios[place]:.3f} of the base's time; rounds differ by {max(ratios) - min(ratios):.3f}"
+                f"{self.ratios[place]:.3f} of the base's time; rounds differ by {noise:.3f}"
             )
-        return self.ratios[places[-1]], max(ratios) - min(ratios)
+        return self.ratios[places[-1]], noise
 
     def _fit(self) -> tuple[float, float, float]:
         rows = [(1.0, layers, layers * width) for layers, width in self.ratios]
