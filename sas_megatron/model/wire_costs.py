@@ -105,11 +105,18 @@ class _Step:
             # Of each token's logits, in float32: their maximum, the label's, the sum of exponentials.
             loss = 3 * _all_reduce(4 * self.tokens, ranks)
             terms["head"] = self.num_microbatches * (group.into_columns(hidden).both + loss)
-        for weight in (weight for piece in self.pieces for weight in piece):
-            if weight.is_summed(sequence=self.parallel.sequence):
-                times = self.num_microbatches if weight.summed_by == "layer" else 1
-                summed = _all_reduce(GRADIENT_BYTES * weight.elements, ranks)
-                terms[weight.term] = terms.get(weight.term, Fraction(0)) + times * summed
+        for name, elements in self._count_summed_weights().items():
+            terms[name] = terms.get(name, Fraction(0)) + _all_reduce(GRADIENT_BYTES * elements, ranks)
+        return terms
+
+    def _count_summed_weights(self) -> dict[str, int]:
+        """Elements by term whose gradients the tensor ranks add up, as often as they do so in a step."""
+        times = {"layer": self.num_microbatches, "engine": 1}
+        terms: dict[str, int] = {}
+        for piece in self.pieces:
+            for weight in piece:
+                if weight.is_summed(sequence=self.parallel.sequence):
+                    terms[weight.term] = terms.get(weight.term, 0) + times[weight.summed_by] * weight.elements
         return terms
 
     def context(self) -> Terms:
