@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.tensor_group import Weight
 
 
 class TiedAttentionConfig(AttentionConfig):
@@ -18,11 +19,12 @@ class TiedAttentionConfig(AttentionConfig):
     kind: Literal["tied"] = Field(default="tied", description="Keys that are their own values.")
     gain: float = Field(default=1.0, description="What the values are multiplied by.")
 
-    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms: qkv, H·D(N + G), and projection."""
-        projection = self._count_projection_parameters(hidden_size, linear_bias=linear_bias)["projection"]
-        width = self._projected_width
-        return {"qkv": (hidden_size + (1 if linear_bias else 0)) * width, "projection": projection}
+        qkv = [Weight("qkv", hidden_size * self._projected_width, sharded=True)]
+        if linear_bias:
+            qkv.append(Weight("qkv", self._projected_width, sharded=True))
+        return [*qkv, *self._output_weights(hidden_size, linear_bias=linear_bias)]
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv, scores, values, projection."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -58,13 +59,21 @@ class FactorizedAttentionConfig(AttentionConfig):
             )
         return self
 
-    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms: qkv, H·(C + 2D) and the norm's C; query up, C·N·D; projection, N·D·H."""
-        projection = self._count_projection_parameters(hidden_size, linear_bias=linear_bias)["projection"]
+        return [
+            Weight("qkv", hidden_size * self._shared_width, parts="tokens", summed_by="layer"),
+            Weight("qkv", self.query_rank, parts="tokens", summed_by="layer"),
+            Weight("query_up", self.query_rank * self.num_heads * self.head_dim, sharded=True),
+            *self._output_weights(hidden_size, linear_bias=linear_bias),
+        ]
+
+    def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
+        """Terms: qkv, the key's and value's 2D shared columns; query up, into which C go; projection."""
         return {
-            "qkv": hidden_size * self._shared_width + self.query_rank,
-            "query_up": self.query_rank * self.num_heads * self.head_dim,
-            "projection": projection,
+            "qkv": group.handed_to_heads(2 * self.head_dim),
+            "query_up": group.into_columns(self.query_rank),
+            "projection": group.out_of_rows(hidden_size),
         }
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:

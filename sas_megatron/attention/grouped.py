@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 class _PlainAttentionConfig(AttentionConfig):
     """G key/value heads, each read by N/G query heads; how many G may be is what tells the kinds apart."""
 
-    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
-        """Terms: qkv H·D(N + 2G), projection N·D·H, and their biases."""
-        return self._count_projection_parameters(hidden_size, linear_bias=linear_bias)
-
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv, scores q·kᵀ, values p·v, projection; two FLOPs a multiply-add, S² scores."""
         attention = 2 * sequence_length * self.num_heads * self.head_dim

@@ -161,6 +161,13 @@ class RunConfig(BaseModel):
             sections[name] = type(sections[name]).model_validate(stated | values)
         return RunConfig(**sections)
 
+    @property
+    def recomputed_modules(self) -> list[str]:
+        """Under selective recomputation, `training.recompute_modules`, with the default filled in."""
+        if self.training.recompute != "selective":
+            return []
+        return list(self.training.recompute_modules or self.attention.recomputable)
+
     def check_world_size(self, world_size: int) -> int:
         """Data-parallel degree that `world_size` ranks leave.
 
