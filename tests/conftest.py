@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +42,23 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool_of
     for pool in pools.values():
         pool.close()
+
+
+def _prepare() -> None:
+    from sas_megatron.platform.device import prepare_device
+
+    prepare_device()
+
+
+@pytest.fixture(scope="session")
+def simulator() -> Iterator[Callable[..., Any]]:
+    """A process that is in no process group, to simulate ranks in.
+
+    `simulator(function, *args)` is what the function returns there.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=_prepare) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.config.tensor_group import TensorGroup
 
 logger = logging.getLogger(__name__)
 
@@ -37,46 +38,46 @@ class ExchangeCost:
 
 
 def exchange_costs(attention: SimulatedAttentionConfig, *, tensor_parallel: int) -> dict[str, ExchangeCost]:
-    """The cost of each strategy at P = `tensor_parallel` ranks.
-
-    Elements sent, with C = (N+2G)·D projected columns: gather (P-1)/P·C; all_to_all
-    (P-1)/P²·(C + W), where W is the width of what is sent home: r·N·D + 2·r·G·D with all heads
-    simulated, without the factor r where one is not, and with P in place of G heads a block where
-    G < P, since each rank then gets a copy of the key/value head it shares.
-    """
+    """The cost of each strategy at P = `tensor_parallel` ranks."""
     ranks, width = tensor_parallel, attention.head_dim
     simulations = attention.head_simulations()
-    groups = attention.num_key_value_heads
-    columns = (attention.num_heads + 2 * groups) * width
-    sent_home = 0
-    for name, heads in (("query", attention.num_heads), ("key", groups), ("value", groups)):
-        sent_home += max(heads, ranks) * width * (attention.head_expansion if name in simulations else 1)
-
+    columns = (attention.num_heads + 2 * attention.num_key_value_heads) * width
     expanded = sum(attention.head_expansion * heads for heads in simulations.values()) * width
     first_convolution = sum(
         2 * attention.kernel_size * attention.head_expansion * heads * heads * width
         for heads in simulations.values()
     )
     elsewhere = (ranks - 1) / ranks
+    # As many tokens as ranks, so that each has the same part of them.
+    group = TensorGroup(ranks=ranks, tokens=ranks, sequence=False, element_bytes=1)
+    sent = {
+        name: attention.exchange_traffic(name, group).forward / ranks for name in ("gather", "all_to_all")
+    }
     return {
         "gather": ExchangeCost(
-            wire_elements=elsewhere * columns,
+            wire_elements=float(sent["gather"]),
             repeated_flops=elsewhere * first_convolution,
             repeated_elements=elsewhere * (columns + expanded),
         ),
         "all_to_all": ExchangeCost(
-            wire_elements=elsewhere / ranks * (columns + sent_home), repeated_flops=0.0, repeated_elements=0.0
+            wire_elements=float(sent["all_to_all"]), repeated_flops=0.0, repeated_elements=0.0
         ),
     }
 
 
-def choose_exchange(attention: SimulatedAttentionConfig, *, tensor_parallel: int) -> str:
-    """The configured strategy, or the cheaper one under `auto`, which is logged with its sums."""
+def exchange_of(attention: SimulatedAttentionConfig, *, tensor_parallel: int) -> str:
+    """The configured strategy, or the cheaper one under `auto`."""
     if attention.exchange != "auto":
         return attention.exchange
     costs = exchange_costs(attention, tensor_parallel=tensor_parallel)
-    choice = min(costs, key=lambda name: costs[name].seconds)
-    if tensor_parallel > 1:
+    return min(costs, key=lambda name: costs[name].seconds)
+
+
+def choose_exchange(attention: SimulatedAttentionConfig, *, tensor_parallel: int) -> str:
+    """`exchange_of`, and where `auto` chose it, a line in the log with the sums."""
+    choice = exchange_of(attention, tensor_parallel=tensor_parallel)
+    if attention.exchange == "auto" and tensor_parallel > 1:
+        costs = exchange_costs(attention, tensor_parallel=tensor_parallel)
         logger.info(
             "attention.exchange=auto: %s (estimated ns a token and layer: %s)",
             choice,

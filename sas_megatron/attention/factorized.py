@@ -9,11 +9,12 @@ The paper's key-reuse form (MFA-KR), whose values are made from the keys, is not
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,9 +26,21 @@ class FactorizedAttentionConfig(AttentionConfig):
     These projections have no biases; `model.linear_bias` gives the output projection one.
     """
 
+    dimension_steps: ClassVar[dict[str, int]] = {**AttentionConfig.dimension_steps, "query_rank": 8}
+    # More heads cost no more to decode, and that is what the method is for.
+    size_dimensions: ClassVar[tuple[str, ...]] = ("num_heads",)
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim")
+
     kind: Literal["mfa"] = Field(default="mfa", description="Multi-matrix factorization attention.")
     num_kv_heads: int | None = Field(default=1, description="G, key/value heads; one here.")
     query_rank: int = Field(description="C, columns that the queries of all heads are made from.")
+
+    @classmethod
+    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+        """Heads twice as wide as the base's, from a quarter of the hidden size: a choice of this project."""
+        step, head_dim = cls.dimension_steps["query_rank"], 2 * base.head_dim
+        rank = min(max(1, round(hidden_size / 4 / step)) * step, base.num_heads * head_dim)
+        return {"num_heads": base.num_heads, "head_dim": head_dim, "query_rank": rank}
 
     @model_validator(mode="after")
     def _check_factorized(self) -> FactorizedAttentionConfig:
@@ -46,13 +59,21 @@ class FactorizedAttentionConfig(AttentionConfig):
             )
         return self
 
-    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms: qkv, H·(C + 2D) and the norm's C; query up, C·N·D; projection, N·D·H."""
-        projection = self._count_projection_parameters(hidden_size, linear_bias=linear_bias)["projection"]
+        return [
+            Weight("qkv", hidden_size * self._shared_width, parts="tokens", summed_by="layer"),
+            Weight("qkv", self.query_rank, parts="tokens", summed_by="layer"),
+            Weight("query_up", self.query_rank * self.num_heads * self.head_dim, sharded=True),
+            *self._output_weights(hidden_size, linear_bias=linear_bias),
+        ]
+
+    def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
+        """Terms: qkv, the key's and value's 2D shared columns; query up, into which C go; projection."""
         return {
-            "qkv": hidden_size * self._shared_width + self.query_rank,
-            "query_up": self.query_rank * self.num_heads * self.head_dim,
-            "projection": projection,
+            "qkv": group.handed_to_heads(2 * self.head_dim),
+            "query_up": group.into_columns(self.query_rank),
+            "projection": group.out_of_rows(hidden_size),
         }
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.tensor_group import GRADIENT_BYTES, TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -21,6 +22,14 @@ class LatentAttentionConfig(AttentionConfig):
     """Keys and values are read from one narrow latent a token, and all heads share one rotary key."""
 
     uses_model_rotary: ClassVar[bool] = False
+    dimension_steps: ClassVar[dict[str, int]] = {
+        **AttentionConfig.dimension_steps,
+        "rotary_head_dim": 8,
+        "value_head_dim": 8,
+        "kv_lora_rank": 8,
+        "query_lora_rank": 8,
+    }
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("kv_lora_rank",)
 
     kind: Literal["mla"] = Field(default="mla", description="Multi-head latent attention.")
     head_dim: int = Field(description="D, query/key features of a head without positions.")
@@ -33,6 +42,19 @@ class LatentAttentionConfig(AttentionConfig):
     query_lora_rank: int | None = Field(
         description="Width of the latent that queries are read from; null: queries are not compressed."
     )
+
+    @classmethod
+    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+        """In DeepSeek-V2's proportions (its section 3.1.2): D/2 rotary features, a latent of 4·D, and 3/10
+        of the hidden size for the queries' latent.
+        """
+        step = cls.dimension_steps["query_lora_rank"]
+        return {
+            **super().modelled_on(base, hidden_size=hidden_size),
+            "rotary_head_dim": 2 * (-(-base.head_dim // 4)),
+            "kv_lora_rank": 4 * base.head_dim,
+            "query_lora_rank": max(1, round(0.3 * hidden_size / step)) * step,
+        }
 
     @model_validator(mode="after")
     def _check_latent(self) -> LatentAttentionConfig:
@@ -76,23 +98,54 @@ class LatentAttentionConfig(AttentionConfig):
         """V, with the default filled in."""
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
-    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
-        """Terms by weight (`_weights`), the projection with its bias, and the norms of the latents."""
-        terms = self._weights(hidden_size)
-        terms["projection"] += hidden_size if linear_bias else 0
-        return {**terms, "latent_norms": self.kv_lora_rank + (self.query_lora_rank or 0)}
+    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
+        """Terms by matrix (`_products`), the projection with its bias, and the norms of the latents."""
+        products = self._products(hidden_size)
+
+        def whole(term: str, elements: int) -> Weight:
+            return Weight(term, elements, parts="tokens")
+
+        def sharded(term: str) -> Weight:
+            return Weight(term, products[term], sharded=True)
+
+        def compressed(name: str, rank: int) -> list[Weight]:
+            return [
+                whole(f"{name}_down", products[f"{name}_down"]),
+                whole("latent_norms", rank),
+                sharded(f"{name}_up"),
+            ]
+
+        rank = self.query_lora_rank
+        return [
+            *([sharded("query")] if rank is None else compressed("query", rank)),
+            *compressed("key_value", self.kv_lora_rank),
+            *self._output_weights(hidden_size, linear_bias=linear_bias),
+        ]
+
+    def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
+        """Terms: query (or query up) and key/value up, into which the hidden state or a latent goes;
+        key/value down, whose R rotary columns all heads read; projection.
+        """
+        rank = self.query_lora_rank
+        return {
+            "query" if rank is None else "query_up": group.into_columns(rank or hidden_size),
+            # Without sequence parallelism `DownProjection` sums their gradients, in float32.
+            "key_value_down": group.handed_to_heads(self.rotary_head_dim, gradient_bytes=GRADIENT_BYTES),
+            "key_value_up": group.into_columns(self.kv_lora_rank),
+            "projection": group.out_of_rows(hidden_size),
+        }
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
-        """Terms by weight (`_weights`), scores over D + R and values over V; two FLOPs a multiply-add."""
+        """Terms by weight (`_products`), scores over D + R and values over V; two FLOPs a multiply-add."""
         heads = 2 * sequence_length * self.num_heads
         return {
-            **{name: 2 * products for name, products in self._weights(hidden_size).items()},
+            **{name: 2 * products for name, products in self._products(hidden_size).items()},
             "scores": heads * self.query_key_dim,
             "values": heads * self.value_width,
         }
 
-    def _weights(self, hidden_size: int) -> dict[str, int]:
-        """Elements of each matrix, which is also how many products it makes of a token."""
+    def _products(self, hidden_size: int) -> dict[str, int]:
+        """Of a token with each matrix: as many as it has elements."""
         query_width = self.num_heads * self.query_key_dim
         if self.query_lora_rank is None:
             query = {"query": hidden_size * query_width}

@@ -6,11 +6,12 @@ The layer itself is in `simulated_layer`, its parts in `head_simulation`, `featu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,6 +21,13 @@ class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
     recomputable: ClassVar[tuple[str, ...]] = ("attention", "simulation")
+    dimension_steps: ClassVar[dict[str, int]] = {
+        **AttentionConfig.dimension_steps,
+        "num_kv_heads": 1,
+        "head_expansion": 1,
+        "simulated_head_dim": 8,
+    }
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("num_kv_heads", "head_dim")
 
     kind: Literal["sas"] = Field(default="sas", description="Simulated attention scores.")
     head_expansion: int = Field(default=3, description="r, simulated heads for each base head.")
@@ -40,6 +48,13 @@ class SimulatedAttentionConfig(AttentionConfig):
     exchange: Literal["auto", "gather", "all_to_all"] = Field(
         default="auto", description="How tensor ranks give the simulation all heads; auto weighs the costs."
     )
+
+    @classmethod
+    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+        """The base's heads and groups, simulated as the defaults say."""
+        groups = base.num_key_value_heads
+        shared = {} if groups == base.num_heads else {"num_kv_heads": groups}
+        return {**super().modelled_on(base, hidden_size=hidden_size), **shared}
 
     @model_validator(mode="after")
     def _check_simulated(self) -> SimulatedAttentionConfig:
@@ -109,20 +124,57 @@ class SimulatedAttentionConfig(AttentionConfig):
         }
         return {name: heads for name, (on, heads) in switches.items() if on}
 
-    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms: qkv, head simulation, feature simulation, projection.
 
         Head simulation k·(C·rC + (rC)²) + 2rC for each of query (C = N), key and value (C = G);
         feature simulation 2·(D·E + E² + 2E); biases only where simulation_bias is on.
         """
-        width, wide, bias = self.head_dim, self.query_key_dim, self.simulation_bias
-        heads = 0
+        weights = super().weights(hidden_size, linear_bias=linear_bias)
         for base in self.head_simulations().values():
-            simulated = self.head_expansion * base
-            heads += self.kernel_size * simulated * (base + simulated) + (2 * simulated if bias else 0)
-        features = 2 * (wide * (width + wide) + (2 * wide if bias else 0)) if self.simulate_features else 0
-        projections = self._count_projection_parameters(hidden_size, linear_bias=linear_bias)
-        return {**projections, "head_simulation": heads, "feature_simulation": features}
+            simulated, taps = self.head_expansion * base, self.kernel_size
+            weights += self._map_weights("head_simulation", base * taps, simulated * taps, simulated)
+        if self.simulate_features:
+            wide = self.query_key_dim
+            weights += 2 * self._map_weights("feature_simulation", self.head_dim, wide, wide)
+        return weights
+
+    def _map_weights(self, term: str, expand: int, refine: int, rows: int) -> list[Weight]:
+        """Two matrices of so many columns, and their biases; each rank sees the work of its own heads."""
+        columns = (expand, refine, 1, 1) if self.simulation_bias else (expand, refine)
+        return [Weight(term, rows * width, parts="heads", summed_by="layer") for width in columns]
+
+    def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
+        """As plain attention, with the exchange that the head simulation needs in place of Megatron-core's
+        gathering of few key/value heads.
+        """
+        if not self.simulates_heads:
+            return super().count_tensor_traffic(hidden_size, group)
+        from sas_megatron.attention.exchange_choice import exchange_of
+
+        return {
+            "qkv": group.into_columns(hidden_size),
+            "head_simulation": self.exchange_traffic(exchange_of(self, tensor_parallel=group.ranks), group),
+            "projection": group.out_of_rows(hidden_size),
+        }
+
+    def exchange_traffic(self, strategy: str, group: TensorGroup) -> Traffic:
+        """What the exchange of heads sends by a strategy: of T tokens, on P ranks, with C projected columns,
+
+        gather: (P-1)/P·T·C elements; all_to_all: (P-1)/P²·T·(C + W), where W is the width of what is sent
+        home: r·N·D + 2·r·G·D with all heads simulated, without the factor r where one is not, and with P
+        in place of G heads a block where G < P, since each rank then gets a copy of the key/value head it
+        shares.
+        """
+        if strategy == "gather":
+            return group.gathered(self._qkv_width)
+        simulated = self.head_simulations()
+        groups = self.num_key_value_heads
+        heads_home = sum(
+            max(heads, group.ranks) * (self.head_expansion if name in simulated else 1)
+            for name, heads in (("query", self.num_heads), ("key", groups), ("value", groups))
+        )
+        return group.traded(self._qkv_width, width_back=heads_home * self.head_dim)
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv, head simulation, feature simulation, scores, values, projection.

@@ -9,11 +9,12 @@ and d are N, D and H here.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig, InitialWeights
+from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,6 +29,16 @@ class TensorProductAttentionConfig(AttentionConfig):
     Every head has its own keys and values, so there are no groups. The factors have no biases, as in
     the paper; `model.linear_bias` gives the output projection one.
     """
+
+    dimension_steps: ClassVar[dict[str, int]] = {
+        **AttentionConfig.dimension_steps,
+        "query_rank": 1,
+        "key_rank": 1,
+        "value_rank": 1,
+    }
+    # Factors cost so little that the authors raise the number of heads to equal another attention.
+    size_dimensions: ClassVar[tuple[str, ...]] = ("num_heads",)
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("num_heads", "key_rank", "value_rank")
 
     kind: Literal["tpa"] = Field(default="tpa", description="Tensor product attention.")
     factorize_query: bool = Field(
@@ -80,10 +91,27 @@ class TensorProductAttentionConfig(AttentionConfig):
             return InitialWeights("normal", 0.0)
         return InitialWeights("uniform", math.sqrt(6 / sum(whole_shape)))
 
-    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
+    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms: qkv, H·(R_q + R_k + R_v)(N + D), with H·N·D in place of the query's; projection, N·D·H."""
-        projection = self._count_projection_parameters(hidden_size, linear_bias=linear_bias)["projection"]
-        return {"qkv": hidden_size * self._count_projected_columns(), "projection": projection}
+        heads = [
+            Weight("qkv", self.num_heads * width * hidden_size, sharded=True)
+            for width in self.head_widths.values()
+        ]
+        features = [
+            Weight("qkv", rank * self.head_dim * hidden_size, parts="tokens", summed_by="layer")
+            for rank in self.ranks.values()
+        ]
+        return [*heads, *features, *self._output_weights(hidden_size, linear_bias=linear_bias)]
+
+    def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
+        """Terms: qkv, into which the head factors take H columns, and R·D feature factors for all heads;
+        projection.
+        """
+        features = group.handed_to_heads(sum(self.ranks.values()) * self.head_dim)
+        return {
+            "qkv": group.into_columns(hidden_size) + features,
+            "projection": group.out_of_rows(hidden_size),
+        }
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv (the factors), factor products 2·R·N·D of each, scores, values, projection.

@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
     "checkpoint": ("sas_megatron.cli.checkpoint:checkpoint", "Check saved checkpoints."),
     "costs": ("sas_megatron.cli.costs:costs", "Count parameters and FLOPs of configs."),
+    "match": (
+        "sas_megatron.cli.match:match",
+        "Solve attention variants' dimensions until they cost what a base costs.",
+    ),
     "simulate": (
         "sas_megatron.cli.simulate:simulate",
         "Estimate memory, traffic and time of a run on any number of ranks, without them.",

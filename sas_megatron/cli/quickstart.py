@@ -53,8 +53,7 @@ def _say(text: str) -> None:
 def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> list[RunConfig]:
     """Both runs on the quickstart's data; the second matched to the first in parameters."""
     from sas_megatron.config.loading import load_run_config
-    from sas_megatron.model.costs import count_parameters
-    from sas_megatron.scaling.matching import match_parameters
+    from sas_megatron.scaling.matching import MLP, match
 
     data = directory.absolute() / "data"
     common = [f"data.prefixes=['{data / 'python_source'}']", f"data.tokenizer='{data / 'tokenizer.model'}'"]
@@ -64,10 +63,7 @@ def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> 
         place = f"logging.run_directory='{directory.absolute() / 'runs' / name}'"
         configs.append(load_run_config(path, [*common, place, "checkpoint.resume=true", *overrides]))
     baseline, candidate = configs
-    matched = match_parameters(
-        baseline, candidate, count_parameters=lambda config: sum(count_parameters(config).values())
-    )
-    return [baseline, matched]
+    return [baseline, match(baseline, candidate, axis="params", free=(MLP,)).config]
 
 
 def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.section import Section, divisors
+from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight, count_by_term
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -54,6 +55,11 @@ class AttentionConfig(Section):
     uses_model_rotary: ClassVar[bool] = True
     # Parts that `training.recompute_modules` may name.
     recomputable: ClassVar[tuple[str, ...]] = ("attention",)
+    # For fair matches (scaling/matching.py): the fields that may be solved for, each in multiples of what
+    # suits the hardware; those that take up a difference in size; those that decide what decoding keeps.
+    dimension_steps: ClassVar[dict[str, int]] = {"num_heads": 1, "head_dim": 8}
+    size_dimensions: ClassVar[tuple[str, ...]] = ()
+    cache_dimensions: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim")
 
     kind: str = Field(description="Which variant; decides the other fields.")
     num_heads: int = Field(description="N, query heads.")
@@ -114,6 +120,11 @@ class AttentionConfig(Section):
         return self.head_dim
 
     @property
+    def value_width(self) -> int:
+        """Features of a value head: D here, V for MLA."""
+        return self.head_dim
+
+    @property
     def rotary_width(self) -> int:
         """Features that carry rotary positions, with the default filled in."""
         return self.query_key_dim if self.rotary_dim is None else self.rotary_dim
@@ -152,6 +163,11 @@ class AttentionConfig(Section):
                 f"use one of {divisors(heads)}",
             )
 
+    @classmethod
+    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+        """The fields of a variant in the place of `base`, where a study names no more than its kind."""
+        return {"num_heads": base.num_heads, "head_dim": base.head_dim}
+
     def initial_weights(self, name: str, whole_shape: tuple[int, ...]) -> InitialWeights | None:
         """How a matrix of the layer starts, where the variant's paper says so; None: as the model's others.
 
@@ -176,9 +192,31 @@ class AttentionConfig(Section):
         """Numbers that decoding keeps of each token and layer, as named terms that sum."""
         raise NotImplementedError
 
+    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
+        """One layer's, in the order in which its module registers them, but for the output projection, which
+        it has first. By default `qkv`, H·D(N + 2G), and `projection`, N·D·H, with their biases.
+        """
+        width = self._qkv_width
+        qkv = [Weight("qkv", hidden_size * width, sharded=True)]
+        if linear_bias:
+            qkv.append(Weight("qkv", width, sharded=True))
+        return [*qkv, *self._output_weights(hidden_size, linear_bias=linear_bias)]
+
     def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
         """Parameters of one layer's attention, as named terms that sum."""
-        raise NotImplementedError
+        return count_by_term(self.weights(hidden_size, linear_bias=linear_bias))
+
+    def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
+        """Bytes of activations that a rank sends over the tensor group for one layer and microbatch, by term.
+
+        By default: into `qkv` go the H columns of the residual, out of `projection` come as many. With
+        fewer key/value heads than ranks, G < P, Megatron-core gathers the D(N + 2G) projected columns.
+        (What the sums of `weights`' gradients send, those say.)
+        """
+        qkv = group.into_columns(hidden_size)
+        if self.num_key_value_heads < group.ranks:
+            qkv += group.gathered(self._qkv_width)
+        return {"qkv": qkv, "projection": group.out_of_rows(hidden_size)}
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Forward FLOPs of one token in one layer, as named terms that sum.
@@ -187,21 +225,21 @@ class AttentionConfig(Section):
         """
         raise NotImplementedError
 
-    def _count_projection_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
-        """Terms `qkv`, H·D(N + 2G), and `projection`, N·D·H, with their biases."""
-        qkv_width, output_width = self._projection_widths()
-        return {
-            "qkv": hidden_size * qkv_width + (qkv_width if linear_bias else 0),
-            "projection": output_width * hidden_size + (hidden_size if linear_bias else 0),
-        }
+    def _output_weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
+        """Those of the output projection, row parallel from the value heads of all query heads."""
+        elements = self.num_heads * self.value_width * hidden_size
+        weights = [Weight("projection", elements, sharded=True)]
+        return [*weights, Weight("projection", hidden_size, parts="tokens")] if linear_bias else weights
 
     def _count_projection_flops(self, hidden_size: int) -> dict[str, int]:
-        """The same terms in forward FLOPs of one token."""
-        qkv_width, output_width = self._projection_widths()
-        return {"qkv": 2 * hidden_size * qkv_width, "projection": 2 * output_width * hidden_size}
+        """Terms `qkv` and `projection` in forward FLOPs of one token."""
+        output_width = self.head_dim * self.num_heads
+        return {"qkv": 2 * hidden_size * self._qkv_width, "projection": 2 * output_width * hidden_size}
 
-    def _projection_widths(self) -> tuple[int, int]:
-        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads), self.head_dim * self.num_heads
+    @property
+    def _qkv_width(self) -> int:
+        """D(N + 2G), what the fused projection makes of a token."""
+        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
 
     def build_spec(self) -> ModuleSpec:
         """The Megatron-core spec of this variant's self-attention module."""
@@ -209,20 +247,22 @@ class AttentionConfig(Section):
 
 
 def resolve_kind(kind: object) -> type[AttentionConfig]:
-    """The config class of an attention kind.
+    """The config class of an attention kind; a built-in one before an entry point of the same name.
 
     Raises:
         UserError: no built-in kind and no entry point has that name.
     """
-    names = dict(KINDS)
-    names.update(
-        {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
-    )
-    if not isinstance(kind, str) or kind not in names:
-        raise FieldError(
-            "attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}"
-        )
-    resolved: type[AttentionConfig] = pkgutil.resolve_name(names[kind])
+    if isinstance(kind, str) and kind in KINDS:
+        place = KINDS[kind]
+    else:
+        # Looked up last: it reads the metadata of every installed package, and sweeps build many configs.
+        points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+        registered = {point.name: point.value for point in points}
+        if not isinstance(kind, str) or kind not in registered:
+            names = ", ".join(sorted({*KINDS, *registered}))
+            raise FieldError("attention.kind", kind, "is not a known variant", f"use one of {names}")
+        place = registered[kind]
+    resolved: type[AttentionConfig] = pkgutil.resolve_name(place)
     return resolved
 
 

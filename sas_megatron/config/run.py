@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
@@ -144,6 +144,29 @@ class RunConfig(BaseModel):
                 "DeepSpeed clips and updates wrongly in bfloat16 at stage 0",
                 "use 1, 2 or 3, or training.precision=float32, or training.engine=megatron",
             )
+
+    def replaced(self, changes: dict[str, Any]) -> RunConfig:
+        """The config with other values, by `section.field`, held to all rules again.
+
+        Raises:
+            UserError: the values break a rule.
+        """
+        sections = {name: getattr(self, name) for name in RunConfig.model_fields}
+        by_section: dict[str, dict[str, Any]] = {}
+        for path, value in changes.items():
+            section, field = path.split(".")
+            by_section.setdefault(section, {})[field] = value
+        for name, values in by_section.items():
+            stated = sections[name].model_dump(exclude_unset=True)
+            sections[name] = type(sections[name]).model_validate(stated | values)
+        return RunConfig(**sections)
+
+    @property
+    def recomputed_modules(self) -> list[str]:
+        """Under selective recomputation, `training.recompute_modules`, with the default filled in."""
+        if self.training.recompute != "selective":
+            return []
+        return list(self.training.recompute_modules or self.attention.recomputable)
 
     def check_world_size(self, world_size: int) -> int:
         """Data-parallel degree that `world_size` ranks leave.

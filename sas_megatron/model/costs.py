@@ -9,8 +9,9 @@ softmax and other element-wise work are left out.
 
 from __future__ import annotations
 
-from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.run import RunConfig
+from sas_megatron.config.tensor_group import count_by_term
+from sas_megatron.model.weights import mlp_weights, norm_weights, table_weight
 
 # Forward plus backward over forward: the gradients of inputs and of weights cost one forward each.
 TRAINING_FACTOR = 3
@@ -23,15 +24,16 @@ EMBEDDING_TERMS = ("embedding", "head")
 def count_parameters(config: RunConfig) -> dict[str, int]:
     """Parameters of the whole model by term; they sum to those of the built model."""
     model = config.model
-    terms = {"embedding": model.padded_vocab_size * model.hidden_size}
+    table = table_weight(model, "embedding").elements
     attention = config.attention.count_parameters(model.hidden_size, linear_bias=model.linear_bias)
-    for name, count in attention.items():
-        terms[name] = model.num_layers * count
-    terms["mlp"] = model.num_layers * _count_mlp_parameters(model)
-    norm = model.hidden_size * (2 if model.normalization == "layernorm" else 1)
-    terms["norms"] = norm * (2 * model.num_layers + 1)
-    terms["head"] = 0 if model.tie_embeddings else terms["embedding"]
-    return terms
+    of_layer = {**attention, **count_by_term(mlp_weights(model))}
+    norm = count_by_term(norm_weights(model))["norms"]
+    return {
+        "embedding": table,
+        **{name: model.num_layers * count for name, count in of_layer.items()},
+        "norms": norm * (2 * model.num_layers + 1),
+        "head": 0 if model.tie_embeddings else table,
+    }
 
 
 def count_forward_flops(config: RunConfig, *, sequence_length: int | None = None) -> dict[str, int]:
@@ -67,9 +69,3 @@ def causal_half(flops: dict[str, int], *, sequence_length: int) -> dict[str, flo
 def without_embeddings(terms: dict[str, int]) -> dict[str, int]:
     """The same terms but for those of the input and output tables."""
     return {name: count for name, count in terms.items() if name not in EMBEDDING_TERMS}
-
-
-def _count_mlp_parameters(model: ModelConfig) -> int:
-    first_width = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
-    weights = model.hidden_size * (first_width + model.ffn_hidden_size)
-    return weights + (first_width + model.hidden_size if model.linear_bias else 0)

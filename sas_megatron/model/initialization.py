@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,6 @@ def _generator_in(seed: int, module_name: str, name: str) -> torch.Generator:
     return parameter_generator(seed, f"{module_name}.{name}")
 
 
-@torch.no_grad()
 def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     """Draws all weights of this rank's part of the model in place.
 
@@ -44,18 +44,29 @@ def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2); norms 1, biases 0; the simulation as
     `attention.initialization` says, and other weights of the attention as `initial_weights` does.
     """
+    _initialize(model, config, functools.partial(global_name, model))
+
+
+def initialize_layer(layer: Any, config: RunConfig) -> None:
+    """The same for one transformer layer, by its number, in a model that is built elsewhere."""
+    prefix = f"{_LAYERS}{layer.layer_number - 1}."
+    _initialize(layer, config, lambda name: prefix + name)
+
+
+@torch.no_grad()
+def _initialize(part: nn.Module, config: RunConfig, name_of: Callable[[str], str]) -> None:
     drawn: set[nn.Parameter] = set()
-    for module_name, module in model.named_modules():
+    for module_name, module in part.named_modules():
         if isinstance(module, ResidualMap):
             module.initialize(
                 config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
                 config.model.init_std,
-                functools.partial(_generator_in, config.training.seed, global_name(model, module_name)),
+                functools.partial(_generator_in, config.training.seed, name_of(module_name)),
             )
             drawn.update(module.parameters())
-    for name, parameter in model.named_parameters():
+    for name, parameter in part.named_parameters():
         if parameter not in drawn:
-            _initialize_parameter(global_name(model, name), parameter, config)
+            _initialize_parameter(name_of(name), parameter, config)
 
 
 def global_name(model: Any, name: str) -> str:

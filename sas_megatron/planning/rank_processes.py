@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 
-def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list[Any]:
-    """Results by rank of `function(*args)`, in `world_size` new processes joined by gloo, one thread each.
+def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int, threads: int = 1) -> list[Any]:
+    """Results by rank of `function(*args)`, in `world_size` new processes, each on its own device.
 
     Args:
         function: importable by name.
         args: picklable, as the results must be.
         world_size: number of processes.
+        threads: of each process on the CPU.
 
     Raises:
         RuntimeError: a rank failed; with its traceback.
@@ -30,7 +31,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> l
             here, there = context.Pipe()
             place = (rank, world_size, str(Path(folder) / "rendezvous"))
             process = context.Process(target=_work, args=(place, there), name=f"simulated {rank}")
-            with _environment(OMP_NUM_THREADS="1"):
+            with _environment(OMP_NUM_THREADS=str(threads), LOCAL_RANK=str(rank)):
                 process.start()
             there.close()
             here.send((function, args))
@@ -86,15 +87,20 @@ def _answers(pipes: list[Connection]) -> list[Any]:
 def _work(place: tuple[int, int, str], pipe: Connection) -> None:
     import torch.distributed as dist
 
-    from sas_megatron.platform.device import prepare_device
+    from sas_megatron.platform.device import prepare_device, process_group_backend
 
     rank, world_size, rendezvous = place
     try:
         # Before the function is received, whose module may import Megatron-core: that must find the CPU's
         # stand-in.
-        prepare_device()
+        device = prepare_device()
         function, args = pipe.recv()
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            process_group_backend(device),
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+        )
         result = function(*args)
         dist.barrier()
         dist.destroy_process_group()

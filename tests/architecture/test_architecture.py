@@ -16,7 +16,10 @@ LONGEST_FILE_LINES = 400
 WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
     *sorted((PACKAGE / "scaling").glob("*.py")),
-    *(PACKAGE / "model" / name for name in ("__init__.py", "costs.py")),
+    *(
+        PACKAGE / "model" / name
+        for name in ("__init__.py", "costs.py", "gradient_buffers.py", "weights.py", "wire_costs.py")
+    ),
     *(PACKAGE / "checkpoint" / name for name in ("__init__.py", "manifest.py")),
     *(
         PACKAGE / "planning" / name
@@ -24,7 +27,16 @@ WITHOUT_TORCH = [
     ),
     *(
         PACKAGE / "attention" / name
-        for name in ("__init__.py", "factorized.py", "grouped.py", "simulated.py", "tensor_product.py")
+        for name in (
+            "__init__.py",
+            "exchange_choice.py",
+            "factorized.py",
+            "grouped.py",
+            "latent.py",
+            "shared_heads.py",
+            "simulated.py",
+            "tensor_product.py",
+        )
     ),
 ]
 

@@ -14,7 +14,7 @@ from sas_megatron.config.run import RunConfig
 from tests.conftest import ROOT
 from tests.run_configs import small_config
 
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 SMALL = """\
 model: {num_layers: 2, hidden_size: 20, ffn_hidden_size: 28, vocab_size: 45}
 attention: {kind: sas, num_heads: 4, head_dim: 6}
@@ -36,7 +36,7 @@ def test_configs_are_shipped() -> None:
     assert {"quickstart_mha", "quickstart_sas"} <= {path.stem for path in SHIPPED}
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_a_shipped_config_loads_and_comes_back_equal(path: Path, tmp_path: Path) -> None:
     config = load_run_config(path)
     again = tmp_path / "again.yaml"

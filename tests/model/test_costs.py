@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from sas_megatron.config.attention import parse_attention
 from sas_megatron.config.loading import load_run_config
@@ -23,10 +22,11 @@ from sas_megatron.model.costs import (
     count_training_flops,
 )
 from tests.conftest import ROOT
+from tests.model.config_strategies import small_runs
 from tests.rank_pool import in_layout
 from tests.run_configs import small_config
 
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
 # Part of a parameter's name -> the term that counts it; the first that matches.
 TERM_OF_PARAMETER = {
@@ -133,71 +133,10 @@ def without_zeros(terms: dict[str, Any]) -> dict[str, Any]:
     return {term: count for term, count in terms.items() if count}
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_parameters_of_a_shipped_config_are_those_of_the_built_model(ranks: Any, path: Any) -> None:
-    config = load_run_config(path, ["parallel.tensor=1"])
+    config = load_run_config(path, ["parallel.tensor=1", "parallel.sequence=false"])
     assert ranks(1).run(_built_parameters, config) == [without_zeros(count_parameters(config))]
-
-
-@st.composite
-def attentions(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(["mha", "gqa", "mqa", "mla", "tpa", "mfa", "sas", "sas", "sas"]))
-    num_kv_heads, readers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    head_dim = 2 * draw(st.integers(1, 4))
-    attention: dict[str, Any] = {
-        "kind": kind,
-        "num_heads": num_kv_heads * readers,
-        "head_dim": head_dim,
-        "backend": "unfused",
-    }
-    if kind == "mla":
-        rotary_head_dim = 2 * draw(st.integers(1, 3))
-        return {
-            **attention,
-            "rotary_head_dim": rotary_head_dim,
-            "value_head_dim": draw(st.none() | st.integers(1, head_dim + rotary_head_dim)),
-            "kv_lora_rank": draw(st.integers(1, 9)),
-            "query_lora_rank": draw(st.none() | st.integers(1, 9)),
-        }
-    if kind in ("gqa", "sas"):
-        attention["num_kv_heads"] = num_kv_heads
-    if kind == "mfa":
-        most = attention["num_heads"] * head_dim
-        return {**attention, "query_rank": draw(st.integers(1, most))}
-    if kind == "tpa":
-        attention["factorize_query"] = draw(st.booleans())
-        if attention["factorize_query"]:
-            attention["query_rank"] = draw(st.sampled_from([None, 1, 5]))
-        return {**attention, "key_rank": draw(st.integers(1, 3)), "value_rank": draw(st.integers(1, 3))}
-    if kind != "sas":
-        return attention
-    for switch in ("query_heads", "key_heads", "value_heads", "features"):
-        attention[f"simulate_{switch}"] = draw(st.booleans())
-    attention["simulation_bias"] = draw(st.booleans())
-    attention["head_expansion"] = draw(st.integers(1, 3))
-    attention["kernel_size"] = draw(st.sampled_from([1, 3, 5]))
-    if attention["simulate_features"]:
-        attention["simulated_head_dim"] = draw(st.sampled_from([None, head_dim, head_dim + 2, head_dim + 6]))
-    return attention
-
-
-@st.composite
-def small_runs(draw: st.DrawFn) -> RunConfig:
-    return small_config(
-        attention=draw(attentions()),
-        model={
-            "num_layers": draw(st.integers(1, 3)),
-            "hidden_size": draw(st.integers(3, 17)),
-            "ffn_hidden_size": draw(st.integers(1, 19)),
-            "vocab_size": draw(st.integers(1, 40)),
-            "vocab_multiple": draw(st.integers(1, 9)),
-            "activation": draw(st.sampled_from(["swiglu", "gelu"])),
-            "normalization": draw(st.sampled_from(["rmsnorm", "layernorm"])),
-            "linear_bias": draw(st.booleans()),
-            "tie_embeddings": draw(st.booleans()),
-        },
-        data={"sequence_length": draw(st.integers(1, 9))},
-    )
 
 
 # The same examples each time: a suite that fails must fail again.

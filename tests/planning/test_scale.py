@@ -16,7 +16,7 @@ def _simulate_1024() -> tuple[float, Any]:
     from sas_megatron.planning.hardware_file import load_hardware
     from sas_megatron.planning.simulation import simulate_run
 
-    tree = read_yaml(ROOT / "configs" / "gpu_125m_sas.yaml")
+    tree = read_yaml(ROOT / "configs" / "125m" / "sas.yaml")
     tree["model"] |= {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008}
     tree["attention"] |= {"num_heads": 32, "head_dim": 128, "num_kv_heads": 8, "simulated_head_dim": 192}
     tree["parallel"] = {"tensor": 8, "sequence": True, "pipeline": 8, "virtual_pipeline": 2}

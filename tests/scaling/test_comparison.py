@@ -161,7 +161,7 @@ def test_unequal_sizes_and_machines_are_remarked_on(write_run: WriteRun) -> None
     big = {"parameters": {"all": 100_094}}
     other = load_run(write_run("big", losses={90: 4.5}, summary=big, provenance={"machine": "bench-2"}))
     size, machines, _ = compare_runs([base, other]).remarks
-    assert size.startswith("big has 5.0 % more parameters than mha, where up to 2% counts as matched")
+    assert size.startswith("big has 5.0 % more parameters than mha, where up to 1% counts as matched")
     assert machines.startswith("The runs name different machines")
 
 

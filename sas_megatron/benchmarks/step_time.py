@@ -1,0 +1,74 @@
+"""Seconds of whole optimizer steps of several runs on this machine, in turn, so that drift hits all alike."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.language_loss import Batch
+from sas_megatron.planning.rank_processes import run_on_ranks
+from sas_megatron.platform.device import prepare_device
+
+TIMED_STEPS = 3
+
+
+def measure_step_seconds(configs: list[RunConfig], *, rounds: int) -> list[list[float]]:
+    """By round, the median step of each config, on as many processes as one model takes.
+
+    A round builds each model anew, so that no more than one is held; tokens are random.
+
+    Args:
+        configs: runs of one layout.
+        rounds: how often each is measured.
+    """
+    world_size = configs[0].parallel.model_size
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    by_rank = run_on_ranks(_time_rounds, configs, rounds, world_size=world_size, threads=threads)
+    # A step ends when its slowest rank does.
+    return [[max(seconds) for seconds in zip(*ranks, strict=True)] for ranks in zip(*by_rank, strict=True)]
+
+
+def _time_rounds(configs: list[RunConfig], rounds: int) -> list[list[float]]:
+    """On a rank of a joined world."""
+    from sas_megatron.parallel.topology import joined_groups
+
+    with joined_groups(configs[0].parallel, device=prepare_device(), seed=1) as topology:
+        return [
+            [_time_steps(config, topology.data_size, topology.device) for config in configs]
+            for _ in range(rounds)
+        ]
+
+
+def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> float:
+    from sas_megatron.training.engine import assemble
+
+    engine = assemble(config)
+    num_microbatches = config.training.num_microbatches(data_size)
+    seconds = []
+    for _ in range(1 + TIMED_STEPS):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        engine.accumulate(_random_batches(config, device), num_microbatches=num_microbatches)
+        engine.update()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    # The first step makes the optimizer's states and the tables of positions.
+    return statistics.median(seconds[1:])
+
+
+def _random_batches(config: RunConfig, device: torch.device) -> Iterator[Batch]:
+    """Microbatches shaped as `data.batches.microbatches` gives them; the same tokens in each."""
+    length = config.data.sequence_length // config.parallel.context
+    shape = (config.training.micro_batch_size, length)
+    batch = {
+        name: torch.randint(config.model.vocab_size, shape, device=device) for name in ("tokens", "labels")
+    }
+    batch["loss_mask"] = torch.ones(shape, device=device)
+    batch["position_ids"] = torch.arange(length, device=device).expand(shape)
+    return itertools.repeat(batch)

@@ -1,0 +1,92 @@
+"""A variant from outside the package, installed as a user would, named in a config and trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sas_megatron.config.loading import dump_tree
+from sas_megatron.config.run import RunConfig
+from tests.conftest import ROOT
+from tests.small_data import SmallData
+
+PACKAGE = ROOT / "docs" / "own_attention"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the example package and its metadata."""
+    folder = tmp_path_factory.mktemp("own_attention")
+    source = folder / "source"
+    source.mkdir()
+    for path in PACKAGE.glob("*.py"):
+        (source / path.name).write_bytes(path.read_bytes())
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
+    place = folder / "site"
+    done = subprocess.run(
+        [*install, "--target", str(place), str(source)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def command(installed: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sas_megatron", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{installed}", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def tied_config(base: RunConfig, path: Path, **attention: object) -> Path:
+    tree = base.model_dump(mode="json", exclude_unset=True)
+    tree["attention"] = {"kind": "tied", "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, **attention}
+    path.write_text(dump_tree(tree))
+    return path
+
+
+def test_a_variant_from_outside_is_trained_and_its_costs_are_counted(
+    installed: Path, small_data: SmallData, tmp_path: Path
+) -> None:
+    run = small_data.run(tmp_path / "run", training={"num_steps": 12})
+    config = tied_config(run, tmp_path / "tied.yaml")
+    done = command(installed, "train", config)
+    assert done.returncode == 0, done.stderr
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = [line["train_loss"] for line in lines if line["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # Two layers of 48 hidden columns, six heads of twelve features of queries and keys.
+    assert summary["parameters"]["qkv"] == 2 * 48 * 12 * 6
+
+    counted = command(installed, "costs", config, "--json")
+    assert counted.returncode == 0, counted.stderr
+    assert json.loads(counted.stdout)[str(config)]["parameters"]["terms"] == summary["parameters"]
+
+    matched = command(installed, "match", config, "--variants", "tied,gqa", "--equal", "kv")
+    assert matched.returncode == 0, matched.stderr
+
+
+def test_its_fields_are_checked_like_any_others(
+    installed: Path, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = tied_config(small_data.run(tmp_path / "run"), tmp_path / "tied.yaml", gian=2.0)
+    done = command(installed, "train", config)
+    assert done.returncode == 2
+    assert "attention.gian" in done.stderr
+    assert "gain" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_package_the_known_kinds_are_named(small_data: SmallData, tmp_path: Path) -> None:
+    config = tied_config(small_data.run(tmp_path / "run"), tmp_path / "tied.yaml")
+    done = command(tmp_path, "train", config)
+    assert done.returncode == 2
+    assert "attention.kind=tied: is not a known variant; use one of gqa, mfa, mha" in done.stderr

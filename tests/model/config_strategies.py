@@ -1,0 +1,167 @@
+"""Hypothesis strategies of small runs: any attention, any layout that fits it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+
+from sas_megatron.config.attention import AttentionConfig, parse_attention
+from sas_megatron.config.errors import UserError
+from sas_megatron.config.run import RunConfig
+from tests.run_configs import small_config
+
+KINDS = ["mha", "gqa", "mqa", "mla", "tpa", "mfa", "sas", "sas", "sas"]
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> dict[str, Any]:
+    kind = draw(st.sampled_from(KINDS))
+    num_kv_heads, readers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    head_dim = 2 * draw(st.integers(1, 4))
+    attention: dict[str, Any] = {
+        "kind": kind,
+        "num_heads": num_kv_heads * readers,
+        "head_dim": head_dim,
+        "backend": "unfused",
+    }
+    if kind == "mla":
+        rotary_head_dim = 2 * draw(st.integers(1, 3))
+        return {
+            **attention,
+            "rotary_head_dim": rotary_head_dim,
+            "value_head_dim": draw(st.none() | st.integers(1, head_dim + rotary_head_dim)),
+            "kv_lora_rank": draw(st.integers(1, 9)),
+            "query_lora_rank": draw(st.none() | st.integers(1, 9)),
+        }
+    if kind in ("gqa", "sas"):
+        attention["num_kv_heads"] = num_kv_heads
+    if kind == "mfa":
+        most = attention["num_heads"] * head_dim
+        return {**attention, "query_rank": draw(st.integers(1, most))}
+    if kind == "tpa":
+        attention["factorize_query"] = draw(st.booleans())
+        if attention["factorize_query"]:
+            attention["query_rank"] = draw(st.sampled_from([None, 1, 5]))
+        return {**attention, "key_rank": draw(st.integers(1, 3)), "value_rank": draw(st.integers(1, 3))}
+    if kind != "sas":
+        return attention
+    for switch in ("query_heads", "key_heads", "value_heads", "features"):
+        attention[f"simulate_{switch}"] = draw(st.booleans())
+    attention["simulation_bias"] = draw(st.booleans())
+    attention["exchange"] = draw(st.sampled_from(["auto", "gather", "all_to_all"]))
+    attention["head_expansion"] = draw(st.integers(1, 3))
+    attention["kernel_size"] = draw(st.sampled_from([1, 3, 5]))
+    if attention["simulate_features"]:
+        attention["simulated_head_dim"] = draw(st.sampled_from([None, head_dim, head_dim + 2, head_dim + 6]))
+    return attention
+
+
+def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.SearchStrategy[dict[str, Any]]:
+    """The `model` section, with what tensor ranks share a multiple of their number."""
+    return st.fixed_dictionaries(
+        {
+            "num_layers": num_layers,
+            "hidden_size": st.integers(3, 17),
+            "ffn_hidden_size": st.integers(1, 19 // multiple).map(lambda width: width * multiple),
+            "vocab_size": st.integers(1, 40),
+            "vocab_multiple": st.integers(1, 9 // multiple).map(lambda rows: rows * multiple),
+            "activation": st.sampled_from(["swiglu", "gelu"]),
+            "normalization": st.sampled_from(["rmsnorm", "layernorm"]),
+            "linear_bias": st.booleans(),
+            "tie_embeddings": st.booleans(),
+        }
+    )
+
+
+@st.composite
+def small_runs(draw: st.DrawFn) -> RunConfig:
+    """Any attention in one process."""
+    return small_config(
+        attention=draw(attentions()),
+        model=draw(_models(st.integers(1, 3))),
+        data={"sequence_length": draw(st.integers(1, 9))},
+    )
+
+
+@st.composite
+def laid_out_runs(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
+    """Any attention on any layout that fits it, the world size, and one of its pipeline stages."""
+    attention = draw(attentions())
+    parsed = parse_attention(attention)
+    parallel, num_layers = draw(_layouts(parsed))
+    tensor, context = parallel["tensor"], parallel["context"]
+    distributed = draw(st.booleans())
+    if parallel["overlap_gradient_reduce"] and distributed:
+        parallel["overlap_parameter_gather"] = draw(st.booleans())
+    micro_batch_size, data_parallel = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    turns = parallel["pipeline"] if parallel["virtual_pipeline"] > 1 else 1
+    num_microbatches = turns * draw(st.integers(1, 3))
+    chunk = math.lcm(2 * context if context > 1 else 1, tensor * context if parallel["sequence"] else 1)
+    config = small_config(
+        attention=attention,
+        model=draw(_models(st.just(num_layers), multiple=tensor)),
+        parallel=parallel,
+        data={"sequence_length": chunk * draw(st.integers(1, 3))},
+        optimizer={"learning_rate": 0.01, "distributed": distributed},
+        training={
+            "micro_batch_size": micro_batch_size,
+            "global_batch_size": micro_batch_size * num_microbatches * data_parallel,
+            "precision": draw(st.sampled_from(["float32", "bfloat16"])),
+            **draw(_recomputations([*parsed.recomputable, "mlp"])),
+        },
+    )
+    stage = draw(st.integers(0, parallel["pipeline"] - 1))
+    return config, data_parallel * config.parallel.model_size, stage
+
+
+@st.composite
+def _layouts(draw: st.DrawFn, attention: AttentionConfig) -> tuple[dict[str, Any], int]:
+    """The `parallel` section, and a number of layers that its stages can share."""
+    tensor = draw(st.sampled_from([ranks for ranks in (1, 2, 3, 4) if _can_share(attention, ranks)]))
+    fitting = [ranks for ranks in (1, 2, 3, 4) if _passes(attention.check_context_parallel, tensor, ranks)]
+    pipeline = draw(st.integers(1, 3))
+    pieces = draw(st.integers(1, 2)) if pipeline > 1 else 1
+    first, last = (pieces * draw(st.integers(1, 2)) for _ in range(2))
+    parallel = {
+        "tensor": tensor,
+        "context": draw(st.sampled_from(fitting)),
+        "pipeline": pipeline,
+        "virtual_pipeline": pieces,
+        "sequence": tensor > 1 and draw(st.booleans()),
+        "overlap_gradient_reduce": draw(st.booleans()),
+    }
+    if pipeline == 1:
+        return parallel, first
+    parallel["first_stage_layers"] = first
+    if pipeline > 2:  # Megatron-core 0.16.1 divides by zero where both of two interleaved stages are given.
+        parallel["last_stage_layers"] = last
+    return parallel, first + last + pieces * (pipeline - 2)
+
+
+def _recomputations(modules: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    """`training.recompute*`, of these modules."""
+    some = st.none() | st.lists(st.sampled_from(modules), min_size=1, unique=True)
+    return st.one_of(
+        st.just({"recompute": "none"}),
+        st.fixed_dictionaries({"recompute": st.just("selective"), "recompute_modules": some}),
+        st.fixed_dictionaries({"recompute": st.just("full"), "recompute_layers": st.sampled_from([None, 1])}),
+    )
+
+
+def _can_share(attention: AttentionConfig, tensor: int) -> bool:
+    """Whether so many ranks have whole heads, and columns of equal number, which Megatron-core asks for."""
+    sharded = [weight for weight in attention.weights(1, linear_bias=True) if weight.sharded]
+    return _passes(attention.check_tensor_parallel, tensor) and not any(
+        weight.elements % tensor for weight in sharded
+    )
+
+
+def _passes(check: Callable[..., None], *degrees: int) -> bool:
+    try:
+        check(*degrees)
+    except UserError:
+        return False
+    return True

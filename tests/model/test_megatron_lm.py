@@ -1,0 +1,159 @@
+"""The layer spec as Megatron-LM's scripts take it: found by module and name, put into their GPT model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.config.attention import KINDS
+from sas_megatron.config.errors import UserError
+from sas_megatron.config.loading import dump_yaml
+from sas_megatron.config.run import RunConfig
+from tests.attention.definitions import DEFINITIONS
+from tests.model.model_parts import random_tokens
+from tests.rank_pool import in_layout
+from tests.run_configs import small_config
+
+SPEC = ("sas_megatron.model.megatron_lm", "layer_spec")
+
+
+def import_spec(path: Path) -> Any:
+    """As `--spec` does, through Megatron-core's importer, in a process whose environment names the config."""
+    from megatron.core.transformer.spec_utils import import_module
+
+    os.environ["SAS_MEGATRON_CONFIG"] = str(path)
+    sys.modules.pop(SPEC[0], None)
+    return import_module(SPEC)
+
+
+def build_their_model(path: Path, config: RunConfig, **sizes: Any) -> Any:
+    """Megatron-core's GPT, with the arguments that Megatron-LM's model provider gives it."""
+    from megatron.core.models.gpt import GPTModel
+
+    from sas_megatron.model.assembly import build_transformer_config
+
+    transformer = build_transformer_config(config, dtype=torch.float64)
+    for name, value in sizes.items():
+        setattr(transformer, name, value)
+    return GPTModel(
+        config=transformer,
+        transformer_layer_spec=import_spec(path),
+        vocab_size=config.model.padded_vocab_size,
+        max_sequence_length=config.data.sequence_length,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+    )
+
+
+def compare_with_ours(path: Path, config: RunConfig) -> tuple[bool, float]:
+    """On a rank: whether all layers' weights are equal to the bit, and how far the logits differ."""
+    from sas_megatron.model.assembly import build_gpt_pieces
+
+    in_layout(config.parallel)
+    theirs = build_their_model(path, config)
+    (ours,) = build_gpt_pieces(config, dtype=torch.float64)
+    own = dict(ours.named_parameters())
+    equal = True
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.startswith("decoder.layers."):
+                equal = equal and torch.equal(parameter, own[name])
+            else:
+                parameter.copy_(own[name])
+        tokens = random_tokens(config)
+        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        difference = theirs(tokens, places, None) - ours(tokens, places, None)
+    return equal, float(difference.abs().max())
+
+
+def config_of(attention: dict[str, Any], tensor: int = 1) -> RunConfig:
+    return small_config(attention=attention, parallel={"tensor": tensor})
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
+    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+    "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
+    "mla": {
+        "kind": "mla",
+        "num_heads": 4,
+        "head_dim": 6,
+        "rotary_head_dim": 4,
+        "kv_lora_rank": 7,
+        "query_lora_rank": 5,
+    },
+    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
+    "sas": {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, "rotary_dim": 6},
+    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6},
+}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_loaded_by_its_spec_and_computes_the_same(
+    ranks: Any, tmp_path: Path, kind: str, tensor: int
+) -> None:
+    assert kind in DEFINITIONS
+    config = config_of(ATTENTIONS[kind], tensor)
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    for equal, difference in ranks(tensor).run(compare_with_ours, path, config):
+        assert equal, "the layers' initial weights"
+        assert difference <= 1e-12
+
+
+def refusal(path: Path, config: RunConfig, sizes: dict[str, Any]) -> str:
+    """On a rank: what building or running says."""
+    in_layout(config.parallel)
+    try:
+        model = build_their_model(path, config, **sizes)
+        tokens = random_tokens(config)
+        model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_sizes_that_are_not_the_configs_are_refused(ranks: Any, tmp_path: Path) -> None:
+    config = config_of(ATTENTIONS["sas"])
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    [message] = ranks(1).run(refusal, path, config, {"kv_channels": 8})
+    assert message.startswith(f"--kv-channels=8: is 6 in {path}; let both say the same")
+
+
+def test_features_that_the_model_does_not_turn_are_refused(ranks: Any, tmp_path: Path) -> None:
+    config = config_of({**ATTENTIONS["sas"], "rotary_dim": None})
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    [message] = ranks(1).run(refusal, path, config, {})
+    assert message == (
+        "attention.rotary_dim=10: is not what this model turns, 6 features "
+        "(--kv-channels × --rotary-percent); set attention.rotary_dim=6 in the config"
+    )
+
+
+def test_latent_attention_without_its_config_is_refused(ranks: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config_of(ATTENTIONS["mla"])))
+    [message] = ranks(1).run(refusal, path, config_of(ATTENTIONS["mha"]), {})
+    assert message.startswith(
+        "attention.kind=mla: needs a MLATransformerConfig, and the model has a TransformerConfig; "
+        "give --multi-latent-attention"
+    )
+
+
+def test_without_a_config_the_import_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    monkeypatch.delenv("SAS_MEGATRON_CONFIG", raising=False)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {SPEC[0]}"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert "SAS_MEGATRON_CONFIG=: must name a run's config; set it to a file in configs/" in done.stderr

@@ -1,0 +1,298 @@
+"""The counted bytes on the wire against simulated ranks, which send what gloo ranks do (tests/planning)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.errors import FieldError
+from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.wire_costs import count_wire_bytes
+from tests.conftest import ROOT
+from tests.model.config_strategies import laid_out_runs
+from tests.run_configs import small_config
+from tests.training.layouts import ATTENTIONS, OVERLAP, TIED
+
+SHIPPED = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml"))
+SHARDED = {"learning_rate": 0.01, "distributed": True}
+HALF = {"precision": "bfloat16"}
+BIASED = {"linear_bias": True, "normalization": "layernorm", "activation": "gelu"}
+TABLES = {"num_layers": 4, "hidden_size": 2048, "ffn_hidden_size": 8192, "vocab_size": 512}
+
+
+def sas(**fields: Any) -> dict[str, Any]:
+    return {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, **fields}
+
+
+def mla(**fields: Any) -> dict[str, Any]:
+    return {**ATTENTIONS["mla"], **fields}
+
+
+MHA, GQA, TPA, MFA = (ATTENTIONS[name] for name in ("mha", "gqa", "tpa", "mfa"))
+MQA = {"kind": "mqa", "num_heads": 4, "head_dim": 6}
+WITHOUT_HEADS = {f"simulate_{name}_heads": False for name in ("query", "key", "value")}
+
+# World size, attention, `parallel`, other sections. Each axis, and what of it concerns each kind.
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "tensor 2, mha": (2, MHA, {"tensor": 2}, {"model": BIASED}),
+    "tensor 3, sequence, gqa": (
+        3,
+        {**GQA, "num_heads": 9, "num_kv_heads": 3},
+        {"tensor": 3, "sequence": True},
+        {"model": {**BIASED, "ffn_hidden_size": 27, "vocab_multiple": 3}, "training": {"recompute": "full"}},
+    ),
+    "tensor 4, shared key heads, mqa": (
+        4,
+        MQA,
+        {"tensor": 4},
+        {"training": {"recompute": "selective", "recompute_modules": ["mlp"]}},
+    ),
+    "tensor 2, mla": (2, mla(), {"tensor": 2}, {"training": HALF}),
+    "tensor 2, sequence, mla, queries whole": (
+        2,
+        mla(query_lora_rank=None, value_head_dim=5),
+        {"tensor": 2, "sequence": True},
+        {"training": HALF},
+    ),
+    "tensor 2, tpa": (2, TPA, {"tensor": 2}, {}),
+    "tensor 2, sequence, tpa, queries whole": (
+        2,
+        {**TPA, "factorize_query": False, "key_rank": 3},
+        {"tensor": 2, "sequence": True},
+        {"training": HALF},
+    ),
+    "tensor 4, mfa": (4, MFA, {"tensor": 4}, {"training": {"recompute": "full", "recompute_layers": 1}}),
+    "tensor 2, sequence, mfa, data 2": (
+        4,
+        MFA,
+        {"tensor": 2, "sequence": True},
+        {"optimizer": SHARDED, "model": BIASED},
+    ),
+    "tensor 2, sas, gather": (2, sas(exchange="gather"), {"tensor": 2}, {"training": HALF}),
+    "tensor 4, sequence, sas, all to all": (
+        4,
+        sas(exchange="all_to_all", num_kv_heads=2, simulation_bias=False),
+        {"tensor": 4, "sequence": True},
+        {"training": {"recompute": "selective", "recompute_modules": ["simulation"]}},
+    ),
+    "tensor 4, sas, all to all of uneven tokens": (
+        4,
+        sas(exchange="all_to_all", simulate_value_heads=False),
+        {"tensor": 4},
+        {"data": {"sequence_length": 7}, "training": {"recompute": "selective"}},
+    ),
+    "tensor 2, sas, auto": (2, sas(), {"tensor": 2}, {}),
+    "tensor 4, sas, auto": (4, sas(head_expansion=1, num_kv_heads=1), {"tensor": 4}, {}),
+    "tensor 2, sas, heads alone": (2, sas(simulate_features=False), {"tensor": 2}, {}),
+    "tensor 4, sas, features alone": (4, sas(**WITHOUT_HEADS, num_kv_heads=2), {"tensor": 4}, {}),
+    "context 2, gqa": (2, GQA, {"context": 2}, {"training": HALF}),
+    "context 4, copied keys, mqa": (
+        4,
+        MQA,
+        {"context": 4},
+        {"data": {"sequence_length": 16}, "training": {"recompute": "full"}},
+    ),
+    "tensor 2, context 2, sas": (
+        4,
+        sas(num_kv_heads=2),
+        {"tensor": 2, "context": 2},
+        {"training": {"recompute": "selective", "recompute_modules": ["attention"]}},
+    ),
+    "tensor 2, context 4, sas, mean after": (
+        8,
+        sas(),
+        {"tensor": 2, "context": 4},
+        {"data": {"sequence_length": 16}},
+    ),
+    "context 2, sas, keys as they come": (2, sas(num_kv_heads=1), {"context": 2}, {}),
+    "context 2, mla": (2, mla(value_head_dim=5), {"context": 2}, {}),
+    "pipeline 3, uneven": (
+        3,
+        MHA,
+        {"pipeline": 3, "first_stage_layers": 2},
+        {"model": {"num_layers": 4, "tie_embeddings": True}},
+    ),
+    "tensor 2, sequence, pipeline 2 interleaved, tied, data 2": (
+        8,
+        sas(exchange="gather"),
+        {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, **OVERLAP},
+        {
+            "model": {**TIED, "num_layers": 8},
+            "optimizer": SHARDED,
+            "training": {"recompute": "full", "recompute_layers": 1, "global_batch_size": 8},
+        },
+    ),
+    "data 3": (3, MHA, {"overlap_gradient_reduce": True}, {"training": {"global_batch_size": 12}}),
+    "data 3, distributed optimizer, tied": (
+        3,
+        sas(),
+        {},
+        {"optimizer": SHARDED, "model": TIED, "training": {"global_batch_size": 12, **HALF}},
+    ),
+    "tied pipeline 2, context 2, data 2, distributed optimizer": (
+        8,
+        GQA,
+        {"pipeline": 2, "context": 2},
+        {"optimizer": {**SHARDED, "clip_gradient_norm": 0.0}, "model": TIED},
+    ),
+    "several buckets": (
+        6,
+        {**MHA, "head_dim": 64, "num_heads": 32},
+        {"pipeline": 2, "tensor": 1, **OVERLAP},
+        {"optimizer": SHARDED, "model": TABLES, "training": {"global_batch_size": 6}},
+    ),
+}
+
+
+def _sent(config: RunConfig, world_size: int, stage: int) -> dict[str, float]:
+    """In a process that is in no group: bytes by group that a rank of the stage sends in a step."""
+    from sas_megatron.planning.rank_simulation import simulate_rank
+
+    of_stage = world_size // config.parallel.pipeline
+    length = config.data.sequence_length // config.parallel.context
+    # The count is the first rank's, and every rank's where tokens can be shared evenly.
+    is_even = config.training.micro_batch_size * length % config.parallel.tensor == 0
+    rank = stage * of_stage + (of_stage - 1 if is_even else 0)
+    step = simulate_rank(config, rank=rank, world_size=world_size).step
+    return {group: step.group_bytes(group) for group in step.wire_bytes}
+
+
+# Of a rank's share, which need not be a whole number of bytes: what rounding leaves, and float64.
+HALF_A_BYTE = 0.5 + 1e-6
+
+
+def _assert_counted(simulator: Any, config: RunConfig, world_size: int, stage: int) -> None:
+    sent = simulator(_sent, config, world_size, stage)
+    terms = count_wire_bytes(config, world_size=world_size, stage=stage)
+    counted = {group: sum(of_group.values()) for group, of_group in terms.items()}
+    assert counted.keys() == sent.keys()
+    for group, num_bytes in sent.items():
+        assert abs(counted[group] - num_bytes) <= HALF_A_BYTE, f"{group}, stage {stage}: {terms[group]}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bytes_of_each_group_are_those_of_a_simulated_rank(simulator: Any, case: str) -> None:
+    world_size, attention, parallel, sections = CASES[case]
+    config = small_config(attention=attention, parallel=parallel, **sections)
+    for stage in range(config.parallel.pipeline):
+        _assert_counted(simulator, config, world_size, stage)
+
+
+# The same examples each time: a suite that fails must fail again.
+@settings(
+    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+@given(run=laid_out_runs())
+def test_the_bytes_of_any_run_are_those_of_a_simulated_rank(
+    simulator: Any, run: tuple[RunConfig, int, int]
+) -> None:
+    config, world_size, stage = run
+    _assert_counted(simulator, config, world_size, stage)
+
+
+def test_each_term_is_what_its_part_sends() -> None:
+    """Every formula once, in the operator's letters, for a layout with all of them."""
+    config = small_config(
+        attention=sas(exchange="gather"),
+        parallel={"tensor": 2, "sequence": True, "context": 2, "pipeline": 2},
+        data={"sequence_length": 16},
+        model={**BIASED, "num_layers": 6, "tie_embeddings": True},
+        training={"recompute": "selective", "recompute_modules": ["simulation"], "global_batch_size": 8},
+        optimizer=SHARDED,
+    )
+    T, H, F, V, N, G, D, E, r, k = 16, 20, 28, 48, 4, 4, 6, 10, 2, 3
+    layers, m, a, g = 3, 2, 4, 4  # of a stage; microbatches; bytes of an activation, and of a gradient
+    columns = (N + 2 * G) * D
+    heads = k * r * (N * (N + r * N) + 2 * G * (G + r * G)) + 2 * r * (N + 2 * G)
+    features = 2 * (D * E + E * E + 2 * E)
+    first, last = (count_wire_bytes(config, world_size=16, stage=stage) for stage in (0, 1))
+    assert first["tensor"] == {
+        # Gathered, gathered again for the weight's gradient, reduced and scattered: T·H/2 each.
+        "qkv": layers * m * 3 * T * H * a // 2,
+        "projection": layers * (m * 2 * T * H * a // 2 + H * g),
+        "mlp": layers * (m * 5 * T * H * a // 2 + H * g),
+        "embedding": m * 2 * T * H * a // 2,
+        "norms": layers * 4 * H * g,
+        "head_simulation": layers * m * (2 * T * columns * a // 2 + heads * g),
+        "feature_simulation": layers * m * features * g,
+        "recompute": layers * m * T * columns * a // 2,
+    }
+    assert last["tensor"] == {
+        **{name: count for name, count in first["tensor"].items() if name != "embedding"},
+        "norms": (layers * 4 + 2) * H * g,
+        "head": m * (3 * T * H * a // 2 + 3 * T * 4),
+    }
+    # A rank's r·N/2 query and r·G/2 key and value heads; of the result the mean over the blocks.
+    traded = (r * (N + G) * E + r * G * D + N * D) // 2
+    assert first["context"] == {"context_exchange": layers * m * 2 * T * traded * a // 2}
+    assert first["pipeline"] == {"activations": m * T // 2 * H * a, "bookkeeping": 2 + 16}
+    elements = first["data"]["gradients"] // 3
+    weights = layers * (H * columns + N * D * H + 2 * F * H + columns + F) // 2 + V * H // 2
+    weights += layers * (2 * H + 4 * H + heads + features)
+    assert weights < elements < weights + 64 * layers * 34 + 2 * 128
+    assert first["data"] == {"gradients": 3 * elements, "parameters": 3 * elements, "bookkeeping": 30}
+    assert (
+        first["other"]
+        == last["other"]
+        == {"embedding": V * H // 2 * g, "bookkeeping": round(2 * 15 / 16 * 4)}
+    )
+
+
+class OutsideConfig(AttentionConfig):
+    """A variant that says nothing of what it sends."""
+
+    kind: str = "outside"
+
+
+def test_a_variant_that_says_nothing_sends_what_plain_attention_does() -> None:
+    plain = small_config(
+        attention={"kind": "gqa", "num_heads": 4, "num_kv_heads": 1, "head_dim": 6},
+        parallel={"tensor": 2, "context": 2},
+        model=BIASED,
+    )
+    outside = plain.model_copy(update={"attention": OutsideConfig(num_heads=4, num_kv_heads=1, head_dim=6)})
+    assert count_wire_bytes(outside, world_size=8) == count_wire_bytes(plain, world_size=8)
+
+
+def test_what_cannot_be_counted_is_said() -> None:
+    config = small_config(parallel={"pipeline": 2})
+    with pytest.raises(FieldError, match=r"stage=2: must be one of parallel\.pipeline=2; use 0 to 1"):
+        count_wire_bytes(config, world_size=2, stage=2)
+    with pytest.raises(FieldError, match="world size=3: must be a multiple of 2"):
+        count_wire_bytes(config, world_size=3)
+    with pytest.raises(FieldError, match=r"training\.engine=deepspeed: .*; set training\.engine=megatron"):
+        count_wire_bytes(small_config(training={"engine": "deepspeed"}), world_size=1)
+
+
+SECONDS = 1.0
+
+
+def test_a_thousand_counts_take_less_than_a_second() -> None:
+    layout = ["model.num_layers=32", "parallel.tensor=4", "parallel.pipeline=2", "optimizer.distributed=true"]
+    config = load_run_config(ROOT / "configs" / "125m" / "sas.yaml", layout)
+    # Not the clock: other work on this machine is no matter here.
+    begun = time.process_time()
+    for _ in range(1000):
+        count_wire_bytes(config, world_size=16)
+    assert time.process_time() - begun < SECONDS
+
+
+def test_counting_needs_no_torch() -> None:
+    script = (
+        "import sys\n"
+        "from sas_megatron.config.loading import load_run_config\n"
+        "from sas_megatron.model.wire_costs import count_wire_bytes\n"
+        "for path in sys.argv[1:]:\n"
+        "    config = load_run_config(path, ['parallel.tensor=2'])\n"
+        "    assert count_wire_bytes(config, world_size=config.parallel.model_size)['tensor'], path\n"
+        "    assert not {'torch', 'megatron'} & set(sys.modules), path\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *SHIPPED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,79 @@
+"""The shipped sets: every kind at every size, as `sas-megatron match` makes them from the multi-head one."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sas_megatron.cli.main import cli
+from sas_megatron.config.attention import KINDS
+from sas_megatron.config.loading import build_run_config, load_run_config, read_yaml
+from sas_megatron.model.costs import count_kv_cache_bytes, count_parameters, count_training_flops
+from sas_megatron.scaling.matching import counted_costs
+from tests.conftest import ROOT
+
+# Of each size: its name in parameters, and the tensor-parallel degrees that all its kinds allow.
+SIZES = {"125m": "1,2,4", "350m": "1,2,4,8", "1.3b": "1,2,4,8", "2.7b": "1,2,4,8", "6.7b": "1,2,4,8"}
+
+
+def shipped(size: str, kind: str) -> Path:
+    return ROOT / "configs" / size / f"{kind}.yaml"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_set_is_what_match_makes_of_its_multi_head_config(size: str, tmp_path: Path) -> None:
+    others = [kind for kind in KINDS if kind != "mha"]
+    arguments = [str(shipped(size, "mha")), "--variants", ",".join(others), "--equal", "params"]
+    made = CliRunner().invoke(cli, ["match", *arguments, "--tensor", SIZES[size], "--output", str(tmp_path)])
+    assert made.exit_code == 0, made.output
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(others)
+    for kind in others:
+        assert (tmp_path / f"{kind}.yaml").read_text() == shipped(size, kind).read_text(), kind
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_set_is_of_one_size_and_differs_in_nothing_but_the_model(size: str) -> None:
+    configs = {kind: load_run_config(shipped(size, kind)) for kind in KINDS}
+    base = configs["mha"]
+    parameters = sum(count_parameters(base).values())
+    nominal = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert abs(parameters / nominal - 1) < 0.08, "the name says another size"
+    for kind, config in configs.items():
+        assert config.attention.kind == kind
+        assert abs(sum(count_parameters(config).values()) / parameters - 1) <= 0.01
+        assert config.logging.run_directory == f"runs/{size}/{kind}"
+        assert config.model.model_copy(update={"ffn_hidden_size": base.model.ffn_hidden_size}) == base.model
+        for section in ("data", "optimizer", "schedule", "training", "parallel"):
+            assert getattr(config, section) == getattr(base, section), section
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_set_is_trained_on_twenty_tokens_a_parameter(size: str) -> None:
+    config = load_run_config(shipped(size, "mha"))
+    tokens = config.training.num_steps * config.training.global_batch_size * config.data.sequence_length
+    assert 19 <= tokens / sum(count_parameters(config).values()) <= 21
+
+
+def test_the_costs_of_ten_thousand_configs_take_seconds() -> None:
+    tree = read_yaml(shipped("125m", "sas"))
+    begun = time.process_time()
+    for step in range(1, 10_001):
+        tree["model"]["ffn_hidden_size"] = 8 * step
+        config = build_run_config(tree)
+        count_parameters(config), count_training_flops(config), count_kv_cache_bytes(config)
+    assert time.process_time() - begun < 5
+
+
+def test_the_readme_prints_what_the_set_costs() -> None:
+    base = counted_costs(load_run_config(shipped("1.3b", "mha")))
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert {kind for kind, *_ in rows} == {*KINDS} - {"mha"}
+    for kind, *ratios in rows:
+        costs = counted_costs(load_run_config(shipped("1.3b", kind)))
+        assert ratios == [f"{costs[axis] / base[axis]:.4f}" for axis in ("params", "flops", "kv")], kind
