@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sas_megatron.cli.main import cli
 from sas_megatron.config.attention import KINDS
 from sas_megatron.config.loading import build_run_config, load_run_config, read_yaml
 from sas_megatron.model.costs import count_kv_cache_bytes, count_parameters, count_training_flops
+from sas_megatron.scaling.matching import counted_costs
 from tests.conftest import ROOT
 
 # Of each size: its name in parameters, and the tensor-parallel degrees that all its kinds allow.
@@ -64,3 +66,14 @@ def test_the_costs_of_ten_thousand_configs_take_seconds() -> None:
         config = build_run_config(tree)
         count_parameters(config), count_training_flops(config), count_kv_cache_bytes(config)
     assert time.process_time() - begun < 5
+
+
+def test_the_readme_prints_what_the_set_costs() -> None:
+    base = counted_costs(load_run_config(shipped("1.3b", "mha")))
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert {kind for kind, *_ in rows} == {*KINDS} - {"mha"}
+    for kind, *ratios in rows:
+        costs = counted_costs(load_run_config(shipped("1.3b", kind)))
+        assert ratios == [f"{costs[axis] / base[axis]:.4f}" for axis in ("params", "flops", "kv")], kind
