@@ -62,8 +62,8 @@ class FactorizedAttentionConfig(AttentionConfig):
     def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms: qkv, H·(C + 2D) and the norm's C; query up, C·N·D; projection, N·D·H."""
         return [
-            Weight("qkv", hidden_size * self._shared_width, parts="tokens", summed_by="layer"),
-            Weight("qkv", self.query_rank, parts="tokens", summed_by="layer"),
+            Weight("qkv", hidden_size * self._shared_width, partial_over="tokens", summed_by="layer"),
+            Weight("qkv", self.query_rank, partial_over="tokens", summed_by="layer"),
             Weight("query_up", self.query_rank * self.num_heads * self.head_dim, sharded=True),
             *self._output_weights(hidden_size, linear_bias=linear_bias),
         ]

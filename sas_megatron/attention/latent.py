@@ -103,7 +103,7 @@ class LatentAttentionConfig(AttentionConfig):
         products = self._products(hidden_size)
 
         def whole(term: str, elements: int) -> Weight:
-            return Weight(term, elements, parts="tokens")
+            return Weight(term, elements, partial_over="tokens")
 
         def sharded(term: str) -> Weight:
             return Weight(term, products[term], sharded=True)

@@ -142,7 +142,7 @@ class SimulatedAttentionConfig(AttentionConfig):
     def _map_weights(self, term: str, expand: int, refine: int, rows: int) -> list[Weight]:
         """Two matrices of so many columns, and their biases; each rank sees the work of its own heads."""
         columns = (expand, refine, 1, 1) if self.simulation_bias else (expand, refine)
-        return [Weight(term, rows * width, parts="heads", summed_by="layer") for width in columns]
+        return [Weight(term, rows * width, partial_over="heads", summed_by="layer") for width in columns]
 
     def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
         """As plain attention, with the exchange that the head simulation needs in place of Megatron-core's

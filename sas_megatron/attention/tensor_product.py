@@ -98,7 +98,7 @@ class TensorProductAttentionConfig(AttentionConfig):
             for width in self.head_widths.values()
         ]
         features = [
-            Weight("qkv", rank * self.head_dim * hidden_size, parts="tokens", summed_by="layer")
+            Weight("qkv", rank * self.head_dim * hidden_size, partial_over="tokens", summed_by="layer")
             for rank in self.ranks.values()
         ]
         return [*heads, *features, *self._output_weights(hidden_size, linear_bias=linear_bias)]

@@ -229,7 +229,9 @@ class AttentionConfig(Section):
         """Those of the output projection, row parallel from the value heads of all query heads."""
         elements = self.num_heads * self.value_width * hidden_size
         weights = [Weight("projection", elements, sharded=True)]
-        return [*weights, Weight("projection", hidden_size, parts="tokens")] if linear_bias else weights
+        return (
+            [*weights, Weight("projection", hidden_size, partial_over="tokens")] if linear_bias else weights
+        )
 
     def _count_projection_flops(self, hidden_size: int) -> dict[str, int]:
         """Terms `qkv` and `projection` in forward FLOPs of one token."""

@@ -24,9 +24,10 @@ class Weight:
     elements: int
     # Each tensor rank holds a P-th; otherwise each holds all of it.
     sharded: bool = False
-    # Where each rank's gradient is a part, of its own tokens (under sequence parallelism alone) or of its
-    # own heads (always): what adds the parts up, the engine once a step or the layer in each microbatch.
-    parts: Literal["tokens", "heads"] | None = None
+    # Of one that each holds: a rank has the gradient of its own tokens alone (under sequence parallelism),
+    # or of its own heads; None: the whole gradient.
+    partial_over: Literal["tokens", "heads"] | None = None
+    # Where that is a part, what adds the parts up: the engine once a step, or the layer every microbatch.
     summed_by: Literal["engine", "layer"] = "engine"
 
     def elements_of_rank(self, tensor: int) -> int:
@@ -35,7 +36,7 @@ class Weight:
 
     def is_summed(self, *, sequence: bool) -> bool:
         """Whether the ranks' gradients are added up."""
-        return self.parts == "heads" or (self.parts == "tokens" and sequence)
+        return self.partial_over == "heads" or (self.partial_over == "tokens" and sequence)
 
 
 @dataclass(frozen=True)

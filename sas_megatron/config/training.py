@@ -66,6 +66,11 @@ class TrainingConfig(Section):
             )
         return self
 
+    @property
+    def element_bytes(self) -> int:
+        """Of one number of a weight or an activation."""
+        return {"float32": 4, "bfloat16": 2}[self.precision]
+
     def num_microbatches(self, data_parallel: int) -> int:
         """Microbatches of a step on each of `data_parallel` ranks, whose number must fit the batch."""
         return self.global_batch_size // self.micro_batch_size // data_parallel

@@ -9,7 +9,7 @@ from sas_megatron.config.tensor_group import Weight
 
 def norm_weights(model: ModelConfig) -> list[Weight]:
     """Of one norm: the scale, and for LayerNorm the shift."""
-    return [Weight("norms", model.hidden_size, parts="tokens")] * (
+    return [Weight("norms", model.hidden_size, partial_over="tokens")] * (
         2 if model.normalization == "layernorm" else 1
     )
 
@@ -21,7 +21,7 @@ def mlp_weights(model: ModelConfig) -> list[Weight]:
     into, out = (Weight("mlp", hidden * width, sharded=True) for width in (inner, outer))
     if not model.linear_bias:
         return [into, out]
-    return [into, Weight("mlp", inner, sharded=True), out, Weight("mlp", hidden, parts="tokens")]
+    return [into, Weight("mlp", inner, sharded=True), out, Weight("mlp", hidden, partial_over="tokens")]
 
 
 def table_weight(model: ModelConfig, term: str) -> Weight:

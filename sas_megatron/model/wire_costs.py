@@ -30,9 +30,8 @@ from sas_megatron.model.costs import EMBEDDING_TERMS
 from sas_megatron.model.gradient_buffers import count_buffer_elements, overlapped_bucket_elements
 from sas_megatron.model.weights import piece_weights, table_weight
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-# What each of `training.recompute_modules` sends again.
-RECOMPUTED_TERMS = {"attention": "context_exchange", "simulation": "head_simulation", "mlp": "mlp"}
+# What one of `training.recompute_modules` sends again, where it is not the term of its own name.
+RECOMPUTED_TERMS = {"attention": "context_exchange", "simulation": "head_simulation"}
 
 Terms = dict[str, Fraction]
 
@@ -45,8 +44,8 @@ def count_wire_bytes(config: RunConfig, *, world_size: int, stage: int = 0) -> d
     sent for is left out.
 
     Raises:
-        FieldError: the layout does not fit the world size, there is no such stage, or DeepSpeed is to
-            send what Megatron-core's engine does here.
+        FieldError: the layout does not fit the world size, there is no such stage, or the engine is
+            DeepSpeed.
     """
     data_parallel = config.check_world_size(world_size)
     stages = config.parallel.pipeline
@@ -56,7 +55,9 @@ def count_wire_bytes(config: RunConfig, *, world_size: int, stage: int = 0) -> d
         )
     if config.training.engine != "megatron":
         raise config.training.problem(
-            "engine", "wire costs are of Megatron-core's collectives", "set training.engine=megatron"
+            "engine",
+            "sends what DeepSpeed decides, which is not counted from the config",
+            "set training.engine=megatron, or measure with logging.wire_ledger=true",
         )
     step = _Step(config, data_parallel, stage)
     groups = {
@@ -74,15 +75,14 @@ class _Step:
     """One optimizer step on one rank: by group, its terms."""
 
     def __init__(self, config: RunConfig, data_parallel: int, stage: int) -> None:
-        self.config, self.stage = config, stage
-        self.model, self.parallel = config.model, config.parallel
+        self.config, self.model, self.parallel = config, config.model, config.parallel
         self.data_parallel = data_parallel
         self.data_ranks = data_parallel * config.parallel.context
         self.is_first = stage == 0
         self.is_last = stage == self.parallel.pipeline - 1
         self.num_layers = self.parallel.layers_of_stages(self.model.num_layers)[stage]
         self.num_microbatches = config.training.num_microbatches(data_parallel)
-        self.element_bytes = ELEMENT_BYTES[config.training.precision]
+        self.element_bytes = config.training.element_bytes
         context_tokens = config.data.sequence_length // self.parallel.context
         self.tokens = config.training.micro_batch_size * context_tokens
         self.pieces = [
@@ -131,7 +131,7 @@ class _Step:
         """What the stage's layers send in all microbatches, from one layer and microbatch."""
         terms = {name: self.num_layers * traffic.both for name, traffic in layer.items()}
         training, num_again = self.config.training, self.num_layers
-        again = {RECOMPUTED_TERMS[module] for module in self.config.recomputed_modules}
+        again = {RECOMPUTED_TERMS.get(module, module) for module in self.config.recomputed_modules}
         if training.recompute == "full":
             again = set(layer)
             if training.recompute_layers is not None:

@@ -19,7 +19,6 @@ from sas_megatron.config.training import TrainingConfig
 from sas_megatron.model.costs import count_parameters
 from sas_megatron.planning.hardware_file import Hardware
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Of forward and backward: a second forward pass, and that of the attention's core.
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.08, "full": 1 / 3}
 VIRTUAL_PIPELINES = (1, 2, 4)
@@ -96,7 +95,7 @@ def with_layout(config: RunConfig, chosen: dict[str, Any], *, world_size: int) -
 
 def weights_fit(config: RunConfig, hardware: Hardware) -> bool:
     """Whether parameters and float32 gradients alone fit, evenly shared; the rest is simulated."""
-    per_parameter = ELEMENT_BYTES[config.training.precision] + 4
+    per_parameter = config.training.element_bytes + 4
     return hardware.fits(_parameters_of_rank(config) * per_parameter)
 
 
@@ -120,7 +119,7 @@ def rough_seconds(config: RunConfig, *, alone: AloneCost, world_size: int, hardw
     starting = 1e-6 * hardware.operation_microseconds * operations
     seconds = max(alone.seconds_per_token * tokens / world_size, starting) * again
 
-    element_bytes = ELEMENT_BYTES[training.precision]
+    element_bytes = training.element_bytes
     hidden = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes
     # Two blocks a layer, into and out of each, forward and twice backward as far as weights' inputs go.
     seconds += _seconds_over(parallel.tensor, 8 * again * layers * hidden, 1, hardware)

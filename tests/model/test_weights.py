@@ -1,0 +1,30 @@
+"""The weights that the config tells, against those of the built model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.weights import piece_weights
+from tests.model.config_strategies import small_runs
+from tests.rank_pool import in_layout
+
+
+def _registered_sizes(config: RunConfig) -> list[int]:
+    from sas_megatron.model.assembly import build_gpt_pieces
+
+    in_layout(config.parallel)
+    (model,) = build_gpt_pieces(config)
+    return [parameter.numel() for parameter in model.parameters()]
+
+
+# The same examples each time: a suite that fails must fail again.
+@settings(
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+@given(config=small_runs())
+def test_weights_are_listed_in_the_order_in_which_they_are_registered(ranks: Any, config: RunConfig) -> None:
+    (registered,) = ranks(1).run(_registered_sizes, config)
+    assert [weight.elements for weight in piece_weights(config, stage=0, piece=0)] == registered
