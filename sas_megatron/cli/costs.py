@@ -1,67 +1,89 @@
-"""`sas-megatron costs`: parameters and FLOPs of configs, side by side."""
+"""`sas-megatron costs`: parameters, FLOPs and bytes of configs, side by side."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from sas_megatron.config.run import RunConfig
 
+# By quantity: its terms, and its totals by convention.
+Counted = dict[str, dict[str, dict[str, int]]]
+
 
 @click.command()
 @click.argument("configs", nargs=-1, required=True, type=click.Path())
 @click.option("--sequence-length", type=int, help="In place of each config's own.")
+@click.option("--world-size", type=int, help="Ranks, for what they send; by default those of one model.")
 @click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
-def costs(configs: tuple[str, ...], sequence_length: int | None, as_json: bool) -> None:
-    """Count parameters, FLOPs and KV-cache bytes per token of CONFIGS, by term."""
+def costs(
+    configs: tuple[str, ...], sequence_length: int | None, world_size: int | None, as_json: bool
+) -> None:
+    """Count what CONFIGS cost, by term: parameters, FLOPs, cache and activations, bytes on the wire."""
     from sas_megatron.config.errors import FieldError
     from sas_megatron.config.loading import load_run_config
 
-    if sequence_length is not None and sequence_length < 1:
-        raise FieldError("--sequence-length", sequence_length, "must be positive", "use 1 or more")
-    by_name = {name: load_run_config(name) for name in configs}
+    for option, value in (("--sequence-length", sequence_length), ("--world-size", world_size)):
+        if value is not None and value < 1:
+            raise FieldError(option, value, "must be positive", "use 1 or more")
+    length = [] if sequence_length is None else [f"data.sequence_length={sequence_length}"]
+    by_name = {name: load_run_config(name, length) for name in configs}
     if as_json:
-        counted = {name: _count(config, sequence_length) for name, config in by_name.items()}
+        counted = {name: count_costs(config, world_size=world_size) for name, config in by_name.items()}
         click.echo(json.dumps(counted, indent=2))
     else:
-        print_costs(by_name, sequence_length=sequence_length)
+        print_costs(by_name, world_size=world_size)
 
 
-def print_costs(configs: dict[str, RunConfig], *, sequence_length: int | None = None) -> None:
+def print_costs(configs: dict[str, RunConfig], *, world_size: int | None = None) -> None:
     """A table for each quantity: a row a term, a column a config, totals by each convention."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    counted = {name: _count(config, sequence_length) for name, config in configs.items()}
-    for quantity in next(iter(counted.values())):
-        columns = [counts[quantity] for counts in counted.values()]
-        table = Table(title=quantity.replace("_", " "), title_justify="left")
-        table.add_column("term")
-        for name in counted:
-            table.add_column(name, justify="right", overflow="fold")
-        for term in dict.fromkeys(term for column in columns for term in column["terms"]):
-            table.add_row(term, *(f"{column['terms'].get(term, 0):,}" for column in columns))
-        for total in columns[0]["totals"]:
-            amounts = [column["totals"][total] for column in columns]
-            table.add_section()
-            table.add_row(total, *(f"{amount:,}" for amount in amounts))
-            table.add_row("ratio", *(f"{amount / amounts[0]:.3f}" for amount in amounts))
-        console.print(table)
-    lengths = {sequence_length or config.data.sequence_length for config in configs.values()}
+    counted = {name: count_costs(config, world_size=world_size) for name, config in configs.items()}
+    for quantity in dict.fromkeys(quantity for counts in counted.values() for quantity in counts):
+        columns = {name: counts[quantity] for name, counts in counted.items() if quantity in counts}
+        console.print(_table(quantity.replace("_", " "), columns))
+    lengths = sorted({config.data.sequence_length for config in configs.values()})
     console.print(
-        f"At {' and '.join(f'{length:,}' for length in sorted(lengths))} tokens. A multiply-add is two "
-        "FLOPs, training takes three times the forward pass; the embedding look-up is free, the output "
-        "layer counts; the cache is of 2-byte elements.",
+        f"At {' and '.join(f'{length:,}' for length in lengths)} tokens. A multiply-add is two FLOPs, "
+        "training takes three times the forward pass; the embedding look-up is free, the output layer counts; the "
+        "cache is of 2-byte elements; bytes on the wire are what a rank of the first stage sends, by ring.",
         soft_wrap=True,
     )
 
 
-def _count(config: RunConfig, sequence_length: int | None) -> dict[str, dict[str, dict[str, int]]]:
-    """By quantity: its terms, and its totals by convention."""
+def _table(title: str, columns: dict[str, dict[str, dict[str, int]]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("term")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    for term in dict.fromkeys(term for column in columns.values() for term in column["terms"]):
+        table.add_row(term, *(f"{column['terms'].get(term, 0):,}" for column in columns.values()))
+    for total in next(iter(columns.values()))["totals"]:
+        amounts = [column["totals"][total] for column in columns.values()]
+        table.add_section()
+        table.add_row(total, *(f"{amount:,}" for amount in amounts))
+        if amounts[0]:
+            table.add_row("ratio", *(f"{amount / amounts[0]:.3f}" for amount in amounts))
+    return table
+
+
+def count_costs(config: RunConfig, *, world_size: int | None = None) -> Counted:
+    """All quantities of one run; bytes on the wire as far as its engine's are counted.
+
+    Args:
+        config: The run.
+        world_size: Its ranks; None: those of one model.
+
+    Raises:
+        FieldError: layout and world size do not fit.
+    """
     from sas_megatron.model.costs import (
         causal_half,
         count_forward_flops,
@@ -69,13 +91,13 @@ def _count(config: RunConfig, sequence_length: int | None) -> dict[str, dict[str
         count_parameters,
         without_embeddings,
     )
+    from sas_megatron.model.wire_costs import count_wire_bytes
 
-    length = sequence_length or config.data.sequence_length
     parameters = count_parameters(config)
-    flops = count_forward_flops(config, sequence_length=length)
+    flops = count_forward_flops(config)
     cache = count_kv_cache_bytes(config)
-    causal = sum(causal_half(flops, sequence_length=length).values())
-    return {
+    causal = sum(causal_half(flops, sequence_length=config.data.sequence_length).values())
+    counted = {
         "parameters": {
             "terms": parameters,
             "totals": {
@@ -93,3 +115,8 @@ def _count(config: RunConfig, sequence_length: int | None) -> dict[str, dict[str
         },
         "kv_cache_bytes_per_token": {"terms": cache, "totals": {"total": sum(cache.values())}},
     }
+    if config.training.engine == "megatron":
+        sent = count_wire_bytes(config, world_size=world_size or config.parallel.model_size)
+        wire = {f"{group}: {term}": size for group, terms in sent.items() for term, size in terms.items()}
+        counted["wire_bytes_per_step"] = {"terms": wire, "totals": {"total": sum(wire.values())}}
+    return counted

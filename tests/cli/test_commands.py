@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from sas_megatron.cli.main import COMMANDS, cli
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.model.costs import count_forward_flops, count_parameters
+from sas_megatron.model.wire_costs import count_wire_bytes
 from tests.conftest import ROOT
 
 HELP_CPU_SECONDS = 0.5
@@ -116,6 +118,22 @@ def test_costs_prints_json_that_programs_can_read() -> None:
         }
         # Four layers of four heads of 32 features, keys and values, two bytes each.
         assert counted[path]["kv_cache_bytes_per_token"]["totals"] == {"total": 4 * 4 * 32 * 2 * 2}
+
+
+def test_costs_include_what_a_rank_sends_in_a_world_of_that_size() -> None:
+    path = str(ROOT / "configs" / "2.7b" / "sas.yaml")
+    done = CliRunner().invoke(cli, ["costs", path, "--world-size", "4", "--json"])
+    assert done.exit_code == 0, done.output
+    wire = json.loads(done.stdout)[path]["wire_bytes_per_step"]
+    sent = count_wire_bytes(load_run_config(path), world_size=4)
+    assert wire["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
+    assert wire["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
+
+
+def test_a_world_that_does_not_fit_is_refused_by_costs() -> None:
+    done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "--world-size", "3"])
+    assert isinstance(done.exception, FieldError)
+    assert str(done.exception).startswith("world size=3: must be a multiple of 2")
 
 
 def test_costs_are_counted_at_another_sequence_length() -> None:
