@@ -50,8 +50,8 @@ def print_costs(configs: dict[str, RunConfig], *, world_size: int | None = None)
     lengths = sorted({config.data.sequence_length for config in configs.values()})
     console.print(
         f"At {' and '.join(f'{length:,}' for length in lengths)} tokens. A multiply-add is two FLOPs, "
-        "training takes three times the forward pass; the embedding look-up is free, the output layer counts; the "
-        "cache is of 2-byte elements; bytes on the wire are what a rank of the first stage sends, by ring.",
+        "training takes three times the forward pass; the embedding look-up is free, the output "
+        "layer counts; the cache is of 2-byte elements; bytes on the wire are what a rank of the first stage sends, by ring.",
         soft_wrap=True,
     )
 
