@@ -51,7 +51,8 @@ def print_costs(configs: dict[str, RunConfig], *, world_size: int | None = None)
     console.print(
         f"At {' and '.join(f'{length:,}' for length in lengths)} tokens. A multiply-add is two FLOPs, "
         "training takes three times the forward pass; the embedding look-up is free, the output "
-        "layer counts; the cache is of 2-byte elements; bytes on the wire are what a rank of the first stage sends, by ring.",
+        "layer counts; the cache is of 2-byte elements; bytes on the wire are what a rank of the first "
+        "stage sends, by ring.",
         soft_wrap=True,
     )
 
