@@ -101,6 +101,53 @@ def tokenization(
     )
 
 
+@bench.command()
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="On the disk to measure; default: here.",
+)
+@click.option(
+    "--gigabytes", type=float, default=1.0, show_default=True, help="10⁹ bytes, in memory four times."
+)
+@click.option("--repeats", type=int, default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
+def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -> None:
+    """Time that saving takes from training, and its rate, against one copy in memory and against dd."""
+    import tempfile
+
+    from sas_megatron.platform.device import describe_machine, prepare_device
+
+    device = prepare_device()
+
+    from sas_megatron.benchmarks.checkpointing import measure_checkpointing
+    from sas_megatron.cli.quickstart import CONFIGS
+    from sas_megatron.config.loading import load_run_config
+    from sas_megatron.parallel.topology import joined_topology
+
+    # Any run of one process: it says how to save, and is written into the checkpoint.
+    config = load_run_config(CONFIGS / "quickstart_mha.yaml", ["parallel.tensor=1"])
+    with (
+        tempfile.TemporaryDirectory(dir=directory, prefix="bench_checkpoint_") as folder,
+        joined_topology(config.parallel, device=device, seed=1, timeout_minutes=10) as topology,
+    ):
+        result = measure_checkpointing(Path(folder), config, topology, gigabytes=gigabytes, repeats=repeats)
+    seconds = result["seconds"]
+    _show(
+        {**result, **_place(describe_machine(device))},
+        as_json,
+        [
+            ("one copy in memory", f"{seconds['copy']:.3f} s"),
+            ("blocked by an asynchronous save", f"{seconds['blocked']:.3f} s"),
+            ("blocked / copy", f"{result['blocked_over_copy']:.2f}"),
+            ("save, checksums included", f"{seconds['save']:.3f} s"),
+            ("dd conv=fsync", f"{seconds['dd']:.3f} s"),
+            ("rate of a save / of dd", f"{result['save_rate_over_dd']:.2f}"),
+        ],
+    )
+
+
 def _place(machine: dict[str, object]) -> dict[str, Any]:
     import datetime
 

@@ -1,0 +1,90 @@
+"""Time that saving takes from training, and the rate at which it writes, against copying and against `dd`."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from sas_megatron.checkpoint.saving import CheckpointSaver
+from sas_megatron.checkpoint.sharded_tensors import shard_by_rank
+from sas_megatron.config.run import RunConfig
+from sas_megatron.parallel.topology import Topology
+
+NUM_TENSORS = 16
+
+
+def measure_checkpointing(
+    folder: Path, config: RunConfig, topology: Topology, *, gigabytes: float, repeats: int
+) -> dict[str, Any]:
+    """Saves made-up tensors from one process, in turn with a copy and with `dd` of as many bytes.
+
+    Args:
+        folder: On the disk to measure; what is written there is removed again.
+        config: Any run of one process; its `checkpoint.asynchronous` does not matter.
+        topology: A world of one.
+        gigabytes: 10⁹ bytes to save.
+        repeats: Rounds, each of which measures everything once.
+
+    Returns:
+        Median seconds by measure, and the median ratios within rounds: what an asynchronous save blocks
+        over one copy in memory, and the rate of a save over that of `dd conv=fsync`.
+    """
+    elements = round(gigabytes * 1e9 / 4 / NUM_TENSORS)
+    tensors = [torch.rand(elements, device=topology.device) for _ in range(NUM_TENSORS)]
+    num_bytes = 4 * elements * NUM_TENSORS
+    shards = [shard_by_rank(f"tensor_{i}", tensor, rank=0, num_ranks=1) for i, tensor in enumerate(tensors)]
+    savers = {mode: _saver(folder / mode, config, topology, mode) for mode in ("asynchronous", "synchronous")}
+    rounds = []
+    for step in range(1, repeats + 1):
+        seconds = {
+            "copy": _time(lambda: [tensor.to("cpu", copy=True) for tensor in tensors]),
+            "blocked": _time(functools.partial(_save, savers["asynchronous"], step, shards)),
+        }
+        savers["asynchronous"].finish()
+        seconds["save"] = _time(functools.partial(_save, savers["synchronous"], step, shards))
+        seconds["dd"] = _time(lambda: _write_with_dd(folder / "zeros", num_bytes))
+        rounds.append(seconds)
+        for mode in savers:
+            shutil.rmtree(folder / mode)
+    medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    return {
+        "bytes": num_bytes,
+        "seconds": medians,
+        "blocked_over_copy": statistics.median(each["blocked"] / each["copy"] for each in rounds),
+        "save_rate_over_dd": statistics.median(each["dd"] / each["save"] for each in rounds),
+        "save_bytes_per_second": num_bytes / medians["save"],
+        "repeats": repeats,
+    }
+
+
+def _saver(folder: Path, config: RunConfig, topology: Topology, mode: str) -> CheckpointSaver:
+    checkpoint = config.checkpoint.model_copy(update={"asynchronous": mode == "asynchronous"})
+    return CheckpointSaver(folder, config.model_copy(update={"checkpoint": checkpoint}), topology)
+
+
+def _save(saver: CheckpointSaver, step: int, shards: list[ShardedTensor]) -> None:
+    saver.save(step, shards=shards, progress={}, write_files=lambda folder: None)
+
+
+def _write_with_dd(path: Path, num_bytes: int) -> None:
+    block = 2**24
+    command = ["dd", "if=/dev/zero", f"of={path}", f"bs={block}", f"count={num_bytes // block}", "conv=fsync"]
+    subprocess.run(command, check=True, capture_output=True)
+    path.unlink()
+
+
+def _time(action: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    kept = action()
+    seconds = time.perf_counter() - begun
+    del kept
+    return seconds

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.test_commands import command
+
+
+def test_saving_is_compared_with_copying_and_with_dd_and_leaves_nothing(tmp_path: Path) -> None:
+    done = command("bench", "checkpoint", "--gigabytes", "0.04", "--repeats", "1", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["bytes"] == 40_000_000
+    assert all(seconds > 0 for seconds in result["seconds"].values())
+    (blocked, copy), (dd, save) = (
+        (result["seconds"][name] for name in names) for names in (("blocked", "copy"), ("dd", "save"))
+    )
+    assert result["blocked_over_copy"] == blocked / copy
+    assert result["save_rate_over_dd"] == dd / save
+    assert not list(tmp_path.iterdir())
