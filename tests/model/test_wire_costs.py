@@ -41,7 +41,8 @@ MHA, GQA, TPA, MFA = (ATTENTIONS[name] for name in ("mha", "gqa", "tpa", "mfa"))
 MQA = {"kind": "mqa", "num_heads": 4, "head_dim": 6}
 WITHOUT_HEADS = {f"simulate_{name}_heads": False for name in ("query", "key", "value")}
 
-# World size, attention, `parallel`, other sections. Each axis, and what of it concerns each kind.
+# World size, attention, `parallel`, other sections; one layer, if not said. Each axis, and what of it
+# concerns each kind.
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]] = {
     "tensor 2, mha": (2, MHA, {"tensor": 2}, {"model": BIASED}),
     "tensor 3, sequence, gqa": (
@@ -70,7 +71,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, dict[str, 
         {"tensor": 2, "sequence": True},
         {"training": HALF},
     ),
-    "tensor 4, mfa": (4, MFA, {"tensor": 4}, {"training": {"recompute": "full", "recompute_layers": 1}}),
+    "tensor 4, mfa": (
+        4,
+        MFA,
+        {"tensor": 4},
+        {"model": {"num_layers": 2}, "training": {"recompute": "full", "recompute_layers": 1}},
+    ),
     "tensor 2, sequence, mfa, data 2": (
         4,
         MFA,
@@ -129,7 +135,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, dict[str, 
     ),
     "tensor 2, sequence, pipeline 2 interleaved, tied, data 2": (
         8,
-        sas(exchange="gather"),
+        GQA,
         {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, **OVERLAP},
         {
             "model": {**TIED, "num_layers": 8},
@@ -148,7 +154,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, dict[str, 
         8,
         GQA,
         {"pipeline": 2, "context": 2},
-        {"optimizer": {**SHARDED, "clip_gradient_norm": 0.0}, "model": TIED},
+        {"optimizer": {**SHARDED, "clip_gradient_norm": 0.0}, "model": {**TIED, "num_layers": 2}},
     ),
     "buckets of 52 data ranks": (
         104,
@@ -193,7 +199,8 @@ def _assert_counted(simulator: Any, config: RunConfig, world_size: int, stage: i
 @pytest.mark.parametrize("case", CASES)
 def test_the_bytes_of_each_group_are_those_of_a_simulated_rank(simulator: Any, case: str) -> None:
     world_size, attention, parallel, sections = CASES[case]
-    config = small_config(attention=attention, parallel=parallel, **sections)
+    model = {"num_layers": 1, **sections.get("model", {})}
+    config = small_config(attention=attention, parallel=parallel, **{**sections, "model": model})
     for stage in range(config.parallel.pipeline):
         _assert_counted(simulator, config, world_size, stage)
 
