@@ -79,7 +79,7 @@ def logits_part(config: RunConfig) -> torch.Tensor | None:
     topology = in_layout(config.parallel)
     pieces = build_gpt_pieces(config, dtype=torch.float64)
     for piece in pieces:
-        _roughen_weights(piece)
+        roughen_weights(piece)
     tokens = random_tokens(config)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     mine = token_places(tokens.shape[1], topology.context_group.size())[topology.context_rank]
@@ -119,7 +119,7 @@ def joined_logits(by_rank: list[torch.Tensor | None], parallel: ParallelConfig) 
 
 
 @torch.no_grad()
-def _roughen_weights(model: Any) -> None:
+def roughen_weights(model: Any) -> None:
     """Gives every weight a part in the result, the same at every layout.
 
     Matrices from N(0, 0.02) leave scores, gates and ReLUs in their linear range, so they are scaled
