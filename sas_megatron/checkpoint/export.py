@@ -1,4 +1,4 @@
-"""A trained model as a folder that transformers loads: weights, config, code, tokenizer, and where it is from.
+"""A trained model as a folder that transformers loads: weights, config, code, tokenizer, and its origin.
 
 A plain Llama where the model is one, which loads without code from the folder; otherwise with the code
 in `remote_code`, under the names that weights have in training.
@@ -6,20 +6,19 @@ in `remote_code`, under the names that weights have in training.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.architecture import describe_architecture
 from sas_megatron.checkpoint.llama import find_obstacle, llama_config, to_llama
 from sas_megatron.checkpoint.model_card import Export, write_card
-from sas_megatron.checkpoint.tensor_files import SHARD_BYTES, NamedTensors, new_folder, write_tensors
+from sas_megatron.checkpoint.own_format import own_config
+from sas_megatron.checkpoint.tensor_files import SHARD_BYTES, TABLES, NamedTensors, new_folder, write_tensors
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
@@ -29,8 +28,6 @@ from sas_megatron.model.costs import count_parameters
 _CODE = Path(__file__).parent / "remote_code"
 _MODEL_CODE = ("attention_sas_megatron.py", "configuration_sas_megatron.py", "modeling_sas_megatron.py")
 _TOKENIZER_CODE = "tokenization_sas_megatron.py"
-# Whose rows beyond the vocabulary only pad them.
-_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def export_model(
@@ -64,7 +61,7 @@ def export_model(
         fields = llama_config(config.model, config.attention)
         tensors = to_llama(tensors, config.attention)
     else:
-        fields = _remote_code_config(config)
+        fields = own_config(config.model, config.attention)
     with new_folder(folder) as partial:
         weights_sha256 = write_tensors(partial, tensors, stem="model", shard_bytes=shard_bytes)
         written = dtype or next(iter(weights.values())).dtype
@@ -120,7 +117,7 @@ def _whole_tensors(
     for name in weights:
         tensor = weights[name]
         total += tensor.numel()
-        if name in _TABLES:
+        if name in TABLES:
             tensor = tensor[: config.model.vocab_size]
         yield name, tensor if dtype is None else tensor.to(dtype)
     expected = sum(count_parameters(config).values())
@@ -128,32 +125,6 @@ def _whole_tensors(
         raise UserError(
             f"weights: {total:,} parameters, and the config describes {expected:,}; give those of this config"
         )
-
-
-def _remote_code_config(config: RunConfig) -> dict[str, Any]:
-    """The fields of `SASMegatronConfig`."""
-    model = config.model
-    return {
-        "architectures": ["SASMegatronForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_sas_megatron.SASMegatronConfig",
-            "AutoModelForCausalLM": "modeling_sas_megatron.SASMegatronForCausalLM",
-        },
-        "model_type": "sas_megatron",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": config.attention.num_heads,
-        "attention": describe_architecture(model, config.attention)["attention"],
-        "activation": model.activation,
-        "normalization": model.normalization,
-        "norm_epsilon": model.norm_epsilon,
-        "linear_bias": model.linear_bias,
-        "rotary_base": model.rotary_base,
-        "initializer_range": model.init_std,
-        "tie_word_embeddings": model.tie_embeddings,
-    }
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sas_megatron.checkpoint.foreign_config import ForeignConfig
+from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.model import ModelConfig
 
 _NAMES = {
@@ -65,7 +66,9 @@ def read_neox_config(config: ForeignConfig) -> tuple[dict[str, Any], dict[str, A
     return model, attention
 
 
-def from_neox(weights: Mapping[str, torch.Tensor], model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def from_neox(
+    weights: Mapping[str, torch.Tensor], model: ModelConfig, _attention: AttentionConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
     """A GPT-NeoX's weights under our names."""
     for ours, theirs in _NAMES.items():
         if not (model.tie_embeddings and ours.startswith("output_layer")):

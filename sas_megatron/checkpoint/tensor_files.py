@@ -21,6 +21,8 @@ from sas_megatron.data.writing import make_folder, sync
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
+# Of whole weights, those whose rows beyond the vocabulary only pad them.
+TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 # What is held in memory beside the source while it is written.
 SHARD_BYTES = 2_000_000_000
 
@@ -40,6 +42,9 @@ class StoredTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._file(name).get_tensor(name)
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)

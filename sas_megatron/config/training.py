@@ -99,6 +99,12 @@ class CheckpointConfig(Section):
         default=False, description="Go on from the newest checkpoint of the run directory, if there is one."
     )
 
+    initial_weights: str | None = Field(
+        default=None,
+        description="Folder of whole weights, as `sas-megatron checkpoint import` writes them, that training "
+        "starts from; null: weights drawn from training.seed. A checkpoint that is gone on with comes first.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> CheckpointConfig:
         self.require_positive("interval")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,18 +45,32 @@ def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2); norms 1, biases 0; the simulation as
     `attention.initialization` says, and other weights of the attention as `initial_weights` does.
     """
-    drawn: set[nn.Parameter] = set()
-    for module_name, module in model.named_modules():
-        if isinstance(module, ResidualMap):
-            module.initialize(
-                config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
-                config.model.init_std,
-                functools.partial(_generator_in, config.training.seed, global_name(model, module_name)),
-            )
-            drawn.update(module.parameters())
+    drawn = initialize_simulation(model, config, name_of=functools.partial(global_name, model))
     for name, parameter in model.named_parameters():
         if parameter not in drawn:
             _initialize_parameter(global_name(model, name), parameter, config)
+
+
+def initialize_simulation(
+    module: nn.Module, config: RunConfig, *, name_of: Callable[[str], str]
+) -> set[nn.Parameter]:
+    """Draws the weights of all simulations in a module, and returns them.
+
+    Args:
+        module: A model, or a part of one.
+        config: The run.
+        name_of: Gives the global name of a module by its name within `module`.
+    """
+    drawn: set[nn.Parameter] = set()
+    for own_name, part in module.named_modules():
+        if isinstance(part, ResidualMap):
+            part.initialize(
+                config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
+                config.model.init_std,
+                functools.partial(_generator_in, config.training.seed, name_of(own_name)),
+            )
+            drawn.update(part.parameters())
+    return drawn
 
 
 def global_name(model: Any, name: str) -> str:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.parallel.gradients import sum_over
 from sas_megatron.training.engine import Engine, ForwardStep, Reports
@@ -50,9 +49,9 @@ class ModelParallelUnit:
 class DeepSpeedEngine(Engine):
     """ZeRO stages 0 to 3 with tensor and context parallelism; AdamW from torch."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, pieces: list[Any]) -> None:
         self.config = config
-        self.pieces = build_gpt_pieces(config)
+        self.pieces = pieces
         (self.model,) = self.pieces
         self.groups = ModelParallelUnit()
         self.num_microbatches = config.training.num_microbatches(

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from sas_megatron.checkpoint.initial_weights import load_initial_weights
 from sas_megatron.config.run import RunConfig
+from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch
 
 ForwardStep = Callable[..., Any]
@@ -64,12 +66,20 @@ class Engine(ABC):
         """Puts what `capture` returned and wrote into this freshly assembled engine, on the same layout."""
 
 
-def assemble(config: RunConfig) -> Engine:
-    """Builds model, optimizer and schedule on this rank, by `training.engine`; its groups must exist."""
+def assemble(config: RunConfig, *, from_initial_weights: bool = False) -> Engine:
+    """Builds model, optimizer and schedule on this rank, by `training.engine`; its groups must exist.
+
+    Args:
+        config: The run.
+        from_initial_weights: Whether to read `checkpoint.initial_weights`, before the optimizer copies them.
+    """
+    pieces = build_gpt_pieces(config)
+    if from_initial_weights:
+        load_initial_weights(pieces, config)
     if config.training.engine == "deepspeed":
         from sas_megatron.training.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(config)
+        return DeepSpeedEngine(config, pieces)
     from sas_megatron.training.megatron_engine import MegatronEngine
 
-    return MegatronEngine(config)
+    return MegatronEngine(config, pieces)

@@ -61,7 +61,8 @@ class Run:
         self.validation_samples = build_validation_samples(
             config.data, tokenizer, num_samples=config.evaluation.num_sequences
         )
-        self.engine: Engine = assemble(config)
+        starts = config.checkpoint.initial_weights is not None and self._newest_checkpoint() is None
+        self.engine: Engine = assemble(config, from_initial_weights=starts)
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
@@ -92,12 +93,13 @@ class Run:
             if self.files is not None:
                 self.files.close()
 
+    def _newest_checkpoint(self) -> Path | None:
+        """What there is to go on with, where that is asked for."""
+        resume = self.config.checkpoint.resume
+        return find_newest_checkpoint(RunFiles.checkpoints(self.config)) if resume else None
+
     def _resume(self) -> None:
-        newest = (
-            find_newest_checkpoint(RunFiles.checkpoints(self.config))
-            if self.config.checkpoint.resume
-            else None
-        )
+        newest = self._newest_checkpoint()
         if newest is not None:
             state = load_checkpoint(newest, self.topology)
             self.engine.restore(state["engine"], newest)

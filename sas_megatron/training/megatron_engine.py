@@ -17,7 +17,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.training.engine import Engine, ForwardStep, Reports
 from sas_megatron.training.optimizer import build_optimizer, build_schedule
@@ -26,9 +25,9 @@ from sas_megatron.training.optimizer import build_optimizer, build_schedule
 class MegatronEngine(Engine):
     """Gradients in float32 buffers, reduced over the data ranks; AdamW, its states sharded if asked for."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, pieces: list[Any]) -> None:
         self.config = config
-        self.pieces = build_gpt_pieces(config)
+        self.pieces = pieces
         self.chunks = [self._wrap(piece, is_first=index == 0) for index, piece in enumerate(self.pieces)]
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config, self.optimizer)

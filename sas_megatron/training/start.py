@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sas_megatron.checkpoint.manifest import check_initial_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
 from sas_megatron.platform.launcher import is_first_rank, launched_world_size
@@ -17,6 +18,8 @@ def check(config: RunConfig, *, world_size: int) -> None:
     config.check_world_size(world_size)
     open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_rank())
     RunFiles.check_directory(config)
+    if not config.checkpoint.resume:
+        check_initial_weights(config)
 
 
 def train(config: RunConfig) -> None:

@@ -86,7 +86,7 @@ def whole_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, torch.Tens
 
 @torch.no_grad()
 def logits_of(weights: dict[str, torch.Tensor], config: RunConfig) -> torch.Tensor:
-    """On the one rank of a pool: logits [B, S, V], padding included, of the model with these whole weights."""
+    """On the one rank of a pool: the logits [B, S, V], padding included, of these whole weights."""
     from sas_megatron.model.assembly import build_gpt_pieces
     from sas_megatron.model.initialization import global_name
 

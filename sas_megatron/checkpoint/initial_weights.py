@@ -1,0 +1,60 @@
+"""Whole weights into this rank's part of the model, before the first step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sas_megatron.checkpoint.manifest import STEM, check_initial_weights
+from sas_megatron.checkpoint.tensor_files import TABLES, StoredTensors
+from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.costs import EMBEDDING_TERMS, count_parameters
+from sas_megatron.model.initialization import global_name, tensor_parallel_part, whole_shape
+
+
+@torch.no_grad()
+def load_initial_weights(pieces: list[Any], config: RunConfig) -> None:
+    """Reads what `checkpoint.initial_weights` names into the freshly built pieces of this rank.
+
+    Each tensor is read whole, and this rank's part of it kept: one whole tensor is held at a time.
+
+    Raises:
+        UserError: the weights are absent, damaged, or of another model; the same on every rank.
+    """
+    check_initial_weights(config)
+    folder = Path(str(config.checkpoint.initial_weights))
+    stored = StoredTensors(folder, stem=STEM)
+    _check_complete(stored, config)
+    for piece in pieces:
+        for name, parameter in piece.named_parameters():
+            _copy_part(stored, global_name(piece, name), parameter)
+
+
+def _check_complete(stored: StoredTensors, config: RunConfig) -> None:
+    """By number, on every rank: one that finds its own part would wait for those that do not."""
+    tables = [name for name in TABLES if name in stored]
+    unpadded = sum(math.prod(stored.shape(name)) for name in stored if name not in tables)
+    expected = sum(count for term, count in count_parameters(config).items() if term not in EMBEDDING_TERMS)
+    if unpadded != expected or len(tables) != (1 if config.model.tie_embeddings else 2):
+        raise FileProblem(
+            stored.folder,
+            f"holds {len(tables)} tables and {unpadded:,} other parameters, of {expected:,} in the config",
+            "import it again, whole",
+        )
+
+
+def _copy_part(stored: StoredTensors, name: str, parameter: torch.nn.Parameter) -> None:
+    found, expected = stored.shape(name), tuple(whole_shape(parameter))
+    if found != expected:
+        raise FileProblem(
+            stored.folder,
+            f"{name} is {list(found)}, and the config asks for {list(expected)}",
+            "set model.vocab_multiple as in model.yaml there, or import it again with another"
+            if name in TABLES
+            else "import it again, whole",
+        )
+    parameter.copy_(tensor_parallel_part(stored[name], parameter))
