@@ -137,6 +137,6 @@ def from_llama(
                 yield f"{ours}{own}.{kind}", weights[f"{theirs}{other}.{kind}"]
         for kind in kinds:
             parts = [weights[f"{theirs}{part}.{kind}"] for part in _FUSED_PARTS]
-            yield f"{ours}{_FUSED}.{kind}", fuse_projections(*parts, attention)
+            yield f"{ours}{_FUSED}.{kind}", fuse_projections(parts, attention)
             gated = [weights[f"{theirs}{part}.{kind}"] for part in _GATED_PARTS]
             yield f"{ours}{_GATED}.{kind}", torch.cat(gated)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sas_megatron.config.attention import AttentionConfig
@@ -15,10 +17,8 @@ def split_projection(fused: torch.Tensor, attention: AttentionConfig) -> list[to
     return [part.flatten(0, 2) for part in by_group.split([readers, 1, 1], dim=1)]
 
 
-def fuse_projections(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: AttentionConfig
-) -> torch.Tensor:
-    """What `split_projection` takes apart."""
+def fuse_projections(parts: Sequence[torch.Tensor], attention: AttentionConfig) -> torch.Tensor:
+    """Query, key and value, which `split_projection` takes apart."""
     groups, width = attention.num_key_value_heads, attention.head_dim
-    by_group = [part.unflatten(0, (groups, -1, width)) for part in (query, key, value)]
+    by_group = [part.unflatten(0, (groups, -1, width)) for part in parts]
     return torch.cat(by_group, dim=1).flatten(0, 2)

@@ -6,6 +6,7 @@ STEM.safetensors, or beyond a size STEM-00001-of-00003.safetensors …, STEM.saf
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,7 +72,7 @@ class WeightsDigest:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Counts a tensor in, on the CPU."""
         content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        own = hashlib.sha256(memoryview(content)).hexdigest()
+        own = hashlib.sha256(content.data).hexdigest()
         self._lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {own}")
 
     def value(self) -> str:
@@ -85,8 +86,7 @@ def write_tensors(folder: Path, tensors: NamedTensors, *, stem: str, shard_bytes
     Returns:
         Their `WeightsDigest`.
     """
-    from safetensors.torch import save_file
-
+    save_file = _import_safetensors("safetensors.torch").save_file
     digest = WeightsDigest()
     shards: list[dict[str, int]] = []  # sizes by name
     held: dict[str, torch.Tensor] = {}
@@ -162,16 +162,19 @@ def _find_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _open_file(path: Path) -> Any:
+    safetensors = _import_safetensors("safetensors")
     try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError:
-        raise UserError("safetensors is not installed; pip install 'sas-megatron[export]'") from None
-
-    try:
-        return safe_open(path, framework="pt")
+        return safetensors.safe_open(path, framework="pt")
     except FileNotFoundError:
         raise FileProblem(
             path, "there is no such file", "give a folder whose weights are in safetensors files"
         ) from None
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise FileProblem(path, f"is damaged, or no safetensors file ({error})", "copy it again") from None
+
+
+def _import_safetensors(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise UserError("safetensors: is not installed; pip install 'sas-megatron[export]'") from None

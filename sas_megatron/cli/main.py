@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
     "data": ("sas_megatron.cli.data:data", "Turn documents into token files, and look into them."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
+    "checkpoint": (
+        "sas_megatron.cli.checkpoint:checkpoint",
+        "Take models to transformers, and from it.",
+    ),
     "costs": ("sas_megatron.cli.costs:costs", "Count parameters and FLOPs of configs."),
     "simulate": (
         "sas_megatron.cli.simulate:simulate",

@@ -62,12 +62,14 @@ def attend(
         scale=1 / math.sqrt(width),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return context[..., :value_width]
+    narrowed: torch.Tensor = context[..., :value_width]
+    return narrowed
 
 
 def split_heads(columns: torch.Tensor, width: int) -> torch.Tensor:
     """[B, S, heads·width] -> [B, heads, S, width]."""
-    return columns.unflatten(-1, (-1, width)).transpose(1, 2)
+    heads: torch.Tensor = columns.unflatten(-1, (-1, width))
+    return heads.transpose(1, 2)
 
 
 class GroupedAttention(nn.Module):
@@ -77,6 +79,7 @@ class GroupedAttention(nn.Module):
     """
 
     num_blocks = 1
+    linear_qkv: Any
 
     def __init__(self, config: SASMegatronConfig, layer_index: int) -> None:
         super().__init__()
@@ -101,7 +104,8 @@ class GroupedAttention(nn.Module):
         query, *kept = self.project(hidden, places.of_new)
         if cache is not None:
             kept = cache.update(*kept, self.layer_index)
-        key, value = self.expand(*kept, places.of_all)
+        kept_key, kept_value = kept
+        key, value = self.expand(kept_key, kept_value, places.of_all)
         context = attend(query, key, value, places.allowed)
         averaged = context.unflatten(1, (self.num_blocks, -1)).mean(dim=1)
         projected: torch.Tensor = self.linear_proj(averaged.transpose(1, 2).flatten(2))
@@ -142,13 +146,14 @@ class ResidualMap(nn.Module):
         """[B, heads, S, D] -> as many heads of E features, or r times as many of D."""
         if self.expand.dim() == 2:
             expanded = F.linear(heads, self.expand, self.expand_bias)
-            return expanded + F.linear(F.relu(expanded), self.refine, self.refine_bias)
+            return F.linear(F.relu(expanded), self.refine, self.refine_bias).add(expanded)
         # A token's heads are the channels, and their features the axis that the kernel moves along.
         padding = self.expand.shape[-1] // 2
         channels = heads.transpose(1, 2).flatten(0, 1)
         expanded = F.conv1d(channels, self.expand, self.expand_bias, padding=padding)
         refined = F.conv1d(F.relu(expanded), self.refine, self.refine_bias, padding=padding)
-        return (expanded + refined).unflatten(0, (heads.shape[0], -1)).transpose(1, 2)
+        simulated: torch.Tensor = (expanded + refined).unflatten(0, (heads.shape[0], -1))
+        return simulated.transpose(1, 2)
 
 
 class SimulatedAttention(GroupedAttention):
@@ -176,7 +181,8 @@ class SimulatedAttention(GroupedAttention):
 
     def simulate(self, name: str, heads: torch.Tensor) -> torch.Tensor:
         """Base heads of the query, key or value -> its simulated heads and features."""
-        maps, features = self.simulation["heads"], self.simulation["features"]
+        maps: Any = self.simulation["heads"]
+        features: Any = self.simulation["features"]
         heads = maps[name](heads) if name in maps else heads.repeat(1, self.num_blocks, 1, 1)
         return features[name](heads) if name in features else heads
 

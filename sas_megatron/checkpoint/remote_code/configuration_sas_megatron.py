@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 
-class SASMegatronConfig(PretrainedConfig):  # type: ignore[misc]
+class SASMegatronConfig(PretrainedConfig):
     """Sizes and parts of a decoder whose attention is SAS or one that it is compared with.
 
     Args:

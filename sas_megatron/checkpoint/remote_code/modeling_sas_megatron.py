@@ -67,7 +67,20 @@ class TransformerLayer(nn.Module):
         return result
 
 
-class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+def _readable(slots: torch.Tensor, num_past: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which of all T tokens each new one may read, [B or 1, 1, S, T]; None: all up to its own."""
+    has_padding = attention_mask is not None and not bool(attention_mask.all())
+    if not has_padding and (num_past == 0 or len(slots) == num_past + 1):
+        return None
+    new = slots[num_past:, None]
+    causal = (slots <= new)[None, None]
+    if attention_mask is None:
+        return causal
+    # A padding token reads itself, or nothing would be left to weigh.
+    return (causal & attention_mask[:, None, None].bool()) | (slots == new)
+
+
+class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
     """The whole decoder, for `AutoModelForCausalLM` and `generate`; dropout is left out."""
 
     config_class = SASMegatronConfig
@@ -81,7 +94,7 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         layers = [TransformerLayer(config, index) for index in range(config.num_hidden_layers)]
         self.decoder = nn.ModuleDict({"layers": nn.ModuleList(layers), "final_layernorm": build_norm(config)})
         if not config.tie_word_embeddings:
-            self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.output_layer: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -113,7 +126,7 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             past_key_values = DynamicCache()
         places = self._places(hidden, attention_mask, position_ids, past_key_values)
         states = [hidden]
-        for layer in self.decoder["layers"]:
+        for layer in self.decoder["layers"].children():
             hidden = layer(hidden, places, past_key_values)
             states = [*states, hidden] if output_hidden_states else states
         hidden = self.decoder["final_layernorm"](hidden)
@@ -135,9 +148,8 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         position_ids: torch.Tensor | None,
         cache: Cache | None,
     ) -> Places:
-        num_new = hidden.shape[1]
         num_past = cache.get_seq_length() if cache is not None else 0
-        slots = torch.arange(num_past + num_new, device=hidden.device)
+        slots = torch.arange(num_past + hidden.shape[1], device=hidden.device)
         positions = slots[None]
         if attention_mask is not None:
             if attention_mask.shape[1:] != slots.shape:
@@ -152,17 +164,9 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             raise ValueError(
                 "position_ids: must count the tokens of attention_mask, as those kept were counted"
             )
-        allowed = slots <= slots[num_past:, None]
-        if attention_mask is not None and not bool(attention_mask.all()):
-            # A padding token reads itself, or nothing would be left to weigh.
-            itself = slots == slots[num_past:, None]
-            allowed = (allowed & attention_mask[:, None, None].bool()) | itself
-        elif num_past == 0 or num_new == 1:
-            allowed = None
-        else:
-            allowed = allowed[None, None]
         of_all = self._angles(positions)
-        return Places(Angles(*(part[..., num_past:, :] for part in of_all)), of_all, allowed)
+        of_new = Angles(*(part[..., num_past:, :] for part in of_all))
+        return Places(of_new, of_all, _readable(slots, num_past, attention_mask))
 
     def _angles(self, positions: torch.Tensor) -> Angles:
         """[B or 1, tokens] -> angles in float32, as in training."""
@@ -174,9 +178,9 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         return Angles(angles.cos(), angles.sin())
 
     def _output_table(self) -> torch.Tensor:
-        tied = self.config.tie_word_embeddings
-        table: torch.Tensor = (self.get_input_embeddings() if tied else self.output_layer).weight
-        return table
+        table: Any = self.get_output_embeddings() or self.get_input_embeddings()
+        weight: torch.Tensor = table.weight
+        return weight
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding's table."""

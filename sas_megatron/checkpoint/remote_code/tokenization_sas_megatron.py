@@ -15,7 +15,7 @@ SPACE_MARK = "\u2581"
 SPACE_MARK_PIECES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
 
 
-class SASMegatronTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
+class SASMegatronTokenizer(PreTrainedTokenizer):
     """Text to ids as in training, and back to exactly the text.
 
     Nothing is put before or after a text. The names of control tokens in it (`</s>`) are text and no
