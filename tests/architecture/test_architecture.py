@@ -17,6 +17,7 @@ WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
     *sorted((PACKAGE / "scaling").glob("*.py")),
     *(PACKAGE / "model" / name for name in ("__init__.py", "costs.py")),
+    *(PACKAGE / "checkpoint" / name for name in ("__init__.py", "architecture.py", "manifest.py")),
     *(
         PACKAGE / "planning" / name
         for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "tally.py")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
 from tests.checkpoint.whole_models import ATTENTIONS, PARTS, logits_of, whole_weights
+from tests.conftest import ROOT
 from tests.model.model_parts import random_tokens
 from tests.run_configs import small_config
 from tests.small_data import SmallData
@@ -194,3 +197,18 @@ def test_weights_of_another_config_are_refused(ranks: Any, small_data: SmallData
         export_model(weights, other, folder=tmp_path / "model")
     with pytest.raises(FileProblem, match="is there already; name a new folder"):
         export_model(weights, config, folder=tmp_path)
+
+
+def test_a_model_is_not_held_twice(small_data: SmallData, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoint.export_memory", small_data.tokenizer, tmp_path / "model"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    model_bytes, grown = map(int, done.stdout.split())
+    assert model_bytes > 120_000_000
+    # A shard of 8 MB, and what importing and Python take.
+    assert grown < 40_000_000, f"{grown:,} bytes beside the model's {model_bytes:,}"
