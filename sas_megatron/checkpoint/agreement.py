@@ -1,4 +1,4 @@
-"""Problems with files, met by all ranks alike whichever rank has them."""
+"""Problems that the user can mend, met by all ranks alike whichever rank has them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.errors import FileProblem, UserError
 
 T = TypeVar("T")
 
@@ -17,14 +17,14 @@ def together(action: Callable[[], T]) -> T:
     """What `action` returns on this rank, if it succeeds on every rank; every rank must call it.
 
     Raises:
-        FileProblem: the lowest rank's, the same on every rank.
+        UserError: the lowest rank's, the same on every rank.
     """
     result, problem = None, None
     try:
         result = action()
-    except FileProblem as error:
+    except UserError as error:
         problem = error
-    problems: list[FileProblem | None] = [None] * dist.get_world_size()
+    problems: list[UserError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for found in problems:
         if found is not None:
@@ -36,17 +36,17 @@ def on_first_rank(action: Callable[[], T]) -> T:
     """What `action` returns on rank 0, on every rank; others do not run it.
 
     Raises:
-        FileProblem: rank 0's.
+        UserError: rank 0's.
     """
-    outcome: list[T | FileProblem | None] = [None]
+    outcome: list[T | UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
             outcome = [action()]
-        except FileProblem as error:
+        except UserError as error:
             outcome = [error]
     dist.broadcast_object_list(outcome, src=0)
     (result,) = outcome
-    if isinstance(result, FileProblem):
+    if isinstance(result, UserError):
         raise result
     return result  # type: ignore[return-value]
 

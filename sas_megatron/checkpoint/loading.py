@@ -19,7 +19,7 @@ from sas_megatron.checkpoint.agreement import on_first_rank, together
 from sas_megatron.checkpoint.layout import describe_layout, name_differences
 from sas_megatron.checkpoint.manifest import DamagedCheckpoint, Manifest
 from sas_megatron.checkpoint.random_states import read_random_states, set_random_states, shard_random_states
-from sas_megatron.checkpoint.sharded_tensors import by_name, shard_weights
+from sas_megatron.checkpoint.sharded_tensors import by_name
 from sas_megatron.checkpoint.tensor_reading import TensorReader
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
@@ -92,17 +92,6 @@ def restore_random_states(checkpoint: Checkpoint, config: RunConfig, *, say: Cal
         return
     restore_tensors(checkpoint, shard_random_states(states))
     set_random_states(states)
-
-
-def load_initial_weights(path: Path, pieces: list[Any]) -> None:
-    """Fills the weights of this rank's pieces from a checkpoint of any layout and engine.
-
-    Every rank must call it.
-
-    Raises:
-        FileProblem: it is damaged, or of another model.
-    """
-    restore_tensors(open_checkpoint(path), shard_weights(pieces))
 
 
 def _read_tensors(folder: Path, shards: list[ShardedTensor]) -> None:

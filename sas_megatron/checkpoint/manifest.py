@@ -80,6 +80,18 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(complete, key=_step_of, reverse=True)
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, by its directory or its `checkpoints`, the newest first."""
+    return find_checkpoints(run / "checkpoints") or find_checkpoints(run)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """`path`, if it is a checkpoint, else the newest of the run that is there; None if there is none."""
+    if _NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+        return path
+    return next(iter(checkpoints_of(path)), None)
+
+
 def write_synced(path: Path, text: str) -> None:
     """Writes a file and waits until it is on disk."""
     with path.open("w", encoding="utf-8") as file:

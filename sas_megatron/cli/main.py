@@ -23,7 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
     "data": ("sas_megatron.cli.data:data", "Turn documents into token files, and look into them."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
-    "checkpoint": ("sas_megatron.cli.checkpoint:checkpoint", "Check saved checkpoints."),
+    "checkpoint": (
+        "sas_megatron.cli.checkpoint:checkpoint",
+        "Check saved checkpoints; take models to transformers, and from it.",
+    ),
     "costs": ("sas_megatron.cli.costs:costs", "Count parameters and FLOPs of configs."),
     "match": (
         "sas_megatron.cli.match:match",

@@ -119,8 +119,9 @@ class CheckpointConfig(Section):
     )
     initial_weights: str | None = Field(
         default=None,
-        description="A checkpoint of the same model, from any run, layout or engine, whose weights a new run "
-        "begins with; null: draw them.",
+        description="What a new run begins with: a checkpoint or a run of the same model, of any layout or "
+        "engine, or what `sas-megatron checkpoint import` wrote; null: weights drawn from training.seed. A "
+        "checkpoint that is gone on with comes first.",
     )
 
     @model_validator(mode="after")

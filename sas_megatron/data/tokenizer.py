@@ -73,6 +73,11 @@ class Tokenizer:
         """The UTF-8 bytes that each token stands for, int32 [vocab_size]; 0 for control tokens."""
         return np.array([len(token_bytes) for token_bytes in self._token_bytes], dtype=np.int32)
 
+    def piece(self, token: int) -> str:
+        """A token under its name in the sentencepiece model, such as `</s>`."""
+        name: str = self._processor.id_to_piece(token)
+        return name
+
     @property
     def token_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.int32]:
         """The type of stored tokens that Megatron-core takes (DType.optimal_dtype): uint16 below 65500."""

@@ -55,18 +55,32 @@ def initialize_layer(layer: Any, config: RunConfig) -> None:
 
 @torch.no_grad()
 def _initialize(part: nn.Module, config: RunConfig, name_of: Callable[[str], str]) -> None:
-    drawn: set[nn.Parameter] = set()
-    for module_name, module in part.named_modules():
-        if isinstance(module, ResidualMap):
-            module.initialize(
-                config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
-                config.model.init_std,
-                functools.partial(_generator_in, config.training.seed, name_of(module_name)),
-            )
-            drawn.update(module.parameters())
+    drawn = initialize_simulation(part, config, name_of=name_of)
     for name, parameter in part.named_parameters():
         if parameter not in drawn:
             _initialize_parameter(name_of(name), parameter, config)
+
+
+def initialize_simulation(
+    module: nn.Module, config: RunConfig, *, name_of: Callable[[str], str]
+) -> set[nn.Parameter]:
+    """Draws the weights of all simulations in a module, and returns them.
+
+    Args:
+        module: A model, or a part of one.
+        config: The run.
+        name_of: Gives the global name of a module by its name within `module`.
+    """
+    drawn: set[nn.Parameter] = set()
+    for own_name, part in module.named_modules():
+        if isinstance(part, ResidualMap):
+            part.initialize(
+                config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
+                config.model.init_std,
+                functools.partial(_generator_in, config.training.seed, name_of(own_name)),
+            )
+            drawn.update(part.parameters())
+    return drawn
 
 
 def global_name(model: Any, name: str) -> str:

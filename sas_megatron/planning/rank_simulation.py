@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from sas_megatron.config.run import RunConfig
+from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.parallel.wire_ledger import build_ledger
@@ -221,7 +222,7 @@ class _WatchedEngine(MegatronEngine):
     """The engine as it is, but that it says when a step's microbatches are done."""
 
     def __init__(self, config: RunConfig, stepper: Stepper) -> None:
-        super().__init__(config)
+        super().__init__(config, build_gpt_pieces(config))
         self._stepper = stepper
 
     def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:

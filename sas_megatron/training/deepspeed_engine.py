@@ -20,7 +20,7 @@ from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.parallel.gradients import sum_over
-from sas_megatron.training.engine import Engine, ForwardStep, Reports, build_pieces
+from sas_megatron.training.engine import Engine, ForwardStep, Reports
 from sas_megatron.training.optimizer import build_schedule, describe_parameter_groups
 
 # Its files within a checkpoint.
@@ -54,9 +54,9 @@ class ModelParallelUnit:
 class DeepSpeedEngine(Engine):
     """ZeRO stages 0 to 3 with tensor and context parallelism; AdamW from torch."""
 
-    def __init__(self, config: RunConfig, initial_weights: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, pieces: list[Any]) -> None:
         self.config = config
-        self.pieces = build_pieces(config, initial_weights)
+        self.pieces = pieces
         (self.model,) = self.pieces
         self.groups = ModelParallelUnit()
         self.num_microbatches = config.training.num_microbatches(

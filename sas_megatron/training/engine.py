@@ -17,7 +17,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from sas_megatron.checkpoint.loading import Checkpoint, load_initial_weights
+from sas_megatron.checkpoint.initial_weights import load_initial_weights
+from sas_megatron.checkpoint.loading import Checkpoint
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.assembly import build_gpt_pieces
 from sas_megatron.model.language_loss import Batch
@@ -76,20 +77,20 @@ class Engine(ABC):
         """
 
 
-def build_pieces(config: RunConfig, initial_weights: Path | None) -> list[Any]:
-    """This rank's pieces with drawn weights, or those of the checkpoint `initial_weights`."""
-    pieces = build_gpt_pieces(config)
-    if initial_weights is not None:
-        load_initial_weights(initial_weights, pieces)
-    return list(pieces)
-
-
 def assemble(config: RunConfig, *, initial_weights: Path | None = None) -> Engine:
-    """Builds model, optimizer and schedule on this rank, by `training.engine`; its groups must exist."""
+    """Builds model, optimizer and schedule on this rank, by `training.engine`; its groups must exist.
+
+    Args:
+        config: The run.
+        initial_weights: What to begin with (as `checkpoint.initial_weights`) in place of drawn weights.
+    """
+    pieces = build_gpt_pieces(config)
+    if initial_weights is not None:  # before the optimizer copies them
+        load_initial_weights(initial_weights, pieces, config)
     if config.training.engine == "deepspeed":
         from sas_megatron.training.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, initial_weights)
+        return DeepSpeedEngine(config, pieces)
     from sas_megatron.training.megatron_engine import MegatronEngine
 
-    return MegatronEngine(config, initial_weights)
+    return MegatronEngine(config, pieces)

@@ -21,7 +21,7 @@ from sas_megatron.checkpoint.loading import Checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.language_loss import Batch, forward_step
-from sas_megatron.training.engine import Engine, ForwardStep, Reports, build_pieces
+from sas_megatron.training.engine import Engine, ForwardStep, Reports
 from sas_megatron.training.optimizer import build_optimizer, build_schedule
 from sas_megatron.training.optimizer_states import read_num_updates, set_num_updates, shard_optimizer
 
@@ -29,9 +29,9 @@ from sas_megatron.training.optimizer_states import read_num_updates, set_num_upd
 class MegatronEngine(Engine):
     """Gradients in float32 buffers, reduced over the data ranks; AdamW, its states sharded if asked for."""
 
-    def __init__(self, config: RunConfig, initial_weights: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, pieces: list[Any]) -> None:
         self.config = config
-        self.pieces = build_pieces(config, initial_weights)
+        self.pieces = pieces
         self.chunks = [self._wrap(piece, is_first=index == 0) for index, piece in enumerate(self.pieces)]
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config, self.optimizer)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sas_megatron.checkpoint.manifest import read_manifest
+from sas_megatron.checkpoint.manifest import find_checkpoints
+from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
 from sas_megatron.platform.launcher import is_first_rank, launched_world_size
@@ -20,8 +21,9 @@ def check(config: RunConfig, *, world_size: int) -> None:
     config.check_world_size(world_size)
     open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_rank())
     RunFiles.check_directory(config)
-    if config.checkpoint.initial_weights is not None:
-        read_manifest(Path(config.checkpoint.initial_weights))
+    goes_on = config.checkpoint.resume and find_checkpoints(RunFiles.checkpoints(config))
+    if config.checkpoint.initial_weights is not None and not goes_on:
+        find_weights(Path(config.checkpoint.initial_weights), config)
 
 
 def train(config: RunConfig) -> None:

@@ -20,7 +20,16 @@ WITHOUT_TORCH = [
         PACKAGE / "model" / name
         for name in ("__init__.py", "costs.py", "gradient_buffers.py", "weights.py", "wire_costs.py")
     ),
-    *(PACKAGE / "checkpoint" / name for name in ("__init__.py", "manifest.py")),
+    *(
+        PACKAGE / "checkpoint" / name
+        for name in (
+            "__init__.py",
+            "architecture.py",
+            "manifest.py",
+            "weights_record.py",
+            "weights_source.py",
+        )
+    ),
     *(
         PACKAGE / "planning" / name
         for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "tally.py")

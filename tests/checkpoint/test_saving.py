@@ -235,12 +235,13 @@ def test_files_of_another_model_are_refused_by_name_and_shape(ranks: Any, two_ch
     with pytest.raises(
         AssertionError, match=r"has another shape, \[56, 20\], of .*linear_fc1\.weight, which is \[72, 20\]"
     ):
-        ranks(2).run(weights_from, other, find_checkpoints(two_checkpoints)[0])
+        ranks(2).run(restore_from, other, find_checkpoints(two_checkpoints)[0])
 
 
-def weights_from(config: RunConfig, path: Path) -> None:
+def restore_from(config: RunConfig, path: Path) -> None:
     """On a rank."""
+    from sas_megatron.checkpoint.loading import open_checkpoint
     from sas_megatron.training.engine import assemble
 
     in_layout(config.parallel)
-    assemble(config, initial_weights=path)
+    assemble(config).restore(open_checkpoint(path))

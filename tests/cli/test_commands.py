@@ -65,7 +65,15 @@ def test_of_many_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["-h"], ["--version"], ["train", "--help"], ["costs", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["-h"],
+        ["--version"],
+        ["train", "--help"],
+        ["costs", "--help"],
+        ["checkpoint", "import", "-h"],
+    ],
 )
 def test_help_imports_neither_torch_nor_pydantic(arguments: list[str]) -> None:
     script = (

@@ -72,14 +72,20 @@ def random_tokens(config: RunConfig) -> torch.Tensor:
 
 def logits_part(config: RunConfig) -> torch.Tensor | None:
     """On a rank: float64 logits of its part of the vocabulary, [B, S, V/P]; None before the last stage."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from sas_megatron.model.assembly import build_gpt_pieces
 
-    topology = in_layout(config.parallel)
+    in_layout(config.parallel)
     pieces = build_gpt_pieces(config, dtype=torch.float64)
     for piece in pieces:
-        _roughen_weights(piece)
+        roughen_weights(piece)
+    return logits_part_of(pieces, config)
+
+
+def logits_part_of(pieces: list[Any], config: RunConfig) -> torch.Tensor | None:
+    """The same of a rank's pieces as they are."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    topology = in_layout(config.parallel)
     tokens = random_tokens(config)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     mine = token_places(tokens.shape[1], topology.context_group.size())[topology.context_rank]
@@ -119,7 +125,7 @@ def joined_logits(by_rank: list[torch.Tensor | None], parallel: ParallelConfig) 
 
 
 @torch.no_grad()
-def _roughen_weights(model: Any) -> None:
+def roughen_weights(model: Any) -> None:
     """Gives every weight a part in the result, the same at every layout.
 
     Matrices from N(0, 0.02) leave scores, gates and ReLUs in their linear range, so they are scaled

@@ -117,12 +117,20 @@ def test_a_new_run_begins_with_the_weights_of_another(
     first = small_data.run(tmp_path / "first", training={"num_steps": 4})
     ranks(1).run(complete, first)
     (path,) = find_checkpoints(RunFiles.checkpoints(first))
+    for place in (path, path.parent):
+        other = small_data.run(
+            tmp_path / "other", model={"rotary_base": 500}, checkpoint={"initial_weights": str(place)}
+        )
+        with pytest.raises(
+            FieldError, match=r"model\.rotary_base=500: is 10000 of the weights in .*0000004; set"
+        ):
+            start.check(other, world_size=1)
     second = small_data.run(
         tmp_path / "second",
         training={"num_steps": 4, "engine": "deepspeed"},
         parallel={"tensor": 2},
         optimizer={"learning_rate": 1e-9},
-        checkpoint={"initial_weights": str(path)},
+        checkpoint={"initial_weights": str(tmp_path / "first")},
     )
     start.check(second, world_size=2)
     ranks(2).run(complete, second)
@@ -136,7 +144,7 @@ def test_initial_weights_that_are_not_there_are_missed_before_training(
     small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(tmp_path / "run", checkpoint={"initial_weights": str(tmp_path / "nothing")})
-    with pytest.raises(FileProblem, match=r"nothing: is no folder; give a checkpoint, such as run/check"):
+    with pytest.raises(FileProblem, match=r"nothing: holds neither a checkpoint nor weights"):
         start.check(config, world_size=1)
 
 

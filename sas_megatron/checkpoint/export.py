@@ -1,0 +1,151 @@
+"""A trained model as a folder that transformers loads: weights, config, code, tokenizer, and its origin.
+
+A plain Llama where the model is one, which loads without code from the folder; otherwise with the code
+in `remote_code`, under the names that weights have in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sas_megatron.checkpoint.llama import find_obstacle, llama_config, to_llama
+from sas_megatron.checkpoint.model_card import Export, write_card
+from sas_megatron.checkpoint.own_format import own_config
+from sas_megatron.checkpoint.tensor_files import SHARD_BYTES, TABLES, NamedTensors, new_folder, write_tensors
+from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.loading import dump_yaml
+from sas_megatron.config.run import RunConfig
+from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.model.costs import count_parameters
+
+_CODE = Path(__file__).parent / "remote_code"
+_MODEL_CODE = ("attention_sas_megatron.py", "configuration_sas_megatron.py", "modeling_sas_megatron.py")
+_TOKENIZER_CODE = "tokenization_sas_megatron.py"
+
+
+def export_model(
+    weights: Mapping[str, torch.Tensor],
+    config: RunConfig,
+    *,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    origin: str = "weights in memory",
+    shard_bytes: int = SHARD_BYTES,
+) -> Export:
+    """Writes a model for transformers; beside `weights`, memory holds one shard.
+
+    The rows that pad the tables beyond the vocabulary are left out.
+
+    Args:
+        weights: All whole weights by global name; each is read once.
+        config: Of the run that trained them; its tokenizer's file must be there.
+        folder: New.
+        dtype: Of the written weights; None: as they are.
+        origin: Where the weights are from, for the model card.
+        shard_bytes: Of each file of weights at most.
+
+    Raises:
+        UserError: the weights are not those of the config, or a file cannot be read or written.
+    """
+    tokenizer = _open_tokenizer(config)
+    obstacle = find_obstacle(config.model, config.attention)
+    tensors = _whole_tensors(weights, config, dtype)
+    if obstacle is None:
+        fields = llama_config(config.model, config.attention)
+        tensors = to_llama(tensors, config.attention)
+    else:
+        fields = own_config(config.model, config.attention)
+    with new_folder(folder) as partial:
+        weights_sha256 = write_tensors(partial, tensors, stem="model", shard_bytes=shard_bytes)
+        written = dtype or next(iter(weights.values())).dtype
+        fields |= {
+            "max_position_embeddings": config.data.sequence_length,
+            "torch_dtype": str(written).removeprefix("torch."),
+            "use_cache": True,
+            # Documents end with this token, and begin with none.
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.eos_id,
+        }
+        _write_json(partial / "config.json", fields)
+        _write_json(
+            partial / "generation_config.json",
+            {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id, "use_cache": True},
+        )
+        _write_tokenizer(partial, tokenizer, config)
+        for name in () if obstacle is None else _MODEL_CODE:
+            shutil.copyfile(_CODE / name, partial / name)
+        resolved = dump_yaml(config)
+        (partial / "training_config.yaml").write_text(resolved, encoding="utf-8")
+        export = Export(
+            folder=folder,
+            model_class=fields["architectures"][0],
+            obstacle=obstacle,
+            origin=origin,
+            weights_sha256=weights_sha256,
+            config_sha256=hashlib.sha256(resolved.encode()).hexdigest(),
+            tokenizer_sha256=tokenizer.sha256,
+        )
+        write_card(partial / "README.md", export, config)
+    return export
+
+
+def _open_tokenizer(config: RunConfig) -> Tokenizer:
+    tokenizer = Tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise FieldError(
+            "data.tokenizer",
+            config.data.tokenizer,
+            f"has {tokenizer.vocab_size} tokens, and model.vocab_size={config.model.vocab_size}",
+            "name the tokenizer that the model was trained with",
+        )
+    return tokenizer
+
+
+def _whole_tensors(
+    weights: Mapping[str, torch.Tensor], config: RunConfig, dtype: torch.dtype | None
+) -> NamedTensors:
+    """The weights without padding rows, as `dtype`; all must be there."""
+    total = 0
+    for name in weights:
+        tensor = weights[name]
+        total += tensor.numel()
+        if name in TABLES:
+            tensor = tensor[: config.model.vocab_size]
+        yield name, tensor if dtype is None else tensor.to(dtype)
+    expected = sum(count_parameters(config).values())
+    if total != expected:
+        raise UserError(
+            f"weights: {total:,} parameters, and the config describes {expected:,}; give those of this config"
+        )
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
+    end_of_document = tokenizer.piece(tokenizer.eos_id)
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    shutil.copyfile(_CODE / _TOKENIZER_CODE, folder / _TOKENIZER_CODE)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "SASMegatronTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_sas_megatron.SASMegatronTokenizer", None]},
+            "model_max_length": config.data.sequence_length,
+            "eos_token": end_of_document,
+            # Ends of documents serve as padding: there is no token for that.
+            "pad_token": end_of_document,
+            "padding_side": "left",
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

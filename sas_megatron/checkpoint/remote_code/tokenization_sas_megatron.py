@@ -1,0 +1,74 @@
+"""The tokenizer of a model that sas_megatron trained: its sentencepiece model, the same ids."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+# sentencepiece writes a space as this character, and so cannot tell one in the text from a space: as in
+# training, it becomes the tokens of its three bytes.
+SPACE_MARK = "\u2581"
+SPACE_MARK_PIECES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+
+
+class SASMegatronTokenizer(PreTrainedTokenizer):
+    """Text to ids as in training, and back to exactly the text.
+
+    Nothing is put before or after a text. The names of control tokens in it (`</s>`) are text and no
+    tokens, as in training, unless `split_special_tokens=False` is asked for.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012  # transformers reads it so
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(self, vocab_file: str, **options: Any) -> None:
+        self.vocab_file = vocab_file
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        options.setdefault("split_special_tokens", True)
+        super().__init__(**options)
+
+    @property
+    def vocab_size(self) -> int:
+        """Pieces of the sentencepiece model."""
+        size: int = self.processor.get_piece_size()
+        return size
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by piece."""
+        return {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
+
+    def _tokenize(self, text: str, **_options: Any) -> list[str]:
+        first, *others = text.split(SPACE_MARK)
+        pieces: list[str] = self.processor.encode(first, out_type=str)
+        for part in others:
+            pieces += SPACE_MARK_PIECES + self.processor.encode(part, out_type=str)
+        return pieces
+
+    def _convert_token_to_id(self, token: str) -> int:
+        found: int = self.processor.piece_to_id(token)
+        return found
+
+    def _convert_id_to_token(self, index: int) -> str:
+        piece: str = self.processor.id_to_piece(index)
+        return piece
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of pieces; bytes that are no UTF-8, as a model may generate, become U+FFFD."""
+        return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
+
+    def _bytes_of(self, piece: str) -> bytes:
+        if self.processor.is_byte(self.processor.piece_to_id(piece)):
+            return bytes([int(piece[3:5], 16)])  # "<0x0A>"
+        return piece.replace(SPACE_MARK, " ").encode()
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Copies the sentencepiece model."""
+        name = f"{filename_prefix}-tokenizer.model" if filename_prefix else "tokenizer.model"
+        target = Path(save_directory) / name
+        if target.resolve() != Path(self.vocab_file).resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)

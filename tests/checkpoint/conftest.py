@@ -1,0 +1,19 @@
+"""transformers without network, its cache in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline_transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set before transformers is first imported: it reads them then."""
+    home = tmp_path_factory.mktemp("hugging_face")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HOME", str(home))
+        patch.setitem(os.environ, "HF_MODULES_CACHE", str(home / "modules"))
+        yield

@@ -1,0 +1,100 @@
+"""Whole models for tests of checkpoints: their weights by global name, and their logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sas_megatron.config.run import RunConfig
+from tests.model.model_parts import random_tokens, roughen_weights, weight_parts
+from tests.rank_pool import in_layout
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
+    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+    "gqa-partly-rotary": {
+        "kind": "gqa",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "rotary_dim": 4,
+    },
+    "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
+    "mla": {
+        "kind": "mla",
+        "num_heads": 4,
+        "head_dim": 6,
+        "rotary_head_dim": 4,
+        "kv_lora_rank": 9,
+        "query_lora_rank": 11,
+        "value_head_dim": 5,
+    },
+    "mla-whole-queries": {
+        "kind": "mla",
+        "num_heads": 4,
+        "head_dim": 6,
+        "rotary_head_dim": 4,
+        "kv_lora_rank": 9,
+        "query_lora_rank": None,
+    },
+    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
+    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "initialization": "normal"},
+    "tpa-kv": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "factorize_query": False},
+    "sas": {"kind": "sas", "num_heads": 4, "head_dim": 6},
+    "sas-grouped": {
+        "kind": "sas",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "head_expansion": 2,
+        "kernel_size": 5,
+        "simulation_bias": False,
+        "rotary_dim": 8,
+    },
+    "sas-partly": {
+        "kind": "sas",
+        "num_heads": 4,
+        "head_dim": 6,
+        "simulate_key_heads": False,
+        "simulate_features": False,
+    },
+}
+# The rest of the model: of the first, mha, gqa and mqa are plain Llamas.
+PARTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biased": {
+        "linear_bias": True,
+        "activation": "gelu",
+        "normalization": "layernorm",
+        "tie_embeddings": True,
+        "rotary_base": 500,
+    },
+}
+
+
+def whole_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """On the one rank of a pool: roughened weights of the freshly built model."""
+    from sas_megatron.model.assembly import build_gpt_pieces
+
+    in_layout(config.parallel)
+    pieces = build_gpt_pieces(config, dtype=dtype)
+    for piece in pieces:
+        roughen_weights(piece)
+    return {name: part.tensor for name, part in weight_parts(pieces).items()}
+
+
+@torch.no_grad()
+def logits_of(weights: dict[str, torch.Tensor], config: RunConfig) -> torch.Tensor:
+    """On the one rank of a pool: the logits [B, S, V], padding included, of these whole weights."""
+    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.initialization import global_name
+
+    in_layout(config.parallel)
+    dtype = weights["embedding.word_embeddings.weight"].dtype
+    (model,) = build_gpt_pieces(config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[global_name(model, name)])
+    tokens = random_tokens(config)
+    logits: torch.Tensor = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    return logits
