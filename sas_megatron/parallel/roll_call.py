@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -48,21 +48,31 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_COUNTS = 0.1
 EXIT_STATUS = 1  # 2 is for what the user can mend
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class RollCall:
     """For the length of a `with` block an error on any rank ends the process on all, with one report.
 
-    Inside it SIGTERM no longer kills: the rank answers first. A `UserError` passes, as every rank
-    is expected to meet it alike. In a world of one nothing is watched and errors pass as they are.
-    The main thread must enter it.
+    Inside it SIGTERM, SIGINT and SIGUSR1 end all ranks, each after its answer, but for a signal that
+    `takes_signal` says is taken care of. A `UserError` passes, as every rank is expected to meet it
+    alike. In a world of one nothing is watched and errors pass as they are. The main thread must
+    enter it.
     """
 
-    def __init__(self, store: Store, *, rank: int, world_size: int, timeout_minutes: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_minutes: float,
+        takes_signal: Callable[[int], bool] = lambda _number: False,
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._timeout_minutes = timeout_minutes
+        self._takes_signal = takes_signal
         self._base = store
         self._store = PrefixStore("roll_call", store)
         self._leaves_notes = world_size > 1
@@ -84,7 +94,9 @@ class RollCall:
         self._wake.setblocking(False)
         # The number of a signal is written there at once, whatever the main thread is doing.
         self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self._old_handler = signal.signal(signal.SIGTERM, _leave_it_to_the_watcher)
+        self._old_handlers = {
+            number: signal.signal(number, _leave_it_to_the_watcher) for number in _SIGNALS
+        }
         self._watcher = threading.Thread(target=self._watch, name="roll call", daemon=True)
         self._watcher.start()
         return self
@@ -110,7 +122,6 @@ class RollCall:
                     _put_answer(self._store, self.rank, Answer(AnswerKind.FAILED, _one_line(error)))
             self._leave()
             return
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the report short
         answer = _answer_of(error)
         if answer.kind == AnswerKind.FAILED:
             self._traceback = "".join(traceback.format_exception(error))
@@ -122,7 +133,8 @@ class RollCall:
         self._end_without_store()
 
     def _leave(self) -> None:
-        signal.signal(signal.SIGTERM, self._old_handler)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
         self._left.set()
         self._wake.send(b"\0")
@@ -153,7 +165,7 @@ class RollCall:
 
     def _order_to_end(self, received: bytes) -> Answer | None:
         for number in _SIGNALS:
-            if number in received:
+            if number in received and not self._takes_signal(number):
                 return Answer(AnswerKind.TOLD, f"received {number.name}")
         # torchrun does not take its processes with it when it is killed.
         if dist.is_torchelastic_launched() and os.getppid() != self._launcher:
@@ -251,7 +263,7 @@ class RollCall:
 
 
 def _leave_it_to_the_watcher(_number: int, _frame: FrameType | None) -> None:
-    """What Python calls for SIGTERM; the watcher has been woken by then."""
+    """What Python calls for the signals; the watcher has been woken by then."""
 
 
 def _end_process() -> NoReturn:
@@ -262,8 +274,6 @@ def _end_process() -> NoReturn:
 
 
 def _answer_of(error: BaseException) -> Answer:
-    if isinstance(error, KeyboardInterrupt):
-        return Answer(AnswerKind.TOLD, "received SIGINT")
     # gloo raises plain RuntimeErrors that name its source file; NCCL and the store have their own types.
     is_lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
     return Answer(AnswerKind.LOST if is_lost else AnswerKind.FAILED, _one_line(error))

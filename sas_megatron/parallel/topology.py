@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -62,14 +62,27 @@ class Topology:
         dist.all_reduce(totals, group=self.data_group)
         dist.all_reduce(totals, group=self.pipeline_group)
 
+    def sum_over_all(self, totals: torch.Tensor) -> None:
+        """Adds up, in place, what all ranks tell; reports of samples count once for each tensor rank.
+
+        All ranks end with the same to the bit, so that they can decide alike.
+        """
+        self.sum_reports(totals)
+        dist.all_reduce(totals, group=self.tensor_group)
+
 
 @contextlib.contextmanager
 def joined_topology(
-    config: ParallelConfig, *, device: torch.device, seed: int, timeout_minutes: float
+    config: ParallelConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    timeout_minutes: float,
+    takes_signal: Callable[[int], bool] = lambda _number: False,
 ) -> Iterator[Topology]:
     """Joins the world and its groups for the length of a `with` block, and leaves in good order.
 
-    In a world of several ranks an error within ends the process: see `RollCall`.
+    In a world of several ranks an error or a signal within ends the process: see `RollCall`.
     """
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = _meet(timeout)
@@ -82,7 +95,13 @@ def joined_topology(
     )
     try:
         with (
-            RollCall(store, rank=rank, world_size=world_size, timeout_minutes=timeout_minutes) as roll_call,
+            RollCall(
+                store,
+                rank=rank,
+                world_size=world_size,
+                timeout_minutes=timeout_minutes,
+                takes_signal=takes_signal,
+            ) as roll_call,
             joined_groups(config, device=device, seed=seed, timeout_minutes=timeout_minutes) as topology,
         ):
             yield replace(topology, roll_call=roll_call)

@@ -19,6 +19,8 @@ class Progress:
     # Seconds in training steps: start-up, evaluation and saving are left out.
     training_seconds: float = 0.0
     best_validation_loss: float | None = None
+    # An evaluation that was due when the run was stopped, which had no time for it.
+    owes_evaluation: bool = False
     step_seconds: list[float] = field(default_factory=list)
 
     def count_step(self, samples: int, seconds: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,19 +25,30 @@ class StepResult:
     loss: float
     gradient_norm: float
     learning_rate: float
+    # Whether any rank was asked to stop; the same on all.
+    stop_is_asked: bool = False
 
 
 def train_step(
-    engine: Engine, batches: Iterator[Batch], *, step: int, num_microbatches: int, topology: Topology
+    engine: Engine,
+    batches: Iterator[Batch],
+    *,
+    step: int,
+    num_microbatches: int,
+    topology: Topology,
+    asks_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Runs step number `step` (from 1).
+
+    Args:
+        asks_to_stop: Whether this rank is asked to stop, told to the others with the loss.
 
     Raises:
         TrainingFault: the loss is not finite, and the weights are as before the step; or the gradient
             norm is not, and the weights are lost: the last checkpoint is what counts.
     """
     reports = engine.accumulate(batches, num_microbatches=num_microbatches)
-    loss = mean_loss(reports, topology)
+    loss, stop_is_asked = _agree(reports, topology, asks_to_stop=asks_to_stop())
     if not math.isfinite(loss):
         raise TrainingFault(_describe_non_finite(reports, step, topology))
     engine.schedule.step(1)
@@ -48,16 +59,22 @@ def train_step(
             f"although the loss is {loss}; "
             "lower optimizer.learning_rate, or train in float32 to see whether precision is the cause"
         )
-    return StepResult(loss=loss, gradient_norm=gradient_norm, learning_rate=engine.schedule.get_lr({}))
+    return StepResult(
+        loss=loss,
+        gradient_norm=gradient_norm,
+        learning_rate=engine.schedule.get_lr({}),
+        stop_is_asked=stop_is_asked,
+    )
 
 
-def mean_loss(reports: Reports, topology: Topology) -> float:
-    """Mean loss by token over the microbatches of all data-parallel ranks; the same on every rank."""
-    total = torch.zeros(2, dtype=torch.float64, device=topology.device)
+def _agree(reports: Reports, topology: Topology, *, asks_to_stop: bool) -> tuple[float, bool]:
+    """Mean loss by token over all samples, and whether any rank is asked to stop: the same on every rank."""
+    totals = torch.zeros(3, dtype=torch.float64, device=topology.device)
     for report in reports:
-        total += report["loss"]
-    topology.sum_reports(total)
-    return (total[0] / total[1]).item()
+        totals[:2] += report["loss"]
+    totals[2] = asks_to_stop
+    topology.sum_over_all(totals)
+    return (totals[0] / totals[1]).item(), totals[2].item() > 0
 
 
 def _describe_non_finite(reports: Reports, step: int, topology: Topology) -> str:

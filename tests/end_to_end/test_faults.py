@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sas_megatron.config.loading import dump_yaml
 from sas_megatron.parallel.roll_call import GRACE_SECONDS
-from tests.conftest import ROOT
+from tests.end_to_end.jobs import Job
 from tests.small_data import SmallData
 
 TIMEOUT_SECONDS = 15  # long enough for four ranks to meet on two busy cores
@@ -51,107 +46,29 @@ if __name__ == "__main__":
 """
 
 
-class Job:
-    """A job of four ranks under torchrun; its processes carry a marker in their environment."""
-
-    def __init__(self, folder: Path, small_data: SmallData) -> None:
-        self.config = folder / "run.yaml"
-        self.run_directory = folder / "run"
-        self.config.write_text(
-            dump_yaml(
-                small_data.run(
-                    self.run_directory,
-                    parallel={"tensor": 2},
-                    training={
-                        "num_steps": 5000,
-                        "micro_batch_size": 2,
-                        "collective_timeout_minutes": TIMEOUT_SECONDS / 60,
-                    },
-                    evaluation={"interval": None},
-                )
-            )
-        )
-        self._marker = f"FAULT_TEST={uuid.uuid4()}"
-        self._output = folder / "output"
-
-    def start(self, *command: str) -> None:
-        # The commands of this interpreter first, as in an entered virtual environment.
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        name, value = self._marker.split("=")
-        with self._output.open("w") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "PATH": path,
-                    "PYTHONPATH": str(ROOT),
-                    name: value,
-                },
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-
-    def start_by_script(self) -> None:
-        self.start("launch/torchrun.sh", "4", str(self.config))
-
-    def start_misbehaving(self, how: str) -> None:
-        entry = self.config.with_name("entry.py")
-        entry.write_text(ENTRY)
-        self.start("torchrun", "--standalone", "--nproc-per-node=4", str(entry), how, str(self.config))
-
-    def finished_steps(self) -> int:
-        metrics = self.run_directory / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 240
-        while self.finished_steps() < step:
-            assert self._process.poll() is None, self.output()
-            assert time.monotonic() < deadline, self.output()
-            time.sleep(0.05)
-
-    def signal_rank(self, rank: int, number: signal.Signals) -> None:
-        (process,) = [pid for pid in self.processes() if f"RANK={rank}" in _environment(pid)]
-        os.kill(process, number)
-
-    def signal_launcher(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def wait(self, seconds: float) -> int:
-        return self._process.wait(timeout=seconds)
-
-    def processes(self) -> list[int]:
-        own = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-        return [pid for pid in own if self._marker in _environment(pid)]
-
-    def output(self) -> str:
-        return self._output.read_text()
-
-    def report(self) -> str:
-        (report,) = [
-            line for line in self.output().splitlines() if line.startswith("sas-megatron: training stopped")
-        ]
-        return report
-
-    def kill(self) -> None:
-        for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def _environment(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []  # it has ended, or is another user's
-
-
 @pytest.fixture
 def job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
-    job = Job(tmp_path, small_data)
+    job = Job(
+        tmp_path,
+        small_data.run(
+            tmp_path / "run",
+            parallel={"tensor": 2},
+            training={
+                "num_steps": 5000,
+                "micro_batch_size": 2,
+                "collective_timeout_minutes": TIMEOUT_SECONDS / 60,
+            },
+            evaluation={"interval": None},
+        ),
+    )
     yield job
     job.kill()
+
+
+def start_misbehaving(job: Job, how: str) -> None:
+    entry = job.config.with_name("entry.py")
+    entry.write_text(ENTRY)
+    job.start("torchrun", "--standalone", "--nproc-per-node=4", str(entry), how, str(job.config))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +82,7 @@ def job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
 def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(
     job: Job, number: signal.Signals, seconds: float
 ) -> None:
-    job.start_by_script()
+    job.start_by_script(4)
     job.wait_for_step(3)
     job.signal_rank(3, number)
     assert job.wait(seconds) == 1
@@ -186,7 +103,7 @@ def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(
 
 
 def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
-    job.start_misbehaving("raise_an_error")
+    start_misbehaving(job, "raise_an_error")
     job.wait_for_step(3)
     assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
@@ -200,7 +117,7 @@ def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
 
 
 def test_a_rank_that_loops_is_named_with_the_place_where_it_loops(job: Job) -> None:
-    job.start_misbehaving("loop_for_ever")
+    start_misbehaving(job, "loop_for_ever")
     job.wait_for_step(3)
     assert job.wait(TIMEOUT_SECONDS + GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
@@ -212,18 +129,8 @@ def test_a_rank_that_loops_is_named_with_the_place_where_it_loops(job: Job) -> N
     assert "Traceback" not in _without_torchrun(job.output())
 
 
-def test_a_signal_to_the_launcher_is_told_from_a_fault(job: Job) -> None:
-    job.start_by_script()
-    job.wait_for_step(3)
-    job.signal_launcher(signal.SIGTERM)
-    assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) not in (0, 2)
-    assert not job.processes()
-    assert re.search(rf"after step \d+: ranks 0-3 on {HOST} .* received SIGTERM; go on", job.report())
-    assert "Traceback" not in _without_torchrun(job.output())
-
-
 def test_a_launcher_that_is_killed_leaves_no_process_behind(job: Job) -> None:
-    job.start_by_script()
+    job.start_by_script(4)
     job.wait_for_step(3)
     job.signal_launcher(signal.SIGKILL)
     assert job.wait(1) == -signal.SIGKILL
