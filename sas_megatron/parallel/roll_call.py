@@ -5,6 +5,10 @@ something goes wrong   -> store["called"]; an exception or a signal here, or ano
 each rank that lives   -> store["answer/3"]: an error of its own, a lost peer, or where it stands
 after a short grace    -> the lowest that answered prints one report; every process ends with status 1
 
+a signal that is taken care of elsewhere, as an order to stop -> store["muster"]
+each rank that lives   -> store["present/3"]
+after the same grace   -> all are there, or it was no order: torchrun also sends signals when a rank died
+
 A thread watches, since the main thread may be inside a collective, which neither an exception nor a
 signal handler of Python can interrupt.
 
@@ -39,7 +43,9 @@ from sas_megatron.parallel.fault_report import (
     Standing,
     describe_lost_store,
     describe_stop,
+    is_hang,
 )
+from sas_megatron.parallel.flight_recorder import FlightRecorder
 
 # How long ranks wait for each other's answers: some looks, and well under the 30 s after which
 # torchrun kills what has not ended.
@@ -68,11 +74,13 @@ class RollCall:
         world_size: int,
         timeout_minutes: float,
         takes_signal: Callable[[int], bool] = lambda _number: False,
+        flight_recorder: FlightRecorder | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._timeout_minutes = timeout_minutes
         self._takes_signal = takes_signal
+        self._flight_recorder = flight_recorder
         self._base = store
         self._store = PrefixStore("roll_call", store)
         self._leaves_notes = world_size > 1
@@ -80,6 +88,9 @@ class RollCall:
         self._answer: Answer | None = None
         self._traceback: str | None = None
         self._left = threading.Event()
+        self._is_present = False
+        # When all must have answered the muster, and the signal that it was held for.
+        self._muster: tuple[float, signal.Signals] | None = None
 
     def __enter__(self) -> RollCall:
         if self.world_size == 1:
@@ -94,9 +105,7 @@ class RollCall:
         self._wake.setblocking(False)
         # The number of a signal is written there at once, whatever the main thread is doing.
         self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {
-            number: signal.signal(number, _leave_it_to_the_watcher) for number in _SIGNALS
-        }
+        self._old_handlers = {number: signal.signal(number, _leave_it_to_the_watcher) for number in _SIGNALS}
         self._watcher = threading.Thread(target=self._watch, name="roll call", daemon=True)
         self._watcher.start()
         return self
@@ -153,6 +162,8 @@ class RollCall:
             told = self._order_to_end(received)
             try:
                 called = looks_at_store and self._watchers_store.check(["called"])
+                if looks_at_store:
+                    told = self._attend_muster() or told
             except dist.DistError:
                 called = looks_at_store = False
             if told is not None or called or self._answer is not None:
@@ -165,12 +176,30 @@ class RollCall:
 
     def _order_to_end(self, received: bytes) -> Answer | None:
         for number in _SIGNALS:
-            if number in received and not self._takes_signal(number):
-                return Answer(AnswerKind.TOLD, f"received {number.name}")
+            if number in received:
+                if not self._takes_signal(number):
+                    return Answer(AnswerKind.TOLD, f"received {number.name}")
+                self._muster = self._muster or (time.monotonic() + GRACE_SECONDS, number)
         # torchrun does not take its processes with it when it is killed.
         if dist.is_torchelastic_launched() and os.getppid() != self._launcher:
             return Answer(AnswerKind.TOLD, "lost torchrun, which was killed")
         return None
+
+    def _attend_muster(self) -> Answer | None:
+        """Holds the muster where this rank took a signal, answers one; gives word where a rank is absent."""
+        store = self._watchers_store
+        if self._muster is not None:
+            store.set("muster", "")
+        if not self._is_present and store.check(["muster"]):
+            store.set(f"present/{self.rank}", "")
+            self._is_present = True
+        if self._muster is None or time.monotonic() < self._muster[0]:
+            return None
+        _, number = self._muster
+        if all(store.check([f"present/{rank}"]) for rank in range(self.world_size)):
+            self._muster = None
+            return None
+        return Answer(AnswerKind.TOLD, f"received {number.name}")
 
     def _place(self) -> Answer:
         """The line that the main thread is at."""
@@ -224,17 +253,21 @@ class RollCall:
             store.add("last_words", 1)
 
     def _report(self, store: Store) -> None:
+        standings = list(self._read_standings(store))
+        records = None
+        if self._flight_recorder is not None and is_hang(standings):
+            self._flight_recorder.write()
+            records = self._flight_recorder.folder
         lowest = next(rank for rank in range(self.world_size) if store.check([f"answer/{rank}"]))
         reports = lowest == self.rank and store.add("reports", 1) == 1
         if not reports and self._traceback is None:
             return
-        standings = list(self._read_standings(store))
         alike = [s.rank for s in standings if s.answer == standings[self.rank].answer]
         # An error that many ranks met alike is shown once.
         if self._traceback is not None and alike[0] == self.rank:
             self._say(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
         if reports:
-            self._say(describe_stop(standings, timeout_minutes=self._timeout_minutes))
+            self._say(describe_stop(standings, timeout_minutes=self._timeout_minutes, flight_records=records))
 
     def _read_standings(self, store: Store) -> Iterator[Standing]:
         def read(key: str) -> str | None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.parallel.flight_recorder import FlightRecorder
 from sas_megatron.parallel.roll_call import RollCall
 from sas_megatron.platform.device import process_group_backend
 
@@ -79,15 +81,21 @@ def joined_topology(
     seed: int,
     timeout_minutes: float,
     takes_signal: Callable[[int], bool] = lambda _number: False,
+    flight_records: Path | None = None,
 ) -> Iterator[Topology]:
     """Joins the world and its groups for the length of a `with` block, and leaves in good order.
 
-    In a world of several ranks an error or a signal within ends the process: see `RollCall`.
+    In a world of several ranks an error or a signal within ends the process: see `RollCall`. Ranks that
+    hang leave their last collectives in the folder `flight_records`.
     """
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = _meet(timeout)
+    backend = process_group_backend(device)
+    recorder = FlightRecorder(flight_records, rank=rank) if flight_records is not None else None
+    if recorder is not None:
+        recorder.prepare(backend)
     dist.init_process_group(
-        process_group_backend(device),
+        backend,
         store=store,
         rank=rank,
         world_size=world_size,
@@ -101,6 +109,7 @@ def joined_topology(
                 world_size=world_size,
                 timeout_minutes=timeout_minutes,
                 takes_signal=takes_signal,
+                flight_recorder=recorder,
             ) as roll_call,
             joined_groups(config, device=device, seed=seed, timeout_minutes=timeout_minutes) as topology,
         ):

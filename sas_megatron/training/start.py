@@ -46,5 +46,6 @@ def train(config: RunConfig) -> Ending:
             seed=config.training.seed,
             timeout_minutes=config.training.collective_timeout_minutes,
             takes_signal=stop.take,
+            flight_records=RunFiles(config).directory / "flight_recorder",
         ) as topology:
             return Run(config, topology, stop).complete()

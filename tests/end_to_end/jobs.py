@@ -49,13 +49,14 @@ class Job:
     def start_bare(self, *overrides: str) -> None:
         self.start(sys.executable, "-m", "sas_megatron", "train", str(self.config), *overrides)
 
-    def finished_steps(self) -> int:
+    def num_records(self) -> int:
+        """In metrics.jsonl: a step each, where all are logged, and an evaluation."""
         metrics = self.run_directory / "metrics.jsonl"
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_record(self, number: int) -> None:
         deadline = time.monotonic() + 240
-        while self.finished_steps() < step:
+        while self.num_records() < number:
             assert self._process.poll() is None, self.output()
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.05)
@@ -84,10 +85,10 @@ class Job:
         return self._output.read_text()
 
     def report(self) -> str:
-        (report,) = [
-            line for line in self.output().splitlines() if line.startswith("sas-megatron: training stopped")
-        ]
-        return report
+        lines = self.output().splitlines()
+        reports = [line for line in lines if line.startswith("sas-megatron: training stopped")]
+        assert len(reports) == 1, self.output()
+        return reports[0]
 
     def kill(self) -> None:
         for pid in self.processes():

@@ -27,7 +27,7 @@ STOPPED_AFTER = 4
 # Trains as `sas-megatron train` does, but that rank 1 sends a signal, to itself or to the launcher: in
 # step 4, in the save before it, or in step 4 which then never ends.
 ENTRY = """
-import os, signal, sys, time
+import itertools, os, signal, sys, time
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.platform.device import prepare_device
 
@@ -38,15 +38,15 @@ if __name__ == "__main__":
     prepare_device()
     from sas_megatron.training import loop, start
     when, target, name = sys.argv[1:4]
-    train_step, asdict = loop.train_step, loop.asdict
+    train_step, asdict, steps = loop.train_step, loop.asdict, itertools.count(1)
 
-    def disturbed_step(*args, step, asks_to_stop, **kwargs):
-        if step == 4 and os.environ["RANK"] == "1" and when != "save":
+    def disturbed_step(*args, asks_to_stop, **kwargs):
+        if next(steps) == 4 and os.environ["RANK"] == "1" and when != "save":
             send()
             deadline = time.monotonic() + 60
             while when == "forever" or not asks_to_stop() and time.monotonic() < deadline:
                 time.sleep(0.01)
-        return train_step(*args, step=step, asks_to_stop=asks_to_stop, **kwargs)
+        return train_step(*args, asks_to_stop=asks_to_stop, **kwargs)
 
     def disturbed_save(progress):
         if progress.step == 3 and os.environ["RANK"] == "1" and when == "save":
@@ -162,7 +162,7 @@ def test_a_signal_stops_all_ranks_after_the_step_and_nothing_is_lost(
 
 def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     start_disturbed(job, "forever", "rank", signal.SIGUSR1)
-    job.wait_for_step(STOPPED_AFTER - 1)
+    job.wait_for_record(4)  # records: three steps and an evaluation
     job.signal_rank(0, signal.SIGTERM)
     job.wait_for_output("received SIGTERM: saving after this step", MARGIN_SECONDS)
     time.sleep(1.1 * SAME_ORDER_SECONDS)
@@ -175,7 +175,7 @@ def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
 
 def test_the_launch_script_hands_the_signal_on(long_job: Job) -> None:
     long_job.start_by_script(2)
-    long_job.wait_for_step(3)
+    long_job.wait_for_record(4)
     long_job.signal_launcher(signal.SIGUSR1)
     assert long_job.wait(MARGIN_SECONDS) != 0
     assert check_stop(long_job, "signal SIGUSR1") >= 3
