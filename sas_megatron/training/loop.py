@@ -37,6 +37,7 @@ from sas_megatron.training.console import Console
 from sas_megatron.training.engine import Engine, assemble
 from sas_megatron.training.metrics import Meter, Progress
 from sas_megatron.training.run_files import RunFiles, describe_software
+from sas_megatron.training.run_health import RunHealth
 from sas_megatron.training.step import StepResult, train_step
 from sas_megatron.training.step_profiler import StepProfiler
 from sas_megatron.training.stopping import Ending, StopRequest
@@ -68,6 +69,7 @@ class Run:
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
+        self.health = self._watch_health()
         self.ledger = build_ledger(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
@@ -87,8 +89,10 @@ class Run:
             if self.progress.owes_evaluation:
                 self._evaluate()
             while self.progress.step < last_step:
-                with self.profiler.step(self.progress.step + 1):
+                step = self.progress.step + 1
+                with self.profiler.step(step), self.health.measured(step):
                     asked = self._step().stop_is_asked
+                self.health.check_replicas(self.engine, step)
                 if asked and self.progress.step < last_step:
                     ending = self._stop()
                     break
@@ -124,7 +128,21 @@ class Run:
             self.engine.restore(state["engine"], newest)
             self.engine.schedule.step(state["schedule_steps"])
             self.progress = Progress(**state["progress"])
+            self.health = self._watch_health()
             self.console.say(f"going on from {newest} at step {self.progress.step}")
+
+    def _watch_health(self) -> RunHealth:
+        return RunHealth(
+            self.config,
+            self.topology,
+            self.progress.health,
+            say=self.console.say,
+            record=self._record_health,
+        )
+
+    def _record_health(self, step: int, event: dict[str, Any]) -> None:
+        if self.files is not None:
+            self.files.record({"kind": "health", "step": step, **event})
 
     def _step(self) -> StepResult:
         training = self.config.training
@@ -134,17 +152,19 @@ class Run:
             self.last = train_step(
                 self.engine,
                 self._training_batches(),
-                step=self.progress.step + 1,
                 num_microbatches=self._num_microbatches(training.global_batch_size),
                 topology=self.topology,
+                judge=self.health.watch.judge,
                 asks_to_stop=lambda: self.stop.reason is not None,
             )
         self._synchronize()
         seconds = time.perf_counter() - begun
+        self.health.take(self.last, self.progress.step + 1)
         self.progress.count_step(training.global_batch_size, seconds)
         self._tell_finished_step()
         self.console.advance(self.progress.step)
-        if self.progress.step == 1 or self._is_due(self.config.logging.interval):
+        # In place of a step that is not finite there is a health record.
+        if self.last.is_finite and (self.progress.step == 1 or self._is_due(self.config.logging.interval)):
             self._log_step(self.last, seconds)
         return self.last
 
@@ -261,13 +281,14 @@ class Run:
             "total_seconds": time.perf_counter() - self.started,
             "median_step_seconds": self.progress.median_step_seconds(),
             "peak_memory_bytes": peak_memory_bytes(self.topology.device),
-            "final_train_loss": None if self.last is None else self.last.loss,
+            "final_train_loss": None if self.last is None or not self.last.is_finite else self.last.loss,
             "final_validation_loss": None if self.held_out is None else self.held_out.loss,
             "best_validation_loss": self.progress.best_validation_loss,
             "validation_perplexity": None if self.held_out is None else self.held_out.perplexity,
             "validation_bits_per_byte": None if self.held_out is None else self.held_out.bits_per_byte,
             "world_size": self.topology.world_size,
             "wire_bytes_sent": wire_bytes,
+            "health": self.health.summary(),
         }
 
     def _provenance(self) -> dict[str, Any]:

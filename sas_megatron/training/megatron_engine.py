@@ -13,6 +13,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -66,10 +67,22 @@ class MegatronEngine(Engine):
         self.optimizer.zero_grad()
         return self._run(forward_step, batches, num_microbatches=num_microbatches, forward_only=False)
 
-    def update(self) -> float:
-        """One AdamW step after clipping by the norm over all ranks."""
-        _, gradient_norm, _ = self.optimizer.step()
-        return float(gradient_norm or 0.0)
+    def measure_gradients(self) -> float:
+        """By Megatron-core, each parameter counted once."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def update(self, gradient_norm: float) -> None:
+        """One AdamW step after clipping, as Megatron-core's `step` has it."""
+        largest = self.config.optimizer.clip_gradient_norm
+        for optimizer in self.optimizers() if largest > 0 else []:
+            clip_grad_by_total_norm_fp32(
+                optimizer.get_parameters(), max_norm=largest, total_norm=gradient_norm
+            )
+        self.optimizer.step_with_ready_grads()
+
+    def drop_gradients(self) -> None:
+        """Nothing to do: the next accumulation begins from zeroed buffers."""
 
     @torch.no_grad()
     def forward(
@@ -107,7 +120,7 @@ class MegatronEngine(Engine):
 
     def capture(self, folder: Path) -> dict[str, Any]:
         """Weights by piece, AdamW's states, and the float32 weights or shards that it updates."""
-        self._settle_parameters()
+        self.settle_parameters()
         return {
             # Parameters and not the state dictionary: Megatron-core's holds opaque extra states beside them.
             "model": [
@@ -134,7 +147,7 @@ class MegatronEngine(Engine):
             for parameter, main in zip(main_parameters(optimizer), saved["main"], strict=True):
                 parameter.copy_(main)
 
-    def _settle_parameters(self) -> None:
+    def settle_parameters(self) -> None:
         """Gathers updated parameters now, where they would be gathered in the next forward pass."""
         if self.config.parallel.overlap_parameter_gather:
             for chunk in self.chunks:

@@ -151,8 +151,10 @@ def _describe_git() -> str | None:
         return None
 
 
-# What may change when a run is gone on with: nothing that decides samples, weights or losses.
+# What may change when a run is gone on with: nothing that decides samples, weights or losses, but for
+# what is done about steps that would do harm.
 MAY_CHANGE = (
+    "health.",
     "logging.",
     "evaluation.",
     "checkpoint.",

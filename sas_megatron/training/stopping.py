@@ -85,7 +85,7 @@ class StopRequest:
                 return time.monotonic() - self._taken_at < SAME_ORDER_SECONDS
             self._signal, self._taken_at = signal.Signals(number), time.monotonic()
         if self._speaks:
-            text = f"received {self._signal.name}: saving after this step, then stopping; another ends at once"
+            text = f"received {self._signal.name}: saving after this step; another signal ends at once"
             os.write(2, f"{text}\n".encode())  # print may have been interrupted by this very signal
         return True
 
