@@ -15,4 +15,6 @@ if [ "$nodes" = 1 ]; then
 else
   place=(--nnodes "$nodes" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
 fi
-exec torchrun "${place[@]}" --nproc-per-node "$processes" -m sas_megatron train "$@"
+# What asks a run to save and stop reaches the ranks; torchrun gives them 30 seconds for it.
+signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+exec torchrun "${place[@]}" --signals-to-handle "$signals" --nproc-per-node "$processes" -m sas_megatron train "$@"

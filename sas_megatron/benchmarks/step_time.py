@@ -55,7 +55,7 @@ def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> floa
         torch.cuda.synchronize()
         begun = time.perf_counter()
         engine.accumulate(_random_batches(config, device), num_microbatches=num_microbatches)
-        engine.update()
+        engine.update(engine.measure_gradients())
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
     # The first step makes the optimizer's states and the tables of positions.

@@ -116,7 +116,7 @@ def _train(config: RunConfig) -> None:
             f"holds a run of another config ({resolved})",
             "choose another directory, or remove that one",
         )
-    if (run_directory / "summary.json").exists():
+    if (run_directory / "summary.json").exists() and not (run_directory / "stopped.json").exists():
         _say(f"{run_directory.name}: trained already")
         return
     ranks = config.parallel.model_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import click
 
@@ -15,7 +16,9 @@ import click
 def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bool) -> None:
     """Train the model that CONFIG describes; OVERRIDES read section.field=value.
 
-    The same command runs bare, as one process, and under torchrun (launch/torchrun.sh).
+    The same command runs bare, as one process, and under torchrun (launch/torchrun.sh). On SIGTERM,
+    SIGINT or SIGUSR1, or after training.stop_after_seconds, it saves at the end of the step and exits
+    with status 75, to be gone on with by checkpoint.resume=true.
     """
     from sas_megatron.config.loading import dump_yaml, load_run_config
 
@@ -33,7 +36,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bo
         start.check(run_config, world_size=launched_world_size())
         return
     _speak_once_on_the_first_rank()
-    start.train(run_config)
+    sys.exit(start.train(run_config).exit_status)
 
 
 def _speak_once_on_the_first_rank() -> None:

@@ -61,6 +61,7 @@ MEGATRON_ALIASES: dict[str, str] = {
     "train_iters": "training.num_steps",
     "bf16": "training.precision",
     "exit_interval": "training.stop_after_steps",
+    "exit_duration_in_mins": "training.stop_after_seconds",
     "eval_interval": "evaluation.interval",
     "eval_iters": "evaluation.num_sequences",
     "save_interval": "checkpoint.interval",

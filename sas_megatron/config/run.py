@@ -11,6 +11,7 @@ from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.deepspeed import DeepSpeedConfig
 from sas_megatron.config.errors import FieldError
+from sas_megatron.config.health import HealthConfig
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
 from sas_megatron.config.parallel import ParallelConfig
@@ -32,6 +33,7 @@ class RunConfig(BaseModel):
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    health: HealthConfig = Field(default_factory=HealthConfig)
     logging: LoggingConfig
 
     @model_validator(mode="after")
@@ -137,6 +139,12 @@ class RunConfig(BaseModel):
                     "belongs to Megatron-core's engine, and training.engine=deepspeed",
                     f"use {instead}, or set training.engine=megatron",
                 )
+        if self.health.replica_check_interval is not None and self.deepspeed.zero_stage == 3:
+            raise self.health.problem(
+                "replica_check_interval",
+                "at deepspeed.zero_stage=3 the data ranks hold shards of the weights, and no copies",
+                "leave it out, or use stage 0, 1 or 2",
+            )
         if self.training.precision == "bfloat16" and self.deepspeed.zero_stage == 0:
             # Seen with 0.19.8: the norm counts one tensor rank, and Adam's step is off by one.
             raise self.deepspeed.problem(

@@ -30,6 +30,11 @@ class TrainingConfig(Section):
         default=None,
         description="Save and stop at this step although num_steps (and so the schedule) is longer.",
     )
+    stop_after_seconds: float | None = Field(
+        default=None,
+        description="Save and stop at the end of the first step that is finished so long after this session "
+        "started, to be gone on with by checkpoint.resume.",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="Activations that are computed again in the backward pass in place of being kept: those "
@@ -50,7 +55,7 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         self.require_positive("num_steps", "global_batch_size", "micro_batch_size", "stop_after_steps")
-        self.require_positive("collective_timeout_minutes", "recompute_layers")
+        self.require_positive("stop_after_seconds", "collective_timeout_minutes", "recompute_layers")
         for field, mode in (("recompute_modules", "selective"), ("recompute_layers", "full")):
             if getattr(self, field) is not None and self.recompute != mode:
                 raise self.problem(

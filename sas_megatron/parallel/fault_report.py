@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 # What gloo and the store write when a wait is over; the first letter differs.
 TIMED_OUT = "imed out"
@@ -38,12 +39,21 @@ class Standing:
     answer: Answer | None
 
 
-def describe_stop(standings: Sequence[Standing], *, timeout_minutes: float) -> str:
+def is_hang(standings: Sequence[Standing]) -> bool:
+    """Whether ranks waited in vain: for others in a collective, or for an answer."""
+    lost = _answered(standings, AnswerKind.LOST)
+    return any(TIMED_OUT in text for text in lost) or any(rank.answer is None for rank in standings)
+
+
+def describe_stop(
+    standings: Sequence[Standing], *, timeout_minutes: float, flight_records: Path | None = None
+) -> str:
     """One line for the end of a run: after which step, the ranks at fault, the reason, the remedy.
 
     Args:
         standings: All ranks, or as many as could be asked.
         timeout_minutes: `training.collective_timeout_minutes`.
+        flight_records: Where ranks that hung left their flight recorder's entries.
     """
     steps = [standing.last_step for standing in standings if standing.last_step is not None]
     begin = f"training stopped after step {max(steps)}" if steps else "training stopped while starting"
@@ -57,6 +67,8 @@ def describe_stop(standings: Sequence[Standing], *, timeout_minutes: float) -> s
             "(training.collective_timeout_minutes)"
         )
     findings = findings or _name_told(standings) or _name_lost(standings)
+    if flight_records is not None and is_hang(standings):
+        findings.append(f"each rank's last collectives are in {flight_records}")
     return f"{begin}: {'; '.join(findings)}; go on from the last checkpoint with checkpoint.resume=true"
 
 

@@ -5,6 +5,10 @@ something goes wrong   -> store["called"]; an exception or a signal here, or ano
 each rank that lives   -> store["answer/3"]: an error of its own, a lost peer, or where it stands
 after a short grace    -> the lowest that answered prints one report; every process ends with status 1
 
+a signal that is taken care of elsewhere, as an order to stop -> store["muster"]
+each rank that lives   -> store["present/3"]
+after the same grace   -> all are there, or it was no order: torchrun also sends signals when a rank died
+
 A thread watches, since the main thread may be inside a collective, which neither an exception nor a
 signal handler of Python can interrupt.
 
@@ -25,7 +29,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -39,7 +43,9 @@ from sas_megatron.parallel.fault_report import (
     Standing,
     describe_lost_store,
     describe_stop,
+    is_hang,
 )
+from sas_megatron.parallel.flight_recorder import FlightRecorder
 
 # How long ranks wait for each other's answers: some looks, and well under the 30 s after which
 # torchrun kills what has not ended.
@@ -48,21 +54,33 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_COUNTS = 0.1
 EXIT_STATUS = 1  # 2 is for what the user can mend
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class RollCall:
     """For the length of a `with` block an error on any rank ends the process on all, with one report.
 
-    Inside it SIGTERM no longer kills: the rank answers first. A `UserError` passes, as every rank
-    is expected to meet it alike. In a world of one nothing is watched and errors pass as they are.
-    The main thread must enter it.
+    Inside it SIGTERM, SIGINT and SIGUSR1 end all ranks, each after its answer, but for a signal that
+    `takes_signal` says is taken care of. A `UserError` passes, as every rank is expected to meet it
+    alike. In a world of one nothing is watched and errors pass as they are. The main thread must
+    enter it.
     """
 
-    def __init__(self, store: Store, *, rank: int, world_size: int, timeout_minutes: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_minutes: float,
+        takes_signal: Callable[[int], bool] = lambda _number: False,
+        flight_recorder: FlightRecorder | None = None,
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._timeout_minutes = timeout_minutes
+        self._takes_signal = takes_signal
+        self._flight_recorder = flight_recorder
         self._base = store
         self._store = PrefixStore("roll_call", store)
         self._leaves_notes = world_size > 1
@@ -70,6 +88,9 @@ class RollCall:
         self._answer: Answer | None = None
         self._traceback: str | None = None
         self._left = threading.Event()
+        self._is_present = False
+        # When all must have answered the muster, and the signal that it was held for.
+        self._muster: tuple[float, signal.Signals] | None = None
 
     def __enter__(self) -> RollCall:
         if self.world_size == 1:
@@ -84,7 +105,7 @@ class RollCall:
         self._wake.setblocking(False)
         # The number of a signal is written there at once, whatever the main thread is doing.
         self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self._old_handler = signal.signal(signal.SIGTERM, _leave_it_to_the_watcher)
+        self._old_handlers = {number: signal.signal(number, _leave_it_to_the_watcher) for number in _SIGNALS}
         self._watcher = threading.Thread(target=self._watch, name="roll call", daemon=True)
         self._watcher.start()
         return self
@@ -110,7 +131,6 @@ class RollCall:
                     _put_answer(self._store, self.rank, Answer(AnswerKind.FAILED, _one_line(error)))
             self._leave()
             return
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the report short
         answer = _answer_of(error)
         if answer.kind == AnswerKind.FAILED:
             self._traceback = "".join(traceback.format_exception(error))
@@ -122,7 +142,8 @@ class RollCall:
         self._end_without_store()
 
     def _leave(self) -> None:
-        signal.signal(signal.SIGTERM, self._old_handler)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
         self._left.set()
         self._wake.send(b"\0")
@@ -141,6 +162,8 @@ class RollCall:
             told = self._order_to_end(received)
             try:
                 called = looks_at_store and self._watchers_store.check(["called"])
+                if looks_at_store:
+                    told = self._attend_muster() or told
             except dist.DistError:
                 called = looks_at_store = False
             if told is not None or called or self._answer is not None:
@@ -154,11 +177,29 @@ class RollCall:
     def _order_to_end(self, received: bytes) -> Answer | None:
         for number in _SIGNALS:
             if number in received:
-                return Answer(AnswerKind.TOLD, f"received {number.name}")
+                if not self._takes_signal(number):
+                    return Answer(AnswerKind.TOLD, f"received {number.name}")
+                self._muster = self._muster or (time.monotonic() + GRACE_SECONDS, number)
         # torchrun does not take its processes with it when it is killed.
         if dist.is_torchelastic_launched() and os.getppid() != self._launcher:
             return Answer(AnswerKind.TOLD, "lost torchrun, which was killed")
         return None
+
+    def _attend_muster(self) -> Answer | None:
+        """Holds the muster where this rank took a signal, answers one; gives word where a rank is absent."""
+        store = self._watchers_store
+        if self._muster is not None:
+            store.set("muster", "")
+        if not self._is_present and store.check(["muster"]):
+            store.set(f"present/{self.rank}", "")
+            self._is_present = True
+        if self._muster is None or time.monotonic() < self._muster[0]:
+            return None
+        _, number = self._muster
+        if all(store.check([f"present/{rank}"]) for rank in range(self.world_size)):
+            self._muster = None
+            return None
+        return Answer(AnswerKind.TOLD, f"received {number.name}")
 
     def _place(self) -> Answer:
         """The line that the main thread is at."""
@@ -212,17 +253,21 @@ class RollCall:
             store.add("last_words", 1)
 
     def _report(self, store: Store) -> None:
+        standings = list(self._read_standings(store))
+        records = None
+        if self._flight_recorder is not None and is_hang(standings):
+            self._flight_recorder.write()
+            records = self._flight_recorder.folder
         lowest = next(rank for rank in range(self.world_size) if store.check([f"answer/{rank}"]))
         reports = lowest == self.rank and store.add("reports", 1) == 1
         if not reports and self._traceback is None:
             return
-        standings = list(self._read_standings(store))
         alike = [s.rank for s in standings if s.answer == standings[self.rank].answer]
         # An error that many ranks met alike is shown once.
         if self._traceback is not None and alike[0] == self.rank:
             self._say(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
         if reports:
-            self._say(describe_stop(standings, timeout_minutes=self._timeout_minutes))
+            self._say(describe_stop(standings, timeout_minutes=self._timeout_minutes, flight_records=records))
 
     def _read_standings(self, store: Store) -> Iterator[Standing]:
         def read(key: str) -> str | None:
@@ -251,7 +296,7 @@ class RollCall:
 
 
 def _leave_it_to_the_watcher(_number: int, _frame: FrameType | None) -> None:
-    """What Python calls for SIGTERM; the watcher has been woken by then."""
+    """What Python calls for the signals; the watcher has been woken by then."""
 
 
 def _end_process() -> NoReturn:
@@ -262,8 +307,6 @@ def _end_process() -> NoReturn:
 
 
 def _answer_of(error: BaseException) -> Answer:
-    if isinstance(error, KeyboardInterrupt):
-        return Answer(AnswerKind.TOLD, "received SIGINT")
     # gloo raises plain RuntimeErrors that name its source file; NCCL and the store have their own types.
     is_lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
     return Answer(AnswerKind.LOST if is_lost else AnswerKind.FAILED, _one_line(error))

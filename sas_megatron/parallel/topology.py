@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.parallel.flight_recorder import FlightRecorder
 from sas_megatron.parallel.roll_call import RollCall
 from sas_megatron.platform.device import process_group_backend
 
@@ -62,19 +64,38 @@ class Topology:
         dist.all_reduce(totals, group=self.data_group)
         dist.all_reduce(totals, group=self.pipeline_group)
 
+    def sum_over_all(self, totals: torch.Tensor) -> None:
+        """Adds up, in place, what all ranks tell; reports of samples count once for each tensor rank.
+
+        All ranks end with the same to the bit, so that they can decide alike.
+        """
+        self.sum_reports(totals)
+        dist.all_reduce(totals, group=self.tensor_group)
+
 
 @contextlib.contextmanager
 def joined_topology(
-    config: ParallelConfig, *, device: torch.device, seed: int, timeout_minutes: float
+    config: ParallelConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    timeout_minutes: float,
+    takes_signal: Callable[[int], bool] = lambda _number: False,
+    flight_records: Path | None = None,
 ) -> Iterator[Topology]:
     """Joins the world and its groups for the length of a `with` block, and leaves in good order.
 
-    In a world of several ranks an error within ends the process: see `RollCall`.
+    In a world of several ranks an error or a signal within ends the process: see `RollCall`. Ranks that
+    hang leave their last collectives in the folder `flight_records`.
     """
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = _meet(timeout)
+    backend = process_group_backend(device)
+    recorder = FlightRecorder(flight_records, rank=rank) if flight_records is not None else None
+    if recorder is not None:
+        recorder.prepare(backend)
     dist.init_process_group(
-        process_group_backend(device),
+        backend,
         store=store,
         rank=rank,
         world_size=world_size,
@@ -82,7 +103,14 @@ def joined_topology(
     )
     try:
         with (
-            RollCall(store, rank=rank, world_size=world_size, timeout_minutes=timeout_minutes) as roll_call,
+            RollCall(
+                store,
+                rank=rank,
+                world_size=world_size,
+                timeout_minutes=timeout_minutes,
+                takes_signal=takes_signal,
+                flight_recorder=recorder,
+            ) as roll_call,
             joined_groups(config, device=device, seed=seed, timeout_minutes=timeout_minutes) as topology,
         ):
             yield replace(topology, roll_call=roll_call)

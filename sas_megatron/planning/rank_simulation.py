@@ -147,7 +147,7 @@ class Stepper:
             # A whole step: the next one gathers the parameters that this one updates.
             self.run(turns)
             return
-        self.engine.update()
+        self.engine.update(self.engine.measure_gradients())
         self.engine.forward(forward_step, self._batches(), num_microbatches=turns)
 
     def step(self, num_microbatches: int) -> StepTally:
@@ -162,9 +162,7 @@ class Stepper:
 
     def run(self, num_microbatches: int) -> None:
         """One optimizer step, uncounted but for the memory."""
-        train_step(
-            self.engine, self._batches(), step=1, num_microbatches=num_microbatches, topology=self.topology
-        )
+        train_step(self.engine, self._batches(), num_microbatches=num_microbatches, topology=self.topology)
 
     def report(self, *, num_microbatches: int, step: StepTally) -> RankReport:
         """What the rank holds after its last step, with the tallies of one."""

@@ -62,6 +62,19 @@ class ValidationPoint(CurvePoint):
     loss: float | None = Field(default=None, validation_alias="validation_loss")
 
 
+class HealthEvent(_Record):
+    """What was found wrong with a step; no point of a curve."""
+
+    kind: Literal["health"]
+    step: int
+
+
+class HealthCounts(_Record):
+    """What summary.json counts of the steps that would have done harm."""
+
+    skipped_steps: int
+
+
 class RunSummary(_Record):
     """What summary.json says of the whole run; None where the run has no such result."""
 
@@ -81,6 +94,7 @@ class RunSummary(_Record):
     validation_perplexity: float | None = None
     validation_bits_per_byte: float | None = None
     world_size: int | None = None
+    health: HealthCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +112,8 @@ class Run:
 
 
 _Curves = tuple[tuple[CurvePoint, ...], tuple[CurvePoint, ...]]
-_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint] = TypeAdapter(
-    Annotated[TrainPoint | ValidationPoint, Field(discriminator="kind")]
+_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint | HealthEvent] = TypeAdapter(
+    Annotated[TrainPoint | ValidationPoint | HealthEvent, Field(discriminator="kind")]
 )
 
 
@@ -128,6 +142,8 @@ def load_run(directory: str | Path) -> Run:
             unfinished,
         )
     (train_curve, validation_curve), remarks = _read_metrics(directory / "metrics.jsonl")
+    if summary.health is not None and summary.health.skipped_steps:
+        remarks += (f"{summary_path}: {summary.health.skipped_steps} steps made no update (see its health).",)
     return Run(
         # resolve(), so that "." has a name too.
         name=directory.resolve().name,
@@ -232,6 +248,8 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
                 remarks = (f"{path}: the last line ({number}) is cut short and was left out.",)
                 break
             raise FileProblem(f"{path}:{number}", _describe(error), "mend or remove the line") from None
+        if isinstance(point, HealthEvent):
+            continue
         for curve in (train, validation):
             while curve and curve[-1].step > point.step:
                 curve.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -109,12 +110,28 @@ class DeepSpeedEngine(Engine):
                 self.engine.step()  # only counts
         return reports
 
-    def update(self) -> float:
-        """One AdamW step after clipping by the norm over all ranks, each parameter counted once."""
-        # At stage 0 DeepSpeed clips but tells no norm.
-        norm = self._gradient_norm() if self.config.deepspeed.zero_stage == 0 else None
+    def measure_gradients(self) -> float:
+        """By DeepSpeed, each parameter counted once; infinite where a gradient is not finite."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        stage = self.config.deepspeed.zero_stage
+        if stage == 0:  # where it clips but tells no norm
+            return self._gradient_norm()
+        if stage == 3:
+            return float(combine_grad_norm_groups(self.optimizer._get_norm_groups()))
+        return float(self.optimizer.scaled_global_norm())
+
+    def update(self, gradient_norm: float) -> None:
+        """One AdamW step after clipping; DeepSpeed measures the norm once more."""
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def drop_gradients(self) -> None:
+        """As DeepSpeed passes over a step in which something overflowed."""
+        with _all_overflows(self.optimizer, stage=self.config.deepspeed.zero_stage):
+            self.engine.step()
+
+    def settle_parameters(self) -> None:
+        """Nothing to do: `update` leaves nothing to the next step."""
 
     def _gradient_norm(self) -> float:
         group = self.groups.get_model_parallel_group()
@@ -173,6 +190,33 @@ class DeepSpeedEngine(Engine):
                 "checkpoint.initial_weights",
             )
         self.engine.load_checkpoint(str(checkpoint.path), tag=FOLDER, load_lr_scheduler_states=False)
+
+
+@contextlib.contextmanager
+def _all_overflows(optimizer: Any, *, stage: int) -> Iterator[None]:
+    """Within it DeepSpeed's optimizer finds an overflow in any step; that of stage 0 does nothing.
+
+    Seen in 0.19.8: where an overflow is found, its `step` clears gradients and buffers and updates nothing.
+    """
+
+    def find_overflow(*_args: Any, **_options: Any) -> None:
+        optimizer.overflow = True
+
+    replaced: dict[str, Any] = (
+        {"step": lambda *_args, **_options: None}
+        if stage == 0
+        else {"_overflow_check_and_loss_scale_update": find_overflow}
+        if stage == 3
+        else {"check_overflow": find_overflow, "check_grad_overflow": True}
+    )
+    kept = {name: value for name, value in vars(optimizer).items() if name in replaced}
+    vars(optimizer).update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            delattr(optimizer, name)
+        vars(optimizer).update(kept)
 
 
 def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What trains the model: the one interface that steps, evaluation and checkpoints know.
 
-    accumulate(batches) -> gradients -> [the loss is checked] -> update() -> weights
+    accumulate(batches) -> gradients -> measure_gradients() -> [loss and norm are judged]
+      -> update() -> weights, or drop_gradients()
 
 Two engines implement it: Megatron-core's own DDP and optimizers (`megatron_engine`), and DeepSpeed's
 ZeRO (`deepspeed_engine`).
@@ -47,8 +48,20 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def update(self) -> float:
-        """Applies the accumulated gradients; returns their norm over all ranks, before clipping."""
+    def measure_gradients(self) -> float:
+        """The norm of the accumulated gradients over all ranks, before clipping; leaves weights alone."""
+
+    @abstractmethod
+    def update(self, gradient_norm: float) -> None:
+        """Applies the accumulated gradients, clipped by the norm that `measure_gradients` gave."""
+
+    @abstractmethod
+    def drop_gradients(self) -> None:
+        """In place of `update`: weights and optimizer stay as they are."""
+
+    @abstractmethod
+    def settle_parameters(self) -> None:
+        """Makes this rank's weights those of the last update, where that would be left to the next step."""
 
     @abstractmethod
     def forward(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sas_megatron.checkpoint.loading import Checkpoint, find_newest_whole, restore_random_states
 from sas_megatron.checkpoint.saving import CheckpointSaver
@@ -37,17 +38,20 @@ from sas_megatron.training.console import Console
 from sas_megatron.training.engine import Engine, assemble
 from sas_megatron.training.metrics import Meter, Progress
 from sas_megatron.training.run_files import RunFiles, describe_software
+from sas_megatron.training.run_health import RunHealth
 from sas_megatron.training.step import StepResult, train_step
 from sas_megatron.training.step_profiler import StepProfiler
+from sas_megatron.training.stopping import Ending, StopRequest
 
 
 class Run:
     """One run on one rank."""
 
-    def __init__(self, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, config: RunConfig, topology: Topology, stop: StopRequest | None = None) -> None:
         self.started = time.perf_counter()
         self.config = config
         self.topology = topology
+        self.stop = stop or StopRequest(after_seconds=config.training.stop_after_seconds)
         self.console = Console(config, speaks=topology.is_first)
         self.meter = Meter(config, topology.world_size)
         self.files = RunFiles(config) if topology.is_first else None
@@ -68,33 +72,54 @@ class Run:
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
+        self.health = self._watch_health()
         self.ledger = build_ledger(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
-    def complete(self) -> None:
-        """Steps to the end, or to `training.stop_after_steps`."""
+    def complete(self) -> Ending:
+        """Steps to the end, to `training.stop_after_steps`, or until asked to stop; says which it was."""
         self._resume()
         self._tell_finished_step()
         last_step = min(self.config.training.num_steps, self.config.training.stop_after_steps or 2**62)
+        ending = Ending("finished" if last_step == self.config.training.num_steps else "stop_after_steps")
         if self.progress.step >= last_step and (RunFiles(self.config).directory / "summary.json").exists():
             self.console.say(f"finished already, at step {self.progress.step}; nothing to do")
-            return
+            return ending
         if self.files is not None:
             self.files.open(self.config, self._provenance(), resumed_step=self.progress.step)
+        self.stop.arm(speaks=self.topology.is_first)
         try:
+            if self.progress.owes_evaluation:
+                self._evaluate()
             while self.progress.step < last_step:
-                with self.profiler.step(self.progress.step + 1):
-                    self._step()
+                step = self.progress.step + 1
+                with self.profiler.step(step), self.health.measured(step):
+                    asked = self._step().stop_is_asked
+                self.health.check_replicas(self.engine, step)
+                if asked and self.progress.step < last_step:
+                    ending = self._stop()
+                    break
                 if self._is_due(self.config.evaluation.interval):
                     self._evaluate()
                 self.saver.finish_if_written()
                 if self._is_due(self.config.checkpoint.interval):
                     self._save()
-            self._finish()
+            self._finish(ending)
         finally:
             self.console.close()
             if self.files is not None:
                 self.files.close()
+        return ending
+
+    def _stop(self) -> Ending:
+        """Agrees on the reason, the first rank's that has one; time is short, so an evaluation waits."""
+        reasons: list[str | None] = [None] * self.topology.world_size
+        dist.all_gather_object(reasons, self.stop.reason)
+        ending = Ending(next(reason for reason in reasons if reason is not None), goes_on=True)
+        self.console.say(f"stopping after step {self.progress.step}: {ending.reason}")
+        self.progress.owes_evaluation = self._is_due(self.config.evaluation.interval)
+        self.held_out = None
+        return ending
 
     def _find_checkpoint(self) -> Checkpoint | None:
         if not self.config.checkpoint.resume:
@@ -112,9 +137,23 @@ class Run:
             restore_random_states(checkpoint, self.config, say=self.console.say)
             self.engine.schedule.step(checkpoint.progress["schedule_steps"])
             self.progress = Progress(**checkpoint.progress["counts"])
+            self.health = self._watch_health()
             self.console.say(f"going on from {checkpoint.path} at step {self.progress.step}")
 
-    def _step(self) -> None:
+    def _watch_health(self) -> RunHealth:
+        return RunHealth(
+            self.config,
+            self.topology,
+            self.progress.health,
+            say=self.console.say,
+            record=self._record_health,
+        )
+
+    def _record_health(self, step: int, event: dict[str, Any]) -> None:
+        if self.files is not None:
+            self.files.record({"kind": "health", "step": step, **event})
+
+    def _step(self) -> StepResult:
         training = self.config.training
         self._synchronize()
         begun = time.perf_counter()
@@ -122,17 +161,21 @@ class Run:
             self.last = train_step(
                 self.engine,
                 self._training_batches(),
-                step=self.progress.step + 1,
                 num_microbatches=self._num_microbatches(training.global_batch_size),
                 topology=self.topology,
+                judge=self.health.watch.judge,
+                asks_to_stop=lambda: self.stop.reason is not None,
             )
         self._synchronize()
         seconds = time.perf_counter() - begun
+        self.health.take(self.last, self.progress.step + 1)
         self.progress.count_step(training.global_batch_size, seconds)
         self._tell_finished_step()
         self.console.advance(self.progress.step)
-        if self.progress.step == 1 or self._is_due(self.config.logging.interval):
+        # In place of a step that is not finite there is a health record.
+        if self.last.is_finite and (self.progress.step == 1 or self._is_due(self.config.logging.interval)):
             self._log_step(self.last, seconds)
+        return self.last
 
     def _training_batches(self) -> Iterator[Batch]:
         return self._batches(
@@ -186,6 +229,7 @@ class Run:
             topology=self.topology,
         )
         self.held_out = held_out
+        self.progress.owes_evaluation = False
         best = self.progress.best_validation_loss
         self.progress.best_validation_loss = held_out.loss if best is None else min(best, held_out.loss)
         self.console.say(
@@ -217,23 +261,28 @@ class Run:
             write_files=self.engine.write_files,
         )
 
-    def _finish(self) -> None:
-        if self.held_out is None or not self._is_due(self.config.evaluation.interval):
+    def _finish(self, ending: Ending) -> None:
+        if not ending.goes_on and (
+            self.held_out is None or not self._is_due(self.config.evaluation.interval)
+        ):
             self._evaluate()
-        if not self._is_due(self.config.checkpoint.interval):
+        if ending.goes_on or not self._is_due(self.config.checkpoint.interval):
             self._save()
         self.saver.finish()
         self.profiler.close()
         wire_bytes = gather_ledgers(self.ledger) if self.config.logging.wire_ledger else None
         if self.files is not None:
-            self.files.write_summary(self._summary(wire_bytes))
+            self.files.write_summary(self._summary(wire_bytes, ending))
+            if ending.goes_on:
+                self.files.write_stop(ending, step=self.progress.step)
+        if ending.goes_on:
+            self.stop.leave()
 
-    def _summary(self, wire_bytes: list[dict[str, Any]] | None) -> dict[str, Any]:
+    def _summary(self, wire_bytes: list[dict[str, Any]] | None, ending: Ending) -> dict[str, Any]:
         position = self.meter.position(self.progress)
-        finished = self.progress.step >= self.config.training.num_steps
         return {
             "schema": 1,
-            "exit_reason": "finished" if finished else "stop_after_steps",
+            "exit_reason": ending.reason,
             "steps": self.progress.step,
             "tokens": position["consumed_tokens"],
             "training_flops": position["training_flops"],
@@ -244,13 +293,14 @@ class Run:
             "total_seconds": time.perf_counter() - self.started,
             "median_step_seconds": self.progress.median_step_seconds(),
             "peak_memory_bytes": peak_memory_bytes(self.topology.device),
-            "final_train_loss": None if self.last is None else self.last.loss,
+            "final_train_loss": None if self.last is None or not self.last.is_finite else self.last.loss,
             "final_validation_loss": None if self.held_out is None else self.held_out.loss,
             "best_validation_loss": self.progress.best_validation_loss,
             "validation_perplexity": None if self.held_out is None else self.held_out.perplexity,
             "validation_bits_per_byte": None if self.held_out is None else self.held_out.bits_per_byte,
             "world_size": self.topology.world_size,
             "wire_bytes_sent": wire_bytes,
+            "health": self.health.summary(),
         }
 
     def _provenance(self) -> dict[str, Any]:

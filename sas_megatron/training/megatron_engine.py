@@ -14,6 +14,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -69,10 +70,22 @@ class MegatronEngine(Engine):
         self.optimizer.zero_grad()
         return self._run(forward_step, batches, num_microbatches=num_microbatches, forward_only=False)
 
-    def update(self) -> float:
-        """One AdamW step after clipping by the norm over all ranks."""
-        _, gradient_norm, _ = self.optimizer.step()
-        return float(gradient_norm or 0.0)
+    def measure_gradients(self) -> float:
+        """By Megatron-core, each parameter counted once."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def update(self, gradient_norm: float) -> None:
+        """One AdamW step after clipping, as Megatron-core's `step` has it."""
+        largest = self.config.optimizer.clip_gradient_norm
+        for optimizer in self.optimizers() if largest > 0 else []:
+            clip_grad_by_total_norm_fp32(
+                optimizer.get_parameters(), max_norm=largest, total_norm=gradient_norm
+            )
+        self.optimizer.step_with_ready_grads()
+
+    def drop_gradients(self) -> None:
+        """Nothing to do: the next accumulation begins from zeroed buffers."""
 
     @torch.no_grad()
     def forward(

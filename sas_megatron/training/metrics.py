@@ -8,6 +8,7 @@ from typing import Any
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.costs import count_training_flops
+from sas_megatron.training.health import HealthHistory
 
 
 @dataclass
@@ -19,7 +20,14 @@ class Progress:
     # Seconds in training steps: start-up, evaluation and saving are left out.
     training_seconds: float = 0.0
     best_validation_loss: float | None = None
+    # An evaluation that was due when the run was stopped, which had no time for it.
+    owes_evaluation: bool = False
     step_seconds: list[float] = field(default_factory=list)
+    health: HealthHistory = field(default_factory=HealthHistory)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.health, dict):  # as a checkpoint has it
+            self.health = HealthHistory(**self.health)
 
     def count_step(self, samples: int, seconds: float) -> None:
         """Adds one finished step."""

@@ -2,7 +2,7 @@
 
 config.yaml     the resolved config         metrics.jsonl   one object a logged step
 run.json        where it came from          summary.json    what came out
-checkpoints/    tensorboard/
+checkpoints/    tensorboard/                stopped.json    the run is to be gone on with
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import dump_yaml, flatten_tree, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.token_files import load_manifest
+from sas_megatron.training.stopping import Ending
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 
@@ -68,6 +69,9 @@ class RunFiles:
     def open(self, config: RunConfig, provenance: dict[str, Any], *, resumed_step: int) -> None:
         """Starts or goes on with the files; records after `resumed_step` are dropped, they come again."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        # They tell of a session that has ended, and this one has not.
+        for name in ("stopped.json", "summary.json"):
+            (self.directory / name).unlink(missing_ok=True)
         resolved = dump_yaml(config)
         _write_aside(self.directory / "config.yaml", resolved)
         self._write_provenance(resolved, provenance, resumed_step)
@@ -104,6 +108,11 @@ class RunFiles:
         """Writes summary.json and closes the other files."""
         _write_aside(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.close()
+
+    def write_stop(self, ending: Ending, *, step: int) -> None:
+        """Writes stopped.json, which is there only while the run waits to be gone on with."""
+        record = {"exit_reason": ending.reason, "exit_status": ending.exit_status, "step": step}
+        _write_aside(self.directory / "stopped.json", json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Closes what is open."""
@@ -147,8 +156,10 @@ def _describe_git() -> str | None:
         return None
 
 
-# What may change when a run is gone on with: nothing that decides samples, weights or losses.
+# What may change when a run is gone on with: nothing that decides samples, weights or losses, but for
+# what is done about steps that would do harm.
 MAY_CHANGE = (
+    "health.",
     "logging.",
     "evaluation.",
     "checkpoint.",
@@ -158,6 +169,7 @@ MAY_CHANGE = (
     "training.recompute",
     "data.index_cache",
     "training.stop_after_steps",
+    "training.stop_after_seconds",
     "training.collective_timeout_minutes",
 )
 

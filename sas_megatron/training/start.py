@@ -10,6 +10,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
 from sas_megatron.platform.launcher import is_first_rank, launched_world_size
 from sas_megatron.training.run_files import RunFiles
+from sas_megatron.training.stopping import Ending, StopRequest
 
 
 def check(config: RunConfig, *, world_size: int) -> None:
@@ -26,27 +27,32 @@ def check(config: RunConfig, *, world_size: int) -> None:
         find_weights(Path(config.checkpoint.initial_weights), config)
 
 
-def train(config: RunConfig) -> None:
-    """Runs training to its end on this rank; the files are in `logging.run_directory`.
+def train(config: RunConfig) -> Ending:
+    """Runs training on this rank to its end or until it is stopped; files are in `logging.run_directory`.
+
+    Returns:
+        Why it ended, and with it the exit status for the process.
 
     Raises:
         UserError: as `check` does.
         TrainingFault: the loss or gradients became non-finite.
     """
     check(config, world_size=launched_world_size())
+    with StopRequest(after_seconds=config.training.stop_after_seconds) as stop:
+        from sas_megatron.platform.device import prepare_device
 
-    from sas_megatron.platform.device import prepare_device
+        # Before Megatron-core is imported: on CPU it needs the stand-in.
+        device = prepare_device()
 
-    # Before Megatron-core is imported: on CPU it needs the stand-in.
-    device = prepare_device()
+        from sas_megatron.parallel.topology import joined_topology
+        from sas_megatron.training.loop import Run
 
-    from sas_megatron.parallel.topology import joined_topology
-    from sas_megatron.training.loop import Run
-
-    with joined_topology(
-        config.parallel,
-        device=device,
-        seed=config.training.seed,
-        timeout_minutes=config.training.collective_timeout_minutes,
-    ) as topology:
-        Run(config, topology).complete()
+        with joined_topology(
+            config.parallel,
+            device=device,
+            seed=config.training.seed,
+            timeout_minutes=config.training.collective_timeout_minutes,
+            takes_signal=stop.take,
+            flight_records=RunFiles(config).directory / "flight_recorder",
+        ) as topology:
+            return Run(config, topology, stop).complete()

@@ -1,9 +1,12 @@
-"""One optimizer step: forward and backward over the microbatches, the check of the loss, the update."""
+"""One optimizer step: forward and backward over the microbatches, the judgement, the update.
+
+gradients -> their norm -> one sum over all ranks: loss, norm, who asks to stop -> judge -> update or not
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,66 +15,107 @@ import torch.distributed as dist
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.training.engine import Engine, Reports
+from sas_megatron.training.health import Finding, Judge, find_non_finite
 
 
-class TrainingFault(RuntimeError):
-    """Training cannot go on, through no fault of the config's form."""
+@dataclass(frozen=True)
+class FaultyLoss:
+    """A microbatch whose loss is not finite."""
+
+    rank: int
+    microbatch: int
+    loss: float
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} microbatch {self.microbatch} ({self.loss})"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured; the loss is the mean over the step's tokens, before the update."""
+    """What one step measured, the same on every rank.
+
+    The loss is the mean over the step's tokens, and the gradient norm that before clipping; both are of
+    before the update, which `is_applied` says was made.
+    """
 
     loss: float
     gradient_norm: float
     learning_rate: float
+    is_applied: bool
+    findings: list[Finding]
+    # Where the loss is not finite.
+    faulty_losses: list[FaultyLoss]
+    # Whether any rank was asked to stop.
+    stop_is_asked: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient norm are numbers to record."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
 def train_step(
-    engine: Engine, batches: Iterator[Batch], *, step: int, num_microbatches: int, topology: Topology
+    engine: Engine,
+    batches: Iterator[Batch],
+    *,
+    num_microbatches: int,
+    topology: Topology,
+    judge: Judge = find_non_finite,
+    asks_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Runs step number `step` (from 1).
+    """Runs a step; weights, optimizer and schedule stay as they are where `judge` finds it harmful.
 
-    Raises:
-        TrainingFault: the loss is not finite, and the weights are as before the step; or the gradient
-            norm is not, and the weights are lost: the last checkpoint is what counts.
+    Args:
+        judge: Must answer alike on all ranks; it is given the same numbers on each.
+        asks_to_stop: Whether this rank is asked to stop, told to the others with the loss.
     """
     reports = engine.accumulate(batches, num_microbatches=num_microbatches)
-    loss = mean_loss(reports, topology)
-    if not math.isfinite(loss):
-        raise TrainingFault(_describe_non_finite(reports, step, topology))
-    engine.schedule.step(1)
-    gradient_norm = engine.update()
-    if not math.isfinite(gradient_norm):
-        raise TrainingFault(
-            f"step {step}: the gradient norm is {gradient_norm} on rank {topology.rank} "
-            f"although the loss is {loss}; "
-            "lower optimizer.learning_rate, or train in float32 to see whether precision is the cause"
-        )
-    return StepResult(loss=loss, gradient_norm=gradient_norm, learning_rate=engine.schedule.get_lr({}))
+    own_norm = engine.measure_gradients()
+    loss, gradient_norm, stop_is_asked = _agree(reports, own_norm, topology, asks_to_stop=asks_to_stop())
+    findings = judge(loss, gradient_norm)
+    is_applied = all(finding.response == "record" for finding in findings)
+    if is_applied:
+        engine.schedule.step(1)
+        engine.update(own_norm)
+    else:
+        engine.drop_gradients()
+    return StepResult(
+        loss=loss,
+        gradient_norm=gradient_norm,
+        learning_rate=engine.schedule.get_lr({}),
+        is_applied=is_applied,
+        findings=findings,
+        faulty_losses=[] if math.isfinite(loss) else _find_faulty_losses(reports, topology),
+        stop_is_asked=stop_is_asked,
+    )
 
 
-def mean_loss(reports: Reports, topology: Topology) -> float:
-    """Mean loss by token over the microbatches of all data-parallel ranks; the same on every rank."""
-    total = torch.zeros(2, dtype=torch.float64, device=topology.device)
+def _agree(
+    reports: Reports, gradient_norm: float, topology: Topology, *, asks_to_stop: bool
+) -> tuple[float, float, bool]:
+    """Mean loss by token over all samples, gradient norm, and whether any rank is asked to stop.
+
+    They are the same on every rank, to the bit: ranks that decided differently would wait for each other.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=topology.device)
     for report in reports:
-        total += report["loss"]
-    topology.sum_reports(total)
-    return (total[0] / total[1]).item()
+        totals[:2] += report["loss"]
+    # Of equal norms in float32 the mean is exact.
+    totals[2] = gradient_norm
+    totals[3] = asks_to_stop
+    topology.sum_over_all(totals)
+    norm = totals[2].item() / topology.world_size
+    return (totals[0] / totals[1]).item(), norm, totals[3].item() > 0
 
 
-def _describe_non_finite(reports: Reports, step: int, topology: Topology) -> str:
-    """Names every rank whose own microbatches are at fault; all ranks must call it."""
-    mine = [report["loss"][0].item() for report in reports]
+def _find_faulty_losses(reports: Reports, topology: Topology) -> list[FaultyLoss]:
+    """Those of all ranks; all must call it."""
+    own = [report["loss"][0].item() for report in reports]
     of_ranks: list[list[float]] = [[] for _ in range(topology.world_size)]
-    dist.all_gather_object(of_ranks, mine)
-    culprits = [
-        f"rank {rank} microbatch {index} ({loss})"
+    dist.all_gather_object(of_ranks, own)
+    return [
+        FaultyLoss(rank, microbatch, loss)
         for rank, losses in enumerate(of_ranks)
-        for index, loss in enumerate(losses)
+        for microbatch, loss in enumerate(losses)
         if not math.isfinite(loss)
     ]
-    return (
-        f"step {step}: the loss is not finite on {', '.join(culprits)}; "
-        "lower optimizer.learning_rate or look at that step's samples"
-    )

@@ -49,7 +49,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "nothing like it": (
         {"model": {"zzzzzz": 1}},
         "model.zzzzzz=1: no such key; known sections: model, attention, parallel, data, optimizer, "
-        "schedule, training, deepspeed, evaluation, checkpoint, logging",
+        "schedule, training, deepspeed, evaluation, checkpoint, health, logging",
     ),
     "unknown kind": (
         {"attention": {"kind": "flash", "num_heads": 6}},

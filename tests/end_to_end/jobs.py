@@ -1,4 +1,4 @@
-"""Jobs under torchrun, as a user starts them, and what becomes of their processes."""
+"""Jobs as a user starts them, under torchrun or bare, whose processes can be found and signalled."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.conftest import ROOT
 
 
 class Job:
-    """A job of several ranks under torchrun; its processes carry a marker in their environment."""
+    """A run of some ranks; its processes carry a marker in their environment."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.config = folder / "run.yaml"
         self.run_directory = Path(config.logging.run_directory)
         self.config.write_text(dump_yaml(config))
-        self._marker = f"FAULT_TEST={uuid.uuid4()}"
+        self._marker = f"JOB_TEST={uuid.uuid4()}"
         self._output = folder / "output"
 
     def start(self, *command: str) -> None:
@@ -43,8 +43,11 @@ class Job:
                 stderr=subprocess.STDOUT,
             )
 
-    def start_by_script(self) -> None:
-        self.start("launch/torchrun.sh", "4", str(self.config))
+    def start_by_script(self, ranks: int, *overrides: str) -> None:
+        self.start("launch/torchrun.sh", str(ranks), str(self.config), *overrides)
+
+    def start_bare(self, *overrides: str) -> None:
+        self.start(sys.executable, "-m", "sas_megatron", "train", str(self.config), *overrides)
 
     def start_entry(self, source: str, *arguments: str, num_ranks: int) -> None:
         """Runs a script of that source on each rank, with `arguments` and the config's path."""
@@ -53,14 +56,21 @@ class Job:
         ranks = f"--nproc-per-node={num_ranks}"
         self.start("torchrun", "--standalone", ranks, str(entry), *arguments, str(self.config))
 
-    def finished_steps(self) -> int:
+    def num_records(self) -> int:
+        """In metrics.jsonl: a step each, where all are logged, and an evaluation."""
         metrics = self.run_directory / "metrics.jsonl"
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_record(self, number: int) -> None:
         deadline = time.monotonic() + 240
-        while self.finished_steps() < step:
+        while self.num_records() < number:
             assert self._process.poll() is None, self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.05)
+
+    def wait_for_output(self, text: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.output():
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.05)
 
@@ -82,10 +92,10 @@ class Job:
         return self._output.read_text()
 
     def report(self) -> str:
-        (report,) = [
-            line for line in self.output().splitlines() if line.startswith("sas-megatron: training stopped")
-        ]
-        return report
+        lines = self.output().splitlines()
+        reports = [line for line in lines if line.startswith("sas-megatron: training stopped")]
+        assert len(reports) == 1, self.output()
+        return reports[0]
 
     def kill(self) -> None:
         for pid in self.processes():

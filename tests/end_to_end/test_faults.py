@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -22,7 +23,7 @@ HOST = socket.gethostname()
 
 # Trains as `sas-megatron train` does, but for what rank 3 does in its step 4.
 ENTRY = """
-import os, sys
+import itertools, os, sys
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.platform.device import prepare_device
 
@@ -36,11 +37,11 @@ def loop_for_ever():
 if __name__ == "__main__":
     prepare_device()
     from sas_megatron.training import loop, start
-    misbehave, train_step = globals()[sys.argv[1]], loop.train_step
-    def broken_step(*args, step, **kwargs):
-        if step == 4 and os.environ["RANK"] == "3":
+    misbehave, train_step, steps = globals()[sys.argv[1]], loop.train_step, itertools.count(1)
+    def broken_step(*args, **kwargs):
+        if next(steps) == 4 and os.environ["RANK"] == "3":
             misbehave()
-        return train_step(*args, step=step, **kwargs)
+        return train_step(*args, **kwargs)
     loop.train_step = broken_step
     start.train(load_run_config(sys.argv[2]))
 """
@@ -76,29 +77,35 @@ def job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
 def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(
     job: Job, number: signal.Signals, seconds: float
 ) -> None:
-    job.start_by_script()
-    job.wait_for_step(3)
+    job.start_by_script(4)
+    job.wait_for_record(3)
     job.signal_rank(3, number)
     assert job.wait(seconds) == 1
     assert not job.processes()
     report = job.report()
     named = re.fullmatch(
         rf"sas-megatron: training stopped after step (\d+): rank 3 on {HOST} \(last finished step (\d+)\) "
-        r"did not answer, being dead or hung; (the others waited .*; )?go on from the last checkpoint .*",
+        r"did not answer, being dead or hung; (the others waited .*; )?"
+        r"each rank's last collectives are in \S+; go on from the last checkpoint .*",
         report,
     )
     assert named, report
     newest, last = int(named[1]), int(named[2])
     assert last in (newest, newest - 1)
-    assert newest in (job.finished_steps(), job.finished_steps() + 1)
+    assert newest in (job.num_records(), job.num_records() + 1)
     waited = "the others waited 0.25 minutes in a collective (training.collective_timeout_minutes)"
     assert (waited in report) == (number == signal.SIGSTOP)
+    folder = job.run_directory / "flight_recorder"
+    assert f"each rank's last collectives are in {folder}" in report
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
+    assert len(records) == 3, "of all but rank 3"
+    assert {record["entries"][-1]["profiling_name"].split(":")[0] for record in records} == {"gloo"}
     assert "Traceback" not in _without_torchrun(job.output())
 
 
 def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
     job.start_entry(ENTRY, "raise_an_error", num_ranks=4)
-    job.wait_for_step(3)
+    job.wait_for_record(3)
     assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
     assert (
@@ -112,7 +119,7 @@ def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
 
 def test_a_rank_that_loops_is_named_with_the_place_where_it_loops(job: Job) -> None:
     job.start_entry(ENTRY, "loop_for_ever", num_ranks=4)
-    job.wait_for_step(3)
+    job.wait_for_record(3)
     assert job.wait(TIMEOUT_SECONDS + GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
     assert re.search(
@@ -123,19 +130,9 @@ def test_a_rank_that_loops_is_named_with_the_place_where_it_loops(job: Job) -> N
     assert "Traceback" not in _without_torchrun(job.output())
 
 
-def test_a_signal_to_the_launcher_is_told_from_a_fault(job: Job) -> None:
-    job.start_by_script()
-    job.wait_for_step(3)
-    job.signal_launcher(signal.SIGTERM)
-    assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) not in (0, 2)
-    assert not job.processes()
-    assert re.search(rf"after step \d+: ranks 0-3 on {HOST} .* received SIGTERM; go on", job.report())
-    assert "Traceback" not in _without_torchrun(job.output())
-
-
 def test_a_launcher_that_is_killed_leaves_no_process_behind(job: Job) -> None:
-    job.start_by_script()
-    job.wait_for_step(3)
+    job.start_by_script(4)
+    job.wait_for_record(3)
     job.signal_launcher(signal.SIGKILL)
     assert job.wait(1) == -signal.SIGKILL
     deadline = time.monotonic() + GRACE_SECONDS + MARGIN_SECONDS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sas_megatron.parallel.fault_report import (
@@ -76,6 +78,21 @@ def test_the_ranks_at_fault_are_named_with_host_and_step(end: str) -> None:
     told, expected = ENDS[end]
     standings = [Standing(rank, *of_rank) for rank, of_rank in enumerate(told)]
     assert describe_stop(standings, timeout_minutes=10.0) == expected
+
+
+def test_flight_records_are_named_where_ranks_waited_in_vain() -> None:
+    folder = Path("runs/sas/flight_recorder")
+    absent = Standing(1, host="a", last_step=2, answer=None)
+    for answer, hangs in (
+        (TIMED_OUT, True),
+        (CLOSED, False),
+        (Answer(AnswerKind.FAILED, "ValueError: no good"), False),
+    ):
+        standings = [Standing(0, host="a", last_step=2, answer=answer)]
+        told = describe_stop(standings, timeout_minutes=10.0, flight_records=folder)
+        assert (f"; each rank's last collectives are in {folder}; go on" in told) == hangs
+        told = describe_stop([*standings, absent], timeout_minutes=10.0, flight_records=folder)
+        assert str(folder) in told
 
 
 def test_a_lost_store_points_at_its_host() -> None:

@@ -30,7 +30,13 @@ store = TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
 def spin():
     while True:
         pass
-with RollCall(store, rank=rank, world_size=world_size, timeout_minutes=1) as roll_call:
+taken = []
+def takes_signal(number):
+    taken.append(number)
+    return act == "take" and len(taken) == 1
+with RollCall(
+    store, rank=rank, world_size=world_size, timeout_minutes=1, takes_signal=takes_signal
+) as roll_call:
     roll_call.finish_step(rank + 1)
     print("ready", store.port, flush=True)
     sys.stdin.readline()
@@ -141,6 +147,30 @@ def test_an_interrupt_ends_all_ranks_without_a_traceback(start_ranks: Callable[.
     assert status == 1
     assert f"rank 1 on {HOST} (last finished step 2) received SIGINT; go on" in errors
     assert end(second) == (1, "", "")
+
+
+def test_a_signal_that_is_taken_care_of_ends_nothing_while_all_are_there(
+    start_ranks: Callable[..., list[Rank]],
+) -> None:
+    first, second = start_ranks("take", "spin")
+    go(second)  # its main thread would answer nothing
+    first.send_signal(signal.SIGUSR1)
+    time.sleep(GRACE_SECONDS + 3)
+    assert (first.poll(), second.poll()) == (None, None)
+    first.send_signal(signal.SIGUSR1)
+    status, _, errors = end(first)
+    assert status == 1
+    assert f"rank 0 on {HOST} (last finished step 1) received SIGUSR1; go on" in errors
+    assert end(second) == (1, "", "")
+
+
+def test_a_signal_is_no_order_to_stop_where_a_rank_is_gone(start_ranks: Callable[..., list[Rank]]) -> None:
+    first, second = start_ranks("take", "take")
+    second.kill()
+    first.send_signal(signal.SIGTERM)  # as torchrun does then
+    status, _, errors = end(first)
+    assert status == 1
+    assert f"rank 1 on {HOST} (last finished step 2) did not answer, being dead or hung" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "gone dark"])

@@ -56,6 +56,16 @@ def test_a_nan_is_refused_since_missing_is_null(write_run: WriteRun) -> None:
         load_run(directory)
 
 
+def test_steps_that_made_no_update_are_told(write_run: WriteRun) -> None:
+    directory = write_run("mha", losses=LOSSES, summary={"health": {"skipped_steps": 2, "loss_spikes": 1}})
+    metrics = directory / "metrics.jsonl"
+    event = {"kind": "health", "step": 17, "event": "non_finite", "quantity": "loss", "response": "skip"}
+    metrics.write_text(json.dumps(event) + "\n" + metrics.read_text())
+    run = load_run(directory)
+    assert run.remarks == (f"{directory / 'summary.json'}: 2 steps made no update (see its health).",)
+    assert [point.step for point in run.train_curve] == list(range(10, 91, 10))
+
+
 def test_steps_logged_again_after_a_resumption_replace_the_first(write_run: WriteRun) -> None:
     directory = write_run("mha", losses=LOSSES)
     costs = {"flops_per_token": 1000.0, "step_seconds": 0.5}

@@ -217,7 +217,7 @@ def complete_with_broken_weight(config: RunConfig, broken_rank: int) -> None:
 def test_a_non_finite_loss_stops_the_run_naming_step_and_rank(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
-    config = small_data.run(tmp_path / "run")
+    config = small_data.run(tmp_path / "run", health={"skipped_in_a_row": 0})
     with pytest.raises(
         AssertionError, match=r"step 3: the loss is not finite on rank 1 microbatch 0 \(nan\)"
     ):

@@ -62,10 +62,10 @@ def take_steps(config: RunConfig) -> Steps:
     losses, norms, gradients = [], [], {}
     update = engine.update
 
-    def first_update() -> float:
+    def first_update(gradient_norm: float) -> None:
         gradients.update(weight_parts(engine.pieces, gradient_reader(engine)))
         engine.update = update
-        return update()
+        update(gradient_norm)
 
     engine.update = first_update
     for step in range(NUM_STEPS):
@@ -80,7 +80,8 @@ def take_steps(config: RunConfig) -> Steps:
             device=topology.device,
             context_group=topology.context_group,
         )
-        result = train_step(engine, batches, step=step + 1, num_microbatches=per_rank, topology=topology)
+        result = train_step(engine, batches, num_microbatches=per_rank, topology=topology)
+        assert result.is_applied, result.findings
         losses.append(result.loss)
         norms.append(result.gradient_norm)
         assert next(batches, None) is None, "a step must use all its microbatches"

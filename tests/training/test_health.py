@@ -1,0 +1,263 @@
+"""Steps that would do harm: skipped on all ranks, counted, bounded; spikes recorded, skipped or stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.config.errors import FieldError
+from sas_megatron.config.run import RunConfig
+from tests.rank_pool import in_layout
+from tests.run_configs import small_config
+from tests.small_data import SmallData
+from tests.training.test_runs import complete, records, summary
+
+BAD_STEP = 4
+NAN = float("nan")
+
+
+def complete_disturbed(
+    config: RunConfig, disturbed_rank: int, steps: list[int], what: str, factor: float
+) -> list[int]:
+    """On a rank: the run, in which one rank's samples or gradients are multiplied in some steps.
+
+    Gives a checksum of weights and optimizer state before the first step and after each.
+    """
+    from sas_megatron.training.loop import Run
+
+    topology = in_layout(config.parallel, seed=config.training.seed)
+    run = Run(config, topology)
+    if topology.rank == disturbed_rank:
+        _disturb(run, steps, what, factor)
+    step, states = run._step, []
+
+    def noting_step() -> Any:
+        result = step()
+        states.append(_state_of(run.engine))
+        return result
+
+    run._step = noting_step  # type: ignore[method-assign]
+    run.complete()
+    return states
+
+
+def _disturb(run: Any, steps: list[int], what: str, factor: float) -> None:
+    training_batches = run._training_batches
+    *_, parameter = run.engine.pieces[-1].parameters()
+    if what == "gradients":
+        parameter.register_hook(
+            lambda gradient: gradient * (factor if run.progress.step + 1 in steps else 1.0)
+        )
+        return
+
+    def disturbed() -> Any:
+        for index, batch in enumerate(training_batches()):
+            if run.progress.step + 1 in steps and index == 0:
+                batch["loss_mask"] = batch["loss_mask"] * factor
+            yield batch
+
+    run._training_batches = disturbed
+
+
+def _state_of(engine: Any) -> int:
+    from sas_megatron.training.replicas import checksum
+
+    engine.settle_parameters()
+    weights = [getattr(p, "ds_tensor", p) for piece in engine.pieces for p in piece.parameters()]
+    megatron = engine.config.training.engine == "megatron"
+    optimizers = engine.optimizers() if megatron else [engine.optimizer]
+    moments = [
+        value
+        for optimizer in optimizers
+        for state in (optimizer.optimizer.state if megatron else optimizer.state).values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return hash(tuple(checksum(tensor.reshape(-1)).item() for tensor in (*weights, *moments)))
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data 2": {},
+    "data 2, distributed optimizer, overlapped, bfloat16": {
+        "parallel": {"overlap_gradient_reduce": True, "overlap_parameter_gather": True},
+        "optimizer": {"distributed": True},
+        "training": {"precision": "bfloat16"},
+    },
+    "tensor 2": {"parallel": {"tensor": 2, "sequence": True}},
+    "pipeline 2": {"parallel": {"pipeline": 2}},
+    **{
+        f"DeepSpeed {stage}": {"training": {"engine": "deepspeed"}, "deepspeed": {"zero_stage": stage}}
+        for stage in (0, 1, 2, 3)
+    },
+    "DeepSpeed 2, bfloat16": {
+        "training": {"engine": "deepspeed", "precision": "bfloat16"},
+        "deepspeed": {"zero_stage": 2},
+    },
+}
+
+
+def config_of(small_data: SmallData, directory: Path, layout: str, **health: Any) -> RunConfig:
+    sections = LAYOUTS[layout]
+    training = {"num_steps": 7, "micro_batch_size": 2, **sections.get("training", {})}
+    return small_data.run(
+        directory, **{**sections, "training": training}, evaluation={"interval": None}, health=health
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(
+    ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
+) -> None:
+    config = config_of(small_data, tmp_path / "run", layout)
+    by_rank = ranks(2).run(complete_disturbed, config, 1, [BAD_STEP], "samples", NAN)
+    for states in by_rank:
+        assert states[BAD_STEP - 1] == states[BAD_STEP - 2], "weights and optimizer are as before"
+        assert len(set(states)) == len(states) - 1, "every other step makes an update"
+    # In a tensor group too, whose ranks have the same samples: only rank 1's are disturbed here.
+    assert records(config, "health") == [
+        {
+            "kind": "health",
+            "step": BAD_STEP,
+            "event": "non_finite",
+            "quantity": "loss",
+            "value": "nan",
+            "ranks": [1],
+            "response": "skip",
+        }
+    ]
+    train = records(config)
+    assert [record["step"] for record in train] == [1, 2, 3, 5, 6, 7]
+    assert [record["consumed_samples"] for record in train] == [8, 16, 24, 40, 48, 56]
+    # Steps 4 to 6 of the schedule.
+    undisturbed = [record["learning_rate"] for record in train]
+    assert undisturbed == sorted(undisturbed[:3]) + sorted(undisturbed[3:], reverse=True)
+    found = summary(config)["health"]
+    assert found["skipped_steps"] == found["non_finite_losses"] == 1
+    assert found["non_finite_losses_by_rank"] == {"1": 1}
+
+
+@pytest.mark.parametrize("layout", ["data 2", "DeepSpeed 0", "DeepSpeed 1", "DeepSpeed 3"])
+def test_gradients_that_are_not_finite_skip_the_step_although_the_loss_is(
+    ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
+) -> None:
+    config = config_of(small_data, tmp_path / "run", layout)
+    for states in ranks(2).run(complete_disturbed, config, 1, [BAD_STEP], "gradients", NAN):
+        assert states[BAD_STEP - 1] == states[BAD_STEP - 2]
+        assert len(set(states)) == len(states) - 1
+    (event,) = records(config, "health")
+    assert (event["step"], event["quantity"], event["response"]) == (BAD_STEP, "gradient_norm", "skip")
+    assert "ranks" not in event, "a sum over ranks does not tell"
+    found = summary(config)["health"]
+    assert (found["non_finite_losses"], found["non_finite_gradients"]) == (0, 1)
+
+
+def test_steps_skipped_in_a_row_are_bounded(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    config = config_of(small_data, tmp_path / "run", "data 2", skipped_in_a_row=2)
+    with pytest.raises(
+        AssertionError,
+        match=r"TrainingFault: step 6 after 2 skipped in a row \(health\.skipped_in_a_row\): "
+        r"the loss is not finite on rank 1 microbatch 0 \(nan\)",
+    ):
+        ranks(2).run(complete_disturbed, config, 1, [1, 2, 4, 5, 6], "samples", NAN)
+    events = [(event["step"], event["response"]) for event in records(config, "health")]
+    assert events == [(1, "skip"), (2, "skip"), (4, "skip"), (5, "skip"), (6, "stop")]
+
+
+# No chance rise of a norm among so few is a spike by this threshold, and 1e6 times one parameter's is.
+SPIKES = {"spike_window": 4, "spike_threshold": 1000.0}
+
+
+@pytest.mark.parametrize("layout", ["data 2", "DeepSpeed 1", "DeepSpeed 3"])
+@pytest.mark.parametrize("response", ["record", "skip"])
+def test_a_spike_of_the_gradient_norm_is_recorded_or_skipped(
+    ranks: Any, small_data: SmallData, tmp_path: Path, layout: str, response: str
+) -> None:
+    config = config_of(small_data, tmp_path / "run", layout, spike_response=response, **SPIKES)
+    for states in ranks(2).run(complete_disturbed, config, 1, [6], "gradients", 1e6):
+        assert (states[5] == states[4]) == (response == "skip")
+    (event,) = records(config, "health")
+    assert (event["step"], event["event"], event["quantity"]) == (6, "spike", "gradient_norm")
+    assert event["response"] == response
+    assert event["value"] > event["median"] * 11
+    assert event["deviations"] > 1000
+    found = summary(config)["health"]
+    assert (found["gradient_norm_spikes"], found["skipped_steps"]) == (1, int(response == "skip"))
+    assert [record["step"] for record in records(config)] == list(range(1, 8)), "its values are numbers"
+
+
+def test_a_spike_can_end_the_run_before_its_update(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    config = config_of(small_data, tmp_path / "run", "data 2", spike_response="stop", **SPIKES)
+    with pytest.raises(AssertionError, match=r"TrainingFault: step 6: the gradient norm of \S+ is a spike"):
+        ranks(2).run(complete_disturbed, config, 1, [6], "gradients", 1e6)
+    assert [record["step"] for record in records(config)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_goes_on_knows_the_steps_before(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    def run(**sections: Any) -> RunConfig:
+        training = {"num_steps": 7, "micro_batch_size": 2, **sections.pop("training", {})}
+        return small_data.run(
+            tmp_path / "run",
+            training=training,
+            evaluation={"interval": None},
+            health={"spike_response": "skip", **SPIKES},
+            **sections,
+        )
+
+    # The second step is skipped, so the fifth is the fourth that counts.
+    ranks(2).run(complete_disturbed, run(training={"stop_after_steps": 5}), 1, [2], "samples", NAN)
+    rest = run(checkpoint={"resume": True})
+    ranks(2).run(complete_disturbed, rest, 1, [6], "gradients", 1e6)
+    assert [(event["step"], event["event"]) for event in records(rest, "health")] == [
+        (2, "non_finite"),
+        (6, "spike"),
+    ]
+    assert summary(rest)["health"]["skipped_steps"] == 2
+
+
+def test_files_hold_valid_json_whatever_is_not_finite(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = config_of(small_data, tmp_path / "run", "data 2")
+    ranks(2).run(complete_disturbed, config, 1, [7], "samples", NAN)  # the last one
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    for name in ("metrics.jsonl", "summary.json"):
+        text = (tmp_path / "run" / name).read_text()
+        for part in text.splitlines() if name == "metrics.jsonl" else [text]:
+            json.loads(part, parse_constant=refuse)
+    assert summary(config)["final_train_loss"] is None
+
+
+def test_a_healthy_run_has_no_health_records(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+    config = config_of(small_data, tmp_path / "run", "data 2", replica_check_interval=2)
+    ranks(2).run(complete, config)
+    assert not records(config, "health")
+    assert summary(config)["health"]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("health", "message"),
+    [
+        ({"spike_window": 2}, r"health\.spike_window=2: must be 3 or more"),
+        ({"skipped_in_a_row": -1}, r"health\.skipped_in_a_row=-1: must be at least 0"),
+        ({"replica_check_interval": 0}, r"health\.replica_check_interval=0: must be positive"),
+    ],
+)
+def test_wrong_fields_are_refused(health: dict[str, Any], message: str) -> None:
+    with pytest.raises(FieldError, match=message):
+        small_config(health=health)
+
+
+def test_zero_stage_3_has_no_copies_to_check() -> None:
+    with pytest.raises(FieldError, match=r"health\.replica_check_interval=5: at deepspeed\.zero_stage=3"):
+        small_config(
+            health={"replica_check_interval": 5},
+            training={"engine": "deepspeed"},
+            deepspeed={"zero_stage": 3},
+        )

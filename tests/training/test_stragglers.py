@@ -1,0 +1,64 @@
+"""Ranks that hold up the others: the rule, and a rank that is made slow."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.training.stragglers import find_stragglers
+from tests.rank_pool import in_layout
+from tests.small_data import SmallData
+from tests.training.test_runs import records, summary
+
+
+def test_a_rank_is_held_against_its_own_stage() -> None:
+    assert find_stragglers([1.0, 1.1, 1.5, 4.0, 4.0, 4.1], [0, 0, 0, 1, 1, 1], excess=0.2) == {
+        2: pytest.approx(1.5 / 1.1)
+    }
+
+
+def test_of_two_ranks_the_slower_is_held_against_the_faster() -> None:
+    assert find_stragglers([1.0, 2.0], [0, 0], excess=0.2) == {1: 2.0}
+    assert find_stragglers([1.0, 1.1], [0, 0], excess=0.2) == {}
+
+
+def complete_with_slow_rank(config: RunConfig, slow_rank: int) -> None:
+    """On a rank: the run, in which one rank computes something of its own in each step."""
+    from sas_megatron.training.loop import Run
+
+    topology = in_layout(config.parallel, seed=config.training.seed)
+    run = Run(config, topology)
+    if topology.rank == slow_rank:
+        original = run._training_batches
+
+        def slow() -> Any:
+            end = time.thread_time() + 0.5
+            while time.thread_time() < end:
+                pass
+            return original()
+
+        run._training_batches = slow  # type: ignore[method-assign]
+    run.complete()
+
+
+def test_a_slow_rank_is_found_although_all_ranks_take_the_same_time(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = small_data.run(
+        tmp_path / "run",
+        training={"num_steps": 6, "micro_batch_size": 2},
+        health={"straggler_interval": 2, "straggler_excess": 1.0},
+    )
+    ranks(2).run(complete_with_slow_rank, config, 1)
+    events = records(config, "health")
+    assert [(event["step"], event["event"]) for event in events] == [(step, "own_time") for step in (2, 4, 6)]
+    for event in events:
+        assert list(event["stragglers"]) == ["1"]
+        assert event["own_seconds_by_rank"][1] >= 0.5
+    fast, slow = summary(config)["health"]["own_time_share_by_rank"]
+    assert 0 < fast < slow / 2
+    assert slow <= 1.01
