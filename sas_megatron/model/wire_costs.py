@@ -15,7 +15,7 @@ rank, v pieces of the model in each of p pipeline stages:
               optimizer reduced and scattered, and the parameters gathered, each with its padding
     other     the gradients of a tied table, all-reduced between first and last stage
 
-and in each but the first two some numbers that the ranks must agree on, as `bookkeeping`.
+and in each but the second some numbers that the ranks must agree on, as `bookkeeping`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from sas_megatron.model.weights import piece_weights, table_weight
 
 # What one of `training.recompute_modules` sends again, where it is not the term of its own name.
 RECOMPUTED_TERMS = {"attention": "context_exchange", "simulation": "head_simulation"}
+
+# What all ranks agree on in a step, in float64: loss, tokens, gradient norm, and whether to stop.
+AGREED_BYTES = 4 * 8
 
 Terms = dict[str, Fraction]
 
@@ -107,7 +110,7 @@ class _Step:
             terms["head"] = self.num_microbatches * (group.into_columns(hidden).both + loss)
         for name, elements in self._count_summed_weights().items():
             terms[name] = terms.get(name, Fraction(0)) + _all_reduce(GRADIENT_BYTES * elements, ranks)
-        return terms
+        return {**terms, "bookkeeping": _all_reduce(AGREED_BYTES, ranks)}
 
     def _count_summed_weights(self) -> dict[str, int]:
         """Elements by term whose gradients the tensor ranks add up, as often as they do so in a step."""
@@ -149,15 +152,15 @@ class _Step:
         activations = self.tokens // shared_by * self.model.hidden_size * self.element_bytes
         return {
             "activations": Fraction(self.num_microbatches * sends * activations),
-            # The last stage's number of tokens, an int32; the sums of losses and tokens in float64.
-            "bookkeeping": Fraction((stages - 1) * 4, stages) + _all_reduce(2 * 8, stages),
+            # The last stage's number of tokens, an int32.
+            "bookkeeping": Fraction((stages - 1) * 4, stages) + _all_reduce(AGREED_BYTES, stages),
         }
 
     def data(self) -> Terms:
         """Gradients of the rank's weights, and with the distributed optimizer the weights."""
         ranks = self.data_ranks
-        # The number of tokens, an int32; the sums of losses and tokens in float64.
-        terms = {"bookkeeping": _all_reduce(4 + 2 * 8, ranks)}
+        # The number of tokens, an int32.
+        terms = {"bookkeeping": _all_reduce(4 + AGREED_BYTES, ranks)}
         if self.config.optimizer.distributed:
             elements = sum(self._count_buffer(piece) for piece in range(len(self.pieces)))
             once = Fraction((ranks - 1) * elements, ranks)
