@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-# Tested: transformers 5.23 with safetensors 0.8, and 4.57.
+# Tested: transformers 5.24, 5.23 and 4.57, with safetensors 0.8.
 EXPORT = ["safetensors>=0.4.5,<1", "transformers>=4.57,<6"]
 
 setup(

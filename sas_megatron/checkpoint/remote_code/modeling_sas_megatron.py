@@ -7,6 +7,7 @@ Parameters have the names and the layout that they have in training.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention_sas_megatron import ATTENTIONS, Angles, Places
 from .configuration_sas_megatron import SASMegatronConfig
+
+# What transformers calls the cache, in arguments and results alike; the second from 5.24 on.
+RESULTS = {field.name for field in fields(CausalLMOutputWithPast)}
+CACHE_NAME = "past_key_values" if "past_key_values" in RESULTS else "cache"
 
 
 def build_norm(config: SASMegatronConfig) -> nn.Module:
@@ -109,6 +114,7 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, V], of the last `logits_to_keep` tokens where not 0; the mean loss of `labels`.
@@ -117,17 +123,19 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B, T], 0 where a token is padding; None: nowhere.
             position_ids: [B, S]; None: each token's number among those that are no padding.
             past_key_values: What was kept of the T - S tokens before; it is added to.
+            cache: The same, by its newer name.
         """
         if output_attentions:
             raise NotImplementedError("output_attentions: fused attention does not give its weights out")
         hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         keeps = use_cache if use_cache is not None else self.config.use_cache and not self.training
-        if keeps and past_key_values is None:
-            past_key_values = DynamicCache()
-        places = self._places(hidden, attention_mask, position_ids, past_key_values)
+        kept = past_key_values if cache is None else cache
+        if keeps and kept is None:
+            kept = DynamicCache()
+        places = self._places(hidden, attention_mask, position_ids, kept)
         states = [hidden]
         for layer in self.decoder["layers"].children():
-            hidden = layer(hidden, places, past_key_values)
+            hidden = layer(hidden, places, kept)
             states = [*states, hidden] if output_hidden_states else states
         hidden = self.decoder["final_layernorm"](hidden)
         logits = F.linear(hidden[:, -logits_to_keep:], self._output_table())
@@ -137,8 +145,8 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            **{CACHE_NAME: kept},
         )
 
     def _places(
