@@ -68,7 +68,8 @@ def main() -> None:
     try:
         cli.main(standalone_mode=True)
     except UserError as error:
-        # Under a launcher every rank meets the same error; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
+        # Under a launcher one process speaks for those of its node, which meet the same error; rank 0
+        # for all, where that is known.
+        if os.environ.get("RANK" if error.met_by_all_ranks else "LOCAL_RANK", "0") == "0":
             print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
 from sas_megatron.platform.launcher import is_first_rank, launched_world_size
@@ -33,6 +35,7 @@ def train(config: RunConfig) -> None:
     # Before Megatron-core is imported: on CPU it needs the stand-in.
     device = prepare_device()
 
+    from sas_megatron.parallel.shared_directory import check_directory_is_shared
     from sas_megatron.parallel.topology import joined_topology
     from sas_megatron.training.loop import Run
 
@@ -42,4 +45,5 @@ def train(config: RunConfig) -> None:
         seed=config.training.seed,
         timeout_minutes=config.training.collective_timeout_minutes,
     ) as topology:
+        check_directory_is_shared(Path(config.logging.run_directory))
         Run(config, topology).complete()
