@@ -21,9 +21,11 @@ else
 fi
 if [ -t 1 ]; then options+=(--tty); fi
 for name in GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS JOIN_SECONDS LOG_DIR RUN_ID \
-  OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS; do
+  SKIP_DOCTOR   OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS; do
   if [ -n "${!name:-}" ]; then options+=(--env "$name"); fi
 done
 # NCCL's own settings, such as the network interface.
 while IFS= read -r name; do options+=(--env "$name"); done < <(compgen -e NCCL_ || true)
-exec "${CONTAINER_ENGINE:-docker}" run "${options[@]}" --entrypoint /opt/sas_megatron/launch/torchrun.sh "$image" "$@"
+scripts=/opt/sas_megatron/launch
+exec "${CONTAINER_ENGINE:-docker}" run "${options[@]}" --entrypoint "$scripts/container_entrypoint.sh" \
+  "$image" "$scripts/torchrun.sh" "$@"

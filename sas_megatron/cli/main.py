@@ -32,6 +32,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.simulate:simulate",
         "Estimate memory, traffic and time of a run on any number of ranks, without them.",
     ),
+    "doctor": (
+        "sas_megatron.cli.doctor:doctor",
+        "Look for what would make training fail, on a node or an allocation.",
+    ),
     "bench": ("sas_megatron.cli.bench:bench", "Measure attention and tokenization on this machine."),
 }
 

@@ -36,12 +36,13 @@ def check_directory_is_shared(directory: Path) -> None:
     dist.all_gather_object(blind, None if _appears(mark) else socket.gethostname())
     if rank == 0:
         mark.unlink()
-    hosts = sorted({f"rank {number} on {host}" for number, host in enumerate(blind) if host is not None})
+    hosts = [f"rank {number} on {host}" for number, host in enumerate(blind) if host is not None]
     if hosts:
+        more = f" and {len(hosts) - 1} more" if hosts[1:] else ""
         error = FieldError(
             "logging.run_directory",
             directory,
-            f"is another folder for {hosts[0]}{f' and {len(hosts) - 1} more' if hosts[1:] else ''} than for rank 0",
+            f"is another folder to {hosts[0]}{more} than to rank 0",
             "put it on a file system that all nodes share",
         )
         error.met_by_all_ranks = True

@@ -104,7 +104,7 @@ class SlurmCluster:
         shutil.rmtree(self.folder)
 
     def processes(self) -> list[int]:
-        """Those that have this cluster's folder in their environment or command: daemons, and what they start."""
+        """Those that have this cluster's folder in their environment or command: daemons, and their jobs."""
         mark, found = str(self.folder).encode(), []
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and int(process.name) != os.getpid():
