@@ -37,10 +37,10 @@ over_ssh() {
       exit 2
     fi
   done
-  as_file 8 <<<"$(cat ~/.deepspeed_env .deepspeed_env 2>/dev/null || true)
-OMP_NUM_THREADS=$OMP_NUM_THREADS
-CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS${DS_ACCELERATOR:+
-DS_ACCELERATOR=$DS_ACCELERATOR}"
+  as_file 8 < <(
+    grep -hs = ~/.deepspeed_env .deepspeed_env || true
+    env | grep -E '^(OMP_NUM_THREADS|CUDA_DEVICE_MAX_CONNECTIONS|DS_ACCELERATOR)='
+  )
   export DS_ENV_FILE=${DS_ENV_FILE:-/dev/fd/8}
 }
 

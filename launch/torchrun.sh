@@ -6,7 +6,8 @@
 #   NNODES         nodes (1). MIN:MAX: begin, and go on after a loss, with any number between
 #   MASTER_ADDR    the first node's name or address, which all can reach; MASTER_PORT (29500)
 #   NODE_RANK      this node's place, 0 on the first (SLURM_NODEID); unset: in the order of arrival
-#   MAX_RESTARTS   how often (0) failed processes start again; give checkpoint.resume=true with it
+#   MAX_RESTARTS   how often (0) failed processes start again, then with places by arrival; give
+#                  checkpoint.resume=true with it
 #   JOIN_SECONDS   how long (50) nodes wait for each other
 #   LOG_DIR        a folder for a log file of each process, node by node
 #   RUN_ID         a name, equal on all nodes, that tells runs at one address apart
@@ -21,7 +22,8 @@ nodes=${NNODES:-1}
 join_seconds=${JOIN_SECONDS:-50}
 port=${MASTER_PORT:-29500}
 node_rank=${NODE_RANK-${SLURM_NODEID-}}
-options=(--nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}")
+restarts=${MAX_RESTARTS:-0}
+options=(--nproc-per-node "$processes" --max-restarts "$restarts")
 # What asks a run to save and stop reaches the processes through torchrun.
 options+=(--signals-to-handle 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1')
 if [ "$nodes" = 1 ]; then
@@ -31,17 +33,20 @@ else
   # What `train --check` asks of this place.
   export NODE_RANK=$node_rank JOIN_SECONDS=$join_seconds
   options+=(--nnodes "$nodes" --rdzv-id "${RUN_ID:-sas-megatron}")
-  if [ -n "$node_rank" ]; then
+  if [ -n "$node_rank" ] && [ "$restarts" = 0 ] && [[ $nodes != *:* ]]; then
     options+=(--node-rank "$node_rank" --master-addr "$MASTER_ADDR" --master-port "$port")
     options+=(--rdzv-conf "timeout=$join_seconds")
   else
-    options+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port")
-    options+=(--rdzv-conf "join_timeout=$join_seconds,read_timeout=$join_seconds")
+    # Places by arrival. By fixed ones torch keeps one store for all attempts, in which processes that are
+    # started again find the addresses of those that are gone.
+    conf="join_timeout=$join_seconds,read_timeout=$join_seconds"
+    if [ -n "$node_rank" ]; then conf+=",is_host=$([ "$node_rank" = 0 ] && echo true || echo false)"; fi
+    options+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-conf "$conf")
   fi
 fi
 if [ -n "${LOG_DIR:-}" ]; then
   # Each process's output goes to its file and to here as well, the lines as they are.
-  options+=(--log-dir "$LOG_DIR/node${node_rank:-s/$(hostname)}" --tee 3 --role '')
+  options+=(--log-dir "$LOG_DIR/node${node_rank:-_$(hostname)}" --tee 3 --role '')
   # shellcheck disable=SC2016  # torchrun fills it in
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='${role_name}'
 fi

@@ -64,7 +64,7 @@ def check_meeting_place() -> None:
     if node_rank == "0":
         check_port_is_free(port)
     elif node_rank:
-        _wait_for_listener(address, port, seconds=float(os.environ.get("JOIN_SECONDS", "50")))
+        wait_for_listener(address, port, seconds=float(os.environ.get("JOIN_SECONDS", "50")))
 
 
 def resolve(address: str) -> str:
@@ -101,7 +101,8 @@ def check_port_is_free(port: int) -> None:
             ) from None
 
 
-def _wait_for_listener(address: str, port: int, *, seconds: float) -> None:
+def wait_for_listener(address: str, port: int, *, seconds: float) -> None:
+    """Raises `FieldError` where nothing at `address` answers at `port` for so long."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -121,14 +122,13 @@ def _wait_for_listener(address: str, port: int, *, seconds: float) -> None:
 
 def _place_in_step(slurm: Mapping[str, str]) -> dict[str, str]:
     """torch's variables for one task of a job step."""
-    place = {
+    return {
         "RANK": slurm["SLURM_PROCID"],
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
         "MASTER_ADDR": slurm.get("MASTER_ADDR") or _address_of_first_node(slurm["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": slurm.get("MASTER_PORT") or str(port_of_job(slurm)),
     }
-    return place
 
 
 def port_of_job(slurm: Mapping[str, str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -74,7 +75,8 @@ def check_run_directory(directory: Path, *, checkpoint_bytes: int | None = None)
         yield failure("run directory", f"{existing} cannot be written: {error.strerror}", elsewhere)
         return
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which a read-only file system raises, file or no file
+            probe.unlink()
     observed = f"{existing} takes {speed / MIB:.0f} MiB/s"
     if size == PROBE_BYTES and speed < SLOW_DISK_BYTES_PER_SECOND:
         yield warning("run directory", observed, "expect to wait for checkpoints, or choose a faster disk")

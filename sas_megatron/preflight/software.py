@@ -33,7 +33,7 @@ def describe_versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     for name in ("sas-megatron", "megatron-core", "deepspeed", "numpy"):
         try:
             versions[name] = importlib.metadata.version(name)

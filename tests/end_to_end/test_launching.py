@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from sas_megatron.config.loading import dump_yaml
+from sas_megatron.config.run import RunConfig
 from tests.small_data import SmallData
 
 ROOT = Path(__file__).parents[2]
@@ -120,10 +122,31 @@ def test_quickstart_ends_in_a_comparison_and_repeats_for_nothing(tmp_path: Path)
     assert "holds a run of another config" in other.stderr
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["launch/environment.sh", "launch/quickstart.sh", "launch/torchrun.sh", "tests/run.sh", ".ci/run"],
+SHELL_SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("launch/*.sh", "launch/*.sbatch", "tests/*.sh", ".ci/run")
+    for path in ROOT.glob(pattern)
 )
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS)
 def test_scripts_pass_the_shell_linter(script: str) -> None:
     done = shell("shellcheck", "-x", script)
     assert done.returncode == 0, done.stdout
+
+
+def test_launch_scripts_hold_no_field_of_a_config() -> None:
+    sections = "|".join(RunConfig.model_fields)
+    for path in sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")):
+        code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+        fields = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", "\n".join(code)))
+        # A job that is queued again goes on: where a run is, not what it is.
+        assert fields <= ({"checkpoint.resume"} if path.name == "slurm_train.sbatch" else set()), path
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "docker_run.sh", "slurm_train.sbatch"])
+def test_a_script_without_arguments_says_how_it_is_used(script: str) -> None:
+    done = shell(f"launch/{script}")
+    assert done.returncode == 2
+    assert f"launch/{script}" in done.stderr
+    assert "CONFIG [section.field=value ...]" in done.stderr

@@ -66,6 +66,21 @@ def test_bare_srun_trains_a_rank_a_task(
     assert world_size(tmp_path / "run") == 2
 
 
+def test_doctor_examines_an_allocation_under_srun(slurm: SlurmCluster, tmp_path: Path) -> None:
+    said = slurm.call(
+        *("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", f"--chdir={ROOT}", "--time=5"),
+        *(str(VENV / "bin" / "sas-megatron"), "doctor", "--json", f"--run-directory={tmp_path}"),
+        timeout=JOB_SECONDS,
+        PYTHONPATH=str(ROOT),
+    )
+    record = json.loads(said)
+    assert record["ranks"] == 2
+    checks = [found["check"] for found in record["findings"]]
+    assert checks.count("open files") == 2, "of each node"
+    assert checks.count("all-reduce") == 1
+    assert record["verdict"] != "failure", said
+
+
 def test_a_failing_member_of_a_study_leaves_the_others_alone(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:
@@ -115,7 +130,7 @@ def test_a_cancelled_job_leaves_a_checkpoint_to_go_on_from_and_no_process(
     assert len(losses(tmp_path / "run")) == finished + 2
 
 
-@pytest.mark.xfail(strict=True, reason="the training loop does not save and stop on SIGUSR1 yet")
+@pytest.mark.xfail(run=False, reason="the training loop does not save and stop on SIGUSR1 yet")
 def test_a_run_out_of_time_is_queued_again_and_ends_as_if_it_had_not_been(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:
