@@ -26,6 +26,14 @@ restarts=${MAX_RESTARTS:-0}
 options=(--nproc-per-node "$processes" --max-restarts "$restarts")
 # What asks a run to save and stop reaches the processes through torchrun.
 options+=(--signals-to-handle 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1')
+if [ "$restarts" != 0 ] || [[ $nodes == *:* ]]; then
+  # Processes that start again need a store of their own: in the one that torch otherwise keeps for all
+  # attempts they find the addresses of those that are gone (torch 2.13).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  starts_again=true
+else
+  starts_again=false
+fi
 if [ "$nodes" = 1 ]; then
   options+=(--standalone)
 else
@@ -33,12 +41,11 @@ else
   # What `train --check` asks of this place.
   export NODE_RANK=$node_rank JOIN_SECONDS=$join_seconds
   options+=(--nnodes "$nodes" --rdzv-id "${RUN_ID:-sas-megatron}")
-  if [ -n "$node_rank" ] && [ "$restarts" = 0 ] && [[ $nodes != *:* ]]; then
+  if [ -n "$node_rank" ] && [ "$starts_again" = false ]; then
     options+=(--node-rank "$node_rank" --master-addr "$MASTER_ADDR" --master-port "$port")
     options+=(--rdzv-conf "timeout=$join_seconds")
   else
-    # Places by arrival. By fixed ones torch keeps one store for all attempts, in which processes that are
-    # started again find the addresses of those that are gone.
+    # Places by arrival, the only ones that can be given anew.
     conf="join_timeout=$join_seconds,read_timeout=$join_seconds"
     if [ -n "$node_rank" ]; then conf+=",is_host=$([ "$node_rank" = 0 ] && echo true || echo false)"; fi
     options+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-conf "$conf")
