@@ -72,8 +72,9 @@ def main() -> None:
     try:
         cli.main(standalone_mode=True)
     except UserError as error:
-        # Under a launcher one process speaks for those of its node, which meet the same error; rank 0
-        # for all, where that is known.
-        if os.environ.get("RANK" if error.met_by_all_ranks else "LOCAL_RANK", "0") == "0":
+        # Under a launcher rank 0 speaks for all, and where others may have met something else, the first
+        # process of each node for those of its node.
+        leads_node = os.environ.get("LOCAL_RANK") == "0" and not error.met_by_all_ranks
+        if leads_node or os.environ.get("RANK", "0") == "0":
             print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -72,7 +72,7 @@ def _check_node(run_directory: Path, config: RunConfig | None, world_size: int) 
     # Before torch is imported, which takes many files and seconds.
     yield check_open_files(world_size=world_size)
     yield from check_meeting(os.environ)
-    yield check_own_name()
+    yield check_own_name(os.environ)
     yield from check_interfaces(os.environ)
     yield from check_run_directory(run_directory, checkpoint_bytes=_checkpoint_bytes(config))
     if config is not None:

@@ -10,7 +10,7 @@ from sas_megatron.platform.launcher import check_meeting_place, check_port_is_fr
 from sas_megatron.preflight.finding import Finding, failure, fine, warning
 
 
-def check_own_name() -> Finding:
+def check_own_name(environment: Mapping[str, str]) -> Finding:
     """gloo takes the address that this host's name stands for, unless told an interface."""
     name = socket.gethostname()
     try:
@@ -21,7 +21,24 @@ def check_own_name() -> Finding:
             f"{name} does not resolve ({error.strerror})",
             f"add {name} to /etc/hosts, or name the interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
         )
+    return judge_own_name(name, address, environment)
+
+
+def judge_own_name(name: str, address: str, environment: Mapping[str, str]) -> Finding:
+    """Whether other nodes, where there are some, can reach what the name stands for."""
+    master = environment.get("MASTER_ADDR", "localhost")
+    is_alone = master in ("localhost", name) or _is_loopback(master)
+    if _is_loopback(address) and not is_alone and "GLOO_SOCKET_IFNAME" not in environment:
+        return warning(
+            "own name",
+            f"{name} is {address}, which other nodes cannot reach, and gloo would give it to them",
+            f"give {name} its outer address in /etc/hosts, or set GLOO_SOCKET_IFNAME",
+        )
     return fine("own name", f"{name} is {address}")
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def check_interfaces(environment: Mapping[str, str]) -> Iterator[Finding]:

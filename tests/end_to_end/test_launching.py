@@ -150,3 +150,38 @@ def test_a_script_without_arguments_says_how_it_is_used(script: str) -> None:
     assert done.returncode == 2
     assert f"launch/{script}" in done.stderr
     assert "CONFIG [section.field=value ...]" in done.stderr
+
+
+def test_the_table_of_launchers_names_scripts_and_variables_that_there_are() -> None:
+    table = [
+        line for line in (ROOT / "launch" / "README.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    assert len(table) > 10
+    for line in table:
+        scripts = re.findall(r"\b(?:launch|docker)/[\w.]+\w", line)
+        known = "".join((ROOT / script).read_text() for script in scripts)
+        for variable in re.findall(r"\b([A-Z_]{3,})=", line):
+            assert variable in known, line
+
+
+def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
+    config_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()  # where the first checkpoint is to become a folder
+    done = shell(
+        *("launch/torchrun.sh", "2", str(config_file), "checkpoint.interval=2"),
+        LOG_DIR=str(tmp_path / "logs"),
+    )
+    assert done.returncode == 1
+    first, *_ = re.findall(r"^sas-megatron: rank (\d) on .*:\nTraceback", done.stderr, re.MULTILINE)
+    assert done.stderr.index("Traceback") == done.stderr.index(
+        "Traceback", done.stderr.index("sas-megatron: rank")
+    )
+    logs = {path.parts[-2]: path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")}
+    assert sorted(logs) == ["0", "1"]
+    assert "Traceback" in logs[first]
+    assert "training stopped after step 2" in "".join(logs.values())
+    lines = [line for line in done.stdout.splitlines() if "lm loss:" in line]
+    assert lines
+    assert all(line.startswith(" iteration") for line in lines), "Megatron's form, with nothing in front"

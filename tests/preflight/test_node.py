@@ -17,6 +17,7 @@ import pytest
 
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.preflight.finding import Verdict
+from sas_megatron.preflight.network import judge_own_name
 from sas_megatron.preflight.node import check_run_directory, check_shared_memory
 from sas_megatron.preflight.software import check_software
 from tests.conftest import ROOT
@@ -72,6 +73,20 @@ def test_a_config_that_does_not_fit_and_a_master_that_nobody_knows_are_failures(
     assert "there is no such tokenizer" in found["config"]["observed"]
     assert "no-such-host.invalid: is not known on" in found["meeting place"]["observed"]
     assert "address" in found["meeting place"]["remedy"]
+
+
+def test_a_name_that_stands_for_loopback_is_a_risk_only_among_nodes() -> None:
+    elsewhere = {"MASTER_ADDR": "10.0.0.5"}
+    found = judge_own_name("node7", "127.0.1.1", elsewhere)
+    assert found.verdict == Verdict.WARNING
+    assert "GLOO_SOCKET_IFNAME" in found.remedy
+    for address, environment in [
+        ("10.0.0.7", elsewhere),
+        ("127.0.1.1", {}),
+        ("127.0.1.1", {"MASTER_ADDR": "127.0.0.1"}),
+        ("127.0.1.1", {**elsewhere, "GLOO_SOCKET_IFNAME": "eth0"}),
+    ]:
+        assert judge_own_name("node7", address, environment).verdict == Verdict.FINE
 
 
 @contextlib.contextmanager
