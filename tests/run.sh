@@ -9,6 +9,7 @@ source launch/environment.sh
 all=false
 if [ "${1:-}" = --all ]; then all=true; shift; fi
 enter_environment test
+tests/install_system_packages.sh
 export OMP_NUM_THREADS=1
 if [ "$all" = false ]; then
   exec python -m pytest "$@"

@@ -36,6 +36,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.simulate:simulate",
         "Estimate memory, traffic and time of a run on any number of ranks, without them.",
     ),
+    "doctor": (
+        "sas_megatron.cli.doctor:doctor",
+        "Look for what would make training fail, on a node or an allocation.",
+    ),
     "bench": ("sas_megatron.cli.bench:bench", "Measure attention and tokenization on this machine."),
 }
 
@@ -72,7 +76,9 @@ def main() -> None:
     try:
         cli.main(standalone_mode=True)
     except UserError as error:
-        # Under a launcher every rank meets the same error; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
+        # Under a launcher rank 0 speaks for all, and where others may have met something else, the first
+        # process of each node for those of its node.
+        leads_node = os.environ.get("LOCAL_RANK") == "0" and not error.met_by_all_ranks
+        if leads_node or os.environ.get("RANK", "0") == "0":
             print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

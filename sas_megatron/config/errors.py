@@ -8,6 +8,9 @@ from typing import Any
 class UserError(Exception):
     """What the user gave cannot be used; the command line prints it and exits with status 2."""
 
+    # Set where all ranks of a run are known to raise the same.
+    met_by_all_ranks = False
+
 
 class FieldError(UserError):
     """One field breaks a rule: `attention.kernel_size=4: must be odd, so that …; use 3 or 5`."""

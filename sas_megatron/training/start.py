@@ -44,6 +44,7 @@ def train(config: RunConfig) -> Ending:
         # Before Megatron-core is imported: on CPU it needs the stand-in.
         device = prepare_device()
 
+        from sas_megatron.parallel.shared_directory import check_directory_is_shared
         from sas_megatron.parallel.topology import joined_topology
         from sas_megatron.training.loop import Run
 
@@ -55,4 +56,5 @@ def train(config: RunConfig) -> Ending:
             takes_signal=stop.take,
             flight_records=RunFiles(config).directory / "flight_recorder",
         ) as topology:
+            check_directory_is_shared(Path(config.logging.run_directory))
             return Run(config, topology, stop).complete()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from sas_megatron.config.loading import dump_yaml
+from sas_megatron.config.run import RunConfig
 from tests.small_data import SmallData
 
 ROOT = Path(__file__).parents[2]
@@ -120,10 +122,66 @@ def test_quickstart_ends_in_a_comparison_and_repeats_for_nothing(tmp_path: Path)
     assert "holds a run of another config" in other.stderr
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["launch/environment.sh", "launch/quickstart.sh", "launch/torchrun.sh", "tests/run.sh", ".ci/run"],
+SHELL_SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("launch/*.sh", "launch/*.sbatch", "tests/*.sh", ".ci/run")
+    for path in ROOT.glob(pattern)
 )
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS)
 def test_scripts_pass_the_shell_linter(script: str) -> None:
     done = shell("shellcheck", "-x", script)
     assert done.returncode == 0, done.stdout
+
+
+def test_launch_scripts_hold_no_field_of_a_config() -> None:
+    sections = "|".join(RunConfig.model_fields)
+    for path in sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")):
+        code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+        fields = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", "\n".join(code)))
+        # A job that is queued again goes on: where a run is, not what it is.
+        assert fields <= ({"checkpoint.resume"} if path.name == "slurm_train.sbatch" else set()), path
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "docker_run.sh", "slurm_train.sbatch"])
+def test_a_script_without_arguments_says_how_it_is_used(script: str) -> None:
+    done = shell(f"launch/{script}")
+    assert done.returncode == 2
+    assert f"launch/{script}" in done.stderr
+    assert "CONFIG [section.field=value ...]" in done.stderr
+
+
+def test_the_table_of_launchers_names_scripts_and_variables_that_there_are() -> None:
+    table = [
+        line for line in (ROOT / "launch" / "README.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    assert len(table) > 10
+    for line in table:
+        scripts = re.findall(r"\b(?:launch|docker)/[\w.]+\w", line)
+        known = "".join((ROOT / script).read_text() for script in scripts)
+        for variable in re.findall(r"\b([A-Z_]{3,})=", line):
+            assert variable in known, line
+
+
+def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
+    config_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()  # where the first checkpoint is to become a folder
+    done = shell(
+        *("launch/torchrun.sh", "2", str(config_file), "checkpoint.interval=2"),
+        LOG_DIR=str(tmp_path / "logs"),
+    )
+    assert done.returncode == 1
+    first, *_ = re.findall(r"^sas-megatron: rank (\d) on .*:\nTraceback", done.stderr, re.MULTILINE)
+    assert done.stderr.index("Traceback") == done.stderr.index(
+        "Traceback", done.stderr.index("sas-megatron: rank")
+    )
+    logs = {path.parts[-2]: path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")}
+    assert sorted(logs) == ["0", "1"]
+    assert "Traceback" in logs[first]
+    assert "training stopped after step 2" in "".join(logs.values())
+    lines = [line for line in done.stdout.splitlines() if "lm loss:" in line]
+    assert lines
+    assert all(line.startswith(" iteration") for line in lines), "Megatron's form, with nothing in front"

@@ -1,0 +1,136 @@
+"""Several nodes of one run on this machine: a launcher each, all of whose processes can be found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sas_megatron.config.loading import dump_yaml
+from tests.conftest import ROOT
+from tests.small_data import SmallData
+
+# For a busy machine, beyond what is claimed.
+MARGIN_SECONDS = 30
+RUN_SECONDS = 240
+
+
+class Nodes:
+    """Commands that run side by side, each with its output in a file, and what they have started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen[bytes]] = []
+        # deepspeed hands PYTHON… on over ssh, and only such.
+        self._mark = ("PYTHON_TEST_RUN", uuid.uuid4().hex)
+
+    def start(self, *command: str, **environment: str) -> None:
+        with self._output(len(self.started)).open("wb") as output:
+            self.started.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={
+                        **os.environ,
+                        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                        "PYTHONPATH": str(ROOT),
+                        self._mark[0]: self._mark[1],
+                        **environment,
+                    },
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+
+    def wait(self, seconds: float = RUN_SECONDS) -> list[int]:
+        """The statuses, in order, once all have ended."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [node.wait(timeout=max(1, deadline - time.monotonic())) for node in self.started]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.output()) from None
+
+    def wait_until(self, holds: Callable[[], object], seconds: float = RUN_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.1)
+
+    def output(self, node: int | None = None) -> str:
+        """Of one, or of all."""
+        which = range(len(self.started)) if node is None else [node]
+        return "\n".join(self._output(number).read_text(errors="replace") for number in which)
+
+    def processes(self, **environment: str) -> list[int]:
+        """Those that these commands have started, with such variables in their environment."""
+        wanted = {f"{name}={value}" for name, value in [self._mark, *environment.items()]}
+        found = []
+        for path in Path("/proc").iterdir():
+            if path.name.isdigit():
+                with contextlib.suppress(OSError):
+                    variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+                    if wanted <= set(variables):
+                        found.append(int(path.name))
+        return found
+
+    def kill(self) -> None:
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for node in self.started:
+            node.wait()
+
+    def _output(self, node: int) -> Path:
+        return self.folder / f"output-{node}"
+
+
+@contextlib.contextmanager
+def started_nodes(folder: Path) -> Iterator[Nodes]:
+    nodes = Nodes(folder)
+    try:
+        yield nodes
+    finally:
+        nodes.kill()
+
+
+def write_config(small_data: SmallData, folder: Path, name: str = "run", **sections: dict[str, Any]) -> Path:
+    """A run for two ranks of some seconds, in `folder`/`name`; `sections` are merged over its settings."""
+    sections = {"parallel": {"tensor": 2}, "training": {"num_steps": 4}, **sections}
+    path = folder / f"{name}.yaml"
+    path.write_text(dump_yaml(small_data.run(folder / name, **sections)))
+    return path
+
+
+def losses(run_directory: Path) -> list[float]:
+    return [record["train_loss"] for record in _steps(run_directory)]
+
+
+def steps(run_directory: Path) -> list[int]:
+    return [record["step"] for record in _steps(run_directory)]
+
+
+def world_size(run_directory: Path) -> int:
+    size: int = json.loads((run_directory / "summary.json").read_text())["world_size"]
+    return size
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _steps(run_directory: Path) -> list[dict[str, Any]]:
+    path = run_directory / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [record for record in records if record["kind"] == "train"]

@@ -1,0 +1,59 @@
+"""Images and the compose cluster: linted, and agreeing with what they start."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.conftest import ROOT
+from tests.end_to_end.test_launching import shell
+
+DOCKERFILES = sorted(path.name for path in (ROOT / "docker").glob("*.Dockerfile"))
+COMPOSE_FILES = sorted(path.name for path in (ROOT / "docker").glob("compose*.yaml"))
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_dockerfiles_pass_the_linter(name: str) -> None:
+    done = shell("hadolint", f"docker/{name}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_files_follow_the_specification() -> None:
+    assert len(COMPOSE_FILES) == 2
+    files = [f"docker/{name}" for name in COMPOSE_FILES]
+    done = shell("check-jsonschema", "--builtin-schema", "vendor.compose-spec", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_images_are_pinned_run_without_root_and_copy_only_what_the_context_has(name: str) -> None:
+    text = (ROOT / "docker" / name).read_text()
+    (base,) = re.findall(r"^FROM (\S+)$", text, re.MULTILINE)
+    assert re.search(r":.*\d+\.\d+", base), f"{base} is no release"
+    assert "torch==2.13.0" in text
+    assert re.findall(r"^USER (\S+)$", text, re.MULTILINE) == ["1000"]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for source in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        for path in source.split():
+            assert (ROOT / path).exists()
+            assert f"!{path.split('/')[0]}" in ignored
+    for script in re.findall(r"/opt/sas_megatron/(launch/\S+\.sh)", text):
+        assert (ROOT / script).stat().st_mode & 0o111
+
+
+def test_both_nodes_of_the_compose_cluster_get_each_variable_that_torchrun_sh_needs() -> None:
+    compose = YAML(typ="safe").load(ROOT / "docker" / "compose.yaml")
+    nodes = [compose["services"][name] for name in ("node0", "node1")]
+    for rank, node in enumerate(nodes):
+        place = node["environment"]
+        assert place["NODE_RANK"] == str(rank)
+        assert place["NNODES"] == str(len(nodes))
+        assert place["MASTER_ADDR"] == nodes[0]["hostname"]
+        assert node["networks"] == ["training"]
+        assert any(volume.startswith("runs:") for volume in node["volumes"])
+    usage = (ROOT / "launch" / "torchrun.sh").read_text()
+    assert all(variable in usage for variable in nodes[0]["environment"])
+    assert compose["networks"]["training"]["internal"] is True
+    assert all("healthcheck" in service for service in compose["services"].values())

@@ -1,0 +1,195 @@
+"""Several nodes by torchrun and deepspeed: they train as one, go on after a loss, and say why they cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.nodes import (
+    MARGIN_SECONDS,
+    Nodes,
+    free_port,
+    losses,
+    started_nodes,
+    steps,
+    world_size,
+    write_config,
+)
+from tests.end_to_end.two_hosts import ADDRESSES, lacking_for_ssh, running_hosts
+from tests.small_data import SmallData
+
+HOST = socket.gethostname()
+# What a message may take to come.
+SECONDS_TO_SAY = 60
+# Two launchers on two busy cores need longer to come than JOIN_SECONDS' default.
+PATIENT = {"JOIN_SECONDS": "200"}
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    with started_nodes(tmp_path) as nodes:
+        yield nodes
+
+
+def start_two(nodes: Nodes, script: str, *arguments: str, **environment: str) -> None:
+    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **PATIENT}
+    for rank in ("0", "1"):
+        nodes.start(script, "1", *arguments, **{**place, "NODE_RANK": rank, **environment})
+
+
+def test_torchrun_restarts_a_killed_rank_on_two_nodes_from_the_checkpoint(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = write_config(
+        small_data,
+        tmp_path,
+        training={"num_steps": 100},
+        checkpoint={"interval": 4},
+        evaluation={"interval": None, "num_sequences": 2},
+    )
+    run_directory, logs = tmp_path / "run", tmp_path / "logs"
+    start_two(
+        *(nodes, "launch/torchrun.sh", str(config), "checkpoint.resume=true"),
+        MAX_RESTARTS="1",
+        LOG_DIR=str(logs),
+    )
+    nodes.wait_until(lambda: len(steps(run_directory)) >= 6)
+    (victim,) = nodes.processes(RANK="1")
+    os.kill(victim, signal.SIGKILL)
+    assert nodes.wait() == [0, 0], nodes.output()
+    assert not nodes.processes()
+    assert re.search(r"going on from \S+ at step [1-9]\d*", nodes.output()), nodes.output()
+    assert steps(run_directory) == list(range(1, 101)), "each step once"
+    # A log for each attempt of each process; of the node that lost none torch does not count the second.
+    kept = {path.relative_to(logs).parts for path in logs.rglob("stderr.log")}
+    assert {parts[0] for parts in kept} == {"node0", "node1"}
+    assert {parts[2] for parts in kept} == {"attempt_0", "attempt_1"}
+
+
+def test_nodes_without_a_rank_find_their_places_by_arrival(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
+) -> None:
+    start_two(nodes, "launch/torchrun.sh", str(write_config(small_data, tmp_path)), NODE_RANK="")
+    assert nodes.wait() == [0, 0], nodes.output()
+    assert losses(tmp_path / "run") == local_losses
+
+
+def test_deepspeed_trains_on_two_nodes_without_ssh(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
+) -> None:
+    start_two(
+        nodes, "launch/deepspeed.sh", str(write_config(small_data, tmp_path)), LOG_DIR=str(tmp_path / "logs")
+    )
+    assert nodes.wait() == [0, 0], nodes.output()
+    assert losses(tmp_path / "run") == local_losses
+    assert world_size(tmp_path / "run") == 2
+    assert sorted(path.name.split("_")[-1] for path in (tmp_path / "logs").iterdir()) == [
+        "rank0.log",
+        "rank1.log",
+    ]
+
+
+def test_deepspeed_trains_on_two_hosts_over_ssh(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
+) -> None:
+    if reason := lacking_for_ssh():
+        pytest.skip(reason)
+    with running_hosts() as hosts:
+        environment = {
+            "PATH": f"{hosts['PATH_OF_SSH']}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOSTFILE": hosts["HOSTFILE"],
+            "MASTER_ADDR": ADDRESSES["node1"],
+            "MASTER_PORT": free_port(),
+        }
+        nodes.start("launch/deepspeed.sh", str(write_config(small_data, tmp_path)), **environment)
+        assert nodes.wait() == [0], nodes.output()
+        assert not nodes.processes()
+    assert losses(tmp_path / "run") == local_losses
+    assert world_size(tmp_path / "run") == 2
+
+
+# What cannot work is said within a minute, by one rank, and nothing is left running.
+
+
+def said_in_time(nodes: Nodes, begun: float) -> list[str]:
+    """The errors on all nodes, each of which must have ended with a failure."""
+    statuses = nodes.wait(SECONDS_TO_SAY + MARGIN_SECONDS)
+    assert all(statuses), nodes.output()
+    assert time.monotonic() - begun < SECONDS_TO_SAY + MARGIN_SECONDS
+    assert not nodes.processes()
+    return re.findall(r"^sas-megatron: error: (.*)$", nodes.output(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_first_node_that_nobody_knows_is_named(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, rank: str
+) -> None:
+    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    nodes.start(
+        "launch/torchrun.sh", "1", config, NNODES="2", NODE_RANK=rank, MASTER_ADDR="no-such-host.invalid"
+    )
+    (error,) = said_in_time(nodes, begun)
+    assert error.startswith(f"MASTER_ADDR=no-such-host.invalid: is not known on {HOST}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_node_that_does_not_answer_is_named(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path
+) -> None:
+    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes.start("launch/torchrun.sh", "1", config, **place, JOIN_SECONDS="2")
+    (error,) = said_in_time(nodes, begun)
+    assert f"did not answer {HOST} at MASTER_PORT={place['MASTER_PORT']} within 2 s" in error
+
+
+def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Path) -> None:
+    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        nodes.start("launch/torchrun.sh", "1", config, **place)
+        (error,) = said_in_time(nodes, begun)
+    assert error.startswith(f"MASTER_PORT={port}: cannot be listened at on {HOST} (Address already in use)")
+
+
+def test_a_first_node_that_stays_alone_ends(nodes: Nodes, small_data: SmallData, tmp_path: Path) -> None:
+    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes.start("launch/torchrun.sh", "1", config, **place, JOIN_SECONDS="3")
+    assert not said_in_time(nodes, begun)
+    assert "1/2 clients joined" in nodes.output()
+
+
+def test_a_run_directory_that_nodes_do_not_share_is_refused_by_one_rank(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("lacks root, without which a node cannot be given a file system of its own")
+    config = str(write_config(small_data, tmp_path))
+    (tmp_path / "run").mkdir()
+    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **PATIENT}
+    nodes.start("launch/torchrun.sh", "1", config, NODE_RANK="0", **place)
+    alone = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+    nodes.start(
+        *("unshare", "--mount", "bash", "-c", alone, str(tmp_path / "run")),
+        *("launch/torchrun.sh", "1", config),
+        NODE_RANK="1",
+        **place,
+    )
+    # Meeting takes its time on a busy machine; the claim begins there.
+    nodes.wait_until(lambda: nodes.processes(RANK="0") and nodes.processes(RANK="1"))
+    errors = said_in_time(nodes, time.monotonic())
+    assert len(errors) == 1, nodes.output()
+    assert f"is another folder to rank 1 on {HOST} than to rank 0" in errors[0]
+    assert not list((tmp_path / "run").iterdir())
