@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +42,20 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool_of
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def simulator() -> Iterator[Callable[..., Any]]:
+    """`simulator(function, *args)` is what the function returns in a process that is in no process group."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=_prepare_simulator) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def _prepare_simulator() -> None:
+    from sas_megatron.platform.device import prepare_device
+
+    prepare_device()
 
 
 @pytest.fixture(scope="session")

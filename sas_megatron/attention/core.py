@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sas_megatron.attention.aggregation import average_blocks
 from sas_megatron.attention.chunked import attend_chunked, suits_chunks
+from sas_megatron.attention.shared_heads import SharedHeads
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.parallel.context_exchange import ContextExchange
 
@@ -79,9 +80,15 @@ class CoreAttention(MegatronModule):
         value_width = value_SBGD.shape[-1]
         shared_blocks = self.num_blocks
         if self.context_exchange is not None:
-            shared_blocks = self._blocks_to_share(query_SBME.shape[2], key_SBGE.shape[2])
+            shared = SharedHeads.of(
+                query_SBME.shape[2],
+                key_SBGE.shape[2],
+                num_blocks=self.num_blocks,
+                ranks=self.context_exchange.num_ranks,
+            )
+            shared_blocks = shared.num_blocks
             query_SBME, key_SBGE, value_SBGD = self._with_all_tokens(
-                query_SBME, key_SBGE, value_SBGD, num_blocks=shared_blocks
+                query_SBME, key_SBGE, value_SBGD, shared=shared
             )
         causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
         dropout = self.dropout if self.training else 0.0
@@ -103,19 +110,6 @@ class CoreAttention(MegatronModule):
             averaged_SBND = self.context_exchange.scatter_tokens(averaged_SBND)
         return average_blocks(averaged_SBND, self.num_blocks // shared_blocks).flatten(2)
 
-    def _blocks_to_share(self, num_query_heads: int, num_key_heads: int) -> int:
-        """Blocks of heads of which each context rank gets a part: all, or one, the heads as they come.
-
-        The latter where a block has fewer query heads than there are ranks, and where keys could only
-        be shared in parts of a block by sending copies of them.
-        """
-        assert self.context_exchange is not None
-        ranks = self.context_exchange.num_ranks
-        if (num_query_heads // self.num_blocks) % ranks:
-            return 1
-        keys_in_parts = (num_key_heads // self.num_blocks) % ranks == 0
-        return self.num_blocks if keys_in_parts or num_key_heads % ranks else 1
-
     def _randomness(self, dropout: float) -> contextlib.AbstractContextManager[None]:
         """Each tensor rank drops other weights, since it has other heads.
 
@@ -128,16 +122,15 @@ class CoreAttention(MegatronModule):
         return forked
 
     def _with_all_tokens(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_blocks: int
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, shared: SharedHeads
     ) -> list[torch.Tensor]:
         """[S/C, B, heads, D] each -> [S, B, a C-th of the heads, D]."""
         assert self.context_exchange is not None
-        if (key.shape[2] // num_blocks) % self.context_exchange.num_ranks:
-            # Too few to share: each query head brings its own copy.
+        if shared.copies_keys:
             readers = query.shape[2] // key.shape[2]
             key, value = (heads.repeat_interleave(readers, dim=2) for heads in (key, value))
         exchange = self.context_exchange
-        return [exchange.gather_tokens(heads, num_blocks=num_blocks) for heads in (query, key, value)]
+        return [exchange.gather_tokens(heads, num_blocks=shared.num_blocks) for heads in (query, key, value)]
 
 
 def _attend_fused(

@@ -70,13 +70,19 @@ def exchange_costs(attention: SimulatedAttentionConfig, *, tensor_parallel: int)
     }
 
 
-def choose_exchange(attention: SimulatedAttentionConfig, *, tensor_parallel: int) -> str:
-    """The configured strategy, or the cheaper one under `auto`, which is logged with its sums."""
+def exchange_of(attention: SimulatedAttentionConfig, *, tensor_parallel: int) -> str:
+    """The configured strategy, or the cheaper one under `auto`."""
     if attention.exchange != "auto":
         return attention.exchange
     costs = exchange_costs(attention, tensor_parallel=tensor_parallel)
-    choice = min(costs, key=lambda name: costs[name].seconds)
-    if tensor_parallel > 1:
+    return min(costs, key=lambda name: costs[name].seconds)
+
+
+def choose_exchange(attention: SimulatedAttentionConfig, *, tensor_parallel: int) -> str:
+    """`exchange_of`, and where `auto` chose it, a line in the log with the sums."""
+    choice = exchange_of(attention, tensor_parallel=tensor_parallel)
+    if attention.exchange == "auto" and tensor_parallel > 1:
+        costs = exchange_costs(attention, tensor_parallel=tensor_parallel)
         logger.info(
             "attention.exchange=auto: %s (estimated ns a token and layer: %s)",
             choice,

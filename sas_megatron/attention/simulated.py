@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.layer_pass import LayerPass
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
-    recomputable: ClassVar[tuple[str, ...]] = ("attention", "simulation")
+    recomputable: ClassVar[dict[str, tuple[str, ...]]] = {
+        **AttentionConfig.recomputable,
+        "simulation": ("head_simulation", "feature_simulation"),
+    }
     dimension_steps: ClassVar[dict[str, int]] = {
         **AttentionConfig.dimension_steps,
         "num_kv_heads": 1,
@@ -160,6 +164,25 @@ class SimulatedAttentionConfig(AttentionConfig):
             "scores": 2 * sequence_length * self.num_simulated_heads * wide,
             "values": 2 * sequence_length * self.num_simulated_heads * width,
         }
+
+    def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
+        """Terms: qkv, the hidden state; head simulation, feature simulation; those of the core attention.
+
+        Where the simulation is recomputed, the projected heads are kept in place of its two terms, in qkv.
+        (The mean over the blocks keeps nothing, and its result is the projection's term.)
+        """
+        from sas_megatron.attention.simulated_activations import SimulationPass
+
+        simulation = SimulationPass(self, layer)
+        terms = {"qkv": layer.own(hidden_size)}
+        if "simulation" in layer.recomputed:
+            terms["qkv"] += simulation.count_projected_bytes()
+        else:
+            if self.simulates_heads:
+                terms["head_simulation"] = simulation.count_head_bytes()
+            if self.simulate_features:
+                terms["feature_simulation"] = simulation.count_feature_bytes()
+        return {**terms, **self._count_core_bytes(layer, value_bytes=simulation.count_value_bytes())}
 
     def count_kv_cache_elements(self) -> dict[str, int]:
         """Terms: keys G·D, values G·D: the base heads, simulated again when read.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.layer_pass import CoreAttentionPass, LayerPass
 from sas_megatron.config.section import Section, divisors
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class AttentionConfig(Section):
     section_name: ClassVar[str] = "attention"
     # Whether the layer turns queries and keys by the model's rotary angles, or has its own.
     uses_model_rotary: ClassVar[bool] = True
-    # Parts that `training.recompute_modules` may name.
-    recomputable: ClassVar[tuple[str, ...]] = ("attention",)
+    # Parts that `training.recompute_modules` may name, and the terms of FLOPs that each computes again.
+    recomputable: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("scores", "values")}
     # For fair matches (scaling/matching.py): the fields that may be solved for, each in multiples of what
     # suits the hardware; those that take up a difference in size; those that decide what decoding keeps.
     dimension_steps: ClassVar[dict[str, int]] = {"num_heads": 1, "head_dim": 8}
@@ -117,6 +118,16 @@ class AttentionConfig(Section):
     def query_key_dim(self) -> int:
         """Features of a query/key head at the scores: D here, E for SAS."""
         return self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Features of a value head: D here, V for MLA."""
+        return self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        """D(N + 2G), what Megatron-core's fused projection makes of a token."""
+        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
 
     @property
     def rotary_width(self) -> int:
@@ -197,9 +208,39 @@ class AttentionConfig(Section):
         """
         raise NotImplementedError
 
+    def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
+        """Bytes that one layer's attention keeps of a microbatch for its backward pass, as terms that sum.
+
+        By default those of Megatron-core's own module: `qkv`, the hidden state that the fused projection
+        reads; `rotary`, sines and cosines; `attention`, from queries, keys and values to the result; and
+        `projection`, the result, where the attention does not keep it already.
+        """
+        # The value is a view of what the projection made: all columns, where ranks outnumber its heads.
+        shared_by = layer.tensor if self.num_key_value_heads >= layer.tensor else 1
+        return {
+            "qkv": layer.own(hidden_size),
+            **self._count_core_bytes(layer, value_bytes=layer.whole(self.qkv_width // shared_by)),
+        }
+
+    def _count_core_bytes(self, layer: LayerPass, *, value_bytes: int) -> dict[str, int]:
+        """Terms `rotary`, `attention` and `projection`.
+
+        Args:
+            layer: The pass.
+            value_bytes: Of the whole tensor that the value, as it comes to the core attention, is a view of.
+        """
+        core = CoreAttentionPass(
+            layer,
+            query_key_width=self.query_key_dim,
+            value_width=self.value_width,
+            value_bytes=value_bytes,
+            drops=self.dropout > 0,
+        )
+        return {"rotary": layer.tables(self.rotary_width // 2), **core.count_bytes()}
+
     def _count_projection_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
         """Terms `qkv`, H·D(N + 2G), and `projection`, N·D·H, with their biases."""
-        qkv_width, output_width = self._projection_widths()
+        qkv_width, output_width = self.qkv_width, self.head_dim * self.num_heads
         return {
             "qkv": hidden_size * qkv_width + (qkv_width if linear_bias else 0),
             "projection": output_width * hidden_size + (hidden_size if linear_bias else 0),
@@ -207,11 +248,8 @@ class AttentionConfig(Section):
 
     def _count_projection_flops(self, hidden_size: int) -> dict[str, int]:
         """The same terms in forward FLOPs of one token."""
-        qkv_width, output_width = self._projection_widths()
-        return {"qkv": 2 * hidden_size * qkv_width, "projection": 2 * output_width * hidden_size}
-
-    def _projection_widths(self) -> tuple[int, int]:
-        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads), self.head_dim * self.num_heads
+        output_width = self.head_dim * self.num_heads
+        return {"qkv": 2 * hidden_size * self.qkv_width, "projection": 2 * output_width * hidden_size}
 
     def build_spec(self) -> ModuleSpec:
         """The Megatron-core spec of this variant's self-attention module."""

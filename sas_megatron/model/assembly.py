@@ -80,17 +80,10 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
     if hasattr(transformer, "rotary_base"):
         # A layer with positions of its own reads θ there, and so does the GPT in place of its argument.
         transformer.rotary_base = model.rotary_base
-    if "simulation" in _recomputed_modules(config):
+    if "simulation" in config.recomputed_modules:
         # Ours: Megatron-core refuses names that it does not know, and reads the list no further.
         transformer.recompute_modules.append("simulation")
     return transformer
-
-
-def _recomputed_modules(config: RunConfig) -> list[str]:
-    """Under selective recomputation, the names of `training.recompute_modules`, the default filled in."""
-    if config.training.recompute != "selective":
-        return []
-    return list(config.training.recompute_modules or config.attention.recomputable)
 
 
 def _recompute_options(config: RunConfig) -> dict[str, Any]:
@@ -106,7 +99,7 @@ def _recompute_options(config: RunConfig) -> dict[str, Any]:
             "recompute_num_layers": layers or 1,
         }
     names = {"attention": "core_attn", "mlp": "mlp"}
-    modules = [names[module] for module in _recomputed_modules(config) if module in names]
+    modules = [names[module] for module in config.recomputed_modules if module in names]
     return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 

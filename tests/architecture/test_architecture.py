@@ -16,14 +16,27 @@ LONGEST_FILE_LINES = 400
 WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
     *sorted((PACKAGE / "scaling").glob("*.py")),
-    *(PACKAGE / "model" / name for name in ("__init__.py", "costs.py")),
+    *(
+        PACKAGE / "model" / name
+        for name in ("__init__.py", "activation_costs.py", "attention_backend.py", "costs.py")
+    ),
     *(
         PACKAGE / "planning" / name
         for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "tally.py")
     ),
     *(
         PACKAGE / "attention" / name
-        for name in ("__init__.py", "factorized.py", "grouped.py", "simulated.py", "tensor_product.py")
+        for name in (
+            "__init__.py",
+            "exchange_choice.py",
+            "factorized.py",
+            "grouped.py",
+            "latent.py",
+            "shared_heads.py",
+            "simulated.py",
+            "simulated_activations.py",
+            "tensor_product.py",
+        )
     ),
 ]
 
