@@ -8,15 +8,11 @@ attention weights for the backward pass, S²/2 of them a head, so it is for shor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-# Fastest of 64, 128 and 256 at 512 tokens; smaller wastes less on the diagonal, larger runs fewer products.
-CHUNK_TOKENS = 64
-# Beyond it the kept weights outweigh everything else of a layer.
-LONGEST_SEQUENCE = 1024
+from sas_megatron.config.attention_backend import chunks, runs_in_chunks
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -29,7 +25,7 @@ class _ChunkedAttention(torch.autograd.Function):
         batch, length, _ = query_ZSE.shape
         context = value_ZSD.new_empty(value_ZSD.shape)
         kept = []
-        for start, end in _chunks(length):
+        for start, end in chunks(length):
             scores = query_ZSE.new_empty(batch, end - start, end)
             scores = torch.baddbmm(
                 scores, query_ZSE[:, start:end], key_ZSE[:, :end].transpose(1, 2), beta=0, alpha=scale
@@ -51,7 +47,7 @@ class _ChunkedAttention(torch.autograd.Function):
         gradient_ZSD = gradient_ZSD.contiguous()
         query_gradient = torch.empty_like(query_ZSE)
         key_gradient, value_gradient = torch.zeros_like(key_ZSE), torch.zeros_like(value_ZSD)
-        for (start, end), weights in zip(_chunks(query_ZSE.shape[1]), kept, strict=True):
+        for (start, end), weights in zip(chunks(query_ZSE.shape[1]), kept, strict=True):
             gradient = gradient_ZSD[:, start:end]
             value_gradient[:, :end].baddbmm_(weights.transpose(1, 2), gradient)
             weights_gradient = gradient @ value_ZSD[:, :end].transpose(1, 2)
@@ -63,20 +59,15 @@ class _ChunkedAttention(torch.autograd.Function):
         return query_gradient, key_gradient, value_gradient, None
 
 
-def _chunks(length: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, CHUNK_TOKENS):
-        yield start, min(start + CHUNK_TOKENS, length)
-
-
 def suits_chunks(query_BMSE: torch.Tensor, key_BGSE: torch.Tensor, *, causal: bool, dropout: float) -> bool:
     """Whether `attend_chunked` computes this, and faster: causal, on CPU, one key head a query head."""
-    return (
-        causal
-        and dropout == 0.0
-        and query_BMSE.device.type == "cpu"
-        and query_BMSE.dtype in (torch.float32, torch.float64)
-        and query_BMSE.shape[:3] == key_BGSE.shape[:3]
-        and query_BMSE.shape[2] <= LONGEST_SEQUENCE
+    return runs_in_chunks(
+        device="cpu" if query_BMSE.device.type == "cpu" else "gpu",
+        causal=causal,
+        dropout=dropout,
+        wide=query_BMSE.dtype in (torch.float32, torch.float64),
+        paired=query_BMSE.shape[:3] == key_BGSE.shape[:3],
+        length=query_BMSE.shape[2],
     )
 
 

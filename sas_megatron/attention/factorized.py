@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.layer_pass import LayerPass
 from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
@@ -86,6 +87,17 @@ class FactorizedAttentionConfig(AttentionConfig):
             "scores": attention,
             "values": attention,
             "projection": 2 * heads_width * hidden_size,
+        }
+
+    def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
+        """Terms: qkv, the hidden state and what the queries' norm keeps; query up, the C normalized columns;
+        those of the core attention, where key and value are views of 2·D columns.
+        """
+        norm = layer.norm(self.query_rank, "rmsnorm", within=self._shared_width)
+        return {
+            "qkv": layer.own(hidden_size) + norm,
+            "query_up": layer.own(self.query_rank),
+            **self._count_core_bytes(layer, value_bytes=layer.whole(2 * self.head_dim)),
         }
 
     def count_kv_cache_elements(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.layer_pass import LayerPass
 from sas_megatron.config.tensor_group import GRADIENT_BYTES, TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
@@ -159,6 +160,27 @@ class LatentAttentionConfig(AttentionConfig):
             "key_value_down": hidden_size * (self.kv_lora_rank + self.rotary_head_dim),
             "key_value_up": self.kv_lora_rank * self.num_heads * (self.head_dim + self.value_width),
             "projection": self.num_heads * self.value_width * hidden_size,
+        }
+
+    def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
+        """Terms: what each projection reads, where it is not the hidden state that another keeps; what the
+        latents' norms keep; those of the core attention. Rotary tables are twice as wide as elsewhere, since
+        Megatron-core turns these features by its unfused form.
+        """
+        latent, rank = self.kv_lora_rank, self.query_lora_rank
+        norms = layer.norm(latent, "rmsnorm", within=latent + self.rotary_head_dim)
+        if rank is None:
+            reads = {"key_value_down": layer.own(hidden_size)}
+        else:
+            reads = {"query_down": layer.own(hidden_size), "query_up": layer.own(rank)}
+            norms += layer.norm(rank, "rmsnorm")
+        value = self.num_heads // layer.tensor * self.value_width
+        return {
+            **reads,
+            "latent_norms": norms,
+            "key_value_up": layer.own(latent),
+            **self._count_core_bytes(layer, value_bytes=layer.whole(value)),
+            "rotary": layer.tables(self.rotary_head_dim),
         }
 
     def count_kv_cache_elements(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""How the ranks of a context group share a tensor rank's heads, and what trading them sends; no torch."""
+"""Which heads a rank has: its tensor rank's, and how the ranks of a context group share those. No torch."""
 
 from __future__ import annotations
 
@@ -32,15 +32,32 @@ class SharedHeads:
         return SharedHeads(shared, copies_keys=(num_key_heads // shared) % ranks != 0)
 
 
+def heads_of_tensor_rank(attention: AttentionConfig, *, tensor: int) -> tuple[int, int]:
+    """Query heads and key heads of one of `tensor` ranks at the scores, simulated ones where there are such.
+
+    Where a block has fewer key heads than there are ranks, several ranks have the same one.
+    """
+    num_blocks = attention.num_attended_heads // attention.num_heads
+    keys = num_blocks * max(1, attention.num_key_value_heads // tensor)
+    return attention.num_attended_heads // tensor, keys
+
+
+def attended_heads(attention: AttentionConfig, *, tensor: int, context: int) -> tuple[int, int]:
+    """Query heads and key heads that one rank attends with, over all tokens of a sequence."""
+    queries, keys = heads_of_tensor_rank(attention, tensor=tensor)
+    num_blocks = attention.num_attended_heads // attention.num_heads
+    shared = SharedHeads.of(queries, keys, num_blocks=num_blocks, ranks=context)
+    return queries // context, (queries if shared.copies_keys else keys) // context
+
+
 def count_context_elements(attention: AttentionConfig, *, tensor: int, context: int) -> Fraction:
     """Elements that a rank sends over the context group for each of its tokens, forward; backward the same.
 
     (C-1)/C of query, key and value and of the result, whose mean over the r blocks is taken before it is
     traded back wherever a rank has all blocks of its heads. See `parallel.context_exchange`.
     """
+    queries, keys = heads_of_tensor_rank(attention, tensor=tensor)
     num_blocks = attention.num_attended_heads // attention.num_heads
-    queries = attention.num_attended_heads // tensor
-    keys = num_blocks * max(1, attention.num_key_value_heads // tensor)
     shared = SharedHeads.of(queries, keys, num_blocks=num_blocks, ranks=context)
     if shared.copies_keys:
         keys = queries

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.layer_pass import LayerPass
 from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
-    recomputable: ClassVar[tuple[str, ...]] = ("attention", "simulation")
+    recomputable: ClassVar[dict[str, tuple[str, ...]]] = {
+        **AttentionConfig.recomputable,
+        "simulation": ("head_simulation", "feature_simulation"),
+    }
     dimension_steps: ClassVar[dict[str, int]] = {
         **AttentionConfig.dimension_steps,
         "num_kv_heads": 1,
@@ -167,14 +171,14 @@ class SimulatedAttentionConfig(AttentionConfig):
         shares.
         """
         if strategy == "gather":
-            return group.gathered(self._qkv_width)
+            return group.gathered(self.qkv_width)
         simulated = self.head_simulations()
         groups = self.num_key_value_heads
         heads_home = sum(
             max(heads, group.ranks) * (self.head_expansion if name in simulated else 1)
             for name, heads in (("query", self.num_heads), ("key", groups), ("value", groups))
         )
-        return group.traded(self._qkv_width, width_back=heads_home * self.head_dim)
+        return group.traded(self.qkv_width, width_back=heads_home * self.head_dim)
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv, head simulation, feature simulation, scores, values, projection.
@@ -198,6 +202,25 @@ class SimulatedAttentionConfig(AttentionConfig):
             "scores": 2 * sequence_length * self.num_simulated_heads * wide,
             "values": 2 * sequence_length * self.num_simulated_heads * width,
         }
+
+    def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
+        """Terms: qkv, the hidden state; head simulation, feature simulation; those of the core attention.
+
+        Where the simulation is recomputed, the projected heads are kept in place of its two terms, in qkv.
+        (The mean over the blocks keeps nothing, and its result is the projection's term.)
+        """
+        from sas_megatron.attention.simulated_activations import SimulationPass
+
+        simulation = SimulationPass(self, layer)
+        terms = {"qkv": layer.own(hidden_size)}
+        if "simulation" in layer.recomputed:
+            terms["qkv"] += simulation.count_projected_bytes()
+        else:
+            if self.simulates_heads:
+                terms["head_simulation"] = simulation.count_head_bytes()
+            if self.simulate_features:
+                terms["feature_simulation"] = simulation.count_feature_bytes()
+        return {**terms, **self._count_core_bytes(layer, value_bytes=simulation.count_value_bytes())}
 
     def count_kv_cache_elements(self) -> dict[str, int]:
         """Terms: keys G·D, values G·D: the base heads, simulated again when read.

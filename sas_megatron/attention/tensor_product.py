@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig, InitialWeights
+from sas_megatron.config.layer_pass import LayerPass
 from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight
 
 if TYPE_CHECKING:
@@ -126,6 +127,18 @@ class TensorProductAttentionConfig(AttentionConfig):
             "scores": attention,
             "values": attention,
             "projection": self._count_projection_flops(hidden_size)["projection"],
+        }
+
+    def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
+        """Terms: qkv, the hidden state and the copies that join the weights of a kind of factor; factor
+        products, the factors that they multiply; those of the core attention.
+        """
+        heads, ranks = self.num_heads // layer.tensor, sum(self.ranks.values())
+        weights = heads * sum(self.head_widths.values()) + ranks * self.head_dim
+        return {
+            "qkv": layer.own(hidden_size) + layer.element_bytes * weights * hidden_size,
+            "factor_products": layer.whole(ranks * (heads + self.head_dim)),
+            **self._count_core_bytes(layer, value_bytes=layer.whole(heads * self.head_dim)),
         }
 
     def count_kv_cache_elements(self) -> dict[str, int]:

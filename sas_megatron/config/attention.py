@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.layer_pass import CoreAttentionPass, LayerPass
 from sas_megatron.config.section import Section, divisors
 from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight, count_by_term
 
@@ -53,8 +54,8 @@ class AttentionConfig(Section):
     section_name: ClassVar[str] = "attention"
     # Whether the layer turns queries and keys by the model's rotary angles, or has its own.
     uses_model_rotary: ClassVar[bool] = True
-    # Parts that `training.recompute_modules` may name.
-    recomputable: ClassVar[tuple[str, ...]] = ("attention",)
+    # Parts that `training.recompute_modules` may name, and the terms of FLOPs that each computes again.
+    recomputable: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("scores", "values")}
     # For fair matches (scaling/matching.py): the fields that may be solved for, each in multiples of what
     # suits the hardware; those that take up a difference in size; those that decide what decoding keeps.
     dimension_steps: ClassVar[dict[str, int]] = {"num_heads": 1, "head_dim": 8}
@@ -123,6 +124,11 @@ class AttentionConfig(Section):
     def value_width(self) -> int:
         """Features of a value head: D here, V for MLA."""
         return self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        """D(N + 2G), what Megatron-core's fused projection makes of a token."""
+        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
 
     @property
     def rotary_width(self) -> int:
@@ -196,7 +202,7 @@ class AttentionConfig(Section):
         """One layer's, in the order in which its module registers them, but for the output projection, which
         it has first. By default `qkv`, H·D(N + 2G), and `projection`, N·D·H, with their biases.
         """
-        width = self._qkv_width
+        width = self.qkv_width
         qkv = [Weight("qkv", hidden_size * width, sharded=True)]
         if linear_bias:
             qkv.append(Weight("qkv", width, sharded=True))
@@ -215,7 +221,7 @@ class AttentionConfig(Section):
         """
         qkv = group.into_columns(hidden_size)
         if self.num_key_value_heads < group.ranks:
-            qkv += group.gathered(self._qkv_width)
+            qkv += group.gathered(self.qkv_width)
         return {"qkv": qkv, "projection": group.out_of_rows(hidden_size)}
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
@@ -233,15 +239,40 @@ class AttentionConfig(Section):
             [*weights, Weight("projection", hidden_size, partial_over="tokens")] if linear_bias else weights
         )
 
+    def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
+        """Bytes that one layer's attention keeps of a microbatch for its backward pass, as terms that sum.
+
+        By default those of Megatron-core's own module: `qkv`, the hidden state that the fused projection
+        reads; `rotary`, sines and cosines; `attention`, from queries, keys and values to the result; and
+        `projection`, the result, where the attention does not keep it already.
+        """
+        # The value is a view of what the projection made: all columns, where ranks outnumber its heads.
+        shared_by = layer.tensor if self.num_key_value_heads >= layer.tensor else 1
+        return {
+            "qkv": layer.own(hidden_size),
+            **self._count_core_bytes(layer, value_bytes=layer.whole(self.qkv_width // shared_by)),
+        }
+
+    def _count_core_bytes(self, layer: LayerPass, *, value_bytes: int) -> dict[str, int]:
+        """Terms `rotary`, `attention` and `projection`.
+
+        Args:
+            layer: The pass.
+            value_bytes: Of the whole tensor that the value, as it comes to the core attention, is a view of.
+        """
+        core = CoreAttentionPass(
+            layer,
+            query_key_width=self.query_key_dim,
+            value_width=self.value_width,
+            value_bytes=value_bytes,
+            drops=self.dropout > 0,
+        )
+        return {"rotary": layer.tables(self.rotary_width // 2), **core.count_bytes()}
+
     def _count_projection_flops(self, hidden_size: int) -> dict[str, int]:
         """Terms `qkv` and `projection` in forward FLOPs of one token."""
         output_width = self.head_dim * self.num_heads
-        return {"qkv": 2 * hidden_size * self._qkv_width, "projection": 2 * output_width * hidden_size}
-
-    @property
-    def _qkv_width(self) -> int:
-        """D(N + 2G), what the fused projection makes of a token."""
-        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
+        return {"qkv": 2 * hidden_size * self.qkv_width, "projection": 2 * output_width * hidden_size}
 
     def build_spec(self) -> ModuleSpec:
         """The Megatron-core spec of this variant's self-attention module."""

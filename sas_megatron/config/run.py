@@ -153,6 +153,13 @@ class RunConfig(BaseModel):
                 "use 1, 2 or 3, or training.precision=float32, or training.engine=megatron",
             )
 
+    @property
+    def recomputed_modules(self) -> list[str]:
+        """Under selective recomputation, `training.recompute_modules`, with the default filled in."""
+        if self.training.recompute != "selective":
+            return []
+        return list(self.training.recompute_modules or self.attention.recomputable)
+
     def replaced(self, changes: dict[str, Any]) -> RunConfig:
         """The config with other values, by `section.field`, held to all rules again.
 
@@ -168,13 +175,6 @@ class RunConfig(BaseModel):
             stated = sections[name].model_dump(exclude_unset=True)
             sections[name] = type(sections[name]).model_validate(stated | values)
         return RunConfig(**sections)
-
-    @property
-    def recomputed_modules(self) -> list[str]:
-        """Under selective recomputation, `training.recompute_modules`, with the default filled in."""
-        if self.training.recompute != "selective":
-            return []
-        return list(self.training.recompute_modules or self.attention.recomputable)
 
     def check_world_size(self, world_size: int) -> int:
         """Data-parallel degree that `world_size` ranks leave.

@@ -16,8 +16,8 @@ from sas_megatron.planning.tally import Kind, Operation
 
 aten = torch.ops.aten
 
-# What torch's registry lacks.
-_FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
+# FLOPs of a call by operation: torch's formulas, and those that its registry lacks.
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten.baddbmm_: flop_registry[aten.baddbmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
@@ -99,11 +99,11 @@ def _kind_of(func: Any) -> Kind:
         return "attention"
     if "convolution" in name:
         return "convolution"
-    return "matrix" if func.overloadpacket in _FLOP_FORMULAS else "elementwise"
+    return "matrix" if func.overloadpacket in FLOP_FORMULAS else "elementwise"
 
 
 def _count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    formula = _FLOP_FORMULAS.get(func.overloadpacket)
+    formula = FLOP_FORMULAS.get(func.overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 

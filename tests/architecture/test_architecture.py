@@ -18,7 +18,15 @@ WITHOUT_TORCH = [
     *sorted((PACKAGE / "scaling").glob("*.py")),
     *(
         PACKAGE / "model" / name
-        for name in ("__init__.py", "costs.py", "gradient_buffers.py", "weights.py", "wire_costs.py")
+        for name in (
+            "__init__.py",
+            "activation_costs.py",
+            "attention_backend.py",
+            "costs.py",
+            "gradient_buffers.py",
+            "weights.py",
+            "wire_costs.py",
+        )
     ),
     *(
         PACKAGE / "checkpoint" / name
@@ -44,6 +52,7 @@ WITHOUT_TORCH = [
             "latent.py",
             "shared_heads.py",
             "simulated.py",
+            "simulated_activations.py",
             "tensor_product.py",
         )
     ),

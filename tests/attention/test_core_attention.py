@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sas_megatron.attention import chunked
 from sas_megatron.attention.chunked import attend_chunked, suits_chunks
+from sas_megatron.config.attention_backend import LONGEST_CHUNKED_SEQUENCE
 from tests.attention import definitions
 from tests.attention.layer_case import drawn
 from tests.tolerances import assert_near
@@ -53,5 +53,5 @@ def test_chunks_serve_only_what_they_compute() -> None:
     assert not suits_chunks(query.bfloat16(), key.bfloat16(), causal=True, dropout=0.0)
     assert not suits_chunks(query, key[:, :1], causal=True, dropout=0.0), "grouped heads"
     assert not suits_chunks(query[:, :, :5], key, causal=True, dropout=0.0), "fewer queries than keys"
-    long = torch.empty(1, 1, chunked.LONGEST_SEQUENCE + 1, 2)
+    long = torch.empty(1, 1, LONGEST_CHUNKED_SEQUENCE + 1, 2)
     assert not suits_chunks(long, long, causal=True, dropout=0.0)

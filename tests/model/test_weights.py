@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.weights import piece_weights
-from tests.model.config_strategies import small_runs
+from tests.model.small_runs import small_runs
 from tests.rank_pool import in_layout
 
 

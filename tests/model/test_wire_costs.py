@@ -16,7 +16,7 @@ from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.wire_costs import count_wire_bytes
 from tests.conftest import ROOT
-from tests.model.config_strategies import laid_out_runs
+from tests.model.laid_out_runs import laid_out_runs
 from tests.run_configs import small_config
 from tests.training.layouts import ATTENTIONS, OVERLAP, TIED
 

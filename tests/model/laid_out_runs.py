@@ -1,4 +1,4 @@
-"""Hypothesis strategies of small runs: any attention, any layout that fits it."""
+"""Small runs of every attention on any layout that fits it, drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -11,52 +11,8 @@ from hypothesis import strategies as st
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
+from tests.model.small_runs import attentions
 from tests.run_configs import small_config
-
-KINDS = ["mha", "gqa", "mqa", "mla", "tpa", "mfa", "sas", "sas", "sas"]
-
-
-@st.composite
-def attentions(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(KINDS))
-    num_kv_heads, readers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    head_dim = 2 * draw(st.integers(1, 4))
-    attention: dict[str, Any] = {
-        "kind": kind,
-        "num_heads": num_kv_heads * readers,
-        "head_dim": head_dim,
-        "backend": "unfused",
-    }
-    if kind == "mla":
-        rotary_head_dim = 2 * draw(st.integers(1, 3))
-        return {
-            **attention,
-            "rotary_head_dim": rotary_head_dim,
-            "value_head_dim": draw(st.none() | st.integers(1, head_dim + rotary_head_dim)),
-            "kv_lora_rank": draw(st.integers(1, 9)),
-            "query_lora_rank": draw(st.none() | st.integers(1, 9)),
-        }
-    if kind in ("gqa", "sas"):
-        attention["num_kv_heads"] = num_kv_heads
-    if kind == "mfa":
-        most = attention["num_heads"] * head_dim
-        return {**attention, "query_rank": draw(st.integers(1, most))}
-    if kind == "tpa":
-        attention["factorize_query"] = draw(st.booleans())
-        if attention["factorize_query"]:
-            attention["query_rank"] = draw(st.sampled_from([None, 1, 5]))
-        return {**attention, "key_rank": draw(st.integers(1, 3)), "value_rank": draw(st.integers(1, 3))}
-    if kind != "sas":
-        return attention
-    for switch in ("query_heads", "key_heads", "value_heads", "features"):
-        attention[f"simulate_{switch}"] = draw(st.booleans())
-    attention["simulation_bias"] = draw(st.booleans())
-    attention["exchange"] = draw(st.sampled_from(["auto", "gather", "all_to_all"]))
-    attention["head_expansion"] = draw(st.integers(1, 3))
-    attention["kernel_size"] = draw(st.sampled_from([1, 3, 5]))
-    if attention["simulate_features"]:
-        attention["simulated_head_dim"] = draw(st.sampled_from([None, head_dim, head_dim + 2, head_dim + 6]))
-    return attention
 
 
 def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.SearchStrategy[dict[str, Any]]:
@@ -73,16 +29,6 @@ def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.Sear
             "linear_bias": st.booleans(),
             "tie_embeddings": st.booleans(),
         }
-    )
-
-
-@st.composite
-def small_runs(draw: st.DrawFn) -> RunConfig:
-    """Any attention in one process."""
-    return small_config(
-        attention=draw(attentions()),
-        model=draw(_models(st.integers(1, 3))),
-        data={"sequence_length": draw(st.integers(1, 9))},
     )
 
 

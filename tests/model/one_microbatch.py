@@ -1,0 +1,39 @@
+"""A forward pass of one microbatch through a built piece of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sas_megatron.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """A context rank's tokens [B, S/C], and where documents end within sequences the mask [B, 1, S, S]."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+
+    @staticmethod
+    def of(config: RunConfig) -> Microbatch:
+        batch, length = config.training.micro_batch_size, config.data.sequence_length
+        tokens = torch.zeros(batch, length // config.parallel.context, dtype=torch.int64)
+        if not config.data.reset_at_document_ends:
+            return Microbatch(tokens, None)
+        return Microbatch(tokens, torch.zeros(batch, 1, length, length, dtype=torch.bool))
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.tokens] if self.mask is None else [self.tokens, self.mask]
+
+    def pass_through(self, config: RunConfig, piece: Any) -> torch.Tensor:
+        """Losses of the last piece, hidden states of another; a piece but the first starts from zeros."""
+        if not piece.pre_process:
+            rows = self.tokens.shape[1] // (config.parallel.tensor if config.parallel.sequence else 1)
+            shape = (rows, self.tokens.shape[0], config.model.hidden_size)
+            hidden = torch.zeros(shape, dtype=piece.config.params_dtype, requires_grad=True)
+            piece.set_input_tensor(hidden)
+        output: torch.Tensor = piece(self.tokens, self.tokens, self.mask, labels=self.tokens)
+        return output

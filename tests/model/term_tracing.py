@@ -1,0 +1,77 @@
+"""To which cost term the running code belongs, read off the Python stack."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+# Part of a module's or a parameter's name -> the term that counts it; the first that matches.
+TERM_OF_NAME = {
+    "embedding.": "embedding",
+    "output_layer.": "head",
+    "linear_qkv.": "qkv",
+    "linear_query_up.": "query_up",
+    "linear_proj.": "projection",
+    "linear_q_proj.": "query",
+    "linear_q_down_proj.": "query_down",
+    "linear_q_up_proj.": "query_up",
+    "linear_kv_down_proj.": "key_value_down",
+    "linear_kv_up_proj.": "key_value_up",
+    "q_layernorm.": "latent_norms",
+    "kv_layernorm.": "latent_norms",
+    "simulation.heads.": "head_simulation",
+    "simulation.features.": "feature_simulation",
+    "core_attention.": "attention",
+    "mlp.": "mlp",
+    "layernorm.": "norms",
+}
+# Functions that work for a term in the forward pass of a module that does not tell.
+TERM_OF_FUNCTION = {
+    "simulate_heads": "head_simulation",
+    "simulate_features": "feature_simulation",
+    "combine_factors": "factor_products",
+    "rotate_halves": "rotary",
+    "_apply_rotary_pos_emb_bshd": "rotary",
+    "Attention._checkpointed_attention_forward": "attention",
+    "SimulatedSelfAttention.get_query_key_value_tensors": "qkv",
+    "TransformerLayer._forward_mlp": "mlp",
+    "_bias_dropout_add_func": "residual",
+    "TransformerBlock._checkpointed_forward": "layer_inputs",
+    "LanguageModule.compute_language_model_loss": "head",
+    "forward_step.<locals>.total_loss": "loss",
+    "MegatronOptimizer.scale_loss": "loss",
+}
+
+
+def term_of_name(name: str) -> str:
+    """The term of a module or parameter."""
+    return next(term for part, term in TERM_OF_NAME.items() if part in f"{name}.")
+
+
+class TermTracer:
+    """Reads the term of what runs now in the forward pass of `pieces`: the innermost frame that tells."""
+
+    def __init__(self, *pieces: Any) -> None:
+        self._names = {id(module): name for piece in pieces for name, module in piece.named_modules()}
+
+    def running_term(self) -> str | None:
+        """None in the backward pass, but where that runs a part of the forward pass again."""
+        for frame in _frames():
+            function = frame.f_code.co_qualname
+            if function == "_engine_run_backward":
+                return None
+            if function in TERM_OF_FUNCTION:
+                return TERM_OF_FUNCTION[function]
+            name = self._names.get(id(frame.f_locals.get("self"))) if function.endswith(".forward") else None
+            if name is not None and any(part in f"{name}." for part in TERM_OF_NAME):
+                return term_of_name(name)
+        raise AssertionError("nothing on the stack belongs to a term")
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

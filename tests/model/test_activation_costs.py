@@ -1,0 +1,125 @@
+"""The counted bytes of activations are those that autograd keeps, term by term, to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from sas_megatron.attention.grouped import GroupedQueryAttentionConfig
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.errors import FieldError
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.activation_costs import (
+    count_activation_bytes,
+    count_peak_activation_bytes,
+    microbatches_in_flight,
+)
+from tests.model.kept_activations import kept_bytes, simulated_kept_bytes, simulated_peak_bytes
+from tests.model.small_runs import shared_runs, sweep
+from tests.run_configs import small_config
+from tests.training.layouts import ATTENTIONS
+
+
+@pytest.mark.parametrize("backend", ["unfused", "fused", "auto"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_rank_keeps_what_is_counted(ranks: Any, name: str, backend: str) -> None:
+    config = small_config(attention={**ATTENTIONS[name], "backend": backend})
+    assert ranks(1).run(kept_bytes, config) == [count_activation_bytes(config, device="cpu")]
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_two_tensor_ranks_keep_what_is_counted(ranks: Any, name: str, sequence: bool) -> None:
+    config = small_config(
+        attention={**ATTENTIONS[name], "backend": "fused"}, parallel={"tensor": 2, "sequence": sequence}
+    )
+    assert ranks(2).run(kept_bytes, config) == 2 * [count_activation_bytes(config, device="cpu")]
+
+
+@sweep(60)
+@given(config=shared_runs())
+def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(simulator: Any, config: RunConfig) -> None:
+    assert simulator(simulated_kept_bytes, config) == count_activation_bytes(config, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "num_microbatches"),
+    [
+        ({}, 3),
+        ({"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3}, 5),
+        ({"pipeline": 4}, 2),
+        ({"pipeline": 4}, 6),
+        ({"pipeline": 2, "virtual_pipeline": 2}, 2),
+        ({"pipeline": 2, "virtual_pipeline": 2}, 6),
+        ({"pipeline": 2, "tensor": 2, "sequence": True}, 4),
+    ],
+    ids=str,
+)
+def test_a_step_keeps_at_most_what_is_in_flight(
+    simulator: Any, parallel: dict[str, int], num_microbatches: int
+) -> None:
+    config = small_config(attention=ATTENTIONS["gqa"], model={"num_layers": 4}, parallel=parallel)
+    for stage in range(config.parallel.pipeline):
+        rank = stage * config.parallel.tensor
+        kept = _peak(simulator, config, rank, num_microbatches)
+        counted = count_peak_activation_bytes(
+            config, device="cpu", num_microbatches=num_microbatches, stage=stage
+        )
+        assert kept == counted, f"stage {stage}"
+
+
+def _peak(simulator: Any, config: RunConfig, rank: int, num_microbatches: int) -> dict[str, int]:
+    kept: dict[str, int] = simulator(simulated_peak_bytes, config, rank, num_microbatches)
+    # The factor that the sum of losses is multiplied by.
+    assert kept.pop("loss", 0) <= 4
+    return kept
+
+
+def test_stages_run_ahead_by_those_behind_them() -> None:
+    plain = small_config(model={"num_layers": 4}, parallel={"pipeline": 4})
+    assert [_most_in_flight(plain, stage, 9) for stage in range(4)] == [4, 3, 2, 1]
+    assert [_most_in_flight(plain, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
+    interleaved = small_config(model={"num_layers": 8}, parallel={"pipeline": 4, "virtual_pipeline": 2})
+    # Pieces, of which each has half of a stage's layers: (v-1)·p + 2·(p-1-s) + 1.
+    assert [_most_in_flight(interleaved, stage, 12) for stage in range(4)] == [11, 9, 7, 5]
+
+
+def _most_in_flight(config: RunConfig, stage: int, num_microbatches: int) -> int:
+    held = microbatches_in_flight(config, num_microbatches=num_microbatches, stage=stage)
+    return max(sum(counts) for counts in held)
+
+
+def test_only_stages_of_the_pipeline_keep_anything() -> None:
+    config = small_config(parallel={"pipeline": 2})
+    with pytest.raises(FieldError, match=r"^stage=-1: must be one of parallel.pipeline=2; use 0 to 1$"):
+        count_activation_bytes(config, device="gpu", stage=-1)
+
+
+class _OutsideAttention(AttentionConfig):
+    """A variant from outside the package that says nothing about activations."""
+
+    kind: str = "outside"
+
+
+def test_a_variant_that_says_nothing_keeps_what_plain_attention_does() -> None:
+    fields = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+    outside = small_config(attention=_OutsideAttention(**fields))
+    plain = small_config(attention=GroupedQueryAttentionConfig(**fields))
+    assert count_activation_bytes(outside, device="cpu") == count_activation_bytes(plain, device="cpu")
+
+
+def test_a_gpu_keeps_less_of_norms_and_of_a_biased_mlp() -> None:
+    """By the definitions of its fused functions: 24 tokens of 20 columns, 28 wide in the MLP, in float32."""
+    config = small_config(
+        attention={"kind": "mha", "num_heads": 4, "head_dim": 6, "backend": "unfused"},
+        model={"num_layers": 1, "linear_bias": True},
+    )
+    on_cpu, on_gpu = (count_activation_bytes(config, device=device) for device in ("cpu", "gpu"))
+    normalized, gate_and_half = 3 * 4 * 24 * 20, 2 * 4 * 24 * 28
+    assert on_gpu == {
+        **on_cpu,
+        "norms": on_cpu["norms"] - normalized,
+        "mlp": on_cpu["mlp"] - gate_and_half,
+    }

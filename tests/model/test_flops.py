@@ -1,0 +1,167 @@
+"""The counted FLOPs are those that run, pass by pass and term by term: forward, backward, and again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.costs import (
+    TRAINING_FACTOR,
+    causal_half,
+    count_forward_flops,
+    count_padding_flops,
+    count_recompute_flops,
+    count_training_flops,
+)
+from tests.conftest import ROOT
+from tests.model.executed_flops import Flops, executed_flops, simulated_flops_of_stages
+from tests.model.small_runs import small_runs, sweep
+from tests.run_configs import small_config
+from tests.training.layouts import ATTENTIONS
+
+
+def counted_flops(config: RunConfig) -> Flops:
+    """Of one microbatch, by pass and term, as `executed_flops` gives them; on a CPU."""
+    forward, training = count_forward_flops(config), count_training_flops(config)
+    passes = {
+        "forward": forward,
+        "backward": {term: training[term] - count for term, count in forward.items()},
+        "again": count_recompute_flops(config, device="cpu"),
+    }
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    return {
+        name: {term: tokens * count for term, count in terms.items() if count}
+        for name, terms in passes.items()
+    }
+
+
+@sweep(60)
+@given(config=small_runs())
+def test_flops_of_any_config_are_those_that_run(ranks: Any, config: RunConfig) -> None:
+    assert ranks(1).run(executed_flops, config) == [counted_flops(config)]
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart_sas", "quickstart_gqa", "quickstart_mla", "quickstart_tpa", "quickstart_mfa"]
+)
+def test_flops_of_a_shipped_config_are_those_that_run(ranks: Any, name: str) -> None:
+    overrides = [
+        "parallel.tensor=1",
+        "attention.backend=unfused",
+        "data.sequence_length=33",
+        "model.num_layers=2",
+    ]
+    config = load_run_config(ROOT / "configs" / f"{name}.yaml", [*overrides, "training.micro_batch_size=1"])
+    assert ranks(1).run(executed_flops, config) == [counted_flops(config)]
+
+
+RECOMPUTATIONS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "attention": {"recompute": "selective", "recompute_modules": ["attention"]},
+    "mlp": {"recompute": "selective", "recompute_modules": ["mlp"]},
+    "a layer": {"recompute": "full", "recompute_layers": 1},
+    "all": {"recompute": "full"},
+}
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTATIONS)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_fused_attention_runs_what_is_counted_with_its_scores_again(
+    ranks: Any, name: str, recomputed: str
+) -> None:
+    """By torch's formulas for the kernels: those take equal widths, and make the scores anew."""
+    attention = {**ATTENTIONS[name], "backend": "fused"}
+    config = small_config(attention=attention, training=RECOMPUTATIONS[recomputed])
+    (executed,) = ranks(1).run(executed_flops, config)
+    assert _in_all(executed.values()) == _in_all(
+        [
+            *counted_flops(config).values(),
+            {term: 24 * count for term, count in count_padding_flops(config, device="cpu").items()},
+        ]
+    )
+
+
+def _in_all(passes: Any) -> dict[str, int]:
+    """Of all passes together, and scores and values too, which a kernel does not tell apart."""
+    total: Counter[str] = Counter()
+    for terms in passes:
+        for term, count in terms.items():
+            total["attention" if term in ("scores", "values") else term] += count
+    return dict(total)
+
+
+@pytest.mark.parametrize("name", ["gqa", "sas-gather"])
+def test_dropped_weights_are_kept_and_not_made_again(ranks: Any, name: str) -> None:
+    attention = {**ATTENTIONS[name], "backend": "fused", "dropout": 0.1}
+    config = small_config(attention=attention)
+    (executed,) = ranks(1).run(executed_flops, config)
+    padding = {term: 24 * count for term, count in count_padding_flops(config, device="cpu").items()}
+    assert "scores" not in count_recompute_flops(config, device="cpu")
+    assert count_recompute_flops(config, device="gpu")["scores"] == count_forward_flops(config)["scores"]
+    assert _in_all(executed.values()) == _in_all([*counted_flops(config).values(), padding])
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3},
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ],
+    ids=["uneven", "interleaved"],
+)
+@pytest.mark.parametrize("layers", [None, 1])
+def test_stages_together_run_what_is_counted(
+    simulator: Any, parallel: dict[str, int], layers: int | None
+) -> None:
+    config = small_config(
+        attention={**ATTENTIONS["sas-gather"], "backend": "unfused"},
+        model={"num_layers": 4},
+        parallel=parallel,
+        training={"recompute": "full", "recompute_layers": layers},
+    )
+    stages = simulator(simulated_flops_of_stages, config)
+    for name, counted in counted_flops(config).items():
+        assert _in_all(stage[name] for stage in stages) == _in_all([counted]), name
+
+
+def test_training_costs_three_forwards_and_scores_alone_grow_with_the_length() -> None:
+    config = small_config(attention={"kind": "sas", "num_heads": 4, "head_dim": 6})
+    forward, longer = count_forward_flops(config), count_forward_flops(config, sequence_length=36)
+    assert TRAINING_FACTOR == 3
+    assert count_training_flops(config) == {term: 3 * count for term, count in forward.items()}
+    for term, count in forward.items():
+        assert longer[term] == count * (3 if term in ("scores", "values") else 1), term
+
+
+def test_recomputation_leaves_the_models_flops_as_they_are() -> None:
+    attention = {"kind": "sas", "num_heads": 4, "head_dim": 6}
+    plain = small_config(attention=attention)
+    recomputed = small_config(attention=attention, training={"recompute": "full"})
+    assert count_training_flops(recomputed) == count_training_flops(plain)
+    again = count_recompute_flops(recomputed, device="gpu")
+    forward = count_forward_flops(plain)
+    # Each layer once more, and the scores a third time by the fused back end.
+    assert again == {
+        term: count * (2 if term == "scores" else 1) for term, count in forward.items() if term != "head"
+    }
+
+
+def test_chunks_keep_their_weights_and_only_a_cpu_has_them() -> None:
+    config = small_config(attention={"kind": "mha", "num_heads": 4, "head_dim": 6})
+    assert count_recompute_flops(config, device="cpu") == {}
+    assert count_recompute_flops(config, device="cpu", sequence_length=2000).keys() == {"scores"}
+    assert count_recompute_flops(config, device="gpu").keys() == {"scores"}
+
+
+def test_the_causal_half_concerns_scores_and_values() -> None:
+    config = small_config()
+    flops = count_forward_flops(config)
+    halved = causal_half(flops, sequence_length=12)
+    assert {term: halved[term] / flops[term] for term in flops} == {
+        term: 13 / 24 if term in ("scores", "values") else 1.0 for term in flops
+    }
