@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from sas_megatron.config.attention_backend import Device
     from sas_megatron.config.run import RunConfig
 
 # By quantity: its terms, and its totals by convention.
@@ -18,9 +19,20 @@ Counted = dict[str, dict[str, dict[str, int]]]
 @click.argument("configs", nargs=-1, required=True, type=click.Path())
 @click.option("--sequence-length", type=int, help="In place of each config's own.")
 @click.option("--world-size", type=int, help="Ranks, for what they send; by default those of one model.")
+@click.option(
+    "--device",
+    type=click.Choice(["gpu", "cpu"]),
+    default="gpu",
+    show_default=True,
+    help="Which decides the attention's back end, and so what is kept and computed again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
 def costs(
-    configs: tuple[str, ...], sequence_length: int | None, world_size: int | None, as_json: bool
+    configs: tuple[str, ...],
+    sequence_length: int | None,
+    world_size: int | None,
+    device: Device,
+    as_json: bool,
 ) -> None:
     """Count what CONFIGS cost, by term: parameters, FLOPs, cache and activations, bytes on the wire."""
     from sas_megatron.config.errors import FieldError
@@ -32,18 +44,25 @@ def costs(
     length = [] if sequence_length is None else [f"data.sequence_length={sequence_length}"]
     by_name = {name: load_run_config(name, length) for name in configs}
     if as_json:
-        counted = {name: count_costs(config, world_size=world_size) for name, config in by_name.items()}
+        counted = {
+            name: count_costs(config, world_size=world_size, device=device)
+            for name, config in by_name.items()
+        }
         click.echo(json.dumps(counted, indent=2))
     else:
-        print_costs(by_name, world_size=world_size)
+        print_costs(by_name, world_size=world_size, device=device)
 
 
-def print_costs(configs: dict[str, RunConfig], *, world_size: int | None = None) -> None:
+def print_costs(
+    configs: dict[str, RunConfig], *, world_size: int | None = None, device: Device = "gpu"
+) -> None:
     """A table for each quantity: a row a term, a column a config, totals by each convention."""
     from rich.console import Console
 
     console = Console()
-    counted = {name: count_costs(config, world_size=world_size) for name, config in configs.items()}
+    counted = {
+        name: count_costs(config, world_size=world_size, device=device) for name, config in configs.items()
+    }
     for quantity in dict.fromkeys(quantity for counts in counted.values() for quantity in counts):
         columns = {name: counts[quantity] for name, counts in counted.items() if quantity in counts}
         console.print(_table(quantity.replace("_", " "), columns))
@@ -51,8 +70,8 @@ def print_costs(configs: dict[str, RunConfig], *, world_size: int | None = None)
     console.print(
         f"At {' and '.join(f'{length:,}' for length in lengths)} tokens. A multiply-add is two FLOPs, "
         "training takes three times the forward pass; the embedding look-up is free, the output "
-        "layer counts; the cache is of 2-byte elements; bytes on the wire are what a rank of the first "
-        "stage sends, by ring.",
+        "layer counts; the cache is of 2-byte elements; activations are what a rank of the first stage "
+        f"keeps at most, on a {device.upper()}; bytes on the wire are what it sends, by ring.",
         soft_wrap=True,
     )
 
@@ -75,29 +94,42 @@ def _table(title: str, columns: dict[str, dict[str, dict[str, int]]]) -> Any:
     return table
 
 
-def count_costs(config: RunConfig, *, world_size: int | None = None) -> Counted:
+def count_costs(config: RunConfig, *, world_size: int | None = None, device: Device = "gpu") -> Counted:
     """All quantities of one run; bytes on the wire as far as its engine's are counted.
 
     Args:
         config: The run.
         world_size: Its ranks; None: those of one model.
+        device: What it runs on.
 
     Raises:
         FieldError: layout and world size do not fit.
     """
+    from sas_megatron.model.activation_costs import count_peak_activation_bytes
     from sas_megatron.model.costs import (
         causal_half,
         count_forward_flops,
         count_kv_cache_bytes,
+        count_padding_flops,
         count_parameters,
+        count_recompute_flops,
+        count_training_flops,
         without_embeddings,
     )
     from sas_megatron.model.wire_costs import count_wire_bytes
 
+    world_size = world_size or config.parallel.model_size
+    data_parallel = config.check_world_size(world_size)
     parameters = count_parameters(config)
     flops = count_forward_flops(config)
     cache = count_kv_cache_bytes(config)
     causal = sum(causal_half(flops, sequence_length=config.data.sequence_length).values())
+    training = count_training_flops(config)
+    recomputed = sum(count_recompute_flops(config, device=device).values())
+    padding = sum(count_padding_flops(config, device=device).values())
+    kept = count_peak_activation_bytes(
+        config, device=device, num_microbatches=config.training.num_microbatches(data_parallel)
+    )
     counted = {
         "parameters": {
             "terms": parameters,
@@ -114,10 +146,18 @@ def count_costs(config: RunConfig, *, world_size: int | None = None) -> Counted:
                 "without embeddings": sum(without_embeddings(flops).values()),
             },
         },
+        "training_flops_per_token": {
+            "terms": {**training, "recompute": recomputed, "padding": padding},
+            "totals": {
+                "of the model": sum(training.values()),
+                "with what is recomputed and padded": sum(training.values()) + recomputed + padding,
+            },
+        },
         "kv_cache_bytes_per_token": {"terms": cache, "totals": {"total": sum(cache.values())}},
+        "activation_bytes_of_a_rank": {"terms": kept, "totals": {"total": sum(kept.values())}},
     }
     if config.training.engine == "megatron":
-        sent = count_wire_bytes(config, world_size=world_size or config.parallel.model_size)
+        sent = count_wire_bytes(config, world_size=world_size)
         wire = {f"{group}: {term}": size for group, terms in sent.items() for term, size in terms.items()}
         counted["wire_bytes_per_step"] = {"terms": wire, "totals": {"total": sum(wire.values())}}
     return counted

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from sas_megatron.cli.main import COMMANDS, cli
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import load_run_config
-from sas_megatron.model.costs import count_forward_flops, count_parameters
+from sas_megatron.model.activation_costs import count_peak_activation_bytes
+from sas_megatron.model.costs import count_forward_flops, count_parameters, count_recompute_flops
 from sas_megatron.model.wire_costs import count_wire_bytes
 from tests.conftest import ROOT
 
@@ -136,6 +137,21 @@ def test_costs_include_what_a_rank_sends_in_a_world_of_that_size() -> None:
     sent = count_wire_bytes(load_run_config(path), world_size=4)
     assert wire["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
     assert wire["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
+
+
+def test_costs_tell_what_is_computed_again_from_the_models_own_work() -> None:
+    path = str(ROOT / "configs" / "1.3b" / "sas.yaml")
+    config = load_run_config(path)
+    for device in ("gpu", "cpu"):
+        done = CliRunner().invoke(cli, ["costs", path, "--device", device, "--json"])
+        assert done.exit_code == 0, done.output
+        counted = json.loads(done.stdout)[path]
+        training = counted["training_flops_per_token"]
+        again = sum(count_recompute_flops(config, device=device).values())
+        assert training["terms"]["recompute"] == again > 0
+        assert training["totals"]["of the model"] == 3 * sum(count_forward_flops(config).values())
+        kept = count_peak_activation_bytes(config, device=device, num_microbatches=128)
+        assert counted["activation_bytes_of_a_rank"]["terms"] == kept
 
 
 def test_a_world_that_does_not_fit_is_refused_by_costs() -> None:
