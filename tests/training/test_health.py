@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ NAN = float("nan")
 
 def complete_disturbed(
     config: RunConfig, disturbed_rank: int, steps: list[int], what: str, factor: float
-) -> list[int]:
+) -> tuple[list[int], str | None]:
     """On a rank: the run, in which one rank's samples or gradients are multiplied in some steps.
 
-    Gives a checksum of weights and optimizer state before the first step and after each.
+    Gives a checksum of weights and optimizer state after each step, and the fault that the run ended by.
     """
+    from sas_megatron.training.health import TrainingFault
     from sas_megatron.training.loop import Run
 
     topology = in_layout(config.parallel, seed=config.training.seed)
@@ -41,8 +43,11 @@ def complete_disturbed(
         return result
 
     run._step = noting_step  # type: ignore[method-assign]
-    run.complete()
-    return states
+    try:
+        run.complete()
+    except TrainingFault as fault:
+        return [*states, _state_of(run.engine)], str(fault)
+    return states, None
 
 
 def _disturb(run: Any, steps: list[int], what: str, factor: float) -> None:
@@ -114,7 +119,8 @@ def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(
 ) -> None:
     config = config_of(small_data, tmp_path / "run", layout)
     by_rank = ranks(2).run(complete_disturbed, config, 1, [BAD_STEP], "samples", NAN)
-    for states in by_rank:
+    for states, fault in by_rank:
+        assert fault is None
         assert states[BAD_STEP - 1] == states[BAD_STEP - 2], "weights and optimizer are as before"
         assert len(set(states)) == len(states) - 1, "every other step makes an update"
     # In a tensor group too, whose ranks have the same samples: only rank 1's are disturbed here.
@@ -145,7 +151,7 @@ def test_gradients_that_are_not_finite_skip_the_step_although_the_loss_is(
     ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
 ) -> None:
     config = config_of(small_data, tmp_path / "run", layout)
-    for states in ranks(2).run(complete_disturbed, config, 1, [BAD_STEP], "gradients", NAN):
+    for states, _ in ranks(2).run(complete_disturbed, config, 1, [BAD_STEP], "gradients", NAN):
         assert states[BAD_STEP - 1] == states[BAD_STEP - 2]
         assert len(set(states)) == len(states) - 1
     (event,) = records(config, "health")
@@ -157,12 +163,14 @@ def test_gradients_that_are_not_finite_skip_the_step_although_the_loss_is(
 
 def test_steps_skipped_in_a_row_are_bounded(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     config = config_of(small_data, tmp_path / "run", "data 2", skipped_in_a_row=2)
-    with pytest.raises(
-        AssertionError,
-        match=r"TrainingFault: step 6 after 2 skipped in a row \(health\.skipped_in_a_row\): "
-        r"the loss is not finite on rank 1 microbatch 0 \(nan\)",
-    ):
-        ranks(2).run(complete_disturbed, config, 1, [1, 2, 4, 5, 6], "samples", NAN)
+    for states, fault in ranks(2).run(complete_disturbed, config, 1, [1, 2, 4, 5, 6], "samples", NAN):
+        assert fault is not None
+        assert fault.startswith(
+            "step 6 after 2 skipped in a row (health.skipped_in_a_row): "
+            "the loss is not finite on rank 1 microbatch 0 (nan)"
+        )
+        assert len(states) == 6
+        assert states[2] == states[-1] != states[1], "weights are those of step 3"
     events = [(event["step"], event["response"]) for event in records(config, "health")]
     assert events == [(1, "skip"), (2, "skip"), (4, "skip"), (5, "skip"), (6, "stop")]
 
@@ -177,7 +185,7 @@ def test_a_spike_of_the_gradient_norm_is_recorded_or_skipped(
     ranks: Any, small_data: SmallData, tmp_path: Path, layout: str, response: str
 ) -> None:
     config = config_of(small_data, tmp_path / "run", layout, spike_response=response, **SPIKES)
-    for states in ranks(2).run(complete_disturbed, config, 1, [6], "gradients", 1e6):
+    for states, _ in ranks(2).run(complete_disturbed, config, 1, [6], "gradients", 1e6):
         assert (states[5] == states[4]) == (response == "skip")
     (event,) = records(config, "health")
     assert (event["step"], event["event"], event["quantity"]) == (6, "spike", "gradient_norm")
@@ -191,8 +199,11 @@ def test_a_spike_of_the_gradient_norm_is_recorded_or_skipped(
 
 def test_a_spike_can_end_the_run_before_its_update(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     config = config_of(small_data, tmp_path / "run", "data 2", spike_response="stop", **SPIKES)
-    with pytest.raises(AssertionError, match=r"TrainingFault: step 6: the gradient norm of \S+ is a spike"):
-        ranks(2).run(complete_disturbed, config, 1, [6], "gradients", 1e6)
+    for states, fault in ranks(2).run(complete_disturbed, config, 1, [6], "gradients", 1e6):
+        assert fault is not None
+        assert re.match(r"step 6: the gradient norm of \S+ is a spike, \S+ deviations above", fault)
+        assert len(states) == 6
+        assert states[5] == states[4] != states[3]
     assert [record["step"] for record in records(config)] == [1, 2, 3, 4, 5]
 
 
