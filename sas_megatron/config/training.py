@@ -98,7 +98,6 @@ class CheckpointConfig(Section):
     resume: bool = Field(
         default=False, description="Go on from the newest checkpoint of the run directory, if there is one."
     )
-
     initial_weights: str | None = Field(
         default=None,
         description="Folder of whole weights, as `sas-megatron checkpoint import` writes them, that training "
