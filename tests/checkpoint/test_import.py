@@ -51,7 +51,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, one group": ("Llama", {**SIZES, "num_key_value_heads": 1}),
     "llama, other rotary base": (
         "Llama",
-        {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        # As transformers 4 has it; 5 takes it, and saves it in `rope_parameters`.
+        {**SIZES, "rope_theta": 500.0},
     ),
     "neox": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0}),
     "neox, partly rotary": ("GPTNeoX", {**NEOX, "rotary_pct": 0.7, "layer_norm_eps": 1e-3}),
