@@ -122,7 +122,7 @@ def _meter_of(pieces: list[Any]) -> KeptMeter:
 def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) -> dict[str, int]:
     """In a process that is in no group: the most that `rank` keeps in a step of the real engine."""
     from sas_megatron.planning.fake_world import fake_world
-    from sas_megatron.training.megatron_engine import MegatronEngine
+    from sas_megatron.training.engine import assemble
 
     def batches(meter: KeptMeter) -> Iterator[Batch]:
         while True:
@@ -132,7 +132,7 @@ def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) ->
             yield batch
 
     with fake_world(config.parallel, rank=rank, world_size=config.parallel.model_size):
-        engine = MegatronEngine(config)
+        engine = assemble(config)
         with _meter_of(engine.pieces) as meter:
             engine.accumulate(batches(meter), num_microbatches=num_microbatches)
         assert not meter.terms.total(), "something is kept of a step that is done"
