@@ -259,7 +259,11 @@ def test_each_term_is_what_its_part_sends() -> None:
     weights = layers * (H * columns + N * D * H + 2 * F * H + columns + F) // 2 + V * H // 2
     weights += layers * (2 * H + 4 * H + heads + features)
     assert weights < elements < weights + 64 * layers * 34 + 2 * 128
-    assert first["data"] == {"gradients": 3 * elements, "parameters": 3 * elements, "bookkeeping": 6 + agreed * 3 // 2}
+    assert first["data"] == {
+        "gradients": 3 * elements,
+        "parameters": 3 * elements,
+        "bookkeeping": 6 + agreed * 3 // 2,
+    }
     assert (
         first["other"]
         == last["other"]
