@@ -34,9 +34,7 @@ def take_steps_from(engine: Any, topology: Any, first_step: int, num_steps: int)
             device=topology.device,
             context_group=topology.context_group,
         )
-        result = train_step(
-            engine, batches, step=step + 1, num_microbatches=num_microbatches, topology=topology
-        )
+        result = train_step(engine, batches, num_microbatches=num_microbatches, topology=topology)
         losses.append(result.loss)
     return losses
 
