@@ -24,7 +24,7 @@ class TiedAttentionConfig(AttentionConfig):
         qkv = [Weight("qkv", hidden_size * self._projected_width, sharded=True)]
         if linear_bias:
             qkv.append(Weight("qkv", self._projected_width, sharded=True))
-        return [*qkv, *self._output_weights(hidden_size, linear_bias=linear_bias)]
+        return [*qkv, *self.output_weights(hidden_size, linear_bias=linear_bias)]
 
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv, scores, values, projection."""
@@ -33,7 +33,7 @@ class TiedAttentionConfig(AttentionConfig):
             "qkv": 2 * hidden_size * self._projected_width,
             "scores": attention,
             "values": attention,
-            "projection": self._count_projection_flops(hidden_size)["projection"],
+            "projection": self.count_projection_flops(hidden_size)["projection"],
         }
 
     def count_kv_cache_elements(self) -> dict[str, int]:

@@ -66,7 +66,7 @@ class FactorizedAttentionConfig(AttentionConfig):
             Weight("qkv", hidden_size * self._shared_width, partial_over="tokens", summed_by="layer"),
             Weight("qkv", self.query_rank, partial_over="tokens", summed_by="layer"),
             Weight("query_up", self.query_rank * self.num_heads * self.head_dim, sharded=True),
-            *self._output_weights(hidden_size, linear_bias=linear_bias),
+            *self.output_weights(hidden_size, linear_bias=linear_bias),
         ]
 
     def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
@@ -97,7 +97,7 @@ class FactorizedAttentionConfig(AttentionConfig):
         return {
             "qkv": layer.own(hidden_size) + norm,
             "query_up": layer.own(self.query_rank),
-            **self._count_core_bytes(layer, value_bytes=layer.whole(2 * self.head_dim)),
+            **self.count_core_bytes(layer, value_bytes=layer.whole(2 * self.head_dim)),
         }
 
     def count_kv_cache_elements(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ class _PlainAttentionConfig(AttentionConfig):
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Terms: qkv, scores q·kᵀ, values p·v, projection; two FLOPs a multiply-add, S² scores."""
         attention = 2 * sequence_length * self.num_heads * self.head_dim
-        return {**self._count_projection_flops(hidden_size), "scores": attention, "values": attention}
+        return {**self.count_projection_flops(hidden_size), "scores": attention, "values": attention}
 
     def count_kv_cache_elements(self) -> dict[str, int]:
         """Terms: keys G·D, values G·D."""

@@ -120,7 +120,7 @@ class LatentAttentionConfig(AttentionConfig):
         return [
             *([sharded("query")] if rank is None else compressed("query", rank)),
             *compressed("key_value", self.kv_lora_rank),
-            *self._output_weights(hidden_size, linear_bias=linear_bias),
+            *self.output_weights(hidden_size, linear_bias=linear_bias),
         ]
 
     def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
@@ -179,7 +179,7 @@ class LatentAttentionConfig(AttentionConfig):
             **reads,
             "latent_norms": norms,
             "key_value_up": layer.own(latent),
-            **self._count_core_bytes(layer, value_bytes=layer.whole(value)),
+            **self.count_core_bytes(layer, value_bytes=layer.whole(value)),
             "rotary": layer.tables(self.rotary_head_dim),
         }
 

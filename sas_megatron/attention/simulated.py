@@ -196,7 +196,7 @@ class SimulatedAttentionConfig(AttentionConfig):
             2 * self.head_expansion * base_heads * wide * (width + wide) if self.simulate_features else 0
         )
         return {
-            **self._count_projection_flops(hidden_size),
+            **self.count_projection_flops(hidden_size),
             "head_simulation": heads,
             "feature_simulation": features,
             "scores": 2 * sequence_length * self.num_simulated_heads * wide,
@@ -220,7 +220,7 @@ class SimulatedAttentionConfig(AttentionConfig):
                 terms["head_simulation"] = simulation.count_head_bytes()
             if self.simulate_features:
                 terms["feature_simulation"] = simulation.count_feature_bytes()
-        return {**terms, **self._count_core_bytes(layer, value_bytes=simulation.count_value_bytes())}
+        return {**terms, **self.count_core_bytes(layer, value_bytes=simulation.count_value_bytes())}
 
     def count_kv_cache_elements(self) -> dict[str, int]:
         """Terms: keys G·D, values G·D: the base heads, simulated again when read.

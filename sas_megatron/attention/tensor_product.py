@@ -102,7 +102,7 @@ class TensorProductAttentionConfig(AttentionConfig):
             Weight("qkv", rank * self.head_dim * hidden_size, partial_over="tokens", summed_by="layer")
             for rank in self.ranks.values()
         ]
-        return [*heads, *features, *self._output_weights(hidden_size, linear_bias=linear_bias)]
+        return [*heads, *features, *self.output_weights(hidden_size, linear_bias=linear_bias)]
 
     def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
         """Terms: qkv, into which the head factors take H columns, and R·D feature factors for all heads;
@@ -126,7 +126,7 @@ class TensorProductAttentionConfig(AttentionConfig):
             "factor_products": 2 * sum(self.ranks.values()) * self.num_heads * self.head_dim,
             "scores": attention,
             "values": attention,
-            "projection": self._count_projection_flops(hidden_size)["projection"],
+            "projection": self.count_projection_flops(hidden_size)["projection"],
         }
 
     def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
@@ -138,7 +138,7 @@ class TensorProductAttentionConfig(AttentionConfig):
         return {
             "qkv": layer.own(hidden_size) + layer.element_bytes * weights * hidden_size,
             "factor_products": layer.whole(ranks * (heads + self.head_dim)),
-            **self._count_core_bytes(layer, value_bytes=layer.whole(heads * self.head_dim)),
+            **self.count_core_bytes(layer, value_bytes=layer.whole(heads * self.head_dim)),
         }
 
     def count_kv_cache_elements(self) -> dict[str, int]:

@@ -206,7 +206,7 @@ class AttentionConfig(Section):
         qkv = [Weight("qkv", hidden_size * width, sharded=True)]
         if linear_bias:
             qkv.append(Weight("qkv", width, sharded=True))
-        return [*qkv, *self._output_weights(hidden_size, linear_bias=linear_bias)]
+        return [*qkv, *self.output_weights(hidden_size, linear_bias=linear_bias)]
 
     def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
         """Parameters of one layer's attention, as named terms that sum."""
@@ -231,7 +231,7 @@ class AttentionConfig(Section):
         """
         raise NotImplementedError
 
-    def _output_weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
+    def output_weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Those of the output projection, row parallel from the value heads of all query heads."""
         elements = self.num_heads * self.value_width * hidden_size
         weights = [Weight("projection", elements, sharded=True)]
@@ -250,10 +250,10 @@ class AttentionConfig(Section):
         shared_by = layer.tensor if self.num_key_value_heads >= layer.tensor else 1
         return {
             "qkv": layer.own(hidden_size),
-            **self._count_core_bytes(layer, value_bytes=layer.whole(self.qkv_width // shared_by)),
+            **self.count_core_bytes(layer, value_bytes=layer.whole(self.qkv_width // shared_by)),
         }
 
-    def _count_core_bytes(self, layer: LayerPass, *, value_bytes: int) -> dict[str, int]:
+    def count_core_bytes(self, layer: LayerPass, *, value_bytes: int) -> dict[str, int]:
         """Terms `rotary`, `attention` and `projection`.
 
         Args:
@@ -269,7 +269,7 @@ class AttentionConfig(Section):
         )
         return {"rotary": layer.tables(self.rotary_width // 2), **core.count_bytes()}
 
-    def _count_projection_flops(self, hidden_size: int) -> dict[str, int]:
+    def count_projection_flops(self, hidden_size: int) -> dict[str, int]:
         """Terms `qkv` and `projection` in forward FLOPs of one token."""
         output_width = self.head_dim * self.num_heads
         return {"qkv": 2 * hidden_size * self.qkv_width, "projection": 2 * output_width * hidden_size}
