@@ -27,6 +27,7 @@ class FactorizedAttentionConfig(AttentionConfig):
     These projections have no biases; `model.linear_bias` gives the output projection one.
     """
 
+    has_fused_qkv: ClassVar[bool] = False
     dimension_steps: ClassVar[dict[str, int]] = {**AttentionConfig.dimension_steps, "query_rank": 8}
     # More heads cost no more to decode, and that is what the method is for.
     size_dimensions: ClassVar[tuple[str, ...]] = ("num_heads",)

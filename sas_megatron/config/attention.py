@@ -54,6 +54,8 @@ class AttentionConfig(Section):
     section_name: ClassVar[str] = "attention"
     # Whether the layer turns queries and keys by the model's rotary angles, or has its own.
     uses_model_rotary: ClassVar[bool] = True
+    # Whether queries, keys and values come of one projection, Megatron-core's.
+    has_fused_qkv: ClassVar[bool] = True
     # Parts that `training.recompute_modules` may name, and the terms of FLOPs that each computes again.
     recomputable: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("scores", "values")}
     # For fair matches (scaling/matching.py): the fields that may be solved for, each in multiples of what
@@ -151,6 +153,14 @@ class AttentionConfig(Section):
                 groups,
                 f"must be a multiple or a divisor of parallel.tensor={tensor}",
                 f"set parallel.tensor to one of {legal}",
+            )
+        if self.has_fused_qkv and groups < tensor and self.qkv_width % tensor:
+            # With fewer key/value heads than ranks, Megatron-core shares out columns, not heads.
+            raise self.problem(
+                "head_dim",
+                f"makes {self.qkv_width} columns of queries, keys and values, which parallel.tensor={tensor} "
+                f"ranks with {groups} key/value heads must divide",
+                f"use a multiple of {tensor}",
             )
 
     @property

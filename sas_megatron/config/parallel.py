@@ -108,6 +108,13 @@ class ParallelConfig(Section):
                 "layers evenly, with at least one each",
                 "change it, or set parallel.first_stage_layers or parallel.last_stage_layers",
             )
+        if stages_left == 0 and self.pipeline == 2 and self.virtual_pipeline > 1:
+            # It divides what is left by the stages that are left (0.16.1).
+            raise self.problem(
+                "last_stage_layers",
+                "is one too many for Megatron-core, of two stages that interleave and have both ends given",
+                "leave it out: the last stage has the rest",
+            )
         for layers in dict.fromkeys(self.layers_of_stages(num_layers)):
             if layers % self.virtual_pipeline:
                 raise self.problem(

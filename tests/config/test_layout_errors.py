@@ -32,6 +32,24 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "attention.num_kv_heads=2: must be a multiple or a divisor of parallel.tensor=3; "
         "set parallel.tensor to one of [1, 2, 6]",
     ),
+    "columns over tensor ranks": (
+        {"attention": {"kind": "mqa", "num_heads": 6, "head_dim": 4}, "parallel": {"tensor": 3}},
+        "attention.head_dim=4: makes 32 columns of queries, keys and values, which parallel.tensor=3 ranks "
+        "with 1 key/value heads must divide; use a multiple of 3",
+    ),
+    "both ends of two interleaved stages": (
+        {
+            "model": {"num_layers": 6},
+            "parallel": {
+                "pipeline": 2,
+                "virtual_pipeline": 2,
+                "first_stage_layers": 2,
+                "last_stage_layers": 4,
+            },
+        },
+        "parallel.last_stage_layers=4: is one too many for Megatron-core, of two stages that interleave and "
+        "have both ends given; leave it out: the last stage has the rest",
+    ),
     "simulated heads over tensor and context ranks": (
         {"attention": {**SAS, "head_expansion": 2}, "parallel": {"tensor": 2, "context": 4}},
         "parallel.context=4: must divide the 6 heads that each of parallel.tensor=2 ranks attends with; "
