@@ -35,7 +35,8 @@ else
   starts_again=false
 fi
 if [ "$nodes" = 1 ]; then
-  options+=(--standalone)
+  # In a container this host's own name may stand for nothing.
+  options+=(--standalone --local-addr 127.0.0.1)
 else
   export MASTER_ADDR=${MASTER_ADDR:?is to name the first node} MASTER_PORT=$port
   # What `train --check` asks of this place.

@@ -64,7 +64,12 @@ def check_meeting_place() -> None:
     if node_rank == "0":
         check_port_is_free(port)
     elif node_rank:
-        wait_for_listener(address, port, seconds=float(os.environ.get("JOIN_SECONDS", "50")))
+        wait_for_listener(address, port, seconds=join_seconds())
+
+
+def join_seconds() -> float:
+    """How long nodes wait for each other: JOIN_SECONDS, by default below a minute."""
+    return float(os.environ.get("JOIN_SECONDS", "50"))
 
 
 def resolve(address: str) -> str:

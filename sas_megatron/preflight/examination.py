@@ -11,7 +11,7 @@ from pathlib import Path
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.costs import count_parameters
-from sas_megatron.platform.launcher import is_first_rank, launched_world_size, wait_for_listener
+from sas_megatron.platform.launcher import is_first_rank, join_seconds, launched_world_size, wait_for_listener
 from sas_megatron.preflight.finding import Finding, failure, fine
 from sas_megatron.preflight.network import check_interfaces, check_meeting, check_own_name
 from sas_megatron.preflight.node import (
@@ -51,7 +51,7 @@ def examine(run_directory: Path, config: RunConfig | None) -> Examination:
         # torch's own wait for rank 0 may be twice as long, and says less.
         if not is_first_rank():
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            wait_for_listener(address, port, seconds=allocation.TIMEOUT.total_seconds())
+            wait_for_listener(address, port, seconds=join_seconds())
         device = allocation.find_device()
         with allocation.joined_world(device):
             together = list(allocation.check_allocation(device, run_directory))

@@ -19,7 +19,7 @@ from tests.end_to_end.test_launching import shell
 from tests.preflight.test_node import doctor
 from tests.rank_pool import RankPool
 
-MARGIN_SECONDS = 30  # for a busy machine
+MARGIN_SECONDS = 50  # for a busy machine
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 7, 8])
@@ -93,8 +93,9 @@ def test_other_software_on_a_node_is_a_failure() -> None:
     assert found.observed == "torch is 2.13.0 on a and 2.12.0 on c"
 
 
-def test_ranks_that_do_not_meet_are_a_finding_within_a_minute() -> None:
+def test_a_rank_that_does_not_reach_the_first_is_a_finding_in_time() -> None:
     place = {
+        "JOIN_SECONDS": "3",
         "RANK": "1",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "2",
@@ -106,7 +107,7 @@ def test_ranks_that_do_not_meet_are_a_finding_within_a_minute() -> None:
     assert status == 1
     assert "rank 1 on " in found["allocation"]["observed"]
     assert "firewall" in found["allocation"]["remedy"]
-    assert time.monotonic() - begun < 60 + MARGIN_SECONDS
+    assert time.monotonic() - begun < 3 + MARGIN_SECONDS
 
 
 def test_torchrun_examines_the_allocation_once(tmp_path: Path) -> None:
