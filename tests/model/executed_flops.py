@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.operation_meter import FLOP_FORMULAS
-from tests.model.one_microbatch import Microbatch
+from tests.model.one_microbatch import Microbatch, undrawn_weights
 from tests.model.term_tracing import TermTracer
 from tests.rank_pool import in_layout
 
@@ -75,9 +75,9 @@ def simulated_flops_of_stages(config: RunConfig) -> list[Flops]:
     """In a process that is in no group: the same of each pipeline stage of one copy of the model."""
     from sas_megatron.planning.fake_world import fake_world
 
-    stages = []
-    for rank in range(config.parallel.model_size):
-        with fake_world(config.parallel, rank=rank, world_size=config.parallel.model_size):
+    stages, world_size = [], config.parallel.model_size
+    for rank in range(world_size):
+        with fake_world(config.parallel, rank=rank, world_size=world_size), undrawn_weights():
             stages.append(_executed_by_pieces(config))
     return stages
 

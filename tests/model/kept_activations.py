@@ -10,7 +10,7 @@ import torch
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.language_loss import Batch
-from tests.model.one_microbatch import Microbatch
+from tests.model.one_microbatch import Microbatch, undrawn_weights
 from tests.model.term_tracing import TermTracer
 from tests.rank_pool import in_layout
 
@@ -79,7 +79,8 @@ def simulated_kept_bytes(config: RunConfig, *, rank: int = 0) -> dict[str, int]:
     """In a process that is in no group: what `rank` of one copy of the model keeps of a microbatch."""
     from sas_megatron.planning.fake_world import fake_world
 
-    with fake_world(config.parallel, rank=rank, world_size=config.parallel.model_size):
+    world_size = config.parallel.model_size
+    with fake_world(config.parallel, rank=rank, world_size=world_size), undrawn_weights():
         return _kept_by_pieces(config)
 
 
@@ -131,7 +132,8 @@ def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) ->
             meter.leave_out(*batch.values())
             yield batch
 
-    with fake_world(config.parallel, rank=rank, world_size=config.parallel.model_size):
+    world_size = config.parallel.model_size
+    with fake_world(config.parallel, rank=rank, world_size=world_size), undrawn_weights():
         engine = assemble(config)
         with _meter_of(engine.pieces) as meter:
             engine.accumulate(batches(meter), num_microbatches=num_microbatches)

@@ -1,13 +1,28 @@
-"""A forward pass of one microbatch through a built piece of a model."""
+"""A model whose numbers do not matter, and a forward pass of one microbatch through a piece of it."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sas_megatron.config.run import RunConfig
+
+
+@contextlib.contextmanager
+def undrawn_weights() -> Iterator[None]:
+    """Models are built without initial weights."""
+    from sas_megatron.model import assembly
+
+    initialize = assembly.initialize_weights
+    assembly.initialize_weights = lambda *_arguments: None
+    try:
+        yield
+    finally:
+        assembly.initialize_weights = initialize
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,9 @@ def _simulations(draw: st.DrawFn, head_dim: int) -> dict[str, Any]:
 
 
 @st.composite
-def models(draw: st.DrawFn) -> dict[str, Any]:
+def models(draw: st.DrawFn, *, most_layers: int = 3) -> dict[str, Any]:
     return {
-        "num_layers": draw(st.integers(1, 3)),
+        "num_layers": draw(st.integers(1, most_layers)),
         "hidden_size": draw(st.integers(3, 17)),
         "ffn_hidden_size": draw(st.integers(1, 19)),
         "vocab_size": draw(st.integers(1, 40)),
@@ -115,7 +115,7 @@ def small_runs(draw: st.DrawFn) -> RunConfig:
 @st.composite
 def shared_runs(draw: st.DrawFn) -> RunConfig:
     """On up to eight ranks that share each layer, by any back end, in either precision, with dropout too."""
-    attention, model = draw(attentions(backends=("unfused", "fused", "auto"))), draw(models())
+    attention, model = draw(attentions(backends=("unfused", "fused", "auto"))), draw(models(most_layers=2))
     tensor, context = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
     attention["dropout"] = draw(st.sampled_from([0.0, 0.0, 0.0, 0.1]))
     model["hidden_dropout"] = draw(st.sampled_from([0.0, 0.0, 0.1]))

@@ -38,7 +38,7 @@ def test_two_tensor_ranks_keep_what_is_counted(ranks: Any, name: str, sequence: 
     assert ranks(2).run(kept_bytes, config) == 2 * [count_activation_bytes(config, device="cpu")]
 
 
-@sweep(60)
+@sweep(40)
 @given(config=shared_runs())
 def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(simulator: Any, config: RunConfig) -> None:
     assert simulator(simulated_kept_bytes, config) == count_activation_bytes(config, device="cpu")
@@ -49,7 +49,6 @@ def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(simulator: Any, co
     [
         ({}, 3),
         ({"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3}, 5),
-        ({"pipeline": 4}, 2),
         ({"pipeline": 4}, 6),
         ({"pipeline": 2, "virtual_pipeline": 2}, 2),
         ({"pipeline": 2, "virtual_pipeline": 2}, 6),

@@ -17,6 +17,7 @@ from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.costs import count_parameters
 from tests.conftest import ROOT
+from tests.model.one_microbatch import undrawn_weights
 from tests.model.small_runs import small_runs, sweep
 from tests.model.term_tracing import term_of_name
 from tests.rank_pool import in_layout
@@ -27,15 +28,13 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 @contextlib.contextmanager
 def _without_storage() -> Iterator[None]:
     """Modules are built on torch's meta device: shapes and no numbers, at any size."""
-    from sas_megatron.model import assembly
-
-    device, initialize = torch.cuda.current_device, assembly.initialize_weights
+    device = torch.cuda.current_device
     torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment]
-    assembly.initialize_weights = lambda *_arguments: None
     try:
-        yield
+        with undrawn_weights():
+            yield
     finally:
-        torch.cuda.current_device, assembly.initialize_weights = device, initialize
+        torch.cuda.current_device = device
 
 
 def _built_parameters(config: RunConfig) -> dict[str, int]:
