@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import ROOT
 from tests.end_to_end.nodes import losses, world_size, write_config
 from tests.end_to_end.slurm_cluster import SlurmCluster
