@@ -168,9 +168,9 @@ def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
     config_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").touch()  # where the first checkpoint is to become a folder
+    (tmp_path / "run" / "profile").touch()  # where the traces of a step are to have a folder
     done = shell(
-        *("launch/torchrun.sh", "2", str(config_file), "checkpoint.interval=2"),
+        *("launch/torchrun.sh", "2", str(config_file), "logging.profile_steps=[2, 2]"),
         LOG_DIR=str(tmp_path / "logs"),
     )
     assert done.returncode == 1
