@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.end_to_end.nodes import free_port
@@ -70,14 +70,20 @@ def running_hosts() -> Iterator[dict[str, str]]:
     _call(sshd, "-f", str(folder / "sshd_config"))
     pid_file = folder / "sshd.pid"
     try:
-        deadline = time.monotonic() + 30
-        while not pid_file.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        _wait_until(pid_file.exists)
         yield {"PATH_OF_SSH": str(ssh.parent), "HOSTFILE": str(folder / "hostfile")}
     finally:
         os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        # It removes the file by itself, as its last act.
+        _wait_until(lambda: not pid_file.exists())
         shutil.rmtree(folder)
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _call(*command: str) -> None:
