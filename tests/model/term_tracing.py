@@ -39,6 +39,7 @@ TERM_OF_FUNCTION = {
     "TransformerLayer._forward_mlp": "mlp",
     "_bias_dropout_add_func": "residual",
     "TransformerBlock._checkpointed_forward": "layer_inputs",
+    "checkpointed_forward": "layer_inputs",  # its name from megatron-core 0.19 on
     "LanguageModule.compute_language_model_loss": "head",
     "forward_step.<locals>.total_loss": "loss",
     "MegatronOptimizer.scale_loss": "loss",
