@@ -41,7 +41,7 @@ def exchange_costs(attention: SimulatedAttentionConfig, *, tensor_parallel: int)
     """The cost of each strategy at P = `tensor_parallel` ranks."""
     ranks, width = tensor_parallel, attention.head_dim
     simulations = attention.head_simulations()
-    columns = (attention.num_heads + 2 * attention.num_key_value_heads) * width
+    columns = attention.qkv_width
     expanded = sum(attention.head_expansion * heads for heads in simulations.values()) * width
     first_convolution = sum(
         2 * attention.kernel_size * attention.head_expansion * heads * heads * width

@@ -99,6 +99,10 @@ class LatentAttentionConfig(AttentionConfig):
         """V, with the default filled in."""
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
+    def filled_in(self) -> dict[str, Any]:
+        """With `value_head_dim`."""
+        return {**super().filled_in(), "value_head_dim": self.value_width}
+
     def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms by matrix (`_products`), the projection with its bias, and the norms of the latents."""
         products = self._products(hidden_size)

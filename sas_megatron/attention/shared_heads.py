@@ -37,17 +37,21 @@ def heads_of_tensor_rank(attention: AttentionConfig, *, tensor: int) -> tuple[in
 
     Where a block has fewer key heads than there are ranks, several ranks have the same one.
     """
-    num_blocks = attention.num_attended_heads // attention.num_heads
-    keys = num_blocks * max(1, attention.num_key_value_heads // tensor)
+    keys = attention.num_blocks * max(1, attention.num_key_value_heads // tensor)
     return attention.num_attended_heads // tensor, keys
+
+
+def _traded_heads(attention: AttentionConfig, *, tensor: int, context: int) -> tuple[int, int, SharedHeads]:
+    """Query heads and key heads that a tensor rank's context ranks share, copies included, and how."""
+    queries, keys = heads_of_tensor_rank(attention, tensor=tensor)
+    shared = SharedHeads.of(queries, keys, num_blocks=attention.num_blocks, ranks=context)
+    return queries, queries if shared.copies_keys else keys, shared
 
 
 def attended_heads(attention: AttentionConfig, *, tensor: int, context: int) -> tuple[int, int]:
     """Query heads and key heads that one rank attends with, over all tokens of a sequence."""
-    queries, keys = heads_of_tensor_rank(attention, tensor=tensor)
-    num_blocks = attention.num_attended_heads // attention.num_heads
-    shared = SharedHeads.of(queries, keys, num_blocks=num_blocks, ranks=context)
-    return queries // context, (queries if shared.copies_keys else keys) // context
+    queries, keys, _ = _traded_heads(attention, tensor=tensor, context=context)
+    return queries // context, keys // context
 
 
 def count_context_elements(attention: AttentionConfig, *, tensor: int, context: int) -> Fraction:
@@ -56,11 +60,7 @@ def count_context_elements(attention: AttentionConfig, *, tensor: int, context: 
     (C-1)/C of query, key and value and of the result, whose mean over the r blocks is taken before it is
     traded back wherever a rank has all blocks of its heads. See `parallel.context_exchange`.
     """
-    queries, keys = heads_of_tensor_rank(attention, tensor=tensor)
-    num_blocks = attention.num_attended_heads // attention.num_heads
-    shared = SharedHeads.of(queries, keys, num_blocks=num_blocks, ranks=context)
-    if shared.copies_keys:
-        keys = queries
+    queries, keys, shared = _traded_heads(attention, tensor=tensor, context=context)
     traded = (queries + keys) * attention.query_key_dim + keys * attention.value_width
     traded += queries // shared.num_blocks * attention.value_width
     return Fraction((context - 1) * traded, context)

@@ -128,6 +128,10 @@ class SimulatedAttentionConfig(AttentionConfig):
         }
         return {name: heads for name, (on, heads) in switches.items() if on}
 
+    def filled_in(self) -> dict[str, Any]:
+        """With `simulated_head_dim`."""
+        return {**super().filled_in(), "simulated_head_dim": self.query_key_dim}
+
     def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms: qkv, head simulation, feature simulation, projection.
 

@@ -9,7 +9,7 @@ and d are N, D and H here.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -91,6 +91,10 @@ class TensorProductAttentionConfig(AttentionConfig):
         if name == "linear_proj.weight":
             return InitialWeights("normal", 0.0)
         return InitialWeights("uniform", math.sqrt(6 / sum(whole_shape)))
+
+    def filled_in(self) -> dict[str, Any]:
+        """With `query_rank`."""
+        return {**super().filled_in(), "query_rank": self.ranks.get("query")}
 
     def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Terms: qkv, H·(R_q + R_k + R_v)(N + D), with H·N·D in place of the query's; projection, N·D·H."""

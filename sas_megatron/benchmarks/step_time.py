@@ -63,12 +63,10 @@ def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> floa
 
 
 def _random_batches(config: RunConfig, device: torch.device) -> Iterator[Batch]:
-    """Microbatches shaped as `data.batches.microbatches` gives them; the same tokens in each."""
-    length = config.data.sequence_length // config.parallel.context
-    shape = (config.training.micro_batch_size, length)
-    batch = {
-        name: torch.randint(config.model.vocab_size, shape, device=device) for name in ("tokens", "labels")
-    }
-    batch["loss_mask"] = torch.ones(shape, device=device)
-    batch["position_ids"] = torch.arange(length, device=device).expand(shape)
+    """The same random tokens again and again: gradients of one table row alone would take another time."""
+    from sas_megatron.planning.rank_simulation import made_up_batch
+
+    batch = made_up_batch(config, device)
+    for name in ("tokens", "labels"):
+        batch[name].random_(config.model.vocab_size)
     return itertools.repeat(batch)

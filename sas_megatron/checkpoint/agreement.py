@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from sas_megatron.config.errors import FileProblem, UserError
+from sas_megatron.parallel.gathering import gather_from_ranks
 
 T = TypeVar("T")
 
@@ -24,9 +25,7 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         problem = error
-    problems: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
+    for found in gather_from_ranks(problem):
         if found is not None:
             raise found
     return result  # type: ignore[return-value]  # an action that returned nothing returns None

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sas_megatron.attention.latent import LatentAttentionConfig
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
-from sas_megatron.attention.tensor_product import TensorProductAttentionConfig
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
@@ -24,16 +21,10 @@ _NOT_OF_THE_ATTENTION = {"initialization", "dropout", "backend", "exchange"}
 def describe_architecture(model: ModelConfig, attention: AttentionConfig) -> Architecture:
     """The sections `model` and `attention` without what does not matter, all defaults filled in."""
     fields = attention.model_dump(mode="json", exclude=_NOT_OF_THE_ATTENTION)
-    fields["num_kv_heads"] = attention.num_key_value_heads
-    if attention.uses_model_rotary:
-        fields["rotary_dim"] = attention.rotary_width
-    if isinstance(attention, SimulatedAttentionConfig):
-        fields["simulated_head_dim"] = attention.query_key_dim
-    if isinstance(attention, LatentAttentionConfig):
-        fields["value_head_dim"] = attention.value_width
-    if isinstance(attention, TensorProductAttentionConfig):
-        fields["query_rank"] = attention.ranks.get("query")
-    return {"model": model.model_dump(mode="json", exclude=_NOT_OF_THE_MODEL), "attention": fields}
+    return {
+        "model": model.model_dump(mode="json", exclude=_NOT_OF_THE_MODEL),
+        "attention": fields | attention.filled_in(),
+    }
 
 
 def attention_of(architecture: Architecture) -> AttentionConfig:

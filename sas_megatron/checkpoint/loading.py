@@ -23,6 +23,7 @@ from sas_megatron.checkpoint.sharded_tensors import by_name
 from sas_megatron.checkpoint.tensor_reading import TensorReader
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
+from sas_megatron.parallel.gathering import gather_from_ranks
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     found = together(lambda: manifest.read_manifest(path))
     share = manifest.find_own_share(found.files, rank=dist.get_rank(), num_ranks=dist.get_world_size())
-    by_rank: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(by_rank, manifest.find_damage(path, share))
+    by_rank = gather_from_ranks(manifest.find_damage(path, share))
     manifest.refuse_damage(path, (line for lines in by_rank for line in lines))
     progress = together(lambda: json.loads((path / manifest.PROGRESS).read_text(encoding="utf-8")))
     return Checkpoint(path, found, progress)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron.config.errors import FileProblem
+from sas_megatron.data.writing import sync
 
 # 1 and 2 were one file a rank.
 SCHEMA = 3
@@ -94,19 +94,8 @@ def find_checkpoint(path: Path) -> Path | None:
 
 def write_synced(path: Path, text: str) -> None:
     """Writes a file and waits until it is on disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's contents, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_text(text, encoding="utf-8")
+    sync(path)
 
 
 def publish(partial: Path, manifest: Manifest) -> Path:

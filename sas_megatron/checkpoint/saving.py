@@ -30,6 +30,7 @@ from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter,
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.writing import sync
 from sas_megatron.parallel.topology import Topology
 
 
@@ -53,7 +54,7 @@ class _Pending:
         self.results = self.tensors.write()
         paths = [self.partial / name for name in sorted(files_of(self.results))]
         for path in self.other_files:
-            manifest.sync(path)
+            sync(path)
         self.records = _describe(self.partial, paths + self.other_files)
 
     def write_noting_problems(self) -> None:
@@ -200,7 +201,7 @@ class CheckpointSaver:
         manifest.write_synced(partial / manifest.CONFIG, dump_yaml(self._config))
         own = [partial / name for name in (METADATA, FORMAT, COMMON, manifest.PROGRESS, manifest.CONFIG)]
         for path in own:
-            manifest.sync(path)
+            sync(path)
         files = {name: record for _, records in by_rank for name, record in records.items()}
         _check_seen_here(partial, files)
         manifest.publish(

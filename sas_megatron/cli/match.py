@@ -117,7 +117,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _write(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> None:
     from sas_megatron.config.loading import dump_tree
-    from sas_megatron.data.writing import replace_file
+    from sas_megatron.data.writing import write_file
 
     output.mkdir(parents=True, exist_ok=True)
     for name, found in matches.items():
@@ -128,8 +128,7 @@ def _write(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> 
             f"# Matched to {Path(base).name} in {axis} by `sas-megatron match`; of its costs: {ratios}.\n"
         )
         text = heading + dump_tree(tree)
-        with replace_file(output / f"{name}.yaml") as aside:
-            aside.write_text(text, encoding="utf-8")
+        write_file(output / f"{name}.yaml", text)
 
 
 def _as_dict(found: Match) -> dict[str, Any]:

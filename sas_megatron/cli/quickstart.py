@@ -103,7 +103,7 @@ def _train(config: RunConfig) -> None:
     """Runs one config by torchrun on this machine; a finished run of the same config is kept."""
     from sas_megatron.config.errors import FieldError
     from sas_megatron.config.loading import dump_yaml, load_run_config
-    from sas_megatron.data.writing import replace_file
+    from sas_megatron.data.writing import write_file
     from sas_megatron.model.costs import count_parameters
     from sas_megatron.training.start import check
 
@@ -127,8 +127,7 @@ def _train(config: RunConfig) -> None:
         f"tensor parallel over {ranks} processes"
     )
     run_directory.mkdir(parents=True, exist_ok=True)
-    with replace_file(resolved) as aside:
-        aside.write_text(dump_yaml(config), encoding="utf-8")
+    write_file(resolved, dump_yaml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
     if _count_gpus() < ranks:

@@ -168,6 +168,11 @@ class AttentionConfig(Section):
         """Heads of the scores: N here, r·N for SAS."""
         return self.num_heads
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of N attended heads whose results are averaged: 1 here, r for SAS."""
+        return self.num_attended_heads // self.num_heads
+
     def check_context_parallel(self, tensor: int, context: int) -> None:
         """Raises `FieldError` where a tensor rank's heads cannot be shared by `context` ranks."""
         heads = self.num_attended_heads // tensor
@@ -178,6 +183,11 @@ class AttentionConfig(Section):
                 f"must divide the {heads} heads that each of parallel.tensor={tensor} ranks attends with",
                 f"use one of {divisors(heads)}",
             )
+
+    def filled_in(self) -> dict[str, Any]:
+        """What the fields that may be left open come to, by field."""
+        filled = {"num_kv_heads": self.num_key_value_heads}
+        return {**filled, "rotary_dim": self.rotary_width} if self.uses_model_rotary else filled
 
     @classmethod
     def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:

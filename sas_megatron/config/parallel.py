@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.section import Section, divisors
 
 
@@ -122,6 +123,16 @@ class ParallelConfig(Section):
                     f"must divide the layers of each stage, and one has {layers}",
                     f"use one of {divisors(layers)}",
                 )
+
+    def check_stage(self, stage: int) -> None:
+        """Raises `FieldError` where there is no such pipeline stage."""
+        if not 0 <= stage < self.pipeline:
+            raise FieldError(
+                "stage",
+                stage,
+                f"must be one of parallel.pipeline={self.pipeline}",
+                f"use 0 to {self.pipeline - 1}",
+            )
 
     def layers_of_stages(self, num_layers: int) -> list[int]:
         """Layers of each stage, all its pieces together."""

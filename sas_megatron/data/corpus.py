@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sas_megatron.config.errors import FileProblem
-from sas_megatron.data.writing import make_folder, replace_file
+from sas_megatron.data.writing import make_folder, replace_file, write_file
 
 BUILTIN_NAME = "builtin"
 SCHEMA_VERSION = 1
@@ -68,8 +68,7 @@ def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = 
                 pa.table({"text": texts, "path": paths}), aside, row_group_size=ROW_GROUP_DOCUMENTS
             )
             record["parquet_bytes"] = aside.stat().st_size
-        with replace_file(_record_path(path)) as aside:
-            aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_file(_record_path(path), json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise FileProblem(
             path, f"cannot be written ({error.strerror})", "set XDG_CACHE_HOME to a folder that can be"

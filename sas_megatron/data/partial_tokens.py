@@ -29,7 +29,7 @@ from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.chunks import Chunk
 from sas_megatron.data.encoding_worker import EncodedChunk
 from sas_megatron.data.token_files import token_file, write_index
-from sas_megatron.data.writing import make_folder, replace_file, sync
+from sas_megatron.data.writing import make_folder, sync, write_file
 
 PUBLISHED = {"tokens.bin": ".bin", "index.idx": ".idx", "manifest.json": ".json"}
 
@@ -136,16 +136,14 @@ class PartialTokens:
 
     def write_manifest(self, text: str) -> None:
         """Marks the preparation as done: from here on only `publish` is left."""
-        with replace_file(self._folder / "manifest.json") as aside:
-            aside.write_text(text, encoding="utf-8")
+        write_file(self._folder / "manifest.json", text)
 
     def _start_or_go_on(self, plan: dict[str, Any]) -> None:
         plan_path = self._folder / "plan.json"
         if _read_json(plan_path) != plan:
             for name in ("journal.jsonl", "tokens.bin", "lengths.bin"):
                 (self._folder / name).unlink(missing_ok=True)
-            with replace_file(plan_path) as aside:
-                aside.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+            write_file(plan_path, json.dumps(plan, indent=2) + "\n")
         # "a+b" makes the file where there is none, and lets it be read and cut.
         self._tokens = open(self._folder / "tokens.bin", "a+b")  # noqa: SIM115
         self._lengths = open(self._folder / "lengths.bin", "a+b")  # noqa: SIM115

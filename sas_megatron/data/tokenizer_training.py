@@ -16,7 +16,7 @@ import sentencepiece
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.data.tokenizer import SPACE_MARK, Tokenizer
-from sas_megatron.data.writing import make_folder, replace_file
+from sas_megatron.data.writing import make_folder, replace_file, write_file
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -97,8 +97,7 @@ def train_tokenizer(
                 sample.sampled_bytes,
                 sample.corpus_bytes,
             )
-        with replace_file(model_path.with_suffix(".json")) as aside:
-            aside.write_text(json.dumps(record_training(trained), indent=2) + "\n", encoding="utf-8")
+        write_file(model_path.with_suffix(".json"), json.dumps(record_training(trained), indent=2) + "\n")
     except OSError as error:
         raise FileProblem(
             model_path, f"cannot be written ({error.strerror})", "name another --output"

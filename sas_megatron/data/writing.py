@@ -29,6 +29,12 @@ def replace_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def write_file(path: Path, text: str) -> None:
+    """A text file that is replaced whole."""
+    with replace_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
 def publish_file(aside: Path, path: Path) -> None:
     """Brings a finished file to disk and renames it, so that after a power cut it is whole or absent."""
     sync(aside)

@@ -25,12 +25,10 @@ from collections.abc import Iterable, Iterator
 
 from sas_megatron.attention.shared_heads import attended_heads, heads_of_tensor_rank
 from sas_megatron.config.attention_backend import Device
-from sas_megatron.config.errors import FieldError
 from sas_megatron.config.layer_pass import FLOAT32_BYTES, LayerPass
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.attention_backend import resolve_backend
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Of the numbers of tokens, and of a mask's elements.
 INDEX_BYTES, MASK_BYTES = 8, 1
 
@@ -92,11 +90,7 @@ def microbatches_in_flight(
 
 def _count_pieces(config: RunConfig, device: Device, stage: int) -> list[Terms]:
     """What each piece of a stage keeps of one microbatch."""
-    stages = config.parallel.pipeline
-    if not 0 <= stage < stages:
-        raise FieldError(
-            "stage", stage, f"must be one of parallel.pipeline={stages}", f"use 0 to {stages - 1}"
-        )
+    config.parallel.check_stage(stage)
     layer = _layer_pass(config, device)
     return [
         _count_piece(config, layer, stage=stage, piece=piece)
@@ -132,14 +126,14 @@ def _layer_pass(config: RunConfig, device: Device) -> LayerPass:
         tensor=parallel.tensor,
         context=parallel.context,
         sequence=parallel.sequence,
-        element_bytes=ELEMENT_BYTES[config.training.precision],
+        element_bytes=config.training.element_bytes,
         device=device,
         backend=resolve_backend(config, device=device),
         masked=config.data.reset_at_document_ends,
         recomputed=frozenset(config.recomputed_modules),
         heads=heads_of_tensor_rank(attention, tensor=parallel.tensor),
         attended_heads=attended_heads(attention, tensor=parallel.tensor, context=parallel.context),
-        num_blocks=attention.num_attended_heads // attention.num_heads,
+        num_blocks=attention.num_blocks,
     )
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 from fractions import Fraction
 
 from sas_megatron.attention.shared_heads import count_context_elements
-from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.tensor_group import GRADIENT_BYTES, TensorGroup, Traffic
 from sas_megatron.model.costs import EMBEDDING_TERMS
@@ -51,11 +50,7 @@ def count_wire_bytes(config: RunConfig, *, world_size: int, stage: int = 0) -> d
             DeepSpeed.
     """
     data_parallel = config.check_world_size(world_size)
-    stages = config.parallel.pipeline
-    if not 0 <= stage < stages:
-        raise FieldError(
-            "stage", stage, f"must be one of parallel.pipeline={stages}", f"use 0 to {stages - 1}"
-        )
+    config.parallel.check_stage(stage)
     if config.training.engine != "megatron":
         raise config.training.problem(
             "engine",

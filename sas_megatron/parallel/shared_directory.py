@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sas_megatron.config.errors import FieldError
+from sas_megatron.parallel.gathering import gather_from_ranks
 
 # A network file system may show a new file late to those that looked before it was there.
 SECONDS_UNTIL_SEEN = 10.0
@@ -22,8 +23,8 @@ def check_directory_is_shared(directory: Path) -> None:
     Raises:
         FieldError: on all ranks alike, if one or more do not find it.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size == 1:
+    rank = dist.get_rank()
+    if dist.get_world_size() == 1:
         return
     name = [f".seen-by-all-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
@@ -32,8 +33,7 @@ def check_directory_is_shared(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         mark.touch()
     dist.barrier()
-    blind: list[str | None] = [None] * world_size
-    dist.all_gather_object(blind, None if _appears(mark) else socket.gethostname())
+    blind = gather_from_ranks(None if _appears(mark) else socket.gethostname())
     if rank == 0:
         mark.unlink()
     hosts = [f"rank {number} on {host}" for number, host in enumerate(blind) if host is not None]

@@ -15,7 +15,6 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.section import divisors
-from sas_megatron.config.training import TrainingConfig
 from sas_megatron.model.costs import count_parameters
 from sas_megatron.planning.hardware_file import Hardware
 
@@ -72,25 +71,22 @@ def _may_be_legal(config: RunConfig, chosen: dict[str, Any], world_size: int) ->
 
 def with_layout(config: RunConfig, chosen: dict[str, Any], *, world_size: int) -> RunConfig:
     """The config at the degrees chosen, with what follows; raises `UserError` as the config does."""
-    values: dict[str, dict[str, Any]] = {"parallel": {}, "training": {}}
-    for name, value in chosen.items():
-        section, field = name.split(".")
-        values[section][field] = value
-    parallel = config.parallel.model_dump() | values["parallel"]
-    parallel |= {"first_stage_layers": None, "last_stage_layers": None, "sequence": parallel["tensor"] > 1}
-    shares_data = world_size > parallel["tensor"] * parallel["context"] * parallel["pipeline"]
-    if not shares_data:
-        parallel |= {"overlap_gradient_reduce": False, "overlap_parameter_gather": False}
-    training = config.training.model_dump() | {"recompute_modules": None, "recompute_layers": None}
-    sections = {name: getattr(config, name) for name in RunConfig.model_fields}
-    return RunConfig(
-        **{
-            **sections,
-            "parallel": ParallelConfig(**parallel),
-            "training": TrainingConfig(**(training | values["training"])),
-            "optimizer": config.optimizer.model_copy(update={"distributed": shares_data}),
-        }
+    degrees = ("tensor", "context", "pipeline")
+    tensor, context, pipeline = (
+        chosen.get(f"parallel.{name}", getattr(config.parallel, name)) for name in degrees
     )
+    shares_data = world_size > tensor * context * pipeline
+    changes = {
+        "parallel.first_stage_layers": None,
+        "parallel.last_stage_layers": None,
+        "parallel.sequence": tensor > 1,
+        "training.recompute_modules": None,
+        "training.recompute_layers": None,
+        "optimizer.distributed": shares_data,
+    }
+    if not shares_data:
+        changes |= {"parallel.overlap_gradient_reduce": False, "parallel.overlap_parameter_gather": False}
+    return config.replaced(changes | chosen)
 
 
 def weights_fit(config: RunConfig, hardware: Hardware) -> bool:

@@ -203,17 +203,22 @@ class Stepper:
         self.memory.reset_peak()
 
     def _batches(self) -> Iterator[Batch]:
-        """Microbatches shaped as `data.batches.microbatches` gives them."""
-        data, parallel = self.config.data, self.config.parallel
-        batch_size, length = self.config.training.micro_batch_size, data.sequence_length
-        shape = (batch_size, length // parallel.context)
         while True:
-            batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "labels")}
-            batch["loss_mask"] = torch.ones(shape)
-            batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)
-            if data.reset_at_document_ends:
-                batch["attention_mask"] = torch.zeros(batch_size, 1, length, length, dtype=torch.bool)
-            yield batch
+            yield made_up_batch(self.config, torch.device("cpu"))
+
+
+def made_up_batch(config: RunConfig, device: torch.device) -> Batch:
+    """A microbatch shaped as `data.batches.microbatches` gives them; all tokens are the first."""
+    data, batch_size = config.data, config.training.micro_batch_size
+    length = data.sequence_length
+    shape = (batch_size, length // config.parallel.context)
+    batch = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in ("tokens", "labels")}
+    batch["loss_mask"] = torch.ones(shape, device=device)
+    batch["position_ids"] = torch.zeros(shape, dtype=torch.int64, device=device)
+    if data.reset_at_document_ends:
+        shape_of_mask = (batch_size, 1, length, length)
+        batch["attention_mask"] = torch.zeros(shape_of_mask, dtype=torch.bool, device=device)
+    return batch
 
 
 class _WatchedEngine(MegatronEngine):

@@ -13,15 +13,16 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sas_megatron.config.errors import FieldError
+from sas_megatron.parallel.gathering import gather_from_ranks
 from sas_megatron.parallel.shared_directory import check_directory_is_shared
 from sas_megatron.platform.device import process_group_backend
 from sas_megatron.preflight.finding import Finding, failure, fine, warning
+from sas_megatron.preflight.node import existing_part
 from sas_megatron.preflight.software import compare_versions, describe_versions
 
 TIMEOUT = timedelta(seconds=50)
@@ -58,8 +59,12 @@ def joined_world(device: torch.device) -> Iterator[None]:
 
 def check_allocation(device: torch.device, run_directory: Path) -> Iterator[Finding]:
     """Everything that takes all ranks. Collective; the findings are complete on each."""
-    names = gather(f"rank {dist.get_rank()} on {socket.gethostname()}")
-    yield compare_versions(dict(zip(gather(socket.gethostname()), gather(describe_versions()), strict=True)))
+    names = gather_from_ranks(f"rank {dist.get_rank()} on {socket.gethostname()}")
+    yield compare_versions(
+        dict(
+            zip(gather_from_ranks(socket.gethostname()), gather_from_ranks(describe_versions()), strict=True)
+        )
+    )
     yield _check_clocks(names)
     yield _check_shared(run_directory)
     yield _check_all_reduce(device, names)
@@ -77,19 +82,12 @@ def rounds_of_pairs(world_size: int) -> Iterator[dict[int, int]]:
         seats = [seats[0], seats[-1], *seats[1:-1]]
 
 
-def gather(value: Any) -> list[Any]:
-    """What each rank gives, in the order of ranks. Collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _check_clocks(names: list[str]) -> Finding:
     """Wall clocks read as nearly at once as a barrier allows; the nearest of some tries counts."""
     skews = [float("inf")] * len(names)
     for _ in range(CLOCK_ROUNDS):
         dist.barrier()
-        times = gather(time.time())
+        times = gather_from_ranks(time.time())
         skews = [min(skew, moment - times[0], key=abs) for skew, moment in zip(skews, times, strict=True)]
     return judge_clocks(skews, names)
 
@@ -104,9 +102,8 @@ def judge_clocks(skews: list[float], names: list[str]) -> Finding:
 
 
 def _check_shared(run_directory: Path) -> Finding:
-    existing = next(path for path in (run_directory, *run_directory.absolute().parents) if path.exists())
     # Rank 0's: another node may have less of the path.
-    (existing, *_) = gather(existing)
+    (existing, *_) = gather_from_ranks(existing_part(run_directory))
     try:
         check_directory_is_shared(existing)
     except FieldError as error:
@@ -129,7 +126,7 @@ def _check_all_reduce(device: torch.device, names: list[str]) -> Finding:
             seconds = time.perf_counter() - begun
             expected = world_size * pattern + world_size * (world_size - 1) / 2
             right = right and bool(torch.equal(summed, expected))
-    wrong = [name for name, is_right in zip(names, gather(right), strict=True) if not is_right]
+    wrong = [name for name, is_right in zip(names, gather_from_ranks(right), strict=True) if not is_right]
     backend = dist.get_backend()
     if wrong:
         return failure(
@@ -156,7 +153,7 @@ def _check_pairs(device: torch.device, names: list[str]) -> Finding:
             if not is_right:
                 wrong.append(partners[rank])
         dist.barrier()
-    gathered = gather((speeds, wrong))
+    gathered = gather_from_ranks((speeds, wrong))
     pairs = {(one, other): speed for one, (found, _) in enumerate(gathered) for other, speed in found.items()}
     garbled = [(other, one) for one, (_, found) in enumerate(gathered) for other in found]
     if garbled:

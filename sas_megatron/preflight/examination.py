@@ -45,6 +45,7 @@ def examine(run_directory: Path, config: RunConfig | None) -> Examination:
     if world_size == 1:
         return Examination(own, 1, speaks=True)
 
+    from sas_megatron.parallel.gathering import gather_from_ranks
     from sas_megatron.preflight import allocation
 
     try:
@@ -55,7 +56,7 @@ def examine(run_directory: Path, config: RunConfig | None) -> Examination:
         device = allocation.find_device()
         with allocation.joined_world(device):
             together = list(allocation.check_allocation(device, run_directory))
-            nodes = [found for findings in allocation.gather(own) for found in findings]
+            nodes = [found for findings in gather_from_ranks(own) for found in findings]
     except Exception as error:  # of torch, gloo or NCCL, by many names
         lines = str(error).splitlines() or [""]
         unmet = failure(

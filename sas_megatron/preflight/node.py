@@ -49,6 +49,11 @@ def check_shared_memory(*, uses_gpus: bool, directory: Path = Path("/dev/shm")) 
     return fine("shared memory", f"{free / GIB:.1f} GiB free")
 
 
+def existing_part(path: Path) -> Path:
+    """`path`, or the nearest of the folders above it that is there."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def check_run_directory(directory: Path, *, checkpoint_bytes: int | None = None) -> Iterator[Finding]:
     """Writability, speed and free space at a run directory, which may not exist yet.
 
@@ -56,7 +61,7 @@ def check_run_directory(directory: Path, *, checkpoint_bytes: int | None = None)
         directory: Where the run would write.
         checkpoint_bytes: Of one checkpoint, where the model is known.
     """
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    existing = existing_part(directory)
     elsewhere = "choose another logging.run_directory"
     if not existing.is_dir():
         yield failure("run directory", f"{existing} is a file", elsewhere)

@@ -39,6 +39,16 @@ class Degrees:
     tensor: tuple[int, ...] = (1,)
     context: tuple[int, ...] = (1,)
 
+    @staticmethod
+    def of(config: RunConfig) -> Degrees:
+        """Those of a run's own layout."""
+        return Degrees((config.parallel.tensor,), (config.parallel.context,))
+
+    @property
+    def width_step(self) -> int:
+        """What an MLP width must be a multiple of, so that each rank's share of it is one of 8."""
+        return WIDTH_MULTIPLE * math.lcm(*self.tensor)
+
     def check(self, config: RunConfig) -> None:
         """Raises `FieldError` where the heads do not divide."""
         for tensor, context in itertools.product(self.tensor, self.context):
@@ -89,7 +99,7 @@ def match(
     Raises:
         UserError: nothing within `tolerance`; says by how much, and what would have to give.
     """
-    degrees = degrees or Degrees((variant.parallel.tensor,), (variant.parallel.context,))
+    degrees = degrees or Degrees.of(variant)
     choices = _default_fields(variant, axis) if free is None else [free]
     for fields in choices:
         search = _Search(base, variant, axis=axis, fields=fields, degrees=degrees, tolerance=tolerance)
@@ -121,7 +131,6 @@ class _Search:
     ) -> None:
         self.base, self.variant, self.axis, self.fields = base, variant, axis, fields
         self.degrees, self.tolerance = degrees, tolerance
-        self.width_step = WIDTH_MULTIPLE * math.lcm(*degrees.tensor)
         self.target = counted_costs(base)
         # For the message, should nothing be found: the choice that came nearest, and the last refused.
         self.nearest: Match | None = None
@@ -149,7 +158,7 @@ class _Search:
         self.degrees.check(config)
         if MLP in self.fields:
             config = self._with_nearest_width(config)
-        return compare(self.base, config, start=self.variant, fields=self.fields)
+        return compare(self.target, config, start=self.variant, fields=self.fields)
 
     def _distance(self, candidate: Match) -> float:
         return abs(candidate.ratios[self.axis] - 1)
@@ -188,7 +197,9 @@ class _Search:
         Parameters and FLOPs are affine in the width, so two counts give the line and the line gives it.
         """
         axis = "params" if self.axis == "kv" else self.axis
-        one, two = (counted_costs(_with_width(config, count * self.width_step))[axis] for count in (1, 2))
+        one, two = (
+            counted_costs(_with_width(config, count * self.degrees.width_step))[axis] for count in (1, 2)
+        )
         per_step, without_mlp, target = two - one, 2 * one - two, self.target[axis]
         if without_mlp >= target:
             raise UserError(
@@ -198,7 +209,7 @@ class _Search:
         below = (target - without_mlp) // per_step
         # The smaller of two that are equally near.
         nearest = min((below, below + 1), key=lambda count: abs(without_mlp + count * per_step - target))
-        return _with_width(config, max(1, nearest) * self.width_step)
+        return _with_width(config, max(1, nearest) * self.degrees.width_step)
 
     def strangeness(self, candidate: Match) -> tuple[float, float]:
         """How far the MLP is from the base's (to the nearest percent), then how far all else was moved."""
@@ -229,14 +240,16 @@ class _Search:
         return UserError(
             f"{self._kind}: nearest to the base in {self.axis} is {solved}, "
             f"{self.nearest.ratios[self.axis] - 1:+.1%} off where {self.tolerance:.1%} is allowed "
-            f"({MLP} goes in steps of {self.width_step} = {WIDTH_MULTIPLE} × tensor degrees){refused}; free "
-            f"more ({', '.join(unused)}), ask for fewer degrees, or take a larger base"
+            f"({MLP} goes in steps of {self.degrees.width_step} = {WIDTH_MULTIPLE} × tensor degrees)"
+            f"{refused}; free more ({', '.join(unused)}), ask for fewer degrees, or take a larger base"
         )
 
 
-def compare(base: RunConfig, config: RunConfig, *, start: RunConfig, fields: tuple[str, ...]) -> Match:
-    """What `config` costs for each unit of `base`, and which of `fields` differ from those of `start`."""
-    target, costs = counted_costs(base), counted_costs(config)
+def compare(target: dict[str, int], config: RunConfig, *, start: RunConfig, fields: tuple[str, ...]) -> Match:
+    """What `config` costs for each unit of the base's `counted_costs`, and which of `fields` differ from
+    those of `start`.
+    """
+    costs = counted_costs(config)
     ratios = {axis: costs[axis] / target[axis] for axis in COUNTED_AXES}
     values = {name: (_stated(start, name), _value(config, name)) for name in fields}
     return Match(config, ratios, {name: pair for name, pair in values.items() if pair[0] != pair[1]})

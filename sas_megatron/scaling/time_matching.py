@@ -6,7 +6,6 @@ one tries the best guess and betters the line, until the guess is within toleran
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ import numpy as np
 
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.scaling.matching import DEPTH, MLP, TOLERANCE, WIDTH_MULTIPLE, Degrees, Match, compare
+from sas_megatron.scaling.matching import DEPTH, MLP, TOLERANCE, Degrees, Match, compare, counted_costs
 
 MOST_TRIES = 5
 
@@ -50,17 +49,16 @@ def match_time(
     for name in free or ():
         if name not in (MLP, DEPTH):
             raise FieldError("--free", name, "cannot be solved for by time", f"use {MLP} and {DEPTH}")
-    degrees = degrees or Degrees((variant.parallel.tensor,), (variant.parallel.context,))
+    degrees = degrees or Degrees.of(variant)
     degrees.check(variant)
-    step = WIDTH_MULTIPLE * math.lcm(*degrees.tensor)
-    line = _TimeLine(base, variant, measure, announce, step)
+    line = _TimeLine(base, variant, measure, announce, degrees.width_step)
     line.start(with_depth=free is None or DEPTH in free)
     for _ in range(MOST_TRIES):
         guess = line.guess(with_width=free is None or MLP in free, with_depth=free is None or DEPTH in free)
         ratio, noise = line.try_out(guess)
         if abs(ratio - 1) <= tolerance:
             config = line.config(guess)
-            found = compare(base, config, start=variant, fields=(DEPTH, MLP))
+            found = compare(counted_costs(base), config, start=variant, fields=(DEPTH, MLP))
             return replace(found, ratios={**found.ratios, "time": ratio})
     nearest, ratio = line.nearest()
     raise UserError(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sas_megatron.checkpoint.loading import Checkpoint, find_newest_whole, restore_random_states
 from sas_megatron.checkpoint.saving import CheckpointSaver
@@ -31,6 +30,7 @@ from sas_megatron.data.token_files import load_manifest
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.model.language_loss import Batch
+from sas_megatron.parallel.gathering import gather_from_ranks
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.parallel.wire_ledger import build_ledger, gather_ledgers
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
@@ -113,9 +113,8 @@ class Run:
 
     def _stop(self) -> Ending:
         """Agrees on the reason, the first rank's that has one; time is short, so an evaluation waits."""
-        reasons: list[str | None] = [None] * self.topology.world_size
-        dist.all_gather_object(reasons, self.stop.reason)
-        ending = Ending(next(reason for reason in reasons if reason is not None), goes_on=True)
+        reasons = [reason for reason in gather_from_ranks(self.stop.reason) if reason is not None]
+        ending = Ending(reasons[0], goes_on=True)
         self.console.say(f"stopping after step {self.progress.step}: {ending.reason}")
         self.progress.owes_evaluation = self._is_due(self.config.evaluation.interval)
         self.held_out = None

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from sas_megatron.model.initialization import global_name
 from sas_megatron.parallel.fault_report import join_ranges
+from sas_megatron.parallel.gathering import gather_from_ranks
 from sas_megatron.parallel.topology import Topology
 
 # 2⁶⁴ over the golden ratio, as a signed number (Knuth's multiplicative hashing).
@@ -63,9 +64,7 @@ def find_drift(pieces: Sequence[Any], topology: Topology) -> str | None:
         (topology.pipeline_rank, name, topology.tensor_rank if shared else None): value
         for name, shared, value in zip(parameters, is_shared, sums.tolist(), strict=True)
     }
-    of_ranks: list[dict[_Copy, int]] = [{}] * topology.world_size
-    dist.all_gather_object(of_ranks, own)
-    return describe_drift(of_ranks)
+    return describe_drift(gather_from_ranks(own))
 
 
 def _differ_over(group: dist.ProcessGroup, sums: torch.Tensor) -> int:

@@ -21,6 +21,7 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import dump_yaml, flatten_tree, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.token_files import load_manifest
+from sas_megatron.data.writing import write_file
 from sas_megatron.training.stopping import Ending
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
@@ -73,14 +74,14 @@ class RunFiles:
         for name in ("stopped.json", "summary.json"):
             (self.directory / name).unlink(missing_ok=True)
         resolved = dump_yaml(config)
-        _write_aside(self.directory / "config.yaml", resolved)
+        write_file(self.directory / "config.yaml", resolved)
         self._write_provenance(resolved, provenance, resumed_step)
         metrics = self.directory / "metrics.jsonl"
         kept = []
         if metrics.exists():
             lines = metrics.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _is_up_to(line, resumed_step)]
-        _write_aside(metrics, "".join(line + "\n" for line in kept))
+        write_file(metrics, "".join(line + "\n" for line in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
         if self._with_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -106,13 +107,13 @@ class RunFiles:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json and closes the other files."""
-        _write_aside(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.close()
 
     def write_stop(self, ending: Ending, *, step: int) -> None:
         """Writes stopped.json, which is there only while the run waits to be gone on with."""
         record = {"exit_reason": ending.reason, "exit_status": ending.exit_status, "step": step}
-        _write_aside(self.directory / "stopped.json", json.dumps(record) + "\n")
+        write_file(self.directory / "stopped.json", json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Closes what is open."""
@@ -133,7 +134,7 @@ class RunFiles:
             "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
             "sessions": [*sessions, session],
         }
-        _write_aside(path, json.dumps(record, indent=2) + "\n")
+        write_file(path, json.dumps(record, indent=2) + "\n")
 
 
 def describe_software() -> dict[str, Any]:
@@ -206,12 +207,3 @@ def _is_up_to(line: str, step: int) -> bool:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError):
         return False  # a line cut short by a crash
-
-
-def _write_aside(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

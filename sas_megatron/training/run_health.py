@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.distributed as dist
-
 from sas_megatron.config.run import RunConfig
+from sas_megatron.parallel.gathering import gather_from_ranks
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.training.engine import Engine
 from sas_megatron.training.health import (
@@ -114,9 +113,7 @@ class RunHealth:
         with own_time.measure():
             yield
         self._step_seconds += time.perf_counter() - begun
-        own = (own_time.seconds, self.topology.pipeline_rank)
-        of_ranks: list[tuple[float, int]] = [(0.0, 0)] * self.topology.world_size
-        dist.all_gather_object(of_ranks, own)
+        of_ranks = gather_from_ranks((own_time.seconds, self.topology.pipeline_rank))
         self._tell_own_time([own for own, _ in of_ranks], [stage for _, stage in of_ranks], step)
         self._own_seconds = [total + own for total, (own, _) in zip(self._own_seconds, of_ranks, strict=True)]
 

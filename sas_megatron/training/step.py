@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from sas_megatron.model.language_loss import Batch
+from sas_megatron.parallel.gathering import gather_from_ranks
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.training.engine import Engine, Reports
 from sas_megatron.training.health import Finding, Judge, find_non_finite
@@ -85,7 +85,7 @@ def train_step(
         learning_rate=engine.schedule.get_lr({}),
         is_applied=is_applied,
         findings=findings,
-        faulty_losses=[] if math.isfinite(loss) else _find_faulty_losses(reports, topology),
+        faulty_losses=[] if math.isfinite(loss) else _find_faulty_losses(reports),
         stop_is_asked=stop_is_asked,
     )
 
@@ -108,14 +108,12 @@ def _agree(
     return (totals[0] / totals[1]).item(), norm, totals[3].item() > 0
 
 
-def _find_faulty_losses(reports: Reports, topology: Topology) -> list[FaultyLoss]:
+def _find_faulty_losses(reports: Reports) -> list[FaultyLoss]:
     """Those of all ranks; all must call it."""
     own = [report["loss"][0].item() for report in reports]
-    of_ranks: list[list[float]] = [[] for _ in range(topology.world_size)]
-    dist.all_gather_object(of_ranks, own)
     return [
         FaultyLoss(rank, microbatch, loss)
-        for rank, losses in enumerate(of_ranks)
+        for rank, losses in enumerate(gather_from_ranks(own))
         for microbatch, loss in enumerate(losses)
         if not math.isfinite(loss)
     ]

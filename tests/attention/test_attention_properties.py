@@ -9,37 +9,23 @@ import torch
 
 from sas_megatron.attention.aggregation import average_blocks
 from sas_megatron.config.parallel import ParallelConfig
+from tests import small_attentions as small
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
 from tests.rank_pool import in_layout
 from tests.tolerances import assert_near
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
-    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
-    "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
-    "mla": {
-        "kind": "mla",
-        "num_heads": 4,
-        "head_dim": 5,
-        "rotary_head_dim": 6,
-        "value_head_dim": 7,
-        "kv_lora_rank": 9,
-        "query_lora_rank": 11,
-    },
-    "mla uncompressed queries": {
-        "kind": "mla",
-        "num_heads": 4,
-        "head_dim": 6,
-        "rotary_head_dim": 4,
-        "kv_lora_rank": 7,
-        "query_lora_rank": None,
-    },
-    "sas": {"kind": "sas", "num_heads": 4, "head_dim": 6, "kernel_size": 5},
-    "sas grouped": {"kind": "sas", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "head_expansion": 2},
-    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
-    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6},
-    "tpa kv": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "factorize_query": False, "value_rank": 3},
+VARIANTS: dict[str, small.Attention] = {
+    "mha": small.MHA,
+    "gqa": small.GQA,
+    "mqa": small.MQA,
+    "mla": {**small.MLA, "head_dim": 5, "rotary_head_dim": 6, "value_head_dim": 7},
+    "mla uncompressed queries": {**small.MLA_WHOLE_QUERIES, "kv_lora_rank": 7},
+    "sas": {**small.SAS, "kernel_size": 5},
+    "sas grouped": {**small.SAS_GROUPED, "head_expansion": 2},
+    "mfa": small.MFA,
+    "tpa": small.TPA,
+    "tpa kv": {**small.TPA_WHOLE_QUERIES, "value_rank": 3},
 }
 
 

@@ -10,30 +10,17 @@ import torch
 from sas_megatron.config.run import RunConfig
 from tests.model.model_parts import WeightPart, weight_parts
 from tests.rank_pool import in_layout
-from tests.training.training_runs import RandomSamples
+from tests.training.training_runs import batches_of_step
 
 
 def take_steps_from(engine: Any, topology: Any, first_step: int, num_steps: int) -> list[float]:
     """The losses of so many steps."""
-    from sas_megatron.data.batches import microbatches
     from sas_megatron.training.step import train_step
 
-    config = engine.config
-    training = config.training
-    num_microbatches = training.num_microbatches(topology.data_size)
+    num_microbatches = engine.config.training.num_microbatches(topology.data_size)
     losses = []
     for step in range(first_step, first_step + num_steps):
-        batches = microbatches(
-            RandomSamples(config),
-            first_sample=step * training.global_batch_size,
-            num_samples=training.global_batch_size,
-            num_microbatches=num_microbatches,
-            micro_batch_size=training.micro_batch_size,
-            data_rank=topology.data_rank,
-            data_size=topology.data_size,
-            device=topology.device,
-            context_group=topology.context_group,
-        )
+        batches = batches_of_step(engine.config, topology, step)
         result = train_step(engine, batches, num_microbatches=num_microbatches, topology=topology)
         losses.append(result.loss)
     return losses

@@ -7,58 +7,29 @@ from typing import Any
 import torch
 
 from sas_megatron.config.run import RunConfig
+from tests import small_attentions as small
 from tests.model.model_parts import random_tokens, roughen_weights, weight_parts
 from tests.rank_pool import in_layout
 
-ATTENTIONS: dict[str, dict[str, Any]] = {
-    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
-    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
-    "gqa-partly-rotary": {
-        "kind": "gqa",
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 6,
-        "rotary_dim": 4,
-    },
-    "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
-    "mla": {
-        "kind": "mla",
-        "num_heads": 4,
-        "head_dim": 6,
-        "rotary_head_dim": 4,
-        "kv_lora_rank": 9,
-        "query_lora_rank": 11,
-        "value_head_dim": 5,
-    },
-    "mla-whole-queries": {
-        "kind": "mla",
-        "num_heads": 4,
-        "head_dim": 6,
-        "rotary_head_dim": 4,
-        "kv_lora_rank": 9,
-        "query_lora_rank": None,
-    },
-    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
-    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "initialization": "normal"},
-    "tpa-kv": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "factorize_query": False},
-    "sas": {"kind": "sas", "num_heads": 4, "head_dim": 6},
+ATTENTIONS: dict[str, small.Attention] = {
+    "mha": small.MHA,
+    "gqa": small.GQA,
+    "gqa-partly-rotary": {**small.GQA, "rotary_dim": 4},
+    "mqa": small.MQA,
+    "mla": {**small.MLA, "value_head_dim": 5},
+    "mla-whole-queries": small.MLA_WHOLE_QUERIES,
+    "mfa": small.MFA,
+    "tpa": {**small.TPA, "initialization": "normal"},
+    "tpa-kv": small.TPA_WHOLE_QUERIES,
+    "sas": small.SAS,
     "sas-grouped": {
-        "kind": "sas",
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 6,
+        **small.SAS_GROUPED,
         "head_expansion": 2,
         "kernel_size": 5,
         "simulation_bias": False,
         "rotary_dim": 8,
     },
-    "sas-partly": {
-        "kind": "sas",
-        "num_heads": 4,
-        "head_dim": 6,
-        "simulate_key_heads": False,
-        "simulate_features": False,
-    },
+    "sas-partly": {**small.SAS, "simulate_key_heads": False, "simulate_features": False},
 }
 # The rest of the model: of the first, mha, gqa and mqa are plain Llamas.
 PARTS: dict[str, dict[str, Any]] = {

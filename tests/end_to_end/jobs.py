@@ -13,6 +13,7 @@ from pathlib import Path
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from tests.conftest import ROOT
+from tests.end_to_end.started_processes import environment_with, processes_with
 
 
 class Job:
@@ -22,23 +23,15 @@ class Job:
         self.config = folder / "run.yaml"
         self.run_directory = Path(config.logging.run_directory)
         self.config.write_text(dump_yaml(config))
-        self._marker = f"JOB_TEST={uuid.uuid4()}"
+        self._marker = {"JOB_TEST": str(uuid.uuid4())}
         self._output = folder / "output"
 
     def start(self, *command: str) -> None:
-        # The commands of this interpreter first, as in an entered virtual environment.
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        name, value = self._marker.split("=")
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={
-                    **os.environ,
-                    "PATH": path,
-                    "PYTHONPATH": str(ROOT),
-                    name: value,
-                },
+                env=environment_with(**self._marker),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -75,7 +68,7 @@ class Job:
             time.sleep(0.05)
 
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
-        (process,) = [pid for pid in self.processes() if f"RANK={rank}" in _environment(pid)]
+        (process,) = processes_with(**self._marker, RANK=str(rank))
         os.kill(process, number)
 
     def signal_launcher(self, number: signal.Signals) -> None:
@@ -85,8 +78,7 @@ class Job:
         return self._process.wait(timeout=seconds)
 
     def processes(self) -> list[int]:
-        own = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-        return [pid for pid in own if self._marker in _environment(pid)]
+        return processes_with(**self._marker)
 
     def output(self) -> str:
         return self._output.read_text()
@@ -101,10 +93,3 @@ class Job:
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         self._process.wait()
-
-
-def _environment(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []  # it has ended, or is another user's

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from sas_megatron.config.loading import dump_yaml
 from tests.conftest import ROOT
+from tests.end_to_end.started_processes import environment_with, processes_with
 from tests.small_data import SmallData
 
 # For a busy machine, beyond what is claimed.
@@ -31,7 +31,7 @@ class Nodes:
         self.folder = folder
         self.started: list[subprocess.Popen[bytes]] = []
         # deepspeed hands PYTHON… on over ssh, and only such.
-        self._mark = ("PYTHON_TEST_RUN", uuid.uuid4().hex)
+        self._mark = {"PYTHON_TEST_RUN": uuid.uuid4().hex}
 
     def start(self, *command: str, **environment: str) -> None:
         with self._output(len(self.started)).open("wb") as output:
@@ -39,13 +39,7 @@ class Nodes:
                 subprocess.Popen(
                     command,
                     cwd=ROOT,
-                    env={
-                        **os.environ,
-                        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                        "PYTHONPATH": str(ROOT),
-                        self._mark[0]: self._mark[1],
-                        **environment,
-                    },
+                    env=environment_with(**self._mark, **environment),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -73,15 +67,7 @@ class Nodes:
 
     def processes(self, **environment: str) -> list[int]:
         """Those that these commands have started, with such variables in their environment."""
-        wanted = {f"{name}={value}" for name, value in [self._mark, *environment.items()]}
-        found = []
-        for path in Path("/proc").iterdir():
-            if path.name.isdigit():
-                with contextlib.suppress(OSError):
-                    variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
-                    if wanted <= set(variables):
-                        found.append(int(path.name))
-        return found
+        return processes_with(**self._mark, **environment)
 
     def kill(self) -> None:
         for pid in self.processes():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,18 +13,17 @@ import pytest
 
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from tests.end_to_end.started_processes import environment_with
 from tests.small_data import SmallData
 
 ROOT = Path(__file__).parents[2]
 
 
 def shell(*command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    # The commands of this interpreter first, as in an entered virtual environment.
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
         command,
         cwd=cwd or ROOT,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment},
+        env=environment_with(**environment),
         capture_output=True,
         text=True,
         timeout=240,

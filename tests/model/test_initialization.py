@@ -12,12 +12,10 @@ import torch
 from sas_megatron.config.run import RunConfig
 from tests.model.model_parts import initial_weights, joined_weights, logits_part
 from tests.run_configs import small_config
+from tests.small_attentions import GQA, MFA, MHA, SAS_GROUPED, TPA
 from tests.tolerances import assert_near
 
-GQA = {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
-SAS = {**GQA, "kind": "sas", "head_expansion": 2}
-MFA = {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7}
-TPA = {"kind": "tpa", "num_heads": 4, "head_dim": 6}
+SAS = {**SAS_GROUPED, "head_expansion": 2}
 
 
 def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model: Any) -> RunConfig:
@@ -32,7 +30,7 @@ def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize(
     "attention",
-    [{"kind": "mha", "num_heads": 4, "head_dim": 6}, SAS, TPA, MFA],
+    [MHA, SAS, TPA, MFA],
     ids=["mha", "sas", "tpa", "mfa"],
 )
 def test_the_parts_join_to_the_same_whole_at_every_size(

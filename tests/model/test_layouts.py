@@ -8,43 +8,23 @@ import pytest
 import torch
 
 from sas_megatron.config.run import RunConfig
+from tests import small_attentions as small
 from tests.model.model_parts import joined_logits, logits_part
 from tests.run_configs import small_config
 from tests.tolerances import assert_near
 
-ATTENTIONS: dict[str, dict[str, Any]] = {
-    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
-    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
-    "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
-    "mla": {
-        "kind": "mla",
-        "num_heads": 4,
-        "head_dim": 6,
-        "rotary_head_dim": 4,
-        "kv_lora_rank": 9,
-        "query_lora_rank": 11,
-    },
-    "sas-gather": {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, "exchange": "gather"},
-    "sas-all_to_all": {"kind": "sas", "num_heads": 4, "head_dim": 6, "exchange": "all_to_all"},
-    "sas-grouped-gather": {
-        "kind": "sas",
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 6,
-        "kernel_size": 5,
-        "exchange": "gather",
-    },
-    "sas-grouped-all_to_all": {
-        "kind": "sas",
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 6,
-        "head_expansion": 2,
-        "exchange": "all_to_all",
-    },
-    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
-    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6},
-    "tpa-kv": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "factorize_query": False},
+ATTENTIONS: dict[str, small.Attention] = {
+    "mha": small.MHA,
+    "gqa": small.GQA,
+    "mqa": small.MQA,
+    "mla": small.MLA,
+    "sas-gather": {**small.SAS, "head_expansion": 2, "exchange": "gather"},
+    "sas-all_to_all": {**small.SAS, "exchange": "all_to_all"},
+    "sas-grouped-gather": {**small.SAS_GROUPED, "kernel_size": 5, "exchange": "gather"},
+    "sas-grouped-all_to_all": {**small.SAS_GROUPED, "head_expansion": 2, "exchange": "all_to_all"},
+    "mfa": small.MFA,
+    "tpa": small.TPA,
+    "tpa-kv": small.TPA_WHOLE_QUERIES,
 }
 # The rest of the model, so that each of its parts meets each layout.
 PARTS: dict[str, dict[str, Any]] = {

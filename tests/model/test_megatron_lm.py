@@ -14,6 +14,7 @@ from sas_megatron.config.attention import KINDS
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from tests import small_attentions as small
 from tests.attention.definitions import DEFINITIONS
 from tests.model.model_parts import random_tokens
 from tests.rank_pool import in_layout
@@ -75,21 +76,14 @@ def config_of(attention: dict[str, Any], tensor: int = 1) -> RunConfig:
     return small_config(attention=attention, parallel={"tensor": tensor})
 
 
-ATTENTIONS: dict[str, dict[str, Any]] = {
-    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
-    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
-    "mqa": {"kind": "mqa", "num_heads": 4, "head_dim": 6},
-    "mla": {
-        "kind": "mla",
-        "num_heads": 4,
-        "head_dim": 6,
-        "rotary_head_dim": 4,
-        "kv_lora_rank": 7,
-        "query_lora_rank": 5,
-    },
-    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
-    "sas": {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, "rotary_dim": 6},
-    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6},
+ATTENTIONS: dict[str, small.Attention] = {
+    "mha": small.MHA,
+    "gqa": small.GQA,
+    "mqa": small.MQA,
+    "mla": small.MLA,
+    "mfa": small.MFA,
+    "sas": {**small.SAS, "head_expansion": 2, "rotary_dim": 6},
+    "tpa": small.TPA,
 }
 
 

@@ -6,31 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
+from tests import small_attentions as small
 from tests.run_configs import small_config
 
-ATTENTIONS: dict[str, dict[str, Any]] = {
-    "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
-    "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
-    "mla": {
-        "kind": "mla",
-        "num_heads": 4,
-        "head_dim": 6,
-        "rotary_head_dim": 4,
-        "kv_lora_rank": 9,
-        "query_lora_rank": 11,
-    },
-    "sas-gather": {"kind": "sas", "num_heads": 4, "head_dim": 6, "head_expansion": 2, "exchange": "gather"},
-    "sas-all_to_all": {
-        "kind": "sas",
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 6,
-        "head_expansion": 2,
-        "exchange": "all_to_all",
-    },
-    "mfa": {"kind": "mfa", "num_heads": 4, "head_dim": 6, "query_rank": 7},
+ATTENTIONS: dict[str, small.Attention] = {
+    "mha": small.MHA,
+    "gqa": small.GQA,
+    "mla": small.MLA,
+    "sas-gather": {**small.SAS, "head_expansion": 2, "exchange": "gather"},
+    "sas-all_to_all": {**small.SAS_GROUPED, "head_expansion": 2, "exchange": "all_to_all"},
+    "mfa": small.MFA,
     # The authors' output projection of 0 would leave no factor a gradient in the first step.
-    "tpa": {"kind": "tpa", "num_heads": 4, "head_dim": 6, "initialization": "normal"},
+    "tpa": {**small.TPA, "initialization": "normal"},
 }
 
 TIED = {"tie_embeddings": True, "linear_bias": True, "normalization": "layernorm", "activation": "gelu"}

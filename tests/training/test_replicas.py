@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sas_megatron.config.run import RunConfig
 from sas_megatron.training import replicas
 from sas_megatron.training.replicas import checksum, describe_drift
-from tests.rank_pool import in_layout
 from tests.small_data import SmallData
 from tests.training.test_runs import LAYOUTS, complete, records, summary
+from tests.training.training_runs import complete_disturbed
 
 NORM = "decoder.final_layernorm.weight"
 PROJECTION = "decoder.layers.1.self_attention.linear_proj.weight"
@@ -61,21 +61,13 @@ def test_the_ranks_that_differ_are_named_by_tensor() -> None:
 
 def complete_with_drift(config: RunConfig, drifting_rank: int, name: str) -> None:
     """On a rank: the run, in which one weight of a rank changes by one bit after step 3."""
-    from sas_megatron.training.loop import Run
 
-    topology = in_layout(config.parallel, seed=config.training.seed)
-    run = Run(config, topology)
-    if topology.rank == drifting_rank:
-        original = run._training_batches
+    def change_a_bit(run: Any) -> None:
+        if run.progress.step == 3:
+            weights = dict(run.engine.pieces[0].named_parameters())[name].detach()
+            weights.view(torch.int32).view(-1)[-1] ^= 1
 
-        def disturbed() -> Any:
-            if run.progress.step == 3:
-                weights = dict(run.engine.pieces[0].named_parameters())[name].detach()
-                weights.view(torch.int32).view(-1)[-1] ^= 1
-            return original()
-
-        run._training_batches = disturbed  # type: ignore[method-assign]
-    run.complete()
+    complete_disturbed(config, drifting_rank, change_a_bit)
 
 
 @pytest.mark.parametrize(

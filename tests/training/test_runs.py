@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 from tests.rank_pool import in_layout
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
+from tests.training.training_runs import complete_disturbed
 
 
 def complete(config: RunConfig) -> None:
@@ -197,21 +198,12 @@ def test_layouts_see_the_same_samples_and_losses(ranks: Any, small_data: SmallDa
 
 
 def complete_with_broken_weight(config: RunConfig, broken_rank: int) -> None:
-    from sas_megatron.training.loop import Run
+    def poison(run: Any) -> None:
+        if run.progress.step == 2:
+            with torch.no_grad():
+                next(run.engine.pieces[0].parameters()).fill_(float("nan"))
 
-    topology = in_layout(config.parallel, seed=config.training.seed)
-    run = Run(config, topology)
-    if topology.rank == broken_rank:
-        original = run._training_batches
-
-        def poisoned() -> Any:
-            if run.progress.step == 2:
-                with torch.no_grad():
-                    next(run.engine.pieces[0].parameters()).fill_(float("nan"))
-            return original()
-
-        run._training_batches = poisoned  # type: ignore[method-assign]
-    run.complete()
+    complete_disturbed(config, broken_rank, poison)
 
 
 def test_a_non_finite_loss_stops_the_run_naming_step_and_rank(

@@ -10,9 +10,9 @@ import pytest
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.training.stragglers import find_stragglers
-from tests.rank_pool import in_layout
 from tests.small_data import SmallData
 from tests.training.test_runs import records, summary
+from tests.training.training_runs import complete_disturbed
 
 
 def test_a_rank_is_held_against_its_own_stage() -> None:
@@ -28,21 +28,13 @@ def test_of_two_ranks_the_slower_is_held_against_the_faster() -> None:
 
 def complete_with_slow_rank(config: RunConfig, slow_rank: int) -> None:
     """On a rank: the run, in which one rank computes something of its own in each step."""
-    from sas_megatron.training.loop import Run
 
-    topology = in_layout(config.parallel, seed=config.training.seed)
-    run = Run(config, topology)
-    if topology.rank == slow_rank:
-        original = run._training_batches
+    def compute(_run: Any) -> None:
+        end = time.thread_time() + 0.5
+        while time.thread_time() < end:
+            pass
 
-        def slow() -> Any:
-            end = time.thread_time() + 0.5
-            while time.thread_time() < end:
-                pass
-            return original()
-
-        run._training_batches = slow  # type: ignore[method-assign]
-    run.complete()
+    complete_disturbed(config, slow_rank, compute)
 
 
 def test_a_slow_rank_is_found_although_all_ranks_take_the_same_time(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,16 +48,32 @@ class RandomSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         }
 
 
+def batches_of_step(config: RunConfig, topology: Any, step: int) -> Iterator[Any]:
+    """On a rank: its microbatches of `RandomSamples`, of the step after `step` others."""
+    from sas_megatron.data.batches import microbatches
+
+    training = config.training
+    return microbatches(
+        RandomSamples(config),
+        first_sample=step * training.global_batch_size,
+        num_samples=training.global_batch_size,
+        num_microbatches=training.num_microbatches(topology.data_size),
+        micro_batch_size=training.micro_batch_size,
+        data_rank=topology.data_rank,
+        data_size=topology.data_size,
+        device=topology.device,
+        context_group=topology.context_group,
+    )
+
+
 def take_steps(config: RunConfig) -> Steps:
     """On a rank: `NUM_STEPS` updates."""
-    from sas_megatron.data.batches import microbatches
     from sas_megatron.training.engine import assemble
     from sas_megatron.training.step import train_step
 
     topology = in_layout(config.parallel)
     engine = assemble(config)
-    training, samples = config.training, RandomSamples(config)
-    per_rank = training.global_batch_size // training.micro_batch_size // topology.data_size
+    per_rank = config.training.num_microbatches(topology.data_size)
     initial_weights = weight_parts(engine.pieces, weight_reader(engine))
     losses, norms, gradients = [], [], {}
     update = engine.update
@@ -69,17 +85,7 @@ def take_steps(config: RunConfig) -> Steps:
 
     engine.update = first_update
     for step in range(NUM_STEPS):
-        batches = microbatches(
-            samples,
-            first_sample=step * training.global_batch_size,
-            num_samples=training.global_batch_size,
-            num_microbatches=per_rank,
-            micro_batch_size=training.micro_batch_size,
-            data_rank=topology.data_rank,
-            data_size=topology.data_size,
-            device=topology.device,
-            context_group=topology.context_group,
-        )
+        batches = batches_of_step(config, topology, step)
         result = train_step(engine, batches, num_microbatches=per_rank, topology=topology)
         assert result.is_applied, result.findings
         losses.append(result.loss)
@@ -96,6 +102,23 @@ def take_steps(config: RunConfig) -> Steps:
         topology.tensor_rank,
         (topology.pipeline_rank, topology.context_rank, topology.data_rank),
     )
+
+
+def complete_disturbed(config: RunConfig, rank: int, disturb: Callable[[Any], None]) -> None:
+    """On a rank: the run, in which `disturb` is given it before each step on one rank."""
+    from sas_megatron.training.loop import Run
+
+    topology = in_layout(config.parallel, seed=config.training.seed)
+    run = Run(config, topology)
+    if topology.rank == rank:
+        original = run._training_batches
+
+        def disturbed() -> Any:
+            disturb(run)
+            return original()
+
+        run._training_batches = disturbed  # type: ignore[method-assign]
+    run.complete()
 
 
 def weight_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
