@@ -44,6 +44,7 @@ WAIT_FOR_TASKS_MINUTES = 180.0
     show_default=True,
     help="For standard errors without a formula; 0 leaves them out.",
 )
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run what the model writes.")
 @click.option("--cache", is_flag=True, help="Keep the answers to tasks, and take those of earlier runs.")
 @click.option(
     "--files",
@@ -72,8 +73,9 @@ def evaluate(source: Path, overrides: tuple[str, ...], as_json: bool, **options:
     """Measure the model of SOURCE, a run's directory or a checkpoint, on the processes that are launched.
 
     Without --tasks or --files: the loss on the run's own validation windows, as training measures it.
-    OVERRIDES read section.field=value, such as parallel.tensor=2 under launch/torchrun.sh 2. Results go to
-    summary.json, and those of the harness also to its own files beside it.
+    OVERRIDES read section.field=value, mostly the layout: torchrun --standalone --nproc-per-node 2 -m
+    sas_megatron evaluate … parallel.tensor=2. Results go to summary.json, and those of the harness also to
+    its own files beside it.
     """
     from sas_megatron.platform.launcher import take_place
 
@@ -112,6 +114,7 @@ def _evaluate_tasks(
     limit: float | None,
     generation: str | None,
     bootstrap_iterations: int,
+    confirm_run_unsafe_code: bool,
     batch_tokens: int,
     cache: bool,
     output: Path | None,
@@ -126,6 +129,7 @@ def _evaluate_tasks(
         limit=limit,
         generation=generation,
         bootstrap_iterations=bootstrap_iterations,
+        runs_unsafe_code=confirm_run_unsafe_code,
         batch_tokens=batch_tokens,
     )
     loaded_tasks: list[LoadedTasks] = []
@@ -133,7 +137,8 @@ def _evaluate_tasks(
     def load() -> None:
         from sas_megatron.evaluation.tasks import load_tasks
 
-        loaded_tasks.append(load_tasks(settings.names, include_paths))
+        unsafe = settings.runs_unsafe_code
+        loaded_tasks.append(load_tasks(settings.names, include_paths, runs_unsafe_code=unsafe))
 
     with loaded(found, check_first=load, timeout_minutes=WAIT_FOR_TASKS_MINUTES) as model:
         from sas_megatron.evaluation.results import results_folder

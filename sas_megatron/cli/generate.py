@@ -62,8 +62,8 @@ def generate(
 ) -> None:
     """Continue prompts with the model of SOURCE, a run's directory or a checkpoint.
 
-    OVERRIDES read section.field=value, such as parallel.tensor=2 under launch/torchrun.sh 2, or, of SAS,
-    attention.kv_cache=simulated.
+    OVERRIDES read section.field=value: attention.kv_cache=simulated, of SAS, or the layout of several
+    processes, as in torchrun --standalone --nproc-per-node 2 -m sas_megatron generate … parallel.tensor=2.
     """
     from sas_megatron.platform.launcher import take_place
 

@@ -21,6 +21,7 @@ class TaskSettings:
     generation: str | None = None
     # Resamplings for standard errors that have no formula; 0: none.
     bootstrap_iterations: int = 100_000
+    runs_unsafe_code: bool = False
     batch_tokens: int = 8192
 
     def __post_init__(self) -> None:

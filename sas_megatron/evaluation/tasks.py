@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +32,13 @@ class LoadedTasks:
     tasks: list[Any]
 
 
-def load_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> LoadedTasks:
+def load_tasks(
+    names: Sequence[str], include_paths: Sequence[Path], *, runs_unsafe_code: bool = False
+) -> LoadedTasks:
     """The tasks, groups and tags of these names or patterns.
 
     Raises:
-        FieldError: there is none of a name, or it cannot be loaded, its data included.
+        FieldError: there is none of a name, it cannot be loaded, its data included, or not be run.
         FileProblem: a folder of task files is not there.
     """
     for path in include_paths:
@@ -55,7 +59,26 @@ def load_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> LoadedTas
             )
         for match in matching:
             tasks += _load(manager, match)
+    _check_runnable(manager, tasks, runs_unsafe_code=runs_unsafe_code)
     return LoadedTasks(manager, tasks)
+
+
+def _check_runnable(manager: Any, tasks: list[Any], *, runs_unsafe_code: bool) -> None:
+    """What the harness would refuse after the model is loaded."""
+    try:
+        leaves = manager.load(tasks)["tasks"]
+    except ValueError as error:  # a task of its own that is also of a group
+        raise FieldError("--tasks", "…", str(error), "name each of them once") from None
+    for name, task in leaves.items():
+        if getattr(task, "UNSAFE_CODE", False) and not runs_unsafe_code:
+            raise FieldError(
+                "--tasks",
+                name,
+                "runs code that the model writes",
+                "give --confirm-run-unsafe-code where that can do no harm",
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise FieldError("--tasks", name, "has images, and the model reads text", "leave it out")
 
 
 def _load(manager: Any, name: str) -> list[Any]:
@@ -114,20 +137,23 @@ def _run_harness(
     model: HarnessModel, tasks: LoadedTasks, settings: TaskSettings, *, folder: Path, cache: Path | None
 ) -> dict[str, Any]:
     tracker = EvaluationTracker(output_path=str(folder.parent))
-    results = lm_eval.simple_evaluate(
-        model=model,
-        model_args={"model": folder.name},  # names the folder of the harness's files
-        tasks=tasks.tasks,
-        task_manager=tasks.manager,
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        use_cache=None if cache is None else str(cache),
-        gen_kwargs=settings.generation,
-        bootstrap_iters=settings.bootstrap_iterations,
-        evaluation_tracker=tracker,
-        log_samples=True,
-        apply_chat_template=False,
-    )
+    # It prints what it does, where results are to stand alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        results = lm_eval.simple_evaluate(
+            model=model,
+            model_args={"model": folder.name},  # names the folder of the harness's files
+            tasks=tasks.tasks,
+            task_manager=tasks.manager,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            use_cache=None if cache is None else str(cache),
+            gen_kwargs=settings.generation,
+            bootstrap_iters=settings.bootstrap_iterations,
+            evaluation_tracker=tracker,
+            log_samples=True,
+            apply_chat_template=False,
+            confirm_run_unsafe_code=settings.runs_unsafe_code,
+        )
     samples = results.pop("samples")
     before = set(folder.glob("*")) if folder.exists() else set()
     tracker.save_results_aggregated(results=results, samples=samples)

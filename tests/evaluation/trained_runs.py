@@ -38,7 +38,7 @@ def export(directory: Path, folder: Path) -> None:
 def train_and_export(
     ranks: Any, small_data: SmallData, folder: Path, attention: dict[str, Any]
 ) -> TrainedRun:
-    """A run of twelve steps, with a checkpoint in the middle and tables that are padded by 64 rows."""
+    """A run of twelve steps, with a checkpoint in the middle, and tables of 64 rows beyond its tokens."""
     config = small_data.run(
         folder / "run",
         model={"vocab_multiple": 96},
