@@ -44,7 +44,7 @@ def load_tasks(
     for path in include_paths:
         if not path.is_dir():
             raise FileProblem(path, "is no folder of task files", "give one that exists as --include-path")
-    manager = TaskManager(include_path=[str(path.absolute()) for path in include_paths] or None)
+    manager = _read_index(tuple(str(path.absolute()) for path in include_paths))
     tasks: list[Any] = []
     for name in names:
         matching = manager.match_tasks([name])
@@ -61,6 +61,11 @@ def load_tasks(
             tasks += _load(manager, match)
     _check_runnable(manager, tasks, runs_unsafe_code=runs_unsafe_code)
     return LoadedTasks(manager, tasks)
+
+
+@functools.lru_cache(maxsize=1)  # it reads every task file, which takes seconds
+def _read_index(include_paths: tuple[str, ...]) -> Any:
+    return TaskManager(include_path=list(include_paths) or None)
 
 
 def _check_runnable(manager: Any, tasks: list[Any], *, runs_unsafe_code: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     os.environ |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     corpus = builtin_corpus(folder, max_bytes=200_000)
-    return write_tasks(folder / "tasks", list(stream_documents([corpus])))
+    written = write_tasks(folder / "tasks", list(stream_documents([corpus])))
+    text = (written / "last_word.yaml").read_text(encoding="utf-8")
+    without_data = text.replace("task: last_word", "task: lost").replace("last_word.jsonl", "nowhere.jsonl")
+    (written / "lost.yaml").write_text(without_data, encoding="utf-8")
+    return written
 
 
 RUNS = {"sas": {**small.SAS_GROUPED, "head_expansion": 2}, "gqa": small.GQA}
@@ -66,7 +72,7 @@ def evaluate_by_transformers(exported: Path, tasks: Path, folder: Path) -> None:
         model=model,
         model_args={"model": folder.name},
         tasks=NAMES,
-        task_manager=TaskManager(include_path=str(tasks)),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
         evaluation_tracker=tracker,
     )
@@ -133,6 +139,48 @@ def test_scores_and_texts_are_those_of_the_harness_on_the_export(
             assert mine["doc"] == expected["doc"]
             assert_equal_answers(mine["filtered_resps"], expected["filtered_resps"])
     assert set(results["results"]) == set(NAMES)
+
+
+def refusal_of_tasks(names: list[str], folder: Path) -> str:
+    """On the one rank: why they cannot be loaded."""
+    from sas_megatron.config.errors import UserError
+    from sas_megatron.evaluation.tasks import load_tasks
+
+    try:
+        load_tasks(names, [folder])
+    except UserError as error:
+        return str(error)
+    raise AssertionError("they can")
+
+
+def test_tasks_that_are_unknown_or_without_data_are_refused(ranks: Any, tasks: Path, tmp_path: Path) -> None:
+    (unknown, without_data, no_folder) = (
+        ranks(1).run(refusal_of_tasks, names, folder)[0]
+        for names, folder in ((["next_lin"], tasks), (["lost"], tasks), (["lost"], tmp_path / "none"))
+    )
+    assert unknown.startswith("--tasks=next_lin: is no task, group or tag of lm-eval ")
+    assert "did you mean next_line" in unknown
+    assert without_data.startswith("--tasks=lost: cannot be loaded with its data (FileNotFoundError: ")
+    assert no_folder.startswith(f"{tmp_path / 'none'}: is no folder of task files; give")
+
+
+def refusal_on_rank(directory: Path, tasks: Path, overrides: list[str], folder: Path, **settings: Any) -> str:
+    from sas_megatron.config.errors import UserError
+
+    try:
+        evaluate_on_rank(directory, tasks, overrides, folder, **settings)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def test_what_is_met_while_tasks_run_ends_all_ranks_with_one_message(
+    ranks: Any, runs: dict[str, TrainedRun], tasks: Path, tmp_path: Path
+) -> None:
+    run = functools.partial(ranks(2).run, refusal_on_rank, runs["sas"].directory, tasks)
+    first, second = run(["data.sequence_length=16"], tmp_path)
+    assert first == second
+    assert re.match(r"continuation='.*': is \d+ tokens after its context, and the model reads 16; set", first)
 
 
 def assert_equal_answers(mine: Any, expected: Any) -> None:
