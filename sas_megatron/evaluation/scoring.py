@@ -21,6 +21,9 @@ from sas_megatron.parallel.gathering import gather_from_ranks
 
 # Logits that a rank holds at a time: 64 MiB in float32.
 LOGITS_AT_ONCE = 2**24
+# A CPU adds up exponentials by several passes: over so many logits they stay within its cache, which takes
+# half the time (measured for 8,192 and 32,000 tokens of vocabulary).
+LOGITS_IN_CACHE = 2**20
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,9 @@ def _score_tokens(
         logits = part.logits(hidden_KH[begin:end])
         chosen = torch.nonzero((sources >= begin) & (sources < end)).squeeze(1)
         rows, tokens = sources[chosen].to(logits.device) - begin, targets[chosen].to(logits.device)
-        logged = part.logits_of(logits, rows, tokens) - part.log_sum(logits)[rows]
-        log_probabilities[chosen] = logged.double().cpu()
-        are_likeliest[chosen] = (part.likeliest(logits)[rows] == tokens).cpu()
+        of_targets = part.logits_of(logits, rows, tokens)
+        log_probabilities[chosen] = (of_targets - part.log_sum(logits)[rows]).double().cpu()
+        are_likeliest[chosen] = part.are_likeliest(logits, rows, tokens, of_targets).cpu()
     return log_probabilities, are_likeliest
 
 
@@ -185,7 +188,8 @@ class VocabularyPart:
 
     def log_sum(self, logits_KV: torch.Tensor) -> torch.Tensor:
         """log Σ exp over all columns, [K]."""
-        own = logits_KV.logsumexp(dim=-1)
+        at_once = LOGITS_IN_CACHE // self.num_columns if logits_KV.device.type == "cpu" else len(logits_KV)
+        own = torch.cat([part.logsumexp(dim=-1) for part in logits_KV.split(max(1, at_once))])
         if self._group.size() == 1:
             return own
         parts = own.new_empty(self._group.size() * len(own))
@@ -200,14 +204,21 @@ class VocabularyPart:
         self._reduce(found, dist.ReduceOp.SUM)
         return found
 
-    def likeliest(self, logits_KV: torch.Tensor) -> torch.Tensor:
-        """The token with the largest logit of each row, [K]; of several the first."""
-        own, column = logits_KV.max(dim=-1)
-        largest = own.clone()
+    def are_likeliest(
+        self, logits_KV: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, of_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether each token is the likeliest of its row, of equally likely ones the first."""
+        largest = logits_KV.amax(dim=-1)
         self._reduce(largest, dist.ReduceOp.MAX)
-        token = (column + self._first).where(own == largest, self._model.config.model.padded_vocab_size)
-        self._reduce(token, dist.ReduceOp.MIN)
-        return token
+        found = of_tokens == largest[rows]
+        # Where they are, which is slower, is only asked of rows whose token may be the one.
+        at_hand = rows[found]
+        own, column = logits_KV[at_hand].max(dim=-1)
+        beyond = self._model.config.model.padded_vocab_size
+        first = (column + self._first).where(own == largest[at_hand], beyond)
+        self._reduce(first, dist.ReduceOp.MIN)
+        found[found.clone()] = first == tokens[found]
+        return found
 
     def _reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self._group.size() > 1:
