@@ -40,7 +40,7 @@ WAIT_FOR_TASKS_MINUTES = 180.0
 @click.option(
     "--bootstrap-iterations",
     type=int,
-    default=100_000,
+    default=1000,
     show_default=True,
     help="For standard errors without a formula; 0 leaves them out.",
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from sas_megatron.evaluation.scoring import score
 from sas_megatron.evaluation.task_settings import TaskSettings
 from sas_megatron.evaluation.trained_model import TrainedModel
 from sas_megatron.parallel.leading import Call, lead
+
+# What the harness asks the environment.
+_NO_FORKING = "DISABLE_MULTIPROC"
 
 
 @dataclass(frozen=True)
@@ -138,12 +142,28 @@ def evaluate_tasks(
     return lead(run, functions)
 
 
+@contextlib.contextmanager
+def _resampling_in_this_process() -> Iterator[None]:
+    """Keeps the harness from forking for its standard errors: a fork of a process whose collectives have
+    threads may never come back.
+    """
+    before = os.environ.get(_NO_FORKING)
+    os.environ[_NO_FORKING] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_FORKING]
+        else:
+            os.environ[_NO_FORKING] = before
+
+
 def _run_harness(
     model: HarnessModel, tasks: LoadedTasks, settings: TaskSettings, *, folder: Path, cache: Path | None
 ) -> dict[str, Any]:
     tracker = EvaluationTracker(output_path=str(folder.parent))
     # It prints what it does, where results are to stand alone.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _resampling_in_this_process():
         results = lm_eval.simple_evaluate(
             model=model,
             model_args={"model": folder.name},  # names the folder of the harness's files

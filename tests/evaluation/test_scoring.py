@@ -20,12 +20,12 @@ VOCABULARY = 45
 
 
 def passages_of(config: RunConfig) -> Any:
-    """Some of unequal length, and the last one with each end that there is, and cut elsewhere."""
+    """Some of unequal length, then each of them with every end that there is, and the last cut elsewhere."""
     from sas_megatron.evaluation.scoring import Passage
 
     texts = [np.array(text, dtype=np.int32) for text in random_texts(config, LENGTHS)]
     passages = [Passage(text, scored) for text, scored in zip(texts, NUM_SCORED, strict=True)]
-    ends = [np.array([*texts[-1][:-1], token], dtype=np.int32) for token in range(VOCABULARY)]
+    ends = [np.array([*text[:-1], token], dtype=np.int32) for text in texts for token in range(VOCABULARY)]
     return [*passages, *(Passage(text, 1) for text in ends), Passage(texts[-1], 11)]
 
 
@@ -84,8 +84,32 @@ def test_every_layout_and_batch_size_scores_as_the_model_alone(
             ):
                 np.testing.assert_allclose(logged, expected_logged, rtol=1e-10)
                 np.testing.assert_array_equal(likeliest, expected_likeliest)
-    of_every_end = [bool(likeliest[0]) for _, likeliest in expected[len(LENGTHS) : -1]]
-    assert sum(of_every_end) == 1
+    of_every_end = np.array([likeliest[0] for _, likeliest in expected[len(LENGTHS) : -1]])
+    texts, tokens = np.nonzero(of_every_end.reshape(len(LENGTHS), VOCABULARY))
+    assert texts.tolist() == list(range(len(LENGTHS)))
+    assert tokens.min() < 24 <= tokens.max(), "both of two ranks have likeliest tokens"
+
+
+def likeliest_on_rank(config: RunConfig, logits: torch.Tensor) -> list[bool]:
+    """Of each token in the one row of whole logits."""
+    from sas_megatron.evaluation.scoring import VocabularyPart
+
+    part = VocabularyPart(roughened_model(config), VOCABULARY)
+    own = logits.chunk(config.parallel.tensor, dim=1)[part._group.rank()]
+    tokens = torch.arange(VOCABULARY)
+    rows = torch.zeros_like(tokens)
+    of_tokens = part.logits_of(own, rows, tokens)
+    return part.are_likeliest(own, rows, tokens, of_tokens).tolist()
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_of_equally_likely_tokens_the_first_counts(ranks: Any, tensor: int) -> None:
+    config = small_config(parallel={"tensor": tensor})
+    for equal in ([7, 11, 30], [26, 40]):
+        logits = torch.zeros(1, 48)
+        logits[0, equal] = 1.0
+        for found in ranks(tensor).run(likeliest_on_rank, config, logits):
+            assert [token for token, is_likeliest in enumerate(found) if is_likeliest] == equal[:1]
 
 
 def batches_on_rank(config: RunConfig, batch_tokens: int) -> Any:
@@ -97,8 +121,7 @@ def batches_on_rank(config: RunConfig, batch_tokens: int) -> Any:
 
 def test_batches_are_sorted_filled_and_bounded_and_read_nothing_twice(ranks: Any) -> None:
     (batches,) = ranks(1).run(batches_on_rank, small_config(), 34)
-    assert batches == [
-        [(29, [2])],
-        [(16, [3]), (11, list(range(5, len(LENGTHS) + VOCABULARY + 1)))],
-        [(8, [0]), (8, [4]), (1, [1])],
-    ]
+    of_rows = [[(length, numbers[0]) for length, numbers in batch] for batch in batches]
+    assert of_rows == [[(29, 2)], [(16, 3), (11, 5)], [(8, 0), (8, 4), (1, 1)]]
+    read = [number for batch in batches for _, numbers in batch for number in numbers]
+    assert sorted(read) == list(range(len(LENGTHS) * (1 + VOCABULARY) + 1))
