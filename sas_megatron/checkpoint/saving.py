@@ -185,10 +185,12 @@ class CheckpointSaver:
         except FileProblem:
             self._give_up(pending.step)
             raise
-        keep_last, keep_every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
+        settings = self._config.checkpoint
 
         def remove() -> None:
-            manifest.remove_old(self._folder, keep_last=keep_last, keep_every=keep_every)
+            manifest.remove_old(
+                self._folder, keep_last=settings.keep_last, keeps_for_good=settings.keeps_for_good
+            )
 
         on_first_rank(writing(self._folder, remove))
 

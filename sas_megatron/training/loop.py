@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.loading import Checkpoint, find_newest_whole, restore_random_states
+from sas_megatron.checkpoint.agreement import on_first_rank
+from sas_megatron.checkpoint.loading import (
+    Checkpoint,
+    find_newest_whole,
+    open_checkpoint,
+    restore_random_states,
+)
 from sas_megatron.checkpoint.saving import CheckpointSaver
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.batches import (
@@ -35,6 +41,7 @@ from sas_megatron.parallel.topology import Topology
 from sas_megatron.parallel.wire_ledger import build_ledger, gather_ledgers
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
 from sas_megatron.training.console import Console
+from sas_megatron.training.continuation import Branch, find_branch
 from sas_megatron.training.engine import Engine, assemble
 from sas_megatron.training.metrics import Meter, Progress
 from sas_megatron.training.run_files import RunFiles, describe_software
@@ -60,13 +67,14 @@ class Run:
         self.training_samples = build_training_samples(
             config.data,
             tokenizer,
-            num_samples=config.training.num_steps * config.training.global_batch_size,
+            num_samples=config.training.num_ordered_samples,
             seed=config.training.seed,
         )
         self.validation_samples = build_validation_samples(
             config.data, tokenizer, num_samples=config.evaluation.num_sequences
         )
         self.saver = CheckpointSaver(RunFiles.checkpoints(config), config, topology)
+        self.branch: Branch | None = None
         self.resumed_from = self._find_checkpoint()
         self.engine: Engine = assemble(config, initial_weights=self._initial_weights())
         self.progress = Progress()
@@ -86,7 +94,9 @@ class Run:
             self.console.say(f"finished already, at step {self.progress.step}; nothing to do")
             return ending
         if self.files is not None:
-            self.files.open(self.config, self._provenance(), resumed_step=self.progress.step)
+            self.files.open(
+                self.config, self._provenance(), resumed_step=self.progress.step, branch=self.branch
+            )
         self.stop.arm(speaks=self.topology.is_first)
         try:
             if self.progress.owes_evaluation:
@@ -102,7 +112,7 @@ class Run:
                 if self._is_due(self.config.evaluation.interval):
                     self._evaluate()
                 self.saver.finish_if_written()
-                if self._is_due(self.config.checkpoint.interval):
+                if self.config.checkpoint.is_due(self.progress.step):
                     self._save()
             self._finish(ending)
         finally:
@@ -121,9 +131,12 @@ class Run:
         return ending
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        if not self.config.checkpoint.resume:
-            return None
-        return find_newest_whole(RunFiles.checkpoints(self.config), say=self.console.say)
+        if self.config.checkpoint.resume:
+            newest = find_newest_whole(RunFiles.checkpoints(self.config), say=self.console.say)
+            if newest is not None:
+                return newest
+        self.branch = on_first_rank(lambda: find_branch(self.config))
+        return None if self.branch is None else open_checkpoint(self.branch.checkpoint)
 
     def _initial_weights(self) -> Path | None:
         path = self.config.checkpoint.initial_weights
@@ -265,7 +278,7 @@ class Run:
             self.held_out is None or not self._is_due(self.config.evaluation.interval)
         ):
             self._evaluate()
-        if ending.goes_on or not self._is_due(self.config.checkpoint.interval):
+        if ending.goes_on or not self.config.checkpoint.is_due(self.progress.step):
             self._save()
         self.saver.finish()
         self.profiler.close()
@@ -311,6 +324,7 @@ class Run:
             "context_parallel": self.config.parallel.context,
             "pipeline_parallel": self.config.parallel.pipeline,
             "data_parallel": self.topology.data_size,
+            "branched_from": None if self.branch is None else str(self.branch.checkpoint),
             "corpus": {
                 Path(prefix).name: load_manifest(prefix).model_dump(mode="json")
                 for prefix in self.config.data.prefixes
