@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.agreement import on_first_rank, together
 from sas_megatron.checkpoint.loading import open_checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.checkpoint.tensor_files import TABLES, StoredTensors
@@ -18,6 +17,7 @@ from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.costs import EMBEDDING_TERMS, count_parameters
 from sas_megatron.model.initialization import global_name, tensor_parallel_part, whole_shape
+from sas_megatron.parallel.agreement import on_first_rank, together
 
 
 def load_initial_weights(path: Path, pieces: list[Any], config: RunConfig) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.agreement import on_first_rank
 from sas_megatron.checkpoint.loading import (
     Checkpoint,
     find_newest_whole,
@@ -36,6 +35,7 @@ from sas_megatron.data.token_files import load_manifest
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.model.language_loss import Batch
+from sas_megatron.parallel.agreement import on_first_rank
 from sas_megatron.parallel.gathering import gather_from_ranks
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.parallel.wire_ledger import build_ledger, gather_ledgers
