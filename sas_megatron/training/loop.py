@@ -23,6 +23,7 @@ from sas_megatron.checkpoint.loading import (
     restore_random_states,
 )
 from sas_megatron.checkpoint.saving import CheckpointSaver
+from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.batches import (
     ByteLengths,
@@ -76,7 +77,10 @@ class Run:
         self.saver = CheckpointSaver(RunFiles.checkpoints(config), config, topology)
         self.branch: Branch | None = None
         self.resumed_from = self._find_checkpoint()
-        self.engine: Engine = assemble(config, initial_weights=self._initial_weights())
+        self.begins_with = self._find_initial_weights()
+        self.engine: Engine = assemble(
+            config, initial_weights=None if self.begins_with is None else self.begins_with.folder
+        )
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
@@ -138,9 +142,11 @@ class Run:
         self.branch = on_first_rank(lambda: find_branch(self.config))
         return None if self.branch is None else open_checkpoint(self.branch.checkpoint)
 
-    def _initial_weights(self) -> Path | None:
+    def _find_initial_weights(self) -> WeightsSource | None:
         path = self.config.checkpoint.initial_weights
-        return Path(path) if path is not None and self.resumed_from is None else None
+        if path is None or self.resumed_from is not None:
+            return None
+        return on_first_rank(lambda: find_weights(Path(path), self.config))
 
     def _resume(self) -> None:
         checkpoint = self.resumed_from
@@ -324,6 +330,7 @@ class Run:
             "context_parallel": self.config.parallel.context,
             "pipeline_parallel": self.config.parallel.pipeline,
             "data_parallel": self.topology.data_size,
+            "initial_weights": None if self.begins_with is None else self.begins_with.describe(),
             "branched_from": None if self.branch is None else str(self.branch.checkpoint),
             "corpus": {
                 Path(prefix).name: load_manifest(prefix).model_dump(mode="json")

@@ -137,13 +137,15 @@ class RunFiles:
         path = self.directory / "run.json"
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        session = {"started_at": started, "from_step": resumed_step, **provenance}
-        first = sessions[0] if sessions else session
+        sessions.append({"started_at": started, "from_step": resumed_step, **provenance})
+        # Each that began anew: the last of those is what the run has come from.
+        begun_with = [session.get("initial_weights") for session in sessions if session["from_step"] == 0]
         record = {
-            **session,
-            "started_at": first["started_at"],
+            **sessions[-1],
+            "started_at": sessions[0]["started_at"],
+            "initial_weights": begun_with[-1] if begun_with else None,
             "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
-            "sessions": [*sessions, session],
+            "sessions": sessions,
         }
         write_file(path, json.dumps(record, indent=2) + "\n")
 
