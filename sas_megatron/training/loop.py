@@ -265,9 +265,18 @@ class Run:
                 }
             )
 
+    def _sync_files(self) -> None:
+        """Brings the records to disk, if the run is still this session's; every rank must call it."""
+
+        def sync() -> None:
+            if self.files is not None:
+                self.files.check_is_own()
+                self.files.sync()
+
+        on_first_rank(sync)
+
     def _save(self) -> None:
-        if self.files is not None:
-            self.files.sync()
+        self._sync_files()
         self.saver.save(
             self.progress.step,
             shards=self.engine.shards(),
@@ -287,6 +296,7 @@ class Run:
         if ending.goes_on or not self.config.checkpoint.is_due(self.progress.step):
             self._save()
         self.saver.finish()
+        self._sync_files()
         self.profiler.close()
         wire_bytes = gather_ledgers(self.ledger) if self.config.logging.wire_ledger else None
         if self.files is not None:
