@@ -8,11 +8,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 
 import click
 
 from sas_megatron import __version__
 from sas_megatron.config.errors import UserError
+
+# How long other nodes' first processes let rank 0 speak alone.
+SECONDS_FOR_THE_FIRST = 3.0
 
 # name -> (module:attribute, one line of help); the help stands here so that listing imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -78,7 +82,10 @@ def main() -> None:
     except UserError as error:
         # Under a launcher rank 0 speaks for all, and where others may have met something else, the first
         # process of each node for those of its node.
-        leads_node = os.environ.get("LOCAL_RANK") == "0" and not error.met_by_all_ranks
-        if leads_node or os.environ.get("RANK", "0") == "0":
-            print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            if os.environ.get("LOCAL_RANK") != "0" or error.met_by_all_ranks:
+                sys.exit(2)
+            # Launchers that end all when one ends (srun --kill-on-bad-exit) then show it once.
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
