@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.match:match",
         "Solve attention variants' dimensions until they cost what a base costs.",
     ),
+    "study": ("sas_megatron.cli.study:study", "Plan, run and compare many runs that one file describes."),
     "simulate": (
         "sas_megatron.cli.simulate:simulate",
         "Estimate memory, traffic and time of a run on any number of ranks, without them.",

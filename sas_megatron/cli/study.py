@@ -1,0 +1,118 @@
+"""`sas-megatron study`: many runs from one file, planned, run and collected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from sas_megatron.scaling.study.plan import Plan, PlannedRun
+
+TABLE = "study.parquet"
+
+_study_file = click.argument("study", type=click.Path(path_type=Path))
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
+_only = click.option("--only", default="*", help="Only runs whose names match, such as 'sas-*'.")
+
+
+@click.group()
+def study() -> None:
+    """Plan, run and compare many runs that one file describes."""
+
+
+@study.command()
+@_study_file
+@_as_json
+def plan(study: Path, *, as_json: bool) -> None:
+    """Print every run that STUDY asks for, and what it will cost, before anything starts."""
+    from sas_megatron.cli.study_tables import plan_as_dict, print_plan
+
+    planned = _plan_of(study)()
+    if as_json:
+        click.echo(json.dumps(plan_as_dict(planned), indent=2))
+    else:
+        print_plan(planned)
+
+
+@study.command()
+@_study_file
+@_only
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs side by side.")
+def run(study: Path, *, only: str, jobs: int) -> None:
+    """Run on this machine what is not finished; killed and started again, it goes on.
+
+    On Ctrl-C the runs at work save and stop. The exit status is 0 once all runs have finished.
+    """
+    from sas_megatron.scaling.study.runner import StudyRunner
+
+    runner = StudyRunner(_plan_of(study), jobs=jobs, say=lambda text: click.echo(f"» {text}"))
+    if not runner.run(wanted=_matching(only)):
+        raise click.exceptions.Exit(1)
+
+
+@study.command()
+@_study_file
+@_only
+@_as_json
+def status(study: Path, *, only: str, as_json: bool) -> None:
+    """Show how far each run has come: done, running, stuck, failed and why, and the time left."""
+    from sas_megatron.cli.study_tables import print_status, status_as_dict
+    from sas_megatron.scaling.study.run_states import status_of
+
+    planned = _plan_of(study)()
+    wanted = _matching(only)
+    statuses = [status_of(run, planned) for run in planned.runs if wanted(run)]
+    if as_json:
+        click.echo(json.dumps(status_as_dict(statuses), indent=2))
+    else:
+        print_status(statuses)
+
+
+@study.command()
+@_study_file
+@click.option(
+    "--output", type=click.Path(path_type=Path), help=f"By default {TABLE} in the study's directory."
+)
+@_as_json
+def collect(study: Path, *, output: Path | None, as_json: bool) -> None:
+    """Gather the finished runs into one Parquet table; refuses runs that differ in more than STUDY varies."""
+    from sas_megatron.scaling.study.collecting import collect as collect_table
+    from sas_megatron.scaling.study.table import write_table
+
+    planned = _plan_of(study)()
+    table = collect_table(planned)
+    path = output or Path(planned.study.directory) / TABLE
+    write_table(table, path)
+    done = sum(row.status == "done" for row in table.rows)
+    about: dict[str, Any] = {
+        "table": str(path),
+        "rows": len(table.rows),
+        "done": done,
+        "remarks": list(table.remarks),
+    }
+    if as_json:
+        click.echo(json.dumps(about, indent=2))
+        return
+    for remark in table.remarks:
+        click.echo(f"· {remark}")
+    click.echo(f"» {done} of {len(table.rows)} runs in {path}")
+
+
+def _plan_of(path: Path) -> Callable[[], Plan]:
+    """The plan as it is at each call: the file is read once, sweeps may end meanwhile."""
+    from sas_megatron.scaling.study.study_file import load_study
+    from sas_megatron.scaling.study.sweeps import plan_with_rates
+
+    loaded, base = load_study(path)
+    return lambda: plan_with_rates(loaded, base)
+
+
+def _matching(pattern: str) -> Callable[[PlannedRun], bool]:
+    return lambda run: (
+        fnmatch(run.name, pattern) or any(fnmatch(run.name, part) for part in pattern.split(","))
+    )
