@@ -49,10 +49,37 @@ def run(study: Path, *, only: str, jobs: int) -> None:
     On Ctrl-C the runs at work save and stop. The exit status is 0 once all runs have finished.
     """
     from sas_megatron.scaling.study.runner import StudyRunner
+    from sas_megatron.scaling.study.submission import live_runs
 
-    runner = StudyRunner(_plan_of(study), jobs=jobs, say=lambda text: click.echo(f"» {text}"))
+    plan_now = _plan_of(study)
+    # What SLURM has is not run here as well.
+    queued = live_runs(plan_now())
+    runner = StudyRunner(plan_now, jobs=jobs, say=lambda text: click.echo(f"» {text}"), elsewhere=queued)
     if not runner.run(wanted=_matching(only)):
         raise click.exceptions.Exit(1)
+
+
+@study.command(context_settings={"ignore_unknown_options": True})
+@_study_file
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--side-by-side", type=click.IntRange(min=1), help="Members of an array at work at once.")
+def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -> None:
+    """Submit what is not finished and has no job to SLURM, as job arrays; call it in the checkout.
+
+    OPTIONS are sbatch's: --nodes=1 --gpus-per-node=8 --time=24:00:00, say. Branches wait for their trunks; a
+    sweep's rates must be found before the runs that use them can be submitted.
+    """
+    from sas_megatron.scaling.study.submission import submit as submit_plan
+
+    planned = _plan_of(study)()
+    jobs = submit_plan(planned, options=options, side_by_side=side_by_side)
+    for name, job in jobs.items():
+        click.echo(f"» {name}: job {job.number}")
+    waiting = sum(not run.is_ready for run in planned.runs)
+    if waiting:
+        click.echo(f"» {waiting} runs wait for the sweep; submit again when it has ended")
+    if not jobs:
+        click.echo("» nothing to submit")
 
 
 @study.command()
@@ -63,10 +90,16 @@ def status(study: Path, *, only: str, as_json: bool) -> None:
     """Show how far each run has come: done, running, stuck, failed and why, and the time left."""
     from sas_megatron.cli.study_tables import print_status, status_as_dict
     from sas_megatron.scaling.study.run_states import status_of
+    from sas_megatron.scaling.study.submission import live_runs, read_jobs
 
     planned = _plan_of(study)()
     wanted = _matching(only)
-    statuses = [status_of(run, planned) for run in planned.runs if wanted(run)]
+    jobs, live = read_jobs(planned), live_runs(planned)
+    statuses = [
+        status_of(run, job_log=jobs[run.name].log if run.name in jobs else None, is_queued=run.name in live)
+        for run in planned.runs
+        if wanted(run)
+    ]
     if as_json:
         click.echo(json.dumps(status_as_dict(statuses), indent=2))
     else:

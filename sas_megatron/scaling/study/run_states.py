@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +21,18 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import flatten_tree, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.scaling.runs import FINISHED
-from sas_megatron.scaling.study.plan import Plan, PlannedRun
+from sas_megatron.scaling.study.plan import PlannedRun
 
-State = Literal["done", "running", "stuck", "failed", "interrupted", "ready", "waiting"]
+State = Literal["done", "running", "queued", "stuck", "failed", "interrupted", "ready", "waiting"]
 # What may differ between a run and its plan: nothing that decides its result.
 INERT = ("checkpoint.", "logging.", "training.stop_after_", "training.collective_timeout_minutes")
+_TELLS_WHY = (
+    re.compile(r"^sas-megatron: (error|training stopped)"),
+    # A rank's before the launcher's, which comes after it.
+    re.compile(r"^\[rank\d+\]: [\w.]*(Error|Fault|Exception)\b"),
+    re.compile(r"^[\w.]*(Error|Fault|Exception)\b"),
+    re.compile(""),
+)
 
 
 @dataclass(frozen=True)
@@ -134,21 +142,31 @@ def differences(planned: RunConfig, found: RunConfig) -> Iterator[tuple[str, Any
             yield field, one.get(field), two.get(field)
 
 
-def status_of(run: PlannedRun, plan: Plan, *, submitted: bool = False) -> RunStatus:
-    """Where `run` stands; `submitted`: a queue holds a job for it."""
+def status_of(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool = False) -> RunStatus:
+    """Where `run` stands.
+
+    Args:
+        run: The run.
+        job_log: The output of the job that was submitted for it, if one was.
+        is_queued: Whether that job still waits or is at work.
+    """
     step, step_seconds = _last_step(run)
     if is_done(run):
         return RunStatus(run, "done", run.config.training.num_steps, step_seconds=step_seconds)
-    if is_locked(run) or (submitted and step):
-        quiet = time.time() - _last_written(run)
-        limit = 60 * run.config.training.collective_timeout_minutes
-        if quiet > limit:
-            reason = f"nothing written for {quiet / 60:.0f} minutes; see {log_of(run)}"
+    if is_locked(run) or (is_queued and job_log is not None and job_log.exists()):
+        log = log_of(run) if is_locked(run) or job_log is None else job_log
+        quiet = time.time() - _last_written(run, log)
+        if quiet > 60 * run.config.training.collective_timeout_minutes:
+            reason = f"nothing written for {quiet / 60:.0f} minutes; see {log}"
             return RunStatus(run, "stuck", step, reason, step_seconds)
         return RunStatus(run, "running", step, None, step_seconds)
+    if is_queued:
+        return RunStatus(run, "queued", step, None, step_seconds)
     failure = _read(failure_of(run))
     if failure is not None:
         return RunStatus(run, "failed", step, failure.get("reason"), step_seconds)
+    if job_log is not None and job_log.exists() and not (run.directory / "stopped.json").exists():
+        return RunStatus(run, "failed", step, f"{last_error(job_log)} ({job_log})", step_seconds)
     if step:
         return RunStatus(run, "interrupted", step, "goes on when it is started again", step_seconds)
     waits_for = what_it_waits_for(run)
@@ -163,6 +181,22 @@ def what_it_waits_for(run: PlannedRun) -> str | None:
     if place is not None and not (run.directory / "metrics.jsonl").exists() and not Path(place).exists():
         return f"branches off {run.trunk} at step {run.config.training.num_steps - run.own_steps}"
     return None
+
+
+def last_error(log: Path, *, offset: int = 0) -> str:
+    """The line that says why processes ended: their own word, or an exception's, or else the last."""
+    try:
+        with log.open("rb") as file:
+            file.seek(offset)
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return f"there is no log ({log})"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for pattern in _TELLS_WHY:
+        for line in reversed(lines):
+            if pattern.search(line):
+                return line
+    return "nothing was printed"
 
 
 def _last_step(run: PlannedRun) -> tuple[int, float | None]:
@@ -189,8 +223,8 @@ def _last_record(run: PlannedRun, *, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def _last_written(run: PlannedRun) -> float:
-    paths = [log_of(run), run.directory / "metrics.jsonl", lock_of(run)]
+def _last_written(run: PlannedRun, log: Path) -> float:
+    paths = [log, run.directory / "metrics.jsonl", lock_of(run)]
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 import subprocess
 import time
@@ -28,6 +27,7 @@ from sas_megatron.scaling.study.run_states import (
     failure_of,
     is_done,
     is_locked,
+    last_error,
     locked,
     log_of,
     what_it_waits_for,
@@ -37,11 +37,6 @@ POLL_SECONDS = 0.2
 # How often it looks for what others have finished, while none of its own has ended.
 LOOK_SECONDS = 5.0
 Say = Callable[[str], None]
-_TELLS_WHY = (
-    re.compile(r"^sas-megatron: (error|training stopped)"),
-    re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Fault|Exception)\b"),
-    re.compile(""),
-)
 
 
 @dataclass
@@ -57,9 +52,12 @@ class _Started:
 class StudyRunner:
     """Runs what is not finished, in the plan's order, as far as it does not wait for others."""
 
-    def __init__(self, plan: Callable[[], Plan], *, jobs: int, say: Say) -> None:
-        """`plan` gives the plan as it is now: it grows when a sweep has ended."""
+    def __init__(
+        self, plan: Callable[[], Plan], *, jobs: int, say: Say, elsewhere: frozenset[str] = frozenset()
+    ) -> None:
+        """`plan` gives the plan as it is now: it grows when a sweep has ended; `elsewhere` are left alone."""
         self._plan = plan
+        self._elsewhere = elsewhere
         self._jobs = jobs
         self._say = say
         self._started: list[_Started] = []
@@ -96,7 +94,7 @@ class StudyRunner:
         for run in pending:
             if len(self._started) >= self._jobs or self._stop_asked:
                 return
-            if run.name in at_work | self._failed or what_it_waits_for(run) is not None:
+            if run.name in at_work | self._failed | self._elsewhere or what_it_waits_for(run) is not None:
                 continue
             lock = contextlib.ExitStack()
             descriptor = lock.enter_context(locked(run))
@@ -189,19 +187,3 @@ def write_config(run: PlannedRun) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, dump_yaml(run.config))
     return path
-
-
-def last_error(log: Path, *, offset: int = 0) -> str:
-    """The line that says why processes ended: their own word, or an exception's, or else the last."""
-    try:
-        with log.open("rb") as file:
-            file.seek(offset)
-            text = file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return f"there is no log ({log})"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for pattern in _TELLS_WHY:
-        for line in reversed(lines):
-            if pattern.search(line):
-                return line
-    return "nothing was printed"

@@ -186,7 +186,7 @@ def test_runs_outlive_a_killed_study_and_are_not_started_twice(small_data: Small
     (run, *_) = plan_at(path).runs
     with locked(run) as descriptor:
         assert descriptor is not None
-        assert status_of(run, plan_at(path)).state == "running"
+        assert status_of(run).state == "running"
         with study_run(path, "--only", run.name) as process:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=4)
@@ -204,7 +204,7 @@ def test_a_stopped_study_saves_its_runs_and_says_what_failed(small_data: SmallDa
     with study_run(path, "--jobs", "2", "--only", "*trunk*") as process:
         good, bad = [run for run in plan_at(path).runs if run.role == "trunk"]
         deadline = time.monotonic() + 90
-        while not (status_of(good, plan_at(path)).step and status_of(bad, plan_at(path)).state == "failed"):
+        while not (status_of(good).step and status_of(bad).state == "failed"):
             assert time.monotonic() < deadline, log_of(good).read_text()
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
@@ -212,7 +212,7 @@ def test_a_stopped_study_saves_its_runs_and_says_what_failed(small_data: SmallDa
     assert process.returncode == 1
     assert f"» {good.name}: saved and stopped" in said
     assert (good.directory / "stopped.json").exists()
-    statuses = {run.name: status_of(run, plan_at(path)) for run in plan_at(path).runs}
+    statuses = {run.name: status_of(run) for run in plan_at(path).runs}
     assert statuses[good.name].state == "interrupted"
     assert re.match(
         r".*TrainingFault: step 5 after 3 skipped in a row .* is nan", str(statuses[bad.name].reason)
