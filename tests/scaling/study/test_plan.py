@@ -14,11 +14,14 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
-from sas_megatron.config.loading import load_run_config
 from sas_megatron.model.costs import count_parameters, count_training_flops, without_embeddings
 from sas_megatron.scaling.study.plan import Plan, build_plan
 from sas_megatron.scaling.study.study_file import load_study
+from tests.conftest import ROOT
 from tests.scaling.study.studies import write_study
+
+
+SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
 def plan_of(folder: Path, *, rates: Any = None, **changes: Any) -> Plan:
@@ -195,12 +198,11 @@ def test_the_command_prints_every_run_its_costs_and_what_can_be_told(tmp_path: P
     assert not (tmp_path / "study").exists()
 
 
-def test_the_shipped_base_stays_as_it_is(tmp_path: Path) -> None:
-    path = write_study(tmp_path)
-    before = load_run_config(tmp_path / "base.yaml")
-    plan_of(tmp_path)
-    assert load_run_config(tmp_path / "base.yaml") == before
-    assert path.exists()
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_study_has_a_plan(path: Path) -> None:
+    plan = build_plan(*load_study(path))
+    assert len(plan.results) > len(plan.study.variants)
+    assert len({run.directory for run in plan.runs}) == len(plan.runs)
 
 
 def test_a_thousand_runs_are_planned_within_five_seconds_without_torch(tmp_path: Path) -> None:
