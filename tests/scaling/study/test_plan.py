@@ -20,7 +20,6 @@ from sas_megatron.scaling.study.study_file import load_study
 from tests.conftest import ROOT
 from tests.scaling.study.studies import write_study
 
-
 SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
