@@ -59,6 +59,28 @@ def run(study: Path, *, only: str, jobs: int) -> None:
         raise click.exceptions.Exit(1)
 
 
+@study.command()
+@_study_file
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of measuring.")
+def time(study: Path, *, rounds: int) -> None:
+    """Measure a step of every variant and size on this machine, in turn, for the study's time axis.
+
+    Models are built and stepped, without data; a quiet machine gives better figures.
+    """
+    from sas_megatron.benchmarks.step_time import measure_step_seconds
+    from sas_megatron.platform.machine import describe_processor
+    from sas_megatron.scaling.study.step_times import measure_step_times
+
+    planned = _plan_of(study)()
+    path = measure_step_times(
+        planned,
+        lambda configs, count: measure_step_seconds(configs, rounds=count),
+        rounds=rounds,
+        machine=describe_processor(),
+    )
+    click.echo(f"» {len(planned.cells)} steps, {rounds} times each: {path}")
+
+
 @study.command(context_settings={"ignore_unknown_options": True})
 @_study_file
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)

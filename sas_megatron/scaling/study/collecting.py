@@ -12,12 +12,11 @@ from sas_megatron.model.costs import count_training_flops
 from sas_megatron.scaling.runs import Run, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import differences, has_diverged, is_done
+from sas_megatron.scaling.study.step_times import read_step_times
 from sas_megatron.scaling.study.table import Row, StudyTable
 
 # Of run.json: what would make losses of different runs incomparable.
 SAME_IN_ALL = ("corpus", "packages", "world_size")
-# What only concerns their times, or is to be known.
-REMARKED = ("machine", "git")
 
 
 def collect(plan: Plan) -> StudyTable:
@@ -35,7 +34,10 @@ def collect(plan: Plan) -> StudyTable:
         )
     _check_as_planned(plan, found)
     _check_equal(list(found.values()))
-    rows = tuple(_row(run, found.get(run.name)) for run in plan.results)
+    step_times = read_step_times(plan)
+    rows = tuple(
+        _row(run, found.get(run.name), step_seconds=step_times.get(run.cell.name)) for run in plan.results
+    )
     return StudyTable(
         name=plan.study.directory.rstrip("/").rsplit("/", 1)[-1],
         baseline=plan.study.baseline,
@@ -88,7 +90,7 @@ def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str,
     return tuple(remarks)
 
 
-def _row(planned: PlannedRun, run: Run | None) -> Row:
+def _row(planned: PlannedRun, run: Run | None, *, step_seconds: float | None) -> Row:
     config, cell = planned.config, planned.cell
     flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
     counted = Row(
@@ -112,6 +114,7 @@ def _row(planned: PlannedRun, run: Run | None) -> Row:
         global_batch_size=config.training.global_batch_size,
         schedule=config.schedule.kind,
         trunk=planned.trunk,
+        step_seconds=step_seconds,
     )
     return counted if run is None else _measured(counted, planned, run)
 

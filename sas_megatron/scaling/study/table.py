@@ -54,6 +54,8 @@ class Row:
     bits_per_byte: float | None = None
     training_seconds: float | None = None
     median_step_seconds: float | None = None
+    # Measured in turn with the other cells (`study time`), and so comparable; None where it was not.
+    step_seconds: float | None = None
     peak_memory_bytes: int | None = None
     world_size: int | None = None
     machine: str | None = None

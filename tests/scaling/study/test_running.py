@@ -264,3 +264,16 @@ def test_what_is_missing_stays_missing(finished: Path) -> None:
     (row,) = [row for row in table.rows if row.run == "sas-one-6400-s1234"]
     assert (row.status, row.loss, row.training_seconds, row.curve_loss) == ("missing", None, None, [])
     assert table.remarks == ("1 of 4 runs are missing: sas-one-6400-s1234.",)
+
+
+def test_steps_are_timed_in_turn_and_stand_in_the_table(finished: Path) -> None:
+    done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2"])
+    assert done.exit_code == 0, done.output
+    record = json.loads((finished.parent / "study" / "step_seconds.json").read_text())
+    assert {name: len(seconds) for name, seconds in record["step_seconds"].items()} == {
+        "mha-one": 2,
+        "sas-one": 2,
+    }
+    assert {row.run: row.step_seconds for row in collect(plan_at(finished)).rows if "3200" in row.run} == {
+        f"{name}-3200-s1234": sum(seconds) / 2 for name, seconds in record["step_seconds"].items()
+    }
