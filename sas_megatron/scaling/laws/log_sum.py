@@ -27,17 +27,24 @@ MAX_ITERATIONS = 300
 # A row is done when a step would lower its objective by less than this share, or when residuals are rounding.
 RELATIVE_TOLERANCE = 1e-13
 NEGLIGIBLE_RESIDUAL = 1e-13
+# Keeps the majorizer positive definite where a term has vanished; relative to its trace.
+RIDGE = 1e-12
 SMALLEST_DAMPING, FIRST_DAMPING, LARGEST_DAMPING = 1e-12, 1e-3, 1e8
 # Rows are taken in blocks of so many residuals, which stay in a processor's cache.
 RESIDUALS_AT_ONCE = 60_000
 
 
 class Expansion(NamedTuple):
-    """Objective, gradient and Hessian at each row's parameters."""
+    """Objective, gradient and Hessian at each row's parameters.
+
+    `majorizer` is the curvature of least squares that lie above the objective and touch it, with residuals
+    as if they were linear: what iteratively reweighted least squares steps by.
+    """
 
     value: FloatArray
     gradient: FloatArray
     hessian: FloatArray
+    majorizer: FloatArray
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,15 @@ class LogSumProblem:
             jacobian_RIP += shares_RTI[:, term, :, None] * self.forms[term]
         # ∇² log Σ exp = Σ_t share_t m_t m_tᵀ − g gᵀ, times Huber's slope; and g gᵀ times its curvature.
         curvatures_RI = weights_RI * (np.abs(residuals_RI) <= self.delta) - slopes_RI
-        hessian_RPP = (jacobian_RIP.transpose(0, 2, 1) * curvatures_RI[:, None]) @ jacobian_RIP
+        transposed_RPI = jacobian_RIP.transpose(0, 2, 1)
+        hessian_RPP = (transposed_RPI * curvatures_RI[:, None]) @ jacobian_RIP
         hessian_RPP += (slopes_RX @ squares_XQ).reshape(rows, num_parameters, num_parameters)
-        return Expansion(value_R, slopes_RX @ forms_XP, hessian_RPP)
+        # Of Huber's parabola about each residual: 1 inside δ, δ/|r| outside.
+        parabolas_RI = weights_RI * np.where(
+            np.abs(residuals_RI) <= self.delta, 1.0, clipped_RI / np.where(residuals_RI == 0, 1, residuals_RI)
+        )
+        majorizer_RPP = (transposed_RPI * parabolas_RI[:, None]) @ jacobian_RIP
+        return Expansion(value_R, slopes_RX @ forms_XP, hessian_RPP, majorizer_RPP)
 
     def _exponents(self, theta_RP: FloatArray) -> FloatArray:
         num_terms, num_points, num_parameters = self.forms.shape
@@ -109,7 +122,7 @@ def minimize(
     *,
     frozen_RP: BoolArray | None = None,
 ) -> Minima:
-    """Takes each row from its start to a minimum by damped Newton steps (Levenberg's damping).
+    """Takes each row from its start to a minimum by Newton steps, damped by the majorizing least squares.
 
     Parameters that `frozen_RP` marks stay as they start.
     """
@@ -131,13 +144,15 @@ def _minimize_block(
     problem: LogSumProblem, starts_RP: FloatArray, weights_RI: FloatArray, frozen_RP: BoolArray
 ) -> Minima:
     theta_RP = starts_RP.copy()
-    value_R, gradient_RP, hessian_RPP = problem.expand(theta_RP, weights_RI)
+    value_R, gradient_RP, hessian_RPP, majorizer_RPP = problem.expand(theta_RP, weights_RI)
     damping_R = np.full(len(theta_RP), FIRST_DAMPING)
     negligible_R = weights_RI.sum(axis=1) * NEGLIGIBLE_RESIDUAL**2
     active = np.arange(len(theta_RP))
     for _ in range(MAX_ITERATIONS):
         step_AP, promised_A = _newton_steps(
-            gradient_RP[active], hessian_RPP[active], damping_R[active], frozen_RP[active]
+            Expansion(value_R[active], gradient_RP[active], hessian_RPP[active], majorizer_RPP[active]),
+            damping_R[active],
+            frozen_RP[active],
         )
         found = problem.expand(theta_RP[active] + step_AP, weights_RI[active])
         # A step into overflow gives a NaN, which is no gain.
@@ -148,6 +163,7 @@ def _minimize_block(
         value_R[kept] = found.value[kept_A]
         gradient_RP[kept] = found.gradient[kept_A]
         hessian_RPP[kept] = found.hessian[kept_A]
+        majorizer_RPP[kept] = found.majorizer[kept_A]
         ratio_A = gain_A / np.maximum(promised_A, np.finfo(float).tiny)
         factor_A = np.where(ratio_A > 0.75, 0.2, np.where(ratio_A > 0.25, 1.0, 4.0))
         damping_R[active] = np.clip(damping_R[active] * factor_A, SMALLEST_DAMPING, LARGEST_DAMPING)
@@ -160,18 +176,27 @@ def _minimize_block(
 
 
 def _newton_steps(
-    gradient_RP: FloatArray, hessian_RPP: FloatArray, damping_R: FloatArray, frozen_RP: BoolArray
+    at: Expansion, damping_R: FloatArray, frozen_RP: BoolArray
 ) -> tuple[FloatArray, FloatArray]:
-    """The damped steps, and by how much the quadratic model says that they lower the objective."""
-    gradient_RP = np.where(frozen_RP, 0.0, gradient_RP)
-    hessian_RPP = np.where(frozen_RP[:, :, None] | frozen_RP[:, None, :], 0.0, hessian_RPP)
-    eigenvalues_RP, vectors_RPP = np.linalg.eigh(hessian_RPP)
-    tiny = np.finfo(float).tiny
-    scale_R = np.maximum(np.abs(eigenvalues_RP).max(axis=1), tiny)
+    """The damped steps, and by how much the quadratic model says that they lower the objective.
+
+    (H + λ M) step = −g with M the majorizer. H alone may be zero, since few residuals lie inside a small δ.
+    """
+    gradient_RP = np.where(frozen_RP, 0.0, at.gradient)
+    either_RPP = frozen_RP[:, :, None] | frozen_RP[:, None, :]
+    hessian_RPP, majorizer_RPP = (np.where(either_RPP, 0.0, matrix) for matrix in (at.hessian, at.majorizer))
+    trace_R11 = np.maximum(np.trace(majorizer_RPP, axis1=1, axis2=2), np.finfo(float).tiny)[:, None, None]
+    # In coordinates in which M is the identity.
+    factor_RPP = np.linalg.cholesky(majorizer_RPP + RIDGE * trace_R11 * np.eye(gradient_RP.shape[1]))
+    half_RPP = np.linalg.solve(factor_RPP, hessian_RPP)
+    whitened_RPP = np.linalg.solve(factor_RPP, half_RPP.transpose(0, 2, 1))
+    eigenvalues_RP, vectors_RPP = np.linalg.eigh((whitened_RPP + whitened_RPP.transpose(0, 2, 1)) / 2)
+    downhill_RP = np.linalg.solve(factor_RPP, gradient_RP[:, :, None])[:, :, 0]
+    along_RP = (vectors_RPP * downhill_RP[:, :, None]).sum(axis=1)
     # Past saddles the damping exceeds the most negative curvature, so that every step goes down.
-    shift_R = np.maximum(damping_R * scale_R, -1.5 * eigenvalues_RP[:, 0]) + 1e-14 * scale_R
-    along_RP = (vectors_RPP * gradient_RP[:, :, None]).sum(axis=1)
+    shift_R = np.maximum(damping_R, -1.5 * eigenvalues_RP[:, 0])
     steps_RP = -along_RP / (eigenvalues_RP + shift_R[:, None])
     promised_R = -(along_RP * steps_RP + eigenvalues_RP * steps_RP**2 / 2).sum(axis=1)
-    step_RP = (vectors_RPP * steps_RP[:, None, :]).sum(axis=2)
+    whitened_step_RP = (vectors_RPP * steps_RP[:, None, :]).sum(axis=2)
+    step_RP = np.linalg.solve(factor_RPP.transpose(0, 2, 1), whitened_step_RP[:, :, None])[:, :, 0]
     return np.where(frozen_RP, 0.0, step_RP), promised_R
