@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.simulate:simulate",
         "Estimate memory, traffic and time of a run on any number of ranks, without them.",
     ),
+    "fit": ("sas_megatron.cli.fit:fit", "Fit a scaling law to a table of runs."),
     "doctor": (
         "sas_megatron.cli.doctor:doctor",
         "Look for what would make training fail, on a node or an allocation.",
