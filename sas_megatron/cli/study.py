@@ -158,6 +158,26 @@ def collect(study: Path, *, output: Path | None, as_json: bool) -> None:
     click.echo(f"» {done} of {len(table.rows)} runs in {path}")
 
 
+@study.command()
+@_study_file
+@click.option("--output", type=click.Path(path_type=Path), help="A folder; by default report in the study's.")
+@click.option("--bootstraps", type=click.IntRange(min=50), default=1000, show_default=True, help="Draws.")
+def report(study: Path, *, output: Path | None, bootstraps: int) -> None:
+    """Fit, compare and write it up: a page, figures, a summary; from the collected table alone.
+
+    STUDY is the study's file, or the table that `study collect` wrote.
+    """
+    from sas_megatron.scaling.study.report import write_study_report
+    from sas_megatron.scaling.study.table import read_table
+
+    path = study
+    if study.suffix in (".yaml", ".yml"):
+        path = Path(_plan_of(study)().study.directory) / TABLE
+    table = read_table(path)
+    page = write_study_report(table, output or path.parent / "report", num_draws=bootstraps)
+    click.echo(f"» {page}")
+
+
 def _plan_of(path: Path) -> Callable[[], Plan]:
     """The plan as it is at each call: the file is read once, sweeps may end meanwhile."""
     from sas_megatron.scaling.study.study_file import load_study

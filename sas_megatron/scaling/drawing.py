@@ -34,7 +34,7 @@ STYLE = {
 
 
 def render(draw: Callable[[Figure], None], *, size: tuple[float, float], file_format: FileFormat) -> bytes:
-    """What `draw` puts on a figure of `size` inches: SVG without ground, or PNG on white, 200 dots an inch."""
+    """What `draw` puts on `size` inches: SVG without ground, or PNG on white at 200 dots an inch."""
     # Figure with its own canvas, not pyplot: no global state, no window system.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.end_to_end.system_packages import lacking
+from tests.system_packages import lacking
 
 # One debian package each (tests/install_system_packages.sh).
 DAEMONS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}

@@ -54,7 +54,9 @@ def solve_non_negative(gram: FloatArray, target: FloatArray) -> FloatArray:
     num_terms = target.shape[-1]
     best = np.zeros_like(target)
     lowest = np.zeros(target.shape[:-1])
-    ridge = RIDGE * np.trace(gram, axis1=-2, axis2=-1)[..., None, None] * np.eye(num_terms)
+    trace = np.trace(gram, axis1=-2, axis2=-1)
+    # A row whose weights are all zero, a draw without any run of a variant, has nothing to be relative to.
+    ridge = np.where(trace > 0, RIDGE * trace, 1.0)[..., None, None] * np.eye(num_terms)
     for size in range(1, num_terms + 1):
         for chosen in itertools.combinations(range(num_terms), size):
             rows, columns = np.ix_(chosen, chosen)

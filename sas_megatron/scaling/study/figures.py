@@ -212,7 +212,9 @@ def _draw_gains(figure: Figure, analysis: SliceAnalysis) -> None:
 
 def _draw_gain(panel: Axes, gains: Sequence[Gain], variant: str, style: dict[str, Any]) -> None:
     budgets = [gain.budget for gain in gains]
-    panel.plot(budgets, [gain.gain for gain in gains], **style, markersize=4, linewidth=1.4, label=variant)
+    panel.plot(
+        budgets, [gain.gain or np.nan for gain in gains], **style, markersize=4, linewidth=1.4, label=variant
+    )
     banded = [gain for gain in gains if gain.gain_interval is not None]
     intervals = [gain.gain_interval for gain in gains if gain.gain_interval is not None]
     highest = 3 * max(gain.gain or 0.0 for gain in gains)
