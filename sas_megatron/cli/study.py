@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from sas_megatron.config.errors import FieldError
 
 if TYPE_CHECKING:
     from sas_megatron.scaling.study.plan import Plan, PlannedRun
@@ -37,6 +40,38 @@ def plan(study: Path, *, as_json: bool) -> None:
         click.echo(json.dumps(plan_as_dict(planned), indent=2))
     else:
         print_plan(planned)
+
+
+@study.command()
+@_study_file
+@click.option("--hardware", required=True, help="h100, h200, a100, or a hardware file (see `simulate`).")
+def layout(study: Path, *, hardware: str) -> None:
+    """Search the fastest layout of every variant and size on machine.processes devices, by simulation.
+
+    Plans take it from then on, and their hours from the simulated steps.
+    """
+    from sas_megatron.planning.hardware_file import load_hardware
+    from sas_megatron.planning.layout_search import search_layouts
+    from sas_megatron.platform.device import prepare_device
+    from sas_megatron.scaling.study.layouts import CellLayout, describe_layout, write_layouts
+    from sas_megatron.scaling.study.plan import build_plan
+    from sas_megatron.scaling.study.study_file import load_study
+
+    loaded, base = load_study(study)
+    device, ranks = load_hardware(hardware), loaded.machine.processes
+    # The devices are simulated on this processor.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    prepare_device()
+    found = {}
+    for cell in build_plan(loaded, base).cells:
+        best = search_layouts(cell.config, world_size=ranks, hardware=device).ranked
+        if not best:
+            raise FieldError(
+                "machine.processes", ranks, f"no layout of {cell.name} fits into {hardware}", "use more"
+            )
+        found[cell.name] = CellLayout(describe_layout(best[0].config), best[0].step.seconds)
+        click.echo(f"» {cell.name}: {' '.join(best[0].overrides)}, {best[0].step.seconds:.4g} s a step")
+    click.echo(f"» {write_layouts(loaded, found, hardware=device.name)}")
 
 
 @study.command()

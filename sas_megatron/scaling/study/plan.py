@@ -21,6 +21,7 @@ from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.costs import count_parameters, count_training_flops, without_embeddings
 from sas_megatron.scaling.matching import match
+from sas_megatron.scaling.study.layouts import Layouts
 from sas_megatron.scaling.study.learning_rates import kaplan_rate, step_law_batch_tokens, step_law_rate
 from sas_megatron.scaling.study.study_file import Overrides, Study
 from sas_megatron.scaling.variants import model_attention
@@ -97,6 +98,7 @@ class Plan:
     study: Study
     runs: tuple[PlannedRun, ...]
     cells: tuple[Cell, ...]
+    layouts: Layouts
 
     @property
     def results(self) -> tuple[PlannedRun, ...]:
@@ -104,9 +106,11 @@ class Plan:
         return tuple(run for run in self.runs if run.role in ("run", "branch"))
 
     def hours(self, run: PlannedRun) -> float | None:
-        """Hours of one rank, by `machine.teraflops`, all ranks together."""
-        teraflops = self.study.machine.teraflops
-        return None if teraflops is None else run.own_flops / (teraflops * 1e12) / 3600
+        """Hours of one rank, all ranks together: by the simulator's step, or by `machine.teraflops`."""
+        machine, layout = self.study.machine, self.layouts.get(run.cell.name)
+        if layout is not None:
+            return run.own_steps * layout.step_seconds * machine.processes / 3600
+        return None if machine.teraflops is None else run.own_flops / (machine.teraflops * 1e12) / 3600
 
     def price(self, run: PlannedRun) -> float | None:
         """In the currency of `machine.price_per_hour`."""
@@ -114,18 +118,22 @@ class Plan:
         return None if hours is None or price is None else hours * price
 
 
-def build_plan(study: Study, base: dict[str, Any], *, rates: Rates | None = None) -> Plan:
+def build_plan(
+    study: Study, base: dict[str, Any], *, rates: Rates | None = None, layouts: Layouts | None = None
+) -> Plan:
     """Every run of `study` around the run whose tree is `base`.
 
     Args:
         study: The study.
         base: The tree of its base config.
         rates: What a sweep found; None: it has not been run to its end, and only its runs are ready.
+        layouts: What a search found, by the cell's name; the others have the base's.
 
     Raises:
         UserError: a run breaks a rule, or a variant cannot be matched; says which.
     """
-    cells = list(_cells(study, base))
+    layouts = layouts or {}
+    cells = [_laid_out(cell, layouts) for cell in _cells(study, base)]
     runs: list[PlannedRun] = []
     if study.learning_rate.rule == "sweep":
         runs += _sweep_runs(study, cells)
@@ -137,7 +145,13 @@ def build_plan(study: Study, base: dict[str, Any], *, rates: Rates | None = None
         raise UserError(
             f"{times} runs of the study are named {name}; make sizes, levels and budgets differ more"
         )
-    return Plan(study, tuple(runs), tuple(cells))
+    return Plan(study, tuple(runs), tuple(cells), layouts)
+
+
+def _laid_out(cell: Cell, layouts: Layouts) -> Cell:
+    if cell.name not in layouts:
+        return cell
+    return dataclasses.replace(cell, config=cell.config.replaced(dict(layouts[cell.name].changes)))
 
 
 def _cells(study: Study, base: dict[str, Any]) -> Iterator[Cell]:

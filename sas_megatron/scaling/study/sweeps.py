@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron.data.writing import write_file
+from sas_megatron.scaling.study.layouts import read_layouts
 from sas_megatron.scaling.study.learning_rates import BestRate, Trial, extend_rates, find_best_rate
 from sas_megatron.scaling.study.plan import Plan, build_plan
 from sas_megatron.scaling.study.run_states import final_loss, has_diverged, is_done
@@ -23,7 +24,8 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
     Raises:
         UserError: as `build_plan`, or every run of a sweep diverged.
     """
-    plan = build_plan(study, base)
+    layouts = read_layouts(study)
+    plan = build_plan(study, base, layouts=layouts)
     if study.learning_rate.rule != "sweep":
         return plan
     record = Path(study.directory) / RECORD
@@ -36,7 +38,7 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
     rates = {
         (variant, size): rate for variant, sizes in chosen["rates"].items() for size, rate in sizes.items()
     }
-    return build_plan(study, base, rates=rates)
+    return build_plan(study, base, rates=rates, layouts=layouts)
 
 
 def _choose_rates(plan: Plan) -> dict[str, Any]:
