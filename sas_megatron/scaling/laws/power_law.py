@@ -94,7 +94,8 @@ def find_frontier(spent: FloatArray, loss: FloatArray) -> BoolArray:
     """Which runs no other beats with less or equal spending."""
     cheaper = spent[:, None] <= spent[None, :]
     better = loss[:, None] < loss[None, :]
-    return np.logical_not(np.any(cheaper & better, axis=0))
+    frontier: BoolArray = np.asarray(~(cheaper & better).any(axis=0))
+    return frontier
 
 
 def _natural(problem: SumOfPowers, theta_RP: FloatArray) -> PowerLaw:
