@@ -73,6 +73,7 @@ def show_fit(report: FitReport) -> None:
     _show_parameters(console, report)
     _show_exponents(console, report)
     _show_optimum(console, report.compute_optimal)
+    _show_compute_laws(console, report)
     if report.hold_out is not None:
         _show_hold_out(console, report.hold_out)
     for remark in report.remarks:
@@ -84,7 +85,7 @@ def _show_parameters(console: Console, report: FitReport) -> None:
 
     title = f"L(N, D) = E + A/N^α + B/D^β through {len(report.fit.points)} points"
     table = Table(title=title, title_justify="left")
-    for heading in ("", "estimate", "95 % by bootstrap", "95 % by profile", "by projection"):
+    for heading in ("", "estimate", "95 % by bootstrap", "95 % profile, least squares", "by projection"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, label in (("E", "E"), ("A", "A"), ("B", "B"), ("alpha", "α"), ("beta", "β")):
         table.add_row(
@@ -134,6 +135,19 @@ def _show_optimum(console: Console, optimal: ComputeOptimal) -> None:
         f"tokens: loss {best.loss:.4f}.",
         soft_wrap=True,
     )
+
+
+def _show_compute_laws(console: Console, report: FitReport) -> None:
+    for fit, form in ((report.compute_law, "E + K/C^γ"), (report.pure_compute_law, "K/C^γ")):
+        if fit is not None:
+            law = fit.law
+            numbers = f"K = {law.K:.5g}, γ = {law.gamma:.4f}"
+            console.print(
+                f"Loss over compute of the {len(fit.problem.log_loss)} runs that none beats for fewer FLOPs: "
+                f"{form} with {f'E = {law.E:.5g}, ' if form[0] == 'E' else ''}{numbers}; objective "
+                f"{fit.objective:.4g}.",
+                soft_wrap=True,
+            )
 
 
 def _show_hold_out(console: Console, hold_out: HoldOut) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.log_sum import FloatArray
 from sas_megatron.scaling.laws.points import SAME_LEVEL, count_levels
-from sas_megatron.scaling.laws.power_law import PowerLaw, fit_power_law
+from sas_megatron.scaling.laws.power_law import PowerLaw, find_frontier, fit_power_law
 from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percentile_interval
 from sas_megatron.scaling.outcomes import AXIS_NAMES, Outcome, choose_variant
 
@@ -143,7 +143,7 @@ def _measured(runs: Sequence[Outcome], variant: str, axis: Spending) -> list[Out
 
 
 def _fit_frontier(variant: str, runs: Sequence[Outcome], axis: Spending, weights_RI: FloatArray) -> Frontier:
-    on_frontier = _find_frontier(runs, axis)
+    on_frontier = _frontier_cells(runs, axis)
     kept = [number for number, run in enumerate(runs) if run.cell in on_frontier]
     spent = np.array([runs[number].known(axis) for number in kept])
     loss = np.array([runs[number].known("loss") for number in kept])
@@ -168,17 +168,11 @@ def _fit_frontier(variant: str, runs: Sequence[Outcome], axis: Spending, weights
     )
 
 
-def _find_frontier(runs: Sequence[Outcome], axis: Spending) -> set[tuple[str, str]]:
-    """The cells that no other beats, in the mean over seeds, with less or equal spending."""
-    means = {
-        cell: (
-            np.mean([math.log(run.known(axis)) for run in runs if run.cell == cell]),
-            np.mean([run.known("loss") for run in runs if run.cell == cell]),
-        )
-        for cell in {run.cell for run in runs}
-    }
-    return {
-        cell
-        for cell, (spent, loss) in means.items()
-        if not any(other_spent <= spent and other_loss < loss for other_spent, other_loss in means.values())
-    }
+def _frontier_cells(runs: Sequence[Outcome], axis: Spending) -> set[tuple[str, str]]:
+    """The cells on the frontier, in the mean over seeds."""
+    cells = sorted({run.cell for run in runs})
+    spent, loss = (
+        np.array([np.mean([run.known(field) for run in runs if run.cell == cell]) for cell in cells])
+        for field in (axis, "loss")
+    )
+    return {cell for cell, kept in zip(cells, find_frontier(spent, loss), strict=True) if kept}

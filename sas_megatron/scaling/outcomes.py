@@ -12,7 +12,7 @@ from sas_megatron.scaling.laws.points import Points
 Axis = Literal["params", "tokens", "flops", "seconds"]
 AXES: tuple[Axis, ...] = ("params", "tokens", "flops", "seconds")
 AXIS_NAMES: dict[Axis, str] = {
-    "params": "parameters",
+    "params": "parameters and tokens",
     "tokens": "tokens",
     "flops": "FLOPs",
     "seconds": "time",

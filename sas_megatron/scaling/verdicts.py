@@ -3,7 +3,7 @@
 A candidate's run is set against the baseline's of the same seed at the same amount on the axis: its own run
 where that spent as much (1 %), otherwise a curve through its runs that spent more and less, each trained to
 the end of its own schedule. For FLOPs, tokens and time the curve joins the budgets of one size, for
-parameters the sizes on one budget. Nothing is read beyond the measured runs.
+parameters the sizes trained on equal tokens. Nothing is read beyond the measured runs.
 """
 
 from __future__ import annotations
@@ -118,12 +118,7 @@ def _read_baseline(base_runs: Sequence[Outcome], run: Outcome, axis: Axis) -> di
     """The baseline's loss by seed, at what the run spent; empty where it cannot be read."""
     if getattr(run, axis) is None:
         return {}
-    along = [
-        base
-        for base in base_runs
-        if (base.budget == run.budget if axis == "params" else base.size == run.size)
-        and getattr(base, axis) is not None
-    ]
+    along = [base for base in base_runs if getattr(base, axis) is not None and _shares_curve(base, run, axis)]
     losses = {}
     for seed in sorted({base.seed for base in along}):
         curve = [base for base in along if base.seed == seed]
@@ -133,6 +128,13 @@ def _read_baseline(base_runs: Sequence[Outcome], run: Outcome, axis: Axis) -> di
         if loss is not None:
             losses[seed] = loss
     return losses
+
+
+def _shares_curve(base: Outcome, run: Outcome, axis: Axis) -> bool:
+    """Whether a run of the baseline belongs to the curve that is read: equal tokens, or one size."""
+    if axis == "params":
+        return abs(math.log(base.tokens / run.tokens)) <= SAME_LEVEL
+    return base.size == run.size
 
 
 def _by_cell(run: Outcome) -> tuple[str, str, int]:
@@ -188,9 +190,13 @@ def _list_reservations(
         )
     if mean is not None and num_unread:
         texts.append(
-            f"{num_unread} runs of {variants[1]} were left out: no runs of {variants[0]} lie around them."
+            f"Left out are {_count(num_unread)} of {variants[1]} that no runs of {variants[0]} lie around."
         )
     for variant in variants:
         if diverged := count_diverged(outcomes, variant):
-            texts.append(f"{diverged} runs of {variant} have no loss and are not in this.")
+            texts.append(f"Not in this are {_count(diverged)} of {variant} without a loss.")
     return texts
+
+
+def _count(runs: int) -> str:
+    return f"{runs} run{'' if runs == 1 else 's'}"

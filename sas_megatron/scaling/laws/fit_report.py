@@ -32,6 +32,7 @@ from sas_megatron.scaling.laws.loss_surface import (
     surface_quantities,
 )
 from sas_megatron.scaling.laws.points import Points
+from sas_megatron.scaling.laws.power_law import PowerLawFit, find_frontier, fit_power_law
 from sas_megatron.scaling.laws.profile import OpenInterval, profile_intervals
 from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percentile_intervals
 
@@ -54,7 +55,11 @@ class ComputeOptimal:
 
 @dataclass(frozen=True)
 class FitReport:
-    """Everything `sas-megatron fit` prints; what could not be done is None, and why is among the remarks."""
+    """Everything `sas-megatron fit` prints; what could not be done is None, and why is among the remarks.
+
+    `compute_law` and `pure_compute_law` (without E) are of loss over FLOPs along the runs that none beats for
+    fewer.
+    """
 
     fit: SurfaceFit
     dropped: Points
@@ -64,6 +69,8 @@ class FitReport:
     profile95: dict[str, OpenInterval] | None
     projected: SurfaceFit | None
     isoflop: IsoflopFit | None
+    compute_law: PowerLawFit | None
+    pure_compute_law: PowerLawFit | None
     hold_out: HoldOut | None
     remarks: tuple[str, ...]
 
@@ -90,6 +97,11 @@ def build_fit_report(
             remarks.append(f"No {what}: {error}.")
             return None
 
+    frontier = points.take(find_frontier(points.compute, points.loss))
+
+    def over_compute(*, irreducible: bool) -> PowerLawFit:
+        return fit_power_law(frontier.compute, frontier.loss, irreducible=irreducible)
+
     return FitReport(
         fit=fit,
         dropped=dropped,
@@ -99,6 +111,8 @@ def build_fit_report(
         profile95=attempt("profile likelihood", lambda: profile_intervals(fit_surface(points, delta=np.inf))),
         projected=attempt("variable projection", lambda: project_surface(points)),
         isoflop=attempt("isoFLOP profiles", lambda: fit_isoflop(points, weights_RI=weights_RI)),
+        compute_law=attempt("power law of compute", lambda: over_compute(irreducible=True)),
+        pure_compute_law=attempt("pure power law of compute", lambda: over_compute(irreducible=False)),
         hold_out=attempt(
             "prediction of held-out runs",
             lambda: predict_largest(points, share=hold_out, num_draws=num_draws, seed=seed),
@@ -120,6 +134,8 @@ def report_tree(report: FitReport) -> dict[str, Any]:
         "profile95": report.profile95,
         "projection": None if report.projected is None else _projected_tree(report.projected),
         "isoflop": None if report.isoflop is None else dataclasses.asdict(report.isoflop),
+        "compute_law": _compute_law_tree(report.compute_law),
+        "pure_compute_law": _compute_law_tree(report.pure_compute_law),
         "hold_out": None if report.hold_out is None else _hold_out_tree(report.hold_out),
         "dropped": [
             {"params": params, "tokens": tokens, "loss": loss}
@@ -152,8 +168,10 @@ def _remark_on_points(points: Points) -> list[str]:
     _, counts = np.unique(points.sizes, return_counts=True)
     if (counts == 1).all():
         remarks.append("No size has two runs, so the bootstrap draws from all runs as one stratum.")
-    elif (counts == 1).any():
-        remarks.append(f"{(counts == 1).sum()} sizes have one run each and are one stratum of the bootstrap.")
+    elif (single := int((counts == 1).sum())) > 1:
+        remarks.append(f"{single} sizes have one run each and are one stratum of the bootstrap.")
+    elif single:
+        remarks.append("One size has a single run, which is in every draw of the bootstrap.")
     return remarks
 
 
@@ -182,6 +200,12 @@ def _optimal_tree(optimal: ComputeOptimal) -> dict[str, Any]:
 
 def _projected_tree(fit: SurfaceFit) -> dict[str, float]:
     return {**dataclasses.asdict(fit.surface), "squares": fit.fit.objective}
+
+
+def _compute_law_tree(fit: PowerLawFit | None) -> dict[str, Any] | None:
+    if fit is None:
+        return None
+    return {**dataclasses.asdict(fit.law), "objective": fit.objective, "n_points": len(fit.problem.log_loss)}
 
 
 def _hold_out_tree(hold_out: HoldOut) -> dict[str, Any]:

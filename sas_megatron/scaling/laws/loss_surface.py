@@ -13,7 +13,7 @@ import numpy as np
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, FloatArray
-from sas_megatron.scaling.laws.points import Points, count_levels
+from sas_megatron.scaling.laws.points import Points
 from sas_megatron.scaling.laws.sum_of_powers import Fit, SumOfPowers
 
 # Hoffmann et al. 2022 search exponents up to 2. Beyond 5 a term is a step at the smallest runs.
@@ -39,9 +39,6 @@ class TokenCost:
         if points.flops is None:
             return TokenCost(6.0, 1.0, "6ND")
         per_token = np.log(points.flops / points.tokens)
-        if count_levels(points.params) == 1:
-            ratio = float(np.exp((per_token - np.log(points.params)).mean()))
-            return TokenCost(ratio, 1.0, "flops")
         slope, intercept = np.polyfit(np.log(points.params), per_token, 1)
         return TokenCost(float(np.exp(intercept)), float(slope), "flops")
 

@@ -195,7 +195,7 @@ _Rows = list[tuple[int, dict[str, str]]]
 def _choose_variant(rows: _Rows, variant: str | None, *, has_column: bool) -> _Rows:
     if not has_column and variant is None:
         return rows
-    present = sorted({row["variant"] for _, row in rows}) if has_column else []
+    present = sorted({row["variant"] or "" for _, row in rows}) if has_column else []
     if variant is None and len(present) == 1:
         return rows
     if variant not in present:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, FloatArray
+from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, BoolArray, FloatArray
 from sas_megatron.scaling.laws.points import count_levels
 from sas_megatron.scaling.laws.sum_of_powers import Fit, SumOfPowers
 
@@ -71,9 +71,9 @@ def fit_power_law(
     levels = count_levels(np.asarray(spent)) if len(spent) else 0
     if levels < needed:
         raise FieldError(
-            "power law",
-            f"{levels} values",
-            f"needs at least {needed} that differ",
+            "amounts spent",
+            levels,
+            f"a power law needs at least {needed} that differ",
             "add runs that spend other amounts",
         )
     problem = SumOfPowers.of([spent], loss, irreducible=irreducible, delta=delta)
@@ -82,12 +82,20 @@ def fit_power_law(
     single = PowerLaw(*(float(np.asarray(value)[0]) for value in (law.E, law.K, law.gamma)))
     if not np.asarray(single.gamma) > 0:
         raise FieldError(
-            "power law",
-            f"{len(loss)} points",
+            "amounts spent",
+            levels,
             "the loss does not fall with what is spent",
             "look for runs that diverged",
         )
     return PowerLawFit(single, fit.objective, problem, fit)
+
+
+def find_frontier(spent: FloatArray, loss: FloatArray) -> BoolArray:
+    """Which runs no other beats with less or equal spending."""
+    cheaper = spent[:, None] <= spent[None, :]
+    better = loss[:, None] < loss[None, :]
+    frontier: BoolArray = np.asarray(~(cheaper & better).any(axis=0))
+    return frontier
 
 
 def _natural(problem: SumOfPowers, theta_RP: FloatArray) -> PowerLaw:

@@ -96,6 +96,9 @@ def reach_by_lbfgs(points: Points, *, every: int) -> float:
         pytest.param(draw_grid(0, sizes=3, budgets=3, seeds=3), id="27"),
         pytest.param(draw_grid(2, sizes=4, budgets=3, seeds=1, noise=0.01), id="12"),
         pytest.param(draw_grid(5, noise=0.01, truth=OTHERS[0]), id="60, other exponents"),
+        # With minima of their own far from the lowest.
+        pytest.param(draw_grid(10, sizes=4, budgets=3, seeds=1, noise=0.05), id="12, noise of 5 %"),
+        pytest.param(draw_grid(14, sizes=4, budgets=3, seeds=1, noise=0.05), id="12, noise of 5 %, others"),
     ],
 )
 def test_the_optimum_of_lbfgs_from_the_grid_of_starts_is_reached(

@@ -5,7 +5,7 @@ import pytest
 from scipy import optimize
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.scaling.laws.power_law import PowerLaw, fit_power_law
+from sas_megatron.scaling.laws.power_law import PowerLaw, find_frontier, fit_power_law
 
 SPENT = np.geomspace(1e15, 3e19, 7)
 
@@ -41,8 +41,8 @@ def test_no_spending_reaches_the_irreducible_loss() -> None:
 @pytest.mark.parametrize(
     ("spent", "loss", "irreducible", "message"),
     [
-        ([1e15], [3.0], False, "1 values: needs at least 2"),
-        ([1e15, 1.001e15, 1e16], [3.0, 3.0, 2.9], True, "2 values: needs at least 3"),
+        ([1e15], [3.0], False, "amounts spent=1: a power law needs at least 2"),
+        ([1e15, 1.001e15, 1e16], [3.0, 3.0, 2.9], True, "amounts spent=2: a power law needs at least 3"),
         ([1e15, 1e16, 1e17], [2.9, 3.0, 3.1], False, "does not fall"),
     ],
 )
@@ -51,3 +51,9 @@ def test_amounts_that_tell_no_law_are_refused(
 ) -> None:
     with pytest.raises(FieldError, match=message):
         fit_power_law(np.array(spent), np.array(loss), irreducible=irreducible)
+
+
+def test_the_frontier_is_what_none_beats_for_less() -> None:
+    spent = np.array([1.0, 2.0, 3.0, 3.0, 4.0])
+    loss = np.array([5.0, 4.0, 4.5, 3.0, 3.0])
+    assert find_frontier(spent, loss).tolist() == [True, True, False, True, True]
