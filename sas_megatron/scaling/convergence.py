@@ -29,10 +29,13 @@ FALLING = (
 
 @dataclass(frozen=True)
 class ConvergenceSaving:
-    """A pair of runs; `saving` is the share of the reference's steps not needed, None with a reason."""
+    """A pair of runs; `saving` is the share of the reference's steps not needed, None with a reason.
+
+    `loss` is the reference's at its end.
+    """
 
     seed: int
-    loss: float
+    loss: float | None
     reference_steps: int
     steps: float | None
     saving: float | None
@@ -77,9 +80,10 @@ def find_savings(curves: Sequence[LossCurve], *, reference: str, candidate: str)
 
 def find_saving(reference: LossCurve, candidate: LossCurve) -> ConvergenceSaving:
     """When the candidate first reaches the reference's final loss, on the line between its evaluations."""
-    loss, last = reference.losses[-1], reference.steps[-1]
+    planned = reference.planned_steps
     if reason := _say_incomparable(reference, candidate):
-        return ConvergenceSaving(candidate.seed, loss, last, None, None, reason)
+        return ConvergenceSaving(candidate.seed, None, planned, None, None, reason)
+    loss, last = reference.losses[-1], reference.steps[-1]
     steps = find_first_step(candidate, loss)
     if steps is None:
         reason = (
@@ -102,6 +106,12 @@ def find_first_step(curve: LossCurve, loss: float) -> float | None:
 
 def _say_incomparable(reference: LossCurve, candidate: LossCurve) -> str | None:
     names = f"{candidate.variant} and {reference.variant}"
+    for curve in (reference, candidate):
+        if not curve.losses or not np.isfinite(curve.losses).all():
+            return f"{curve.variant} has no loss at some of its evaluations, or none at all"
+    if reference.steps[-1] < reference.planned_steps:
+        reached = f"{reference.steps[-1]:,} of {reference.planned_steps:,}"
+        return f"{reference.variant} was evaluated up to step {reached}"
     if reference.schedule != candidate.schedule:
         return (
             f"{names} have different schedules ({candidate.schedule} and {reference.schedule}), so a step "

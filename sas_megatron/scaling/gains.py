@@ -56,7 +56,7 @@ class Gain:
     """At one budget: what the candidate gains, and its loss less the baseline's at the same budget.
 
     None where it would take reading a frontier beyond its runs; `reason` says which. Intervals are None too
-    where too few draws tell one.
+    where too few draws tell one, and end at infinity where draws of the baseline never reach the loss.
     """
 
     budget: float
@@ -128,9 +128,10 @@ def _interval(draws_R: FloatArray) -> Interval | None:
     known = ~np.isnan(draws_R)
     if known.mean() < LEAST_SHARE_OF_DRAWS:
         return None
-    low, high = percentile_interval(draws_R[known])
+    with np.errstate(invalid="ignore"):
+        low, high = percentile_interval(draws_R[known])
     # Where many draws never reach the loss, the gain has no upper end.
-    return (low, high) if math.isfinite(low) else None
+    return (low, high if math.isfinite(high) else math.inf) if math.isfinite(low) else None
 
 
 def _measured(runs: Sequence[Outcome], variant: str, axis: Spending) -> list[Outcome]:

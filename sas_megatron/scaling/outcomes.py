@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +38,17 @@ class Outcome:
     seconds: float | None
     loss: float | None
 
+    def __post_init__(self) -> None:
+        for field in (*AXES, "loss"):
+            value = getattr(self, field)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise FieldError(
+                    f"{field} of {self.variant} {self.size} {self.budget} seed {self.seed}",
+                    value,
+                    "must be a positive number",
+                    "leave it out (None) where there is none",
+                )
+
     @property
     def cell(self) -> tuple[str, str]:
         """What its seeds repeat."""
@@ -68,12 +81,21 @@ def choose_variant(outcomes: Sequence[Outcome], variant: str) -> list[Outcome]:
     """The runs of one variant that have a loss.
 
     Raises:
-        FieldError: there is none.
+        FieldError: there is none, or two are of one size, budget and seed.
     """
     chosen = [outcome for outcome in outcomes if outcome.variant == variant and outcome.loss is not None]
     if not chosen:
         known = ", ".join(sorted({outcome.variant for outcome in outcomes})) or "none"
         raise FieldError("variant", variant, "has no run with a loss", f"choose among {known}")
+    twice = [run for run, count in Counter((*run.cell, run.seed) for run in chosen).items() if count > 1]
+    if twice:
+        size, budget, seed = twice[0]
+        raise FieldError(
+            "variant",
+            variant,
+            f"has two runs of size {size}, budget {budget}, seed {seed}",
+            "name sizes and budgets apart, or give one of the runs another seed",
+        )
     return chosen
 
 

@@ -86,8 +86,10 @@ def read_between(spent: Sequence[float], losses: Sequence[float], amount: float)
     if not x[0] < target < x[-1]:
         return None
     above = int(np.searchsorted(x, target))
-    # The two on either side, and the nearest of the others.
-    chosen = [above - 1, above, *[int(index) for index in nearest if index not in (above - 1, above)][:1]]
+    # The two on either side, and the nearest of the others that spent another amount.
+    sides = [above - 1, above]
+    others = [int(index) for index in nearest if np.abs(x[index] - x[sides]).min() > SAME_LEVEL]
+    chosen = [*sides, *others[:1]]
     weights = [
         math.prod((target - x[other]) / (x[index] - x[other]) for other in chosen if other != index)
         for index in chosen

@@ -32,6 +32,11 @@ def test_the_saving_is_read_between_evaluations() -> None:
             "same step",
         ),
         ({"tokens_per_step": 102.0}, "a step of sas and mha takes 102 and 51 tokens"),
+        (
+            {"losses": (5.0, float("nan"), 3.0, 2.9)},
+            "sas has no loss at some of its evaluations, or none at all",
+        ),
+        ({"losses": (), "steps": ()}, "sas has no loss at some of its evaluations, or none at all"),
         ({"losses": (5.0, 4.0, 3.6, 3.3)}, "sas does not reach 3.2000 in its 100 steps"),
     ],
 )
@@ -77,3 +82,8 @@ def test_the_first_crossing_counts() -> None:
     assert find_first_step(curve, 4.0) == pytest.approx(37.5)
     assert find_first_step(curve, 5.0) == 25
     assert find_first_step(curve, 1.0) is None
+
+
+def test_a_reference_that_was_stopped_has_no_final_loss() -> None:
+    stopped = dataclasses.replace(REFERENCE, steps=REFERENCE.steps[:3], losses=REFERENCE.losses[:3])
+    assert find_saving(stopped, FASTER).reason == "mha was evaluated up to step 75 of 100"

@@ -68,6 +68,20 @@ def test_equal_variants_win_or_lose_as_often_as_chance_says() -> None:
     assert 0.015 <= np.mean([verdict.result != "cannot be told" for verdict in verdicts]) <= 0.11
 
 
+def test_intervals_at_equal_flops_hold_the_difference_as_often_as_they_say() -> None:
+    # Read between budgets, so that cells share runs of the baseline.
+    variants = {"mha": Variant(), "sas": Variant(flops_factor=1.7)}
+    exact = judge(draw_outcomes(variants, sizes=2, noise=0), "flops").mean
+    assert exact is not None
+    held = 0
+    for seed in range(200):
+        mean = judge(draw_outcomes(variants, seed=seed, sizes=2, noise=0.004), "flops").mean
+        assert mean is not None
+        assert mean.interval is not None
+        held += mean.interval[0] <= exact.difference <= mean.interval[1]
+    assert 0.905 <= held / 200 <= 0.99
+
+
 def test_pairs_of_seeds_tell_what_their_means_could_not() -> None:
     slightly = Variant(dataclasses.replace(CHINCHILLA, E=CHINCHILLA.E - 0.01))
     variants = {"mha": Variant(), "sas": slightly}
@@ -154,12 +168,24 @@ def test_parameters_are_never_compared_at_unequal_tokens() -> None:
     assert judge(outcomes, "params").mean is None
 
 
+def test_runs_that_stand_for_one_another_are_refused() -> None:
+    outcomes = draw_outcomes({"mha": Variant(), "sas": Variant()})
+    with pytest.raises(FieldError, match="variant=mha: has two runs of size s0, budget 5, seed 0"):
+        judge([*outcomes, outcomes[0]], "tokens")
+    with pytest.raises(FieldError, match="loss of mha s0 5 seed 0=nan: must be a positive number"):
+        dataclasses.replace(outcomes[0], loss=float("nan"))
+
+
 def test_reading_stays_within_the_runs() -> None:
     spent, losses = [1.0, 10.0, 100.0], [4.0, 3.0, 2.5]
     assert read_between(spent, losses, 9.95) == pytest.approx(3.0)
     assert read_between(spent, losses, 101.5) is None
     assert read_between(spent, losses, 0.9) is None
     assert read_between([1.0], [4.0], 1.005) == pytest.approx(4.0)
+    # A run that spent the same again adds nothing, and divides by nothing.
+    assert read_between([*spent, 10.0], [*losses, 3.0], 30.0) == pytest.approx(
+        read_between(spent, losses, 30.0)
+    )
     # Exact where the logarithm is a parabola.
     curve = [float(np.exp(1 + 0.3 * (np.log(x) - 5) ** 2 / 20)) for x in spent]
     assert read_between(spent, curve, 30.0) == pytest.approx(np.exp(1 + 0.3 * (np.log(30) - 5) ** 2 / 20))

@@ -84,5 +84,5 @@ def _predict_intervals(fit: SurfaceFit, held: Points, *, num_draws: int, seed: i
     residuals_I: FloatArray = fit.log_residuals
     # Five parameters have taken some of the noise into the fit.
     inflation = math.sqrt(len(residuals_I) / max(1, len(residuals_I) - len(fit.fit.theta)))
-    noise_RI = np.random.default_rng(seed).choice(residuals_I, size=predicted_RI.shape) * inflation
+    noise_RI = np.random.default_rng([seed, 1]).choice(residuals_I, size=predicted_RI.shape) * inflation
     return [percentile_interval(column) for column in (predicted_RI * np.exp(-noise_RI)).T]

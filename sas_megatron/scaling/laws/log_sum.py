@@ -63,13 +63,6 @@ class LogSumProblem:
         residuals: FloatArray = largest_R1I[:, 0] + np.log(sums_RI) - self.log_loss
         return residuals
 
-    def objective(self, theta_RP: FloatArray, weights_RI: FloatArray) -> FloatArray:
-        """The weighted sum of Huber losses of each row."""
-        residuals_RI = self.residuals(theta_RP)
-        clipped_RI = np.clip(residuals_RI, -self.delta, self.delta)
-        value: FloatArray = (weights_RI * clipped_RI * (residuals_RI - clipped_RI / 2)).sum(axis=1)
-        return value
-
     def expand(self, theta_RP: FloatArray, weights_RI: FloatArray) -> Expansion:
         """Value, gradient and exact Hessian; at Huber's two kinks the Hessian is that of the inside."""
         num_terms, num_points, num_parameters = self.forms.shape

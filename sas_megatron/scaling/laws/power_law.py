@@ -59,7 +59,6 @@ def fit_power_law(
     loss: FloatArray,
     *,
     irreducible: bool,
-    weights: FloatArray | None = None,
     delta: float = HUBER_DELTA,
 ) -> PowerLawFit:
     """Fits the law to losses at parameters, tokens, FLOPs or seconds spent.
@@ -77,7 +76,7 @@ def fit_power_law(
             "add runs that spend other amounts",
         )
     problem = SumOfPowers.of([spent], loss, irreducible=irreducible, delta=delta)
-    fit = problem.fit(weights)
+    fit = problem.fit()
     law = _natural(problem, fit.theta[None])
     single = PowerLaw(*(float(np.asarray(value)[0]) for value in (law.E, law.K, law.gamma)))
     if not np.asarray(single.gamma) > 0:

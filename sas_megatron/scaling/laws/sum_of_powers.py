@@ -39,7 +39,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class SumOfPowers:
-    """The law on its points. `log_x` (J regressors, I points), `log_loss` (I)."""
+    """The law on its points: logarithms of J regressors at I points, `log_x` (J, I), and of losses (I)."""
 
     log_x: FloatArray
     log_loss: FloatArray
@@ -83,14 +83,14 @@ class SumOfPowers:
             forms_TIP[number + self.irreducible, :, self.num_terms + number] = -centred_I
         return LogSumProblem(forms_TIP, self.log_loss - self.log_loss.mean(), self.delta)
 
-    def fit(self, weights_I: FloatArray | None = None) -> Fit:
+    def fit(self) -> Fit:
         """The lowest minimum found from a grid of starts."""
-        weights_1I = np.ones((1, len(self.log_loss))) if weights_I is None else weights_I[None]
-        starts_GP, squares_RG = self._grid_starts(weights_1I)
+        ones_1I = np.ones((1, len(self.log_loss)))
+        starts_1GP, squares_1G = self._grid_starts(ones_1I)
         # By rank, densely at the best and thinly over the rest of the grid.
-        ranks = np.unique(np.geomspace(1, starts_GP.shape[1], NUM_STARTS).round().astype(int)) - 1
-        starts_RP = starts_GP[0, np.argsort(squares_RG[0])[ranks]]
-        minima = minimize(self.problem, starts_RP, weights_1I)
+        ranks = np.unique(np.geomspace(1, starts_1GP.shape[1], NUM_STARTS).round().astype(int)) - 1
+        starts_RP = starts_1GP[0, np.argsort(squares_1G[0])[ranks]]
+        minima = minimize(self.problem, starts_RP, ones_1I)
         lowest = int(minima.value.argmin())
         return Fit(minima.theta[lowest], float(minima.value[lowest]))
 

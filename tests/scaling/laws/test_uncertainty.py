@@ -69,7 +69,7 @@ def test_at_the_ends_of_a_profile_the_best_of_the_rest_is_as_bad_as_allowed() ->
 
         def objective(free: np.ndarray, end: float = end) -> float:
             theta = np.array([*free[:3], end, free[3]])
-            return float(fit.problem.problem.objective(theta[None], np.ones((1, len(points))))[0])
+            return float(fit.problem.problem.expand(theta[None], np.ones((1, len(points)))).value[0])
 
         start = np.delete(fit.fit.theta, 3)
         options = {"maxiter": 4000, "xatol": 1e-9}
