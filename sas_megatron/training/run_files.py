@@ -12,7 +12,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
+import uuid
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +35,8 @@ class RunFiles:
     def __init__(self, config: RunConfig) -> None:
         self.directory = Path(config.logging.run_directory)
         self._with_tensorboard = config.logging.tensorboard
+        # Tells this session from others of the run.
+        self._session = uuid.uuid4().hex
         self._metrics: TextIO | None = None
         self._tensorboard: Any = None
 
@@ -117,6 +121,21 @@ class RunFiles:
         assert self._metrics is not None, "open() comes first"
         os.fsync(self._metrics.fileno())
 
+    def check_is_own(self) -> None:
+        """Raises `FileProblem` where another session of the run has begun since, whose files these are then.
+
+        A scheduler that lost sight of a node starts the run elsewhere, while its processes may go on.
+        """
+        path = self.directory / "run.json"
+        newest = json.loads(path.read_text(encoding="utf-8"))["sessions"][-1]
+        if newest["session"] != self._session:
+            begun = f"on {newest['host']} at {newest['started_at']}"
+            raise FileProblem(
+                path,
+                f"tells of a session that began {begun}, after this one",
+                "leave the run to it, or stop it and go on with checkpoint.resume=true",
+            )
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json and closes the other files."""
         write_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -138,13 +157,23 @@ class RunFiles:
         path = self.directory / "run.json"
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        session = {"started_at": started, "from_step": resumed_step, **provenance}
-        first = sessions[0] if sessions else session
+        sessions.append(
+            {
+                "session": self._session,
+                "host": socket.gethostname(),
+                "started_at": started,
+                "from_step": resumed_step,
+                **provenance,
+            }
+        )
+        # Each that began anew: the last of those is what the run has come from.
+        begun_with = [session.get("initial_weights") for session in sessions if session["from_step"] == 0]
         record = {
-            **session,
-            "started_at": first["started_at"],
+            **sessions[-1],
+            "started_at": sessions[0]["started_at"],
+            "initial_weights": begun_with[-1] if begun_with else None,
             "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
-            "sessions": [*sessions, session],
+            "sessions": sessions,
         }
         write_file(path, json.dumps(record, indent=2) + "\n")
 

@@ -74,15 +74,10 @@ def test_torchrun_restarts_a_killed_rank_on_two_nodes_from_the_checkpoint(
     assert {parts[2] for parts in kept} == {"attempt_0", "attempt_1"}
 
 
+@pytest.mark.longer
 def test_nodes_without_a_rank_find_their_places_by_arrival(
-    nodes: Nodes,
-    small_data: SmallData,
-    tmp_path: Path,
-    local_losses: list[float],
-    request: pytest.FixtureRequest,
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
-    if not request.config.getoption("--whole-table"):
-        pytest.skip("a longer test, of tests/run.sh --all")
     start_two(nodes, "launch/torchrun.sh", str(write_config(small_data, tmp_path)), NODE_RANK="")
     assert nodes.wait() == [0, 0], nodes.output()
     assert losses(tmp_path / "run") == local_losses

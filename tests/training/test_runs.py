@@ -39,17 +39,20 @@ def summary(config: RunConfig) -> dict[str, Any]:
     return json.loads((Path(config.logging.run_directory) / "summary.json").read_text())
 
 
+def final_checkpoint(config: RunConfig) -> Path:
+    last_step = config.training.stop_after_steps or config.training.num_steps
+    return RunFiles.checkpoints(config) / f"iter_{last_step:07d}"
+
+
 def final_tensors(config: RunConfig) -> dict[str, torch.Tensor]:
     """What was saved last: weights, optimizer states, and the random states of each rank."""
-    folder = RunFiles.checkpoints(config) / f"iter_{config.training.num_steps:07d}"
-    reader = TensorReader(folder)
+    reader = TensorReader(final_checkpoint(config))
     return {name: reader.whole(name) for name in reader.sizes()}
 
 
 def final_counts(config: RunConfig) -> dict[str, Any]:
     """And what was counted, without what was timed."""
-    folder = RunFiles.checkpoints(config) / f"iter_{config.training.num_steps:07d}"
-    progress = json.loads((folder / "progress.json").read_text())
+    progress = json.loads((final_checkpoint(config) / "progress.json").read_text())
     for timed in ("training_seconds", "step_seconds"):
         del progress["counts"][timed]
     return progress
