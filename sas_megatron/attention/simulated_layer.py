@@ -23,8 +23,9 @@ from torch import nn
 from sas_megatron.attention.exchange_choice import choose_exchange
 from sas_megatron.attention.feature_simulation import FeatureSimulation, simulate_features
 from sas_megatron.attention.head_simulation import HeadSimulation, simulate_heads
-from sas_megatron.attention.residual_map import ResidualMap, ResidualMapWeights
+from sas_megatron.attention.residual_map import ResidualMap
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.kernels.residual_weights import ResidualMapWeights
 from sas_megatron.parallel.gradients import sum_gradients_over
 from sas_megatron.parallel.head_exchange import build_head_exchange
 
