@@ -53,6 +53,12 @@ class SimulatedAttentionConfig(AttentionConfig):
         default="auto", description="How tensor ranks give the simulation all heads; auto weighs the costs."
     )
 
+    kernel: Literal["auto", "fused", "plain"] = Field(
+        default="auto",
+        description="fused: the simulation in Triton kernels, rotary positions included; plain: torch's own "
+        "operations; auto: fused on a CUDA device in bfloat16 if the weights fit on chip, otherwise plain.",
+    )
+
     @classmethod
     def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
         """The base's heads and groups, simulated as the defaults say."""

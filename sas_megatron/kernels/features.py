@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from sas_megatron.kernels import feature_kernels
+from sas_megatron.kernels.padding import padded, split
 from sas_megatron.kernels.residual_weights import ResidualMapWeights
-from sas_megatron.kernels.tiling import Tile, Tiling, compute_type, count_programs, padded, split
+from sas_megatron.kernels.tiling import Tile, Tiling, compute_type, count_programs
 
 
 class Recomputation(NamedTuple):

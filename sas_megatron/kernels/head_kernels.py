@@ -89,7 +89,7 @@ def head_forward(
     FEATURES: tl.constexpr,
     TAPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
-    GROUP_STRIDE: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BASE_TILE: tl.constexpr,
     ALL_TILE: tl.constexpr,
@@ -104,7 +104,7 @@ def head_forward(
     CENTRE: tl.constexpr = TAPS // 2
     base = tl.arange(0, BASE_TILE)
     base_exists = base < BASE
-    places = (base // PER_GROUP) * GROUP_STRIDE + (base % PER_GROUP) * FEATURES
+    places = (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * FEATURES
     every = tl.arange(0, ALL_TILE)
     every_exists = every < ALL
     own = tl.arange(0, OWN_TILE)
@@ -200,7 +200,7 @@ def head_backward(
     FEATURES: tl.constexpr,
     TAPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
-    GROUP_STRIDE: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BASE_TILE: tl.constexpr,
     ALL_TILE: tl.constexpr,
@@ -219,7 +219,7 @@ def head_backward(
     DTYPE: tl.constexpr = columns.dtype.element_ty
     base = tl.arange(0, BASE_TILE)
     base_exists = base < BASE
-    places = (base // PER_GROUP) * GROUP_STRIDE + (base % PER_GROUP) * FEATURES
+    places = (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * FEATURES
     every = tl.arange(0, ALL_TILE)
     every_exists = every < ALL
     own = tl.arange(0, OWN_TILE)
@@ -348,7 +348,7 @@ def refine_gradient(
     TAPS: tl.constexpr,
     TAPS_AT_ONCE: tl.constexpr,
     PER_GROUP: tl.constexpr,
-    GROUP_STRIDE: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BASE_TILE: tl.constexpr,
     ALL_TILE: tl.constexpr,
@@ -369,7 +369,7 @@ def refine_gradient(
     DTYPE: tl.constexpr = columns.dtype.element_ty
     base = tl.arange(0, BASE_TILE)
     base_exists = base < BASE
-    places = (base // PER_GROUP) * GROUP_STRIDE + (base % PER_GROUP) * FEATURES
+    places = (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * FEATURES
     every = tl.arange(0, ALL_TILE)
     every_exists = every < ALL
     own = tl.arange(0, OWN_TILE)

@@ -8,49 +8,15 @@ backward   two kernels for each, which compute the expanded heads again; the gra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from sas_megatron.kernels import head_kernels
+from sas_megatron.kernels.head_parts import HeadPart
+from sas_megatron.kernels.padding import padded
 from sas_megatron.kernels.residual_weights import ResidualMapWeights
-from sas_megatron.kernels.tiling import LARGEST_SUM_BYTES, Tile, Tiling, compute_type, count_programs, padded
-
-
-class HeadColumns(NamedTuple):
-    """Where heads lie among the columns: groups, `group_stride` columns apart, of `per_group` heads."""
-
-    first: int
-    num_heads: int
-    per_group: int
-    group_stride: int
-    head_dim: int
-
-    def of(self, columns_TC: torch.Tensor) -> torch.Tensor:
-        """[T, groups, heads of a group, D], a view."""
-        return columns_TC.as_strided(
-            (columns_TC.shape[0], self.num_heads // self.per_group, self.per_group, self.head_dim),
-            (columns_TC.stride(0), self.group_stride, self.head_dim, 1),
-            columns_TC.storage_offset() + self.first,
-        )
-
-
-class HeadPart(NamedTuple):
-    """One of query, key and value: its columns, its weights (None: passed on), and the base heads wanted."""
-
-    columns: HeadColumns
-    weights: ResidualMapWeights | None
-    base_heads: slice
-
-    @property
-    def blocks(self) -> int:
-        """r, simulated heads for each base head; 1 where they are passed on."""
-        return 1 if self.weights is None else self.weights.expand.shape[0] // self.columns.num_heads
-
-    @property
-    def count(self) -> int:
-        """Base heads wanted."""
-        return int(self.base_heads.stop - self.base_heads.start)
+from sas_megatron.kernels.tiling import LARGEST_SUM_BYTES, Tile, Tiling, compute_type, count_programs
 
 
 def simulate_heads(
@@ -100,7 +66,7 @@ def compute_heads(columns_TC: torch.Tensor, part: HeadPart, tiling: Tiling) -> t
     if part.weights is None:
         heads: torch.Tensor = part.columns.of(columns_TC).flatten(1, 2)[:, part.base_heads]
         return heads.contiguous()
-    simulated = columns_TC.new_empty(tokens, part.blocks * part.count, width)
+    simulated = columns_TC.new_empty(tokens, part.blocks * part.num_wanted, width)
     weights = part.weights
     tile, shape = tiling.head_forward, _shape(part, tiling.head_forward, columns_TC)
     head_kernels.head_forward[(_count_tiles(tile, shape, columns_TC),)](
@@ -133,7 +99,7 @@ def _differentiate(
     if gradient.stride(-1) != 1:
         gradient = gradient.contiguous()
     has_bias = weights.expand_bias is not None
-    own = part.blocks * part.count
+    own = part.blocks * part.num_wanted
     columns = columns_TC[:, part.columns.first :]
     expand_bias = weights.expand if weights.expand_bias is None else weights.expand_bias
     strides = (columns_TC.shape[0], columns_TC.stride(0), gradient.stride(0), gradient.stride(1))
@@ -161,13 +127,11 @@ def _differentiate(
 
     tile = tiling.head_refine_gradient
     shape = _shape(part, tile, columns_TC)
-    taps = weights.refine.shape[2]
-    sum_bytes = 4 * taps * shape["OWN_TILE"] * shape["ALL_TILE"]
-    at_once = taps if sum_bytes <= LARGEST_SUM_BYTES else 1
+    at_once = taps_at_once(part)
     programs = _count_tiles(tile, shape, columns_TC)
     refine_parts = _sums(programs, weights.refine[:own])
     refine_bias_parts = _sums(programs, weights.refine[:own, 0, 0]) if has_bias else refine_parts
-    head_kernels.refine_gradient[(programs, taps // at_once)](
+    head_kernels.refine_gradient[(programs, weights.refine.shape[2] // at_once)](
         columns,
         weights.expand,
         expand_bias,
@@ -190,11 +154,19 @@ def _differentiate(
     ]
 
 
+def taps_at_once(part: HeadPart) -> int:
+    """Taps of the second convolution whose gradients one program adds up: all, or one."""
+    assert part.weights is not None
+    many, _, taps = part.weights.refine.shape
+    sum_bytes = torch.float32.itemsize * taps * padded(part.blocks * part.num_wanted) * padded(many)
+    return taps if sum_bytes <= LARGEST_SUM_BYTES else 1
+
+
 def _pass_back(gradient: torch.Tensor, part: HeadPart, column_gradient: torch.Tensor) -> None:
     """Of heads that were passed on as they are."""
     groups, per_group = part.columns.num_heads // part.columns.per_group, part.columns.per_group
     whole = gradient
-    if part.count != part.columns.num_heads:
+    if part.num_wanted != part.columns.num_heads:
         whole = gradient.new_zeros(gradient.shape[0], part.columns.num_heads, gradient.shape[2])
         whole[:, part.base_heads] = gradient
     part.columns.of(column_gradient).copy_(whole.unflatten(1, (groups, per_group)))
@@ -202,7 +174,7 @@ def _pass_back(gradient: torch.Tensor, part: HeadPart, column_gradient: torch.Te
 
 def _among_all(own_rows: torch.Tensor, part: HeadPart, weight: torch.Tensor) -> torch.Tensor:
     """Rows of the own simulated heads in their places among all, zeros elsewhere."""
-    if part.count == part.columns.num_heads:
+    if part.num_wanted == part.columns.num_heads:
         return own_rows.to(weight.dtype)
     whole = torch.zeros_like(weight)
     whole.unflatten(0, (part.blocks, -1))[:, part.base_heads] = own_rows.unflatten(0, (part.blocks, -1)).to(
@@ -222,15 +194,15 @@ def _shape(part: HeadPart, tile: Tile, columns_TC: torch.Tensor) -> dict[str, An
     return {
         "BASE": part.columns.num_heads,
         "BLOCKS": part.blocks,
-        "COUNT": part.count,
+        "COUNT": part.num_wanted,
         "FEATURES": part.columns.head_dim,
         "TAPS": part.weights.expand.shape[2],
         "PER_GROUP": part.columns.per_group,
-        "GROUP_STRIDE": part.columns.group_stride,
+        "GROUP_WIDTH": part.columns.group_width,
         "HAS_BIAS": part.weights.expand_bias is not None,
         "BASE_TILE": padded(part.columns.num_heads),
         "ALL_TILE": padded(part.blocks * part.columns.num_heads),
-        "OWN_TILE": padded(part.blocks * part.count),
+        "OWN_TILE": padded(part.blocks * part.num_wanted),
         "FEATURE_TILE": feature_tile,
         "TOKEN_TILE": max(1, tile.rows // feature_tile),
         "COMPUTE": compute_type(columns_TC.dtype, columns_TC.device),

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
+
+from sas_megatron.kernels.padding import TILE_ROWS
 
 # Triton's interpreter runs one program after another; a few show that they share the work.
 INTERPRETED_PROGRAMS = 3
@@ -24,7 +25,7 @@ LARGEST_SUM_BYTES = 64 * 1024
 class Tile:
     """A kernel's launch."""
 
-    rows: int = 128  # at least 64, below which the matrix units of capability 9.0 are not used
+    rows: int = TILE_ROWS  # at least 64, below which the matrix units of capability 9.0 are not used
     warps: int = 8
     stages: int = 1  # tiles that are loaded ahead, and so lie in shared memory at once
     programs: int = 1  # for each multiprocessor
@@ -41,17 +42,6 @@ class Tiling:
     feature_backward: Tile = field(default=Tile())
     feature_expand_gradient: Tile = field(default=Tile(stages=2))
     feature_refine_gradient: Tile = field(default=Tile())
-
-
-def padded(size: int) -> int:
-    """The next power of two, at least 16, which is the smallest side of a product."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def split(size: int) -> tuple[int, int]:
-    """Two powers of two that hold `size` columns with less waste than one would; the second may be 0."""
-    main = max(16, 1 << (size.bit_length() - 1))
-    return (main, 0) if size <= main else (main, padded(size - main))
 
 
 def compute_type(dtype: torch.dtype, device: torch.device) -> Any:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sas_megatron.attention.head_simulation import simulate_heads as simulate_plainly
-from sas_megatron.kernels.heads import HeadColumns, HeadPart, simulate_heads
+from sas_megatron.kernels.head_parts import HeadColumns, HeadPart
+from sas_megatron.kernels.heads import simulate_heads
 from sas_megatron.kernels.tiling import Tile, Tiling
 from tests.kernels.simulation_case import (
     DTYPES,
