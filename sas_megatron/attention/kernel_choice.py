@@ -11,6 +11,13 @@ SHARED_MEMORY_BYTES = 227 * 1024
 ELEMENT_BYTES = 2
 
 
+def is_fused(attention: SimulatedAttentionConfig, *, device: Device, element_bytes: int) -> bool:
+    """What `attention.kernel` comes to, where all that fused kernels need is installed."""
+    if attention.kernel == "auto":
+        return reason_not_to_fuse(attention, device=device, element_bytes=element_bytes) is None
+    return attention.kernel == "fused"
+
+
 def reason_not_to_fuse(
     attention: SimulatedAttentionConfig, *, device: Device, element_bytes: int
 ) -> str | None:
