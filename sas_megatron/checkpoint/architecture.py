@@ -15,7 +15,7 @@ Architecture = dict[str, dict[str, Any]]
 
 # How training starts and regularizes, how the tables are padded, and what computes the same faster.
 _NOT_OF_THE_MODEL = {"init_std", "hidden_dropout", "vocab_multiple"}
-_NOT_OF_THE_ATTENTION = {"initialization", "dropout", "backend", "exchange"}
+_NOT_OF_THE_ATTENTION = {"initialization", "dropout", "backend", "exchange", "kernel"}
 
 
 def describe_architecture(model: ModelConfig, attention: AttentionConfig) -> Architecture:

@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.doctor:doctor",
         "Look for what would make training fail, on a node or an allocation.",
     ),
-    "bench": ("sas_megatron.cli.bench:bench", "Measure attention and tokenization on this machine."),
+    "bench": ("sas_megatron.cli.bench:bench", "Measure speed and memory on this machine."),
 }
 
 
