@@ -23,6 +23,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
     "data": ("sas_megatron.cli.data:data", "Turn documents into token files, and look into them."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
+    "evaluate": (
+        "sas_megatron.cli.evaluate:evaluate",
+        "Measure a trained model: held-out loss, and tasks of lm-evaluation-harness.",
+    ),
+    "generate": ("sas_megatron.cli.generate:generate", "Let a trained model go on from prompts."),
     "checkpoint": (
         "sas_megatron.cli.checkpoint:checkpoint",
         "Check saved checkpoints; take models to transformers, and from it.",

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "optimizer.distributed",
     "training.micro_batch_size",
     "training.recompute",
+    "attention.kv_cache",
     "data.index_cache",
     "training.stop_after_steps",
     "training.stop_after_seconds",

@@ -39,6 +39,16 @@ WITHOUT_TORCH = [
         )
     ),
     *(
+        PACKAGE / "evaluation" / name
+        for name in (
+            "__init__.py",
+            "generation_settings.py",
+            "start.py",
+            "task_settings.py",
+            "window_settings.py",
+        )
+    ),
+    *(
         PACKAGE / "planning" / name
         for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "tally.py")
     ),
