@@ -50,7 +50,9 @@ def render(draw: Callable[[Figure], None], *, size: tuple[float, float], file_fo
             nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
         else:
-            figure.savefig(buffer, format=file_format, dpi=200, facecolor="white")
+            # Without the version of matplotlib, so that equal figures are equal bytes.
+            metadata = {"Software": None}
+            figure.savefig(buffer, format=file_format, dpi=200, facecolor="white", metadata=metadata)
     return buffer.getvalue()
 
 
