@@ -40,16 +40,27 @@ class Generated:
 
 
 def generate(
-    model: TrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+    model: TrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    numbers: Sequence[int] | None = None,
 ) -> Generated:
     """Continues each prompt, none of which is empty or fills the context; every rank must call it alike.
 
-    A text does not depend on its batch, and what is drawn for it neither on that nor on the layout.
+    What is drawn for a text depends on the seed and its number, not on its batch or the layout.
+
+    Args:
+        model: What continues them.
+        prompts: Tokens.
+        settings: How.
+        numbers: Of the texts, each another; None: in their order.
     """
     context = model.config.data.sequence_length
+    numbers = range(len(prompts)) if numbers is None else numbers
     drafts = [
         _Draft(number, list(prompt), settings, min(settings.max_new_tokens, context - len(prompt)))
-        for number, prompt in enumerate(prompts)
+        for number, prompt in zip(numbers, prompts, strict=True)
     ]
     batches = _fill_batches(drafts, settings.batch_tokens)
     place = model.topology
@@ -57,10 +68,10 @@ def generate(
     kept_bytes = 0
     for batch in batches[place.data_rank :: place.data_size]:
         kept_bytes = max(kept_bytes, _complete_batch(model, batch, settings.sampling))
-        found.update({draft.number: draft.completion(model.tokenizer) for draft in batch})
+        found.update({draft.number: draft.completion() for draft in batch})
     by_rank = gather_from_ranks((found, kept_bytes))
     merged = {number: done for part, _ in by_rank for number, done in part.items()}
-    return Generated([merged[number] for number in range(len(drafts))], max(kept for _, kept in by_rank))
+    return Generated([merged[number] for number in numbers], max(kept for _, kept in by_rank))
 
 
 class _Draft:
@@ -93,7 +104,7 @@ class _Draft:
         elif len(self.tokens) == self.limit:
             self.finish = "length"
 
-    def completion(self, tokenizer: Tokenizer) -> Completion:
+    def completion(self) -> Completion:
         """The finished text."""
         assert self.finish is not None, "a batch is complete when all its texts have ended"
         return Completion(self.tokens, self._text.decode("utf-8", errors="replace"), self.finish)

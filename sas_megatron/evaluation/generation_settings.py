@@ -35,10 +35,11 @@ class Sampling:
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise FieldError("--top-p", self.top_p, "must be above 0 and at most 1", "use 0.95, say")
         if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
-            field = "--top-k" if self.top_k is not None else "--top-p"
+            given = {"--top-k": self.top_k, "--top-p": self.top_p}
+            option, value = next((name, value) for name, value in given.items() if value is not None)
             raise FieldError(
-                field,
-                self.top_k if self.top_k is not None else self.top_p,
+                option,
+                value,
                 "concerns drawing, and --temperature=0 takes the likeliest",
                 "set --temperature=1, or leave it out",
             )

@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.errors import FieldError
 from sas_megatron.evaluation.generation import Completion
 from sas_megatron.evaluation.generation_settings import GenerationSettings, Sampling
 from sas_megatron.evaluation.scoring import Passage, Scores
@@ -53,11 +53,6 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         """The end of a document, which also stands before a text without context."""
         return self._tokenizer.eos_id
-
-    @property
-    def tokenizer_name(self) -> str:
-        """By which the harness tells cached requests apart."""
-        return self._tokenizer.sha256
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes of the model into its results."""
@@ -116,7 +111,7 @@ class HarnessModel(TemplateLM):
         return Passage(np.array(tokens, dtype=np.int32), len(continuation))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts, in windows of which each token is in the farthest that it ends."""
+        """log p of whole texts, each token once, in windows as long as the model reads."""
         windows: list[TokenRequest] = []
         counts = []
         for request in requests:
@@ -140,11 +135,12 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to the first of the stop strings."""
-        by_settings: dict[GenerationSettings, list[int]] = {}
-        for number, request in enumerate(requests):
-            by_settings.setdefault(self._settings(request.args[1]), []).append(number)
+        settings = [self._settings(request.args[1]) for request in requests]
         self._num_cut = 0
-        prompts = [self._prompt(*request.args) for request in requests]
+        prompts = [
+            self._prompt(request.args[0], of_request)
+            for request, of_request in zip(requests, settings, strict=True)
+        ]
         self._tell_cut()
         found: dict[int, str] = {}
 
@@ -152,12 +148,13 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
             found[number] = completion.text
 
-        for settings, numbers in by_settings.items():
+        def ask(portion: list[int]) -> list[Completion]:
+            of_portion = settings[portion[0]]
+            generated = self._call("generate", [prompts[n] for n in portion], of_portion, portion)
+            return list(generated.completions)
 
-            def ask(portion: list[int], settings: GenerationSettings = settings) -> list[Completion]:
-                generated = self._call("generate", [prompts[n] for n in portion], settings)
-                return list(generated.completions)
-
+        for alike in dict.fromkeys(settings):
+            numbers = [number for number, of_request in enumerate(settings) if of_request == alike]
             order = sorted(numbers, key=lambda number: -len(prompts[number]))
             self._in_portions(order, answer, ask, disable_tqdm)
         return [found[number] for number in range(len(requests))]
@@ -170,10 +167,7 @@ class HarnessModel(TemplateLM):
         stop = [*([until] if isinstance(until, str) else until), self._tokenizer.piece(self.eot_token_id)]
         limits = [left.pop(name, None) for name in _TOKEN_LIMITS]
         limit = next((int(given) for given in limits if given is not None), MAX_NEW_TOKENS)
-        temperature = float(left.pop("temperature", 0.0))
-        if not left.pop("do_sample", temperature > 0):
-            temperature = 0.0
-        drawing = {name: left.pop(name, None) for name in ("top_k", "top_p")}
+        sampling = _read_sampling(left)
         if left:
             raise FieldError(
                 "generation_kwargs",
@@ -188,15 +182,14 @@ class HarnessModel(TemplateLM):
                 f"leaves no room for a context in data.sequence_length={self.max_length}",
                 "set it lower (--generation max_gen_toks=…), or data.sequence_length higher",
             )
-        sampling = Sampling(temperature=temperature, **(drawing if temperature > 0 else {}))
         return GenerationSettings(
             max_new_tokens=limit, stop=tuple(text for text in dict.fromkeys(stop) if text), sampling=sampling
         )
 
-    def _prompt(self, context: str, options: dict[str, Any]) -> list[int]:
+    def _prompt(self, context: str, settings: GenerationSettings) -> list[int]:
         """The end of the context that leaves room for the new tokens; never empty."""
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        kept = tokens[-(self.max_length - self._settings(options).max_new_tokens) :]
+        kept = tokens[-(self.max_length - settings.max_new_tokens) :]
         self._num_cut += len(kept) < len(tokens)
         return kept
 
@@ -223,9 +216,14 @@ class HarnessModel(TemplateLM):
                 self.max_length,
             )
 
-    def apply_chat_template(self, *_arguments: Any, **_options: Any) -> str:
-        """There is none: these are base models."""
-        raise UserError("chat template: the model has none, as it was trained on plain text; leave it off")
+
+def _read_sampling(options: dict[str, Any]) -> Sampling:
+    """Takes what concerns sampling out of `generation_kwargs`; without `do_sample` a temperature means it."""
+    temperature, top_k, top_p = (options.pop(name, None) for name in ("temperature", "top_k", "top_p"))
+    if not options.pop("do_sample", bool(temperature)):
+        return Sampling()
+    # As transformers reads them: 0 of top_k is all.
+    return Sampling(1.0 if temperature is None else float(temperature), top_k=top_k or None, top_p=top_p)
 
 
 def _portions(order: Sequence[int]) -> Iterator[list[int]]:

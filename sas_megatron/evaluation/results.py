@@ -14,7 +14,7 @@ from typing import Any
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.writing import write_file
 from sas_megatron.evaluation.held_out import HeldOutLoss
-from sas_megatron.evaluation.start import FoundModel
+from sas_megatron.evaluation.start import FoundModel, run_directory_of
 
 SUMMARY = "summary.json"
 SCHEMA = 1
@@ -22,7 +22,7 @@ SCHEMA = 1
 
 def results_folder(found: FoundModel, output: Path | None) -> Path:
     """Of a checkpoint within `output`, by default `evaluation` in the run's directory."""
-    return (output or found.checkpoint.resolve().parent.parent / "evaluation") / found.checkpoint.name
+    return (output or run_directory_of(found.checkpoint) / "evaluation") / found.checkpoint.resolve().name
 
 
 def write_results(folder: Path, found: FoundModel, section: str, results: dict[str, Any]) -> Path:

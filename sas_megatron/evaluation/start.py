@@ -110,6 +110,12 @@ def find_run_checkpoint(source: Path, *, iteration: int | None) -> Path:
     )
 
 
+def run_directory_of(checkpoint: Path) -> Path:
+    """The directory of the run whose checkpoint it is; where it was taken elsewhere, the folder it is in."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def evaluation_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
     """The config that trained a checkpoint, laid out anew, without what only training needs.
 
@@ -183,7 +189,7 @@ def open_model_tokenizer(config: RunConfig, checkpoint: Path) -> Tokenizer:
             f"has {tokenizer.vocab_size} tokens, and model.vocab_size={config.model.vocab_size}",
             remedy,
         )
-    recorded = _recorded_tokenizers(checkpoint.parent.parent / "run.json")
+    recorded = _recorded_tokenizers(run_directory_of(checkpoint) / "run.json")
     if recorded and tokenizer.sha256 not in recorded:
         raise FieldError("data.tokenizer", path, "is not the one that the model was trained with", remedy)
     return tokenizer

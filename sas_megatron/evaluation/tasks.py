@@ -128,7 +128,7 @@ def evaluate_tasks(
         "score": functools.partial(
             score, model, batch_tokens=settings.batch_tokens, vocabulary=model.tokenizer.vocab_size
         ),
-        "generate": functools.partial(generate, model),
+        "generate": lambda prompts, how, numbers: generate(model, prompts, how, numbers=numbers),
     }
 
     def run(call: Call) -> dict[str, Any]:

@@ -6,6 +6,7 @@ others    wait for a call -> score(…), the same -> wait … -> until rank 0 ha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ def lead(action: Callable[[Call], T], functions: Mapping[str, Callable[..., Any]
         functions: By name, the same on every rank; they may use collectives.
 
     Raises:
-        UserError: on every rank, one that `action` raises on its own.
+        UserError: on every rank, one that `action` or a function raises on rank 0.
     """
 
     def call(name: str, *arguments: Any) -> Any:
@@ -52,7 +53,9 @@ def lead(action: Callable[[Call], T], functions: Mapping[str, Callable[..., Any]
         _broadcast(_Order())
         return result
     while (order := _broadcast(None)).name is not None:
-        functions[order.name](*order.arguments)
+        # What all meet alike in a function, rank 0 lets all know.
+        with contextlib.suppress(UserError):
+            functions[order.name](*order.arguments)
     if order.error is not None:
         raise order.error
     return None

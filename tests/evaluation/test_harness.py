@@ -198,3 +198,43 @@ def assert_equal_answers(mine: Any, expected: Any) -> None:
     import torch
 
     assert float(mine) == pytest.approx(number, rel=RELATIVE_ERROR[torch.float32], abs=1e-5)
+
+
+def settings_on_rank(directory: Path, options: list[dict[str, Any]]) -> list[Any]:
+    """On the one rank: what comes of a task's `generation_kwargs`, or why it is refused."""
+    from sas_megatron.config.errors import UserError
+    from sas_megatron.evaluation.harness import HarnessModel
+
+    model, _ = load_on_rank(directory, [])
+    found: list[Any] = []
+    for given in options:
+        try:
+            found.append(HarnessModel(model, lambda *_call: None)._settings(given))
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_generation_options_of_tasks_are_read_or_refused(ranks: Any, runs: dict[str, TrainedRun]) -> None:
+    from sas_megatron.evaluation.generation_settings import GenerationSettings, Sampling
+
+    greedy = GenerationSettings(max_new_tokens=9, stop=("\n", "</s>"))
+    cases: list[tuple[dict[str, Any], Any]] = [
+        ({"until": ["\n"], "max_gen_toks": 9, "do_sample": False, "temperature": 0.7, "top_p": 0.9}, greedy),
+        ({"until": "\n", "max_new_tokens": 9, "temperature": 0.0}, greedy),
+        (
+            {"max_gen_toks": 9, "temperature": 0.7, "top_k": 0, "top_p": 0.9},
+            GenerationSettings(9, stop=("</s>",), sampling=Sampling(0.7, top_p=0.9)),
+        ),
+        (
+            {"max_gen_toks": 9, "do_sample": True, "top_k": 3},
+            GenerationSettings(9, stop=("</s>",), sampling=Sampling(1.0, top_k=3)),
+        ),
+    ]
+    (found,) = ranks(1).run(settings_on_rank, runs["sas"].directory, [options for options, _ in cases])
+    assert found == [expected for _, expected in cases]
+    ((beams, long),) = ranks(1).run(
+        settings_on_rank, runs["sas"].directory, [{"num_beams": 4, "max_gen_toks": 9}, {"until": []}]
+    )
+    assert beams.startswith("generation_kwargs={'num_beams': 4}: are not offered; use until, do_sample")
+    assert long.startswith("generation_kwargs.max_gen_toks=256: leaves no room for a context in data.seq")
