@@ -15,6 +15,9 @@ from tests.rank_pool import RankPool
 from tests.small_data import SmallData
 
 os.environ["OMP_NUM_THREADS"] = "1"
+if not Path("/dev/nvidiactl").exists():
+    # Triton's kernels run in its interpreter; it looks as they are defined, so before anything is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

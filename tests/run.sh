@@ -26,5 +26,5 @@ fi
   export PYTHON=$newer SAS_MEGATRON_VENV=${SAS_MEGATRON_VENV_312:-$SAS_MEGATRON_ROOT/.venv312}
   enter_environment test
   python -c 'import megatron.core, torch; print("megatron-core", megatron.core.__version__, "torch", torch.__version__)' 2>/dev/null
-  python -m pytest tests/attention tests/parallel tests/platform tests/model tests/data tests/training --whole-table "$@"
+  python -m pytest tests/attention tests/parallel tests/platform tests/model tests/data tests/training tests/evaluation --whole-table "$@"
 )

@@ -52,6 +52,17 @@ class SimulatedAttentionConfig(AttentionConfig):
     exchange: Literal["auto", "gather", "all_to_all"] = Field(
         default="auto", description="How tensor ranks give the simulation all heads; auto weighs the costs."
     )
+    kv_cache: Literal["base", "simulated"] = Field(
+        default="base",
+        description="What decoding keeps of a token. base: the base keys and values, simulated again at each "
+        "step; simulated: those that attention reads, r(E + D)/2D times as much and no work again.",
+    )
+
+    kernel: Literal["auto", "fused", "plain"] = Field(
+        default="auto",
+        description="fused: the simulation in Triton kernels, rotary positions included; plain: torch's own "
+        "operations; auto: fused on a CUDA device in bfloat16 if the weights fit on chip, otherwise plain.",
+    )
 
     @classmethod
     def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
@@ -224,15 +235,19 @@ class SimulatedAttentionConfig(AttentionConfig):
                 terms["head_simulation"] = simulation.count_head_bytes()
             if self.simulate_features:
                 terms["feature_simulation"] = simulation.count_feature_bytes()
-        return {**terms, **self.count_core_bytes(layer, value_bytes=simulation.count_value_bytes())}
+        terms |= self.count_core_bytes(layer, value_bytes=simulation.count_value_bytes())
+        if simulation.is_fused and self.simulate_features:
+            # Turned by the kernel, by a table that the model has once.
+            del terms["rotary"]
+        return terms
 
     def count_kv_cache_elements(self) -> dict[str, int]:
-        """Terms: keys G·D, values G·D: the base heads, simulated again when read.
-
-        Keeping the simulated heads would take r(E + D)/2D times as much, and no simulation.
-        """
-        kept = self.num_key_value_heads * self.head_dim
-        return {"keys": kept, "values": kept}
+        """Terms: keys and values, G·D each; under `kv_cache=simulated` r·G·E and r·G·D."""
+        base = self.num_key_value_heads
+        if self.kv_cache == "base":
+            return {"keys": base * self.head_dim, "values": base * self.head_dim}
+        simulated = self.head_expansion * base
+        return {"keys": simulated * self.query_key_dim, "values": simulated * self.head_dim}
 
     def build_spec(self) -> ModuleSpec:
         """`SimulatedSelfAttention` with PEAA's mean over r blocks."""

@@ -61,13 +61,14 @@ def find_weights(path: Path, config: RunConfig) -> WeightsSource:
             "holds neither a checkpoint nor weights that `sas-megatron checkpoint import` wrote",
             "give one of these, such as run/checkpoints/iter_0001000, or a run's directory",
         )
-    saved = _config_of(checkpoint)
+    saved = read_checkpoint_config(checkpoint)
     check_equal(describe_architecture(saved.model, saved.attention), wanted, origin=checkpoint)
     check_same_rows(saved.model, config.model, origin=checkpoint)
     return WeightsSource(checkpoint, is_checkpoint=True)
 
 
-def _config_of(checkpoint: Path) -> RunConfig:
+def read_checkpoint_config(checkpoint: Path) -> RunConfig:
+    """The config of the run that saved a checkpoint; raises `FileProblem` where it is damaged."""
     files = read_manifest(checkpoint).files
     # The others are read by all ranks together, when they load.
     refuse_damage(checkpoint, find_damage(checkpoint, {CONFIG: files[CONFIG]}))

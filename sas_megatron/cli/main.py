@@ -27,6 +27,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
     "data": ("sas_megatron.cli.data:data", "Turn documents into token files, and look into them."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
+    "evaluate": (
+        "sas_megatron.cli.evaluate:evaluate",
+        "Measure a trained model: held-out loss, and tasks of lm-evaluation-harness.",
+    ),
+    "generate": ("sas_megatron.cli.generate:generate", "Let a trained model go on from prompts."),
     "checkpoint": (
         "sas_megatron.cli.checkpoint:checkpoint",
         "Check saved checkpoints; take models to transformers, and from it.",
@@ -36,15 +41,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.match:match",
         "Solve attention variants' dimensions until they cost what a base costs.",
     ),
+    "study": ("sas_megatron.cli.study:study", "Plan, run and compare many runs that one file describes."),
     "simulate": (
         "sas_megatron.cli.simulate:simulate",
         "Estimate memory, traffic and time of a run on any number of ranks, without them.",
     ),
+    "fit": ("sas_megatron.cli.fit:fit", "Fit a scaling law to a table of runs."),
     "doctor": (
         "sas_megatron.cli.doctor:doctor",
         "Look for what would make training fail, on a node or an allocation.",
     ),
-    "bench": ("sas_megatron.cli.bench:bench", "Measure attention and tokenization on this machine."),
+    "bench": ("sas_megatron.cli.bench:bench", "Measure speed and memory on this machine."),
 }
 
 

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "optimizer.distributed",
     "training.micro_batch_size",
     "training.recompute",
+    "attention.kv_cache",
     "data.index_cache",
     "training.stop_after_steps",
     "training.stop_after_seconds",
@@ -57,10 +58,31 @@ class Branch:
         """The directory of the run that saved it."""
         return self.checkpoint.parents[1]
 
-    @property
-    def metrics(self) -> Path:
-        """The trunk's metrics, of which those until `step` are the branch's."""
-        return self.trunk / "metrics.jsonl"
+    def read_metrics(self, config: RunConfig) -> list[str]:
+        """Lines of the trunk's metrics that are the branch's as well: those until it parts.
+
+        An evaluation at the trunk's own end is not: the trunk may not have come to it yet.
+        """
+        interval = config.evaluation.interval
+        lines = []
+        for line in read_until(self.trunk / "metrics.jsonl", self.step):
+            record = json.loads(line)
+            is_due = interval is not None and record["step"] % interval == 0
+            if record["kind"] != "validation" or is_due:
+                lines.append(line)
+        return lines
+
+
+def read_until(metrics: Path, step: int) -> list[str]:
+    """The lines of a metrics.jsonl up to a step."""
+    return [line for line in metrics.read_text(encoding="utf-8").splitlines() if _is_up_to(line, step)]
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError):
+        return False  # a line cut short by a crash
 
 
 def check_goes_on(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.writing import write_file
-from sas_megatron.training.continuation import Branch, check_goes_on
+from sas_megatron.training.continuation import Branch, check_goes_on, read_until
 from sas_megatron.training.stopping import Ending
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
@@ -91,11 +91,12 @@ class RunFiles:
         write_file(self.directory / "config.yaml", resolved)
         self._write_provenance(resolved, provenance, resumed_step)
         metrics = self.directory / "metrics.jsonl"
-        earlier = metrics if branch is None else branch.metrics
-        kept = []
-        if earlier.exists():
-            lines = earlier.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _is_up_to(line, resumed_step)]
+        if branch is not None:
+            kept = branch.read_metrics(config)
+        elif metrics.exists():
+            kept = read_until(metrics, resumed_step)
+        else:
+            kept = []
         write_file(metrics, "".join(line + "\n" for line in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
         if self._with_tensorboard:
@@ -195,10 +196,3 @@ def _describe_git() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _is_up_to(line: str, step: int) -> bool:
-    try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError):
-        return False  # a line cut short by a crash

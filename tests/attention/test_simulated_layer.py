@@ -95,6 +95,34 @@ def test_lower_precision_stays_within_the_table(
     check(ranks, LayerCase.of(dtype=dtype, exchange=exchange, **OPERATORS["grouped"]), tensor)
 
 
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("unfused", "fused")])
+def test_fused_kernels_compute_the_definition(ranks: Any, operator: str) -> None:
+    fields = {**OPERATORS[operator], "kernel": "fused", "exchange": "gather"}
+    check(ranks, LayerCase.of(dtype=torch.float32, **fields), 1)
+
+
+@pytest.mark.parametrize("exchange", BOTH)
+@pytest.mark.parametrize(
+    ("operator", "sequence_parallel"),
+    [
+        ("plain", True),
+        ("grouped", False),
+        ("multi-query", True),
+        ("no key heads", False),
+        ("partial rotary", False),
+    ],
+)
+def test_fused_kernels_compute_the_definition_on_two_ranks(
+    ranks: Any, operator: str, exchange: str, sequence_parallel: bool
+) -> None:
+    fields = {**OPERATORS[operator], "kernel": "fused", "exchange": exchange}
+    check(ranks, LayerCase.of(dtype=torch.float32, sequence_parallel=sequence_parallel, **fields), 2)
+
+
+def test_fused_kernels_stay_within_the_table_in_bfloat16(ranks: Any) -> None:
+    check(ranks, LayerCase.of(dtype=torch.bfloat16, kernel="fused", **OPERATORS["grouped"]), 1)
+
+
 def _without_gradient_sum(case: LayerCase, tensor: int) -> Any:
     from sas_megatron.attention import simulated_layer
 
@@ -114,18 +142,22 @@ def test_leaving_out_the_gradient_sum_is_noticed(ranks: Any, exchange: str) -> N
         layer_case.joined(case, by_rank)
 
 
-def _uneven_tokens(case: LayerCase, tensor: int) -> Any:
-    kept, layer_case.LENGTH = layer_case.LENGTH, 7
+def _of_length(length: int, case: LayerCase, tensor: int) -> Any:
+    kept, layer_case.LENGTH = layer_case.LENGTH, length
     try:
         return layer_case.on_rank(case, tensor)
     finally:
         layer_case.LENGTH = kept
 
 
-def test_tokens_need_not_divide_by_the_ranks(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+# Times three sequences: uneven shares, and three tokens for four ranks.
+@pytest.mark.parametrize("length", [7, 1])
+def test_tokens_need_not_divide_by_the_ranks(
+    ranks: Any, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
     case = LayerCase.of(exchange="all_to_all", **OPERATORS["grouped"])
-    by_rank = ranks(4).run(_uneven_tokens, case, 4)
-    monkeypatch.setattr(layer_case, "LENGTH", 7)
+    by_rank = ranks(4).run(_of_length, length, case, 4)
+    monkeypatch.setattr(layer_case, "LENGTH", length)
     expected = layer_case.by_definition.__wrapped__(case.attention, case.dtype)
     actual = layer_case.joined(case, by_rank)
     assert_near(actual.output, expected.output, case.dtype, "output")

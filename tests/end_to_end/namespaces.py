@@ -7,7 +7,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 
-from tests.end_to_end.system_packages import lacking
+from tests.system_packages import lacking
 
 PROGRAMS = {"ip": "iproute2"}
 INTERFACE = "cable"

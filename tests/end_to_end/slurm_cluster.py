@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.end_to_end.started_processes import processes_with
-from tests.end_to_end.system_packages import lacking
+from tests.system_packages import lacking
 
 # One debian package each (tests/install_system_packages.sh).
 DAEMONS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
