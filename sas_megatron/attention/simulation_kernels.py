@@ -196,7 +196,8 @@ def build_simulation_kernels(
     Raises:
         FieldError: `fused` cannot run here.
     """
-    on_gpu = not (isinstance(device, torch.device) and device.type == "cpu")
+    # A number is a GPU's; a model on torch's meta device is built for its shapes alone.
+    on_gpu = device.type == "cuda" if isinstance(device, torch.device) else True
     if attention.kernel == "auto":
         reason = reason_not_to_fuse(
             attention, device="gpu" if on_gpu else "cpu", element_bytes=dtype.itemsize
