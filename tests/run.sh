@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets the package up in .venv, then runs the tests.
 # usage: tests/run.sh [--all] [pytest arguments]
-#   --all: the whole table of layouts, and the same on Python 3.12 with the newest Megatron-core
+#   --all: the whole table of layouts, tests that take minutes, and the same on Python 3.12 with the newest
+#   Megatron-core
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh

@@ -107,7 +107,7 @@ class CachingAttention:
         attention_mask: torch.Tensor | None,
         *args: Any,
         inference_context: KeyValueCache | None = None,
-        rotary_pos_emb: torch.Tensor | None = None,
+        rotary_pos_emb: Any = None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Without a cache, what the attention computes; with one, the same of new tokens.

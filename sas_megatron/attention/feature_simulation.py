@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from sas_megatron.attention.residual_map import ResidualMap, ResidualMapWeights
+from sas_megatron.attention.residual_map import ResidualMap
+from sas_megatron.kernels.residual_weights import ResidualMapWeights
 
 
 def simulate_features(heads_MD: torch.Tensor, weights: ResidualMapWeights) -> torch.Tensor:

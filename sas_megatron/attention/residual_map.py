@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from sas_megatron.kernels.residual_weights import ResidualMapWeights
+
 DrawGenerator = Callable[[str], torch.Generator]
-
-
-class ResidualMapWeights(NamedTuple):
-    """y = expand(x), z = y + refine(ReLU(y)); convolution weights [m, C, k] or linear ones [E, D]."""
-
-    expand: torch.Tensor
-    refine: torch.Tensor
-    expand_bias: torch.Tensor | None
-    refine_bias: torch.Tensor | None
 
 
 class ResidualMap(nn.Module, ABC):

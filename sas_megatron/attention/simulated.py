@@ -58,6 +58,12 @@ class SimulatedAttentionConfig(AttentionConfig):
         "step; simulated: those that attention reads, r(E + D)/2D times as much and no work again.",
     )
 
+    kernel: Literal["auto", "fused", "plain"] = Field(
+        default="auto",
+        description="fused: the simulation in Triton kernels, rotary positions included; plain: torch's own "
+        "operations; auto: fused on a CUDA device in bfloat16 if the weights fit on chip, otherwise plain.",
+    )
+
     @classmethod
     def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
         """The base's heads and groups, simulated as the defaults say."""
@@ -229,7 +235,11 @@ class SimulatedAttentionConfig(AttentionConfig):
                 terms["head_simulation"] = simulation.count_head_bytes()
             if self.simulate_features:
                 terms["feature_simulation"] = simulation.count_feature_bytes()
-        return {**terms, **self.count_core_bytes(layer, value_bytes=simulation.count_value_bytes())}
+        terms |= self.count_core_bytes(layer, value_bytes=simulation.count_value_bytes())
+        if simulation.is_fused and self.simulate_features:
+            # Turned by the kernel, by a table that the model has once.
+            del terms["rotary"]
+        return terms
 
     def count_kv_cache_elements(self) -> dict[str, int]:
         """Terms: keys and values, G·D each; under `kv_cache=simulated` r·G·E and r·G·D."""

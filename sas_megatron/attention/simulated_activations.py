@@ -4,11 +4,14 @@ linear_qkv  ->  base heads, of the tokens at hand        kept by the first maps,
             ->  first map, ReLU                          kept by the second maps
             ->  second map, sent home                    kept by the feature simulation, value by attention
             ->  features: first map, ReLU                kept by the second map
+
+Fused kernels keep the columns of the tokens at hand, and heads that other ranks have sent home.
 """
 
 from __future__ import annotations
 
 from sas_megatron.attention.exchange_choice import exchange_of
+from sas_megatron.attention.kernel_choice import is_fused
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
 from sas_megatron.config.layer_pass import LayerPass
 
@@ -18,6 +21,7 @@ class SimulationPass:
 
     def __init__(self, attention: SimulatedAttentionConfig, layer: LayerPass) -> None:
         self.attention, self.layer = attention, layer
+        self.is_fused = is_fused(attention, device=layer.device, element_bytes=layer.element_bytes)
         self.simulations = attention.head_simulations()
         self.base_heads = {
             "query": attention.num_heads,
@@ -46,6 +50,8 @@ class SimulationPass:
         if self.exchange == "all_to_all":
             # The first rank has one more than the last where ranks do not divide them.
             tokens = -(-tokens // self.layer.tensor)
+        if self.is_fused:
+            return self.layer.element_bytes * tokens * attention.qkv_width
         # Queries of several groups are not side by side among the columns; all else is a view of them.
         copied = "query" in self.simulations and 1 < self.base_heads["key"] < self.base_heads["query"]
         viewed = len(self.simulations) > (1 if copied else 0)
@@ -58,6 +64,9 @@ class SimulationPass:
     def count_feature_bytes(self) -> int:
         """For query and key D features of each head, and the ReLU's E."""
         heads = dict(zip(("query", "key"), self.layer.heads, strict=True))
+        if self.is_fused:
+            computed_here = self.attention.simulates_heads and self.exchange != "all_to_all"
+            return 0 if computed_here else self.layer.whole(sum(heads.values()) * self.attention.head_dim)
         alone = self._heads_alone()
         rows = sum(count * self.attention.head_dim for name, count in heads.items() if name not in alone)
         made = sum(heads.values()) * self.attention.query_key_dim
@@ -71,7 +80,9 @@ class SimulationPass:
         if self.home_columns is None or "value" not in self.simulations or copied:
             return self.layer.whole(heads * self.attention.head_dim)
         kept_by_features = self.attention.simulate_features and "simulation" not in self.layer.recomputed
-        return 0 if kept_by_features and self._heads_alone() else self.layer.whole(self.home_columns)
+        if kept_by_features and not self.is_fused and self._heads_alone():
+            return 0
+        return self.layer.whole(self.home_columns)
 
     def _heads_alone(self) -> list[str]:
         """Of query and key, those of which a rank has one head: its rows are a view of all that came."""

@@ -4,7 +4,8 @@
       -> exchange: every head, for the tokens at hand
       -> simulate heads (query, key, value), keep or send home this rank's  [T, r·N/P, D]
       -> simulate features (query, key)                                     [T, r·N/P, E]
-      -> the parent: rotary positions, core attention (ends in PEAA's mean), output projection
+      -> the parent: rotary positions (if the kernels have not turned the features already), core
+         attention (ends in PEAA's mean), output projection
 
 Features are simulated after the heads are home: they concern one head each, so it costs the same
 there, and D features a head travel in place of E.
@@ -12,6 +13,7 @@ there, and D features a head travel in place of E.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,11 +26,16 @@ from sas_megatron.attention.caching import CachingSelfAttention
 from sas_megatron.attention.exchange_choice import choose_exchange
 from sas_megatron.attention.feature_simulation import FeatureSimulation, simulate_features
 from sas_megatron.attention.head_simulation import HeadSimulation, simulate_heads
-from sas_megatron.attention.residual_map import ResidualMap, ResidualMapWeights
+from sas_megatron.attention.residual_map import ResidualMap
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.simulation_kernels import NAMES, HeadSource, build_simulation_kernels
+from sas_megatron.kernels.residual_weights import ResidualMapWeights
 from sas_megatron.parallel.gradients import sum_gradients_over
 from sas_megatron.parallel.head_exchange import build_head_exchange
 from sas_megatron.platform.rotary import rotate_halves
+
+# What makes a pass another than that over whole sequences, whose positions the parent knows better.
+NOT_TURNED_BY_KERNELS = ("inference_context", "inference_params", "packed_seq_params", "key_value_states")
 
 
 class Simulation(nn.Module):
@@ -95,13 +102,39 @@ class SimulatedSelfAttention(CachingSelfAttention):
     ) -> None:
         super().__init__(config, submodules, layer_number, *args, **options)
         self.attention = attention
-        self.simulation = Simulation(attention, dtype=config.params_dtype, device=torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        self.simulation = Simulation(attention, dtype=config.params_dtype, device=device)
+        self.kernels = build_simulation_kernels(attention, dtype=config.params_dtype, device=device)
         strategy = choose_exchange(attention, tensor_parallel=self.tp_group.size())
         self.exchange = build_head_exchange(strategy, self.tp_group)
         self.gathering = build_head_exchange("gather", self.tp_group)
         self.recomputes_simulation = (
             config.recompute_granularity == "selective" and "simulation" in config.recompute_modules
         )
+        # Between `forward` and `get_query_key_value_tensors`, which the parent calls in between.
+        self._angles: torch.Tensor | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the parent, which turns queries and keys where the simulation's kernels do not."""
+        self._angles = None
+        plain_pass = not args and all(options.get(name) is None for name in NOT_TURNED_BY_KERNELS)
+        if self._kernels_turn and plain_pass and isinstance(rotary_pos_emb, torch.Tensor):
+            self._angles, rotary_pos_emb = rotary_pos_emb, None
+        output, bias = super().forward(
+            hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **options
+        )
+        return output, bias
+
+    @property
+    def _kernels_turn(self) -> bool:
+        return self.kernels.turns and self.attention.simulate_features
 
     def get_query_key_value_tensors(
         self,
@@ -117,52 +150,40 @@ class SimulatedSelfAttention(CachingSelfAttention):
             base = self.linear_qkv(hidden_states)[:1]
         else:
             base = super().get_query_key_value_tensors(hidden_states)
+        simulate = functools.partial(self._simulate, self._angles)
         if self.recomputes_simulation and self.training:
             # Keeps the projected heads, 1/r or less of what the simulation makes of them.
-            query, key, value = checkpoint(self._simulate, False, *base)
+            query, key, value = checkpoint(simulate, False, *base)
         else:
-            query, key, value = self._simulate(*base)
+            query, key, value = simulate(*base)
         return query, key, value
 
-    def _simulate(self, *base: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _simulate(self, angles: torch.Tensor | None, *base: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Projected columns [S, B, C/P], or query, key and value with base heads -> the simulated three."""
         weights = self.simulation.summed_weights(self.tp_group)
+        places = base[0].shape[:2]
+        heads, source = [part.flatten(0, 1) for part in base], None
         if self.attention.simulates_heads:
-            base = tuple(self._simulated_heads(base[0], weights))
-        query, key, value = (
-            heads if f"heads.{name}" in weights else heads.repeat(1, 1, self.attention.head_expansion, 1)
-            for name, heads in zip(("query", "key", "value"), base, strict=True)
-        )
+            heads, source = self._simulated_heads(heads[0], weights)
+        three = {
+            name: part if f"heads.{name}" in weights else part.repeat(1, self.attention.head_expansion, 1)
+            for name, part in zip(NAMES, heads, strict=True)
+        }
         if self.attention.simulate_features:
-            query = simulate_features(query, weights["features.query"])
-            key = simulate_features(key, weights["features.key"])
-        return query, key, value
+            for name in ("query", "key"):
+                three[name] = self.kernels.features(name, three[name], weights, angles=angles, source=source)
+        return tuple(part.unflatten(0, places) for part in three.values())
 
     def _simulated_heads(
-        self, projected: torch.Tensor, weights: dict[str, ResidualMapWeights]
-    ) -> list[torch.Tensor]:
-        """Query, key and value [S, B, heads of this rank, D]; simulated ones with r times the heads."""
-        num_tokens = projected.shape[0] * projected.shape[1]
-        columns_TC = self.exchange.all_columns(projected.flatten(0, 1))
-
-        simulated, num_blocks = [], []
-        for name, heads_TCD in zip(("query", "key", "value"), self._split_columns(columns_TC), strict=True):
-            here = self.exchange.base_heads_here(heads_TCD.shape[1])
-            if f"heads.{name}" in weights:
-                simulated.append(simulate_heads(heads_TCD, weights[f"heads.{name}"], base_heads=here))
-                num_blocks.append(self.attention.head_expansion)
-            else:
-                simulated.append(heads_TCD[:, here])
-                num_blocks.append(1)
-        own = self.exchange.my_heads(simulated, num_blocks=num_blocks, num_tokens=num_tokens)
-        return [heads.unflatten(0, projected.shape[:2]) for heads in own]
-
-    def _split_columns(self, columns_TC: torch.Tensor) -> list[torch.Tensor]:
-        """[T, (N+2G)·D] in Megatron-core's order (each group's queries, key, value) -> [T, N | G | G, D]."""
-        groups = self.attention.num_key_value_heads
-        queries = self.attention.num_heads // groups
-        grouped = columns_TC.unflatten(1, (groups, queries + 2, self.attention.head_dim))
-        return [part.flatten(1, 2) for part in grouped.split([queries, 1, 1], dim=2)]
+        self, projected_TC: torch.Tensor, weights: dict[str, ResidualMapWeights]
+    ) -> tuple[list[torch.Tensor], HeadSource | None]:
+        """Query, key and value [T, heads of this rank, D], all copies of simulated ones; and their source."""
+        columns_TC = self.exchange.all_columns(projected_TC)
+        here = self.exchange.base_heads_here
+        simulated = self.kernels.heads(columns_TC, weights, here)
+        num_blocks = [self.attention.head_expansion if f"heads.{name}" in weights else 1 for name in NAMES]
+        own = self.exchange.my_heads(simulated, num_blocks=num_blocks, num_tokens=projected_TC.shape[0])
+        return own, None if self.exchange.sends_heads else HeadSource(columns_TC, here)
 
     def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, and by `kv_cache` every base key and value, or this rank's simulated ones.
@@ -171,7 +192,7 @@ class SimulatedSelfAttention(CachingSelfAttention):
         gather those of all tokens before at every step would be to send the cache each time.
         """
         columns, _ = self.linear_qkv(hidden_states)
-        heads = self._split_columns(self.gathering.all_columns(columns.flatten(0, 1)))
+        heads = self.kernels.split_columns(self.gathering.all_columns(columns.flatten(0, 1)))
         query, *kept = (part.unflatten(0, columns.shape[:2]) for part in heads)
         query = rotate_halves(self._simulate_own("query", query), angles)
         if self.attention.kv_cache == "simulated":

@@ -1,11 +1,10 @@
-"""Time of a self-attention block, forward and backward: SAS here, SAS literally, and multi-head."""
+"""Time and memory of a self-attention block, forward and backward: SAS, SAS literally, and multi-head."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,89 +12,126 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sas_megatron.attention.grouped import MultiHeadAttentionConfig
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.benchmarks.block_shape import BlockShape
+from sas_megatron.benchmarks.ceilings import measure_ceilings
 from sas_megatron.benchmarks.literal_attention import LiteralSimulatedAttention
+from sas_megatron.benchmarks.roofline import Point
+from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.model.costs import TRAINING_FACTOR, causal_half
 from sas_megatron.parallel.topology import Topology
 
 # Between our block and the literal one, norm over norm: rounding, or the two do not compute the same.
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
-
-@dataclass(frozen=True)
-class BlockShape:
-    """What is measured; the letters are those of the operator."""
-
-    num_heads: int = 12
-    head_expansion: int = 3
-    head_dim: int = 64
-    simulated_head_dim: int = 96
-    kernel_size: int = 3
-    sequence_length: int = 512
-    batch_size: int = 2
-
-    @property
-    def hidden_size(self) -> int:
-        """H = N·D."""
-        return self.num_heads * self.head_dim
-
-    def simulated(self) -> SimulatedAttentionConfig:
-        """The SAS block."""
-        return SimulatedAttentionConfig(
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            head_expansion=self.head_expansion,
-            simulated_head_dim=self.simulated_head_dim,
-            kernel_size=self.kernel_size,
-        )
-
-    def multi_head(self) -> MultiHeadAttentionConfig:
-        """The block that SAS is built on."""
-        return MultiHeadAttentionConfig(num_heads=self.num_heads, head_dim=self.head_dim)
+Block = Callable[[torch.Tensor], torch.Tensor]
 
 
 def measure_attention(
-    shape: BlockShape, topology: Topology, *, dtype: torch.dtype, repeats: int
+    shape: BlockShape, topology: Topology, *, dtype: torch.dtype, repeats: int, compiled: bool = False
 ) -> dict[str, Any]:
-    """Times the three blocks in turn, forward and backward.
+    """Times the blocks in turn, forward and backward.
+
+    Args:
+        shape: Sizes.
+        topology: A world of one.
+        dtype: Of weights and activations.
+        repeats: Rounds, after those that warm up.
+        compiled: Also the literal block under torch.compile.
 
     Returns:
-        Median seconds by block, and the median of the ratios of neighbouring runs (each round times
-        every block once, so that a drifting machine drifts for all).
+        Median seconds by block, and the medians of the ratios of neighbouring runs. Bytes that each block
+        keeps between forward and backward and, on a GPU, holds at the most beyond its input and weights.
 
     Raises:
         RuntimeError: our block and the literal one differ by more than rounding.
     """
-    torch.manual_seed(1)
-    ours = _build_block(shape.simulated(), shape, dtype)
-    literal = LiteralSimulatedAttention(shape.hidden_size, shape.simulated()).to(topology.device, dtype)
-    _share_weights(literal, ours)
-    hidden = torch.randn(
-        shape.sequence_length, shape.batch_size, shape.hidden_size, device=topology.device, dtype=dtype
-    )
-    rotary = RotaryEmbedding(shape.simulated_head_dim, 1.0)(shape.sequence_length)
-    angles = rotary[:, 0, 0].to(dtype)
-    multi_head = _build_block(shape.multi_head(), shape, dtype)
-    rotary_multi_head = RotaryEmbedding(shape.head_dim, 1.0)(shape.sequence_length)
-    blocks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "sas": lambda x: ours(x, None, rotary_pos_emb=rotary)[0],
-        "literal": lambda x: literal(x, angles),
-        "multi_head": lambda x: multi_head(x, None, rotary_pos_emb=rotary_multi_head)[0],
-    }
+    blocks, hidden, known = _build_blocks(shape, topology, dtype, compiled=compiled)
     difference = _difference(blocks["sas"](hidden), blocks["literal"](hidden))
     if difference > LARGEST_DIFFERENCE[dtype]:
         raise RuntimeError(
             f"the block and its literal form differ by {difference:.1e}; there is nothing to compare"
         )
-    seconds = _time_in_turn(blocks, hidden, repeats=repeats)
+    preparations = {name: _preparation(block, hidden) for name, block in blocks.items()}
+    seconds = time_in_turn(preparations, device=topology.device, rounds=repeats)
+    kept = {
+        name: _kept_bytes(block, hidden, known)
+        for name, block in blocks.items()
+        if name != "literal_compiled"
+    }
+    peak = None
+    if topology.device.type == "cuda":
+        peak = {name: _peak_bytes(prepare) for name, prepare in preparations.items()}
     return {
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "literal_over_sas": _median_ratio(seconds["literal"], seconds["sas"]),
-        "sas_over_multi_head": _median_ratio(seconds["sas"], seconds["multi_head"]),
+        "literal_over_sas": median_ratio(seconds["literal"], seconds["sas"]),
+        "literal_compiled_over_sas": median_ratio(seconds["literal_compiled"], seconds["sas"])
+        if compiled
+        else None,
+        "sas_over_multi_head": median_ratio(seconds["sas"], seconds["multi_head"]),
+        "kept_bytes": kept,
+        "peak_bytes": peak,
+        "kept_share_of_literal": kept["sas"] / kept["literal"],
+        "peak_share_of_literal": None if peak is None else peak["sas"] / peak["literal"],
+        "ceilings": dataclasses.asdict(measure_ceilings(topology.device, dtype)),
+        "least_work": _least_work(shape, hidden.element_size()),
         "relative_difference": difference,
         "repeats": repeats,
     }
+
+
+def points_of(result: dict[str, Any]) -> list[Point]:
+    """For the roofline."""
+    return [
+        Point(name, **result["least_work"]["multi_head" if name == "multi_head" else "sas"], seconds=seconds)
+        for name, seconds in result["seconds"].items()
+    ]
+
+
+def _least_work(shape: BlockShape, element_bytes: int) -> dict[str, dict[str, float]]:
+    """FLOPs forward and backward, of scores the causal half; bytes of the block's input, output and weights,
+    and of their gradients, each once.
+    """
+    work = {}
+    for name, attention in (("sas", shape.simulated()), ("multi_head", shape.multi_head())):
+        terms = attention.count_forward_flops(shape.hidden_size, sequence_length=shape.sequence_length)
+        flops = sum(causal_half(terms, sequence_length=shape.sequence_length).values())
+        parameters = sum(attention.count_parameters(shape.hidden_size, linear_bias=False).values())
+        passed = 4 * shape.num_tokens * shape.hidden_size
+        work[name] = {
+            "flops": TRAINING_FACTOR * shape.num_tokens * flops,
+            "num_bytes": element_bytes * (passed + 2 * parameters),
+        }
+    return work
+
+
+def _build_blocks(
+    shape: BlockShape, topology: Topology, dtype: torch.dtype, *, compiled: bool
+) -> tuple[dict[str, Block], torch.Tensor, set[int]]:
+    """The blocks by name, an input for all, and the storages that are there before any pass."""
+    torch.manual_seed(1)
+    ours = _build_block(shape.simulated(), shape, dtype)
+    literal = LiteralSimulatedAttention(shape.hidden_size, shape.simulated()).to(topology.device, dtype)
+    _share_weights(literal, ours)
+    multi_head = _build_block(shape.multi_head(), shape, dtype)
+    hidden = torch.randn(
+        shape.sequence_length, shape.batch_size, shape.hidden_size, device=topology.device, dtype=dtype
+    )
+    rotary = RotaryEmbedding(shape.simulated_head_dim, 1.0)(shape.sequence_length)
+    rotary_multi_head = RotaryEmbedding(shape.head_dim, 1.0)(shape.sequence_length)
+    angles = rotary[:, 0, 0]
+    blocks: dict[str, Block] = {
+        "sas": lambda x: ours(x, None, rotary_pos_emb=rotary)[0],
+        "literal": lambda x: literal(x, angles),
+        "multi_head": lambda x: multi_head(x, None, rotary_pos_emb=rotary_multi_head)[0],
+    }
+    if compiled:
+        literal_compiled = torch.compile(literal)
+        blocks["literal_compiled"] = lambda x: literal_compiled(x, angles)
+    there = [rotary, rotary_multi_head]
+    for module in (ours, literal, multi_head):
+        there += module.parameters()
+    return blocks, hidden, {tensor.untyped_storage().data_ptr() for tensor in there}
 
 
 def _build_block(attention: AttentionConfig, shape: BlockShape, dtype: torch.dtype) -> Any:
@@ -130,27 +166,42 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return float((actual - expected).norm() / expected.norm())
 
 
-def _time_in_turn(
-    blocks: dict[str, Callable[[torch.Tensor], torch.Tensor]], hidden: torch.Tensor, *, repeats: int
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in blocks}
-    for round_number in range(repeats + 2):
-        for name, block in blocks.items():
-            elapsed = _time_once(block, hidden)
-            if round_number >= 2:  # the first two warm up
-                seconds[name].append(elapsed)
-    return seconds
+def _preparation(block: Block, hidden: torch.Tensor) -> Preparation:
+    def prepare() -> Callable[[], object]:
+        leaf = hidden.detach().requires_grad_()
+
+        def run() -> torch.Tensor:
+            output = block(leaf)
+            output.backward(torch.ones_like(output))
+            return output
+
+        return run
+
+    return prepare
 
 
-def _time_once(block: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> float:
-    leaf = hidden.detach().requires_grad_()
+def _kept_bytes(block: Block, hidden: torch.Tensor, known: set[int]) -> int:
+    """Of storages that autograd holds after the forward pass, without those that are known."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = block(hidden.detach().requires_grad_())
+    del output
+    return sum(kept.values())
+
+
+def _peak_bytes(prepare: Preparation) -> int:
+    """The most that is allocated in a pass forward and backward, beyond what was before."""
+    run = prepare()
     torch.cuda.synchronize()
-    begun = time.perf_counter()
-    output = block(leaf)
-    output.backward(torch.ones_like(output))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
     torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+    return int(torch.cuda.max_memory_allocated() - before)

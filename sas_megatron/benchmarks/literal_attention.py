@@ -79,9 +79,9 @@ class LiteralSimulatedAttention(nn.Module):
 
 
 def rotate(heads_SBME: torch.Tensor, angles_SR: torch.Tensor) -> torch.Tensor:
-    """Rotary positions on the first R features; pairs are R/2 apart."""
+    """Rotary positions on the first R features; pairs are R/2 apart, and angles in float32."""
     width = angles_SR.shape[-1]
     turned, rest = heads_SBME[..., :width], heads_SBME[..., width:]
     first, second = turned.chunk(2, dim=-1)
-    cosine, sine = angles_SR.cos()[:, None, None], angles_SR.sin()[:, None, None]
+    cosine, sine = (x[:, None, None].to(heads_SBME.dtype) for x in (angles_SR.cos(), angles_SR.sin()))
     return torch.cat([turned * cosine + torch.cat([-second, first], dim=-1) * sine, rest], dim=-1)

@@ -15,7 +15,7 @@ Architecture = dict[str, dict[str, Any]]
 
 # How training starts and regularizes, how the tables are padded, and other ways to compute the same.
 _NOT_OF_THE_MODEL = {"init_std", "hidden_dropout", "vocab_multiple"}
-_NOT_OF_THE_ATTENTION = {"initialization", "dropout", "backend", "exchange", "kv_cache"}
+_NOT_OF_THE_ATTENTION = {"initialization", "dropout", "backend", "exchange", "kernel", "kv_cache"}
 
 
 def describe_architecture(model: ModelConfig, attention: AttentionConfig) -> Architecture:

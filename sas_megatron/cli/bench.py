@@ -2,60 +2,232 @@
 
 from __future__ import annotations
 
-import json
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
+
+from sas_megatron.cli.measurements import best_tiles, draw, place, share, show, stamp
+
+if TYPE_CHECKING:
+    import torch
+
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
+OUTPUT_OPTION = click.option(
+    "--output", type=click.Path(path_type=Path), help="PNG to draw the measurements in, under the roofline."
+)
+
+
+def _shape_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Sizes of a block of self-attention, precision and rounds."""
+    sizes = {
+        "num-heads": 12,
+        "head-expansion": 3,
+        "head-dim": 64,
+        "simulated-head-dim": 96,
+        "kernel-size": 3,
+        "sequence-length": 512,
+        "batch-size": 2,
+    }
+    options = [
+        *(
+            click.option(f"--{name}", type=int, default=size, show_default=True)
+            for name, size in sizes.items()
+        ),
+        click.option(
+            "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+        ),
+        click.option("--threads", type=int, default=None, help="CPU threads; by default one a processor."),
+        click.option(
+            "--repeats", type=int, default=9, show_default=True, help="Rounds, after two that warm up."
+        ),
+    ]
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def bench() -> None:
-    """Measure attention and tokenization on this machine."""
+    """Measure speed and memory on this machine."""
 
 
 @bench.command()
-@click.option("--num-heads", type=int, default=12, show_default=True)
-@click.option("--head-expansion", type=int, default=3, show_default=True)
-@click.option("--head-dim", type=int, default=64, show_default=True)
-@click.option("--simulated-head-dim", type=int, default=96, show_default=True)
-@click.option("--kernel-size", type=int, default=3, show_default=True)
-@click.option("--sequence-length", type=int, default=512, show_default=True)
-@click.option("--batch-size", type=int, default=2, show_default=True)
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--threads", type=int, default=None, help="CPU threads; by default one a processor.")
-@click.option("--repeats", type=int, default=9, show_default=True, help="Rounds, after two that warm up.")
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
-def attention(precision: str, threads: int | None, repeats: int, as_json: bool, **shape: int) -> None:
+@_shape_options
+@click.option(
+    "--compile/--no-compile", "compiled", default=False, help="Also torch.compile the literal form."
+)
+@OUTPUT_OPTION
+@JSON_OPTION
+def attention(
+    precision: str,
+    threads: int | None,
+    repeats: int,
+    compiled: bool,
+    output: Path | None,
+    as_json: bool,
+    **sizes: int,
+) -> None:
     """Time the SAS block, forward and backward, against its literal form and against multi-head."""
-    import os
+    device = _prepare(threads)
 
-    from sas_megatron.platform.device import describe_machine, prepare_device
-
-    device = prepare_device()
-
-    import torch
-
-    from sas_megatron.benchmarks.attention import BlockShape, measure_attention
+    from sas_megatron.benchmarks.attention import measure_attention, points_of
+    from sas_megatron.benchmarks.block_shape import BlockShape
     from sas_megatron.config.parallel import ParallelConfig
     from sas_megatron.model.assembly import DTYPES
     from sas_megatron.parallel.topology import joined_topology
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
     with joined_topology(ParallelConfig(), device=device, seed=1, timeout_minutes=1) as topology:
-        result = measure_attention(BlockShape(**shape), topology, dtype=DTYPES[precision], repeats=repeats)
-    facts = {"shape": shape, "precision": precision, "threads": torch.get_num_threads()}
-    _show(
-        {**facts, **result, **_place(describe_machine(device))},
-        as_json,
-        [
-            ("SAS block", f"{result['seconds']['sas'] * 1e3:.1f} ms"),
-            ("literal modules", f"{result['seconds']['literal'] * 1e3:.1f} ms"),
-            ("multi-head block", f"{result['seconds']['multi_head'] * 1e3:.1f} ms"),
-            ("literal / SAS", f"{result['literal_over_sas']:.2f}"),
-            ("SAS / multi-head", f"{result['sas_over_multi_head']:.2f}"),
-        ],
+        result = measure_attention(
+            BlockShape(**sizes), topology, dtype=DTYPES[precision], repeats=repeats, compiled=compiled
+        )
+    result = {"shape": sizes, "precision": precision, **result, **place(device)}
+    if output is not None:
+        draw(points_of(result), output, result)
+    titles = {
+        "sas": "SAS block",
+        "literal": "literal modules",
+        "literal_compiled": "literal modules, compiled",
+        "multi_head": "multi-head block",
+    }
+    rows = [(titles[name], f"{seconds * 1e3:.2f} ms") for name, seconds in result["seconds"].items()]
+    rows.append(("literal / SAS", f"{result['literal_over_sas']:.2f}"))
+    if compiled:
+        rows.append(("literal, compiled / SAS", f"{result['literal_compiled_over_sas']:.2f}"))
+    rows += [
+        ("SAS / multi-head", f"{result['sas_over_multi_head']:.2f}"),
+        ("kept for the backward pass, SAS / literal", f"{result['kept_share_of_literal']:.0%}"),
+        ("memory at the peak, SAS / literal", share(result["peak_share_of_literal"])),
+    ]
+    show(result, as_json, rows)
+
+
+@bench.command()
+@_shape_options
+@click.option("--sweep", is_flag=True, help="Also time every fused kernel with other tiles; needs a GPU.")
+@OUTPUT_OPTION
+@JSON_OPTION
+def simulation(
+    precision: str,
+    threads: int | None,
+    repeats: int,
+    sweep: bool,
+    output: Path | None,
+    as_json: bool,
+    **sizes: int,
+) -> None:
+    """Time the head and feature simulation alone, against the floor of its bytes and FLOPs."""
+    device = _prepare(threads)
+    _refuse_without_gpu(device, sweep)
+
+    from sas_megatron.benchmarks.block_shape import BlockShape
+    from sas_megatron.benchmarks.simulation import measure_simulation, points_of
+    from sas_megatron.model.assembly import DTYPES
+
+    shape, dtype = BlockShape(**sizes), DTYPES[precision]
+    result = measure_simulation(shape, device=device, dtype=dtype, repeats=repeats)
+    result = {"shape": sizes, "precision": precision, **result, **place(device)}
+    if sweep:
+        from sas_megatron.benchmarks.tile_sweep import sweep_tiles
+
+        result["sweep"] = sweep_tiles(shape, device=device, dtype=dtype, repeats=repeats)
+    if output is not None:
+        draw(points_of(result), output, result)
+    rows = [
+        (name, f"{row['seconds'] * 1e3:.3f} ms, {row['over_floor']:.2f} × the floor")
+        for name, row in result["rows"].items()
+    ]
+    if device.type != "cuda":
+        rows.append(("fused", "not measured: no GPU"))
+    for name, ratio in result["plain_over_fused"].items():
+        if ratio is not None:
+            rows.append((f"plain / fused, {name}", f"{ratio:.2f}"))
+    ceilings = result["ceilings"]
+    rows += [
+        ("a large copy", f"{ceilings['copied_bytes_per_second'] / 1e9:,.1f} GB/s"),
+        ("a large product", f"{ceilings['matrix_flops_per_second'] / 1e12:,.2f} TFLOP/s"),
+        *best_tiles(result.get("sweep", [])),
+    ]
+    show(result, as_json, rows)
+
+
+@bench.command()
+@click.argument("base", type=click.Path())
+@click.argument("other", type=click.Path())
+@click.argument("overrides", nargs=-1)
+@click.option("--microbatches", type=int, default=2, show_default=True, help="Of a step.")
+@click.option("--rounds", type=int, default=3, show_default=True)
+@JSON_OPTION
+def step(
+    base: str, other: str, overrides: tuple[str, ...], microbatches: int, rounds: int, as_json: bool
+) -> None:
+    """Time whole training steps of OTHER against BASE, beside their FLOPs, on one copy of each model.
+
+    OVERRIDES (section.field=value) apply to both.
+    """
+    from sas_megatron.config.loading import load_run_config
+
+    configs = {path: load_run_config(path, list(overrides)) for path in (base, other)}
+    device = _prepare(None)
+
+    from sas_megatron.benchmarks.steps import measure_steps, with_microbatches
+
+    result = measure_steps(
+        {path: with_microbatches(config, microbatches) for path, config in configs.items()},
+        device=device,
+        rounds=rounds,
     )
+    rows = [
+        (
+            path,
+            f"{row['seconds']:.4f} s, {row['flops_utilization']:.1%} of the peak "
+            f"({row['flops_utilization_causal']:.1%} by the causal half)",
+        )
+        for path, row in result["rows"].items()
+    ]
+    rows += [
+        ("parameters", f"{result['parameter_ratio']:.3f}"),
+        ("time", f"{result['time_ratio']:.3f}"),
+        ("FLOPs", f"{result['flops_ratio']:.3f}"),
+        ("time / FLOPs", f"{result['time_over_flops']:.3f}"),
+        ("the peak", f"{result['peak_flops_per_second'] / 1e12:,.2f} TFLOP/s ({result['peak_is_of']})"),
+    ]
+    show({**result, **place(device)}, as_json, rows)
+
+
+@bench.command()
+@click.argument("config", type=click.Path(), default="configs/125m/mha.yaml")
+@click.argument("overrides", nargs=-1)
+@click.option("--steps", type=int, default=20, show_default=True, help="After three that warm up.")
+@JSON_OPTION
+def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> None:
+    """Measure what the training loop takes beside forward, backward and optimizer, in a real run of CONFIG.
+
+    OVERRIDES (section.field=value) apply to it; the data are made up.
+    """
+    import contextlib
+    import sys
+    import tempfile
+
+    from sas_megatron.config.loading import load_run_config
+
+    loaded = load_run_config(config, list(overrides))
+    device = _prepare(None)
+
+    from sas_megatron.benchmarks.loop import measure_loop, on_made_up_data
+    from sas_megatron.parallel.topology import joined_topology
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = on_made_up_data(loaded, Path(folder), num_steps=steps)
+        with (
+            # The run's own console, which would stand amid the result.
+            contextlib.redirect_stdout(sys.stderr),
+            joined_topology(run.parallel, device=device, seed=1, timeout_minutes=10) as topology,
+        ):
+            result = measure_loop(run, topology)
+    rows = [(name, f"{seconds * 1e3:.2f} ms") for name, seconds in result["seconds"].items()]
+    rows.append(("loop / step", f"{result['share_of_step']:.2%}"))
+    show({"config": config, "overrides": overrides, **result, **place(device)}, as_json, rows)
 
 
 @bench.command()
@@ -67,38 +239,32 @@ def attention(precision: str, threads: int | None, repeats: int, as_json: bool, 
 )
 @click.option("--workers", type=int, default=2, show_default=True)
 @click.option("--repeats", type=int, default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
-def tokenization(
-    tokenizer_path: Path | None, source: Path | None, workers: int, repeats: int, as_json: bool
-) -> None:
+@JSON_OPTION
+def data(tokenizer_path: Path | None, source: Path | None, workers: int, repeats: int, as_json: bool) -> None:
     """Speed of `data prepare` against as many concurrent processes of sentencepiece alone."""
     import tempfile
 
-    from sas_megatron.benchmarks.tokenization import measure_tokenization
+    from sas_megatron.benchmarks.data import measure_preparation
     from sas_megatron.data.corpus import builtin_corpus
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.tokenizer_training import train_tokenizer
+    from sas_megatron.platform.machine import describe_processor
 
     source = source or builtin_corpus()
     with tempfile.TemporaryDirectory() as folder:
         if tokenizer_path is None:
             tokenizer_path = Path(folder) / "tokenizer.model"
             train_tokenizer(stream_documents([source]), vocab_size=8192, model_path=tokenizer_path)
-        result = measure_tokenization(source, tokenizer_path, workers=workers, repeats=repeats)
-
-    from sas_megatron.platform.machine import describe_processor
-
-    _show(
-        {**result, **_place(describe_processor())},
-        as_json,
-        [
-            ("data prepare", f"{result['prepare_tokens_per_second']:,.0f} tokens/s"),
-            (f"{workers} bare processes", f"{result['bare_tokens_per_second']:,.0f} tokens/s"),
-            ("ratio", f"{result['ratio']:.2f}"),
-            ("peak memory", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
-            ("of a corpus three times as long", f"{result['peak_memory_bytes_of_triple'] / 2**20:.0f} MiB"),
-        ],
-    )
+        result = measure_preparation(source, tokenizer_path, workers=workers, repeats=repeats)
+    rows = [
+        ("data prepare", f"{result['prepare_tokens_per_second']:,.0f} tokens/s"),
+        (f"{workers} bare processes", f"{result['bare_tokens_per_second']:,.0f} tokens/s"),
+        ("ratio", f"{result['ratio']:.2f}"),
+        ("the whole command", f"{result['command_seconds']:.2f} s"),
+        ("peak memory", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
+        ("of a corpus three times as long", f"{result['peak_memory_bytes_of_triple'] / 2**20:.0f} MiB"),
+    ]
+    show({**result, **stamp(describe_processor())}, as_json, rows)
 
 
 @bench.command()
@@ -112,12 +278,12 @@ def tokenization(
     "--gigabytes", type=float, default=1.0, show_default=True, help="10⁹ bytes, in memory four times."
 )
 @click.option("--repeats", type=int, default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
+@JSON_OPTION
 def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -> None:
     """Time that saving takes from training, and its rate, against one copy in memory and against dd."""
     import tempfile
 
-    from sas_megatron.platform.device import describe_machine, prepare_device
+    from sas_megatron.platform.device import prepare_device
 
     device = prepare_device()
 
@@ -134,18 +300,15 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
     ):
         result = measure_checkpointing(Path(folder), config, topology, gigabytes=gigabytes, repeats=repeats)
     seconds = result["seconds"]
-    _show(
-        {**result, **_place(describe_machine(device))},
-        as_json,
-        [
-            ("one copy in memory", f"{seconds['copy']:.3f} s"),
-            ("blocked by an asynchronous save", f"{seconds['blocked']:.3f} s"),
-            ("blocked / copy", f"{result['blocked_over_copy']:.2f}"),
-            ("save, checksums included", f"{seconds['save']:.3f} s"),
-            ("dd conv=fsync", f"{seconds['dd']:.3f} s"),
-            ("rate of a save / of dd", f"{result['save_rate_over_dd']:.2f}"),
-        ],
-    )
+    rows = [
+        ("one copy in memory", f"{seconds['copy']:.3f} s"),
+        ("blocked by an asynchronous save", f"{seconds['blocked']:.3f} s"),
+        ("blocked / copy", f"{result['blocked_over_copy']:.2f}"),
+        ("save, checksums included", f"{seconds['save']:.3f} s"),
+        ("dd conv=fsync", f"{seconds['dd']:.3f} s"),
+        ("rate of a save / of dd", f"{result['save_rate_over_dd']:.2f}"),
+    ]
+    show({**result, **place(device)}, as_json, rows)
 
 
 @bench.command()
@@ -159,11 +322,7 @@ def scoring(
     config: str | None, num_tokens: int, batch_tokens: int, threads: int | None, repeats: int, as_json: bool
 ) -> None:
     """Rate of scoring passages, as `evaluate` does, against the bare forward pass of the same model."""
-    import os
-
-    from sas_megatron.platform.device import describe_machine, prepare_device
-
-    device = prepare_device()
+    device = _prepare(threads)
 
     import torch
 
@@ -172,14 +331,13 @@ def scoring(
     from sas_megatron.config.loading import load_run_config
     from sas_megatron.parallel.topology import joined_topology
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
     run = load_run_config(config or CONFIGS / "quickstart_sas.yaml", ["parallel.tensor=1"])
     with joined_topology(run.parallel, device=device, seed=1, timeout_minutes=10) as topology:
         result = measure_scoring(
             run, topology, num_tokens=num_tokens, batch_tokens=batch_tokens, repeats=repeats
         )
-    _show(
-        {**result, "threads": torch.get_num_threads(), **_place(describe_machine(device))},
+    show(
+        {**result, "threads": torch.get_num_threads(), **place(device)},
         as_json,
         [
             (f"{kind}, {name}", f"{result[kind][name]:.2f}" if name == "ratio" else f"{rate:,.0f} tokens/s")
@@ -189,22 +347,22 @@ def scoring(
     )
 
 
-def _place(machine: dict[str, object]) -> dict[str, Any]:
-    import datetime
+def _prepare(threads: int | None) -> torch.device:
+    """The device, and on a CPU as many threads as there are processors, or as asked for."""
+    import os
 
-    return {"machine": machine, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    from sas_megatron.platform.device import prepare_device
+
+    device = prepare_device()
+
+    import torch
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    return device
 
 
-def _show(result: dict[str, Any], as_json: bool, rows: list[tuple[str, str]]) -> None:
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
+def _refuse_without_gpu(device: torch.device, sweep: bool) -> None:
+    from sas_megatron.config.errors import UserError
 
-    table = Table(title=f"{result['machine'].get('gpu') or result['machine']['processor']}, {result['date']}")
-    table.add_column("measure")
-    table.add_column("median", justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    if sweep and device.type != "cuda":
+        raise UserError("--sweep: the fused kernels need a CUDA device; leave it out")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,9 @@ from megatron.core.tensor_parallel.mappings import (
 
 class HeadExchange(ABC):
     """Moves projected columns to where heads are simulated, and simulated heads to where they attend."""
+
+    # Whether `my_heads` brings what other ranks computed.
+    sends_heads: ClassVar[bool] = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -96,6 +100,8 @@ class GatherExchange(HeadExchange):
 
 class AllToAllExchange(HeadExchange):
     """Trades tokens for columns, and simulated heads for tokens; one may have more than another, or none."""
+
+    sends_heads = True
 
     def all_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
         """[T, C/P] -> [T/P, C]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sas_megatron.attention.simulated import SimulatedAttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
@@ -58,7 +59,7 @@ def stage_ranks(config: RunConfig, world_size: int) -> list[int]:
 
 
 def for_hardware(config: RunConfig, hardware: Hardware) -> RunConfig:
-    """The config with the attention kernel that the hardware would run.
+    """The config with the attention kernel that the hardware would run, and a simulation that can be counted.
 
     The simulation's tensors say they are the CPU's. On a GPU `auto` is torch's fused kernel, which keeps
     the same tensors as the fused kernel of the CPU, and draws its dropout inside, where the CPU's
@@ -67,4 +68,7 @@ def for_hardware(config: RunConfig, hardware: Hardware) -> RunConfig:
     attention = config.attention
     if hardware.device == "gpu" and attention.backend != "unfused":
         attention = attention.model_copy(update={"backend": "fused", "dropout": 0.0})
+    if isinstance(attention, SimulatedAttentionConfig):
+        # Fused kernels are no operations of torch. (So their activations are counted as the plain form's.)
+        attention = attention.model_copy(update={"kernel": "plain"})
     return config.model_copy(update={"attention": attention})

@@ -95,6 +95,34 @@ def test_lower_precision_stays_within_the_table(
     check(ranks, LayerCase.of(dtype=dtype, exchange=exchange, **OPERATORS["grouped"]), tensor)
 
 
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("unfused", "fused")])
+def test_fused_kernels_compute_the_definition(ranks: Any, operator: str) -> None:
+    fields = {**OPERATORS[operator], "kernel": "fused", "exchange": "gather"}
+    check(ranks, LayerCase.of(dtype=torch.float32, **fields), 1)
+
+
+@pytest.mark.parametrize("exchange", BOTH)
+@pytest.mark.parametrize(
+    ("operator", "sequence_parallel"),
+    [
+        ("plain", True),
+        ("grouped", False),
+        ("multi-query", True),
+        ("no key heads", False),
+        ("partial rotary", False),
+    ],
+)
+def test_fused_kernels_compute_the_definition_on_two_ranks(
+    ranks: Any, operator: str, exchange: str, sequence_parallel: bool
+) -> None:
+    fields = {**OPERATORS[operator], "kernel": "fused", "exchange": exchange}
+    check(ranks, LayerCase.of(dtype=torch.float32, sequence_parallel=sequence_parallel, **fields), 2)
+
+
+def test_fused_kernels_stay_within_the_table_in_bfloat16(ranks: Any) -> None:
+    check(ranks, LayerCase.of(dtype=torch.bfloat16, kernel="fused", **OPERATORS["grouped"]), 1)
+
+
 def _without_gradient_sum(case: LayerCase, tensor: int) -> Any:
     from sas_megatron.attention import simulated_layer
 

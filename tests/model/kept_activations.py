@@ -95,7 +95,7 @@ def _kept_by_pieces(config: RunConfig) -> dict[str, int]:
 
     pieces = build_gpt_pieces(config)
     microbatch = Microbatch.of(config)
-    meter = _meter_of(pieces)
+    meter = _meter_of(pieces, fused=_is_fused(config))
     meter.leave_out(*microbatch.tensors())
     with meter:
         outputs = [microbatch.pass_through(config, piece) for piece in pieces]
@@ -105,13 +105,21 @@ def _kept_by_pieces(config: RunConfig) -> dict[str, int]:
     return kept
 
 
-def _meter_of(pieces: list[Any]) -> KeptMeter:
+def _is_fused(config: RunConfig) -> bool:
+    return getattr(config.attention, "kernel", "plain") == "fused"
+
+
+def _meter_of(pieces: list[Any], *, fused: bool) -> KeptMeter:
     """A meter that leaves out what the pieces hold anyway."""
     meter = KeptMeter(TermTracer(*pieces))
 
     def leave_out_angles(_module: Any, _inputs: Any, angles: torch.Tensor) -> None:
-        # Made once, for as long as the model lives.
+        # Made once, for as long as the model lives; so is the fused kernels' table of them.
         meter.leave_out(angles)
+        if fused:
+            from sas_megatron.kernels.features import turns_of
+
+            meter.leave_out(turns_of(angles))
 
     for piece in pieces:
         meter.leave_out(*piece.parameters())
@@ -135,7 +143,7 @@ def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) ->
     world_size = config.parallel.model_size
     with fake_world(config.parallel, rank=rank, world_size=world_size), undrawn_weights():
         engine = assemble(config)
-        with _meter_of(engine.pieces) as meter:
+        with _meter_of(engine.pieces, fused=_is_fused(config)) as meter:
             engine.accumulate(batches(meter), num_microbatches=num_microbatches)
         assert not meter.terms.total(), "something is kept of a step that is done"
         return {name: size for name, size in meter.peak.items() if size}

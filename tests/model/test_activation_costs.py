@@ -38,6 +38,37 @@ def test_two_tensor_ranks_keep_what_is_counted(ranks: Any, name: str, sequence: 
     assert ranks(2).run(kept_bytes, config) == 2 * [count_activation_bytes(config, device="cpu")]
 
 
+@pytest.mark.parametrize(
+    "recompute", [{}, {"recompute": "selective", "recompute_modules": ["simulation"]}], ids=str
+)
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name.startswith("sas")])
+def test_fused_kernels_keep_what_is_counted(
+    ranks: Any, name: str, tensor: int, recompute: dict[str, Any]
+) -> None:
+    config = small_config(
+        attention={**ATTENTIONS[name], "backend": "fused", "kernel": "fused"},
+        parallel={"tensor": tensor},
+        training={"num_steps": 9, "global_batch_size": 4, "micro_batch_size": 2, **recompute},
+    )
+    assert ranks(tensor).run(kept_bytes, config) == tensor * [count_activation_bytes(config, device="cpu")]
+
+
+def test_fused_kernels_are_counted_where_auto_takes_them() -> None:
+    by_kernel = {
+        (kernel, precision): count_activation_bytes(
+            small_config(
+                attention={**ATTENTIONS["sas-gather"], "kernel": kernel}, training={"precision": precision}
+            ),
+            device="gpu",
+        )
+        for kernel in ("auto", "plain", "fused")
+        for precision in ("float32", "bfloat16")
+    }
+    assert by_kernel["auto", "bfloat16"] == by_kernel["fused", "bfloat16"] != by_kernel["plain", "bfloat16"]
+    assert by_kernel["auto", "float32"] == by_kernel["plain", "float32"] != by_kernel["fused", "float32"]
+
+
 @sweep(40)
 @given(config=shared_runs())
 def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(simulator: Any, config: RunConfig) -> None:

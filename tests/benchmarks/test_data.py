@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sas_megatron.benchmarks.tokenization import measure_tokenization
+from sas_megatron.benchmarks.data import measure_preparation
 from sas_megatron.data.prepare import prepare_token_files
 
 
 def test_it_measures_speed_and_memory(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    measured = measure_tokenization(corpus, tokenizer_path, workers=2, repeats=1)
+    measured = measure_preparation(corpus, tokenizer_path, workers=2, repeats=1)
     preparation = prepare_token_files(
         [corpus], tokenizer_path=tokenizer_path, prefix=tmp_path / "tokens", num_workers=2
     )

@@ -37,7 +37,7 @@ print(sum(map(len, encoded)), seconds, flush=True)
 
 
 @dataclass(frozen=True)
-class TokenizationMeasurement:
+class PreparationMeasurement:
     """Medians over repeats that alternate between the two; imports of the processes are left out of both."""
 
     workers: int
@@ -47,19 +47,22 @@ class TokenizationMeasurement:
     prepare_tokens_per_second: float
     bare_tokens_per_second: float  # as many concurrent processes of sentencepiece alone
     ratio: float
+    command_seconds: float  # of the whole command, imports included
     peak_memory_bytes: int  # resident memory of all processes, the command itself included
     peak_memory_bytes_of_triple: int  # of a corpus three times as long
 
 
-def measure_tokenization(
+def measure_preparation(
     source_parquet: Path, tokenizer_path: Path, *, workers: int, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measures and returns the fields of `TokenizationMeasurement`; the Parquet file has a column `text`."""
+    """Measures and returns the fields of `PreparationMeasurement`; the Parquet file has a column `text`."""
     prepare_speeds: list[float] = []
     bare_speeds: list[float] = []
+    command_seconds: list[float] = []
     tokens = text_bytes = 0
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder, "tokens")
+        command = _command(source_parquet, tokenizer_path, prefix, workers)
         for _ in range(repeats):
             preparation = prepare_token_files(
                 [source_parquet],
@@ -71,12 +74,13 @@ def measure_tokenization(
             tokens, text_bytes = preparation.manifest.num_tokens, preparation.manifest.text_bytes
             prepare_speeds.append(tokens / preparation.encoding_seconds)
             bare_speeds.append(_measure_bare(source_parquet, tokenizer_path, workers))
-        peak = _measure_memory(source_parquet, tokenizer_path, prefix, workers)
+            command_seconds.append(_time_command(command))
+        peak = _measure_memory(command)
         triple = _write_triple(source_parquet, Path(folder, "triple.parquet"))
-        peak_of_triple = _measure_memory(triple, tokenizer_path, prefix, workers)
+        peak_of_triple = _measure_memory(_command(triple, tokenizer_path, prefix, workers))
     prepare_speed, bare_speed = statistics.median(prepare_speeds), statistics.median(bare_speeds)
     return asdict(
-        TokenizationMeasurement(
+        PreparationMeasurement(
             workers,
             repeats,
             tokens,
@@ -84,6 +88,7 @@ def measure_tokenization(
             prepare_speed,
             bare_speed,
             prepare_speed / bare_speed,
+            statistics.median(command_seconds),
             peak,
             peak_of_triple,
         )
@@ -128,11 +133,20 @@ def _write_triple(source_parquet: Path, path: Path) -> Path:
     return path
 
 
-def _measure_memory(source: Path, tokenizer_path: Path, prefix: Path, workers: int) -> int:
-    """The peak of a command of its own, so that what this process has loaded does not count."""
+def _command(source: Path, tokenizer_path: Path, prefix: Path, workers: int) -> list[str]:
+    """In a process of its own, so that what this one has loaded does not count."""
     arguments = ["data", "prepare", str(source), "--tokenizer", str(tokenizer_path), "--output", str(prefix)]
-    command = [sys.executable, "-m", "sas_megatron", *arguments, "--workers", str(workers), "--overwrite"]
-    process = subprocess.Popen([str(argument) for argument in command], stdout=subprocess.DEVNULL)
+    return [sys.executable, "-m", "sas_megatron", *arguments, "--workers", str(workers), "--overwrite"]
+
+
+def _time_command(command: list[str]) -> float:
+    begun = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begun
+
+
+def _measure_memory(command: list[str]) -> int:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, sum(_resident_bytes(pid) for pid in _process_tree(process.pid)))

@@ -1,0 +1,162 @@
+"""Time of the head and feature simulation alone, against what its bytes and its FLOPs allow at best."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.simulated_layer import Simulation
+from sas_megatron.attention.simulation_kernels import (
+    FusedKernels,
+    HeadSource,
+    PlainKernels,
+    SimulationKernels,
+    build_simulation_kernels,
+)
+from sas_megatron.benchmarks.block_shape import BlockShape
+from sas_megatron.benchmarks.ceilings import Ceilings, measure_ceilings
+from sas_megatron.benchmarks.roofline import Point
+from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
+from sas_megatron.kernels.residual_weights import ResidualMapWeights
+from sas_megatron.platform.rotary import rotate_halves
+
+PASSES = ("forward", "backward")
+
+
+class SimulationCase:
+    """A layer's simulation on random columns: query, key and value, rotary positions included."""
+
+    def __init__(self, shape: BlockShape, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.shape = shape
+        self.attention = shape.simulated()
+        torch.manual_seed(1)
+        simulation = Simulation(self.attention, dtype=dtype, device=device)
+        simulation.requires_grad_(True)
+        for parameter in simulation.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weights: dict[str, ResidualMapWeights] = {
+            f"{kind}.{name}": part.weights()
+            for kind in ("heads", "features")
+            for name, part in getattr(simulation, kind).items()
+        }
+        self.columns = torch.randn(shape.num_tokens, self.attention.qkv_width, **options, requires_grad=True)
+        self.leaves = [self.columns, *simulation.parameters()]
+        self.angles = RotaryEmbedding(self.attention.rotary_width, 1.0)(shape.sequence_length)
+        many, wide, narrow = self.attention.num_simulated_heads, self.attention.query_key_dim, shape.head_dim
+        self.gradients = [
+            torch.randn(shape.num_tokens, many, width, **options) for width in (wide, wide, narrow)
+        ]
+
+    def run(self, kernels: SimulationKernels) -> list[torch.Tensor]:
+        """Query, key and value [T, r·N, E or D], turned."""
+
+        def all_heads(count: int) -> slice:
+            return slice(0, count)
+
+        results = kernels.heads(self.columns, self.weights, all_heads)
+        angles = self.angles if kernels.turns else None
+        for place, name in enumerate(("query", "key")):
+            source = HeadSource(self.columns, all_heads)
+            results[place] = kernels.features(
+                name, results[place], self.weights, angles=angles, source=source
+            )
+            if not kernels.turns:
+                sequences = results[place].unflatten(0, (self.shape.sequence_length, -1))
+                results[place] = rotate_halves(sequences, self.angles).flatten(0, 1)
+        return results
+
+    def passes(self, kernels: SimulationKernels) -> dict[str, Preparation]:
+        """What to time, by pass."""
+
+        def backward() -> Callable[[], object]:
+            results = self.run(kernels)
+            return lambda: torch.autograd.grad(results, self.leaves, self.gradients)
+
+        return {"forward": lambda: lambda: self.run(kernels), "backward": backward}
+
+    def least_work(self) -> dict[str, tuple[float, float]]:
+        """By pass, bytes in and out, each once, and FLOPs without any that are repeated."""
+        attention, tokens = self.attention, self.shape.num_tokens
+        made = attention.num_simulated_heads * (2 * attention.query_key_dim + attention.head_dim)
+        terms = attention.count_forward_flops(
+            self.shape.hidden_size, sequence_length=self.shape.sequence_length
+        )
+        flops = tokens * (terms["head_simulation"] + terms["feature_simulation"])
+        element_bytes = self.columns.element_size()
+        return {
+            "forward": (element_bytes * tokens * (attention.qkv_width + made), flops),
+            "backward": (element_bytes * tokens * (2 * attention.qkv_width + made), 2 * flops),
+        }
+
+
+def measure_simulation(
+    shape: BlockShape, *, device: torch.device, dtype: torch.dtype, repeats: int
+) -> dict[str, Any]:
+    """Times both forms where both run, in turn, and this machine's ceilings.
+
+    Returns:
+        Median seconds by form and pass, each over its floor (what bytes and FLOPs take at the measured
+        ceilings), and the plain form's over the fused one's.
+    """
+    case = SimulationCase(shape, device=device, dtype=dtype)
+    forms = kernels_that_run(case.attention, device=device, dtype=dtype)
+    preparations = {
+        f"{form} {name}": prepare
+        for form, kernels in forms.items()
+        for name, prepare in case.passes(kernels).items()
+    }
+    seconds = time_in_turn(preparations, device=device, rounds=repeats)
+    ceilings = measure_ceilings(device, dtype)
+    rows = {
+        name: _row(statistics.median(times), case.least_work()[name.split()[1]], ceilings)
+        for name, times in seconds.items()
+    }
+    ratios = {
+        name: median_ratio(seconds[f"plain {name}"], seconds[f"fused {name}"]) if "fused" in forms else None
+        for name in PASSES
+    }
+    return {
+        "rows": rows,
+        "plain_over_fused": ratios,
+        "ceilings": dataclasses.asdict(ceilings),
+        "repeats": repeats,
+    }
+
+
+def kernels_that_run(
+    attention: SimulatedAttentionConfig, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, SimulationKernels]:
+    """The plain form; and the fused one on a GPU."""
+    forms: dict[str, SimulationKernels] = {"plain": PlainKernels(attention)}
+    if device.type == "cuda":
+        fused = attention.model_copy(update={"kernel": "fused"})
+        forms["fused"] = build_simulation_kernels(fused, dtype=dtype, device=device)
+        assert isinstance(forms["fused"], FusedKernels)
+    return forms
+
+
+def points_of(result: dict[str, Any]) -> list[Point]:
+    """For the roofline."""
+    return [
+        Point(name, flops=row["flops"], num_bytes=row["bytes"], seconds=row["seconds"])
+        for name, row in result["rows"].items()
+    ]
+
+
+def _row(seconds: float, least: tuple[float, float], ceilings: Ceilings) -> dict[str, float]:
+    num_bytes, flops = least
+    floor = ceilings.floor_seconds(num_bytes=num_bytes, flops=flops)
+    return {
+        "seconds": seconds,
+        "floor_seconds": floor,
+        "over_floor": seconds / floor,
+        "bytes": num_bytes,
+        "flops": flops,
+    }

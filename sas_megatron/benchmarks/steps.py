@@ -1,0 +1,81 @@
+"""Whole optimizer steps of two runs: time over time against FLOPs over FLOPs, and the share of the peak."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from sas_megatron.benchmarks.ceilings import measure_ceilings
+from sas_megatron.benchmarks.step_time import measure_step_seconds
+from sas_megatron.benchmarks.timing import median_ratio
+from sas_megatron.config.run import RunConfig
+from sas_megatron.model.assembly import DTYPES
+from sas_megatron.model.costs import causal_half, count_parameters, count_training_flops
+from sas_megatron.planning.hardware_file import load_hardware, shipped_names
+
+
+def with_microbatches(config: RunConfig, num_microbatches: int) -> RunConfig:
+    """The run with steps of so many microbatches on one copy of the model."""
+    samples = num_microbatches * config.training.micro_batch_size
+    training = config.training.model_copy(update={"global_batch_size": samples})
+    return config.model_copy(update={"training": training})
+
+
+def measure_steps(configs: dict[str, RunConfig], *, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Times two runs in turn, the first of which is the base.
+
+    Returns:
+        By name, seconds of a step, tokens, parameters and training FLOPs, and model FLOPs utilization
+        (scores in full, and with the causal half alone); and how far the second's time exceeds what its
+        FLOPs ask for.
+    """
+    rounds_of_seconds = measure_step_seconds(list(configs.values()), rounds=rounds)
+    seconds = {
+        name: [measured[place] for measured in rounds_of_seconds] for place, name in enumerate(configs)
+    }
+    precision = next(iter(configs.values())).training.precision
+    peak, origin = _peak_flops(device, precision)
+    rows = {name: _row(config, seconds[name], peak) for name, config in configs.items()}
+    base, other = configs
+    flops_ratio = rows[other]["flops"] / rows[base]["flops"]
+    time_ratio = median_ratio(seconds[other], seconds[base])
+    return {
+        "rows": rows,
+        "time_ratio": time_ratio,
+        "flops_ratio": flops_ratio,
+        "time_over_flops": time_ratio / flops_ratio,
+        "parameter_ratio": rows[other]["parameters"] / rows[base]["parameters"],
+        "peak_flops_per_second": peak,
+        "peak_is_of": origin,
+        "rounds": rounds,
+    }
+
+
+def _row(config: RunConfig, seconds: list[float], peak: float) -> dict[str, float]:
+    median = statistics.median(seconds)
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    terms = count_training_flops(config)
+    halved = causal_half(terms, sequence_length=config.data.sequence_length)
+    ranks = config.parallel.model_size
+    return {
+        "seconds": median,
+        "tokens": tokens,
+        "parameters": sum(count_parameters(config).values()),
+        "flops": tokens * sum(terms.values()),
+        "flops_utilization": tokens * sum(terms.values()) / median / ranks / peak,
+        "flops_utilization_causal": tokens * sum(halved.values()) / median / ranks / peak,
+    }
+
+
+def _peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """Of the GPU's data sheet, where there is a hardware file of it; otherwise of a large product here."""
+    if device.type == "cuda":
+        model = torch.cuda.get_device_name(device).upper()
+        for name in shipped_names():
+            if name.upper() in model:
+                hardware = load_hardware(name)
+                return hardware.matrix_rate(precision), f"data sheet, {hardware.name}"
+    ceilings = measure_ceilings(device, DTYPES[precision])
+    return ceilings.matrix_flops_per_second, "measured, a large square product"

@@ -1,0 +1,61 @@
+"""Other tiles for the fused kernels, one kernel at a time: what a GPU makes of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from sas_megatron.attention.simulation_kernels import FusedKernels
+from sas_megatron.benchmarks.block_shape import BlockShape
+from sas_megatron.benchmarks.simulation import SimulationCase
+from sas_megatron.benchmarks.timing import time_in_turn
+from sas_megatron.kernels.tiling import Tile, Tiling
+
+PASS_OF_KERNEL = {
+    field.name: "forward" if "forward" in field.name else "backward" for field in dataclasses.fields(Tiling)
+}
+
+
+def candidate_tiles() -> Iterator[Tile]:
+    """Around what the compiler's report suggests."""
+    for rows, warps, stages, programs in itertools.product((64, 128, 256), (4, 8), (1, 2, 3), (1, 2)):
+        if rows * 8 <= 128 * warps * 2:
+            yield Tile(rows=rows, warps=warps, stages=stages, programs=programs)
+
+
+def sweep_tiles(
+    shape: BlockShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    kernels: Sequence[str] = tuple(PASS_OF_KERNEL),
+    tiles: Sequence[Tile] | None = None,
+) -> list[dict[str, Any]]:
+    """For each kernel and tile the median seconds of the whole pass, the other kernels as they are.
+
+    A tile that does not fit on chip has no seconds, and the reason.
+    """
+    case = SimulationCase(shape, device=device, dtype=dtype)
+    fused = FusedKernels(case.attention)
+    usual = fused.tiling
+    results: list[dict[str, Any]] = []
+    for kernel in kernels:
+        name = PASS_OF_KERNEL[kernel]
+        for tile in tiles or [getattr(usual, kernel), *candidate_tiles()]:
+            fused.tiling = dataclasses.replace(usual, **{kernel: tile})
+            result: dict[str, Any] = {"kernel": kernel, **dataclasses.asdict(tile)}
+            try:
+                prepare = case.passes(fused)[name]
+                seconds = time_in_turn({name: prepare}, device=device, rounds=repeats)[name]
+                results.append({**result, "seconds": statistics.median(seconds)})
+            except Exception as error:  # Triton has a class of its own for each resource and version
+                if "OutOfResources" not in type(error).__name__:
+                    raise
+                results.append({**result, "seconds": None, "problem": str(error)})
+    return results

@@ -1,0 +1,99 @@
+"""`attention.kernel=auto` takes what the hardware and the shapes allow, and says why."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sas_megatron.attention import simulation_kernels
+from sas_megatron.attention.kernel_choice import reason_not_to_fit, reason_not_to_fuse
+from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.simulation_kernels import FusedKernels, PlainKernels, build_simulation_kernels
+from sas_megatron.cli.quickstart import CONFIGS
+from sas_megatron.config.errors import FieldError
+from sas_megatron.config.loading import load_run_config
+
+CPU = torch.device("cpu")
+
+
+def sas(**fields: Any) -> SimulatedAttentionConfig:
+    return SimulatedAttentionConfig(**{"num_heads": 16, "head_dim": 128, **fields})
+
+
+@pytest.fixture(autouse=True)
+def _each_choice_is_new() -> Iterator[None]:
+    simulation_kernels._log_choice.cache_clear()
+    yield
+    simulation_kernels._log_choice.cache_clear()
+
+
+def test_auto_fuses_in_bfloat16_on_a_gpu_and_nowhere_else() -> None:
+    assert reason_not_to_fuse(sas(), device="gpu", element_bytes=2) is None
+    assert reason_not_to_fuse(sas(), device="cpu", element_bytes=2) == "the fused kernels need a CUDA device"
+    assert (
+        reason_not_to_fuse(sas(), device="gpu", element_bytes=4) == "the fused kernels are made for bfloat16"
+    )
+
+
+def test_the_configs_that_we_ship_fit_on_chip() -> None:
+    shipped = [load_run_config(path).attention for path in sorted(CONFIGS.rglob("sas*.yaml"))]
+    assert len(shipped) > 4
+    for attention in shipped:
+        assert isinstance(attention, SimulatedAttentionConfig)
+        assert reason_not_to_fit(attention) is None, attention
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"num_heads": 64, "head_expansion": 3}, "head simulation"),
+        ({"head_dim": 256, "simulated_head_dim": 256}, "feature simulation"),
+    ],
+)
+def test_what_does_not_fit_on_chip_is_left_to_torch(fields: dict[str, Any], what: str) -> None:
+    reason = reason_not_to_fuse(sas(**fields), device="gpu", element_bytes=2)
+    assert reason is not None
+    assert re.fullmatch(f"the fused {what} would need \\d+ KiB of shared memory and there are 227", reason)
+    with pytest.raises(FieldError, match=f"^attention.kernel=fused: cannot run here, since the fused {what}"):
+        build_simulation_kernels(sas(kernel="fused", **fields), dtype=torch.bfloat16, device=CPU)
+
+
+def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        for _layer in range(3):
+            kernels = build_simulation_kernels(sas(), dtype=torch.float32, device=CPU)
+            assert isinstance(kernels, PlainKernels)
+    (record,) = caplog.records
+    assert record.getMessage() == "attention.kernel=auto: plain, since the fused kernels need a CUDA device"
+
+
+def test_a_choice_that_is_made_is_kept_in_silence_or_refused(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    with caplog.at_level(logging.INFO):
+        plain = build_simulation_kernels(sas(kernel="plain"), dtype=torch.float32, device=CPU)
+        assert isinstance(plain, PlainKernels)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.knobs.runtime, "interpret", True)
+            fused = build_simulation_kernels(sas(kernel="fused"), dtype=torch.float32, device=CPU)
+            assert isinstance(fused, FusedKernels)
+    assert not caplog.records
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    for dtype, reason in ((torch.bfloat16, "need a CUDA device"), (torch.float64, "need a CUDA device")):
+        with pytest.raises(FieldError, match=f"since the fused kernels {reason}; use auto or plain$"):
+            build_simulation_kernels(sas(kernel="fused"), dtype=dtype, device=CPU)
+
+
+def test_sums_in_float32_are_not_passed_off_as_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(FieldError, match=r"since the fused kernels add up in float32; use auto or plain$"):
+        build_simulation_kernels(sas(kernel="fused"), dtype=torch.float64, device=CPU)

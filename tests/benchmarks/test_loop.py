@@ -1,0 +1,66 @@
+"""What the loop takes is told apart from what the engine takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.test_commands import command
+from tests.run_configs import small_config
+
+
+class _SlowEngine:
+    """Takes 30 ms for each of a step's three calls, and reads two batches."""
+
+    def accumulate(self, batches: Any, *, num_microbatches: int) -> list[Any]:
+        time.sleep(0.03)
+        return [next(batches) for _ in range(num_microbatches)]
+
+    def measure_gradients(self) -> float:
+        time.sleep(0.03)
+        return 1.5
+
+    def update(self, gradient_norm: float) -> None:
+        time.sleep(0.03)
+
+
+def test_time_between_the_engines_calls_is_the_loops() -> None:
+    from sas_megatron.benchmarks.loop import EngineWatch
+
+    def batches() -> Any:
+        while True:
+            time.sleep(0.01)
+            yield "batch"
+
+    engine: Any = _SlowEngine()
+    watch = EngineWatch(engine, torch.device("cpu"))
+    for _step in range(3):
+        assert engine.accumulate(batches(), num_microbatches=2) == ["batch", "batch"]
+        engine.update(engine.measure_gradients())
+        time.sleep(0.05)
+    steps = watch.steps()
+    assert len(steps) == 2
+    for step in steps:
+        # Sleeping takes at least as long as asked for; how much longer, the machine's load decides.
+        assert step["engine"] >= 0.09
+        assert step["loop: batches"] >= 0.02
+        assert step["loop: the rest"] >= 0.05
+        assert step["loop"] == pytest.approx(step["loop: batches"] + step["loop: the rest"])
+        assert step["step"] == pytest.approx(step["engine"] + step["loop"])
+
+
+def test_the_command_measures_a_real_run_and_leaves_nothing(tmp_path: Path) -> None:
+    config = small_config(model={"vocab_size": 512}, training={"global_batch_size": 2})
+    (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    done = command("bench", "loop", "config.yaml", "--steps", "3", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    # The last of them ends with the run.
+    assert result["steps"] == 2
+    assert 0 < result["share_of_step"] < 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -1,0 +1,114 @@
+"""The benchmark of the simulation times the same function in both forms, against the least of work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.test_commands import command
+from tests.rank_pool import in_layout
+from tests.tolerances import assert_near
+
+SIZES = {"num_heads": 3, "head_dim": 8, "simulated_head_dim": 14, "sequence_length": 5, "batch_size": 2}
+
+
+def both_forms() -> Any:
+    """Results and gradients of the plain and the fused form; turned features by their own order."""
+    from sas_megatron.attention.simulation_kernels import FusedKernels, PlainKernels
+    from sas_megatron.benchmarks.block_shape import BlockShape
+    from sas_megatron.benchmarks.simulation import SimulationCase
+    from sas_megatron.config.parallel import ParallelConfig
+    from sas_megatron.kernels.features import pair_order
+
+    in_layout(ParallelConfig())
+    case = SimulationCase(BlockShape(**SIZES), device=torch.device("cpu"), dtype=torch.float32)
+    order = pair_order(14, 14)
+    found = []
+    for kernels in (PlainKernels(case.attention), FusedKernels(case.attention)):
+        gradients = list(case.gradients)
+        if kernels.turns:
+            gradients[:2] = [gradient[..., order] for gradient in gradients[:2]]
+        results = case.run(kernels)
+        found.append([[*results], [*torch.autograd.grad(results, case.leaves, gradients)]])
+    found[0][0][:2] = [result[..., order] for result in found[0][0][:2]]
+    return [[tensor.detach() for tensor in [*results, *gradients]] for results, gradients in found]
+
+
+def test_both_forms_compute_the_same(ranks: Any) -> None:
+    [(plain, fused)] = ranks(1).run(both_forms)
+    assert len(plain) == len(fused) == 3 + 1 + 3 * 4 + 2 * 4
+    for place, (mine, theirs) in enumerate(zip(fused, plain, strict=True)):
+        assert_near(mine, theirs, torch.float32, str(place))
+
+
+def least_work() -> Any:
+    from sas_megatron.benchmarks.block_shape import BlockShape
+    from sas_megatron.benchmarks.simulation import SimulationCase
+    from sas_megatron.config.parallel import ParallelConfig
+
+    in_layout(ParallelConfig())
+    return SimulationCase(BlockShape(**SIZES), device=torch.device("cpu"), dtype=torch.float32).least_work()
+
+
+def test_the_least_of_work_is_each_byte_once_and_each_product_once(ranks: Any) -> None:
+    [work] = ranks(1).run(least_work)
+    tokens, columns, made = 10, 9 * 8, 9 * (14 + 14 + 8)
+    heads = 3 * 2 * 3 * 9 * (3 + 9) * 8
+    features = 2 * 2 * 9 * 14 * (8 + 14)
+    assert work["forward"] == (4 * tokens * (columns + made), tokens * (heads + features))
+    assert work["backward"] == (4 * tokens * (2 * columns + made), 2 * tokens * (heads + features))
+
+
+def swept() -> Any:
+    from sas_megatron.benchmarks.block_shape import BlockShape
+    from sas_megatron.benchmarks.tile_sweep import sweep_tiles
+    from sas_megatron.config.parallel import ParallelConfig
+    from sas_megatron.kernels.tiling import Tile
+
+    in_layout(ParallelConfig())
+    return sweep_tiles(
+        BlockShape(**SIZES),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        repeats=1,
+        kernels=["head_forward", "feature_refine_gradient"],
+        tiles=[Tile(), Tile(rows=64)],
+    )
+
+
+def test_a_sweep_times_each_kernel_with_each_tile(ranks: Any) -> None:
+    [rows] = ranks(1).run(swept)
+    assert [(row["kernel"], row["rows"]) for row in rows] == [
+        ("head_forward", 128),
+        ("head_forward", 64),
+        ("feature_refine_gradient", 128),
+        ("feature_refine_gradient", 64),
+    ]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_the_command_prints_floors_and_draws_them(tmp_path: Path) -> None:
+    sizes = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
+    done = command(
+        "bench", "simulation", *sizes, "--repeats", "1", "--output", "roofline.png", "--json", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["rows"]) == {"plain forward", "plain backward"}
+    rates = result["ceilings"]
+    for row in result["rows"].values():
+        floor = max(
+            row["bytes"] / rates["copied_bytes_per_second"], row["flops"] / rates["matrix_flops_per_second"]
+        )
+        assert row["over_floor"] == pytest.approx(row["seconds"] / floor)
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    done = command("bench", "simulation", "--sweep", folder=tmp_path)
+    assert done.returncode == 2
+    assert "--sweep: the fused kernels need a CUDA device; leave it out" in done.stderr

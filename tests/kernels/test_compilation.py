@@ -1,0 +1,37 @@
+"""What the compiler says of the kernels on H100 and H200, which no interpreter would notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sas_megatron.attention.kernel_choice import SHARED_MEMORY_BYTES, count_shared_memory_bytes
+from sas_megatron.attention.simulated import SimulatedAttentionConfig
+
+# N, r, D, E and k of configs/1.3b/sas.yaml.
+SIZES = (16, 3, 128, 192, 3)
+
+
+def test_all_kernels_fit_on_chip_and_use_its_matrix_units() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compilation", *map(str, SIZES)],
+        cwd=Path(__file__).parents[2],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)
+    assert len(kernels) == 7
+    for name, taken in kernels.items():
+        assert taken["shared_memory_bytes"] <= SHARED_MEMORY_BYTES, name
+        assert taken["matrix_instructions"] > 0, name
+    # What decides between the fused and the plain form is what the compiler takes, and little more.
+    fields = ("num_heads", "head_expansion", "head_dim", "simulated_head_dim", "kernel_size")
+    counted = count_shared_memory_bytes(SimulatedAttentionConfig(**dict(zip(fields, SIZES, strict=True))))
+    for what, kernel in (("head simulation", "head_backward"), ("feature simulation", "feature_backward")):
+        taken = kernels[kernel]["shared_memory_bytes"]
+        assert 0.8 * counted[what] <= taken <= counted[what], (what, taken, counted[what])
