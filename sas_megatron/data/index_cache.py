@@ -86,8 +86,9 @@ def _new_aside(folder: Path) -> Path:
 
 def _remove_left_over(folder: Path) -> None:
     for path in folder.parent.glob(f".{folder.name}.*"):
-        if path.is_dir() and time.time() - path.stat().st_mtime > LEFT_OVER_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # it was published just now
+            if path.is_dir() and time.time() - path.stat().st_mtime > LEFT_OVER_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _publish(aside: Path, folder: Path) -> None:
