@@ -102,10 +102,9 @@ def _analyze_slice(part: Slice, baseline: str, *, num_draws: int, seed: int) -> 
     if first not in known:
         reason = f"{first}, the baseline, has no finished run, so nothing is compared with it."
         return SliceAnalysis(part, laws, (), (reason,))
-    comparisons = tuple(
-        compare_variants(outcomes, curves, baseline=first, candidate=variant, num_draws=num_draws, seed=seed)
-        for variant in others
-        if variant in known
+    candidates = [variant for variant in others if variant in known]
+    comparisons = compare_variants(
+        outcomes, curves, baseline=first, candidates=candidates, num_draws=num_draws, seed=seed
     )
     remarks = tuple(f"{variant} has no finished run." for variant in others if variant not in known)
     return SliceAnalysis(part, laws, comparisons, remarks)

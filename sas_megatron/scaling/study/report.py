@@ -250,6 +250,7 @@ def _about(table: StudyTable) -> list[tuple[str, str]]:
     return [
         ("Runs", f"{done} of {len(table.rows)} finished"),
         ("Collected", table.collected_at),
+        ("Verdicts", "at 95 % for all variants of an axis together (Holm's method); intervals of each alone"),
         ("Machine", "; ".join(machines) or MISSING),
         ("Package", f"{__version__}, {'; '.join(revisions) or MISSING}"),
         (
