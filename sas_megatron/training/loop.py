@@ -249,7 +249,8 @@ class Run:
         self.held_out = held_out
         self.progress.owes_evaluation = False
         best = self.progress.best_validation_loss
-        self.progress.best_validation_loss = held_out.loss if best is None else min(best, held_out.loss)
+        if math.isfinite(held_out.loss):
+            self.progress.best_validation_loss = held_out.loss if best is None else min(best, held_out.loss)
         self.console.say(
             f" validation loss at iteration {self.progress.step} | lm loss value: {held_out.loss:.6E} | "
             f"lm loss PPL: {held_out.perplexity:.6E} | bits per byte: {held_out.bits_per_byte:.4f} |"
@@ -259,9 +260,7 @@ class Run:
                 {
                     "kind": "validation",
                     **self.meter.position(self.progress),
-                    "validation_loss": held_out.loss,
-                    "validation_perplexity": held_out.perplexity,
-                    "validation_bits_per_byte": held_out.bits_per_byte,
+                    **held_out.results,
                 }
             )
 
@@ -308,6 +307,7 @@ class Run:
 
     def _summary(self, wire_bytes: list[dict[str, Any]] | None, ending: Ending) -> dict[str, Any]:
         position = self.meter.position(self.progress)
+        held_out = {} if self.held_out is None else self.held_out.results
         return {
             "schema": 1,
             "exit_reason": ending.reason,
@@ -322,10 +322,10 @@ class Run:
             "median_step_seconds": self.progress.median_step_seconds(),
             "peak_memory_bytes": peak_memory_bytes(self.topology.device),
             "final_train_loss": None if self.last is None or not self.last.is_finite else self.last.loss,
-            "final_validation_loss": None if self.held_out is None else self.held_out.loss,
+            "final_validation_loss": held_out.get("validation_loss"),
             "best_validation_loss": self.progress.best_validation_loss,
-            "validation_perplexity": None if self.held_out is None else self.held_out.perplexity,
-            "validation_bits_per_byte": None if self.held_out is None else self.held_out.bits_per_byte,
+            "validation_perplexity": held_out.get("validation_perplexity"),
+            "validation_bits_per_byte": held_out.get("validation_bits_per_byte"),
             "world_size": self.topology.world_size,
             "wire_bytes_sent": wire_bytes,
             "health": self.health.summary(),
