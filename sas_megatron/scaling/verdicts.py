@@ -5,7 +5,7 @@ where that spent as much (1 %), otherwise a curve through its runs that spent mo
 the end of its own schedule. For FLOPs, tokens and time the curve joins the budgets of one size, for
 parameters the sizes trained on equal tokens. Nothing is read beyond the measured runs.
 
-Several candidates on one axis are as many chances of a difference by chance: `judge_together` asks more of each.
+Several candidates on one axis are as many chances of a chance difference: `judge_together` asks more of each.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Result = Literal["wins", "loses", "cannot be told"]
 class AxisVerdict:
     """A candidate against the baseline on one axis; `mean` is None where no runs could be set side by side.
 
-    `num_unread` runs of the candidate had no measured runs of the baseline on both sides of them. `p_value` is
-    of no difference, as one of `comparisons` on the axis (`judge_together`); None without an interval.
+    `num_unread` runs of the candidate had no measured runs of the baseline on both sides of them. `p_value`
+    is of no difference, as one of `comparisons` on the axis (`judge_together`); None without an interval.
     """
 
     axis: Axis

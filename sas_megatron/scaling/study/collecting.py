@@ -11,8 +11,9 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.model.costs import count_training_flops
 from sas_megatron.scaling.runs import Run, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
-from sas_megatron.scaling.study.run_states import differences, has_diverged, is_done
-from sas_megatron.scaling.study.step_times import read_step_times
+from sas_megatron.scaling.study.run_states import differences, has_diverged, is_done, what_it_waits_for
+from sas_megatron.scaling.study.step_times import describe_step_times, read_step_times
+from sas_megatron.scaling.study.sweeps import sweep_remarks
 from sas_megatron.scaling.study.table import Row, StudyTable
 
 # Of run.json: what would make losses of different runs incomparable.
@@ -35,8 +36,10 @@ def collect(plan: Plan) -> StudyTable:
     _check_as_planned(plan, found)
     _check_equal(list(found.values()))
     step_times = read_step_times(plan)
+    status = _list_statuses(plan, done=set(found))
     rows = tuple(
-        _row(run, found.get(run.name), step_seconds=step_times.get(run.cell.name)) for run in plan.results
+        _row(run, found.get(run.name), status=status[run.name], step_seconds=step_times.get(run.cell.name))
+        for run in plan.results
     )
     return StudyTable(
         name=plan.study.directory.rstrip("/").rsplit("/", 1)[-1],
@@ -45,6 +48,17 @@ def collect(plan: Plan) -> StudyTable:
         collected_at=datetime.now(UTC).isoformat(timespec="seconds"),
         remarks=_remarks(plan, rows, list(found.values())),
     )
+
+
+def _list_statuses(plan: Plan, *, done: set[str]) -> dict[str, str]:
+    """Of each result; one that its trunk diverged before has diverged as well."""
+    lost = {run.name for run in plan.runs if has_diverged(run)}
+    statuses = {}
+    for run in plan.results:
+        never = run.trunk in lost and what_it_waits_for(run) is not None
+        unfinished = "diverged" if run.name in lost or never else "missing"
+        statuses[run.name] = "done" if run.name in done else unfinished
+    return statuses
 
 
 def _check_as_planned(plan: Plan, found: dict[str, Run]) -> None:
@@ -74,7 +88,8 @@ def _check_equal(runs: Sequence[Run]) -> None:
 
 
 def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str, ...]:
-    remarks = [remark for run in runs for remark in run.remarks]
+    remarks = [*sweep_remarks(plan.study), *describe_step_times(plan)]
+    remarks += [remark for run in runs for remark in run.remarks]
     for status in ("missing", "diverged"):
         names = [row.run for row in rows if row.status == status]
         if names:
@@ -90,12 +105,12 @@ def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str,
     return tuple(remarks)
 
 
-def _row(planned: PlannedRun, run: Run | None, *, step_seconds: float | None) -> Row:
+def _row(planned: PlannedRun, run: Run | None, *, status: str, step_seconds: float | None) -> Row:
     config, cell = planned.config, planned.cell
     flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
     counted = Row(
         run=planned.name,
-        status="diverged" if has_diverged(planned) else "missing",
+        status=status,
         variant=cell.variant,
         attention=config.attention.kind,
         size=cell.size,
@@ -126,7 +141,6 @@ def _measured(counted: Row, planned: PlannedRun, run: Run) -> Row:
     return Row(
         **{
             **vars(counted),
-            "status": "done",
             "loss": summary.final_validation_loss,
             "train_loss": summary.final_train_loss,
             "bits_per_byte": summary.validation_bits_per_byte,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -76,8 +75,7 @@ def write_study_report(table: StudyTable, folder: Path, *, num_draws: int = 1000
     summary = _write_markdown(table, sections)
     record = _as_dict(table, analyses)
     try:
-        shutil.rmtree(folder / "figures", ignore_errors=True)
-        (folder / "figures").mkdir(parents=True)
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
         for index, section in enumerate(sections):
             for figure in section.figures:
                 stem = _figure_stem(index, section, figure)

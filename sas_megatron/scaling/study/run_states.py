@@ -23,7 +23,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.scaling.runs import FINISHED
 from sas_megatron.scaling.study.plan import PlannedRun
 
-State = Literal["done", "running", "queued", "stuck", "failed", "interrupted", "ready", "waiting"]
+State = Literal["done", "running", "queued", "stuck", "failed", "diverged", "interrupted", "ready", "waiting"]
 # What may differ between a run and its plan: nothing that decides its result.
 INERT = ("checkpoint.", "logging.", "training.stop_after_", "training.collective_timeout_minutes")
 _TELLS_WHY = (
@@ -50,7 +50,11 @@ class RunStatus:
     def remaining_steps(self) -> int:
         """Steps still to be taken, none of the trunk's."""
         trunk_steps = self.run.config.training.num_steps - self.run.own_steps
-        return 0 if self.state == "done" else self.run.config.training.num_steps - max(self.step, trunk_steps)
+        return (
+            0
+            if self.state in ("done", "diverged")
+            else self.run.config.training.num_steps - max(self.step, trunk_steps)
+        )
 
 
 def log_of(run: PlannedRun) -> Path:
@@ -120,6 +124,11 @@ def has_diverged(run: PlannedRun) -> bool:
     return record is not None and record.get("response") == "stop" and not is_done(run)
 
 
+def is_settled(run: PlannedRun) -> bool:
+    """Whether nothing is left to do: it has finished, or, of a sweep, shown that its rate is too high."""
+    return is_done(run) or (run.role == "sweep" and has_diverged(run))
+
+
 def check_as_planned(run: PlannedRun) -> None:
     """Raises `FieldError` where the run directory's config is not the planned one."""
     path = run.directory / "config.yaml"
@@ -162,6 +171,8 @@ def status_of(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool =
         return RunStatus(run, "running", step, None, step_seconds)
     if is_queued:
         return RunStatus(run, "queued", step, None, step_seconds)
+    if is_settled(run):
+        return RunStatus(run, "diverged", step, "its rate is too high, which is its result", step_seconds)
     failure = _read(failure_of(run))
     if failure is not None:
         return RunStatus(run, "failed", step, failure.get("reason"), step_seconds)

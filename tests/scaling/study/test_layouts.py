@@ -52,6 +52,9 @@ def test_plans_take_the_layouts_that_a_search_found_and_their_hours(tmp_path: Pa
         hours = plan.hours(run)
         assert hours == pytest.approx(run.own_steps * layout.step_seconds * 2 / 3600)
         assert plan.price(run) == pytest.approx(3 * (hours or 0))
+    shown = CliRunner().invoke(cli, ["study", "plan", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "hours of one rank by simulated steps, price" in shown.output
     # Nothing else has changed, and without the record there is none of it.
     before = build_plan(study, tree)
     assert before.hours(before.runs[0]) is None
