@@ -67,8 +67,9 @@ def print_plan(plan: Plan) -> None:
     hours = "hours unknown: state machine.teraflops"
     if totals["hours"] is not None:
         hours = f"{_format_hours(totals['hours'])} hours of one rank"
-        rate = plan.study.machine.teraflops
-        hours += " by simulated steps" if plan.layouts or rate is None else f" at {rate:g} TFLOP/s"
+        teraflops = plan.study.machine.teraflops
+        is_simulated = plan.layouts or teraflops is None
+        hours += " by simulated steps" if is_simulated else f" at {teraflops:g} TFLOP/s"
     priced = "" if totals["price"] is None else f", price {totals['price']:,.2f}"
     console.print(
         f"{totals['runs']} runs, {totals['results']} of them results: {format_power(totals['flops'])} "

@@ -157,4 +157,5 @@ def _curve(variant: str, row: Row) -> LossCurve:
         tokens_per_step=row.tokens / row.steps,
         steps=tuple(step for step, _ in points),
         losses=tuple(loss for _, loss in points),
+        learning_rate=row.learning_rate,
     )

@@ -110,7 +110,11 @@ def _section(analysis: SliceAnalysis) -> Section:
         law_remarks=_law_remarks(analysis),
         remarks=(
             *analysis.remarks,
-            *(remark for comparison in analysis.comparisons for remark in comparison.remarks),
+            *(
+                f"{comparison.candidate}: {remark}"
+                for comparison in analysis.comparisons
+                for remark in comparison.remarks
+            ),
         ),
         figures=tuple(list_figures(analysis)),
         runs=_run_grid(analysis),
@@ -124,6 +128,9 @@ def _verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
     for comparison in comparisons:
         cells = []
         for verdict in comparison.verdicts:
+            if verdict.mean is None:
+                cells.append("not compared")
+                continue
             text: str = verdict.result
             if verdict.mean is not None:
                 text += f"\n{_signed(verdict.mean.difference)}"

@@ -52,8 +52,8 @@ def describe_step_times(plan: Plan) -> list[str]:
     if missing:
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         remarks.append(
-            f"No seconds of a step were measured for {named}, so that time is that of each run's own training; "
-            "run `sas-megatron study time` again."
+            f"No seconds of a step were measured for {named}, so that time is that of each run's own "
+            "training; run `sas-megatron study time` again."
         )
     return remarks
 

@@ -155,6 +155,12 @@ def test_what_was_not_measured_is_said_and_not_made_up(tmp_path: Path) -> None:
     assert analysis.remarks == ("sas has no finished run.",)
     (analysis,) = analyze(without("mha", table), num_draws=50)
     assert analysis.remarks == ("mha, the baseline, has no finished run, so nothing is compared with it.",)
+    # At one budget SAS's FLOPs, half as many again, have no runs of mha on both sides.
+    write_study_report(made_up_table(budgets=(4,)), tmp_path, num_draws=50)
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.count("| not compared | not compared |") == 1
+    assert "- gqa: No compute-equivalent gain" not in summary
+    assert "- gqa: No test of a shared irreducible loss: " in summary
     one_budget = made_up_table(budgets=(4,))
     (analysis,) = analyze(one_budget, num_draws=50)
     assert all(law.report is None or not math.isnan(law.report.fit.surface.E) for law in analysis.laws)
