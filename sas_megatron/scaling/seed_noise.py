@@ -7,7 +7,7 @@ interval speaks of the sizes and budgets that were tried; only seeds are random,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,11 +69,19 @@ class MeanDifference:
 
 def estimate_noise(cells: Sequence[CellDifference], repeats: Sequence[Sequence[float]]) -> Noise | None:
     """From pairs where a cell has two or more, otherwise from `repeats`: losses of a variant in a cell."""
-    pooled = _pool([cell.pairs for cell in cells])
+    pooled = pool_deviation(cell.pairs for cell in cells)
     if pooled is not None:
         return Noise(*pooled, assumed=False)
-    pooled = _pool(repeats)
+    pooled = pool_deviation(repeats)
     return None if pooled is None else Noise(math.sqrt(2) * pooled[0], pooled[1], assumed=True)
+
+
+def pool_deviation(groups: Iterable[Sequence[float]]) -> tuple[float, int] | None:
+    """Standard deviation within groups and its degrees of freedom; None where no group has two."""
+    repeated = [group for group in groups if len(group) > 1]
+    squares = sum(float(np.var(group)) * len(group) for group in repeated)
+    degrees = sum(len(group) - 1 for group in repeated)
+    return (math.sqrt(squares / degrees), degrees) if degrees else None
 
 
 def average_difference(cells: Sequence[CellDifference], noise: Noise | None) -> MeanDifference:
@@ -114,10 +122,3 @@ def _tells(difference: float, deviation: float, num_cells: int, seeds: int) -> b
     critical = float(special.stdtrit(degrees, (1 + LEVEL) / 2))
     # Far beyond the critical value the noncentral t is all above it, and hard to compute.
     return shift > critical + 10 or 1 - float(special.nctdtr(degrees, shift, critical)) >= POWER
-
-
-def _pool(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
-    """Standard deviation within groups and its degrees of freedom; None where no group has two."""
-    squares = sum(float(np.var(group)) * len(group) for group in groups if len(group) > 1)
-    degrees = sum(len(group) - 1 for group in groups if len(group) > 1)
-    return (math.sqrt(squares / degrees), degrees) if degrees else None
