@@ -9,7 +9,6 @@ points -> without the highest losses -> law by Huber loss -> bootstrap -> interv
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,6 +34,7 @@ from sas_megatron.scaling.laws.points import Points
 from sas_megatron.scaling.laws.power_law import PowerLawFit, find_frontier, fit_power_law
 from sas_megatron.scaling.laws.profile import OpenInterval, profile_intervals
 from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percentile_intervals
+from sas_megatron.scaling.numbers import without_infinities
 
 NO_FLOPS = (
     "The points have no column flops: C = 6ND is assumed, which leaves attention's scores out. Variants that "
@@ -148,7 +148,7 @@ def report_tree(report: FitReport) -> dict[str, Any]:
         ],
         "remarks": report.remarks,
     }
-    finite: dict[str, Any] = _without_infinities(tree)
+    finite: dict[str, Any] = without_infinities(tree)
     return finite
 
 
@@ -216,11 +216,3 @@ def _hold_out_tree(hold_out: HoldOut) -> dict[str, Any]:
         "share_inside_ci95": hold_out.share_inside,
         "runs": [{**dataclasses.asdict(run), "relative_error": run.relative_error} for run in hold_out.runs],
     }
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_infinities(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
