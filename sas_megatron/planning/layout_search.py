@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
-from sas_megatron.config.loading import flatten_tree
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.layout_screening import (
@@ -247,9 +247,8 @@ def _family(config: RunConfig) -> tuple[Any, ...]:
 
 
 def _overrides(config: RunConfig, layout: RunConfig) -> list[str]:
-    before, after = (flatten_tree(value.model_dump(mode="json")) for value in (config, layout))
-    changed = [name for name, value in after.items() if before.get(name) != value]
-    return [f"{name}={str(after[name]).lower()}" for name in changed] or [
+    changed = find_differences([config, layout])
+    return [f"{name}={str(value).lower()}" for name, (_, value) in changed.items()] or [
         f"parallel.tensor={layout.parallel.tensor}"
     ]
 

@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
 from sas_megatron.model.costs import count_training_flops
 from sas_megatron.scaling.runs import Run, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
-from sas_megatron.scaling.study.run_states import differences, has_diverged, is_done
+from sas_megatron.scaling.study.run_states import INERT, has_diverged, is_done
 from sas_megatron.scaling.study.step_times import read_step_times
 from sas_megatron.scaling.study.table import Row, StudyTable
 
@@ -52,7 +53,7 @@ def _check_as_planned(plan: Plan, found: dict[str, Run]) -> None:
         f"  {run.name}: {field} is {has}, planned {planned}"
         for run in plan.results
         if run.name in found
-        for field, planned, has in differences(run.config, found[run.name].config)
+        for field, (planned, has) in find_differences([run.config, found[run.name].config], but=INERT).items()
     ]
     if lines:
         raise UserError(

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FieldError
-from sas_megatron.config.loading import flatten_tree, load_run_config
-from sas_megatron.config.run import RunConfig
+from sas_megatron.config.loading import load_run_config
 from sas_megatron.scaling.runs import FINISHED
 from sas_megatron.scaling.study.plan import PlannedRun
 
@@ -125,21 +125,13 @@ def check_as_planned(run: PlannedRun) -> None:
     path = run.directory / "config.yaml"
     if not path.exists():
         return
-    for field, planned, found in differences(run.config, load_run_config(path)):
+    for field, (planned, found) in find_differences([run.config, load_run_config(path)], but=INERT).items():
         raise FieldError(
             field,
             found,
             f"in {path}, where the study now plans {planned}",
             "put the study's file back, remove that run, or choose another directory for the new study",
         )
-
-
-def differences(planned: RunConfig, found: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted fields that are not equal, but for `INERT` ones, with both values."""
-    one, two = (flatten_tree(config.model_dump(mode="json")) for config in (planned, found))
-    for field in dict.fromkeys([*one, *two]):
-        if one.get(field) != two.get(field) and not field.startswith(INERT):
-            yield field, one.get(field), two.get(field)
 
 
 def status_of(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool = False) -> RunStatus:
