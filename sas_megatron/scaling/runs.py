@@ -158,6 +158,17 @@ def load_run(directory: str | Path) -> Run:
     )
 
 
+def has_finished(directory: Path) -> bool:
+    """Whether the run there has come to its end, and does not wait to be gone on with."""
+    if (directory / "stopped.json").exists():
+        return False
+    try:
+        summary = json.loads((directory / "summary.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get("exit_reason") == FINISHED
+
+
 def check_comparable(runs: Sequence[Run]) -> None:
     """Lets runs pass that differ in their attention, the MLP width that makes up for it, and nothing else.
 

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
 from sas_megatron.model.costs import count_training_flops
-from sas_megatron.scaling.runs import Run, load_run
+from sas_megatron.scaling.runs import Run, has_finished, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
-from sas_megatron.scaling.study.run_states import INERT, has_diverged, is_done
+from sas_megatron.scaling.study.run_states import INERT, has_diverged
 from sas_megatron.scaling.study.step_times import read_step_times
 from sas_megatron.scaling.study.table import Row, StudyTable
 
@@ -27,7 +27,7 @@ def collect(plan: Plan) -> StudyTable:
         UserError: a run differs from its plan, or runs from each other, in more than the study varies; says
             in what. Or nothing has finished.
     """
-    found = {run.name: load_run(run.directory) for run in plan.results if is_done(run)}
+    found = {run.name: load_run(run.directory) for run in plan.results if has_finished(run.directory)}
     if not found:
         raise UserError(
             f"{plan.study.directory}: none of the study's {len(plan.results)} runs has finished; "

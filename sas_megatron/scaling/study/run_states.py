@@ -20,7 +20,7 @@ from typing import Any, Literal
 from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import load_run_config
-from sas_megatron.scaling.runs import FINISHED
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import PlannedRun
 
 State = Literal["done", "running", "queued", "stuck", "failed", "interrupted", "ready", "waiting"]
@@ -100,14 +100,6 @@ def is_locked(run: PlannedRun) -> bool:
     return False
 
 
-def is_done(run: PlannedRun) -> bool:
-    """Whether the run has finished."""
-    if (run.directory / "stopped.json").exists():
-        return False
-    summary = _read(run.directory / "summary.json")
-    return summary is not None and summary.get("exit_reason") == FINISHED
-
-
 def final_loss(run: PlannedRun) -> float | None:
     """Validation loss of a finished run; None if it came to none."""
     loss = (_read(run.directory / "summary.json") or {}).get("final_validation_loss")
@@ -117,7 +109,7 @@ def final_loss(run: PlannedRun) -> float | None:
 def has_diverged(run: PlannedRun) -> bool:
     """Whether the run ended because step after step was not finite, as its last record tells."""
     record = _last_record(run, kind="health")
-    return record is not None and record.get("response") == "stop" and not is_done(run)
+    return record is not None and record.get("response") == "stop" and not has_finished(run.directory)
 
 
 def check_as_planned(run: PlannedRun) -> None:
@@ -143,7 +135,7 @@ def status_of(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool =
         is_queued: Whether that job still waits or is at work.
     """
     step, step_seconds = _last_step(run)
-    if is_done(run):
+    if has_finished(run.directory):
         return RunStatus(run, "done", run.config.training.num_steps, step_seconds=step_seconds)
     if is_locked(run) or (is_queued and job_log is not None and job_log.exists()):
         log = log_of(run) if is_locked(run) or job_log is None else job_log

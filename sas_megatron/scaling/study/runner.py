@@ -21,11 +21,11 @@ from typing import Any
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.data.writing import write_file
 from sas_megatron.platform.local_launch import training_command, training_environment
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import (
     check_as_planned,
     failure_of,
-    is_done,
     is_locked,
     last_error,
     locked,
@@ -77,7 +77,7 @@ class StudyRunner:
             while True:
                 if not all(run.is_ready for run in plan.runs):
                     plan = self._plan()
-                pending = [run for run in plan.runs if wanted(run) and not is_done(run)]
+                pending = [run for run in plan.runs if wanted(run) and not has_finished(run.directory)]
                 self._start(plan, pending)
                 if not self._started and not any(is_locked(run) for run in pending):
                     break
@@ -98,7 +98,8 @@ class StudyRunner:
                 continue
             lock = contextlib.ExitStack()
             descriptor = lock.enter_context(locked(run))
-            if descriptor is None or is_done(run):  # somebody else's, or just finished by them
+            if descriptor is None or has_finished(run.directory):
+                # Somebody else's, or just finished by them.
                 lock.close()
                 continue
             try:
@@ -143,7 +144,7 @@ class StudyRunner:
 
     def _tell_end(self, started: _Started) -> None:
         run, status = started.run, started.process.returncode
-        if is_done(run):
+        if has_finished(run.directory):
             summary = json.loads((run.directory / "summary.json").read_text(encoding="utf-8"))
             loss = summary["final_validation_loss"]
             self._say(f"{run.name}: done, validation loss {loss:.4f}, {summary['training_seconds']:.0f} s")

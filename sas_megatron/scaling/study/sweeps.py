@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron.data.writing import write_file
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.layouts import read_layouts
 from sas_megatron.scaling.study.learning_rates import BestRate, Trial, extend_rates, find_best_rate
 from sas_megatron.scaling.study.plan import Plan, build_plan
-from sas_megatron.scaling.study.run_states import final_loss, has_diverged, is_done
+from sas_megatron.scaling.study.run_states import final_loss, has_diverged
 from sas_megatron.scaling.study.study_file import Study
 
 RECORD = "learning_rates.json"
@@ -31,7 +32,7 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
     record = Path(study.directory) / RECORD
     if not record.exists():
         trials = [run for run in plan.runs if run.role == "sweep"]
-        if not all(is_done(run) or has_diverged(run) for run in trials):
+        if not all(has_finished(run.directory) or has_diverged(run) for run in trials):
             return plan
         write_file(record, json.dumps(_choose_rates(plan), indent=2) + "\n")
     chosen = json.loads(record.read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def _choose_rates(plan: Plan) -> dict[str, Any]:
     trials: dict[tuple[str, str], list[Trial]] = {}
     for run in plan.runs:
         if run.role == "sweep":
-            loss = final_loss(run) if is_done(run) else None
+            loss = final_loss(run) if has_finished(run.directory) else None
             trial = Trial(run.config.optimizer.learning_rate, loss)
             trials.setdefault((run.cell.variant, run.cell.size), []).append(trial)
     best = {place: find_best_rate(tried) for place, tried in trials.items()}
