@@ -57,6 +57,6 @@ def read_layouts(study: Study) -> Layouts:
     }
 
 
-def describe_layout(config: RunConfig) -> dict[str, Any]:
+def layout_changes(config: RunConfig) -> dict[str, Any]:
     """The fields of a config that its layout decides, as `RunConfig.replaced` takes them."""
     return {field: value for field, value in flatten_config(config).items() if field.startswith(DECIDED)}
