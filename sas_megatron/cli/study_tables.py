@@ -15,8 +15,9 @@ from sas_megatron.scaling.numbers import (
     format_loss,
     format_power,
 )
-from sas_megatron.scaling.study.resolution import SeedNoise, measure_seed_noise, smallest_effect
-from sas_megatron.scaling.study.run_states import RunStatus, final_loss, is_done
+from sas_megatron.scaling.runs import has_finished
+from sas_megatron.scaling.study.resolution import SeedNoise, smallest_effect
+from sas_megatron.scaling.study.run_states import RunStatus, final_loss
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,12 +119,15 @@ def _smallest_effects(plan: Plan, noise: SeedNoise | None) -> dict[str, tuple[fl
 def _seed_noise(plan: Plan) -> SeedNoise | None:
     if plan.study.seed_noise is not None:
         return SeedNoise(plan.study.seed_noise, degrees=None)
+    from sas_megatron.scaling.seed_noise import pool_deviation
+
     cells: dict[tuple[str, float], list[float]] = {}
     for run in plan.results:
         loss = final_loss(run)
-        if loss is not None and is_done(run):
+        if loss is not None and has_finished(run.directory):
             cells.setdefault((run.cell.name, run.budget), []).append(loss)
-    return measure_seed_noise(cells.values())
+    pooled = pool_deviation(cells.values())
+    return None if pooled is None else SeedNoise(*pooled)
 
 
 def _run_as_dict(plan: Plan, run: PlannedRun) -> dict[str, Any]:

@@ -74,11 +74,19 @@ Budgets = Sequence[Mapping[int, float]]
 
 def estimate_noise(cells: Sequence[CellDifference], repeats: Iterable[Budgets]) -> Noise | None:
     """From pairs where a size has two or more, otherwise from `repeats`: losses of a variant at a size."""
-    pooled = _pool([average_budgets([cell.pairs for cell in own]) for own in _by_size(cells)])
+    pooled = pool_deviation(average_budgets([cell.pairs for cell in own]) for own in _by_size(cells))
     if pooled is not None:
         return Noise(*pooled, assumed=False)
-    pooled = _pool([average_budgets(budgets) for budgets in repeats])
+    pooled = pool_deviation(average_budgets(budgets) for budgets in repeats)
     return None if pooled is None else Noise(math.sqrt(2) * pooled[0], pooled[1], assumed=True)
+
+
+def pool_deviation(groups: Iterable[Sequence[float]]) -> tuple[float, int] | None:
+    """Standard deviation within groups and its degrees of freedom; None where no group has two."""
+    repeated = [group for group in groups if len(group) > 1]
+    squares = sum(float(np.var(group)) * len(group) for group in repeated)
+    degrees = sum(len(group) - 1 for group in repeated)
+    return (math.sqrt(squares / degrees), degrees) if degrees else None
 
 
 def average_budgets(budgets: Budgets) -> tuple[float, ...]:
@@ -202,10 +210,3 @@ def _weight_of_seeds(budgets: Sequence[Collection[int]]) -> float:
 
 def _mean(by_seed: Mapping[int, float]) -> float:
     return float(np.mean(list(by_seed.values())))
-
-
-def _pool(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
-    """Standard deviation within groups and its degrees of freedom; None where no group has two."""
-    squares = sum(float(np.var(group)) * len(group) for group in groups if len(group) > 1)
-    degrees = sum(len(group) - 1 for group in groups if len(group) > 1)
-    return (math.sqrt(squares / degrees), degrees) if degrees else None

@@ -8,13 +8,12 @@ curves   -> steps saved to a loss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
-from sas_megatron.config.errors import FieldError
+from sas_megatron.scaling.attempts import Attempts
 from sas_megatron.scaling.convergence import MeanSaving, find_savings
 from sas_megatron.scaling.gains import Gain, Spending, find_gains, fit_frontiers
 from sas_megatron.scaling.laws.shared_irreducible import SharedIrreducible, compare_irreducible
@@ -22,7 +21,6 @@ from sas_megatron.scaling.outcomes import AXES, LossCurve, Outcome, gather_point
 from sas_megatron.scaling.verdicts import AxisVerdict, judge_together
 
 NUM_BUDGETS = 9
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,7 @@ def _compare(
     num_draws: int,
     seed: int,
 ) -> StudyComparison:
-    remarks: list[str] = []
-
-    def attempt(what: str, function: Callable[[], _Result]) -> _Result | None:
-        try:
-            return function()
-        except FieldError as error:
-            remarks.append(f"No {what}: {error}.")
-            return None
+    attempts = Attempts()
 
     def gains(axis: Spending) -> tuple[Gain, ...]:
         frontiers = fit_frontiers(outcomes, (baseline, candidate), axis=axis, num_draws=num_draws, seed=seed)
@@ -89,14 +80,15 @@ def _compare(
         baseline=baseline,
         candidate=candidate,
         verdicts=verdicts,
-        compute_gains=attempt("compute-equivalent gain", lambda: gains("flops")),
-        time_gains=attempt("time-equivalent gain", lambda: gains("seconds")),
-        irreducible=attempt(
+        compute_gains=attempts.make("compute-equivalent gain", lambda: gains("flops")),
+        time_gains=attempts.make("time-equivalent gain", lambda: gains("seconds")),
+        irreducible=attempts.make(
             "test of a shared irreducible loss",
             lambda: compare_irreducible(
                 {name: gather_points(outcomes, name) for name in (baseline, candidate)}
             ),
         ),
         savings=find_savings(curves, reference=baseline, candidate=candidate),
-        remarks=tuple(remarks),
+        # Last, when all has been tried.
+        remarks=tuple(attempts.remarks),
     )

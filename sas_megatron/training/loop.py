@@ -81,10 +81,13 @@ class Run:
         self.engine: Engine = assemble(
             config, initial_weights=None if self.begins_with is None else self.begins_with.folder
         )
-        self.progress = Progress()
+        counts = {} if self.resumed_from is None else self.resumed_from.progress["counts"]
+        self.progress = Progress(**counts)
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.health = self._watch_health()
+        self.health = RunHealth(
+            config, topology, self.progress.health, say=self.console.say, record=self._record_health
+        )
         self.ledger = build_ledger(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
@@ -154,18 +157,7 @@ class Run:
             self.engine.restore(checkpoint)
             restore_random_states(checkpoint, self.config, say=self.console.say)
             self.engine.schedule.step(checkpoint.progress["schedule_steps"])
-            self.progress = Progress(**checkpoint.progress["counts"])
-            self.health = self._watch_health()
             self.console.say(f"going on from {checkpoint.path} at step {self.progress.step}")
-
-    def _watch_health(self) -> RunHealth:
-        return RunHealth(
-            self.config,
-            self.topology,
-            self.progress.health,
-            say=self.console.say,
-            record=self._record_health,
-        )
 
     def _record_health(self, step: int, event: dict[str, Any]) -> None:
         if self.files is not None:

@@ -16,11 +16,17 @@ from sas_megatron.scaling.seed_noise import (
     average_difference,
     count_seeds_that_tell,
     estimate_noise,
+    pool_deviation,
 )
 
 
 def cell(*pairs: float, size: str = "s", budget: str = "b") -> CellDifference:
     return CellDifference(size, budget, dict(enumerate(pairs)))
+
+
+def test_the_deviation_is_pooled_over_groups_that_repeat() -> None:
+    assert pool_deviation([[3.0, 3.2], [9.0], [1.0, 1.1, 1.2]]) == pytest.approx(((0.04 / 3) ** 0.5, 3))
+    assert pool_deviation([[3.0], [4.0]]) is None
 
 
 def test_one_cell_is_the_paired_t_test() -> None:

@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
 from sas_megatron.model.costs import count_training_flops
-from sas_megatron.scaling.runs import Run, load_run
+from sas_megatron.scaling.runs import Run, has_finished, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
-from sas_megatron.scaling.study.run_states import differences, has_diverged, is_done, what_it_waits_for
+from sas_megatron.scaling.study.run_states import INERT, has_diverged, what_it_waits_for
 from sas_megatron.scaling.study.step_times import describe_step_times, read_step_times
 from sas_megatron.scaling.study.sweeps import sweep_remarks
 from sas_megatron.scaling.study.table import Row, StudyTable
@@ -27,7 +28,7 @@ def collect(plan: Plan) -> StudyTable:
         UserError: a run differs from its plan, or runs from each other, in more than the study varies; says
             in what. Or nothing has finished.
     """
-    found = {run.name: load_run(run.directory) for run in plan.results if is_done(run)}
+    found = {run.name: load_run(run.directory) for run in plan.results if has_finished(run.directory)}
     if not found:
         raise UserError(
             f"{plan.study.directory}: none of the study's {len(plan.results)} runs has finished; "
@@ -66,7 +67,7 @@ def _check_as_planned(plan: Plan, found: dict[str, Run]) -> None:
         f"  {run.name}: {field} is {has}, planned {planned}"
         for run in plan.results
         if run.name in found
-        for field, planned, has in differences(run.config, found[run.name].config)
+        for field, (planned, has) in find_differences([run.config, found[run.name].config], but=INERT).items()
     ]
     if lines:
         raise UserError(

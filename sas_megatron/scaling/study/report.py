@@ -23,10 +23,13 @@ from sas_megatron.scaling.laws.fit_report import report_tree
 from sas_megatron.scaling.numbers import (
     MISSING,
     format_count,
+    format_difference,
     format_duration,
     format_exact,
     format_loss,
     format_power,
+    format_ratio,
+    without_infinities,
 )
 from sas_megatron.scaling.outcomes import AXIS_NAMES
 from sas_megatron.scaling.study.analysis import SliceAnalysis, analyze
@@ -133,9 +136,10 @@ def _verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
                 continue
             text: str = verdict.result
             if verdict.mean is not None:
-                text += f"\n{_signed(verdict.mean.difference)}"
+                text += f"\n{format_difference(verdict.mean.difference)}"
                 if verdict.mean.interval is not None:
-                    text += f" ({_signed(verdict.mean.interval[0])} to {_signed(verdict.mean.interval[1])})"
+                    low, high = map(format_difference, verdict.mean.interval)
+                    text += f" ({low} to {high})"
             cells.append(text)
         lines.append((comparison.candidate, *cells))
     return Grid(headings, tuple(lines))
@@ -160,7 +164,7 @@ def _gain_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
 
 
 def _format_gain(gain: Gain) -> str:
-    text = f"× {gain.gain:.3f}"
+    text = format_ratio(gain.gain)
     if gain.gain_interval is None:
         return text
     low, high = gain.gain_interval
@@ -236,10 +240,6 @@ def _run_line(row: Row) -> tuple[str, ...]:
         format_duration(row.training_seconds),
         MISSING if row.provenance_sha256 is None else row.provenance_sha256[:12],
     )
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
 
 
 def _format_interval(interval: tuple[float | None, float | None]) -> str:
@@ -344,19 +344,10 @@ def _as_dict(table: StudyTable, analyses: Sequence[SliceAnalysis]) -> dict[str, 
                     for law in analysis.laws
                 },
                 "comparisons": [
-                    _without_infinities(dataclasses.asdict(comparison)) for comparison in analysis.comparisons
+                    without_infinities(dataclasses.asdict(comparison)) for comparison in analysis.comparisons
                 ],
                 "remarks": analysis.remarks,
             }
             for analysis in analyses
         ],
     }
-
-
-def _without_infinities(value: Any) -> Any:
-    """An open end of an interval is null: JSON has no infinity."""
-    if isinstance(value, dict):
-        return {key: _without_infinities(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

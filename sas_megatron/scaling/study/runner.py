@@ -22,11 +22,11 @@ from sas_megatron.config.loading import dump_yaml
 from sas_megatron.data.writing import write_file
 from sas_megatron.platform.local_launch import training_command, training_environment
 from sas_megatron.scaling.numbers import format_loss
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import (
     check_as_planned,
     failure_of,
-    is_done,
     is_locked,
     is_settled,
     last_error,
@@ -149,7 +149,7 @@ class StudyRunner:
 
     def _tell_end(self, started: _Started) -> None:
         run, status = started.run, started.process.returncode
-        if is_done(run):
+        if has_finished(run.directory):
             summary = json.loads((run.directory / "summary.json").read_text(encoding="utf-8"))
             loss = format_loss(summary["final_validation_loss"])
             self._say(f"{run.name}: done, validation loss {loss}, {summary['training_seconds']:.0f} s")

@@ -8,6 +8,7 @@ from typing import Any
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.data.writing import write_file
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.layouts import read_layouts
 from sas_megatron.scaling.study.learning_rates import (
     BestRate,
@@ -17,7 +18,7 @@ from sas_megatron.scaling.study.learning_rates import (
     rate_exponent,
 )
 from sas_megatron.scaling.study.plan import Plan, build_plan
-from sas_megatron.scaling.study.run_states import check_as_planned, final_loss, is_done, is_settled
+from sas_megatron.scaling.study.run_states import check_as_planned, final_loss, is_settled
 from sas_megatron.scaling.study.study_file import Study
 
 RECORD = "learning_rates.json"
@@ -82,7 +83,7 @@ def _choose_rates(plan: Plan) -> dict[str, Any]:
     trials: dict[tuple[str, str], list[Trial]] = {}
     for run in plan.runs:
         if run.role == "sweep":
-            loss = final_loss(run) if is_done(run) else None
+            loss = final_loss(run) if has_finished(run.directory) else None
             trial = Trial(run.config.optimizer.learning_rate, loss)
             trials.setdefault((run.cell.variant, run.cell.size), []).append(trial)
     best = {place: find_best_rate(tried) for place, tried in trials.items()}
