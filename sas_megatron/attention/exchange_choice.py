@@ -69,18 +69,23 @@ def exchange_of(attention: SimulatedAttentionConfig, *, tensor_parallel: int) ->
     """The configured strategy, or the cheaper one under `auto`."""
     if attention.exchange != "auto":
         return attention.exchange
-    costs = exchange_costs(attention, tensor_parallel=tensor_parallel)
-    return min(costs, key=lambda name: costs[name].seconds)
+    return _cheaper(exchange_costs(attention, tensor_parallel=tensor_parallel))
 
 
 def choose_exchange(attention: SimulatedAttentionConfig, *, tensor_parallel: int) -> str:
     """`exchange_of`, and where `auto` chose it, a line in the log with the sums."""
-    choice = exchange_of(attention, tensor_parallel=tensor_parallel)
-    if attention.exchange == "auto" and tensor_parallel > 1:
-        costs = exchange_costs(attention, tensor_parallel=tensor_parallel)
+    if attention.exchange != "auto":
+        return attention.exchange
+    costs = exchange_costs(attention, tensor_parallel=tensor_parallel)
+    choice = _cheaper(costs)
+    if tensor_parallel > 1:
         logger.info(
             "attention.exchange=auto: %s (estimated ns a token and layer: %s)",
             choice,
             ", ".join(f"{name} {cost.seconds * 1e9:.2f}" for name, cost in costs.items()),
         )
     return choice
+
+
+def _cheaper(costs: dict[str, ExchangeCost]) -> str:
+    return min(costs, key=lambda name: costs[name].seconds)

@@ -6,14 +6,13 @@ import functools
 import shutil
 import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from sas_megatron.benchmarks.timing import time_by_wall_clock
 from sas_megatron.checkpoint.saving import CheckpointSaver
 from sas_megatron.checkpoint.sharded_tensors import shard_by_rank
 from sas_megatron.config.run import RunConfig
@@ -46,12 +45,12 @@ def measure_checkpointing(
     rounds = []
     for step in range(1, repeats + 1):
         seconds = {
-            "copy": _time(lambda: [tensor.to("cpu", copy=True) for tensor in tensors]),
-            "blocked": _time(functools.partial(_save, savers["asynchronous"], step, shards)),
+            "copy": time_by_wall_clock(lambda: [tensor.to("cpu", copy=True) for tensor in tensors]),
+            "blocked": time_by_wall_clock(functools.partial(_save, savers["asynchronous"], step, shards)),
         }
         savers["asynchronous"].finish()
-        seconds["save"] = _time(functools.partial(_save, savers["synchronous"], step, shards))
-        seconds["dd"] = _time(lambda: _write_with_dd(folder / "zeros", num_bytes))
+        seconds["save"] = time_by_wall_clock(functools.partial(_save, savers["synchronous"], step, shards))
+        seconds["dd"] = time_by_wall_clock(lambda: _write_with_dd(folder / "zeros", num_bytes))
         rounds.append(seconds)
         for mode in savers:
             shutil.rmtree(folder / mode)
@@ -80,11 +79,3 @@ def _write_with_dd(path: Path, num_bytes: int) -> None:
     command = ["dd", "if=/dev/zero", f"of={path}", f"bs={block}", f"count={num_bytes // block}", "conv=fsync"]
     subprocess.run(command, check=True, capture_output=True)
     path.unlink()
-
-
-def _time(action: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    kept = action()
-    seconds = time.perf_counter() - begun
-    del kept
-    return seconds

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.evaluation.scoring import Passage, score
@@ -31,7 +32,7 @@ def measure_scoring(
         topology: A world of one.
         num_tokens: That the model reads in each measurement.
         batch_tokens: Of a batch.
-        repeats: Rounds, after one that warms up.
+        repeats: Rounds, after those that warm up.
 
     Returns:
         Median tokens per second: of `choices`, passages of unequal length whose end is scored, and `texts`,
@@ -41,26 +42,16 @@ def measure_scoring(
     (piece,) = build_gpt_pieces(config)
     model = TrainedModel(config, piece, _NoTokenizer(), topology, step=0)
     kinds = {"choices": _choices(config, num_tokens), "texts": _texts(config, num_tokens)}
-    rounds: list[dict[str, dict[str, float]]] = []
-    for _ in range(1 + repeats):
-        of_round = {}
-        for kind, passages in kinds.items():
-            read = sum(len(passage.tokens) - 1 for passage in passages)
-            scoring = _scoring(model, passages, batch_tokens)
-            bare = _bare_passes(piece, config, topology, passages, batch_tokens)
-            of_round[kind] = {"scoring": read / _seconds(scoring), "bare": read / _seconds(bare)}
-        rounds.append(of_round)
+    preparations: dict[str, Preparation] = {}
+    for kind, passages in kinds.items():
+        preparations[f"{kind} scoring"] = functools.partial(_scoring, model, passages, batch_tokens)
+        preparations[f"{kind} bare"] = functools.partial(
+            _bare_passes, piece, config, topology, passages, batch_tokens
+        )
+    seconds = time_in_turn(preparations, device=topology.device, rounds=repeats)
     return {
-        kind: {
-            **{
-                name: statistics.median(of_round[kind][name] for of_round in rounds[1:])
-                for name in ("scoring", "bare")
-            },
-            "ratio": statistics.median(
-                of_round[kind]["scoring"] / of_round[kind]["bare"] for of_round in rounds[1:]
-            ),
-        }
-        for kind in kinds
+        kind: _rates(passages, scoring=seconds[f"{kind} scoring"], bare=seconds[f"{kind} bare"])
+        for kind, passages in kinds.items()
     }
 
 
@@ -70,12 +61,13 @@ class _NoTokenizer(Tokenizer):
     def __init__(self) -> None: ...
 
 
-def _seconds(action: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
+def _rates(passages: Sequence[Passage], *, scoring: list[float], bare: list[float]) -> dict[str, float]:
+    read = sum(len(passage.tokens) - 1 for passage in passages)
+    return {
+        "scoring": read / statistics.median(scoring),
+        "bare": read / statistics.median(bare),
+        "ratio": median_ratio(bare, scoring),
+    }
 
 
 def _scoring(model: TrainedModel, passages: Sequence[Passage], batch_tokens: int) -> Callable[[], None]:

@@ -17,7 +17,7 @@ def time_in_turn(
     preparations: Mapping[str, Preparation], *, device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds by name, of each round after those that warm up; by the device's own clock on a GPU."""
-    clock = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    clock = _time_on_gpu if device.type == "cuda" else time_by_wall_clock
     seconds: dict[str, list[float]] = {name: [] for name in preparations}
     for round_number in range(WARM_UP_ROUNDS + rounds):
         for name, prepare in preparations.items():
@@ -32,7 +32,8 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def _time_on_cpu(action: Callable[[], object]) -> float:
+def time_by_wall_clock(action: Callable[[], object]) -> float:
+    """Seconds of an action; what it returns is let go after them."""
     begun = time.perf_counter()
     kept = action()
     seconds = time.perf_counter() - begun

@@ -335,7 +335,7 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
 @click.option("--num-tokens", type=int, default=40_000, show_default=True, help="Of a measurement.")
 @click.option("--batch-tokens", type=int, default=8192, show_default=True)
 @click.option("--threads", type=int, default=None, help="CPU threads; by default one a processor.")
-@click.option("--repeats", type=int, default=5, show_default=True, help="Rounds, after one that warms up.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Rounds, after two that warm up.")
 @click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
 def scoring(
     config: str | None, num_tokens: int, batch_tokens: int, threads: int | None, repeats: int, as_json: bool

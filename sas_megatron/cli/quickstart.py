@@ -104,6 +104,7 @@ def _train(config: RunConfig) -> None:
     from sas_megatron.data.writing import write_file
     from sas_megatron.model.costs import count_parameters
     from sas_megatron.platform.local_launch import training_command, training_environment
+    from sas_megatron.scaling.runs import has_finished
     from sas_megatron.training.start import check
 
     run_directory = Path(config.logging.run_directory)
@@ -115,7 +116,7 @@ def _train(config: RunConfig) -> None:
             f"holds a run of another config ({resolved})",
             "choose another directory, or remove that one",
         )
-    if (run_directory / "summary.json").exists() and not (run_directory / "stopped.json").exists():
+    if has_finished(run_directory):
         _say(f"{run_directory.name}: trained already")
         return
     ranks = config.parallel.model_size

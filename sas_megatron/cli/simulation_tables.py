@@ -176,7 +176,7 @@ def search_as_dict(search: LayoutSearch, top: int) -> dict[str, Any]:
         "simulated_families": search.num_simulated_families,
         "layouts": [
             {
-                "overrides": layout.overrides,
+                "overrides": search.overrides(layout),
                 "needed_bytes": round(search.hardware.needed_bytes(layout.peak_bytes)),
                 "loses_by": layout.loses_by,
                 **_step_as_dict(layout.step),

@@ -53,7 +53,7 @@ def layout(study: Path, *, hardware: str) -> None:
     from sas_megatron.planning.hardware_file import load_hardware
     from sas_megatron.planning.layout_search import search_layouts
     from sas_megatron.platform.device import prepare_device
-    from sas_megatron.scaling.study.layouts import CellLayout, describe_layout, write_layouts
+    from sas_megatron.scaling.study.layouts import CellLayout, layout_changes, write_layouts
     from sas_megatron.scaling.study.plan import build_plan
     from sas_megatron.scaling.study.study_file import load_study
 
@@ -64,13 +64,14 @@ def layout(study: Path, *, hardware: str) -> None:
     prepare_device()
     found = {}
     for cell in build_plan(loaded, base).cells:
-        best = search_layouts(cell.config, world_size=ranks, hardware=device).ranked
-        if not best:
+        search = search_layouts(cell.config, world_size=ranks, hardware=device)
+        if not search.ranked:
             raise FieldError(
                 "machine.processes", ranks, f"no layout of {cell.name} fits into {hardware}", "use more"
             )
-        found[cell.name] = CellLayout(describe_layout(best[0].config), best[0].step.seconds)
-        click.echo(f"» {cell.name}: {' '.join(best[0].overrides)}, {best[0].step.seconds:.4g} s a step")
+        best = search.ranked[0]
+        found[cell.name] = CellLayout(layout_changes(best.config), best.step.seconds)
+        click.echo(f"» {cell.name}: {' '.join(search.overrides(best))}, {best.step.seconds:.4g} s a step")
     click.echo(f"» {write_layouts(loaded, found, hardware=device.name)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ from sas_megatron.scaling.numbers import (
     format_loss,
     format_power,
 )
-from sas_megatron.scaling.study.resolution import SeedNoise, measure_seed_noise, smallest_effect
+from sas_megatron.scaling.runs import has_finished
+from sas_megatron.scaling.study.resolution import SeedNoise, smallest_effect
 from sas_megatron.scaling.study.run_states import RunStatus, final_loss
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from sas_megatron.scaling.study.plan import Plan, PlannedRun
@@ -38,11 +41,17 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     """Every run, the sums, and what the study can tell apart."""
-    from rich.console import Console
-
-    console = Console()
-    table = _table("run", "steps", "parameters", "tokens", "FLOPs", "lr", "hours", "price")
-    for run in plan.runs:
+    console = _console()
+    costs = [
+        (heading, cells)
+        for heading, cells in (
+            ("hours", [_format_hours(plan.hours(run)) for run in plan.runs]),
+            ("price", [_format_price(plan.price(run)) for run in plan.runs]),
+        )
+        if any(cell != MISSING for cell in cells)
+    ]
+    table = _table("run", "steps", "params", "tokens", "FLOPs", "lr", *(heading for heading, _ in costs))
+    for number, run in enumerate(plan.runs):
         # Of a branch only its own steps count: the trunk's stand in its own line.
         rate = format(run.config.optimizer.learning_rate, ".3g") if run.is_ready else "by sweep"
         table.add_row(
@@ -52,15 +61,16 @@ def print_plan(plan: Plan) -> None:
             format_count(run.tokens) if run.role != "trunk" else MISSING,
             format_power(run.own_flops),
             rate,
-            _format_hours(plan.hours(run)),
-            MISSING if (price := plan.price(run)) is None else f"{price:,.2f}",
+            *(cells[number] for _, cells in costs),
         )
-    console.print(table)
+    _print_whole(console, table)
     totals = _totals(plan)
     hours = "hours unknown: state machine.teraflops"
     if totals["hours"] is not None:
         hours = f"{_format_hours(totals['hours'])} hours of one rank"
-        hours += f" at {plan.study.machine.teraflops:g} TFLOP/s"
+        teraflops = plan.study.machine.teraflops
+        is_simulated = plan.layouts or teraflops is None
+        hours += " by simulated steps" if is_simulated else f" at {teraflops:g} TFLOP/s"
     priced = "" if totals["price"] is None else f", price {totals['price']:,.2f}"
     console.print(
         f"{totals['runs']} runs, {totals['results']} of them results: {format_power(totals['flops'])} "
@@ -72,7 +82,7 @@ def print_plan(plan: Plan) -> None:
     _print_resolution(plan, console)
 
 
-def _print_resolution(plan: Plan, console: Any) -> None:
+def _print_resolution(plan: Plan, console: Console) -> None:
     noise = _seed_noise(plan)
     if noise is None:
         console.print(
@@ -89,17 +99,19 @@ def _print_resolution(plan: Plan, console: Any) -> None:
 
 
 def _smallest_effects(plan: Plan, noise: SeedNoise | None) -> dict[str, tuple[float, float]]:
-    """By variant, against the baseline: at one size and budget, and averaged over all of them."""
+    """By variant, against the baseline: at one size and budget, and averaged over all of them.
+
+    Of the budgets of one seed, which share a trunk, the mean is taken to vary as much as each.
+    """
     if noise is None:
         return {}
     study = plan.study
-    cells = len(study.sizes) * len(study.budgets.values)
     effects = {}
     for variant in list(study.variants)[1:]:
         seeds = study.num_seeds(study.baseline), study.num_seeds(variant)
         effects[variant] = (
             smallest_effect(noise, seeds=seeds),
-            smallest_effect(noise, seeds=seeds, cells=cells),
+            smallest_effect(noise, seeds=seeds, cells=len(study.sizes)),
         )
     return effects
 
@@ -107,12 +119,15 @@ def _smallest_effects(plan: Plan, noise: SeedNoise | None) -> dict[str, tuple[fl
 def _seed_noise(plan: Plan) -> SeedNoise | None:
     if plan.study.seed_noise is not None:
         return SeedNoise(plan.study.seed_noise, degrees=None)
+    from sas_megatron.scaling.seed_noise import pool_deviation
+
     cells: dict[tuple[str, float], list[float]] = {}
     for run in plan.results:
         loss = final_loss(run)
-        if loss is not None:
+        if loss is not None and has_finished(run.directory):
             cells.setdefault((run.cell.name, run.budget), []).append(loss)
-    return measure_seed_noise(cells.values())
+    pooled = pool_deviation(cells.values())
+    return None if pooled is None else SeedNoise(*pooled)
 
 
 def _run_as_dict(plan: Plan, run: PlannedRun) -> dict[str, Any]:
@@ -168,18 +183,17 @@ def status_as_dict(statuses: Sequence[RunStatus]) -> dict[str, Any]:
 
 
 def print_status(statuses: Sequence[RunStatus]) -> None:
-    """A line for each run that is not done, and the sums."""
-    from rich.console import Console
-
-    console = Console()
+    """A line for each run that is not done, one for those in a row that wait alike, and the sums."""
+    console = _console()
     table = _table("run", "state", "step", "why", right=("step",))
-    for status in statuses:
-        if status.state != "done":
+    for _, group in itertools.groupby(statuses, key=_alike):
+        first, *others = group
+        if first.state != "done":
             table.add_row(
-                status.run.name,
-                status.state,
-                f"{status.step:,} / {status.run.config.training.num_steps:,}",
-                status.reason or "",
+                first.run.name + (f" and {len(others)} more" if others else ""),
+                first.state,
+                f"{first.step:,} / {first.run.config.training.num_steps:,}",
+                first.reason or "",
             )
     if table.row_count:
         console.print(table)
@@ -212,6 +226,33 @@ def seconds_left(statuses: Sequence[RunStatus]) -> float | None:
         flops = status.remaining_steps * cell.step_tokens * cell.flops_per_token
         total += flops * sum(own) / len(own)
     return total
+
+
+def _alike(status: RunStatus) -> tuple[str, ...]:
+    """What lets runs after one another share a line: that all have yet to begin, for one reason."""
+    if status.state in ("ready", "waiting"):
+        return status.state, status.reason or ""
+    return (status.run.name,)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # What runs print ([rank0]: …) is no markup.
+    return Console(markup=False, highlight=False)
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Every number in one piece, on a narrow terminal too, which wraps the lines by itself."""
+    from rich.measure import measure_renderables
+
+    needed = measure_renderables(console, console.options.update(max_width=1000), [table]).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
+
+
+def _format_price(price: float | None) -> str:
+    return MISSING if price is None else f"{price:,.2f}"
 
 
 def _format_hours(hours: float | None) -> str:

@@ -128,17 +128,6 @@ def dump_tree(tree: dict[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keyed by dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flatten_tree(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Puts `section.field=value`, the value in YAML, into plain nested mappings; later ones win.
 

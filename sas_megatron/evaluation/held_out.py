@@ -28,13 +28,26 @@ class HeldOutLoss:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss by token; depends on the tokenizer."""
-        return math.exp(self.loss)
+        """e to the loss by token; depends on the tokenizer, and is infinite beyond what a float holds."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
         """Total loss in bits over total bytes; comparable between tokenizers."""
         return self.loss * self.num_tokens / math.log(2) / self.num_bytes
+
+    @property
+    def results(self) -> dict[str, float | None]:
+        """By name as records have them; None where a diverged run has none, since JSON has no such number."""
+        values = {
+            "validation_loss": self.loss,
+            "validation_perplexity": self.perplexity,
+            "validation_bits_per_byte": self.bits_per_byte,
+        }
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def evaluate_held_out(

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
-from sas_megatron.config.loading import flatten_tree
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.layout_screening import (
@@ -53,8 +53,6 @@ class Layout:
     """One legal layout that fits, and its estimate."""
 
     config: RunConfig
-    # What it differs in from the config given, as the command line takes it.
-    overrides: list[str]
     peak_bytes: int
     step: StepEstimate
     # Where it takes longer than the first, largest first; None: it is the first.
@@ -65,6 +63,8 @@ class Layout:
 class LayoutSearch:
     """What a search found."""
 
+    # As it was given.
+    config: RunConfig
     hardware: Hardware
     # Fastest first.
     ranked: list[Layout]
@@ -72,6 +72,13 @@ class LayoutSearch:
     # Families differ in more than their micro batch; the most promising ones were simulated.
     num_families: int
     num_simulated_families: int
+
+    def overrides(self, layout: Layout) -> list[str]:
+        """What a layout differs in from the config given, as the command line takes it."""
+        changed = find_differences([self.config, layout.config])
+        return [f"{name}={str(value).lower()}" for name, (_, value) in changed.items()] or [
+            f"parallel.tensor={layout.config.parallel.tensor}"
+        ]
 
 
 def search_layouts(
@@ -113,10 +120,11 @@ def search_layouts(
         key=lambda family: min(seconds for _, seconds in family),
     )
     found, num_simulated = _simulate_families(
-        config, promising, world_size=world_size, hardware=hardware, announce=announce
+        promising, world_size=world_size, hardware=hardware, announce=announce
     )
     ranked = sorted(found, key=lambda layout: layout.step.seconds)
     return LayoutSearch(
+        config=config,
         hardware=hardware,
         ranked=[replace(layout, loses_by=_loss(layout.step, ranked[0].step)) for layout in ranked],
         num_legal=len(legal),
@@ -145,7 +153,6 @@ def _alone_cost(config: RunConfig, hardware: Hardware) -> AloneCost:
 
 
 def _simulate_families(
-    config: RunConfig,
     families: list[Family],
     *,
     world_size: int,
@@ -170,7 +177,7 @@ def _simulate_families(
             if min(seconds for _, seconds in families[num_tried]) > best_seconds:
                 break
             batch = families[num_tried : num_tried + workers]
-            jobs = [pool.submit(_try_family, config, family, world_size, hardware) for family in batch]
+            jobs = [pool.submit(_try_family, family, world_size, hardware) for family in batch]
             num_tried += len(batch)
             for job in jobs:
                 layouts = job.result()
@@ -213,23 +220,23 @@ def _at_depth(config: RunConfig, num_layers: int) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": num_layers})})
 
 
-def _try_family(config: RunConfig, family: Family, world_size: int, hardware: Hardware) -> list[Layout]:
+def _try_family(family: Family, world_size: int, hardware: Hardware) -> list[Layout]:
     """Of equal degrees: the micro batch that should be large enough, and the next, or one that fits."""
     least = min(seconds for _, seconds in family)
     enough = next(place for place, (_, seconds) in enumerate(family) if seconds <= ENOUGH * least)
     found: list[Layout] = []
     for place in (enough, enough + 1):
-        if place < len(family) and (layout := _try(config, family[place][0], world_size, hardware)):
+        if place < len(family) and (layout := _try(family[place][0], world_size, hardware)):
             found.append(layout)
     smaller = enough - 1
     while not found and smaller >= 0:
-        if layout := _try(config, family[smaller][0], world_size, hardware):
+        if layout := _try(family[smaller][0], world_size, hardware):
             found.append(layout)
         smaller -= 1
     return found
 
 
-def _try(config: RunConfig, candidate: RunConfig, world_size: int, hardware: Hardware) -> Layout | None:
+def _try(candidate: RunConfig, world_size: int, hardware: Hardware) -> Layout | None:
     """The layout simulated, or None where it does not fit."""
     simulated = for_hardware(candidate, hardware)
     ends = {stage_ranks(candidate, world_size)[place] for place in (0, -1)}
@@ -238,20 +245,12 @@ def _try(config: RunConfig, candidate: RunConfig, world_size: int, hardware: Har
     if not hardware.fits(peak_bytes):
         return None
     step = estimate_step(candidate, reports, hardware=hardware, world_size=world_size)
-    return Layout(candidate, _overrides(config, candidate), peak_bytes, step)
+    return Layout(candidate, peak_bytes, step)
 
 
 def _family(config: RunConfig) -> tuple[Any, ...]:
     """What layouts have in common that differ in their micro batch alone."""
     return (*config.parallel.model_dump().values(), config.training.recompute)
-
-
-def _overrides(config: RunConfig, layout: RunConfig) -> list[str]:
-    before, after = (flatten_tree(value.model_dump(mode="json")) for value in (config, layout))
-    changed = [name for name, value in after.items() if before.get(name) != value]
-    return [f"{name}={str(after[name]).lower()}" for name in changed] or [
-        f"parallel.tensor={layout.parallel.tensor}"
-    ]
 
 
 def _loss(step: StepEstimate, first: StepEstimate) -> str | None:

@@ -1,8 +1,8 @@
 """Convergence saving: by how many fewer steps a run reaches another's final loss.
 
 The claim of the SAS paper (arXiv 2507.07694) is of this kind: the baseline's loss in 40 % fewer steps. It
-means something only where both runs' learning rates are alike at every step; other pairs get a reason and no
-number.
+means something only where both runs' schedules are alike at every step; other pairs get a reason and no
+number. Where their peak rates differ, each variant having its own, the text says so.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def find_savings(curves: Sequence[LossCurve], *, reference: str, candidate: str)
             find_saving(runs[(reference, *cell, seed)], runs[(candidate, *cell, seed)]) for seed in seeds
         )
         if pairs:
-            falling = runs[(candidate, *cell, seeds[0])].schedule != CONSTANT
-            found.append(_average(reference, candidate, cell, pairs, falling=falling))
+            first = runs[(reference, *cell, seeds[0])], runs[(candidate, *cell, seeds[0])]
+            found.append(_average(reference, candidate, cell, pairs, reservations=_list_reservations(*first)))
     return tuple(found)
 
 
@@ -128,13 +128,24 @@ def _say_incomparable(reference: LossCurve, candidate: LossCurve) -> str | None:
     return None
 
 
+def _list_reservations(reference: LossCurve, candidate: LossCurve) -> list[str]:
+    texts = [FALLING] if candidate.schedule != CONSTANT else []
+    one, other = candidate.learning_rate, reference.learning_rate
+    if one is not None and other is not None and abs(math.log(one / other)) > SAME_LEVEL:
+        texts.append(
+            f"Their peak learning rates differ: {one:.3g} of {candidate.variant}, {other:.3g} of "
+            f"{reference.variant}."
+        )
+    return texts
+
+
 def _average(
     reference: str,
     candidate: str,
     cell: tuple[str, str],
     pairs: tuple[ConvergenceSaving, ...],
     *,
-    falling: bool,
+    reservations: Sequence[str],
 ) -> MeanSaving:
     size, budget = cell
     savings = [pair.saving for pair in pairs if pair.saving is not None]
@@ -153,5 +164,5 @@ def _average(
         interval = (mean - reach, mean + reach)
         noise = f"95 % of {interval[0]:.1%} to {interval[1]:.1%}, {len(savings)} seeds"
     text = f"{where}: {mean:.1%} fewer steps to the loss of {reference} ({noise})."
-    text = f"{text} {FALLING}" if falling else text
+    text = " ".join([text, *reservations])
     return MeanSaving(reference, candidate, size, budget, mean, interval, pairs, text)

@@ -1,8 +1,9 @@
-"""Numbers as people read them; a missing one is a dash, never a zero."""
+"""Numbers as people read them, a missing one a dash and never a zero; and as JSON takes them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 MISSING = "–"
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
@@ -76,3 +77,12 @@ def format_ratio(value: float | None) -> str:
 def format_share(value: float | None) -> str:
     """A percentage with one decimal."""
     return MISSING if value is None else f"{value:.1%}".replace("%", " %")
+
+
+def without_infinities(value: Any) -> Any:
+    """What JSON takes: None for each number that is not finite, such as the open end of an interval."""
+    if isinstance(value, dict):
+        return {name: without_infinities(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -75,6 +75,8 @@ class LossCurve:
     tokens_per_step: float
     steps: tuple[int, ...]
     losses: tuple[float, ...]
+    # At its peak; None where it is not told.
+    learning_rate: float | None = None
 
 
 def choose_variant(outcomes: Sequence[Outcome], variant: str) -> list[Outcome]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron import __version__
+from sas_megatron.config.differences import find_differences
 from sas_megatron.scaling.comparison import Comparison, sum_terms
 from sas_megatron.scaling.figure import draw_svg
 from sas_megatron.scaling.numbers import MISSING, format_count, format_exact, format_share
-from sas_megatron.scaling.runs import Run, find_differences
+from sas_megatron.scaling.runs import Run
 from sas_megatron.scaling.table import Cell, Measure, build_measures
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -105,7 +106,7 @@ def _share(value: float | None, total: float | None) -> Cell:
 def _list_differences(runs: Sequence[Run]) -> list[Measure]:
     return [
         Measure(key, tuple(Cell(_show(value)) for value in values))
-        for key, values in find_differences(runs).items()
+        for key, values in find_differences([run.config for run in runs]).items()
     ]
 
 

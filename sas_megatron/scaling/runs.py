@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FileProblem, UserError
-from sas_megatron.config.loading import flatten_tree, load_run_config
+from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 
 # What a comparison varies, and what only says where files go. A resumed run is the uninterrupted
@@ -157,12 +158,15 @@ def load_run(directory: str | Path) -> Run:
     )
 
 
-def find_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
-    """Dotted config keys that are not equal in all `runs`, with each run's value; None where it has none."""
-    flat = [flatten_tree(run.config.model_dump(mode="json")) for run in runs]
-    keys = dict.fromkeys(key for tree in flat for key in tree)
-    values = {key: tuple(tree.get(key) for tree in flat) for key in keys}
-    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+def has_finished(directory: Path) -> bool:
+    """Whether the run there has come to its end, and does not wait to be gone on with."""
+    if (directory / "stopped.json").exists():
+        return False
+    try:
+        summary = json.loads((directory / "summary.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get("exit_reason") == FINISHED
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -180,7 +184,9 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 f"two runs are named {name}: the comparison could not tell them apart; rename a directory"
             )
     differences: dict[str, tuple[Any, ...]] = {
-        key: values for key, values in find_differences(runs).items() if not _may_differ(key)
+        key: values
+        for key, values in find_differences([run.config for run in runs]).items()
+        if not _may_differ(key)
     }
     for key in ("corpus", "world_size"):
         recorded = tuple(run.provenance.get(key) for run in runs)

@@ -1,4 +1,4 @@
-"""Two variants of a study side by side: verdicts by axis, gains by budget, laws, and steps saved.
+"""Variants of a study beside its baseline: verdicts by axis, gains by budget, laws, and steps saved.
 
 outcomes -> at equal parameters, tokens, FLOPs, time: who is lower, and is it more than noise
          -> frontiers -> compute- and time-equivalent gain
@@ -8,21 +8,19 @@ curves   -> steps saved to a loss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
-from sas_megatron.config.errors import FieldError
+from sas_megatron.scaling.attempts import Attempts
 from sas_megatron.scaling.convergence import MeanSaving, find_savings
 from sas_megatron.scaling.gains import Gain, Spending, find_gains, fit_frontiers
 from sas_megatron.scaling.laws.shared_irreducible import SharedIrreducible, compare_irreducible
 from sas_megatron.scaling.outcomes import AXES, LossCurve, Outcome, gather_points
-from sas_megatron.scaling.verdicts import AxisVerdict, judge_axis
+from sas_megatron.scaling.verdicts import AxisVerdict, judge_together
 
 NUM_BUDGETS = 9
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -44,23 +42,33 @@ def compare_variants(
     curves: Sequence[LossCurve] = (),
     *,
     baseline: str,
-    candidate: str,
+    candidates: Sequence[str],
     num_draws: int = 1000,
     seed: int = 1,
-) -> StudyComparison:
-    """Compares a candidate with the baseline in every way that the runs allow.
+) -> tuple[StudyComparison, ...]:
+    """Compares candidates with the baseline in every way that the runs allow; verdicts of an axis together.
 
     Raises:
         FieldError: one of them has no run with a loss.
     """
-    remarks: list[str] = []
+    by_axis = [judge_together(outcomes, baseline=baseline, candidates=candidates, axis=axis) for axis in AXES]
+    return tuple(
+        _compare(outcomes, curves, baseline, candidate, verdicts, num_draws=num_draws, seed=seed)
+        for candidate, verdicts in zip(candidates, zip(*by_axis, strict=True), strict=True)
+    )
 
-    def attempt(what: str, function: Callable[[], _Result]) -> _Result | None:
-        try:
-            return function()
-        except FieldError as error:
-            remarks.append(f"No {what}: {error}.")
-            return None
+
+def _compare(
+    outcomes: Sequence[Outcome],
+    curves: Sequence[LossCurve],
+    baseline: str,
+    candidate: str,
+    verdicts: tuple[AxisVerdict, ...],
+    *,
+    num_draws: int,
+    seed: int,
+) -> StudyComparison:
+    attempts = Attempts()
 
     def gains(axis: Spending) -> tuple[Gain, ...]:
         frontiers = fit_frontiers(outcomes, (baseline, candidate), axis=axis, num_draws=num_draws, seed=seed)
@@ -71,17 +79,16 @@ def compare_variants(
     return StudyComparison(
         baseline=baseline,
         candidate=candidate,
-        verdicts=tuple(
-            judge_axis(outcomes, baseline=baseline, candidate=candidate, axis=axis) for axis in AXES
-        ),
-        compute_gains=attempt("compute-equivalent gain", lambda: gains("flops")),
-        time_gains=attempt("time-equivalent gain", lambda: gains("seconds")),
-        irreducible=attempt(
+        verdicts=verdicts,
+        compute_gains=attempts.make("compute-equivalent gain", lambda: gains("flops")),
+        time_gains=attempts.make("time-equivalent gain", lambda: gains("seconds")),
+        irreducible=attempts.make(
             "test of a shared irreducible loss",
             lambda: compare_irreducible(
                 {name: gather_points(outcomes, name) for name in (baseline, candidate)}
             ),
         ),
         savings=find_savings(curves, reference=baseline, candidate=candidate),
-        remarks=tuple(remarks),
+        # Last, when all has been tried.
+        remarks=tuple(attempts.remarks),
     )

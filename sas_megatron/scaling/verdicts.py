@@ -4,10 +4,13 @@ A candidate's run is set against the baseline's of the same seed at the same amo
 where that spent as much (1 %), otherwise a curve through its runs that spent more and less, each trained to
 the end of its own schedule. For FLOPs, tokens and time the curve joins the budgets of one size, for
 parameters the sizes trained on equal tokens. Nothing is read beyond the measured runs.
+
+Several candidates on one axis are as many chances of a chance difference: `judge_together` asks more of each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,12 +20,15 @@ from typing import Literal
 import numpy as np
 
 from sas_megatron.scaling.laws.points import SAME_LEVEL
-from sas_megatron.scaling.numbers import format_loss
+from sas_megatron.scaling.numbers import format_difference, format_loss
 from sas_megatron.scaling.outcomes import AXIS_NAMES, Axis, Outcome, choose_variant, count_diverged
 from sas_megatron.scaling.seed_noise import (
+    LEVEL,
     MOST_SEEDS,
+    Budgets,
     CellDifference,
     MeanDifference,
+    adjust_p_values,
     average_difference,
     estimate_noise,
 )
@@ -34,7 +40,8 @@ Result = Literal["wins", "loses", "cannot be told"]
 class AxisVerdict:
     """A candidate against the baseline on one axis; `mean` is None where no runs could be set side by side.
 
-    `num_unread` runs of the candidate had no measured runs of the baseline on both sides of them.
+    `num_unread` runs of the candidate had no measured runs of the baseline on both sides of them. `p_value`
+    is of no difference, as one of `comparisons` on the axis (`judge_together`); None without an interval.
     """
 
     axis: Axis
@@ -44,31 +51,77 @@ class AxisVerdict:
     mean: MeanDifference | None
     cells: tuple[CellDifference, ...]
     num_unread: int
+    p_value: float | None
+    comparisons: int
+    reservations: tuple[str, ...]
     text: str
 
 
-def judge_axis(outcomes: Sequence[Outcome], *, baseline: str, candidate: str, axis: Axis) -> AxisVerdict:
+def judge_together(
+    outcomes: Sequence[Outcome], *, baseline: str, candidates: Sequence[str], axis: Axis
+) -> tuple[AxisVerdict, ...]:
+    """The verdicts of several candidates, of which with 95 % none wins or loses by chance.
+
+    Raises:
+        FieldError: one of the variants has no run with a loss.
+    """
+    alone = [
+        judge_axis(
+            outcomes, baseline=baseline, candidate=candidate, axis=axis, comparisons=max(1, len(candidates))
+        )
+        for candidate in candidates
+    ]
+    told = [verdict.p_value for verdict in alone if verdict.p_value is not None]
+    adjusted = iter(adjust_p_values(told))
+    return tuple(
+        verdict
+        if verdict.p_value is None
+        else _conclude(dataclasses.replace(verdict, p_value=next(adjusted), comparisons=len(told)))
+        for verdict in alone
+    )
+
+
+def judge_axis(
+    outcomes: Sequence[Outcome], *, baseline: str, candidate: str, axis: Axis, comparisons: int = 1
+) -> AxisVerdict:
     """Compares two variants' finished runs on one axis.
+
+    `comparisons` is how many there will be on it, for the seeds that would tell; the verdict is on this one
+    alone.
 
     Raises:
         FieldError: one of the variants has no run with a loss.
     """
     base_runs, runs = choose_variant(outcomes, baseline), choose_variant(outcomes, candidate)
     cells, num_unread = _set_side_by_side(base_runs, runs, axis)
-    mean = (
-        average_difference(cells, estimate_noise(cells, _list_repeats(base_runs + runs))) if cells else None
+    noise = estimate_noise(cells, _list_repeats(base_runs + runs))
+    mean = average_difference(cells, noise, comparisons=comparisons) if cells else None
+    reservations = _list_reservations(outcomes, (baseline, candidate), mean, num_unread)
+    return _conclude(
+        AxisVerdict(
+            axis=axis,
+            baseline=baseline,
+            candidate=candidate,
+            result="cannot be told",
+            mean=mean,
+            cells=tuple(cells),
+            num_unread=num_unread,
+            p_value=None if mean is None else mean.p_value,
+            comparisons=1,
+            reservations=tuple(reservations),
+            text="",
+        )
     )
+
+
+def _conclude(verdict: AxisVerdict) -> AxisVerdict:
+    """The result and the text that follow from the p-value."""
     result: Result = "cannot be told"
-    if mean is not None and mean.interval is not None:
-        low, high = mean.interval
-        result = "wins" if high < 0 else "loses" if low > 0 else result
-    text = " ".join(
-        [
-            f"At equal {AXIS_NAMES[axis]}: {_phrase(baseline, candidate, result, mean, cells)}",
-            *_list_reservations(outcomes, (baseline, candidate), mean, num_unread),
-        ]
-    )
-    return AxisVerdict(axis, baseline, candidate, result, mean, tuple(cells), num_unread, text)
+    if verdict.mean is not None and verdict.p_value is not None and verdict.p_value < 1 - LEVEL:
+        result = "wins" if verdict.mean.difference < 0 else "loses"
+    told = dataclasses.replace(verdict, result=result)
+    said = [f"At equal {AXIS_NAMES[verdict.axis]}: {_phrase(told)}", *verdict.reservations]
+    return dataclasses.replace(told, text=" ".join(said))
 
 
 def read_between(spent: Sequence[float], losses: Sequence[float], amount: float) -> float | None:
@@ -105,14 +158,14 @@ def _set_side_by_side(
     for (size, budget), group in itertools.groupby(sorted(runs, key=_by_cell), key=lambda run: run.cell):
         read = [(run, _read_baseline(base_runs, run, axis)) for run in group]
         num_unread += sum(not losses for _, losses in read)
-        pairs = [run.known("loss") - losses[run.seed] for run, losses in read if run.seed in losses]
+        pairs = {run.seed: run.known("loss") - losses[run.seed] for run, losses in read if run.seed in losses}
         others = [(run, losses) for run, losses in read if losses]
         if pairs:
-            cells.append(CellDifference(size, budget, tuple(pairs)))
+            cells.append(CellDifference(size, budget, pairs))
         elif others:
             by_seed = {seed: loss for _, losses in others for seed, loss in losses.items()}
-            candidate_losses = tuple(run.known("loss") for run, _ in others)
-            cells.append(CellDifference(size, budget, (), candidate_losses, tuple(by_seed.values())))
+            candidate_losses = {run.seed: run.known("loss") for run, _ in others}
+            cells.append(CellDifference(size, budget, {}, candidate_losses, by_seed))
     return cells, num_unread
 
 
@@ -143,36 +196,37 @@ def _by_cell(run: Outcome) -> tuple[str, str, int]:
     return (*run.cell, run.seed)
 
 
-def _list_repeats(runs: Sequence[Outcome]) -> list[list[float]]:
-    """Losses of runs that differ in their seed only."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
+def _list_repeats(runs: Sequence[Outcome]) -> list[Budgets]:
+    """Of each variant and size, losses by budget and seed."""
+    groups: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for run in runs:
-        if run.loss is not None:
-            groups.setdefault((run.variant, *run.cell), []).append(run.loss)
-    return list(groups.values())
+        by_budget = groups.setdefault((run.variant, run.size), {})
+        by_budget.setdefault(run.budget, {})[run.seed] = run.known("loss")
+    return [list(by_budget.values()) for by_budget in groups.values()]
 
 
-def _phrase(
-    baseline: str,
-    candidate: str,
-    result: Result,
-    mean: MeanDifference | None,
-    cells: Sequence[CellDifference],
-) -> str:
+def _phrase(verdict: AxisVerdict) -> str:
+    baseline, candidate, mean = verdict.baseline, verdict.candidate, verdict.mean
     if mean is None:
         return f"no comparison of {candidate} and {baseline}, since no runs of {baseline} lie around its own."
     side = "lower" if mean.difference < 0 else "higher"
     size = f"{candidate}'s loss is {side} by {format_loss(abs(mean.difference))}"
-    places = f"{len(cells)} {'size and budget' if len(cells) == 1 else 'sizes and budgets'}"
+    count = len(verdict.cells)
+    places = f"{count} {'size and budget' if count == 1 else 'sizes and budgets'}"
     if mean.interval is None:
         return (
             f"it cannot be told from noise whether {candidate} wins: {size} in {places}, and nothing says "
             "how much another seed would change; train two seeds of a size at least."
         )
-    low, high = (f"{end:+.4f}".replace("-", "−") for end in mean.interval)
+    low, high = map(format_difference, mean.interval)
     measured = f"{size} (95 % of {low} to {high}, {places})"
-    if result != "cannot be told":
-        return f"{candidate} {result}: {measured}."
+    if verdict.result != "cannot be told":
+        return f"{candidate} {verdict.result}: {measured}."
+    if mean.p_value is not None and mean.p_value < 1 - LEVEL:
+        measured += (
+            f", which alone would tell, but is one of {verdict.comparisons} comparisons (p = "
+            f"{verdict.p_value:.2g} by Holm's method)"
+        )
     needed = mean.seeds_that_would_tell
     seeds = f"{needed} seeds of each" if needed is not None else f"more than {MOST_SEEDS:,} seeds of each"
     return (

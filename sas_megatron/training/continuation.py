@@ -7,14 +7,13 @@ begins to decay (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395, secti
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sas_megatron.checkpoint.manifest import CONFIG, find_damage, read_manifest, refuse_damage
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.config.loading import flatten_tree, load_run_config
+from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.token_files import load_manifest
 
@@ -92,7 +91,7 @@ def check_goes_on(config: RunConfig) -> None:
     remedy = "put it back, or choose another logging.run_directory"
     if (directory / "config.yaml").exists():
         old = load_run_config(directory / "config.yaml")
-        for field, new, was in _differences(config, old, but=MAY_CHANGE):
+        for field, (new, was) in find_differences([config, old], but=MAY_CHANGE).items():
             raise FieldError(field, new, f"was {was} {told}", remedy)
     if (directory / "run.json").exists():
         _check_corpus(config, directory)
@@ -113,7 +112,7 @@ def find_branch(config: RunConfig) -> Branch | None:
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
     _check_schedules(config, trunk, branch)
-    for field, new, was in _differences(config, trunk, but=BRANCH_MAY_CHANGE):
+    for field, (new, was) in find_differences([config, trunk], but=BRANCH_MAY_CHANGE).items():
         raise FieldError(
             field, new, f"was {was} in the run that {path} is of", "put it back, or begin a run without it"
         )
@@ -132,15 +131,6 @@ def find_branch(config: RunConfig) -> Branch | None:
             )
     _check_corpus(config, branch.trunk)
     return branch
-
-
-def _differences(
-    config: RunConfig, other: RunConfig, *, but: tuple[str, ...]
-) -> Iterator[tuple[str, Any, Any]]:
-    new, old = (flatten_tree(either.model_dump(mode="json")) for either in (config, other))
-    for field in dict.fromkeys([*new, *old]):
-        if new.get(field) != old.get(field) and not field.startswith(but):
-            yield field, new.get(field), old.get(field)
 
 
 def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> None:

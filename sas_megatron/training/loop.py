@@ -81,10 +81,13 @@ class Run:
         self.engine: Engine = assemble(
             config, initial_weights=None if self.begins_with is None else self.begins_with.folder
         )
-        self.progress = Progress()
+        counts = {} if self.resumed_from is None else self.resumed_from.progress["counts"]
+        self.progress = Progress(**counts)
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.health = self._watch_health()
+        self.health = RunHealth(
+            config, topology, self.progress.health, say=self.console.say, record=self._record_health
+        )
         self.ledger = build_ledger(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
@@ -154,18 +157,7 @@ class Run:
             self.engine.restore(checkpoint)
             restore_random_states(checkpoint, self.config, say=self.console.say)
             self.engine.schedule.step(checkpoint.progress["schedule_steps"])
-            self.progress = Progress(**checkpoint.progress["counts"])
-            self.health = self._watch_health()
             self.console.say(f"going on from {checkpoint.path} at step {self.progress.step}")
-
-    def _watch_health(self) -> RunHealth:
-        return RunHealth(
-            self.config,
-            self.topology,
-            self.progress.health,
-            say=self.console.say,
-            record=self._record_health,
-        )
 
     def _record_health(self, step: int, event: dict[str, Any]) -> None:
         if self.files is not None:
@@ -249,7 +241,8 @@ class Run:
         self.held_out = held_out
         self.progress.owes_evaluation = False
         best = self.progress.best_validation_loss
-        self.progress.best_validation_loss = held_out.loss if best is None else min(best, held_out.loss)
+        if math.isfinite(held_out.loss):
+            self.progress.best_validation_loss = held_out.loss if best is None else min(best, held_out.loss)
         self.console.say(
             f" validation loss at iteration {self.progress.step} | lm loss value: {held_out.loss:.6E} | "
             f"lm loss PPL: {held_out.perplexity:.6E} | bits per byte: {held_out.bits_per_byte:.4f} |"
@@ -259,9 +252,7 @@ class Run:
                 {
                     "kind": "validation",
                     **self.meter.position(self.progress),
-                    "validation_loss": held_out.loss,
-                    "validation_perplexity": held_out.perplexity,
-                    "validation_bits_per_byte": held_out.bits_per_byte,
+                    **held_out.results,
                 }
             )
 
@@ -308,6 +299,7 @@ class Run:
 
     def _summary(self, wire_bytes: list[dict[str, Any]] | None, ending: Ending) -> dict[str, Any]:
         position = self.meter.position(self.progress)
+        held_out = {} if self.held_out is None else self.held_out.results
         return {
             "schema": 1,
             "exit_reason": ending.reason,
@@ -322,10 +314,10 @@ class Run:
             "median_step_seconds": self.progress.median_step_seconds(),
             "peak_memory_bytes": peak_memory_bytes(self.topology.device),
             "final_train_loss": None if self.last is None or not self.last.is_finite else self.last.loss,
-            "final_validation_loss": None if self.held_out is None else self.held_out.loss,
+            "final_validation_loss": held_out.get("validation_loss"),
             "best_validation_loss": self.progress.best_validation_loss,
-            "validation_perplexity": None if self.held_out is None else self.held_out.perplexity,
-            "validation_bits_per_byte": None if self.held_out is None else self.held_out.bits_per_byte,
+            "validation_perplexity": held_out.get("validation_perplexity"),
+            "validation_bits_per_byte": held_out.get("validation_bits_per_byte"),
             "world_size": self.topology.world_size,
             "wire_bytes_sent": wire_bytes,
             "health": self.health.summary(),

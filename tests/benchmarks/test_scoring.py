@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.rank_pool import in_layout
 from tests.run_configs import small_config
 
@@ -21,4 +23,4 @@ def test_scoring_and_bare_passes_are_both_timed(ranks: Any) -> None:
     assert set(result) == {"choices", "texts"}
     for of_kind in result.values():
         assert all(rate > 0 for rate in of_kind.values())
-        assert of_kind["ratio"] == of_kind["scoring"] / of_kind["bare"]
+        assert of_kind["ratio"] == pytest.approx(of_kind["scoring"] / of_kind["bare"])

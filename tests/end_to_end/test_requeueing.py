@@ -89,8 +89,11 @@ class Job:
         (self.folder / "run.yaml").write_text(dump_yaml(config))
 
 
-def check_that_it_ended_as(alone: RunConfig, job: Job) -> None:
+def check_that_it_ends_as(alone: RunConfig, job: Job, *, restarts: int) -> None:
     """To the bit, with every step once."""
+    job.wait_for("COMPLETED", "FAILED")
+    assert job.slurm.state(job.number) == "COMPLETED", job.output()
+    assert job.num_restarts() == restarts
     last = alone.training.stop_after_steps
     assert last is not None
     ended = config_of(job.small_data, job.run_directory, stop_after_steps=last)
@@ -123,12 +126,9 @@ def test_ten_preemptions_in_a_row_change_no_bit(
         if turn == PREEMPTIONS:
             alone = job.end_soon(ranks)
         slurm.call("scancel", taker)
-    job.wait_for("COMPLETED", "FAILED")
-    assert slurm.state(job.number) == "COMPLETED", job.output()
-    assert job.num_restarts() == PREEMPTIONS
+    check_that_it_ends_as(alone, job, restarts=PREEMPTIONS)
     assert job.output().count("queueing the next") == PREEMPTIONS // 2
     assert job.output().count("DUE TO PREEMPTION") >= PREEMPTIONS - PREEMPTIONS // 2
-    check_that_it_ended_as(alone, job)
 
 
 @pytest.fixture
@@ -157,8 +157,5 @@ def test_a_lost_node_is_replaced_or_waited_for_and_changes_no_bit(
     alone = job.end_soon(ranks)
     assert failing_cluster.state(job.number) == "PENDING", "there are not nodes enough"
     failing_cluster.start_node(dead)
-    job.wait_for("COMPLETED", "FAILED")
-    assert failing_cluster.state(job.number) == "COMPLETED", job.output()
-    assert job.num_restarts() == 2
+    check_that_it_ends_as(alone, job, restarts=2)
     assert job.output().count("DUE TO NODE FAILURE") >= 2
-    check_that_it_ended_as(alone, job)

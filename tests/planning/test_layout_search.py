@@ -7,27 +7,9 @@ from typing import Any
 import pytest
 
 from sas_megatron.config.errors import UserError
-from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
+from tests.planning.toy_machines import toy_machine
 from tests.run_configs import small_config
 from tests.training.layouts import ATTENTIONS
-
-
-def _machine(*, memory_gib: float, wire_gigabytes_per_second: float) -> Hardware:
-    wire = WireFigures(gigabytes_per_second=wire_gigabytes_per_second, latency_microseconds=0.001)
-    return Hardware(
-        name="a toy",
-        device="gpu",
-        memory_gib=memory_gib,
-        matrix_teraflops={"float32": 1.0, "bfloat16": 1.0},
-        memory_gigabytes_per_second=1000.0,
-        node_wire=wire,
-        network_wire=wire,
-        devices_per_node=8,
-        reserved_gib=0.0,
-        fragmentation=0.0,
-        operation_microseconds=0.001,
-        attainable=AttainableShares(matrix=1.0, convolution=1.0, attention=1.0, memory=1.0, wire=1.0),
-    )
 
 
 def _config(*, sequence_length: int = 12) -> Any:
@@ -49,7 +31,7 @@ def _search(sequence_length: int, memory_gib: float) -> Any:
     from sas_megatron.planning.layout_search import search_layouts
 
     # Slow wires: what is sent decides.
-    machine = _machine(memory_gib=memory_gib, wire_gigabytes_per_second=1.0)
+    machine = toy_machine(memory_gib=memory_gib, wire_gigabytes_per_second=1.0)
     return search_layouts(_config(sequence_length=sequence_length), world_size=2, hardware=machine)
 
 
@@ -61,7 +43,7 @@ def short(simulator: Any) -> Any:
 
 def test_where_activations_are_small_tensor_parallelism_wins(short: Any) -> None:
     best = short.ranked[0]
-    assert "parallel.tensor=2" in best.overrides
+    assert "parallel.tensor=2" in short.overrides(best)
     assert best.loses_by is None
     assert any("data +" in layout.loses_by for layout in short.ranked[1:])
     seconds = [layout.step.seconds for layout in short.ranked]
@@ -71,7 +53,7 @@ def test_where_activations_are_small_tensor_parallelism_wins(short: Any) -> None
 
 def test_where_activations_outweigh_gradients_data_parallelism_wins(simulator: Any) -> None:
     search = simulator(_search, 192, 1.0)
-    assert not any(override.startswith("parallel.") for override in search.ranked[0].overrides)
+    assert not any(override.startswith("parallel.") for override in search.overrides(search.ranked[0]))
     # What the others send alone exceeds it, so they are left out.
     assert search.num_simulated_families < search.num_families
 
@@ -81,15 +63,15 @@ def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any,
     tight = simulator(_search, 12, room / 2**30)
     assert tight.ranked
     assert all(layout.peak_bytes <= room for layout in tight.ranked)
-    fitting = [layout.overrides for layout in short.ranked if layout.peak_bytes <= room]
-    assert tight.ranked[0].overrides == fitting[0]
-    assert tight.ranked[0].overrides != short.ranked[0].overrides
+    fitting = [layout.config for layout in short.ranked if layout.peak_bytes <= room]
+    assert tight.ranked[0].config == fitting[0]
+    assert tight.ranked[0].config != short.ranked[0].config
 
 
 def test_every_legal_layout_is_considered_once() -> None:
     from sas_megatron.planning.layout_screening import legal_layouts
 
-    machine = _machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
+    machine = toy_machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
     layouts = list(legal_layouts(_config(), world_size=8, hardware=machine))
     places = [
         (x.parallel.tensor, x.parallel.context, x.parallel.pipeline, x.training.micro_batch_size)
@@ -105,6 +87,6 @@ def test_every_legal_layout_is_considered_once() -> None:
 def test_no_legal_layout_is_said() -> None:
     from sas_megatron.planning.layout_search import search_layouts
 
-    machine = _machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
+    machine = toy_machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
     with pytest.raises(UserError, match="no layout of this model and batch is legal"):
         search_layouts(_config(), world_size=7, hardware=machine)

@@ -63,16 +63,22 @@ def draw_outcomes(
     seeds: int = 3,
     noise: float = 0.003,
     shared_noise: float = 0.0,
+    trunk_noise: float = 0.0,
 ) -> list[Outcome]:
-    """A ladder for each variant; `shared_noise` is what a seed adds to all variants alike."""
+    """A ladder for each variant; `shared_noise` is what a seed adds to all variants alike.
+
+    `trunk_noise` is what it adds to all budgets of a variant's size alike.
+    """
     generator = np.random.default_rng(seed)
+    of_trunks = trunk_noise * np.random.default_rng([seed, 1]).standard_normal((sizes, seeds, len(variants)))
     outcomes = []
     for number, params in enumerate(np.geomspace(3e7, 1e9, sizes)):
         for ratio in np.geomspace(5, 135, budgets):
             for run_seed in range(seeds):
                 tokens = params * ratio
                 common = shared_noise * generator.standard_normal()
-                for name, variant in variants.items():
+                for index, (name, variant) in enumerate(variants.items()):
+                    own = float(of_trunks[number, run_seed, index] + noise * generator.standard_normal())
                     loss = variant.surface.predict(np.array(params), np.array(tokens))
                     flops = 6 * params * tokens * variant.flops_factor
                     outcomes.append(
@@ -85,7 +91,7 @@ def draw_outcomes(
                             tokens=int(tokens),
                             flops=flops,
                             seconds=flops / 1e15 * variant.seconds_factor,
-                            loss=float(loss * np.exp(common + noise * generator.standard_normal())),
+                            loss=float(loss * np.exp(common + own)),
                         )
                     )
     return outcomes

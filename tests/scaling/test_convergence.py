@@ -77,6 +77,15 @@ def test_a_constant_schedule_understates_nothing() -> None:
     )
 
 
+def test_peak_learning_rates_that_differ_are_told() -> None:
+    curves = [dataclasses.replace(curve, learning_rate=0.004) for curve in (REFERENCE, FASTER)]
+    (same,) = find_savings(curves, reference="mha", candidate="sas")
+    assert same.text.endswith(FALLING)
+    curves[1] = dataclasses.replace(curves[1], learning_rate=0.002)
+    (found,) = find_savings(curves, reference="mha", candidate="sas")
+    assert found.text.endswith(" Their peak learning rates differ: 0.002 of sas, 0.004 of mha.")
+
+
 def test_the_first_crossing_counts() -> None:
     curve = dataclasses.replace(REFERENCE, losses=(5.0, 3.0, 4.0, 2.0))
     assert find_first_step(curve, 4.0) == pytest.approx(37.5)

@@ -10,11 +10,11 @@ from tests.scaling.synthetic import CHINCHILLA, Variant, draw_outcomes
 def test_a_study_is_compared_in_every_way_it_allows() -> None:
     better = Variant(dataclasses.replace(CHINCHILLA, E=CHINCHILLA.E - 0.05), flops_factor=1.3)
     curve = LossCurve("mha", "s0", "5", 0, "constant", 20, 7.0, (10, 20), (4.0, 3.0))
-    found = compare_variants(
+    (found,) = compare_variants(
         draw_outcomes({"mha": Variant(), "sas": better}),
         [curve, dataclasses.replace(curve, variant="sas", losses=(3.0, 2.0))],
         baseline="mha",
-        candidate="sas",
+        candidates=["sas"],
         num_draws=60,
     )
     assert [verdict.axis for verdict in found.verdicts] == list(AXES)
@@ -29,7 +29,7 @@ def test_a_study_is_compared_in_every_way_it_allows() -> None:
 def test_what_a_study_does_not_allow_is_said() -> None:
     outcomes = draw_outcomes({"mha": Variant(), "sas": Variant()}, sizes=1, budgets=1)
     untimed = [dataclasses.replace(run, seconds=None) for run in outcomes]
-    found = compare_variants(untimed, baseline="mha", candidate="sas", num_draws=60)
+    (found,) = compare_variants(untimed, baseline="mha", candidates=["sas"], num_draws=60)
     assert (found.compute_gains, found.time_gains, found.irreducible) == (None, None, None)
     assert [remark.split(":")[0] for remark in found.remarks] == [
         "No compute-equivalent gain",

@@ -9,7 +9,7 @@ import pytest
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.outcomes import AXES, Axis, Outcome
-from sas_megatron.scaling.verdicts import AxisVerdict, judge_axis, read_between
+from sas_megatron.scaling.verdicts import AxisVerdict, judge_axis, judge_together, read_between
 from tests.scaling.synthetic import CHINCHILLA, Variant, draw_outcomes
 
 BETTER = dataclasses.replace(CHINCHILLA, E=CHINCHILLA.E - 0.05)
@@ -66,6 +66,47 @@ def test_equal_variants_win_or_lose_as_often_as_chance_says() -> None:
         for seed in range(200)
     ]
     assert 0.015 <= np.mean([verdict.result != "cannot be told" for verdict in verdicts]) <= 0.11
+
+
+def test_budgets_that_branch_off_one_trunk_are_not_taken_for_repeats() -> None:
+    told = [
+        judge(
+            draw_outcomes({"mha": Variant(), "sas": Variant()}, seed=seed, noise=0.001, trunk_noise=0.004),
+            "tokens",
+        ).result
+        for seed in range(200)
+    ]
+    # Four budgets as if they were four times the seeds: 0.3.
+    assert 0.015 <= np.mean([result != "cannot be told" for result in told]) <= 0.095
+
+
+def test_the_best_of_six_equal_variants_wins_as_seldom_as_a_single_one() -> None:
+    names = [f"v{number}" for number in range(6)]
+    alone, together = 0, 0
+    for seed in range(200):
+        outcomes = draw_outcomes(dict.fromkeys(["mha", *names], Variant()), seed=seed, sizes=2, budgets=1)
+        verdicts = judge_together(outcomes, baseline="mha", candidates=names, axis="tokens")
+        together += any(verdict.result != "cannot be told" for verdict in verdicts)
+        single = [judge_axis(outcomes, baseline="mha", candidate=name, axis="tokens") for name in names]
+        alone += any(verdict.result != "cannot be told" for verdict in single)
+    assert alone > 25
+    assert together <= 17
+
+
+def test_one_of_several_comparisons_says_so_where_alone_it_would_tell() -> None:
+    better = Variant(dataclasses.replace(CHINCHILLA, E=CHINCHILLA.E - 0.006))
+    variants = {"mha": Variant(), "sas": better, "gqa": Variant(), "mla": Variant(), "tpa": Variant()}
+    outcomes = draw_outcomes(variants, sizes=3, budgets=2)
+    candidates = list(variants)[1:]
+    sas, *_ = judge_together(outcomes, baseline="mha", candidates=candidates, axis="tokens")
+    alone = judge(outcomes, "tokens")
+    assert (alone.result, sas.result, sas.comparisons) == ("wins", "cannot be told", 4)
+    assert alone.p_value is not None
+    assert sas.p_value == pytest.approx(4 * alone.p_value)
+    assert "which alone would tell, but is one of 4 comparisons (p = " in sas.text
+    assert sas.mean is not None
+    assert alone.mean is not None
+    assert (sas.mean.seeds_that_would_tell or 0) > (alone.mean.seeds_that_would_tell or 0) >= 3
 
 
 def test_intervals_at_equal_flops_hold_the_difference_as_often_as_they_say() -> None:

@@ -9,14 +9,12 @@ points -> without the highest losses -> law by Huber loss -> bootstrap -> interv
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from sas_megatron.config.errors import FieldError
+from sas_megatron.scaling.attempts import Attempts
 from sas_megatron.scaling.laws.hold_out import HoldOut, predict_largest
 from sas_megatron.scaling.laws.isoflop import IsoflopFit, fit_isoflop
 from sas_megatron.scaling.laws.loss_surface import (
@@ -35,12 +33,12 @@ from sas_megatron.scaling.laws.points import Points
 from sas_megatron.scaling.laws.power_law import PowerLawFit, find_frontier, fit_power_law
 from sas_megatron.scaling.laws.profile import OpenInterval, profile_intervals
 from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percentile_intervals
+from sas_megatron.scaling.numbers import without_infinities
 
 NO_FLOPS = (
     "The points have no column flops: C = 6ND is assumed, which leaves attention's scores out. Variants that "
     "differ in them cannot be compared so."
 )
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -88,15 +86,7 @@ def build_fit_report(
     weights_RI = draw_weights(points.sizes.tolist(), num_draws=num_draws, seed=seed)
     draws = surface_quantities(fit.problem, fit.problem.refit(weights_RI, fit.fit))
     cost = TokenCost.of(points)
-    remarks = [*_remark_on_points(points), *_remark_on_fit(fit, draws)]
-
-    def attempt(what: str, function: Callable[[], _Result]) -> _Result | None:
-        try:
-            return function()
-        except FieldError as error:
-            remarks.append(f"No {what}: {error}.")
-            return None
-
+    attempts = Attempts()
     frontier = points.take(find_frontier(points.compute, points.loss))
 
     def over_compute(*, irreducible: bool) -> PowerLawFit:
@@ -108,16 +98,19 @@ def build_fit_report(
         ci95=percentile_intervals(draws),
         compute_optimal=_find_optimal(fit, draws, cost),
         compute_optimal_6nd=_find_optimal(fit, draws, TokenCost(6.0, 1.0, "6ND")),
-        profile95=attempt("profile likelihood", lambda: profile_intervals(fit_surface(points, delta=np.inf))),
-        projected=attempt("variable projection", lambda: project_surface(points)),
-        isoflop=attempt("isoFLOP profiles", lambda: fit_isoflop(points, weights_RI=weights_RI)),
-        compute_law=attempt("power law of compute", lambda: over_compute(irreducible=True)),
-        pure_compute_law=attempt("pure power law of compute", lambda: over_compute(irreducible=False)),
-        hold_out=attempt(
+        profile95=attempts.make(
+            "profile likelihood", lambda: profile_intervals(fit_surface(points, delta=np.inf))
+        ),
+        projected=attempts.make("variable projection", lambda: project_surface(points)),
+        isoflop=attempts.make("isoFLOP profiles", lambda: fit_isoflop(points, weights_RI=weights_RI)),
+        compute_law=attempts.make("power law of compute", lambda: over_compute(irreducible=True)),
+        pure_compute_law=attempts.make("pure power law of compute", lambda: over_compute(irreducible=False)),
+        hold_out=attempts.make(
             "prediction of held-out runs",
             lambda: predict_largest(points, share=hold_out, num_draws=num_draws, seed=seed),
         ),
-        remarks=tuple(remarks),
+        # Last, when all has been tried.
+        remarks=(*_remark_on_points(points), *_remark_on_fit(fit, draws), *attempts.remarks),
     )
 
 
@@ -148,7 +141,7 @@ def report_tree(report: FitReport) -> dict[str, Any]:
         ],
         "remarks": report.remarks,
     }
-    finite: dict[str, Any] = _without_infinities(tree)
+    finite: dict[str, Any] = without_infinities(tree)
     return finite
 
 
@@ -216,11 +209,3 @@ def _hold_out_tree(hold_out: HoldOut) -> dict[str, Any]:
         "share_inside_ci95": hold_out.share_inside,
         "runs": [{**dataclasses.asdict(run), "relative_error": run.relative_error} for run in hold_out.runs],
     }
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_infinities(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

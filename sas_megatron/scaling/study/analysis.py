@@ -25,13 +25,21 @@ class Slice:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """Of the runs that were made; one that diverged has no loss."""
+        """Of the runs that were made; one that diverged has no loss.
+
+        Seconds are those of steps measured in turn, or, where one lacks them, all of each run's own training.
+        """
         return [
-            _outcome(variant, row)
+            _outcome(variant, row, in_turn=self.is_timed_in_turn)
             for variant, rows in self.rows.items()
             for row in rows
             if row.status != "missing"
         ]
+
+    @property
+    def is_timed_in_turn(self) -> bool:
+        """Whether all rows have seconds of a step that compare."""
+        return all(row.step_seconds is not None for rows in self.rows.values() for row in rows)
 
     @property
     def curves(self) -> list[LossCurve]:
@@ -102,10 +110,9 @@ def _analyze_slice(part: Slice, baseline: str, *, num_draws: int, seed: int) -> 
     if first not in known:
         reason = f"{first}, the baseline, has no finished run, so nothing is compared with it."
         return SliceAnalysis(part, laws, (), (reason,))
-    comparisons = tuple(
-        compare_variants(outcomes, curves, baseline=first, candidate=variant, num_draws=num_draws, seed=seed)
-        for variant in others
-        if variant in known
+    candidates = [variant for variant in others if variant in known]
+    comparisons = compare_variants(
+        outcomes, curves, baseline=first, candidates=candidates, num_draws=num_draws, seed=seed
     )
     remarks = tuple(f"{variant} has no finished run." for variant in others if variant not in known)
     return SliceAnalysis(part, laws, comparisons, remarks)
@@ -119,8 +126,10 @@ def _fit_law(outcomes: Sequence[Outcome], variant: str, *, num_draws: int, seed:
         return VariantLaw(variant, None, str(error))
 
 
-def _outcome(variant: str, row: Row) -> Outcome:
-    seconds = row.training_seconds if row.step_seconds is None else row.step_seconds * row.steps
+def _outcome(variant: str, row: Row, *, in_turn: bool) -> Outcome:
+    seconds = row.training_seconds
+    if in_turn and row.step_seconds is not None:
+        seconds = row.step_seconds * row.steps
     return Outcome(
         variant=variant,
         size=row.size,
@@ -148,4 +157,5 @@ def _curve(variant: str, row: Row) -> LossCurve:
         tokens_per_step=row.tokens / row.steps,
         steps=tuple(step for step, _ in points),
         losses=tuple(loss for _, loss in points),
+        learning_rate=row.learning_rate,
     )

@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
 from sas_megatron.model.costs import count_training_flops
-from sas_megatron.scaling.runs import Run, load_run
+from sas_megatron.scaling.runs import Run, has_finished, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
-from sas_megatron.scaling.study.run_states import differences, has_diverged, is_done
-from sas_megatron.scaling.study.step_times import read_step_times
+from sas_megatron.scaling.study.run_states import INERT, has_diverged, what_it_waits_for
+from sas_megatron.scaling.study.step_times import describe_step_times, read_step_times
+from sas_megatron.scaling.study.sweeps import sweep_remarks
 from sas_megatron.scaling.study.table import Row, StudyTable
 
 # Of run.json: what would make losses of different runs incomparable.
@@ -26,7 +28,7 @@ def collect(plan: Plan) -> StudyTable:
         UserError: a run differs from its plan, or runs from each other, in more than the study varies; says
             in what. Or nothing has finished.
     """
-    found = {run.name: load_run(run.directory) for run in plan.results if is_done(run)}
+    found = {run.name: load_run(run.directory) for run in plan.results if has_finished(run.directory)}
     if not found:
         raise UserError(
             f"{plan.study.directory}: none of the study's {len(plan.results)} runs has finished; "
@@ -35,8 +37,10 @@ def collect(plan: Plan) -> StudyTable:
     _check_as_planned(plan, found)
     _check_equal(list(found.values()))
     step_times = read_step_times(plan)
+    status = _list_statuses(plan, done=set(found))
     rows = tuple(
-        _row(run, found.get(run.name), step_seconds=step_times.get(run.cell.name)) for run in plan.results
+        _row(run, found.get(run.name), status=status[run.name], step_seconds=step_times.get(run.cell.name))
+        for run in plan.results
     )
     return StudyTable(
         name=plan.study.directory.rstrip("/").rsplit("/", 1)[-1],
@@ -47,12 +51,23 @@ def collect(plan: Plan) -> StudyTable:
     )
 
 
+def _list_statuses(plan: Plan, *, done: set[str]) -> dict[str, str]:
+    """Of each result; one that its trunk diverged before has diverged as well."""
+    lost = {run.name for run in plan.runs if has_diverged(run)}
+    statuses = {}
+    for run in plan.results:
+        never = run.trunk in lost and what_it_waits_for(run) is not None
+        unfinished = "diverged" if run.name in lost or never else "missing"
+        statuses[run.name] = "done" if run.name in done else unfinished
+    return statuses
+
+
 def _check_as_planned(plan: Plan, found: dict[str, Run]) -> None:
     lines = [
         f"  {run.name}: {field} is {has}, planned {planned}"
         for run in plan.results
         if run.name in found
-        for field, planned, has in differences(run.config, found[run.name].config)
+        for field, (planned, has) in find_differences([run.config, found[run.name].config], but=INERT).items()
     ]
     if lines:
         raise UserError(
@@ -74,7 +89,8 @@ def _check_equal(runs: Sequence[Run]) -> None:
 
 
 def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str, ...]:
-    remarks = [remark for run in runs for remark in run.remarks]
+    remarks = [*sweep_remarks(plan.study), *describe_step_times(plan)]
+    remarks += [remark for run in runs for remark in run.remarks]
     for status in ("missing", "diverged"):
         names = [row.run for row in rows if row.status == status]
         if names:
@@ -90,12 +106,12 @@ def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str,
     return tuple(remarks)
 
 
-def _row(planned: PlannedRun, run: Run | None, *, step_seconds: float | None) -> Row:
+def _row(planned: PlannedRun, run: Run | None, *, status: str, step_seconds: float | None) -> Row:
     config, cell = planned.config, planned.cell
     flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
     counted = Row(
         run=planned.name,
-        status="diverged" if has_diverged(planned) else "missing",
+        status=status,
         variant=cell.variant,
         attention=config.attention.kind,
         size=cell.size,
@@ -126,7 +142,6 @@ def _measured(counted: Row, planned: PlannedRun, run: Run) -> Row:
     return Row(
         **{
             **vars(counted),
-            "status": "done",
             "loss": summary.final_validation_loss,
             "train_loss": summary.final_train_loss,
             "bits_per_byte": summary.validation_bits_per_byte,

@@ -175,7 +175,7 @@ def _draw_curves(figure: Figure, analysis: SliceAnalysis) -> None:
         ]
         losses = np.array([row.curve_loss for row in seeds], dtype=float).mean(axis=0)
         seconds = np.array(largest.curve_seconds)
-        if largest.step_seconds is not None:
+        if analysis.slice.is_timed_in_turn and largest.step_seconds is not None:
             seconds = np.array(largest.curve_steps) * largest.step_seconds
         for panel, spent in zip(panels, (largest.curve_tokens, largest.curve_flops, seconds), strict=True):
             panel.plot(

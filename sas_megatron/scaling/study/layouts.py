@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sas_megatron.config.differences import flatten_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.writing import write_file
 from sas_megatron.scaling.study.study_file import Study
@@ -56,13 +57,6 @@ def read_layouts(study: Study) -> Layouts:
     }
 
 
-def describe_layout(config: RunConfig) -> dict[str, Any]:
+def layout_changes(config: RunConfig) -> dict[str, Any]:
     """The fields of a config that its layout decides, as `RunConfig.replaced` takes them."""
-    tree = config.model_dump(mode="json")
-    return {
-        f"{section}.{field}": value
-        for section, fields in tree.items()
-        if isinstance(fields, dict)
-        for field, value in fields.items()
-        if f"{section}.{field}".startswith(DECIDED)
-    }
+    return {field: value for field, value in flatten_config(config).items() if field.startswith(DECIDED)}

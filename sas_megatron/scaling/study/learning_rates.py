@@ -67,7 +67,7 @@ def find_best_rate(trials: Sequence[Trial]) -> BestRate:
     own = ordered[best].learning_rate
     if best in (0, len(ordered) - 1):
         return BestRate(own, at_edge=True)
-    if math.isinf(losses[best + 1]):
+    if math.isinf(losses[best - 1]) or math.isinf(losses[best + 1]):
         return BestRate(own, at_edge=False)
     x = [math.log(trial.learning_rate) for trial in ordered[best - 1 : best + 2]]
     y = losses[best - 1 : best + 2]
@@ -80,6 +80,12 @@ def find_best_rate(trials: Sequence[Trial]) -> BestRate:
     return BestRate(math.exp(minimum), at_edge=False)
 
 
+def rate_exponent(best: Mapping[str, float], parameters: Mapping[str, int]) -> float:
+    """The power of N through the rates of two sizes."""
+    (one, first), (two, second) = best.items()
+    return math.log(second / first) / math.log(parameters[two] / parameters[one])
+
+
 def extend_rates(best: Mapping[str, float], parameters: Mapping[str, int]) -> dict[str, float]:
     """Rates for all sizes: those found, and a power of N through them for the rest.
 
@@ -87,8 +93,7 @@ def extend_rates(best: Mapping[str, float], parameters: Mapping[str, int]) -> di
         best: Of two sizes, by name.
         parameters: Of every size, embeddings included, by name.
     """
-    (one, first), (two, second) = best.items()
-    exponent = math.log(second / first) / math.log(parameters[two] / parameters[one])
+    (two, second), exponent = list(best.items())[1], rate_exponent(best, parameters)
     others = {
         size: second * (count / parameters[two]) ** exponent
         for size, count in parameters.items()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,10 +23,13 @@ from sas_megatron.scaling.laws.fit_report import report_tree
 from sas_megatron.scaling.numbers import (
     MISSING,
     format_count,
+    format_difference,
     format_duration,
     format_exact,
     format_loss,
     format_power,
+    format_ratio,
+    without_infinities,
 )
 from sas_megatron.scaling.outcomes import AXIS_NAMES
 from sas_megatron.scaling.study.analysis import SliceAnalysis, analyze
@@ -76,8 +78,7 @@ def write_study_report(table: StudyTable, folder: Path, *, num_draws: int = 1000
     summary = _write_markdown(table, sections)
     record = _as_dict(table, analyses)
     try:
-        shutil.rmtree(folder / "figures", ignore_errors=True)
-        (folder / "figures").mkdir(parents=True)
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
         for index, section in enumerate(sections):
             for figure in section.figures:
                 stem = _figure_stem(index, section, figure)
@@ -112,7 +113,11 @@ def _section(analysis: SliceAnalysis) -> Section:
         law_remarks=_law_remarks(analysis),
         remarks=(
             *analysis.remarks,
-            *(remark for comparison in analysis.comparisons for remark in comparison.remarks),
+            *(
+                f"{comparison.candidate}: {remark}"
+                for comparison in analysis.comparisons
+                for remark in comparison.remarks
+            ),
         ),
         figures=tuple(list_figures(analysis)),
         runs=_run_grid(analysis),
@@ -126,11 +131,15 @@ def _verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
     for comparison in comparisons:
         cells = []
         for verdict in comparison.verdicts:
+            if verdict.mean is None:
+                cells.append("not compared")
+                continue
             text: str = verdict.result
             if verdict.mean is not None:
-                text += f"\n{_signed(verdict.mean.difference)}"
+                text += f"\n{format_difference(verdict.mean.difference)}"
                 if verdict.mean.interval is not None:
-                    text += f" ({_signed(verdict.mean.interval[0])} to {_signed(verdict.mean.interval[1])})"
+                    low, high = map(format_difference, verdict.mean.interval)
+                    text += f" ({low} to {high})"
             cells.append(text)
         lines.append((comparison.candidate, *cells))
     return Grid(headings, tuple(lines))
@@ -155,7 +164,7 @@ def _gain_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
 
 
 def _format_gain(gain: Gain) -> str:
-    text = f"× {gain.gain:.3f}"
+    text = format_ratio(gain.gain)
     if gain.gain_interval is None:
         return text
     low, high = gain.gain_interval
@@ -233,10 +242,6 @@ def _run_line(row: Row) -> tuple[str, ...]:
     )
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
-
-
 def _format_interval(interval: tuple[float | None, float | None]) -> str:
     low, high = ("open" if end is None or math.isinf(end) else f"{end:.4g}" for end in interval)
     return f"{low} to {high}"
@@ -250,6 +255,7 @@ def _about(table: StudyTable) -> list[tuple[str, str]]:
     return [
         ("Runs", f"{done} of {len(table.rows)} finished"),
         ("Collected", table.collected_at),
+        ("Verdicts", "at 95 % for all variants of an axis together (Holm's method); intervals of each alone"),
         ("Machine", "; ".join(machines) or MISSING),
         ("Package", f"{__version__}, {'; '.join(revisions) or MISSING}"),
         (
@@ -338,19 +344,10 @@ def _as_dict(table: StudyTable, analyses: Sequence[SliceAnalysis]) -> dict[str, 
                     for law in analysis.laws
                 },
                 "comparisons": [
-                    _without_infinities(dataclasses.asdict(comparison)) for comparison in analysis.comparisons
+                    without_infinities(dataclasses.asdict(comparison)) for comparison in analysis.comparisons
                 ],
                 "remarks": analysis.remarks,
             }
             for analysis in analyses
         ],
     }
-
-
-def _without_infinities(value: Any) -> Any:
-    """An open end of an interval is null: JSON has no infinity."""
-    if isinstance(value, dict):
-        return {key: _without_infinities(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SIGNIFICANCE = 0.05
@@ -19,16 +18,6 @@ class SeedNoise:
 
     deviation: float
     degrees: int | None
-
-
-def measure_seed_noise(cells: Iterable[Sequence[float]]) -> SeedNoise | None:
-    """From the losses of runs that differ in their seed alone, a cell each; None without two in any."""
-    repeated = [cell for cell in cells if len(cell) > 1]
-    degrees = sum(len(cell) - 1 for cell in repeated)
-    if not degrees:
-        return None
-    squares = sum((loss - sum(cell) / len(cell)) ** 2 for cell in repeated for loss in cell)
-    return SeedNoise(math.sqrt(squares / degrees), degrees)
 
 
 def smallest_effect(noise: SeedNoise, *, seeds: tuple[int, int], cells: int = 1) -> float:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FieldError
-from sas_megatron.config.loading import flatten_tree, load_run_config
-from sas_megatron.config.run import RunConfig
-from sas_megatron.scaling.runs import FINISHED
+from sas_megatron.config.loading import load_run_config
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import PlannedRun
 
-State = Literal["done", "running", "queued", "stuck", "failed", "interrupted", "ready", "waiting"]
+State = Literal["done", "running", "queued", "stuck", "failed", "diverged", "interrupted", "ready", "waiting"]
 # What may differ between a run and its plan: nothing that decides its result.
 INERT = ("checkpoint.", "logging.", "training.stop_after_", "training.collective_timeout_minutes")
 _TELLS_WHY = (
@@ -50,7 +50,11 @@ class RunStatus:
     def remaining_steps(self) -> int:
         """Steps still to be taken, none of the trunk's."""
         trunk_steps = self.run.config.training.num_steps - self.run.own_steps
-        return 0 if self.state == "done" else self.run.config.training.num_steps - max(self.step, trunk_steps)
+        return (
+            0
+            if self.state in ("done", "diverged")
+            else self.run.config.training.num_steps - max(self.step, trunk_steps)
+        )
 
 
 def log_of(run: PlannedRun) -> Path:
@@ -100,14 +104,6 @@ def is_locked(run: PlannedRun) -> bool:
     return False
 
 
-def is_done(run: PlannedRun) -> bool:
-    """Whether the run has finished."""
-    if (run.directory / "stopped.json").exists():
-        return False
-    summary = _read(run.directory / "summary.json")
-    return summary is not None and summary.get("exit_reason") == FINISHED
-
-
 def final_loss(run: PlannedRun) -> float | None:
     """Validation loss of a finished run; None if it came to none."""
     loss = (_read(run.directory / "summary.json") or {}).get("final_validation_loss")
@@ -117,7 +113,12 @@ def final_loss(run: PlannedRun) -> float | None:
 def has_diverged(run: PlannedRun) -> bool:
     """Whether the run ended because step after step was not finite, as its last record tells."""
     record = _last_record(run, kind="health")
-    return record is not None and record.get("response") == "stop" and not is_done(run)
+    return record is not None and record.get("response") == "stop" and not has_finished(run.directory)
+
+
+def is_settled(run: PlannedRun) -> bool:
+    """Whether nothing is left to do: it has finished, or, of a sweep, shown that its rate is too high."""
+    return has_finished(run.directory) or (run.role == "sweep" and has_diverged(run))
 
 
 def check_as_planned(run: PlannedRun) -> None:
@@ -125,21 +126,13 @@ def check_as_planned(run: PlannedRun) -> None:
     path = run.directory / "config.yaml"
     if not path.exists():
         return
-    for field, planned, found in differences(run.config, load_run_config(path)):
+    for field, (planned, found) in find_differences([run.config, load_run_config(path)], but=INERT).items():
         raise FieldError(
             field,
             found,
             f"in {path}, where the study now plans {planned}",
             "put the study's file back, remove that run, or choose another directory for the new study",
         )
-
-
-def differences(planned: RunConfig, found: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted fields that are not equal, but for `INERT` ones, with both values."""
-    one, two = (flatten_tree(config.model_dump(mode="json")) for config in (planned, found))
-    for field in dict.fromkeys([*one, *two]):
-        if one.get(field) != two.get(field) and not field.startswith(INERT):
-            yield field, one.get(field), two.get(field)
 
 
 def status_of(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool = False) -> RunStatus:
@@ -151,7 +144,7 @@ def status_of(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool =
         is_queued: Whether that job still waits or is at work.
     """
     step, step_seconds = _last_step(run)
-    if is_done(run):
+    if has_finished(run.directory):
         return RunStatus(run, "done", run.config.training.num_steps, step_seconds=step_seconds)
     if is_locked(run) or (is_queued and job_log is not None and job_log.exists()):
         log = log_of(run) if is_locked(run) or job_log is None else job_log
@@ -162,6 +155,8 @@ def status_of(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool =
         return RunStatus(run, "running", step, None, step_seconds)
     if is_queued:
         return RunStatus(run, "queued", step, None, step_seconds)
+    if is_settled(run):
+        return RunStatus(run, "diverged", step, "its rate is too high, which is its result", step_seconds)
     failure = _read(failure_of(run))
     if failure is not None:
         return RunStatus(run, "failed", step, failure.get("reason"), step_seconds)

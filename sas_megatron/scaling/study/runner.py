@@ -21,12 +21,14 @@ from typing import Any
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.data.writing import write_file
 from sas_megatron.platform.local_launch import training_command, training_environment
+from sas_megatron.scaling.numbers import format_loss
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import (
     check_as_planned,
     failure_of,
-    is_done,
     is_locked,
+    is_settled,
     last_error,
     locked,
     log_of,
@@ -74,10 +76,14 @@ class StudyRunner:
         """
         with self._signals():
             plan = self._plan()
+            for run in plan.runs:
+                # Before any is started, so that none goes on behind an error.
+                if run.is_ready and wanted(run) and not is_settled(run):
+                    check_as_planned(run)
             while True:
                 if not all(run.is_ready for run in plan.runs):
                     plan = self._plan()
-                pending = [run for run in plan.runs if wanted(run) and not is_done(run)]
+                pending = [run for run in plan.runs if wanted(run) and not is_settled(run)]
                 self._start(plan, pending)
                 if not self._started and not any(is_locked(run) for run in pending):
                     break
@@ -98,7 +104,7 @@ class StudyRunner:
                 continue
             lock = contextlib.ExitStack()
             descriptor = lock.enter_context(locked(run))
-            if descriptor is None or is_done(run):  # somebody else's, or just finished by them
+            if descriptor is None or is_settled(run):  # somebody else's, or just finished by them
                 lock.close()
                 continue
             try:
@@ -143,10 +149,10 @@ class StudyRunner:
 
     def _tell_end(self, started: _Started) -> None:
         run, status = started.run, started.process.returncode
-        if is_done(run):
+        if has_finished(run.directory):
             summary = json.loads((run.directory / "summary.json").read_text(encoding="utf-8"))
-            loss = summary["final_validation_loss"]
-            self._say(f"{run.name}: done, validation loss {loss:.4f}, {summary['training_seconds']:.0f} s")
+            loss = format_loss(summary["final_validation_loss"])
+            self._say(f"{run.name}: done, validation loss {loss}, {summary['training_seconds']:.0f} s")
         elif (run.directory / "stopped.json").exists() and self._stop_asked:
             self._say(f"{run.name}: saved and stopped")
         else:

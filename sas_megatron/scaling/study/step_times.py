@@ -40,6 +40,24 @@ def measure_step_times(plan: Plan, measure: Measure, *, rounds: int, machine: di
     return path
 
 
+def describe_step_times(plan: Plan) -> list[str]:
+    """Where the seconds of a step are from, and whose are missing; nothing before any was measured."""
+    path = Path(plan.study.directory) / RECORD
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+    remarks = [f"Seconds of a step were measured on {machine}, at {record['measured_at']}."]
+    missing = sorted({cell.name for cell in plan.cells} - set(record["step_seconds"]))
+    if missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        remarks.append(
+            f"No seconds of a step were measured for {named}, so that time is that of each run's own "
+            "training; run `sas-megatron study time` again."
+        )
+    return remarks
+
+
 def read_step_times(plan: Plan) -> dict[str, float]:
     """Median seconds of a step by the cell's name; empty before anything was measured."""
     path = Path(plan.study.directory) / RECORD

@@ -17,7 +17,7 @@ from pathlib import Path
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.data.writing import write_file
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
-from sas_megatron.scaling.study.run_states import check_as_planned, is_done, is_locked, what_it_waits_for
+from sas_megatron.scaling.study.run_states import check_as_planned, is_locked, is_settled, what_it_waits_for
 from sas_megatron.scaling.study.runner import write_config
 
 SCRIPT = Path("launch/slurm_study.sbatch")
@@ -75,7 +75,7 @@ def submit(plan: Plan, *, options: Sequence[str], side_by_side: int | None) -> d
     pending = [
         run
         for run in plan.runs
-        if run.is_ready and run.name not in live and not is_done(run) and not is_locked(run)
+        if run.is_ready and run.name not in live and not is_settled(run) and not is_locked(run)
     ]
     for run in pending:
         check_as_planned(run)

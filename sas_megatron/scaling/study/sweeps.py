@@ -6,11 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sas_megatron.config.errors import UserError
 from sas_megatron.data.writing import write_file
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.layouts import read_layouts
-from sas_megatron.scaling.study.learning_rates import BestRate, Trial, extend_rates, find_best_rate
+from sas_megatron.scaling.study.learning_rates import (
+    BestRate,
+    Trial,
+    extend_rates,
+    find_best_rate,
+    rate_exponent,
+)
 from sas_megatron.scaling.study.plan import Plan, build_plan
-from sas_megatron.scaling.study.run_states import final_loss, has_diverged, is_done
+from sas_megatron.scaling.study.run_states import check_as_planned, final_loss, is_settled
 from sas_megatron.scaling.study.study_file import Study
 
 RECORD = "learning_rates.json"
@@ -22,7 +30,7 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
     They are written down then, so that the runs after it never change.
 
     Raises:
-        UserError: as `build_plan`, or every run of a sweep diverged.
+        UserError: as `build_plan`, or every run of a sweep diverged, or the study was edited since.
     """
     layouts = read_layouts(study)
     plan = build_plan(study, base, layouts=layouts)
@@ -31,33 +39,61 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
     record = Path(study.directory) / RECORD
     if not record.exists():
         trials = [run for run in plan.runs if run.role == "sweep"]
-        if not all(is_done(run) or has_diverged(run) for run in trials):
+        if not all(is_settled(run) for run in trials):
             return plan
+        for run in trials:
+            # Else its loss would count for another rate than it had.
+            check_as_planned(run)
         write_file(record, json.dumps(_choose_rates(plan), indent=2) + "\n")
     chosen = json.loads(record.read_text(encoding="utf-8"))
     rates = {
         (variant, size): rate for variant, sizes in chosen["rates"].items() for size, rate in sizes.items()
     }
+    for cell in plan.cells:
+        if (cell.variant, cell.size) not in rates:
+            raise UserError(
+                f"{record}: has no learning rate for {cell.variant} at size {cell.size}, which the study now "
+                "names; put the study's file back, choose another directory, or remove this record to have "
+                "the rates of all found again (runs whose rates change then must be removed, too)"
+            )
     return build_plan(study, base, rates=rates, layouts=layouts)
+
+
+def sweep_remarks(study: Study) -> tuple[str, ...]:
+    """What a reader of the results must know of their learning rates; nothing before a sweep has ended."""
+    record = Path(study.directory) / RECORD
+    if study.learning_rate.rule != "sweep" or not record.exists():
+        return ()
+    chosen = json.loads(record.read_text(encoding="utf-8"))
+    remarks = []
+    if len(study.sizes) > 2 and "exponents" in chosen:
+        powers = ", ".join(f"{variant} N^{power:.2f}" for variant, power in chosen["exponents"].items())
+        remarks.append(
+            f"Learning rates beyond the two sizes of the sweep are powers through those: {powers}."
+        )
+    if chosen["at_edge"]:
+        remarks.append(
+            f"The best learning rate of {', '.join(chosen['at_edge'])} is the lowest or highest of its "
+            "sweep: a wider one (learning_rate.factors) may find better rates, and other verdicts."
+        )
+    return tuple(remarks)
 
 
 def _choose_rates(plan: Plan) -> dict[str, Any]:
     trials: dict[tuple[str, str], list[Trial]] = {}
     for run in plan.runs:
         if run.role == "sweep":
-            loss = final_loss(run) if is_done(run) else None
+            loss = final_loss(run) if has_finished(run.directory) else None
             trial = Trial(run.config.optimizer.learning_rate, loss)
             trials.setdefault((run.cell.variant, run.cell.size), []).append(trial)
     best = {place: find_best_rate(tried) for place, tried in trials.items()}
     parameters = {(cell.variant, cell.size): cell.parameters for cell in plan.cells}
-    rates = {
-        variant: extend_rates(
-            {size: found.learning_rate for (name, size), found in best.items() if name == variant},
-            {size: count for (name, size), count in parameters.items() if name == variant},
-        )
-        for variant in plan.study.variants
-    }
-    return {"rates": rates, "at_edge": _at_edge(best)}
+    rates, exponents = {}, {}
+    for variant in plan.study.variants:
+        own = {size: found.learning_rate for (name, size), found in best.items() if name == variant}
+        counts = {size: count for (name, size), count in parameters.items() if name == variant}
+        rates[variant], exponents[variant] = extend_rates(own, counts), rate_exponent(own, counts)
+    return {"rates": rates, "exponents": exponents, "at_edge": _at_edge(best)}
 
 
 def _at_edge(best: dict[tuple[str, str], BestRate]) -> list[str]:

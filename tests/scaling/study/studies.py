@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.loading import dump_tree
+from sas_megatron.config.loading import dump_tree, dump_yaml
+from sas_megatron.scaling.study.plan import PlannedRun
 from tests.scaling.conftest import build_tree
 
 SIZES = {
@@ -33,3 +35,19 @@ def write_study(folder: Path, base: dict[str, Any] | None = None, **changes: Any
     path = folder / "study.yaml"
     path.write_text(dump_tree(study_tree(folder, **changes)), encoding="utf-8")
     return path
+
+
+def leave_run(run: PlannedRun, *, loss: float | None = 4.0, exit_reason: str | None = "finished") -> None:
+    """The files of a run that has ended; without a reason it had stopped, for steps that were not finite."""
+    run.directory.mkdir(parents=True)
+    (run.directory / "config.yaml").write_text(dump_yaml(run.config), encoding="utf-8")
+    provenance = {"machine": "made up", "world_size": 1, "packages": {"torch": "2"}, "corpus": "tales"}
+    (run.directory / "run.json").write_text(json.dumps(provenance))
+    position = {"step": 5, "consumed_tokens": 5, "training_flops": 5.0, "elapsed_seconds": 0.5}
+    lines = [{"kind": "train", **position, "train_loss": 6.0}]
+    if exit_reason is None:
+        lines.append({"kind": "health", "step": 6, "quantity": "loss", "response": "stop"})
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if exit_reason is not None:
+        summary = {"exit_reason": exit_reason, "steps": 5, "tokens": 5, "final_validation_loss": loss}
+        (run.directory / "summary.json").write_text(json.dumps(summary | {"training_seconds": 0.5}))

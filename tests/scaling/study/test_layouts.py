@@ -9,29 +9,15 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.loading import dump_tree
-from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
 from sas_megatron.scaling.study.layouts import read_layouts
 from sas_megatron.scaling.study.plan import build_plan
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.sweeps import plan_with_rates
+from tests.planning.toy_machines import toy_machine
 from tests.scaling.conftest import build_tree
 from tests.scaling.study.studies import write_study
 
-WIRE = WireFigures(gigabytes_per_second=1000.0, latency_microseconds=0.001)
-TOY = Hardware(
-    name="a toy",
-    device="gpu",
-    memory_gib=4.0,
-    matrix_teraflops={"float32": 1.0, "bfloat16": 1.0},
-    memory_gigabytes_per_second=1000.0,
-    node_wire=WIRE,
-    network_wire=WIRE,
-    devices_per_node=8,
-    reserved_gib=0.0,
-    fragmentation=0.0,
-    operation_microseconds=0.001,
-    attainable=AttainableShares(matrix=1.0, convolution=1.0, attention=1.0, memory=1.0, wire=1.0),
-)
+TOY = toy_machine(memory_gib=4.0, wire_gigabytes_per_second=1000.0)
 
 
 def test_plans_take_the_layouts_that_a_search_found_and_their_hours(tmp_path: Path) -> None:
@@ -52,6 +38,9 @@ def test_plans_take_the_layouts_that_a_search_found_and_their_hours(tmp_path: Pa
         hours = plan.hours(run)
         assert hours == pytest.approx(run.own_steps * layout.step_seconds * 2 / 3600)
         assert plan.price(run) == pytest.approx(3 * (hours or 0))
+    shown = CliRunner().invoke(cli, ["study", "plan", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "hours of one rank by simulated steps, price" in shown.output
     # Nothing else has changed, and without the record there is none of it.
     before = build_plan(study, tree)
     assert before.hours(before.runs[0]) is None

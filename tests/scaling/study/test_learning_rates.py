@@ -49,6 +49,9 @@ def test_rates_that_diverged_are_never_chosen() -> None:
     trials = [parabola(1e-4, best=1e-3), parabola(5e-4, best=1e-3), Trial(1e-3, None)]
     found = find_best_rate(trials)
     assert (found.learning_rate, found.at_edge) == (5e-4, False)
+    # Not a number either, where the one below it did.
+    trials = [Trial(1e-4, None), parabola(5e-4, best=4e-4), parabola(1e-3, best=4e-4)]
+    assert find_best_rate(trials).learning_rate == 5e-4
     with pytest.raises(UserError, match=r"every run of a sweep diverged \(0\.1, 0\.2\); try lower rates"):
         find_best_rate([Trial(0.1, None), Trial(0.2, None)])
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.scaling.study.analysis import analyze, cut_slices
+from sas_megatron.scaling.study.report import write_study_report
 from sas_megatron.scaling.study.table import StudyTable, read_table, write_table
 from tests.scaling.study.made_up_tables import made_up_table
 from tests.system_packages import lacking
@@ -154,9 +155,33 @@ def test_what_was_not_measured_is_said_and_not_made_up(tmp_path: Path) -> None:
     assert analysis.remarks == ("sas has no finished run.",)
     (analysis,) = analyze(without("mha", table), num_draws=50)
     assert analysis.remarks == ("mha, the baseline, has no finished run, so nothing is compared with it.",)
+    # At one budget SAS's FLOPs, half as many again, have no runs of mha on both sides.
+    write_study_report(made_up_table(budgets=(4,)), tmp_path, num_draws=50)
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.count("| not compared | not compared |") == 1
+    assert "- gqa: No compute-equivalent gain" not in summary
+    assert "- gqa: No test of a shared irreducible loss: " in summary
     one_budget = made_up_table(budgets=(4,))
     (analysis,) = analyze(one_budget, num_draws=50)
     assert all(law.report is None or not math.isnan(law.report.fit.surface.E) for law in analysis.laws)
+
+
+def test_time_is_of_one_kind_in_all_runs(tmp_path: Path) -> None:
+    table = made_up_table()
+    rows = tuple(
+        dataclasses.replace(row, step_seconds=None) if row.variant == "sas" else row for row in table.rows
+    )
+    (mixed,) = cut_slices(dataclasses.replace(table, rows=rows))
+    assert [outcome.seconds for outcome in mixed.outcomes] == [row.training_seconds for row in table.rows]
+    (whole,) = cut_slices(table)
+    assert whole.outcomes[0].seconds == pytest.approx((table.rows[0].step_seconds or 0) * table.rows[0].steps)
+
+
+def test_a_report_takes_nothing_away_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.svg").write_text("dear to me")
+    write_study_report(made_up_table(seeds={"mha": 1}, budgets=(4,)), tmp_path, num_draws=50)
+    assert (tmp_path / "figures" / "mine.svg").read_text() == "dear to me"
 
 
 def test_a_table_comes_back_as_it_was_and_another_file_is_refused(tmp_path: Path) -> None:

@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sas_megatron.scaling.study.resolution import SeedNoise, measure_seed_noise, smallest_effect
-
-
-def test_seed_noise_is_pooled_over_cells() -> None:
-    noise = measure_seed_noise([[3.0, 3.2], [9.0], [1.0, 1.1, 1.2]])
-    assert noise is not None
-    assert noise.degrees == 3
-    assert noise.deviation == pytest.approx(((0.02 + 0.02) / 3) ** 0.5)
-    assert measure_seed_noise([[3.0], [4.0]]) is None
+from sas_megatron.scaling.study.resolution import SeedNoise, smallest_effect
 
 
 @pytest.mark.parametrize(("seeds", "cells"), [((3, 3), 1), ((5, 2), 1), ((3, 1), 6)])

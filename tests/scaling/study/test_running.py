@@ -20,9 +20,10 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
+from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.plan import Plan
-from sas_megatron.scaling.study.run_states import is_done, locked, log_of, status_of
+from sas_megatron.scaling.study.run_states import locked, log_of, status_of
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.sweeps import plan_with_rates
 from sas_megatron.scaling.study.table import read_table
@@ -172,7 +173,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_table(
         finished_files = {
             file: file.stat().st_mtime_ns
             for run in plan_at(path).runs
-            if is_done(run)
+            if has_finished(run.directory)
             for file in (run.directory / "summary.json", run.directory / "metrics.jsonl")
         }
     with study_run(path, "--jobs", "2") as process:

@@ -1,0 +1,26 @@
+"""What is said of configs that differ."""
+
+from __future__ import annotations
+
+from sas_megatron.config.differences import find_differences
+from tests.run_configs import small_config
+
+MHA = small_config()
+GQA = small_config(
+    attention={"kind": "gqa", "num_heads": 4, "head_dim": 6, "num_kv_heads": 2}, training={"num_steps": 11}
+)
+
+
+def test_fields_that_only_some_have_are_among_those_that_differ() -> None:
+    assert find_differences([MHA, GQA, MHA]) == {
+        "attention.kind": ("mha", "gqa", "mha"),
+        "attention.num_kv_heads": (None, 2, None),
+        "training.num_steps": (9, 11, 9),
+    }
+
+
+def test_fields_are_left_out_by_how_they_begin() -> None:
+    assert set(find_differences([GQA, MHA], but=("attention.", "training.num_ordered"))) == {
+        "training.num_steps"
+    }
+    assert not find_differences([MHA, MHA])

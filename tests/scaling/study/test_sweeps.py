@@ -1,0 +1,80 @@
+"""Sweeps of learning rates as their runs' files tell of them, and studies that are edited meanwhile."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.scaling.study.collecting import collect
+from sas_megatron.scaling.study.plan import Plan
+from sas_megatron.scaling.study.run_states import status_of
+from sas_megatron.scaling.study.runner import StudyRunner
+from sas_megatron.scaling.study.study_file import load_study
+from sas_megatron.scaling.study.sweeps import plan_with_rates
+from tests.scaling.conftest import build_tree
+from tests.scaling.study.studies import SIZES, leave_run, write_study
+
+SWEEP = {"learning_rate": {"rule": "sweep", "factors": [0.5, 1, 2]}, "variants": {"mha": {}}}
+
+
+def plan_at(folder: Path, **changes: object) -> Plan:
+    return plan_with_rates(*load_study(write_study(folder, **{**SWEEP, **changes})))
+
+
+def leave_sweep(plan: Plan, *, best: float = 3e-4) -> None:
+    """Trials with a lowest loss at `best`; those at twice the rate diverged."""
+    for run in plan.runs:
+        if run.role == "sweep":
+            rate = run.config.optimizer.learning_rate
+            if rate > 5e-4:
+                leave_run(run, exit_reason=None)
+            else:
+                leave_run(run, loss=4 + math.log(rate / best) ** 2)
+
+
+def test_a_trial_that_diverged_is_a_result_and_not_run_again(tmp_path: Path) -> None:
+    leave_sweep(plan_at(tmp_path))
+    plan = plan_at(tmp_path)
+    assert all(run.is_ready for run in plan.runs)
+    states = [status_of(run) for run in plan.runs if run.role == "sweep"]
+    assert [status.state for status in states] == ["done", "done", "diverged"] * 2
+    assert {status.remaining_steps for status in states} == {0}
+    said: list[str] = []
+    runner = StudyRunner(lambda: plan, jobs=1, say=said.append)
+    assert runner.run(wanted=lambda run: run.role == "sweep")
+    assert said == []
+
+
+def test_the_table_tells_of_rates_at_the_edge_and_of_those_never_tried(tmp_path: Path) -> None:
+    sizes = {**SIZES, "huge": {"model.num_layers": 9}}
+    leave_sweep(plan_at(tmp_path, sizes=sizes), best=1e-4)
+    plan = plan_at(tmp_path, sizes=sizes)
+    leave_run(plan.results[0])
+    remarks = collect(plan).remarks
+    assert remarks[0] == (
+        "Learning rates beyond the two sizes of the sweep are powers through those: mha N^0.00."
+    )
+    assert remarks[1].startswith(
+        "The best learning rate of mha-small, mha-large is the lowest or highest of its sweep: "
+    )
+
+
+def test_a_study_that_grew_since_its_sweep_is_told_what_to_do(tmp_path: Path) -> None:
+    leave_sweep(plan_at(tmp_path))
+    plan_at(tmp_path)
+    grown = {"variants": {"mha": {}, "gqa": {"num_kv_heads": 2}}}
+    with pytest.raises(UserError, match=r"learning_rates\.json: has no learning rate for gqa at size small"):
+        plan_at(tmp_path, **grown)
+    with pytest.raises(UserError, match="has no learning rate for mha at size huge"):
+        plan_at(tmp_path, sizes={**SIZES, "huge": {"model.num_layers": 9}})
+
+
+def test_losses_of_other_rates_than_planned_decide_nothing(tmp_path: Path) -> None:
+    leave_sweep(plan_at(tmp_path))
+    path = write_study(tmp_path, build_tree(optimizer__learning_rate=1e-4), **SWEEP)
+    with pytest.raises(FieldError, match=r"optimizer\.learning_rate=0\.00015: .* the study now plans 5e-05"):
+        plan_with_rates(*load_study(path))
+    assert not (tmp_path / "study" / "learning_rates.json").exists()
