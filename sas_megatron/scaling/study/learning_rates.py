@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,23 +81,20 @@ def find_best_rate(trials: Sequence[Trial]) -> BestRate:
     return BestRate(math.exp(minimum), at_edge=False)
 
 
-def rate_exponent(best: Mapping[str, float], parameters: Mapping[str, int]) -> float:
-    """The power of N through the rates of two sizes."""
-    (one, first), (two, second) = best.items()
-    return math.log(second / first) / math.log(parameters[two] / parameters[one])
+def multiples_of_law(best: Mapping[str, float], law: Mapping[str, float]) -> dict[str, float]:
+    """What the best rates that sweeps found are of a law's, by size."""
+    return {size: rate / law[size] for size, rate in best.items()}
 
 
-def extend_rates(best: Mapping[str, float], parameters: Mapping[str, int]) -> dict[str, float]:
-    """Rates for all sizes: those found, and a power of N through them for the rest.
+def extend_rates(best: Mapping[str, float], law: Mapping[str, float]) -> dict[str, float]:
+    """Rates of all sizes: a law's, times the geometric mean of what the best rates found are of it.
+
+    Sweeps at two sizes tell a level and no slope: a power of N through two sizes as close as those are, with
+    one seed at each, is mostly noise, and would set two variants apart by their rates at the largest size.
 
     Args:
-        best: Of two sizes, by name.
-        parameters: Of every size, embeddings included, by name.
+        best: Of the sizes that were swept, by name.
+        law: Of every size, by name.
     """
-    (two, second), exponent = list(best.items())[1], rate_exponent(best, parameters)
-    others = {
-        size: second * (count / parameters[two]) ** exponent
-        for size, count in parameters.items()
-        if size not in best
-    }
-    return {size: best.get(size, others.get(size, math.nan)) for size in parameters}
+    multiple = statistics.geometric_mean(multiples_of_law(best, law).values())
+    return {size: multiple * rate for size, rate in law.items()}

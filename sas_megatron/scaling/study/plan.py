@@ -197,7 +197,7 @@ def _build_cell(
 
 
 def _with_lawful_batch(study: Study, cell: Cell) -> Cell:
-    tokens = step_law_batch_tokens(_wanted_tokens(study, cell, study.budgets.values[-1]))
+    tokens = step_law_batch_tokens(wanted_tokens(study, cell, study.budgets.values[-1]))
     # Every rank takes whole micro batches.
     multiple = cell.config.training.micro_batch_size * study.machine.processes
     samples = max(1, round(tokens / cell.config.data.sequence_length / multiple)) * multiple
@@ -358,10 +358,11 @@ def _decaying(study: Study, steps: int) -> dict[str, Any]:
 
 def _num_steps(study: Study, cell: Cell, budget: float) -> int:
     """Whole steps that come nearest to the budget."""
-    return max(1, round(_wanted_tokens(study, cell, budget) / cell.step_tokens))
+    return max(1, round(wanted_tokens(study, cell, budget) / cell.step_tokens))
 
 
-def _wanted_tokens(study: Study, cell: Cell, budget: float) -> float:
+def wanted_tokens(study: Study, cell: Cell, budget: float) -> float:
+    """Tokens of a budget, before they are rounded to whole steps."""
     return {
         "tokens": budget,
         "tokens_per_parameter": budget * cell.base_parameters,

@@ -68,7 +68,7 @@ class LearningRateRule(Section):
         description="base: optimizer.learning_rate of base and size; kaplan: 0.003239 − 0.0001395 ln N "
         "(Kaplan et al. 2020, arXiv 2001.08361, eq. D.1); step_law: 1.79 N^−0.713 D^0.307 (Li et al. 2025, "
         "arXiv 2503.04715, eq. 1), for both N without embeddings and, where runs share a trunk, D of the "
-        "longest; sweep: tried, for each variant at the two smallest sizes, a power of N for the others.",
+        "longest; sweep: the step law times what sweeps at the two smallest sizes find of it.",
     )
     factors: list[float] = Field(
         default=[0.25, 0.5, 1.0, 2.0, 4.0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from sas_megatron.scaling.study.learning_rates import (
     Trial,
     extend_rates,
     find_best_rate,
-    rate_exponent,
+    multiples_of_law,
+    step_law_rate,
 )
-from sas_megatron.scaling.study.plan import Plan, build_plan
+from sas_megatron.scaling.study.plan import Plan, build_plan, wanted_tokens
 from sas_megatron.scaling.study.run_states import check_as_planned, final_loss, is_settled
 from sas_megatron.scaling.study.study_file import Study
 
@@ -66,10 +68,11 @@ def sweep_remarks(study: Study) -> tuple[str, ...]:
         return ()
     chosen = json.loads(record.read_text(encoding="utf-8"))
     remarks = []
-    if len(study.sizes) > 2 and "exponents" in chosen:
-        powers = ", ".join(f"{variant} N^{power:.2f}" for variant, power in chosen["exponents"].items())
+    if "multiples" in chosen:
+        found = "; ".join(_describe(variant, sizes) for variant, sizes in chosen["multiples"].items())
         remarks.append(
-            f"Learning rates beyond the two sizes of the sweep are powers through those: {powers}."
+            "Learning rates are those of the step law (1.79 N^−0.713 D^0.307, with D of the smallest budget) "
+            f"times what the sweeps of a variant found of it, on the geometric mean: {found}."
         )
     if chosen["at_edge"]:
         remarks.append(
@@ -87,13 +90,23 @@ def _choose_rates(plan: Plan) -> dict[str, Any]:
             trial = Trial(run.config.optimizer.learning_rate, loss)
             trials.setdefault((run.cell.variant, run.cell.size), []).append(trial)
     best = {place: find_best_rate(tried) for place, tried in trials.items()}
-    parameters = {(cell.variant, cell.size): cell.parameters for cell in plan.cells}
-    rates, exponents = {}, {}
-    for variant in plan.study.variants:
+    law: dict[str, dict[str, float]] = {}
+    for cell in plan.cells:
+        tokens = wanted_tokens(plan.study, cell, plan.study.budgets.values[0])
+        # By the first levels of further axes, as the sweep.
+        law.setdefault(cell.variant, {}).setdefault(
+            cell.size, step_law_rate(cell.parameters_without_embeddings, tokens)
+        )
+    rates, multiples = {}, {}
+    for variant, of_law in law.items():
         own = {size: found.learning_rate for (name, size), found in best.items() if name == variant}
-        counts = {size: count for (name, size), count in parameters.items() if name == variant}
-        rates[variant], exponents[variant] = extend_rates(own, counts), rate_exponent(own, counts)
-    return {"rates": rates, "exponents": exponents, "at_edge": _at_edge(best)}
+        rates[variant], multiples[variant] = extend_rates(own, of_law), multiples_of_law(own, of_law)
+    return {"rates": rates, "multiples": multiples, "at_edge": _at_edge(best)}
+
+
+def _describe(variant: str, multiples: dict[str, float]) -> str:
+    sizes = ", ".join(f"{multiple:.2f} at {size}" for size, multiple in multiples.items())
+    return f"{variant} × {statistics.geometric_mean(multiples.values()):.2f} ({sizes})"
 
 
 def _at_edge(best: dict[tuple[str, str], BestRate]) -> list[str]:

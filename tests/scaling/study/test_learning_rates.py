@@ -56,7 +56,8 @@ def test_rates_that_diverged_are_never_chosen() -> None:
         find_best_rate([Trial(0.1, None), Trial(0.2, None)])
 
 
-def test_larger_sizes_get_a_power_of_their_parameters() -> None:
-    counts = {"s": 1_000, "m": 4_000, "l": 16_000, "xl": 256_000}
-    rates = extend_rates({"s": 8e-3, "m": 4e-3}, counts)
-    assert rates == pytest.approx({"s": 8e-3, "m": 4e-3, "l": 2e-3, "xl": 5e-4})
+def test_sweeps_tell_how_far_off_a_law_is_and_the_law_how_rates_go_on() -> None:
+    law = {"s": 4e-3, "m": 2e-3, "l": 1e-3, "xl": 1e-4}
+    # 2 and 8 times the law's: 4 times, at the sizes that were swept as at the rest.
+    rates = extend_rates({"s": 8e-3, "m": 16e-3}, law)
+    assert rates == pytest.approx({"s": 16e-3, "m": 8e-3, "l": 4e-3, "xl": 4e-4})

@@ -9,7 +9,8 @@ import pytest
 
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.scaling.study.collecting import collect
-from sas_megatron.scaling.study.plan import Plan
+from sas_megatron.scaling.study.learning_rates import step_law_rate
+from sas_megatron.scaling.study.plan import Plan, wanted_tokens
 from sas_megatron.scaling.study.run_states import status_of
 from sas_megatron.scaling.study.runner import StudyRunner
 from sas_megatron.scaling.study.study_file import load_study
@@ -54,9 +55,16 @@ def test_the_table_tells_of_rates_at_the_edge_and_of_those_never_tried(tmp_path:
     plan = plan_at(tmp_path, sizes=sizes)
     leave_run(plan.results[0])
     remarks = collect(plan).remarks
-    assert remarks[0] == (
-        "Learning rates beyond the two sizes of the sweep are powers through those: mha N^0.00."
+    law = {
+        cell.size: step_law_rate(cell.parameters_without_embeddings, wanted_tokens(plan.study, cell, 1))
+        for cell in plan.cells
+    }
+    small, large = 1.5e-4 / law["small"], 1.5e-4 / law["large"]
+    assert remarks[0].endswith(
+        f"mha × {math.sqrt(small * large):.2f} ({small:.2f} at small, {large:.2f} at large)."
     )
+    rates = {run.cell.size: run.config.optimizer.learning_rate for run in plan.results}
+    assert rates == pytest.approx({size: math.sqrt(small * large) * rate for size, rate in law.items()})
     assert remarks[1].startswith(
         "The best learning rate of mha-small, mha-large is the lowest or highest of its sweep: "
     )
