@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sas_megatron.attention.chunked import attend_chunked, suits_chunks
+from sas_megatron.attention.grouped import MultiHeadAttentionConfig
 from sas_megatron.config.attention_backend import LONGEST_CHUNKED_SEQUENCE
+from sas_megatron.config.errors import FieldError
 from tests.attention import definitions
 from tests.attention.layer_case import drawn
 from tests.tolerances import assert_near
@@ -55,3 +57,9 @@ def test_chunks_serve_only_what_they_compute() -> None:
     assert not suits_chunks(query[:, :, :5], key, causal=True, dropout=0.0), "fewer queries than keys"
     long = torch.empty(1, 1, LONGEST_CHUNKED_SEQUENCE + 1, 2)
     assert not suits_chunks(long, long, causal=True, dropout=0.0)
+
+
+def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built() -> None:
+    variant = MultiHeadAttentionConfig(num_heads=4, head_dim=6, backend="cudnn")
+    with pytest.raises(FieldError, match=r"^attention.backend=cudnn: needs a CUDA device; use auto$"):
+        variant.build_spec()

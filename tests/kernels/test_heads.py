@@ -114,7 +114,7 @@ def test_sums_that_fill_the_registers_are_made_tap_by_tap(monkeypatch: pytest.Mo
     columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
     leaves = [columns, *leaves_of(*(part.weights for part in parts))]
     at_once = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
-    monkeypatch.setattr("sas_megatron.kernels.heads.LARGEST_SUM_BYTES", 0)
+    monkeypatch.setattr("sas_megatron.kernels.padding.LARGEST_SUM_BYTES", 0)
     with poisoned_memory():
         tap_by_tap = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
     for one, other in zip(at_once[1], tap_by_tap[1], strict=True):

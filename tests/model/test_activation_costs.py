@@ -153,3 +153,16 @@ def test_a_gpu_keeps_less_of_norms_and_of_a_biased_mlp() -> None:
         "norms": on_cpu["norms"] - normalized,
         "mlp": on_cpu["mlp"] - gate_and_half,
     }
+
+
+def test_cudnn_pads_no_values() -> None:
+    """24 tokens, eight heads of ten query/key features and six of the value, r = 2, in float32."""
+    fields = {"kind": "sas", "num_heads": 4, "head_dim": 6, "simulated_head_dim": 10, "head_expansion": 2}
+    padded, as_it_is = (
+        count_activation_bytes(
+            small_config(attention={**fields, "backend": backend}, model={"num_layers": 1}), device="gpu"
+        )
+        for backend in ("fused", "cudnn")
+    )
+    value_and_result = 2 * 4 * 24 * 8 * (10 - 6)
+    assert as_it_is == {**padded, "attention": padded["attention"] - value_and_result}
