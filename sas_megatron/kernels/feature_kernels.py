@@ -17,130 +17,18 @@ The table of turns, [S, R] in float32, has the cosine and the sine of a pair in 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _product(left, right, total, COMPUTE: tl.constexpr):
-    """total + left · right, added up in float32; operands in COMPUTE."""
-    return tl.dot(left.to(COMPUTE), right.to(COMPUTE), total, input_precision="ieee")
-
-
-@triton.jit
-def _feature(column, ROTARY: tl.constexpr):
-    """The feature that lies in a column, by pair order."""
-    paired = column // 2 + (column % 2) * (ROTARY // 2)
-    return tl.where(column < ROTARY, paired, column)
-
-
-@triton.jit
-def _bias_tile(
-    pointer,
-    column,
-    ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROTARY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """A bias in each row. Read for each tile anew: kept, it would take as many registers as a tile."""
-    if HAS_BIAS:
-        bias = tl.load(pointer + _feature(column, ROTARY), mask=column < WIDE, other=0.0)
-        tile = tl.broadcast_to(bias.to(tl.float32)[None, :], [ROWS, SIZE])
-    else:
-        tile = tl.zeros([ROWS, SIZE], tl.float32)
-    return tile
-
-
-@triton.jit
-def _expand(pointer, column, narrow, NARROW: tl.constexpr, WIDE: tl.constexpr, ROTARY: tl.constexpr):
-    """A part of A1 as [columns, D]."""
-    places = pointer + _feature(column, ROTARY)[:, None] * NARROW + narrow[None, :]
-    return tl.load(places, mask=(column < WIDE)[:, None] & (narrow < NARROW)[None, :], other=0.0)
-
-
-@triton.jit
-def _refine(pointer, out, into, WIDE: tl.constexpr, ROTARY: tl.constexpr):
-    """A part of A2 as [columns of z, columns of y]."""
-    places = pointer + _feature(out, ROTARY)[:, None] * WIDE + _feature(into, ROTARY)[None, :]
-    return tl.load(places, mask=(out < WIDE)[:, None] & (into < WIDE)[None, :], other=0.0)
-
-
-@triton.jit
-def _places(
-    pointer,
-    tile,
-    num_rows,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Pointers to columns FIRST to FIRST + SIZE of a tile of rows [·, COLUMNS], and which there are."""
-    row = tl.arange(0, ROWS)
-    column = FIRST + tl.arange(0, SIZE)
-    start = pointer + tl.cast(tile, tl.int64) * (ROWS * COLUMNS)
-    exist = tl.broadcast_to((row < num_rows - tile * ROWS)[:, None], [ROWS, SIZE])
-    if FIRST + SIZE > COLUMNS:
-        exist = exist & (column < COLUMNS)[None, :]
-    return start + row[:, None] * COLUMNS + column[None, :], exist
-
-
-@triton.jit
-def _load(
-    pointer,
-    tile,
-    num_rows,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    places, exist = _places(pointer, tile, num_rows, FIRST, SIZE, COLUMNS, ROWS)
-    return tl.load(places, mask=exist, other=0.0)
-
-
-@triton.jit
-def _store(
-    values,
-    pointer,
-    tile,
-    num_rows,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    places, exist = _places(pointer, tile, num_rows, FIRST, SIZE, COLUMNS, ROWS)
-    tl.store(places, values.to(pointer.dtype.element_ty), mask=exist)
-
-
-@triton.jit
-def _turned(
-    wide,
-    turns,
-    tile,
-    num_rows,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROTARY: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROWS_PER_POSITION: tl.constexpr,
-    BACK: tl.constexpr,
-):
-    """Pairs of neighbouring columns turned by the angles of the rows' positions, or turned back."""
-    if FIRST < ROTARY:
-        row = tile * ROWS + tl.arange(0, ROWS)
-        column = FIRST + tl.arange(0, SIZE)
-        places = turns + (row // ROWS_PER_POSITION)[:, None] * ROTARY + column[None, :]
-        known = (row < num_rows)[:, None] & (column < ROTARY)[None, :]
-        no_turn = tl.broadcast_to((1.0 - column % 2)[None, :], [ROWS, SIZE])
-        table = tl.load(places, mask=known, other=no_turn)
-        cosine, sine = tl.split(tl.reshape(table, [ROWS, SIZE // 2, 2]))
-        if BACK:
-            sine = -sine
-        first, second = tl.split(tl.reshape(wide, [ROWS, SIZE // 2, 2]))
-        turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
-        wide = tl.reshape(turned, [ROWS, SIZE])
-    return wide
+from sas_megatron.kernels.feature_tiles import (
+    feature_of,
+    load_bias,
+    load_expand,
+    load_refine,
+    load_rows,
+    store_refine,
+    store_rows,
+    store_sum,
+    turned,
+)
+from sas_megatron.kernels.products import product
 
 
 @triton.jit
@@ -168,36 +56,34 @@ def feature_forward(
     DTYPE: tl.constexpr = heads.dtype.element_ty
     narrow = tl.arange(0, NARROW_TILE)
     main = tl.arange(0, MAIN)
-    expand_main = _expand(expand, main, narrow, NARROW, WIDE, ROTARY)
-    refine_main = _refine(refine, main, main, WIDE, ROTARY)
+    expand_main = load_expand(expand, main, narrow, NARROW, WIDE, ROTARY)
+    refine_main = load_refine(refine, main, main, WIDE, ROTARY)
     if REST > 0:
         rest = MAIN + tl.arange(0, REST)
-        expand_rest = _expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
-        refine_main_rest = _refine(refine, main, rest, WIDE, ROTARY)
-        refine_rest_main = _refine(refine, rest, main, WIDE, ROTARY)
-        refine_rest = _refine(refine, rest, rest, WIDE, ROTARY)
+        expand_rest = load_expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
+        refine_main_rest = load_refine(refine, main, rest, WIDE, ROTARY)
+        refine_rest_main = load_refine(refine, rest, main, WIDE, ROTARY)
+        refine_rest = load_refine(refine, rest, rest, WIDE, ROTARY)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        x = _load(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
-        y_main = _bias_tile(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
-        y_main = _product(x, tl.trans(expand_main), y_main, COMPUTE)
+        x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
+        y_main = load_bias(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
+        y_main = product(x, tl.trans(expand_main), y_main, COMPUTE)
         active_main = tl.maximum(y_main, 0.0).to(DTYPE)
-        z_main = y_main + _bias_tile(refine_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
-        z_main = _product(active_main, tl.trans(refine_main), z_main, COMPUTE)
+        z_main = y_main + load_bias(refine_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
+        z_main = product(active_main, tl.trans(refine_main), z_main, COMPUTE)
         if REST > 0:
-            y_rest = _bias_tile(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
-            y_rest = _product(x, tl.trans(expand_rest), y_rest, COMPUTE)
+            y_rest = load_bias(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
+            y_rest = product(x, tl.trans(expand_rest), y_rest, COMPUTE)
             active_rest = tl.maximum(y_rest, 0.0).to(DTYPE)
-            z_rest = y_rest + _bias_tile(refine_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
-            z_rest = _product(active_rest, tl.trans(refine_rest), z_rest, COMPUTE)
-            z_rest = _product(active_main, tl.trans(refine_rest_main), z_rest, COMPUTE)
-            z_main = _product(active_rest, tl.trans(refine_main_rest), z_main, COMPUTE)
-            z_rest = _turned(
-                z_rest, turns, tile, num_rows, MAIN, REST, ROTARY, ROWS, ROWS_PER_POSITION, False
-            )
-            _store(z_rest, simulated, tile, num_rows, MAIN, REST, WIDE, ROWS)
-        z_main = _turned(z_main, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, False)
-        _store(z_main, simulated, tile, num_rows, 0, MAIN, WIDE, ROWS)
+            z_rest = y_rest + load_bias(refine_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
+            z_rest = product(active_rest, tl.trans(refine_rest), z_rest, COMPUTE)
+            z_rest = product(active_main, tl.trans(refine_rest_main), z_rest, COMPUTE)
+            z_main = product(active_rest, tl.trans(refine_main_rest), z_main, COMPUTE)
+            z_rest = turned(z_rest, turns, tile, num_rows, MAIN, REST, ROTARY, ROWS, ROWS_PER_POSITION, False)
+            store_rows(z_rest, simulated, tile, num_rows, MAIN, REST, WIDE, ROWS)
+        z_main = turned(z_main, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, False)
+        store_rows(z_main, simulated, tile, num_rows, 0, MAIN, WIDE, ROWS)
 
 
 @triton.jit
@@ -226,48 +112,42 @@ def feature_backward(
     DTYPE: tl.constexpr = heads.dtype.element_ty
     narrow = tl.arange(0, NARROW_TILE)
     main = tl.arange(0, MAIN)
-    expand_main = _expand(expand, main, narrow, NARROW, WIDE, ROTARY)
-    refine_main = _refine(refine, main, main, WIDE, ROTARY)
+    expand_main = load_expand(expand, main, narrow, NARROW, WIDE, ROTARY)
+    refine_main = load_refine(refine, main, main, WIDE, ROTARY)
     if REST > 0:
         rest = MAIN + tl.arange(0, REST)
-        expand_rest = _expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
-        refine_main_rest = _refine(refine, main, rest, WIDE, ROTARY)
-        refine_rest_main = _refine(refine, rest, main, WIDE, ROTARY)
-        refine_rest = _refine(refine, rest, rest, WIDE, ROTARY)
+        expand_rest = load_expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
+        refine_main_rest = load_refine(refine, main, rest, WIDE, ROTARY)
+        refine_rest_main = load_refine(refine, rest, main, WIDE, ROTARY)
+        refine_rest = load_refine(refine, rest, rest, WIDE, ROTARY)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        x = _load(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
-        dz_main = _load(gradient, tile, num_rows, 0, MAIN, WIDE, ROWS).to(tl.float32)
-        dz_main = _turned(dz_main, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, True).to(
+        x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
+        dz_main = load_rows(gradient, tile, num_rows, 0, MAIN, WIDE, ROWS).to(tl.float32)
+        dz_main = turned(dz_main, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, True).to(
             DTYPE
         )
-        into_main = _product(dz_main, refine_main, tl.zeros([ROWS, MAIN], tl.float32), COMPUTE)
+        into_main = product(dz_main, refine_main, tl.zeros([ROWS, MAIN], tl.float32), COMPUTE)
         if REST > 0:
-            dz_rest = _load(gradient, tile, num_rows, MAIN, REST, WIDE, ROWS).to(tl.float32)
-            dz_rest = _turned(
+            dz_rest = load_rows(gradient, tile, num_rows, MAIN, REST, WIDE, ROWS).to(tl.float32)
+            dz_rest = turned(
                 dz_rest, turns, tile, num_rows, MAIN, REST, ROTARY, ROWS, ROWS_PER_POSITION, True
             ).to(DTYPE)
-            into_main = _product(dz_rest, refine_rest_main, into_main, COMPUTE)
-        y_main = _bias_tile(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
-        y_main = _product(x, tl.trans(expand_main), y_main, COMPUTE)
+            into_main = product(dz_rest, refine_rest_main, into_main, COMPUTE)
+        y_main = load_bias(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
+        y_main = product(x, tl.trans(expand_main), y_main, COMPUTE)
         dy_main = (dz_main.to(tl.float32) + tl.where(y_main > 0, into_main, 0.0)).to(DTYPE)
-        _store(dy_main, expanded_gradient, tile, num_rows, 0, MAIN, WIDE, ROWS)
-        dx = _product(dy_main, expand_main, tl.zeros([ROWS, NARROW_TILE], tl.float32), COMPUTE)
+        store_rows(dy_main, expanded_gradient, tile, num_rows, 0, MAIN, WIDE, ROWS)
+        dx = product(dy_main, expand_main, tl.zeros([ROWS, NARROW_TILE], tl.float32), COMPUTE)
         if REST > 0:
-            into_rest = _product(dz_main, refine_main_rest, tl.zeros([ROWS, REST], tl.float32), COMPUTE)
-            into_rest = _product(dz_rest, refine_rest, into_rest, COMPUTE)
-            y_rest = _bias_tile(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
-            y_rest = _product(x, tl.trans(expand_rest), y_rest, COMPUTE)
+            into_rest = product(dz_main, refine_main_rest, tl.zeros([ROWS, REST], tl.float32), COMPUTE)
+            into_rest = product(dz_rest, refine_rest, into_rest, COMPUTE)
+            y_rest = load_bias(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
+            y_rest = product(x, tl.trans(expand_rest), y_rest, COMPUTE)
             dy_rest = (dz_rest.to(tl.float32) + tl.where(y_rest > 0, into_rest, 0.0)).to(DTYPE)
-            _store(dy_rest, expanded_gradient, tile, num_rows, MAIN, REST, WIDE, ROWS)
-            dx = _product(dy_rest, expand_rest, dx, COMPUTE)
-        _store(dx, head_gradient, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
-
-
-@triton.jit
-def _store_sum(total, pointer, row, row_exists, column, COLUMNS: tl.constexpr):
-    kept = row_exists[:, None] & (column < COLUMNS)[None, :]
-    tl.store(pointer + row[:, None] * COLUMNS + column[None, :], total, mask=kept)
+            store_rows(dy_rest, expanded_gradient, tile, num_rows, MAIN, REST, WIDE, ROWS)
+            dx = product(dy_rest, expand_rest, dx, COMPUTE)
+        store_rows(dx, head_gradient, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
 
 
 @triton.jit
@@ -302,34 +182,28 @@ def expand_gradient(
         bias_rest = tl.zeros([REST, 16], tl.float32)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        x = _load(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
-        dy_main = tl.trans(_load(expanded_gradient, tile, num_rows, 0, MAIN, WIDE, ROWS))
-        total_main = _product(dy_main, x, total_main, COMPUTE)
+        x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
+        dy_main = tl.trans(load_rows(expanded_gradient, tile, num_rows, 0, MAIN, WIDE, ROWS))
+        total_main = product(dy_main, x, total_main, COMPUTE)
         if HAS_BIAS:
-            bias_main = _product(dy_main, ones, bias_main, COMPUTE)
+            bias_main = product(dy_main, ones, bias_main, COMPUTE)
         if REST > 0:
-            dy_rest = tl.trans(_load(expanded_gradient, tile, num_rows, MAIN, REST, WIDE, ROWS))
-            total_rest = _product(dy_rest, x, total_rest, COMPUTE)
+            dy_rest = tl.trans(load_rows(expanded_gradient, tile, num_rows, MAIN, REST, WIDE, ROWS))
+            total_rest = product(dy_rest, x, total_rest, COMPUTE)
             if HAS_BIAS:
-                bias_rest = _product(dy_rest, ones, bias_rest, COMPUTE)
+                bias_rest = product(dy_rest, ones, bias_rest, COMPUTE)
 
     part = expand_parts + tl.program_id(0).to(tl.int64) * (WIDE * NARROW)
     bias_part = expand_bias_parts + tl.program_id(0).to(tl.int64) * WIDE
     # Of the columns of the product with ones, which are equal, the first.
     one = tl.arange(0, 16)
-    _store_sum(total_main, part, _feature(main, ROTARY), main < WIDE, narrow, NARROW)
+    store_sum(total_main, part, feature_of(main, ROTARY), main < WIDE, narrow, NARROW)
     if HAS_BIAS:
-        _store_sum(bias_main, bias_part, _feature(main, ROTARY), main < WIDE, one, 1)
+        store_sum(bias_main, bias_part, feature_of(main, ROTARY), main < WIDE, one, 1)
     if REST > 0:
-        _store_sum(total_rest, part, _feature(rest, ROTARY), rest < WIDE, narrow, NARROW)
+        store_sum(total_rest, part, feature_of(rest, ROTARY), rest < WIDE, narrow, NARROW)
         if HAS_BIAS:
-            _store_sum(bias_rest, bias_part, _feature(rest, ROTARY), rest < WIDE, one, 1)
-
-
-@triton.jit
-def _store_refine(total, pointer, out, into, WIDE: tl.constexpr, ROTARY: tl.constexpr):
-    places = pointer + _feature(out, ROTARY)[:, None] * WIDE + _feature(into, ROTARY)[None, :]
-    tl.store(places, total, mask=(out < WIDE)[:, None] & (into < WIDE)[None, :])
+            store_sum(bias_rest, bias_part, feature_of(rest, ROTARY), rest < WIDE, one, 1)
 
 
 @triton.jit
@@ -358,49 +232,49 @@ def refine_gradient(
     narrow = tl.arange(0, NARROW_TILE)
     main = tl.arange(0, MAIN)
     ones = tl.full([ROWS, 16], 1.0, tl.float32).to(DTYPE)
-    expand_main = _expand(expand, main, narrow, NARROW, WIDE, ROTARY)
+    expand_main = load_expand(expand, main, narrow, NARROW, WIDE, ROTARY)
     total_main = tl.zeros([MAIN, MAIN], tl.float32)
     bias_main = tl.zeros([MAIN, 16], tl.float32)
     if REST > 0:
         rest = MAIN + tl.arange(0, REST)
-        expand_rest = _expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
+        expand_rest = load_expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
         total_main_rest = tl.zeros([MAIN, REST], tl.float32)
         total_rest_main = tl.zeros([REST, MAIN], tl.float32)
         total_rest = tl.zeros([REST, REST], tl.float32)
         bias_rest = tl.zeros([REST, 16], tl.float32)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        x = _load(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
+        x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
         # Rows that do not exist have no gradient, whatever their ReLU.
-        y = _bias_tile(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
-        active_main = tl.maximum(_product(x, tl.trans(expand_main), y, COMPUTE), 0.0).to(DTYPE)
-        dz = _load(gradient, tile, num_rows, 0, MAIN, WIDE, ROWS).to(tl.float32)
-        dz = _turned(dz, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, True)
+        y = load_bias(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
+        active_main = tl.maximum(product(x, tl.trans(expand_main), y, COMPUTE), 0.0).to(DTYPE)
+        dz = load_rows(gradient, tile, num_rows, 0, MAIN, WIDE, ROWS).to(tl.float32)
+        dz = turned(dz, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, True)
         dz_main = tl.trans(dz.to(DTYPE))
-        total_main = _product(dz_main, active_main, total_main, COMPUTE)
+        total_main = product(dz_main, active_main, total_main, COMPUTE)
         if HAS_BIAS:
-            bias_main = _product(dz_main, ones, bias_main, COMPUTE)
+            bias_main = product(dz_main, ones, bias_main, COMPUTE)
         if REST > 0:
-            y = _bias_tile(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
-            active_rest = tl.maximum(_product(x, tl.trans(expand_rest), y, COMPUTE), 0.0).to(DTYPE)
-            dz = _load(gradient, tile, num_rows, MAIN, REST, WIDE, ROWS).to(tl.float32)
-            dz = _turned(dz, turns, tile, num_rows, MAIN, REST, ROTARY, ROWS, ROWS_PER_POSITION, True)
+            y = load_bias(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
+            active_rest = tl.maximum(product(x, tl.trans(expand_rest), y, COMPUTE), 0.0).to(DTYPE)
+            dz = load_rows(gradient, tile, num_rows, MAIN, REST, WIDE, ROWS).to(tl.float32)
+            dz = turned(dz, turns, tile, num_rows, MAIN, REST, ROTARY, ROWS, ROWS_PER_POSITION, True)
             dz_rest = tl.trans(dz.to(DTYPE))
-            total_main_rest = _product(dz_main, active_rest, total_main_rest, COMPUTE)
-            total_rest_main = _product(dz_rest, active_main, total_rest_main, COMPUTE)
-            total_rest = _product(dz_rest, active_rest, total_rest, COMPUTE)
+            total_main_rest = product(dz_main, active_rest, total_main_rest, COMPUTE)
+            total_rest_main = product(dz_rest, active_main, total_rest_main, COMPUTE)
+            total_rest = product(dz_rest, active_rest, total_rest, COMPUTE)
             if HAS_BIAS:
-                bias_rest = _product(dz_rest, ones, bias_rest, COMPUTE)
+                bias_rest = product(dz_rest, ones, bias_rest, COMPUTE)
 
     part = refine_parts + tl.program_id(0).to(tl.int64) * (WIDE * WIDE)
     bias_part = refine_bias_parts + tl.program_id(0).to(tl.int64) * WIDE
     one = tl.arange(0, 16)
-    _store_refine(total_main, part, main, main, WIDE, ROTARY)
+    store_refine(total_main, part, main, main, WIDE, ROTARY)
     if HAS_BIAS:
-        _store_sum(bias_main, bias_part, _feature(main, ROTARY), main < WIDE, one, 1)
+        store_sum(bias_main, bias_part, feature_of(main, ROTARY), main < WIDE, one, 1)
     if REST > 0:
-        _store_refine(total_main_rest, part, main, rest, WIDE, ROTARY)
-        _store_refine(total_rest_main, part, rest, main, WIDE, ROTARY)
-        _store_refine(total_rest, part, rest, rest, WIDE, ROTARY)
+        store_refine(total_main_rest, part, main, rest, WIDE, ROTARY)
+        store_refine(total_rest_main, part, rest, main, WIDE, ROTARY)
+        store_refine(total_rest, part, rest, rest, WIDE, ROTARY)
         if HAS_BIAS:
-            _store_sum(bias_rest, bias_part, _feature(rest, ROTARY), rest < WIDE, one, 1)
+            store_sum(bias_rest, bias_part, feature_of(rest, ROTARY), rest < WIDE, one, 1)

@@ -18,58 +18,16 @@ k taps. An own head is head `first + i` of some block of C, for 0 ≤ i < `count
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _product(left, right, total, COMPUTE: tl.constexpr):
-    """total + left · right, added up in float32; operands in COMPUTE."""
-    return tl.dot(left.to(COMPUTE), right.to(COMPUTE), total, input_precision="ieee")
-
-
-@triton.jit
-def _bias(pointer, index, exists, HAS_BIAS: tl.constexpr):
-    if HAS_BIAS:
-        bias = tl.load(pointer + index, mask=exists, other=0.0).to(tl.float32)
-    else:
-        bias = tl.zeros(index.shape, tl.float32)
-    return bias
-
-
-@triton.jit
-def _taps(pointer, rows, rows_exist, columns, columns_exist, COLUMNS: tl.constexpr, TAPS: tl.constexpr):
-    """A convolution's weight [·, COLUMNS, TAPS] as a tuple of tiles [rows, columns], one a tap."""
-    places = pointer + rows[:, None] * (COLUMNS * TAPS) + columns[None, :] * TAPS
-    exist = rows_exist[:, None] & columns_exist[None, :]
-    taps = ()
-    for tap in tl.static_range(TAPS):
-        taps = taps + (tl.load(places + tap, mask=exist, other=0.0),)
-    return taps
-
-
-@triton.jit
-def _taps_transposed(
-    pointer, rows, rows_exist, columns, columns_exist, ROWS: tl.constexpr, TAPS: tl.constexpr
-):
-    """The same of a weight [·, ROWS, TAPS], whose second axis becomes the tiles' rows."""
-    places = pointer + columns[None, :] * (ROWS * TAPS) + rows[:, None] * TAPS
-    exist = rows_exist[:, None] & columns_exist[None, :]
-    taps = ()
-    for tap in tl.static_range(TAPS):
-        taps = taps + (tl.load(places + tap, mask=exist, other=0.0),)
-    return taps
-
-
-@triton.jit
-def _heads(pointer, places, exist, token, feature, num_tokens, token_stride, FEATURES: tl.constexpr):
-    """A tile [heads, rows] of some heads at the rows' features; zeros outside, as a convolution pads."""
-    inside = (token < num_tokens) & (feature >= 0) & (feature < FEATURES)
-    row = token.to(tl.int64) * token_stride + feature
-    return tl.load(pointer + places[:, None] + row[None, :], mask=exist[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit
-def _own_heads(index, BASE: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Of the own simulated heads, in order, which they are of all."""
-    return (index // COUNT) * BASE + FIRST + index % COUNT
+from sas_megatron.kernels.head_tiles import (
+    load_bias,
+    load_heads,
+    load_taps,
+    load_taps_transposed,
+    own_heads,
+    store_bias,
+    zero_taps,
+)
+from sas_megatron.kernels.products import product
 
 
 @triton.jit
@@ -109,15 +67,15 @@ def head_forward(
     every_exists = every < ALL
     own = tl.arange(0, OWN_TILE)
     own_exists = own < OWN
-    own_head = _own_heads(own, BASE, FIRST, COUNT)
+    own_head = own_heads(own, BASE, FIRST, COUNT)
 
-    expand_taps = _taps_transposed(expand, base, base_exists, every, every_exists, BASE, TAPS)
-    refine_taps = _taps_transposed(refine, every, every_exists, own_head, own_exists, ALL, TAPS)
-    first_bias = _bias(expand_bias, every, every_exists, HAS_BIAS)
-    second_bias = _bias(refine_bias, own_head, own_exists, HAS_BIAS)
+    expand_taps = load_taps_transposed(expand, base, base_exists, every, every_exists, BASE, TAPS)
+    refine_taps = load_taps_transposed(refine, every, every_exists, own_head, own_exists, ALL, TAPS)
+    first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
+    second_bias = load_bias(refine_bias, own_head, own_exists, HAS_BIAS)
     if COUNT != BASE:
-        own_taps = _taps_transposed(expand, base, base_exists, own_head, own_exists, BASE, TAPS)
-        second_bias += _bias(expand_bias, own_head, own_exists, HAS_BIAS)
+        own_taps = load_taps_transposed(expand, base, base_exists, own_head, own_exists, BASE, TAPS)
+        second_bias += load_bias(expand_bias, own_head, own_exists, HAS_BIAS)
 
     rows = tl.arange(0, TOKEN_TILE * FEATURE_TILE)
     feature = rows % FEATURE_TILE
@@ -127,7 +85,7 @@ def head_forward(
         total = tl.zeros([TOKEN_TILE * FEATURE_TILE, OWN_TILE], tl.float32) + second_bias[None, :]
         if COUNT != BASE:
             for tap in tl.static_range(TAPS):
-                x = _heads(
+                x = load_heads(
                     columns,
                     places,
                     base_exists,
@@ -137,12 +95,12 @@ def head_forward(
                     token_stride,
                     FEATURES,
                 )
-                total = _product(tl.trans(x), own_taps[tap], total, COMPUTE)
+                total = product(tl.trans(x), own_taps[tap], total, COMPUTE)
         for shift in tl.static_range(TAPS):
             expanded = tl.zeros([TOKEN_TILE * FEATURE_TILE, ALL_TILE], tl.float32) + first_bias[None, :]
             shifted = feature + shift - CENTRE
             for tap in tl.static_range(TAPS):
-                x = _heads(
+                x = load_heads(
                     columns,
                     places,
                     base_exists,
@@ -152,31 +110,16 @@ def head_forward(
                     token_stride,
                     FEATURES,
                 )
-                expanded = _product(tl.trans(x), expand_taps[tap], expanded, COMPUTE)
+                expanded = product(tl.trans(x), expand_taps[tap], expanded, COMPUTE)
             if COUNT == BASE and shift == CENTRE:
                 total += expanded
             # The second convolution pads with zeros, where the first would have its bias.
             inside = (shifted >= 0) & (shifted < FEATURES)
             active = tl.where(inside[:, None], tl.maximum(expanded, 0.0), 0.0)
-            total = _product(active.to(columns.dtype.element_ty), refine_taps[shift], total, COMPUTE)
+            total = product(active.to(columns.dtype.element_ty), refine_taps[shift], total, COMPUTE)
         out = (token.to(tl.int64) * (OWN * FEATURES) + feature)[None, :] + own[:, None] * FEATURES
         kept = own_exists[:, None] & ((token < num_tokens) & (feature < FEATURES))[None, :]
         tl.store(simulated + out, tl.trans(total).to(simulated.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _no_taps(ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr):
-    totals = ()
-    for _ in tl.static_range(TAPS):
-        totals = totals + (tl.zeros([ROWS, COLUMNS], tl.float32),)
-    return totals
-
-
-@triton.jit
-def _store_bias(total, pointer, heads, exist):
-    """The first column of a product with ones, whose columns are equal."""
-    column = tl.arange(0, 16)
-    tl.store(pointer + heads[:, None] + column[None, :], total, mask=exist[:, None] & (column == 0)[None, :])
 
 
 @triton.jit
@@ -230,11 +173,11 @@ def head_backward(
     every_is_own = every_exists & (within >= 0) & (within < COUNT)
     every_places = ((every // BASE) * COUNT + within) * gradient_head_stride
 
-    expand_taps = _taps(expand, every, every_exists, base, base_exists, BASE, TAPS)
-    own_head = _own_heads(own, BASE, FIRST, COUNT)
-    refine_taps = _taps(refine, own_head, own_exists, every, every_exists, ALL, TAPS)
-    first_bias = _bias(expand_bias, every, every_exists, HAS_BIAS)
-    expand_totals = _no_taps(ALL_TILE, BASE_TILE, TAPS)
+    expand_taps = load_taps(expand, every, every_exists, base, base_exists, BASE, TAPS)
+    own_head = own_heads(own, BASE, FIRST, COUNT)
+    refine_taps = load_taps(refine, own_head, own_exists, every, every_exists, ALL, TAPS)
+    first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
+    expand_totals = zero_taps(ALL_TILE, BASE_TILE, TAPS)
     bias_total = tl.zeros([ALL_TILE, 16], tl.float32)
     ones = tl.full([ROWS, 16], 1.0, tl.float32).to(DTYPE)
 
@@ -245,7 +188,7 @@ def head_backward(
         exists = (token < num_tokens) & (feature < FEATURES)
         expanded = tl.zeros([ROWS, ALL_TILE], tl.float32) + first_bias[None, :]
         for tap in tl.static_range(TAPS):
-            x = _heads(
+            x = load_heads(
                 columns,
                 places,
                 base_exists,
@@ -255,12 +198,12 @@ def head_backward(
                 token_stride,
                 FEATURES,
             )
-            expanded = _product(tl.trans(x), tl.trans(expand_taps[tap]), expanded, COMPUTE)
+            expanded = product(tl.trans(x), tl.trans(expand_taps[tap]), expanded, COMPUTE)
 
         into_active = tl.zeros([ROWS, ALL_TILE], tl.float32)
         for tap in tl.static_range(TAPS):
             # Row d of ReLU(u) went into row d - tap of w.
-            dw = _heads(
+            dw = load_heads(
                 gradient,
                 own_places,
                 own_exists,
@@ -270,11 +213,11 @@ def head_backward(
                 gradient_token_stride,
                 FEATURES,
             )
-            into_active = _product(tl.trans(dw), refine_taps[tap], into_active, COMPUTE)
+            into_active = product(tl.trans(dw), refine_taps[tap], into_active, COMPUTE)
             if tap == CENTRE:
                 residual = dw
         if COUNT != BASE:
-            residual = _heads(
+            residual = load_heads(
                 gradient,
                 every_places,
                 every_is_own,
@@ -288,12 +231,12 @@ def head_backward(
         into_expanded = tl.where(positive, into_active, 0.0) + tl.trans(residual).to(tl.float32)
         into_expanded = into_expanded.to(DTYPE)
         if HAS_BIAS:
-            bias_total = _product(tl.trans(into_expanded), ones, bias_total, COMPUTE)
+            bias_total = product(tl.trans(into_expanded), ones, bias_total, COMPUTE)
 
         into_x = tl.zeros([ROWS, BASE_TILE], tl.float32)
         updated = ()
         for tap in tl.static_range(TAPS):
-            x = _heads(
+            x = load_heads(
                 columns,
                 places,
                 base_exists,
@@ -303,9 +246,9 @@ def head_backward(
                 token_stride,
                 FEATURES,
             )
-            updated = updated + (_product(tl.trans(into_expanded), tl.trans(x), expand_totals[tap], COMPUTE),)
+            updated = updated + (product(tl.trans(into_expanded), tl.trans(x), expand_totals[tap], COMPUTE),)
             # Row d + tap of x went into row d of u.
-            of_tap = _product(
+            of_tap = product(
                 into_expanded, expand_taps[tap], tl.zeros([ROWS, BASE_TILE], tl.float32), COMPUTE
             )
             if tap != CENTRE:
@@ -326,7 +269,7 @@ def head_backward(
     for tap in tl.static_range(TAPS):
         tl.store(part + tap, expand_totals[tap], mask=every_exists[:, None] & base_exists[None, :])
     if HAS_BIAS:
-        _store_bias(bias_total, expand_bias_parts + program * ALL, every, every_exists)
+        store_bias(bias_total, expand_bias_parts + program * ALL, every, every_exists)
 
 
 @triton.jit
@@ -379,9 +322,9 @@ def refine_gradient(
     else:
         first = tl.program_id(1) * TAPS_AT_ONCE
 
-    expand_taps = _taps_transposed(expand, base, base_exists, every, every_exists, BASE, TAPS)
-    first_bias = _bias(expand_bias, every, every_exists, HAS_BIAS)
-    totals = _no_taps(OWN_TILE, ALL_TILE, TAPS_AT_ONCE)
+    expand_taps = load_taps_transposed(expand, base, base_exists, every, every_exists, BASE, TAPS)
+    first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
+    totals = zero_taps(OWN_TILE, ALL_TILE, TAPS_AT_ONCE)
     bias_total = tl.zeros([OWN_TILE, 16], tl.float32)
     ones = tl.full([ROWS, 16], 1.0, tl.float32).to(DTYPE)
 
@@ -392,7 +335,7 @@ def refine_gradient(
         exists = (token < num_tokens) & (feature < FEATURES)
         expanded = tl.zeros([ROWS, ALL_TILE], tl.float32) + first_bias[None, :]
         for tap in tl.static_range(TAPS):
-            x = _heads(
+            x = load_heads(
                 columns,
                 places,
                 base_exists,
@@ -402,11 +345,11 @@ def refine_gradient(
                 token_stride,
                 FEATURES,
             )
-            expanded = _product(tl.trans(x), expand_taps[tap], expanded, COMPUTE)
+            expanded = product(tl.trans(x), expand_taps[tap], expanded, COMPUTE)
         active = tl.where(exists[:, None], tl.maximum(expanded, 0.0), 0.0).to(DTYPE)
         updated = ()
         for tap in tl.static_range(TAPS_AT_ONCE):
-            dw = _heads(
+            dw = load_heads(
                 gradient,
                 own * gradient_head_stride,
                 own_exists,
@@ -416,11 +359,11 @@ def refine_gradient(
                 gradient_token_stride,
                 FEATURES,
             )
-            updated = updated + (_product(dw, active, totals[tap], COMPUTE),)
+            updated = updated + (product(dw, active, totals[tap], COMPUTE),)
             if HAS_BIAS:
                 # Of the tap that shifts nothing: the others lose what they shift out.
                 if tap == CENTRE % TAPS_AT_ONCE:
-                    bias_total = _product(dw, ones, bias_total, COMPUTE)
+                    bias_total = product(dw, ones, bias_total, COMPUTE)
         totals = updated
 
     program = tl.program_id(0).to(tl.int64)
@@ -429,4 +372,4 @@ def refine_gradient(
         tl.store(part + first + tap, totals[tap], mask=own_exists[:, None] & every_exists[None, :])
     if HAS_BIAS:
         if first <= CENTRE and first + TAPS_AT_ONCE > CENTRE:
-            _store_bias(bias_total, refine_bias_parts + program * OWN, own, own_exists)
+            store_bias(bias_total, refine_bias_parts + program * OWN, own, own_exists)
