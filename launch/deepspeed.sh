@@ -6,6 +6,7 @@
 #   HOSTFILE       lines of `name slots=PROCESSES`: starts on all of them from here, over ssh (pdsh)
 #   NNODES, NODE_RANK, MASTER_ADDR   without ssh: start the same on each node
 #   MASTER_PORT    (29500) at which the first node listens
+#   JOIN_SECONDS   how long (50) ranks wait for each other at the start
 #   LOG_DIR        a folder for a log file of each process
 # With HOSTFILE the package, the config and the data lie at the same places on all nodes.
 set -euo pipefail
@@ -39,7 +40,7 @@ over_ssh() {
   done
   as_file 8 < <(
     grep -hs = ~/.deepspeed_env .deepspeed_env || true
-    env | grep -E '^(OMP_NUM_THREADS|CUDA_DEVICE_MAX_CONNECTIONS|DS_ACCELERATOR)='
+    env | grep -E '^(OMP_NUM_THREADS|CUDA_DEVICE_MAX_CONNECTIONS|DS_ACCELERATOR|JOIN_SECONDS)='
   )
   export DS_ENV_FILE=${DS_ENV_FILE:-/dev/fd/8}
 }

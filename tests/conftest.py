@@ -25,8 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-table",
         action="store_true",
-        help="Run the table of layouts with every attention.",
+        help="Run the table of layouts with every attention, and tests that take minutes (longer).",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The mark of those."""
+    config.addinivalue_line("markers", "longer: runs with --whole-table alone")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves them out otherwise."""
+    if item.get_closest_marker("longer") and not item.config.getoption("--whole-table"):
+        pytest.skip("a longer test, of tests/run.sh --all")
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs the system's packages that tests of SLURM and of two hosts start: real daemons, on this machine alone.
+# Installs the system's packages that tests start: daemons of SLURM and ssh, networks, all on this machine alone, and
+# a browser.
 # Without them, or where they cannot be installed, those tests are skipped and name what they lack.
 # usage: tests/install_system_packages.sh
 set -euo pipefail
 say() { printf 'system packages: %s\n' "$*" >&2; }
-packages=(slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh)
+packages=(slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh iproute2 chromium)
 missing=()
 for package in "${packages[@]}"; do
   status=$(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null || true)

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from sas_megatron.parallel.topology import Topology
 
 
+# Sets of groups that a rank makes before it is replaced by a fresh process. Each leaves some fifty threads
+# that look for work a hundred times a second, and no call frees them: two processors are busy with those of
+# thirty sets on four ranks.
+SETS_OF_GROUPS = 8
+
+
 class RankPool:
     """`world_size` processes that run the same function, each with its own rank.
 
@@ -29,35 +35,26 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._folder = tempfile.TemporaryDirectory()
-        rendezvous = Path(self._folder.name) / "rendezvous"
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
         os.environ["OMP_NUM_THREADS"] = "1"
-        for rank in range(world_size):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world_size, str(rendezvous), there), daemon=True
-            )
-            process.start()
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """The results by rank; an exception on any rank fails with that rank's traceback."""
+        if not self._processes:
+            self._start()
         self._signal(signal.SIGCONT)
         for pipe in self._pipes:
             pipe.send((function, args))
         answers = [pipe.recv() for pipe in self._pipes]
-        # Each set of gloo groups leaves some fifty threads that look for work a hundred times a second:
-        # the ranks of other world sizes would take a processor from those that run.
+        if max(sets for *_, sets in answers) >= SETS_OF_GROUPS:
+            self.close()
+        # The ranks of other world sizes would take a processor from those that run.
         self._signal(signal.SIGSTOP)
-        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text, _) in enumerate(answers) if not ok]
         if failures:
             raise AssertionError("\n".join(failures))
-        return [result for _, result in answers]
+        return [result for _, result, _ in answers]
 
     def close(self) -> None:
         """Ends the processes; none is left."""
@@ -69,7 +66,23 @@ class RankPool:
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._folder.cleanup()
+        if self._processes:
+            self._folder.cleanup()
+        self._pipes, self._processes = [], []
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        rendezvous = Path(self._folder.name) / "rendezvous"
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, str(rendezvous), there), daemon=True
+            )
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
@@ -79,6 +92,7 @@ class RankPool:
 
 _groups = contextlib.ExitStack()
 _topology: dict[tuple[int, ...], Topology] = {}
+_sets_made: list[tuple[int, ...]] = []
 
 
 def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
@@ -94,6 +108,7 @@ def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
     if layout not in _topology:
         _topology.clear()
         _groups.close()
+        _sets_made.append(layout)
         joined = topology.joined_groups(config, device=torch.device("cpu"), seed=seed)
         _topology[layout] = _groups.enter_context(joined)
     place = _topology[layout]
@@ -118,9 +133,9 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
     while (task := pipe.recv()) is not None:
         function, args = task
         try:
-            pipe.send((True, function(*args)))
+            pipe.send((True, function(*args), len(_sets_made)))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((False, traceback.format_exc(), len(_sets_made)))
     dist.barrier()
     _groups.close()
     dist.destroy_process_group()

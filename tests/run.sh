@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets the package up in .venv, then runs the tests.
 # usage: tests/run.sh [--all] [pytest arguments]
-#   --all: the whole table of layouts, and the same on Python 3.12 with the newest Megatron-core
+#   --all: the whole table of layouts, tests that take minutes, and the same on Python 3.12 with the newest
+#   Megatron-core
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
@@ -25,5 +26,5 @@ fi
   export PYTHON=$newer SAS_MEGATRON_VENV=${SAS_MEGATRON_VENV_312:-$SAS_MEGATRON_ROOT/.venv312}
   enter_environment test
   python -c 'import megatron.core, torch; print("megatron-core", megatron.core.__version__, "torch", torch.__version__)' 2>/dev/null
-  python -m pytest tests/attention tests/parallel tests/platform tests/model tests/data tests/training --whole-table "$@"
+  python -m pytest tests/attention tests/parallel tests/platform tests/model tests/data tests/training tests/evaluation --whole-table "$@"
 )

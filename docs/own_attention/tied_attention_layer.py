@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tied_attention import TiedAttentionConfig
 
+from sas_megatron.attention.caching import CachingSelfAttention
 from sas_megatron.attention.core import build_self_attention_spec
+from sas_megatron.platform.rotary import rotate_halves
 
 
-class TiedSelfAttention(SelfAttention):
+class TiedSelfAttention(CachingSelfAttention):
     """Self-attention whose groups are projected as N/G queries and one key."""
 
     def __init__(self, *args: Any, attention: TiedAttentionConfig, **options: Any) -> None:
@@ -34,6 +35,19 @@ class TiedSelfAttention(SelfAttention):
         width = self.hidden_size_per_attention_head
         query, key = groups.split([groups.shape[-1] - width, width], dim=-1)
         return query.flatten(2).unflatten(-1, (-1, width)), key, self.gain * key
+
+    def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, and the one thing that decoding keeps: keys before their positions turn them.
+
+        (Without this and `expand` it would keep turned keys and values, and decode as well.)
+        """
+        query, key, _ = self.get_query_key_value_tensors(hidden_states)
+        return rotate_halves(query, angles), key
+
+    def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens."""
+        (key,) = kept
+        return rotate_halves(key, angles), self.gain * key
 
 
 def build_tied_spec(attention: TiedAttentionConfig) -> ModuleSpec:

@@ -34,7 +34,8 @@ class _ChunkedAttention(torch.autograd.Function):
             scores[:, :, start:] += future
             weights = scores.softmax(dim=-1)
             context[:, start:end] = weights @ value_ZSD[:, :end]
-            kept.append(weights)
+            if any(ctx.needs_input_grad):
+                kept.append(weights)
         ctx.save_for_backward(query_ZSE, key_ZSE, value_ZSD, *kept)
         ctx.scale = scale
         return context

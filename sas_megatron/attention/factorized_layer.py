@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from sas_megatron.attention.caching import CachingSelfAttention
 from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.factorized import FactorizedAttentionConfig
 from sas_megatron.parallel.shared_columns import hand_to_heads, weights_for_own_tokens
@@ -64,7 +65,7 @@ class SharedProjection(nn.Module):
         return normalized, hand_to_heads(key_value.contiguous(), **self.layout)
 
 
-class FactorizedSelfAttention(SelfAttention):
+class FactorizedSelfAttention(CachingSelfAttention):
     """Self-attention whose queries come of few shared columns, and whose heads share one key and value."""
 
     def __init__(

@@ -29,11 +29,10 @@ class _PlainAttentionConfig(AttentionConfig):
 
     def build_spec(self) -> ModuleSpec:
         """Megatron-core's `SelfAttention` with the project's core attention."""
-        from megatron.core.transformer.attention import SelfAttention
-
+        from sas_megatron.attention.caching import CachingSelfAttention
         from sas_megatron.attention.core import build_self_attention_spec
 
-        return build_self_attention_spec(self, module=SelfAttention)
+        return build_self_attention_spec(self, module=CachingSelfAttention)
 
 
 class GroupedQueryAttentionConfig(_PlainAttentionConfig):

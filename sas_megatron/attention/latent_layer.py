@@ -31,11 +31,13 @@ from megatron.core.transformer.multi_latent_attention import (
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from sas_megatron.attention.caching import CachingAttention, KeyValueCache
 from sas_megatron.attention.core import CoreAttention
 from sas_megatron.attention.latent import LatentAttentionConfig
 from sas_megatron.parallel.gradients import sum_gradients_over
 from sas_megatron.platform.latent_attention import admit_absent_transformer_engine
 from sas_megatron.platform.norm import ReplicatedNorm
+from sas_megatron.platform.rotary import rotate_halves
 
 
 class DownProjection(MegatronModule):
@@ -84,7 +86,7 @@ class DownProjection(MegatronModule):
         return projected, None
 
 
-class LatentSelfAttention(MLASelfAttention):
+class LatentSelfAttention(CachingAttention, MLASelfAttention):
     """`MLASelfAttention` that has the same outputs and gradients at every number of tensor ranks.
 
     The paper's norms are RMSNorm, whatever the model's are.
@@ -138,6 +140,35 @@ class LatentSelfAttention(MLASelfAttention):
             buffer_name="kv_up_proj",
         )
 
+    def angles_of_slots(self, handed: torch.Tensor | None, cache: KeyValueCache) -> torch.Tensor:
+        """The layer's own."""
+        angles: torch.Tensor = self.rotary_pos_emb(cache.max_tokens)
+        return angles
+
+    def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries; the normalized latent [S, B, L] and the rotary key [S, B, 1, R] are what is kept."""
+        rotary = self.config.qk_pos_emb_head_dim
+        if self.config.q_lora_rank is None:
+            columns, _ = self.linear_q_proj(hidden_states)
+        else:
+            latent, _ = self.linear_q_down_proj(hidden_states)
+            columns, _ = self.linear_q_up_proj(self.q_layernorm(latent))
+        query, rotary_query = columns.unflatten(-1, (-1, self.q_head_dim)).split(
+            [self.config.qk_head_dim, rotary], dim=-1
+        )
+        shared, _ = self.linear_kv_down_proj(hidden_states)
+        latent, rotary_key = shared.split([self.config.kv_lora_rank, rotary], dim=-1)
+        query = torch.cat([query, _rotate_neighbours(rotary_query, angles)], dim=-1)
+        return query, self.kv_layernorm(latent), _rotate_neighbours(rotary_key.unsqueeze(2), angles)
+
+    def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's heads, read out of the latents; the rotary key is the same for all."""
+        latent, rotary_key = kept
+        columns, _ = self.linear_kv_up_proj(latent)
+        widths = [self.config.qk_head_dim, self.config.v_head_dim]
+        key, value = columns.unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
+        return torch.cat([key, rotary_key.expand(-1, -1, key.shape[2], -1)], dim=-1), value
+
     def _up_projection(self, spec: Any, input_size: int, output_size: int, *, buffer_name: str) -> Any:
         """Column parallel, without a bias."""
         return build_module(
@@ -163,6 +194,11 @@ class LatentSelfAttention(MLASelfAttention):
             eps=self.config.layernorm_epsilon,
             normalization="RMSNorm",
         )
+
+
+def _rotate_neighbours(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (2i, 2i + 1), and lays them out as two halves, as Megatron-core does for this layer."""
+    return rotate_halves(torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1), angles)
 
 
 def build_latent_attention_spec(variant: LatentAttentionConfig) -> ModuleSpec:

@@ -53,6 +53,11 @@ class SimulatedAttentionConfig(AttentionConfig):
     exchange: Literal["auto", "gather", "all_to_all"] = Field(
         default="auto", description="How tensor ranks give the simulation all heads; auto weighs the costs."
     )
+    kv_cache: Literal["base", "simulated"] = Field(
+        default="base",
+        description="What decoding keeps of a token. base: the base keys and values, simulated again at each "
+        "step; simulated: those that attention reads, r(E + D)/2D times as much and no work again.",
+    )
 
     kernel: Literal["auto", "fused", "plain"] = Field(
         default="auto",
@@ -265,12 +270,12 @@ class SimulatedAttentionConfig(AttentionConfig):
         return terms
 
     def count_kv_cache_elements(self) -> dict[str, int]:
-        """Terms: keys G·D, values G·D: the base heads, simulated again when read.
-
-        Keeping the simulated heads would take r(E + D)/2D times as much, and no simulation.
-        """
-        kept = self.num_key_value_heads * self.head_dim
-        return {"keys": kept, "values": kept}
+        """Terms: keys and values, G·D each; under `kv_cache=simulated` r·G·E and r·G·D."""
+        base = self.num_key_value_heads
+        if self.kv_cache == "base":
+            return {"keys": base * self.head_dim, "values": base * self.head_dim}
+        simulated = self.head_expansion * base
+        return {"keys": simulated * self.query_key_dim, "values": simulated * self.head_dim}
 
     def build_spec(self) -> ModuleSpec:
         """`SimulatedSelfAttention` with PEAA's mean over r blocks."""

@@ -18,19 +18,21 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import checkpoint
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from sas_megatron.attention.caching import CachingSelfAttention
 from sas_megatron.attention.exchange_choice import choose_exchange
-from sas_megatron.attention.feature_simulation import FeatureSimulation
-from sas_megatron.attention.head_simulation import HeadSimulation
+from sas_megatron.attention.feature_simulation import FeatureSimulation, simulate_features
+from sas_megatron.attention.head_simulation import HeadSimulation, simulate_heads
 from sas_megatron.attention.residual_map import ResidualMap
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
 from sas_megatron.attention.simulation_kernels import NAMES, HeadSource, build_simulation_kernels
 from sas_megatron.kernels.residual_weights import ResidualMapWeights
 from sas_megatron.parallel.gradients import sum_gradients_over
 from sas_megatron.parallel.head_exchange import build_head_exchange
+from sas_megatron.platform.rotary import rotate_halves
 
 # What makes a pass another than that over whole sequences, whose positions the parent knows better.
 NOT_TURNED_BY_KERNELS = ("inference_context", "inference_params", "packed_seq_params", "key_value_states")
@@ -82,7 +84,7 @@ class Simulation(nn.Module):
         }
 
 
-class SimulatedSelfAttention(SelfAttention):
+class SimulatedSelfAttention(CachingSelfAttention):
     """Self-attention whose queries, keys and values are simulated from a compact projection.
 
     The same function, with the same gradients, at every tensor-parallel size. Needs a core
@@ -105,6 +107,7 @@ class SimulatedSelfAttention(SelfAttention):
         self.kernels = build_simulation_kernels(attention, dtype=config.params_dtype)
         strategy = choose_exchange(attention, tensor_parallel=self.tp_group.size())
         self.exchange = build_head_exchange(strategy, self.tp_group)
+        self.gathering = build_head_exchange("gather", self.tp_group)
         self.recomputes_simulation = (
             config.recompute_granularity == "selective" and "simulation" in config.recompute_modules
         )
@@ -181,3 +184,41 @@ class SimulatedSelfAttention(SelfAttention):
         num_blocks = [self.attention.head_expansion if f"heads.{name}" in weights else 1 for name in NAMES]
         own = self.exchange.my_heads(simulated, num_blocks=num_blocks, num_tokens=projected_TC.shape[0])
         return own, None if self.exchange.sends_heads else HeadSource(columns_TC, here)
+
+    def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, and by `kv_cache` every base key and value, or this rank's simulated ones.
+
+        Base ones are kept by each tensor rank, all of them: its simulated heads are made of all, and to
+        gather those of all tokens before at every step would be to send the cache each time.
+        """
+        columns, _ = self.linear_qkv(hidden_states)
+        heads = self.kernels.split_columns(self.gathering.all_columns(columns.flatten(0, 1)))
+        query, *kept = (part.unflatten(0, columns.shape[:2]) for part in heads)
+        query = rotate_halves(self._simulate_own("query", query), angles)
+        if self.attention.kv_cache == "simulated":
+            return query, *self._simulate_key_value(kept, angles)
+        return query, *kept
+
+    def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's simulated keys and values."""
+        if self.attention.kv_cache == "base":
+            return self._simulate_key_value(kept, angles)
+        return super().expand(kept, angles)
+
+    def _simulate_key_value(
+        self, base: list[torch.Tensor], angles: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = base
+        return rotate_halves(self._simulate_own("key", key), angles), self._simulate_own("value", value)
+
+    def _simulate_own(self, name: str, heads_SBCD: torch.Tensor) -> torch.Tensor:
+        """All base heads of the query, key or value -> this rank's simulated ones [S, B, r·C/P, E or D]."""
+        maps: Any = self.simulation.heads
+        features: Any = self.simulation.features
+        own = self.gathering.own_base_heads(heads_SBCD.shape[2])
+        if name in maps:
+            simulated = simulate_heads(heads_SBCD.flatten(0, 1), maps[name].weights(), base_heads=own)
+            heads = simulated.unflatten(0, heads_SBCD.shape[:2])
+        else:
+            heads = heads_SBCD[:, :, own].repeat(1, 1, self.attention.head_expansion, 1)
+        return simulate_features(heads, features[name].weights()) if name in features else heads

@@ -46,6 +46,14 @@ class SimulationKernels(ABC):
     def __init__(self, attention: SimulatedAttentionConfig) -> None:
         self.attention = attention
 
+    def split_columns(self, columns_TC: torch.Tensor) -> list[torch.Tensor]:
+        """Projected columns [T, (N+2G)·D] -> query, key and value heads [T, N | G | G, D]."""
+        groups = self.attention.num_key_value_heads
+        queries = self.attention.num_heads // groups
+        # Megatron-core's order: each group's queries, its key, its value.
+        grouped = columns_TC.unflatten(1, (groups, queries + 2, self.attention.head_dim))
+        return [part.flatten(1, 2) for part in grouped.split([queries, 1, 1], dim=2)]
+
     @abstractmethod
     def heads(
         self,
@@ -92,13 +100,8 @@ class PlainKernels(SimulationKernels):
         base_heads_here: Callable[[int], slice],
     ) -> list[torch.Tensor]:
         """As the base class says."""
-        groups = self.attention.num_key_value_heads
-        queries = self.attention.num_heads // groups
-        # Megatron-core's order: each group's queries, its key, its value.
-        grouped = columns_TC.view(-1, groups, queries + 2, self.attention.head_dim)
         simulated = []
-        for name, part in zip(NAMES, grouped.split([queries, 1, 1], dim=2), strict=True):
-            heads_TCD = part.flatten(1, 2)
+        for name, heads_TCD in zip(NAMES, self.split_columns(columns_TC), strict=True):
             here, own = base_heads_here(heads_TCD.shape[1]), weights.get(f"heads.{name}")
             simulated.append(
                 heads_TCD[:, here] if own is None else simulate_heads(heads_TCD, own, base_heads=here)

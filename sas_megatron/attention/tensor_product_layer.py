@@ -22,14 +22,15 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from sas_megatron.attention.caching import CachingSelfAttention
 from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.tensor_product import TensorProductAttentionConfig
 from sas_megatron.parallel.shared_columns import hand_to_heads, weights_for_own_tokens
+from sas_megatron.platform.rotary import rotate_halves
 
 Factors = dict[str, torch.Tensor]
 
@@ -133,7 +134,7 @@ class TensorProductFactors(nn.Module):
         return self.heads(hidden_states), self.features(hidden_states)
 
 
-class TensorProductSelfAttention(SelfAttention):
+class TensorProductSelfAttention(CachingSelfAttention):
     """Self-attention on heads that are sums of products of factors; `linear_qkv` makes the factors."""
 
     def get_query_key_value_tensors(
@@ -152,6 +153,18 @@ class TensorProductSelfAttention(SelfAttention):
         for name, features_SBRD in features.items():
             heads[name] = combine_factors(heads[name], features_SBRD)
         return heads["query"], heads["key"], heads["value"]
+
+    def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, and both factors of keys and of values; turning a key's features turns all its heads."""
+        heads, features = self.linear_qkv(hidden_states)
+        query = combine_factors(heads["query"], features["query"]) if "query" in features else heads["query"]
+        key = heads["key"], rotate_halves(features["key"], angles)
+        return rotate_halves(query, angles), *key, heads["value"], features["value"]
+
+    def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The heads of the kept factors."""
+        key_heads, key_features, value_heads, value_features = kept
+        return combine_factors(key_heads, key_features), combine_factors(value_heads, value_features)
 
 
 def combine_factors(heads_SBNR: torch.Tensor, features_SBRD: torch.Tensor) -> torch.Tensor:

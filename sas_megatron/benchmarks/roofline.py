@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sas_megatron.benchmarks.ceilings import Ceilings
-from sas_megatron.scaling.figure import COLORS, MARKERS, STYLE
+from sas_megatron.scaling.drawing import COLORS, MARKERS, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,13 @@ class Point:
 
 def draw_roofline(points: Sequence[Point], ceilings: Ceilings, *, title: str) -> bytes:
     """A PNG: the roof, each point under it, and by how much it misses the roof above it."""
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 5), layout="constrained")
+    def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         _draw(axes, points, ceilings)
         axes.set_title(title, loc="left", fontsize=10)
-        buffer = io.BytesIO()
-        # Without the version of matplotlib, so that equal measurements give equal bytes.
-        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return buffer.getvalue()
+
+    return render(draw, size=(8, 5), file_format="png")
 
 
 def _draw(axes: Axes, points: Sequence[Point], ceilings: Ceilings) -> None:

@@ -13,9 +13,9 @@ from sas_megatron.config.model import ModelConfig
 
 Architecture = dict[str, dict[str, Any]]
 
-# How training starts and regularizes, how the tables are padded, and what computes the same faster.
+# How training starts and regularizes, how the tables are padded, and other ways to compute the same.
 _NOT_OF_THE_MODEL = {"init_std", "hidden_dropout", "vocab_multiple"}
-_NOT_OF_THE_ATTENTION = {"initialization", "dropout", "backend", "exchange", "kernel"}
+_NOT_OF_THE_ATTENTION = {"initialization", "dropout", "backend", "exchange", "kernel", "kv_cache"}
 
 
 def describe_architecture(model: ModelConfig, attention: AttentionConfig) -> Architecture:

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from sas_megatron.checkpoint.agreement import on_first_rank, together
 from sas_megatron.checkpoint.loading import open_checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
-from sas_megatron.checkpoint.tensor_files import TABLES, StoredTensors
-from sas_megatron.checkpoint.weights_record import STEM
+from sas_megatron.checkpoint.tensor_files import TABLES, StoredTensors, WeightsDigest
+from sas_megatron.checkpoint.weights_record import STEM, read_record
 from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.costs import EMBEDDING_TERMS, count_parameters
 from sas_megatron.model.initialization import global_name, tensor_parallel_part, whole_shape
+from sas_megatron.parallel.agreement import on_first_rank, together
+from sas_megatron.parallel.gathering import gather_from_ranks
 
 
 def load_initial_weights(path: Path, pieces: list[Any], config: RunConfig) -> None:
@@ -32,7 +34,28 @@ def load_initial_weights(path: Path, pieces: list[Any], config: RunConfig) -> No
     if source.is_checkpoint:
         restore_tensors(open_checkpoint(source.folder), shard_weights(pieces))
     else:
+        _check_contents(source.folder)
         together(lambda: _fill_from_whole_weights(source.folder, pieces, config))
+
+
+def _check_contents(folder: Path) -> None:
+    """Raises `FileProblem` if they are not what was written; the ranks read each once between them."""
+
+    def digest_own_share() -> list[str]:
+        stored, digest = StoredTensors(folder, stem=STEM), WeightsDigest()
+        by_size = sorted(stored, key=lambda name: (-math.prod(stored.shape(name)), name))
+        for name in by_size[dist.get_rank() :: dist.get_world_size()]:
+            digest.add(name, stored[name])
+        return digest.lines
+
+    by_rank = gather_from_ranks(together(digest_own_share))
+    found = WeightsDigest([line for lines in by_rank for line in lines]).value()
+    if found != read_record(folder).weights_sha256:
+        raise FileProblem(
+            folder,
+            "holds other weights than were written (weights_sha256 in weights.json)",
+            "import it again, or put it back from a copy",
+        )
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from sas_megatron.checkpoint import manifest
-from sas_megatron.checkpoint.agreement import on_first_rank, together
 from sas_megatron.checkpoint.layout import describe_layout, name_differences
 from sas_megatron.checkpoint.manifest import DamagedCheckpoint, Manifest
 from sas_megatron.checkpoint.random_states import read_random_states, set_random_states, shard_random_states
@@ -23,6 +22,7 @@ from sas_megatron.checkpoint.sharded_tensors import by_name
 from sas_megatron.checkpoint.tensor_reading import TensorReader
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
+from sas_megatron.parallel.agreement import on_first_rank, together
 from sas_megatron.parallel.gathering import gather_from_ranks
 
 

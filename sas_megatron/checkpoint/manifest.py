@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -199,14 +199,14 @@ def verify_checkpoint(path: Path) -> Manifest:
     return manifest
 
 
-def remove_old(folder: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
+def remove_old(folder: Path, *, keep_last: int | None, keeps_for_good: Callable[[int], bool]) -> list[Path]:
     """Removes what is not to be kept, and what interrupted saves and removals have left.
 
     Args:
         folder: The run's `checkpoints` folder; nothing is being written there.
         keep_last: How many of the newest stay; None: all. Those with missing or cut files do not count,
             so that of the sound ones the last always stays.
-        keep_every: Those whose step is a multiple of it stay too.
+        keeps_for_good: Those of whose step it is true stay too.
 
     Returns:
         The checkpoints removed.
@@ -222,8 +222,7 @@ def remove_old(folder: Path, *, keep_last: int | None, keep_every: int | None) -
         return []
     removed = []
     for path in checkpoints:
-        is_spared = keep_every is not None and _step_of(path) % keep_every == 0
-        if _step_of(path) < _step_of(kept[-1]) and not is_spared:
+        if _step_of(path) < _step_of(kept[-1]) and not keeps_for_good(_step_of(path)):
             _remove(path)
             removed.append(path)
     return removed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sas_megatron.attention.simulated import SimulatedAttentionConfig
 from sas_megatron.checkpoint.architecture import describe_architecture
 from sas_megatron.checkpoint.foreign_config import ForeignConfig
 from sas_megatron.config.attention import KINDS, AttentionConfig
@@ -49,6 +50,8 @@ def own_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]
         **{theirs: getattr(model, ours) for ours, theirs in _FIELDS.items()},
         "num_attention_heads": attention.num_heads,
         "attention": describe_architecture(model, attention)["attention"],
+        "cache_simulated_heads": isinstance(attention, SimulatedAttentionConfig)
+        and attention.kv_cache == "simulated",
     }
 
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.storage import WriteResult
 
 from sas_megatron.checkpoint import manifest
-from sas_megatron.checkpoint.agreement import on_first_rank, together, writing
 from sas_megatron.checkpoint.layout import describe_layout
 from sas_megatron.checkpoint.manifest import FileRecord, Manifest
 from sas_megatron.checkpoint.random_states import read_random_states, shard_random_states
@@ -31,7 +30,10 @@ from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.writing import sync
+from sas_megatron.parallel.agreement import on_first_rank, together
 from sas_megatron.parallel.topology import Topology
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -60,7 +62,7 @@ class _Pending:
     def write_noting_problems(self) -> None:
         """As `write`, on a thread, whose exceptions nobody else would see."""
         try:
-            writing(self.partial, self.write)()
+            _writing(self.partial, self.write)()
         except FileProblem as problem:
             self.problem = problem
         except BaseException as error:
@@ -112,7 +114,7 @@ class CheckpointSaver:
                 )
                 self._pending.thread.start()
                 return
-            together(writing(self._pending.partial, self._pending.write))
+            together(_writing(self._pending.partial, self._pending.write))
         except FileProblem:
             self._give_up(step)
             raise
@@ -161,8 +163,8 @@ class CheckpointSaver:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-        on_first_rank(writing(partial, make_folder))
-        together(writing(partial, lambda: write_files(partial)))
+        on_first_rank(_writing(partial, make_folder))
+        together(_writing(partial, lambda: write_files(partial)))
         others = on_first_rank(lambda: sorted(path for path in partial.rglob("*") if path.is_file()))
         random = shard_random_states(read_random_states())
         return _Pending(
@@ -181,16 +183,18 @@ class CheckpointSaver:
         by_rank = [written] * self._topology.world_size
         dist.gather_object(written, by_rank if self._topology.is_first else None)
         try:
-            on_first_rank(writing(pending.partial, lambda: self._complete(pending, by_rank)))
+            on_first_rank(_writing(pending.partial, lambda: self._complete(pending, by_rank)))
         except FileProblem:
             self._give_up(pending.step)
             raise
-        keep_last, keep_every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
+        settings = self._config.checkpoint
 
         def remove() -> None:
-            manifest.remove_old(self._folder, keep_last=keep_last, keep_every=keep_every)
+            manifest.remove_old(
+                self._folder, keep_last=settings.keep_last, keeps_for_good=settings.keeps_for_good
+            )
 
-        on_first_rank(writing(self._folder, remove))
+        on_first_rank(_writing(self._folder, remove))
 
     def _complete(
         self, pending: _Pending, by_rank: list[tuple[list[WriteResult], dict[str, FileRecord]]]
@@ -235,3 +239,22 @@ def _check_seen_here(folder: Path, files: dict[str, FileRecord]) -> None:
 
 def _describe(folder: Path, paths: list[Path]) -> dict[str, FileRecord]:
     return {str(path.relative_to(folder)): manifest.describe_file(path) for path in paths}
+
+
+def _writing(folder: Path, action: Callable[[], T]) -> Callable[[], T]:
+    """`action`, with a failure to write turned into a `FileProblem`."""
+
+    def attempt() -> T:
+        try:
+            return action()
+        # torch wraps what the file system says in a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise FileProblem(
+                folder,
+                f"cannot be written ({reason})",
+                "make room or mend the file system; the checkpoints before are whole, so go on from the "
+                "last with checkpoint.resume=true",
+            ) from error
+
+    return attempt

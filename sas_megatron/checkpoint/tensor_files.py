@@ -65,19 +65,22 @@ class StoredTensors(Mapping[str, torch.Tensor]):
 
 @dataclass
 class WeightsDigest:
-    """A sha256 of named tensors that depends neither on their order nor on how files hold them."""
+    """A sha256 of named tensors that depends neither on their order nor on how files hold them.
 
-    _lines: list[str] = field(default_factory=list)
+    `lines` are of those that were counted in: ranks that each read a share can put theirs together.
+    """
+
+    lines: list[str] = field(default_factory=list)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Counts a tensor in, on the CPU."""
         content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
         own = hashlib.sha256(content.data).hexdigest()
-        self._lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {own}")
+        self.lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {own}")
 
     def value(self) -> str:
         """Of all tensors that were counted in."""
-        return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(sorted(self.lines)).encode()).hexdigest()
 
 
 def write_tensors(folder: Path, tensors: NamedTensors, *, stem: str, shard_bytes: int = SHARD_BYTES) -> str:

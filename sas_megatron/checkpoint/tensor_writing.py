@@ -6,6 +6,7 @@ forks more. The files are the same: Megatron-core's `dist_checkpointing.load_pla
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
@@ -56,10 +57,23 @@ class TensorWriter:
         self._planner.copy()
 
     def write(self) -> list[WriteResult]:
-        """Writes this rank's share, and waits until it is on disk."""
+        """Writes this rank's share into a file, one tensor held at a time, and waits until it is on disk.
+
+        Torch's own writer keeps all copies that it made, of views and of a GPU's tensors, until the file
+        is complete (2.13).
+        """
         if not self._plan.items:
             return []
-        results: list[WriteResult] = self._writer.write_data(self._plan, self._planner).value()
+        name = f"{self._plan.storage_data.prefix}0.distcp"
+        results = []
+        with (self._folder / name).open("wb") as file:
+            for item in self._plan.items:
+                begin = file.tell()
+                torch.save(_alone(self._planner.lookup_object(item.index)), file)
+                place = _StorageInfo(name, begin, file.tell() - begin)
+                results.append(WriteResult(item.index, place.length, place))
+            file.flush()
+            os.fsync(file.fileno())
         return results
 
     def finish(self, results: list[list[WriteResult]]) -> None:
@@ -68,6 +82,12 @@ class TensorWriter:
         self._writer.finish(self._metadata, results)
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
         torch.save({}, self._folder / COMMON)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, with no more memory behind it than its own: torch.save writes all that there is."""
+    own = tensor.detach().cpu()
+    return own if own.untyped_storage().size() == own.nbytes else own.clone()
 
 
 def files_of(results: list[WriteResult]) -> set[str]:

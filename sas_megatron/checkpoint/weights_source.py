@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sas_megatron.checkpoint.architecture import check_equal, check_same_rows, describe_architecture
 from sas_megatron.checkpoint.manifest import (
     CONFIG,
+    MANIFEST,
+    describe_file,
     find_checkpoint,
     find_damage,
     read_manifest,
@@ -30,6 +33,15 @@ class WeightsSource:
 
     folder: Path
     is_checkpoint: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these weights from any others, for run.json."""
+        folder = {"folder": str(self.folder.resolve())}
+        if self.is_checkpoint:
+            manifest_sha256 = describe_file(self.folder / MANIFEST).sha256
+            return {**folder, "step": read_manifest(self.folder).step, "manifest_sha256": manifest_sha256}
+        record = read_record(self.folder)
+        return {**folder, "origin": record.origin, "weights_sha256": record.weights_sha256}
 
 
 def find_weights(path: Path, config: RunConfig) -> WeightsSource:
@@ -49,13 +61,14 @@ def find_weights(path: Path, config: RunConfig) -> WeightsSource:
             "holds neither a checkpoint nor weights that `sas-megatron checkpoint import` wrote",
             "give one of these, such as run/checkpoints/iter_0001000, or a run's directory",
         )
-    saved = _config_of(checkpoint)
+    saved = read_checkpoint_config(checkpoint)
     check_equal(describe_architecture(saved.model, saved.attention), wanted, origin=checkpoint)
     check_same_rows(saved.model, config.model, origin=checkpoint)
     return WeightsSource(checkpoint, is_checkpoint=True)
 
 
-def _config_of(checkpoint: Path) -> RunConfig:
+def read_checkpoint_config(checkpoint: Path) -> RunConfig:
+    """The config of the run that saved a checkpoint; raises `FileProblem` where it is damaged."""
     files = read_manifest(checkpoint).files
     # The others are read by all ranks together, when they load.
     refuse_damage(checkpoint, find_damage(checkpoint, {CONFIG: files[CONFIG]}))

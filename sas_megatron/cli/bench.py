@@ -324,6 +324,42 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
     show({**result, **place(device)}, as_json, rows)
 
 
+@bench.command()
+@click.option("--config", type=click.Path(), help="A run's, whose model scores; by default quickstart_sas.")
+@click.option("--num-tokens", type=int, default=40_000, show_default=True, help="Of a measurement.")
+@click.option("--batch-tokens", type=int, default=8192, show_default=True)
+@click.option("--threads", type=int, default=None, help="CPU threads; by default one a processor.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Rounds, after one that warms up.")
+@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
+def scoring(
+    config: str | None, num_tokens: int, batch_tokens: int, threads: int | None, repeats: int, as_json: bool
+) -> None:
+    """Rate of scoring passages, as `evaluate` does, against the bare forward pass of the same model."""
+    device = _prepare(threads)
+
+    import torch
+
+    from sas_megatron.benchmarks.scoring import measure_scoring
+    from sas_megatron.cli.quickstart import CONFIGS
+    from sas_megatron.config.loading import load_run_config
+    from sas_megatron.parallel.topology import joined_topology
+
+    run = load_run_config(config or CONFIGS / "quickstart_sas.yaml", ["parallel.tensor=1"])
+    with joined_topology(run.parallel, device=device, seed=1, timeout_minutes=10) as topology:
+        result = measure_scoring(
+            run, topology, num_tokens=num_tokens, batch_tokens=batch_tokens, repeats=repeats
+        )
+    show(
+        {**result, "threads": torch.get_num_threads(), **place(device)},
+        as_json,
+        [
+            (f"{kind}, {name}", f"{result[kind][name]:.2f}" if name == "ratio" else f"{rate:,.0f} tokens/s")
+            for kind in ("choices", "texts")
+            for name, rate in result[kind].items()
+        ],
+    )
+
+
 def _prepare(threads: int | None) -> torch.device:
     """The device, and on a CPU as many threads as there are processors, or as asked for."""
     import os

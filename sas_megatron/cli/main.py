@@ -8,11 +8,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 
 import click
 
 from sas_megatron import __version__
 from sas_megatron.config.errors import UserError
+
+# How long other nodes' first processes let rank 0 speak alone.
+SECONDS_FOR_THE_FIRST = 3.0
 
 # name -> (module:attribute, one line of help); the help stands here so that listing imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -23,6 +27,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
     "data": ("sas_megatron.cli.data:data", "Turn documents into token files, and look into them."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
+    "evaluate": (
+        "sas_megatron.cli.evaluate:evaluate",
+        "Measure a trained model: held-out loss, and tasks of lm-evaluation-harness.",
+    ),
+    "generate": ("sas_megatron.cli.generate:generate", "Let a trained model go on from prompts."),
     "checkpoint": (
         "sas_megatron.cli.checkpoint:checkpoint",
         "Check saved checkpoints; take models to transformers, and from it.",
@@ -32,10 +41,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.match:match",
         "Solve attention variants' dimensions until they cost what a base costs.",
     ),
+    "study": ("sas_megatron.cli.study:study", "Plan, run and compare many runs that one file describes."),
     "simulate": (
         "sas_megatron.cli.simulate:simulate",
         "Estimate memory, traffic and time of a run on any number of ranks, without them.",
     ),
+    "fit": ("sas_megatron.cli.fit:fit", "Fit a scaling law to a table of runs."),
     "doctor": (
         "sas_megatron.cli.doctor:doctor",
         "Look for what would make training fail, on a node or an allocation.",
@@ -78,7 +89,10 @@ def main() -> None:
     except UserError as error:
         # Under a launcher rank 0 speaks for all, and where others may have met something else, the first
         # process of each node for those of its node.
-        leads_node = os.environ.get("LOCAL_RANK") == "0" and not error.met_by_all_ranks
-        if leads_node or os.environ.get("RANK", "0") == "0":
-            print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            if os.environ.get("LOCAL_RANK") != "0" or error.met_by_all_ranks:
+                sys.exit(2)
+            # Launchers that end all when one ends (srun --kill-on-bad-exit) then show it once.
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,6 +103,7 @@ def _train(config: RunConfig) -> None:
     from sas_megatron.config.loading import dump_yaml, load_run_config
     from sas_megatron.data.writing import write_file
     from sas_megatron.model.costs import count_parameters
+    from sas_megatron.platform.local_launch import training_command, training_environment
     from sas_megatron.training.start import check
 
     run_directory = Path(config.logging.run_directory)
@@ -128,23 +127,9 @@ def _train(config: RunConfig) -> None:
     )
     run_directory.mkdir(parents=True, exist_ok=True)
     write_file(resolved, dump_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
-    if _count_gpus() < ranks:
-        # The comparison is of equal layouts: with too few GPUs all ranks compute on the CPU.
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    finished = subprocess.run([*command, "-m", "sas_megatron", "train", str(resolved)], env=environment)
-    if finished.returncode:
+    command, environment = training_command(resolved, ranks=ranks), training_environment(ranks=ranks)
+    if subprocess.run(command, env=environment).returncode:
         raise click.exceptions.Exit(1)
-
-
-def _count_gpus() -> int:
-    """GPUs that nvidia-smi lists; 0 without it. Asking torch would take seconds."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 def _report(configs: list[RunConfig], directory: Path, *, seconds: float) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
 import click
+
+from sas_megatron.cli.speaking import speak_once_on_the_first_rank
 
 
 @click.command()
@@ -45,21 +46,5 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bo
         check_meeting_place()
         click.echo(os.path.abspath(run_config.logging.run_directory))
         return
-    _speak_once_on_the_first_rank()
+    speak_once_on_the_first_rank()
     sys.exit(start.train(run_config).exit_status)
-
-
-def _speak_once_on_the_first_rank() -> None:
-    """Shows what the package logs (choices of `auto`, warnings): on rank 0, and each message once."""
-    from sas_megatron.platform.launcher import is_first_rank
-
-    said: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not (message in said or said.add(message))  # type: ignore[func-returns-value]
-
-    logging.basicConfig(format="%(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(is_new)
-    logging.getLogger("sas_megatron").setLevel(logging.INFO if is_first_rank() else logging.WARNING)

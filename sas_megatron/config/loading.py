@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: list[str] | None = 
         UserError: the file or an override cannot be used; the message names the wrong fields.
     """
     tree = read_yaml(path)
-    for override in overrides or []:
-        _apply_override(tree, override)
+    apply_overrides(tree, overrides or [])
     return build_run_config(tree)
 
 
@@ -137,6 +137,16 @@ def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Puts `section.field=value`, the value in YAML, into plain nested mappings; later ones win.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    for override in overrides:
+        _apply_override(tree, override)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

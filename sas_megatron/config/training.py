@@ -25,6 +25,11 @@ class TrainingConfig(Section):
         description="What reduces gradients and updates weights: Megatron-core's DDP and optimizers, or "
         "DeepSpeed's ZeRO (section deepspeed).",
     )
+    order_steps: int | None = Field(
+        default=None,
+        description="Steps that the order of samples is laid out for; null: num_steps. Runs of different "
+        "length that are to take the same samples in the same order name the longest's.",
+    )
     seed: int = Field(default=1234, description="Decides initial weights, sample order and dropout.")
     stop_after_steps: int | None = Field(
         default=None,
@@ -55,12 +60,19 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         self.require_positive("num_steps", "global_batch_size", "micro_batch_size", "stop_after_steps")
-        self.require_positive("stop_after_seconds", "collective_timeout_minutes", "recompute_layers")
+        self.require_positive("order_steps", "recompute_layers")
+        self.require_positive("stop_after_seconds", "collective_timeout_minutes")
         for field, mode in (("recompute_modules", "selective"), ("recompute_layers", "full")):
             if getattr(self, field) is not None and self.recompute != mode:
                 raise self.problem(
                     field, f"belongs to training.recompute={mode} and to no other", "set both or neither"
                 )
+        if self.order_steps is not None and self.order_steps < self.num_steps:
+            raise self.problem(
+                "order_steps",
+                f"is too short for training.num_steps={self.num_steps}",
+                f"use {self.num_steps} or more, or leave it out",
+            )
         if self.seed < 0:
             raise self.problem("seed", "must not be negative", "use 1234, for example")
         if self.global_batch_size % self.micro_batch_size:
@@ -70,6 +82,11 @@ class TrainingConfig(Section):
                 f"use {-(-self.global_batch_size // self.micro_batch_size) * self.micro_batch_size}",
             )
         return self
+
+    @property
+    def num_ordered_samples(self) -> int:
+        """Samples that the order is laid out for: at least those of the run."""
+        return (self.order_steps or self.num_steps) * self.global_batch_size
 
     @property
     def element_bytes(self) -> int:
@@ -105,6 +122,9 @@ class CheckpointConfig(Section):
     section_name: ClassVar[str] = "checkpoint"
 
     interval: int | None = Field(default=None, description="Steps between saves; null: only at the end.")
+    at_steps: list[int] | None = Field(
+        default=None, description="Steps after which to save, too, for good; for runs that branch off there."
+    )
     resume: bool = Field(
         default=False,
         description="Go on from the newest undamaged checkpoint of the run directory, if there is one; the "
@@ -128,6 +148,12 @@ class CheckpointConfig(Section):
         "engine, or what `sas-megatron checkpoint import` wrote; null: weights drawn from training.seed. A "
         "checkpoint that is gone on with comes first.",
     )
+    branch_from: str | None = Field(
+        default=None,
+        description="A checkpoint of another run, whose steps until then a new run takes for its own: "
+        "weights, optimizer, samples, random states and metrics. The two may differ in how long they are and "
+        "in how the learning rate falls afterwards. A checkpoint that is gone on with comes first.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointConfig:
@@ -138,7 +164,21 @@ class CheckpointConfig(Section):
                 "says what to keep beside the newest, and checkpoint.keep_last=null keeps all",
                 "set checkpoint.keep_last too, or leave it out",
             )
+        if self.at_steps is not None and min(self.at_steps, default=1) < 1:
+            raise self.problem("at_steps", "must be numbers of steps, counted from 1", "use [100, 200], say")
+        if self.branch_from is not None and self.initial_weights is not None:
+            raise self.problem(
+                "branch_from", "brings its weights, and checkpoint.initial_weights is set", "leave one out"
+            )
         return self
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after so many steps."""
+        return (self.interval is not None and step % self.interval == 0) or step in (self.at_steps or [])
+
+    def keeps_for_good(self, step: int) -> bool:
+        """Whether the checkpoint of this step stays when older ones than `keep_last` go."""
+        return (self.keep_every is not None and step % self.keep_every == 0) or step in (self.at_steps or [])
 
 
 class LoggingConfig(Section):

@@ -8,9 +8,12 @@ which. The one piece of state is therefore how many samples were consumed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError
+from sas_megatron.data.index_cache import provide_folder
 from sas_megatron.data.token_files import load_manifest
 from sas_megatron.data.tokenizer import Tokenizer
 
@@ -45,28 +49,33 @@ def build_validation_samples(
 def _build_samples(
     data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int, split: int
 ) -> torch.utils.data.Dataset[Sample]:
-    """One split, by Megatron-core's builder; rank 0 writes the index cache before the others read it."""
+    """One split, by Megatron-core's builder, which finds its indices in the cache."""
     sizes = [1, 1, 0]
     sizes[split] = num_samples
     total = sum(data.split)
-    datasets = BlendedMegatronDatasetBuilder(
-        GPTDataset,
-        sizes,
-        lambda *_place: True,
-        GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=data.sequence_length,
-            blend=(data.prefixes, data.weights),
-            split=",".join(f"{share / total:.9f}" for share in (*data.split, 0.0)),
-            path_to_cache=str(index_cache_folder(data)),
-            tokenizer=tokenizer,
-            reset_position_ids=data.reset_at_document_ends,
-            reset_attention_mask=data.reset_at_document_ends,
-            eod_mask_loss=False,
-            create_attention_mask=data.reset_at_document_ends,
-        ),
-    ).build()
-    samples = datasets[split]
+
+    def build(cache: Path, is_built_here: Callable[..., bool]) -> Any:
+        return BlendedMegatronDatasetBuilder(
+            GPTDataset,
+            sizes,
+            is_built_here,
+            GPTDatasetConfig(
+                random_seed=seed,
+                sequence_length=data.sequence_length,
+                blend=(data.prefixes, data.weights),
+                split=",".join(f"{share / total:.9f}" for share in (*data.split, 0.0)),
+                path_to_cache=str(cache),
+                tokenizer=tokenizer,
+                reset_position_ids=data.reset_at_document_ends,
+                reset_attention_mask=data.reset_at_document_ends,
+                eod_mask_loss=False,
+                create_attention_mask=data.reset_at_document_ends,
+            ),
+        ).build()
+
+    cache = index_folder(data, tokenizer, sizes=sizes, seed=seed)
+    provide_folder(cache, lambda aside: build(aside, lambda *_place: dist.get_rank() == 0))
+    samples = build(cache, lambda *_place: True)[split]
     if samples is None:
         raise FieldError(
             "data.split",
@@ -78,18 +87,22 @@ def _build_samples(
     return built
 
 
-def index_cache_folder(data: DataConfig) -> Path:
-    """Where the sample indices of these token files are kept: a folder for each content of theirs.
+def index_folder(data: DataConfig, tokenizer: Tokenizer, *, sizes: list[int], seed: int) -> Path:
+    """Where the indices of such samples are kept: a folder for all that decides them.
 
-    Megatron-core names its cached indices by path and settings, so those of files that were written
-    anew would be taken for theirs.
+    By the contents of the token files, not by their names alone, as Megatron-core's cache would have it.
     """
     root = Path(data.index_cache) if data.index_cache else Path(data.prefixes[0]).parent / "index_cache"
-    digest = hashlib.sha256()
-    for prefix in data.prefixes:
-        manifest = load_manifest(prefix)
-        digest.update(f"{manifest.bin_sha256} {manifest.idx_sha256}\n".encode())
-    return root / digest.hexdigest()[:16]
+    manifests = [load_manifest(prefix) for prefix in data.prefixes]
+    decided_by = [
+        megatron.core.__version__,
+        [[manifest.bin_sha256, manifest.idx_sha256] for manifest in manifests],
+        tokenizer.sha256,
+        data.model_dump(mode="json", exclude={"index_cache", "tokenizer"}),
+        sizes,
+        seed,
+    ]
+    return root / hashlib.sha256(json.dumps(decided_by).encode()).hexdigest()[:16]
 
 
 def microbatches(

@@ -1,1 +1,1 @@
-"""Held-out loss of a trained model."""
+"""A trained model at work: held-out loss, tasks of lm-evaluation-harness, generation."""

@@ -145,13 +145,23 @@ def build_block_spec(config: RunConfig, *, num_layers: int | None = None) -> Tra
     )
 
 
-def build_gpt_pieces(config: RunConfig, *, dtype: torch.dtype | None = None) -> list[GPTModel]:
+def build_gpt_pieces(
+    config: RunConfig, *, dtype: torch.dtype | None = None, draws_weights: bool = True
+) -> list[GPTModel]:
     """This rank's part of the model, a GPT for each piece of its stage, drawn from `training.seed`.
 
     The process groups must exist (`joined_topology`). Under any layout the parts join to the same
     whole, weight for weight. Most layouts have one piece; interleaved stages several.
+
+    Args:
+        config: The run.
+        dtype: Of weights and activations; None: as `training.precision` says.
+        draws_weights: Off: the weights are left as memory happens to hold them, to be read from a file.
     """
-    return [_build_piece(config, piece, dtype) for piece in range(config.parallel.virtual_pipeline)]
+    pieces = [_build_piece(config, piece, dtype) for piece in range(config.parallel.virtual_pipeline)]
+    for piece in pieces if draws_weights else []:
+        initialize_weights(piece, config)
+    return pieces
 
 
 def _build_piece(config: RunConfig, piece: int, dtype: torch.dtype | None) -> GPTModel:
@@ -179,5 +189,4 @@ def _build_piece(config: RunConfig, piece: int, dtype: torch.dtype | None) -> GP
             rotary_base=config.model.rotary_base,
             cp_group=model.pg_collection.cp,
         )
-    initialize_weights(model, config)
     return model

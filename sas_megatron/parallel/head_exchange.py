@@ -99,7 +99,7 @@ class GatherExchange(HeadExchange):
 
 
 class AllToAllExchange(HeadExchange):
-    """Trades tokens for columns, and simulated heads for tokens; token counts may be uneven."""
+    """Trades tokens for columns, and simulated heads for tokens; one may have more than another, or none."""
 
     sends_heads = True
 
@@ -108,7 +108,8 @@ class AllToAllExchange(HeadExchange):
         tokens_of = self._tokens_of_ranks(columns_TC_local.shape[0])
         mine = tokens_of[self.rank]
         received: torch.Tensor = all_to_all(self.group, columns_TC_local, [mine] * self.num_ranks, tokens_of)
-        return received.view(self.num_ranks, mine, -1).transpose(0, 1).reshape(mine, -1)
+        by_token: torch.Tensor = received.unflatten(0, (self.num_ranks, mine)).transpose(0, 1)
+        return by_token.flatten(1)
 
     def my_heads(
         self, simulated: Sequence[torch.Tensor], *, num_blocks: Sequence[int], num_tokens: int
@@ -119,11 +120,11 @@ class AllToAllExchange(HeadExchange):
             self._split_by_rank(heads, blocks) for heads, blocks in zip(simulated, num_blocks, strict=True)
         ]
         widths = [part.shape[-1] for part in by_rank]
-        outgoing = torch.cat(by_rank, dim=-1).view(self.num_ranks * mine, -1)
+        outgoing = torch.cat(by_rank, dim=-1).flatten(0, 1)
         tokens_of = self._tokens_of_ranks(num_tokens)
         received = all_to_all(self.group, outgoing, tokens_of, [mine] * self.num_ranks)
         return [
-            part.reshape(part.shape[0], -1, heads.shape[-1])
+            part.unflatten(-1, (-1, heads.shape[-1]))
             for part, heads in zip(received.split(widths, dim=-1), simulated, strict=True)
         ]
 
@@ -134,8 +135,8 @@ class AllToAllExchange(HeadExchange):
         grouped = heads_TMD.view(tokens, blocks, base, features)
         if base < self.num_ranks:
             grouped = grouped.repeat_interleave(self.num_ranks // base, dim=2)
-        by_rank = grouped.reshape(tokens, blocks, self.num_ranks, -1, features).permute(2, 0, 1, 3, 4)
-        return by_rank.reshape(self.num_ranks, tokens, -1)
+        by_rank: torch.Tensor = grouped.unflatten(2, (self.num_ranks, -1)).permute(2, 0, 1, 3, 4)
+        return by_rank.flatten(2)
 
     def _tokens_of_ranks(self, tokens: int) -> list[int]:
         share, rest = divmod(tokens, self.num_ranks)

@@ -130,6 +130,8 @@ class RollCall:
                 with contextlib.suppress(dist.DistError):
                     _put_answer(self._store, self.rank, Answer(AnswerKind.FAILED, _one_line(error)))
             self._leave()
+            if error is None:
+                self._see_all_leave()
             return
         answer = _answer_of(error)
         if answer.kind == AnswerKind.FAILED:
@@ -150,6 +152,15 @@ class RollCall:
         self._watcher.join(timeout=GRACE_SECONDS)
         self._wake.close()
         self._woken.close()
+
+    def _see_all_leave(self) -> None:
+        """Keeps rank 0, which may host the store, until the watchers of all have looked for the last time."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(dist.DistError):
+            num_left = self._store.add("left", 1)
+            while self.rank == 0 and num_left < self.world_size and time.monotonic() < deadline:
+                time.sleep(SECONDS_BETWEEN_COUNTS)
+                num_left = self._store.add("left", 0)
 
     # What follows runs on the watching thread.
 

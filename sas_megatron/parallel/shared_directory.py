@@ -33,7 +33,7 @@ def check_directory_is_shared(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         mark.touch()
     dist.barrier()
-    blind = gather_from_ranks(None if _appears(mark) else socket.gethostname())
+    blind = gather_from_ranks(None if appears(mark) else socket.gethostname())
     if rank == 0:
         mark.unlink()
     hosts = [f"rank {number} on {host}" for number, host in enumerate(blind) if host is not None]
@@ -49,8 +49,9 @@ def check_directory_is_shared(directory: Path) -> None:
         raise error
 
 
-def _appears(path: Path) -> bool:
-    deadline = time.monotonic() + SECONDS_UNTIL_SEEN
+def appears(path: Path, *, seconds: float = SECONDS_UNTIL_SEEN) -> bool:
+    """Whether a path that another rank has made is there, or comes within so long."""
+    deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() >= deadline:
             return False

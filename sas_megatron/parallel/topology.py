@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -13,11 +12,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.parallel.flight_recorder import FlightRecorder
+from sas_megatron.parallel.meeting import meet
 from sas_megatron.parallel.roll_call import RollCall
 from sas_megatron.platform.device import process_group_backend
 
@@ -89,7 +87,7 @@ def joined_topology(
     hang leave their last collectives in the folder `flight_records`.
     """
     timeout = timedelta(minutes=timeout_minutes)
-    store, rank, world_size = _meet(timeout)
+    store, rank, world_size = meet(timeout)
     backend = process_group_backend(device)
     recorder = FlightRecorder(flight_records, rank=rank) if flight_records is not None else None
     if recorder is not None:
@@ -172,12 +170,3 @@ def seed_randomness(seed: int, sample_rank: int, pipeline_rank: int) -> None:
     own = seed + 100 * sample_rank + 100_003 * pipeline_rank
     torch.manual_seed(own)
     model_parallel_cuda_manual_seed(own)
-
-
-def _meet(timeout: timedelta) -> tuple[Store, int, int]:
-    """The store that all ranks share, this one's rank, and the world's size."""
-    if "RANK" in os.environ:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        return store, rank, world_size
-    # A bare process is a world of one; it needs no address and no port.
-    return dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # torch exports it, its stubs do not say so

@@ -2,7 +2,8 @@
 
 Counting follows the ring convention, in which a rank of a group of n that moves a tensor of b
 bytes sends: all_reduce 2·(n-1)/n·b; all_gather, reduce_scatter (n-1)/n of the whole tensor;
-all_to_all the (n-1)/n of its input that leaves it; broadcast and point-to-point what leaves it.
+all_to_all the (n-1)/n of its input that leaves it; broadcast and point-to-point what leaves it. (gloo
+sends twice as much for a reduce_scatter; else network interfaces count this and the protocols' headers.)
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ Family = list[tuple[RunConfig, float]]
 class Layout:
     """One legal layout that fits, and its estimate."""
 
+    config: RunConfig
     # What it differs in from the config given, as the command line takes it.
     overrides: list[str]
     peak_bytes: int
@@ -237,7 +238,7 @@ def _try(config: RunConfig, candidate: RunConfig, world_size: int, hardware: Har
     if not hardware.fits(peak_bytes):
         return None
     step = estimate_step(candidate, reports, hardware=hardware, world_size=world_size)
-    return Layout(_overrides(config, candidate), peak_bytes, step)
+    return Layout(candidate, _overrides(config, candidate), peak_bytes, step)
 
 
 def _family(config: RunConfig) -> tuple[Any, ...]:

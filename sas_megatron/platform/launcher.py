@@ -36,14 +36,13 @@ def take_place() -> None:
     Under another launcher, and in a process alone, nothing is changed.
 
     Raises:
-        FieldError: SLURM cannot tell where rank 0 is, or this rank cannot reach it.
+        FieldError: SLURM cannot tell where rank 0 is, this host does not know it, or rank 0 cannot be there.
     """
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     os.environ.update(_place_in_step(os.environ))
-    if not is_first_rank():
-        resolve(os.environ["MASTER_ADDR"])
-    else:
+    resolve(os.environ["MASTER_ADDR"])
+    if is_first_rank():
         check_port_is_free(int(os.environ["MASTER_PORT"]))
 
 

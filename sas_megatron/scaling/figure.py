@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sas_megatron.scaling.comparison import AXES, Axis, Verdict
+from sas_megatron.scaling.drawing import COLORS, INK, LINE_STYLES, MARKERS, FileFormat, embed_svg, render
 from sas_megatron.scaling.runs import CurvePoint, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; line style and marker repeat
-# the distinction for a print in grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))
-INK = "#1b1f24"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    # The same runs give the same bytes.
-    "svg.hashsalt": "sas_megatron",
-}
 TITLES: dict[Axis, str] = {
     "consumed_tokens": "At equal tokens",
     "training_flops": "At equal FLOPs",
@@ -51,40 +31,20 @@ def draw_png(runs: Sequence[Run], verdicts: Sequence[Verdict], *, title: str) ->
 def draw_svg(runs: Sequence[Run], verdicts: Sequence[Verdict], *, stacked: bool) -> str:
     """The same panels as an `<svg>` element to be placed in a page, which gives the title.
 
-    Its background is the page's and its ink the page's `currentColor`. `stacked` puts the panels
-    below each other, for narrow screens. Both forms may stand in one page: their ids differ.
+    `stacked` puts the panels below each other, for narrow screens. Both forms may stand in one page.
     """
     svg = _render(runs, verdicts, title="", stacked=stacked, file_format="svg").decode()
-    svg = svg[svg.index("<svg") :]
-    prefix = "stacked-" if stacked else "wide-"
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace(INK, "currentColor").strip()
+    return embed_svg(svg, prefix="stacked-" if stacked else "wide-")
 
 
 def _render(
-    runs: Sequence[Run], verdicts: Sequence[Verdict], *, title: str, stacked: bool, file_format: str
+    runs: Sequence[Run], verdicts: Sequence[Verdict], *, title: str, stacked: bool, file_format: FileFormat
 ) -> bytes:
-    # Figure with its own canvas, not pyplot: no global state, no window system.
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(4.4, 10.6) if stacked else (12.5, 4.7), layout=ConstrainedLayoutEngine(wspace=0.05)
-        )
-        FigureCanvasAgg(figure)
-        _draw(figure, runs, verdicts, title=title, stacked=stacked)
-        if file_format == "svg":
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-        else:
-            figure.savefig(buffer, format=file_format, dpi=200, facecolor="white")
-    return buffer.getvalue()
+    return render(
+        lambda figure: _draw(figure, runs, verdicts, title=title, stacked=stacked),
+        size=(4.4, 10.6) if stacked else (12.5, 4.7),
+        file_format=file_format,
+    )
 
 
 def _draw(

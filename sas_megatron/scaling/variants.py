@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sas_megatron.config.attention import parse_attention, resolve_kind
 from sas_megatron.config.errors import FileProblem
@@ -26,17 +27,29 @@ def build_variant(base: RunConfig, wanted: str) -> tuple[str, RunConfig]:
         if "attention" not in tree:
             raise FileProblem(wanted, "has no section attention", "add one, with its kind")
         name, fields = Path(wanted).stem, tree["attention"]
-    elif wanted == base.attention.kind:
-        name, fields = wanted, base.attention.model_dump(exclude_unset=True)
     else:
-        name, variant = wanted, resolve_kind(wanted)
-        common = base.attention.model_dump(exclude_unset=True, include={"dropout", "backend"})
-        modelled = variant.modelled_on(base.attention, hidden_size=base.model.hidden_size)
-        fields = {"kind": wanted, **common, **modelled}
+        name, fields = wanted, model_attention(base, wanted)
     sections = {section: getattr(base, section) for section in RunConfig.model_fields}
     place = Path(base.logging.run_directory)
     logging = base.logging.model_copy(update={"run_directory": str(_beside(place, base, name))})
     return name, RunConfig(**{**sections, "attention": parse_attention(fields), "logging": logging})
+
+
+def model_attention(base: RunConfig, kind: str) -> dict[str, Any]:
+    """The section `attention` of a kind in the place of the base's; the base's own, where it is of that kind.
+
+    Raises:
+        UserError: no such kind.
+    """
+    if kind == base.attention.kind:
+        return base.attention.model_dump(exclude_unset=True)
+    variant = resolve_kind(kind)
+    common = base.attention.model_dump(exclude_unset=True, include={"dropout", "backend"})
+    return {
+        "kind": kind,
+        **common,
+        **variant.modelled_on(base.attention, hidden_size=base.model.hidden_size),
+    }
 
 
 def _beside(place: Path, base: RunConfig, name: str) -> Path:

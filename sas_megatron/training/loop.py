@@ -16,8 +16,14 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.loading import Checkpoint, find_newest_whole, restore_random_states
+from sas_megatron.checkpoint.loading import (
+    Checkpoint,
+    find_newest_whole,
+    open_checkpoint,
+    restore_random_states,
+)
 from sas_megatron.checkpoint.saving import CheckpointSaver
+from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.batches import (
     ByteLengths,
@@ -30,11 +36,13 @@ from sas_megatron.data.token_files import load_manifest
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.model.language_loss import Batch
+from sas_megatron.parallel.agreement import on_first_rank
 from sas_megatron.parallel.gathering import gather_from_ranks
 from sas_megatron.parallel.topology import Topology
 from sas_megatron.parallel.wire_ledger import build_ledger, gather_ledgers
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
 from sas_megatron.training.console import Console
+from sas_megatron.training.continuation import Branch, find_branch
 from sas_megatron.training.engine import Engine, assemble
 from sas_megatron.training.metrics import Meter, Progress
 from sas_megatron.training.run_files import RunFiles, describe_software
@@ -60,15 +68,19 @@ class Run:
         self.training_samples = build_training_samples(
             config.data,
             tokenizer,
-            num_samples=config.training.num_steps * config.training.global_batch_size,
+            num_samples=config.training.num_ordered_samples,
             seed=config.training.seed,
         )
         self.validation_samples = build_validation_samples(
             config.data, tokenizer, num_samples=config.evaluation.num_sequences
         )
         self.saver = CheckpointSaver(RunFiles.checkpoints(config), config, topology)
+        self.branch: Branch | None = None
         self.resumed_from = self._find_checkpoint()
-        self.engine: Engine = assemble(config, initial_weights=self._initial_weights())
+        self.begins_with = self._find_initial_weights()
+        self.engine: Engine = assemble(
+            config, initial_weights=None if self.begins_with is None else self.begins_with.folder
+        )
         self.progress = Progress()
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
@@ -86,7 +98,9 @@ class Run:
             self.console.say(f"finished already, at step {self.progress.step}; nothing to do")
             return ending
         if self.files is not None:
-            self.files.open(self.config, self._provenance(), resumed_step=self.progress.step)
+            self.files.open(
+                self.config, self._provenance(), resumed_step=self.progress.step, branch=self.branch
+            )
         self.stop.arm(speaks=self.topology.is_first)
         try:
             if self.progress.owes_evaluation:
@@ -102,7 +116,7 @@ class Run:
                 if self._is_due(self.config.evaluation.interval):
                     self._evaluate()
                 self.saver.finish_if_written()
-                if self._is_due(self.config.checkpoint.interval):
+                if self.config.checkpoint.is_due(self.progress.step):
                     self._save()
             self._finish(ending)
         finally:
@@ -121,13 +135,18 @@ class Run:
         return ending
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        if not self.config.checkpoint.resume:
-            return None
-        return find_newest_whole(RunFiles.checkpoints(self.config), say=self.console.say)
+        if self.config.checkpoint.resume:
+            newest = find_newest_whole(RunFiles.checkpoints(self.config), say=self.console.say)
+            if newest is not None:
+                return newest
+        self.branch = on_first_rank(lambda: find_branch(self.config))
+        return None if self.branch is None else open_checkpoint(self.branch.checkpoint)
 
-    def _initial_weights(self) -> Path | None:
+    def _find_initial_weights(self) -> WeightsSource | None:
         path = self.config.checkpoint.initial_weights
-        return Path(path) if path is not None and self.resumed_from is None else None
+        if path is None or self.resumed_from is not None:
+            return None
+        return on_first_rank(lambda: find_weights(Path(path), self.config))
 
     def _resume(self) -> None:
         checkpoint = self.resumed_from
@@ -246,9 +265,18 @@ class Run:
                 }
             )
 
+    def _sync_files(self) -> None:
+        """Brings the records to disk, if the run is still this session's; every rank must call it."""
+
+        def sync() -> None:
+            if self.files is not None:
+                self.files.check_is_own()
+                self.files.sync()
+
+        on_first_rank(sync)
+
     def _save(self) -> None:
-        if self.files is not None:
-            self.files.sync()
+        self._sync_files()
         self.saver.save(
             self.progress.step,
             shards=self.engine.shards(),
@@ -265,9 +293,10 @@ class Run:
             self.held_out is None or not self._is_due(self.config.evaluation.interval)
         ):
             self._evaluate()
-        if ending.goes_on or not self._is_due(self.config.checkpoint.interval):
+        if ending.goes_on or not self.config.checkpoint.is_due(self.progress.step):
             self._save()
         self.saver.finish()
+        self._sync_files()
         self.profiler.close()
         wire_bytes = gather_ledgers(self.ledger) if self.config.logging.wire_ledger else None
         if self.files is not None:
@@ -311,6 +340,8 @@ class Run:
             "context_parallel": self.config.parallel.context,
             "pipeline_parallel": self.config.parallel.pipeline,
             "data_parallel": self.topology.data_size,
+            "initial_weights": None if self.begins_with is None else self.begins_with.describe(),
+            "branched_from": None if self.branch is None else str(self.branch.checkpoint),
             "corpus": {
                 Path(prefix).name: load_manifest(prefix).model_dump(mode="json")
                 for prefix in self.config.data.prefixes

@@ -12,16 +12,18 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
+import uuid
 from pathlib import Path
 from typing import Any, TextIO
 
 from sas_megatron import __version__
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.config.loading import dump_yaml, flatten_tree, load_run_config
+from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.token_files import load_manifest
 from sas_megatron.data.writing import write_file
+from sas_megatron.training.continuation import Branch, check_goes_on, read_until
 from sas_megatron.training.stopping import Ending
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
@@ -33,6 +35,8 @@ class RunFiles:
     def __init__(self, config: RunConfig) -> None:
         self.directory = Path(config.logging.run_directory)
         self._with_tensorboard = config.logging.tensorboard
+        # Tells this session from others of the run.
+        self._session = uuid.uuid4().hex
         self._metrics: TextIO | None = None
         self._tensorboard: Any = None
 
@@ -58,7 +62,7 @@ class RunFiles:
                 "set checkpoint.resume=true to go on with it, or choose another directory",
             )
         if config.checkpoint.resume:
-            _check_goes_on(config)
+            check_goes_on(config)
         existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise FileProblem(
@@ -67,8 +71,18 @@ class RunFiles:
                 "choose another logging.run_directory",
             )
 
-    def open(self, config: RunConfig, provenance: dict[str, Any], *, resumed_step: int) -> None:
-        """Starts or goes on with the files; records after `resumed_step` are dropped, they come again."""
+    def open(
+        self,
+        config: RunConfig,
+        provenance: dict[str, Any],
+        *,
+        resumed_step: int,
+        branch: Branch | None = None,
+    ) -> None:
+        """Starts or goes on with the files; records after `resumed_step` are dropped, they come again.
+
+        Of a new run that is a branch, those of the trunk until then are its own.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         # They tell of a session that has ended, and this one has not.
         for name in ("stopped.json", "summary.json"):
@@ -77,10 +91,12 @@ class RunFiles:
         write_file(self.directory / "config.yaml", resolved)
         self._write_provenance(resolved, provenance, resumed_step)
         metrics = self.directory / "metrics.jsonl"
-        kept = []
-        if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _is_up_to(line, resumed_step)]
+        if branch is not None:
+            kept = branch.read_metrics(config)
+        elif metrics.exists():
+            kept = read_until(metrics, resumed_step)
+        else:
+            kept = []
         write_file(metrics, "".join(line + "\n" for line in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
         if self._with_tensorboard:
@@ -105,6 +121,21 @@ class RunFiles:
         assert self._metrics is not None, "open() comes first"
         os.fsync(self._metrics.fileno())
 
+    def check_is_own(self) -> None:
+        """Raises `FileProblem` where another session of the run has begun since, whose files these are then.
+
+        A scheduler that lost sight of a node starts the run elsewhere, while its processes may go on.
+        """
+        path = self.directory / "run.json"
+        newest = json.loads(path.read_text(encoding="utf-8"))["sessions"][-1]
+        if newest["session"] != self._session:
+            begun = f"on {newest['host']} at {newest['started_at']}"
+            raise FileProblem(
+                path,
+                f"tells of a session that began {begun}, after this one",
+                "leave the run to it, or stop it and go on with checkpoint.resume=true",
+            )
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json and closes the other files."""
         write_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -126,13 +157,23 @@ class RunFiles:
         path = self.directory / "run.json"
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        session = {"started_at": started, "from_step": resumed_step, **provenance}
-        first = sessions[0] if sessions else session
+        sessions.append(
+            {
+                "session": self._session,
+                "host": socket.gethostname(),
+                "started_at": started,
+                "from_step": resumed_step,
+                **provenance,
+            }
+        )
+        # Each that began anew: the last of those is what the run has come from.
+        begun_with = [session.get("initial_weights") for session in sessions if session["from_step"] == 0]
         record = {
-            **session,
-            "started_at": first["started_at"],
+            **sessions[-1],
+            "started_at": sessions[0]["started_at"],
+            "initial_weights": begun_with[-1] if begun_with else None,
             "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
-            "sessions": [*sessions, session],
+            "sessions": sessions,
         }
         write_file(path, json.dumps(record, indent=2) + "\n")
 
@@ -155,55 +196,3 @@ def _describe_git() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-# What may change when a run is gone on with: nothing that decides samples, weights or losses, but for
-# what is done about steps that would do harm.
-MAY_CHANGE = (
-    "health.",
-    "logging.",
-    "evaluation.",
-    "checkpoint.",
-    "parallel.",
-    "optimizer.distributed",
-    "training.micro_batch_size",
-    "training.recompute",
-    "data.index_cache",
-    "training.stop_after_steps",
-    "training.stop_after_seconds",
-    "training.collective_timeout_minutes",
-)
-
-
-def _check_goes_on(config: RunConfig) -> None:
-    """Raises `FieldError` where the run directory's run had another config or other data."""
-    directory = Path(config.logging.run_directory)
-    if (directory / "config.yaml").exists():
-        old = flatten_tree(load_run_config(directory / "config.yaml").model_dump(mode="json"))
-        new = flatten_tree(config.model_dump(mode="json"))
-        for field in dict.fromkeys([*new, *old]):
-            if new.get(field) != old.get(field) and not field.startswith(MAY_CHANGE):
-                raise FieldError(
-                    field,
-                    new.get(field),
-                    f"was {old.get(field)} in the run that is to be gone on with ({directory})",
-                    "put it back, or choose another logging.run_directory",
-                )
-    if (directory / "run.json").exists():
-        corpus = json.loads((directory / "run.json").read_text(encoding="utf-8"))["corpus"]
-        for prefix in config.data.prefixes:
-            recorded = corpus.get(Path(prefix).name, {}).get("bin_sha256")
-            if recorded != load_manifest(prefix).bin_sha256:
-                raise FieldError(
-                    "data.prefixes",
-                    prefix,
-                    f"holds other tokens than the run in {directory} began with",
-                    "give those, or choose another logging.run_directory",
-                )
-
-
-def _is_up_to(line: str, step: int) -> bool:
-    try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError):
-        return False  # a line cut short by a crash

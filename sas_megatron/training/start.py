@@ -9,6 +9,7 @@ from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
 from sas_megatron.platform.launcher import is_first_rank, launched_world_size
+from sas_megatron.training.continuation import find_branch
 from sas_megatron.training.run_files import RunFiles
 from sas_megatron.training.stopping import Ending, StopRequest
 
@@ -23,8 +24,11 @@ def check(config: RunConfig, *, world_size: int) -> None:
     open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_rank())
     RunFiles.check_directory(config)
     goes_on = config.checkpoint.resume and find_checkpoints(RunFiles.checkpoints(config))
-    if config.checkpoint.initial_weights is not None and not goes_on:
+    if goes_on:
+        return
+    if config.checkpoint.initial_weights is not None:
         find_weights(Path(config.checkpoint.initial_weights), config)
+    find_branch(config)
 
 
 def train(config: RunConfig) -> Ending:

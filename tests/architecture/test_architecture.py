@@ -15,7 +15,7 @@ LONGEST_FILE_LINES = 400
 # What may be read and computed on a machine without torch, at the speed of a command line.
 WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
-    *sorted((PACKAGE / "scaling").glob("*.py")),
+    *sorted((PACKAGE / "scaling").rglob("*.py")),
     *(
         PACKAGE / "model" / name
         for name in (
@@ -36,6 +36,16 @@ WITHOUT_TORCH = [
             "manifest.py",
             "weights_record.py",
             "weights_source.py",
+        )
+    ),
+    *(
+        PACKAGE / "evaluation" / name
+        for name in (
+            "__init__.py",
+            "generation_settings.py",
+            "start.py",
+            "task_settings.py",
+            "window_settings.py",
         )
     ),
     *(

@@ -142,18 +142,22 @@ def test_leaving_out_the_gradient_sum_is_noticed(ranks: Any, exchange: str) -> N
         layer_case.joined(case, by_rank)
 
 
-def _uneven_tokens(case: LayerCase, tensor: int) -> Any:
-    kept, layer_case.LENGTH = layer_case.LENGTH, 7
+def _of_length(length: int, case: LayerCase, tensor: int) -> Any:
+    kept, layer_case.LENGTH = layer_case.LENGTH, length
     try:
         return layer_case.on_rank(case, tensor)
     finally:
         layer_case.LENGTH = kept
 
 
-def test_tokens_need_not_divide_by_the_ranks(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+# Times three sequences: uneven shares, and three tokens for four ranks.
+@pytest.mark.parametrize("length", [7, 1])
+def test_tokens_need_not_divide_by_the_ranks(
+    ranks: Any, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
     case = LayerCase.of(exchange="all_to_all", **OPERATORS["grouped"])
-    by_rank = ranks(4).run(_uneven_tokens, case, 4)
-    monkeypatch.setattr(layer_case, "LENGTH", 7)
+    by_rank = ranks(4).run(_of_length, length, case, 4)
+    monkeypatch.setattr(layer_case, "LENGTH", length)
     expected = layer_case.by_definition.__wrapped__(case.attention, case.dtype)
     actual = layer_case.joined(case, by_rank)
     assert_near(actual.output, expected.output, case.dtype, "output")

@@ -188,11 +188,19 @@ def test_weights_that_do_not_fit_are_refused_on_every_rank(ranks: Any, tmp_path:
         f"embedding.word_embeddings.weight is [48, 20], and the config asks for [46, 20]; {remedy}"
         in problem(model={"vocab_multiple": 2})
     )
+    file = folder / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    whole = file.replace(folder / "whole")
+    file.write_bytes(content)
+    assert "holds other weights than were written (weights_sha256 in weights.json)" in problem()
+    whole.replace(file)
     record = json.loads((folder / "weights.json").read_text())
     (folder / "weights.json").write_text(json.dumps({**record, "schema_version": 7}))
     assert "is newer than format 1; update the package" in problem()
     (folder / "weights.json").write_text(json.dumps(record))
     weights.pop("decoder.layers.1.mlp.linear_fc2.weight")
     write_model(whole_model(alone, weights), tmp_path / "less")
-    (tmp_path / "less" / "weights.safetensors").replace(folder / "weights.safetensors")
+    for name in ("weights.safetensors", "weights.json"):
+        (tmp_path / "less" / name).replace(folder / name)
     assert "holds 2 tables and 6,740 other parameters, of 7,300 in the config; import it again" in problem()

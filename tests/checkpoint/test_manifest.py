@@ -25,6 +25,7 @@ from sas_megatron.checkpoint.manifest import (
     verify_checkpoint,
 )
 from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.training import CheckpointConfig
 
 
 def write(folder: Path, step: int) -> Path:
@@ -53,7 +54,7 @@ def test_the_newest_comes_first_and_what_is_unfinished_is_none(tmp_path: Path) -
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     (write(tmp_path, 3) / "weights").write_text("damaged")
     verify_checkpoint(write(tmp_path, 3))
-    remove_old(tmp_path, keep_last=None, keep_every=None)
+    remove_old(tmp_path, keep_last=None, keeps_for_good=lambda _: False)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
 
 
@@ -121,23 +122,25 @@ def test_other_versions_are_refused_and_not_taken_for_damage(
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "left"),
+    ("keep_last", "keep_every", "at_steps", "left"),
     [
-        (None, None, [6, 5, 4, 3, 2, 1]),
-        (2, None, [6, 5]),
-        (9, None, [6, 5, 4, 3, 2, 1]),
-        (1, 2, [6, 4, 2]),
-        (2, 3, [6, 5, 3]),
+        (None, None, None, [6, 5, 4, 3, 2, 1]),
+        (2, None, None, [6, 5]),
+        (9, None, None, [6, 5, 4, 3, 2, 1]),
+        (1, 2, None, [6, 4, 2]),
+        (2, 3, None, [6, 5, 3]),
+        (1, None, [2, 3], [6, 3, 2]),
     ],
 )
-def test_retention_keeps_the_newest_and_every_so_manieth(
-    tmp_path: Path, keep_last: int | None, keep_every: int | None, left: list[int]
+def test_retention_keeps_the_newest_every_so_manieth_and_those_asked_for(
+    tmp_path: Path, keep_last: int | None, keep_every: int | None, at_steps: list[int] | None, left: list[int]
 ) -> None:
     for step in range(1, 7):
         write(tmp_path, step)
     (tmp_path / "iter_0000007.partial").mkdir()
     (tmp_path / "not_ours").mkdir()
-    remove_old(tmp_path, keep_last=keep_last, keep_every=keep_every)
+    settings = CheckpointConfig(keep_last=keep_last, keep_every=keep_every, at_steps=at_steps)
+    remove_old(tmp_path, keep_last=keep_last, keeps_for_good=settings.keeps_for_good)
     assert steps(tmp_path) == left
     assert len(list(tmp_path.iterdir())) == len(left) + 1
 
@@ -147,10 +150,10 @@ def test_retention_does_not_count_what_is_damaged(tmp_path: Path) -> None:
         write(tmp_path, step)
     shutil.rmtree(tmp_path / "iter_0000005" / "deeper")
     (tmp_path / "iter_0000003" / "weights").write_bytes(b"cut")
-    remove_old(tmp_path, keep_last=1, keep_every=None)
+    remove_old(tmp_path, keep_last=1, keeps_for_good=lambda _: False)
     assert steps(tmp_path) == [5, 4]
     (tmp_path / "iter_0000004" / "manifest.json").write_text("{")
-    remove_old(tmp_path, keep_last=1, keep_every=None)
+    remove_old(tmp_path, keep_last=1, keeps_for_good=lambda _: False)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["iter_0000005", "iter_0000004"]
 
 

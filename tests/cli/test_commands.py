@@ -73,6 +73,7 @@ def test_of_many_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
         ["--version"],
         ["train", "--help"],
         ["costs", "--help"],
+        ["fit", "--help"],
         ["checkpoint", "import", "-h"],
     ],
 )

@@ -11,10 +11,8 @@ from sas_megatron.config.attention import KINDS, resolve_kind
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import build_run_config, dump_yaml, load_run_config, read_yaml
 from sas_megatron.config.run import RunConfig
-from tests.conftest import ROOT
-from tests.run_configs import small_config
+from tests.run_configs import SHIPPED, small_config
 
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 SMALL = """\
 model: {num_layers: 2, hidden_size: 20, ffn_hidden_size: 28, vocab_size: 45}
 attention: {kind: sas, num_heads: 4, head_dim: 6}

@@ -25,7 +25,7 @@ def local_losses(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A SLURM cluster of two nodes."""
+    """A SLURM cluster of two nodes, which are not lost however busy this machine is."""
     if reason := lacking_for_slurm():
         pytest.skip(reason)
     with running_cluster() as cluster:

@@ -22,6 +22,8 @@ from tests.small_data import SmallData
 # For a busy machine, beyond what is claimed.
 MARGIN_SECONDS = 30
 RUN_SECONDS = 240
+# What a message may take to come.
+SECONDS_TO_SAY = 60
 
 
 class Nodes:

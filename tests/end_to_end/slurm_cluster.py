@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -17,12 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.end_to_end.system_packages import lacking
+from tests.end_to_end.started_processes import processes_with
+from tests.system_packages import lacking
 
 # One debian package each (tests/install_system_packages.sh).
 DAEMONS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
-NUM_NODES = 2
 SECONDS_TO_START = 60
+# After so long without an answer a node is lost; long where none is to be, on a busy machine.
+SECONDS_TO_LOSE_A_NODE = 300
 
 CONFIG = """
 ClusterName=onemachine
@@ -41,7 +44,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 ReturnToService=2
 KillWait=30
-SlurmdTimeout=300
+SlurmdTimeout={seconds_to_lose_a_node}
 MinJobAge=300
 PropagateResourceLimits=NONE
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -55,19 +58,27 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 SlurmdParameters=config_overrides
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+# What is submitted there takes the nodes from jobs of the other.
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
 class SlurmCluster:
-    """Two nodes of four processors, each with `gpus` files that stand for GPUs to SLURM, not to torch."""
+    """Nodes of four processors, each with `gpus` files that stand for GPUs to SLURM, not to torch."""
 
-    def __init__(self, *, gpus: int = 2) -> None:
+    def __init__(
+        self, *, nodes: int = 2, gpus: int = 2, seconds_to_lose_a_node: int = SECONDS_TO_LOSE_A_NODE
+    ) -> None:
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         # munge's socket wants a short path, and a folder that others can enter.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
         for name in ("state", "log", "munge", "spool", "gpus"):
             (self.folder / name).mkdir()
-        self._write_config(gpus)
+        self._write_config(gpus, seconds_to_lose_a_node)
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def start(self) -> None:
@@ -79,12 +90,32 @@ class SlurmCluster:
         options = [f"--{name}={munge / name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
         self._call("munged", "--force", f"--key-file={key}", "--num-threads=2", *options)
         self._call("slurmctld")
-        for node in range(1, NUM_NODES + 1):
-            self._call("slurmd", "-N", f"node{node}")
+        for node in self.nodes:
+            self.start_node(node)
         deadline = time.monotonic() + SECONDS_TO_START
-        while self.call("sinfo", "-h", "-N", "-o", "%T").split() != ["idle"] * NUM_NODES:
+        while self.call("sinfo", "-h", "-N", "--partition=main", "-o", "%T").split() != ["idle"] * len(
+            self.nodes
+        ):
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.2)
+
+    def start_node(self, node: str) -> None:
+        """Also brings one back that was lost."""
+        self._call("slurmd", "-N", node)
+
+    def kill_daemon(self, node: str) -> None:
+        """What runs on the node goes on, and SLURM no longer knows."""
+        os.kill(int((self.folder / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+
+    def kill_node(self, node: str) -> None:
+        """As by a power cut: its daemon, the keepers of its job steps, and all that they have started."""
+        self.kill_daemon(node)
+        tasks = processes_with(SLURM_CONF=self.environment["SLURM_CONF"], SLURMD_NODENAME=node)
+        keepers = {parent for task in tasks if (parent := _keeper_of(task)) is not None}
+        # First those who would tell of the others.
+        for pid in (*keepers, *tasks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """Cancels what runs, ends the daemons, and waits for them."""
@@ -148,16 +179,16 @@ class SlurmCluster:
         files = sorted((self.folder / "log").iterdir())
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in files)
 
-    def _write_config(self, gpus: int) -> None:
-        port, *node_ports = _free_ports(1 + NUM_NODES)
-        lines = [CONFIG.format(folder=self.folder, port=port)]
-        for node, node_port in enumerate(node_ports, start=1):
-            (self.folder / "spool" / f"node{node}").mkdir()
+    def _write_config(self, gpus: int, seconds_to_lose_a_node: int) -> None:
+        port, *node_ports = _free_ports(1 + len(self.nodes))
+        values = {"folder": self.folder, "port": port, "seconds_to_lose_a_node": seconds_to_lose_a_node}
+        lines = [CONFIG.format(**values)]
+        for node, node_port in zip(self.nodes, node_ports, strict=True):
+            (self.folder / "spool" / node).mkdir()
             lines.append(
-                f"NodeName=node{node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_port} CPUs=4 "
+                f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_port} CPUs=4 "
                 f"RealMemory=8000 Gres=gpu:{gpus}"
             )
-        lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         for number in range(gpus):
             (self.folder / "gpus" / f"nvidia{number}").touch()
@@ -179,14 +210,23 @@ class SlurmCluster:
         assert done.returncode == 0, self.logs()
 
 
+def _keeper_of(task: int) -> int | None:
+    """The process by which a node's daemon has started a task of a job, if it is that task's parent."""
+    with contextlib.suppress(OSError):
+        _, parent, *_ = Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()
+        if Path(f"/proc/{parent}/comm").read_text() == "slurmstepd\n":
+            return int(parent)
+    return None
+
+
 def lacking_for_slurm() -> str | None:
     """What this machine lacks for a cluster; None: nothing."""
     return lacking(DAEMONS, needs_root=True)
 
 
 @contextlib.contextmanager
-def running_cluster() -> Iterator[SlurmCluster]:
-    cluster = SlurmCluster()
+def running_cluster(**options: int) -> Iterator[SlurmCluster]:
+    cluster = SlurmCluster(**options)
     try:
         cluster.start()
         yield cluster
@@ -195,8 +235,12 @@ def running_cluster() -> Iterator[SlurmCluster]:
 
 
 def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Below those that the kernel gives away: a lost node's must still be free when it returns."""
+    found: list[int] = []
+    for port in random.sample(range(10_000, 20_000), 1_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == number:
+            return found
+    raise AssertionError("no free ports")

@@ -15,6 +15,7 @@ import pytest
 
 from tests.end_to_end.nodes import (
     MARGIN_SECONDS,
+    SECONDS_TO_SAY,
     Nodes,
     free_port,
     losses,
@@ -27,8 +28,6 @@ from tests.end_to_end.two_hosts import ADDRESSES, lacking_for_ssh, running_hosts
 from tests.small_data import SmallData
 
 HOST = socket.gethostname()
-# What a message may take to come.
-SECONDS_TO_SAY = 60
 # Two launchers on two busy cores need longer to come than JOIN_SECONDS' default.
 PATIENT = {"JOIN_SECONDS": "200"}
 
@@ -74,15 +73,10 @@ def test_torchrun_restarts_a_killed_rank_on_two_nodes_from_the_checkpoint(
     assert {parts[2] for parts in kept} == {"attempt_0", "attempt_1"}
 
 
+@pytest.mark.longer
 def test_nodes_without_a_rank_find_their_places_by_arrival(
-    nodes: Nodes,
-    small_data: SmallData,
-    tmp_path: Path,
-    local_losses: list[float],
-    request: pytest.FixtureRequest,
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
-    if not request.config.getoption("--whole-table"):
-        pytest.skip("a longer test, of tests/run.sh --all")
     start_two(nodes, "launch/torchrun.sh", str(write_config(small_data, tmp_path)), NODE_RANK="")
     assert nodes.wait() == [0, 0], nodes.output()
     assert losses(tmp_path / "run") == local_losses
@@ -103,19 +97,22 @@ def test_deepspeed_trains_on_two_nodes_without_ssh(
     ]
 
 
+def over_ssh(hosts: dict[str, str]) -> dict[str, str]:
+    return {
+        "PATH": f"{hosts['PATH_OF_SSH']}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOSTFILE": hosts["HOSTFILE"],
+        "MASTER_ADDR": ADDRESSES["node1"],
+        "MASTER_PORT": free_port(),
+    }
+
+
 def test_deepspeed_trains_on_two_hosts_over_ssh(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
     if reason := lacking_for_ssh():
         pytest.skip(reason)
     with running_hosts() as hosts:
-        environment = {
-            "PATH": f"{hosts['PATH_OF_SSH']}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "HOSTFILE": hosts["HOSTFILE"],
-            "MASTER_ADDR": ADDRESSES["node1"],
-            "MASTER_PORT": free_port(),
-        }
-        nodes.start("launch/deepspeed.sh", str(write_config(small_data, tmp_path)), **environment)
+        nodes.start("launch/deepspeed.sh", str(write_config(small_data, tmp_path)), **over_ssh(hosts))
         assert nodes.wait() == [0], nodes.output()
         assert not nodes.processes()
     assert losses(tmp_path / "run") == local_losses
@@ -134,47 +131,76 @@ def said_in_time(nodes: Nodes, begun: float) -> list[str]:
     return re.findall(r"^sas-megatron: error: (.*)$", nodes.output(), re.MULTILINE)
 
 
+SCRIPTS = ["launch/torchrun.sh", "launch/deepspeed.sh"]
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_first_node_that_nobody_knows_is_named(
-    nodes: Nodes, small_data: SmallData, tmp_path: Path, rank: str
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, rank: str, script: str
 ) -> None:
     begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
-    nodes.start(
-        "launch/torchrun.sh", "1", config, NNODES="2", NODE_RANK=rank, MASTER_ADDR="no-such-host.invalid"
-    )
+    nodes.start(script, "1", config, NNODES="2", NODE_RANK=rank, MASTER_ADDR="no-such-host.invalid")
     (error,) = said_in_time(nodes, begun)
     assert error.startswith(f"MASTER_ADDR=no-such-host.invalid: is not known on {HOST}")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_first_node_that_does_not_answer_is_named(
-    nodes: Nodes, small_data: SmallData, tmp_path: Path
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str
 ) -> None:
     begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
     place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    nodes.start("launch/torchrun.sh", "1", config, **place, JOIN_SECONDS="2")
+    nodes.start(script, "1", config, **place, JOIN_SECONDS="2")
     (error,) = said_in_time(nodes, begun)
     assert f"did not answer {HOST} at MASTER_PORT={place['MASTER_PORT']} within 2 s" in error
 
 
-def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str) -> None:
     begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        nodes.start("launch/torchrun.sh", "1", config, **place)
+        nodes.start(script, "1", config, **place)
         (error,) = said_in_time(nodes, begun)
     assert error.startswith(f"MASTER_PORT={port}: cannot be listened at on {HOST} (Address already in use)")
 
 
-def test_a_first_node_that_stays_alone_ends(nodes: Nodes, small_data: SmallData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_first_node_that_stays_alone_ends(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str
+) -> None:
     begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
     place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    nodes.start("launch/torchrun.sh", "1", config, **place, JOIN_SECONDS="3")
-    assert not said_in_time(nodes, begun)
+    nodes.start(script, "1", config, **place, JOIN_SECONDS="3")
+    errors = said_in_time(nodes, begun)
     assert "1/2 clients joined" in nodes.output()
+    if script == "launch/deepspeed.sh":
+        (error,) = errors
+        address = f"127.0.0.1:{place['MASTER_PORT']}"
+        assert error.startswith(f"WORLD_SIZE=2: not all ranks came to {address} within 3 s (")
+    else:
+        assert not errors, "torchrun says it"
+
+
+@pytest.mark.longer
+def test_hosts_do_not_wait_long_for_one_that_ssh_does_not_know(
+    nodes: Nodes, small_data: SmallData, tmp_path: Path
+) -> None:
+    if reason := lacking_for_ssh():
+        pytest.skip(reason)
+    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    with running_hosts() as hosts:
+        (tmp_path / "hosts").write_text("node1 slots=1\nno-such-host.invalid slots=1\n")
+        place = {**over_ssh(hosts), "HOSTFILE": str(tmp_path / "hosts"), "JOIN_SECONDS": "5"}
+        nodes.start("launch/deepspeed.sh", config, **place)
+        assert not said_in_time(nodes, begun), "pdsh puts the host before it"
+    assert "Could not resolve hostname no-such-host.invalid" in nodes.output()
+    assert nodes.output().count("sas-megatron: error: WORLD_SIZE=2: not all ranks came to") == 1
 
 
 def test_a_run_directory_that_nodes_do_not_share_is_refused_by_one_rank(

@@ -66,6 +66,12 @@ def test_a_variant_from_outside_is_trained_and_its_costs_are_counted(
     # Two layers of 48 hidden columns, six heads of twelve features of queries and keys.
     assert summary["parameters"]["qkv"] == 2 * 48 * 12 * 6
 
+    prompt = ["--prompt", "import os", "--max-new-tokens", "3", "--json"]
+    generated = command(installed, "generate", tmp_path / "run", *prompt)
+    assert generated.returncode == 0, generated.stderr
+    # Two layers of two keys of twelve features in float32, and no values.
+    assert json.loads(generated.stdout)["kv_cache"]["bytes_per_token_and_rank"] == 2 * 2 * 12 * 4
+
     counted = command(installed, "costs", config, "--json")
     assert counted.returncode == 0, counted.stderr
     assert json.loads(counted.stdout)[str(config)]["parameters"]["terms"] == summary["parameters"]

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import socket
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
-from tests.end_to_end.nodes import losses, world_size, write_config
+from tests.end_to_end.nodes import MARGIN_SECONDS, SECONDS_TO_SAY, losses, world_size, write_config
 from tests.end_to_end.slurm_cluster import SlurmCluster
 from tests.end_to_end.test_launching import shell
 from tests.small_data import SmallData
@@ -62,6 +68,56 @@ def test_bare_srun_trains_a_rank_a_task(
     )
     assert losses(tmp_path / "run") == local_losses
     assert world_size(tmp_path / "run") == 2
+
+
+@pytest.fixture
+def taken_port() -> Iterator[str]:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        yield str(taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "a taken port",
+        "a world size that does not fit",
+        "an unknown host",
+        pytest.param("an unreachable host", marks=pytest.mark.longer),
+    ],
+)
+def test_what_bare_srun_cannot_start_is_said_once_and_in_time(
+    slurm: SlurmCluster, small_data: SmallData, tmp_path: Path, taken_port: str, fault: str
+) -> None:
+    # Of the addresses that are reserved for documentation.
+    unreachable = {"MASTER_ADDR": "192.0.2.1", "JOIN_SECONDS": "5"}
+    variables, override, says = {
+        "a taken port": ({"MASTER_PORT": taken_port}, "", f"MASTER_PORT={taken_port}: cannot be listened at"),
+        "a world size that does not fit": ({}, "parallel.context=2", "world size=2: must be a multiple of 4"),
+        "an unknown host": (
+            {"MASTER_ADDR": "no-such.invalid"},
+            "",
+            "MASTER_ADDR=no-such.invalid: is not known",
+        ),
+        "an unreachable host": (unreachable, "", r"192\.0\.2\.1"),
+    }[fault]
+    before, begun = set(slurm.processes()), time.monotonic()
+    slurm.call(
+        *("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", f"--chdir={ROOT}", "--time=5"),
+        *(f"--output={tmp_path}/said", str(VENV / "bin" / "sas-megatron"), "train"),
+        *(str(write_config(small_data, tmp_path)), *([override] if override else [])),
+        check=False,
+        timeout=JOB_SECONDS,
+        PYTHONPATH=str(ROOT),
+        **variables,
+    )
+    assert time.monotonic() - begun < SECONDS_TO_SAY + MARGIN_SECONDS
+    said = (tmp_path / "said").read_text()
+    (error,) = re.findall(r"^sas-megatron: error: (.*)$", said, re.MULTILINE)
+    assert re.search(says, error), said
+    assert not (tmp_path / "run").exists()
+    slurm.wait_until(lambda: not set(slurm.processes()) - before, "", seconds=60)
 
 
 def test_doctor_examines_an_allocation_under_srun(slurm: SlurmCluster, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,37 +21,58 @@ WHOLE_TABLE_SEEDS = 6
 NUM_RANKS = 2
 SECONDS_TO_END = 120
 
-# Trains as `sas-megatron train` does, but that one rank kills itself, so many seconds after it enters
-# the n-th step, save or load.
+# Trains as `sas-megatron train` does, but that one rank kills itself: so many seconds after the n-th
+# step, save or load began, or as it ends where that comes first. What it was at goes to a file before.
 ENTRY = """
-import os, signal, sys, threading, time
+import json, os, signal, sys, threading, time
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.platform.device import prepare_device
 
-def kill_later(seconds):
-    def kill():
-        time.sleep(seconds)
-        os.kill(os.getpid(), signal.SIGKILL)
-    threading.Thread(target=kill, daemon=True).start()
+def die(at_end):
+    the_only_one.acquire()
+    frame = sys._current_frames()[threading.main_thread().ident]
+    place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+    with open(record, "a") as file:
+        print(json.dumps({"phases": open_phases, "at_end": at_end, "place": place}), file=file)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_later():
+    time.sleep(seconds)
+    die(at_end=False)
+
+def enter(phase):
+    global left
+    open_phases.append(phase)
+    left -= phase == wanted
+    if left == 0 and phase == wanted and os.environ["RANK"] == rank:
+        threading.Thread(target=die_later, daemon=True).start()
+
+def leave(phase):
+    if left == 0 and phase == wanted and os.environ["RANK"] == rank:
+        die(at_end=True)
+    open_phases.remove(phase)
+
+def mark(owner, name, *, enters=None, leaves=None):
+    marked = getattr(owner, name)
+    def run_marked(*args, **kwargs):
+        enters and enter(enters)
+        result = marked(*args, **kwargs)
+        leaves and leave(leaves)
+        return result
+    setattr(owner, name, run_marked)
 
 if __name__ == "__main__":
-    rank, phase, left, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+    record, rank, wanted, left, seconds = *sys.argv[1:4], int(sys.argv[4]), float(sys.argv[5])
+    the_only_one, open_phases = threading.Lock(), []
     prepare_device()
     from sas_megatron.training import loop, start
-    holder, name = {
-        "step": (loop, "train_step"),
-        "save": (loop.CheckpointSaver, "save"),
-        "load": (loop, "find_newest_whole"),
-    }[phase]
-    entered = getattr(holder, name)
-    def enter(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0 and os.environ["RANK"] == rank:
-            kill_later(seconds)
-        return entered(*args, **kwargs)
-    setattr(holder, name, enter)
-    start.train(load_run_config(sys.argv[5]))
+    mark(loop, "train_step", enters="step", leaves="step")
+    # Behind the training, too, where it is asynchronous.
+    mark(loop.CheckpointSaver, "_begin", enters="save")
+    mark(loop.CheckpointSaver, "_publish", leaves="save")
+    mark(loop, "find_newest_whole", enters="load")
+    mark(loop.Run, "_resume", leaves="load")
+    start.train(load_run_config(sys.argv[6]))
 """
 
 # Phase -> which of them may be hit, and how long to wait at most: about as long as one takes.
@@ -58,7 +80,7 @@ PHASES: dict[str, tuple[int, float]] = {"step": (4, 0.1), "save": (2, 0.3), "loa
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Five kills, or with --whole-table thirty."""
+    """Five kills, or with --whole-table thirty: fourteen while saving, eight in a step, eight loading."""
     whole = metafunc.config.getoption("--whole-table")
     metafunc.parametrize("seed", range(WHOLE_TABLE_SEEDS if whole else 1))
 
@@ -93,18 +115,26 @@ def test_a_run_whose_ranks_are_killed_ends_as_the_undisturbed_one(
     undisturbed, tortured = run("undisturbed"), run("tortured")
     ranks(NUM_RANKS).run(complete, undisturbed)
     draw = random.Random(seed)
-    job = job_of(tortured)
-    # A first attempt that saves, so that the next have something to load.
-    phases = ["save", *draw.choices(list(PHASES), k=KILLS - 2), "load"]
-    for phase in phases:
-        which, seconds = PHASES[phase]
-        moment = (phase, draw.randint(1, which), draw.uniform(0, seconds))
-        job.start_entry(ENTRY, str(draw.randrange(NUM_RANKS)), *map(str, moment), num_ranks=NUM_RANKS)
+    job, record = job_of(tortured), tmp_path / "kills.jsonl"
+    # A first attempt that has saved once, so that the next have something to load.
+    later = [*PHASES, list(PHASES)[seed % len(PHASES)]]
+    draw.shuffle(later)
+    moments = [("save", 2), *((phase, draw.randint(1, PHASES[phase][0])) for phase in later)]
+    assert len(moments) == KILLS
+    for phase, which in moments:
+        moment = (phase, which, draw.uniform(0, PHASES[phase][1]))
+        rank = draw.randrange(NUM_RANKS)
+        job.start_entry(ENTRY, str(record), str(rank), *map(str, moment), num_ranks=NUM_RANKS)
         assert job.wait(SECONDS_TO_END) == 1, f"{moment}\n{job.output()}"
         assert "-9" in job.output(), f"nobody was killed: {moment}\n{job.output()}"
         assert not job.processes()
         for path in find_checkpoints(tmp_path / "tortured" / "checkpoints"):
             verify_checkpoint(path)
+    kills = [json.loads(line) for line in record.read_text().splitlines()]
+    for (phase, _), kill in zip(moments, kills, strict=True):
+        assert phase in kill["phases"], kill
+        # For whoever runs this with -rP.
+        print(phase, "at its end" if kill["at_end"] else "within", kill["place"])
     train = ("-m", "sas_megatron", "train", str(job.config))
     job.start("torchrun", "--standalone", f"--nproc-per-node={NUM_RANKS}", *train)
     assert job.wait(SECONDS_TO_END) == 0, job.output()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.end_to_end.nodes import free_port
-from tests.end_to_end.system_packages import PATH, lacking
+from tests.system_packages import PATH, lacking
 
 PROGRAMS = {"sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh"}
 ADDRESSES = {"node1": "127.0.0.11", "node2": "127.0.0.12"}

@@ -16,13 +16,11 @@ from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.costs import count_parameters
-from tests.conftest import ROOT
 from tests.model.one_microbatch import undrawn_weights
 from tests.model.small_runs import small_runs, sweep
 from tests.model.term_tracing import term_of_name
 from tests.rank_pool import in_layout
-
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+from tests.run_configs import SHIPPED
 
 
 @contextlib.contextmanager

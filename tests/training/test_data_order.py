@@ -184,17 +184,23 @@ def test_damaged_token_files_are_refused_before_a_run(small_data: SmallData, tmp
 
 
 def test_files_written_anew_get_indices_of_their_own(small_data: SmallData, tmp_path: Path) -> None:
-    from sas_megatron.data.batches import index_cache_folder
+    from sas_megatron.data.batches import index_folder
 
     for ending in (".bin", ".idx", ".json"):
         (tmp_path / f"text{ending}").write_bytes(small_data.prefix.with_suffix(ending).read_bytes())
     data = small_data.run(tmp_path / "run", data={"prefixes": [str(tmp_path / "text")]}).data
-    before = index_cache_folder(data)
+    tokenizer = open_token_files(data, vocab_size=512)
+
+    def folder(sizes: tuple[int, int, int] = (8, 1, 0), seed: int = 1) -> Path:
+        return index_folder(data, tokenizer, sizes=list(sizes), seed=seed)
+
+    before = folder()
+    assert before.parent == tmp_path / "index_cache"
     manifest = (tmp_path / "text.json").read_text()
     sha256 = json.loads(manifest)["bin_sha256"]
     (tmp_path / "text.json").write_text(manifest.replace(sha256, sha256[::-1]))
-    assert index_cache_folder(data) != before
-    assert index_cache_folder(data).parent == tmp_path / "index_cache"
+    assert folder() != before
+    assert len({folder(), folder(sizes=(9, 1, 0)), folder(seed=2)}) == 3, "nor do other samples share any"
 
 
 def blended_documents(config: RunConfig, num_samples: int) -> list[int]:

@@ -140,14 +140,38 @@ def test_a_run_that_goes_on_does_not_ask_for_them_again(
         "evaluation": {"num_sequences": 8},
         "checkpoint": {"initial_weights": str(tmp_path / "weights"), "resume": True},
     }
+    whole = continued.of(SAS, "whole", training={"num_steps": 4}, **sections)
+    ranks(1).run(complete, whole)
     stopped = continued.of(SAS, "goes on", training={"num_steps": 4, "stop_after_steps": 2}, **sections)
     ranks(1).run(complete, stopped)
     shutil.rmtree(tmp_path / "weights")
     config = continued.of(SAS, "goes on", training={"num_steps": 4}, **sections)
     ranks(1).run(complete, config)
     losses = [record["train_loss"] for record in records(config)]
+    assert losses == [record["train_loss"] for record in records(whole)]
     assert len(losses) == 4
-    assert max(losses) < UNTRAINED - 0.8
+    assert min(losses) < UNTRAINED - 0.8
+    # Nor does its record forget them.
+    told = json.loads((continued.folder / "goes on" / "run.json").read_text())
+    weights = json.loads((continued.folder / "sas" / "weights.json").read_text())
+    assert told["initial_weights"] == {
+        "folder": str(tmp_path / "weights"),
+        "origin": str(continued.folder / "exported"),
+        "weights_sha256": weights["weights_sha256"],
+    }
+    assert [session["initial_weights"] for session in told["sessions"]] == [told["initial_weights"], None]
+
+
+def test_a_run_tells_which_checkpoint_it_began_with(continued: Continued, ranks: Any) -> None:
+    base = continued.folder / "base"
+    config = continued.of(MHA, "begun", training={"num_steps": 4}, checkpoint={"initial_weights": str(base)})
+    ranks(1).run(complete, config)
+    (newest,) = find_checkpoints(base / "checkpoints")
+    assert json.loads((continued.folder / "begun" / "run.json").read_text())["initial_weights"] == {
+        "folder": str(newest),
+        "step": 40,
+        "manifest_sha256": (newest / "manifest.sha256").read_text().split()[0],
+    }
 
 
 def test_weights_of_another_model_are_found_out_before_anything_starts(continued: Continued) -> None:
@@ -158,14 +182,15 @@ def test_weights_of_another_model_are_found_out_before_anything_starts(continued
 
 @torch.no_grad()
 def test_the_exported_model_loses_what_the_run_did(
-    continued: Continued, monkeypatch: pytest.MonkeyPatch
+    continued: Continued, ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM
 
     summary = json.loads((continued.folder / "base" / "summary.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(continued.folder / "exported")
-    tokens = torch.tensor(validation_windows(continued.of(MHA, "base")))
+    (windows,) = ranks(1).run(validation_windows, continued.of(MHA, "base"))
+    tokens = torch.tensor(windows)
     losses = [model(row[None, :-1]).logits[0].float() for row in tokens]
     found = torch.stack(
         [
@@ -177,6 +202,7 @@ def test_the_exported_model_loses_what_the_run_did(
 
 
 def validation_windows(config: RunConfig) -> list[list[int]]:
+    """On a rank."""
     from sas_megatron.data.batches import build_validation_samples
     from sas_megatron.data.tokenizer import Tokenizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sas_megatron.training.run_files import RunFiles
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
 from tests.training.test_runs import assert_end_alike, complete, records, summary
+from tests.training.training_runs import complete_disturbed
 
 
 def complete_and_listen(config: RunConfig) -> list[str]:
@@ -186,3 +188,33 @@ def test_what_decides_the_samples_may_not_change_with_the_layout(
     )
     with pytest.raises(FieldError, match=r"training\.global_batch_size=16: was 8 in the run"):
         start.check(other, world_size=2)
+
+
+def begin_another_session(run: Any) -> None:
+    """What the first rank of the same run, started elsewhere, does to the files in the fourth step."""
+    if run.progress.step == 3:
+        elsewhere = RunFiles(run.config)
+        elsewhere.open(run.config, run._provenance(), resumed_step=0)
+        elsewhere.close()
+
+
+@pytest.mark.parametrize("interval", [5, 100])
+def test_a_session_whose_run_was_taken_over_ends_and_leaves_the_files_alone(
+    ranks: Any, small_data: SmallData, tmp_path: Path, interval: int
+) -> None:
+    config = small_data.run(
+        tmp_path / "run",
+        training={"num_steps": 6},
+        evaluation={"interval": None},
+        checkpoint={"interval": interval, "resume": True},
+    )
+    with pytest.raises(AssertionError) as failure:
+        ranks(2).run(complete_disturbed, config, 0, begin_another_session)
+    says = f"FileProblem: {tmp_path}/run/run.json: tells of a session that began on {socket.gethostname()} at"
+    assert str(failure.value).count(says) == 2, "on both ranks"
+    assert not list(RunFiles.checkpoints(config).glob("*"))
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "", "it is the other's"
+    # Nobody else is there: the run goes on.
+    ranks(2).run(complete, config)
+    assert len(records(config)) == 6

@@ -1,4 +1,4 @@
-"""What tests of SLURM and ssh need beyond Python, and the skip that names what is lacking."""
+"""What tests of SLURM, ssh, networks and pages need beyond Python; a skip names what is lacking."""
 
 from __future__ import annotations
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from sas_megatron.config.errors import FileProblem, UserError
+from sas_megatron.config.errors import UserError
 from sas_megatron.parallel.gathering import gather_from_ranks
 
 T = TypeVar("T")
@@ -27,7 +26,7 @@ def together(action: Callable[[], T]) -> T:
         problem = error
     for found in gather_from_ranks(problem):
         if found is not None:
-            raise found
+            raise _met_by_all(found)
     return result  # type: ignore[return-value]  # an action that returned nothing returns None
 
 
@@ -46,24 +45,11 @@ def on_first_rank(action: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0)
     (result,) = outcome
     if isinstance(result, UserError):
-        raise result
+        raise _met_by_all(result)
     return result  # type: ignore[return-value]
 
 
-def writing(folder: Path, action: Callable[[], T]) -> Callable[[], T]:
-    """`action`, with a failure to write turned into a `FileProblem`."""
-
-    def attempt() -> T:
-        try:
-            return action()
-        # torch wraps what the file system says in a RuntimeError.
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise FileProblem(
-                folder,
-                f"cannot be written ({reason})",
-                "make room or mend the file system; the checkpoints before are whole, so go on from the "
-                "last with checkpoint.resume=true",
-            ) from error
-
-    return attempt
+def _met_by_all(error: UserError) -> UserError:
+    """So that one rank speaks for them all."""
+    error.met_by_all_ranks = True
+    return error

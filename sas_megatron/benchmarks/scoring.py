@@ -1,0 +1,124 @@
+"""Rate at which passages are scored, against the bare forward pass of the model that does it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.evaluation.scoring import Passage, score
+from sas_megatron.evaluation.trained_model import TrainedModel
+from sas_megatron.model.assembly import build_gpt_pieces
+from sas_megatron.parallel.topology import Topology
+
+# As in tasks of several choices: some tokens after a longer context, of unequal lengths.
+CHOICE_LENGTHS, CHOICE_SCORED = (24, 160), (4, 24)
+
+
+def measure_scoring(
+    config: RunConfig, topology: Topology, *, num_tokens: int, batch_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Scores made-up passages on one process, in turn with bare passes over as many tokens.
+
+    Args:
+        config: Of a run of one process; its model is drawn, and its tokenizer is not needed.
+        topology: A world of one.
+        num_tokens: That the model reads in each measurement.
+        batch_tokens: Of a batch.
+        repeats: Rounds, after one that warms up.
+
+    Returns:
+        Median tokens per second: of `choices`, passages of unequal length whose end is scored, and `texts`,
+        all tokens of windows; of bare passes, which make all logits, over rectangles of the same mean
+        length without padding; and the median ratios within rounds.
+    """
+    (piece,) = build_gpt_pieces(config)
+    model = TrainedModel(config, piece, _NoTokenizer(), topology, step=0)
+    kinds = {"choices": _choices(config, num_tokens), "texts": _texts(config, num_tokens)}
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(1 + repeats):
+        of_round = {}
+        for kind, passages in kinds.items():
+            read = sum(len(passage.tokens) - 1 for passage in passages)
+            scoring = _scoring(model, passages, batch_tokens)
+            bare = _bare_passes(piece, config, topology, passages, batch_tokens)
+            of_round[kind] = {"scoring": read / _seconds(scoring), "bare": read / _seconds(bare)}
+        rounds.append(of_round)
+    return {
+        kind: {
+            **{
+                name: statistics.median(of_round[kind][name] for of_round in rounds[1:])
+                for name in ("scoring", "bare")
+            },
+            "ratio": statistics.median(
+                of_round[kind]["scoring"] / of_round[kind]["bare"] for of_round in rounds[1:]
+            ),
+        }
+        for kind in kinds
+    }
+
+
+class _NoTokenizer(Tokenizer):
+    """For a model that only scores tokens."""
+
+    def __init__(self) -> None: ...
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _scoring(model: TrainedModel, passages: Sequence[Passage], batch_tokens: int) -> Callable[[], None]:
+    def action() -> None:
+        score(model, passages, batch_tokens=batch_tokens, vocabulary=model.config.model.vocab_size)
+
+    return action
+
+
+def _bare_passes(
+    model: Any, config: RunConfig, topology: Topology, passages: Sequence[Passage], batch_tokens: int
+) -> Callable[[], None]:
+    """The GPT over rectangles of as many tokens as the passages have together."""
+    read = sum(len(passage.tokens) - 1 for passage in passages)
+    length = round(read / len(passages))
+    num_rows = round(read / length)
+    tokens = torch.randint(config.model.vocab_size, (num_rows, length), device=topology.device)
+    positions = torch.arange(length, device=topology.device).expand_as(tokens)
+    rows = max(1, batch_tokens // length)
+
+    @torch.no_grad()
+    def action() -> None:
+        for batch, places in zip(tokens.split(rows), positions.split(rows), strict=True):
+            model(batch, places, None)
+
+    return action
+
+
+def _choices(config: RunConfig, num_tokens: int) -> list[Passage]:
+    random = np.random.default_rng(1)
+    passages: list[Passage] = []
+    while sum(len(passage.tokens) - 1 for passage in passages) < num_tokens:
+        length = int(random.integers(*CHOICE_LENGTHS))
+        passages.append(_made_up(random, config, length, int(random.integers(*CHOICE_SCORED))))
+    return passages
+
+
+def _texts(config: RunConfig, num_tokens: int) -> list[Passage]:
+    random = np.random.default_rng(2)
+    length = config.data.sequence_length
+    return [_made_up(random, config, length + 1, length) for _ in range(max(1, num_tokens // length))]
+
+
+def _made_up(random: np.random.Generator, config: RunConfig, length: int, num_scored: int) -> Passage:
+    tokens = random.integers(config.model.vocab_size, size=length, dtype=np.int32)
+    return Passage(tokens, min(num_scored, length - 1))

@@ -1,0 +1,75 @@
+"""The files that evaluations of a checkpoint leave, by default in the run's directory.
+
+evaluation/iter_0001000/summary.json   a section for each kind of evaluation: validation, files, tasks
+                        results_*.json, samples_*.jsonl   as lm-evaluation-harness writes them
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from sas_megatron.config.errors import FileProblem
+from sas_megatron.data.writing import write_file
+from sas_megatron.evaluation.held_out import HeldOutLoss
+from sas_megatron.evaluation.start import FoundModel, run_directory_of
+
+SUMMARY = "summary.json"
+SCHEMA = 1
+
+
+def results_folder(found: FoundModel, output: Path | None) -> Path:
+    """Of a checkpoint within `output`, by default `evaluation` in the run's directory."""
+    return (output or run_directory_of(found.checkpoint) / "evaluation") / found.checkpoint.resolve().name
+
+
+def write_results(folder: Path, found: FoundModel, section: str, results: dict[str, Any]) -> Path:
+    """Puts the results of one kind of evaluation into the summary, in place of earlier ones of this kind.
+
+    Raises:
+        FileProblem: the summary that is there cannot be read, or none can be written.
+    """
+    path = folder / SUMMARY
+    summary = _read(path) if path.exists() else {}
+    summary |= {
+        "schema": SCHEMA,
+        "checkpoint": str(found.checkpoint.resolve()),
+        "attention": found.config.attention.kind,
+        section: {
+            "evaluated_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "parallel": found.config.parallel.model_dump(exclude_defaults=True),
+            **results,
+        },
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise FileProblem(
+            path, f"cannot be written ({error.strerror})", "name a folder with --output"
+        ) from error
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["schema"] == SCHEMA:
+            return dict(found)
+        problem = f"has schema {found['schema']}, and this program writes {SCHEMA}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"is no summary of evaluations ({error!r})"
+    raise FileProblem(path, problem, "take it away, or name another folder with --output")
+
+
+def describe_loss(held_out: HeldOutLoss) -> dict[str, Any]:
+    """As the files have it; bits per byte are null where the tokens stand for no text."""
+    return {
+        "loss": held_out.loss,
+        "perplexity": held_out.perplexity,
+        "bits_per_byte": held_out.bits_per_byte if held_out.num_bytes else None,
+        "num_tokens": held_out.num_tokens,
+        "num_bytes": held_out.num_bytes,
+    }

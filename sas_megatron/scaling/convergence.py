@@ -1,0 +1,157 @@
+"""Convergence saving: by how many fewer steps a run reaches another's final loss.
+
+The claim of the SAS paper (arXiv 2507.07694) is of this kind: the baseline's loss in 40 % fewer steps. It
+means something only where both runs' learning rates are alike at every step; other pairs get a reason and no
+number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from sas_megatron.scaling.laws.points import SAME_LEVEL
+from sas_megatron.scaling.numbers import format_loss
+from sas_megatron.scaling.outcomes import LossCurve
+from sas_megatron.scaling.seed_noise import LEVEL
+
+CONSTANT = "constant"
+FALLING = (
+    "The candidate is read before its learning rate had finished falling, the reference after: that "
+    "understates the saving."
+)
+
+
+@dataclass(frozen=True)
+class ConvergenceSaving:
+    """A pair of runs; `saving` is the share of the reference's steps not needed, None with a reason.
+
+    `loss` is the reference's at its end.
+    """
+
+    seed: int
+    loss: float | None
+    reference_steps: int
+    steps: float | None
+    saving: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class MeanSaving:
+    """Over the seeds of one size and budget; the interval is None with fewer than two savings."""
+
+    reference: str
+    candidate: str
+    size: str
+    budget: str
+    saving: float | None
+    interval: tuple[float, float] | None
+    pairs: tuple[ConvergenceSaving, ...]
+    text: str
+
+
+def find_savings(curves: Sequence[LossCurve], *, reference: str, candidate: str) -> tuple[MeanSaving, ...]:
+    """Savings of each size and budget that both variants were trained on, by seeds that both have."""
+    runs = {(curve.variant, curve.size, curve.budget, curve.seed): curve for curve in curves}
+    cells = sorted({(curve.size, curve.budget) for curve in curves if curve.variant == candidate})
+    found = []
+    for cell in cells:
+        seeds = sorted(
+            curve.seed
+            for curve in curves
+            if curve.variant == candidate
+            and (curve.size, curve.budget) == cell
+            and (reference, *cell, curve.seed) in runs
+        )
+        pairs = tuple(
+            find_saving(runs[(reference, *cell, seed)], runs[(candidate, *cell, seed)]) for seed in seeds
+        )
+        if pairs:
+            falling = runs[(candidate, *cell, seeds[0])].schedule != CONSTANT
+            found.append(_average(reference, candidate, cell, pairs, falling=falling))
+    return tuple(found)
+
+
+def find_saving(reference: LossCurve, candidate: LossCurve) -> ConvergenceSaving:
+    """When the candidate first reaches the reference's final loss, on the line between its evaluations."""
+    planned = reference.planned_steps
+    if reason := _say_incomparable(reference, candidate):
+        return ConvergenceSaving(candidate.seed, None, planned, None, None, reason)
+    loss, last = reference.losses[-1], reference.steps[-1]
+    steps = find_first_step(candidate, loss)
+    if steps is None:
+        reason = (
+            f"{candidate.variant} does not reach {format_loss(loss)} in its {candidate.steps[-1]:,} steps"
+        )
+        return ConvergenceSaving(candidate.seed, loss, last, None, None, reason)
+    return ConvergenceSaving(candidate.seed, loss, last, steps, 1 - steps / last, None)
+
+
+def find_first_step(curve: LossCurve, loss: float) -> float | None:
+    """The first step at which the curve is at the loss or below; None where it never is."""
+    if curve.losses[0] <= loss:
+        return float(curve.steps[0])
+    points = zip(curve.steps, curve.losses, strict=True)
+    for (step, before), (next_step, after) in itertools.pairwise(points):
+        if after <= loss:
+            return step + (next_step - step) * (before - loss) / (before - after)
+    return None
+
+
+def _say_incomparable(reference: LossCurve, candidate: LossCurve) -> str | None:
+    names = f"{candidate.variant} and {reference.variant}"
+    for curve in (reference, candidate):
+        if not curve.losses or not np.isfinite(curve.losses).all():
+            return f"{curve.variant} has no loss at some of its evaluations, or none at all"
+    if reference.steps[-1] < reference.planned_steps:
+        reached = f"{reference.steps[-1]:,} of {reference.planned_steps:,}"
+        return f"{reference.variant} was evaluated up to step {reached}"
+    if reference.schedule != candidate.schedule:
+        return (
+            f"{names} have different schedules ({candidate.schedule} and {reference.schedule}), so a step "
+            "of one is not a step of the other"
+        )
+    if reference.planned_steps != candidate.planned_steps:
+        return (
+            f"the schedules of {names} are for {candidate.planned_steps:,} and {reference.planned_steps:,} "
+            "steps, so their learning rates differ at the same step"
+        )
+    if abs(candidate.tokens_per_step / reference.tokens_per_step - 1) > SAME_LEVEL:
+        tokens = f"{candidate.tokens_per_step:,.0f} and {reference.tokens_per_step:,.0f} tokens"
+        return f"a step of {names} takes {tokens}"
+    return None
+
+
+def _average(
+    reference: str,
+    candidate: str,
+    cell: tuple[str, str],
+    pairs: tuple[ConvergenceSaving, ...],
+    *,
+    falling: bool,
+) -> MeanSaving:
+    size, budget = cell
+    savings = [pair.saving for pair in pairs if pair.saving is not None]
+    where = f"{candidate} against {reference}, size {size}, budget {budget}"
+    if len(savings) < len(pairs):
+        # A mean over those seeds only that got there would be too good.
+        reasons = "; ".join(sorted({pair.reason for pair in pairs if pair.reason is not None}))
+        text = f"{where}: no saving, since {reasons}."
+        return MeanSaving(reference, candidate, size, budget, None, None, pairs, text)
+    mean = float(np.mean(savings))
+    interval = None
+    noise = "one seed: its noise is not known"
+    if len(savings) > 1:
+        error = float(np.std(savings, ddof=1)) / math.sqrt(len(savings))
+        reach = float(special.stdtrit(len(savings) - 1, (1 + LEVEL) / 2)) * error
+        interval = (mean - reach, mean + reach)
+        noise = f"95 % of {interval[0]:.1%} to {interval[1]:.1%}, {len(savings)} seeds"
+    text = f"{where}: {mean:.1%} fewer steps to the loss of {reference} ({noise})."
+    text = f"{text} {FALLING}" if falling else text
+    return MeanSaving(reference, candidate, size, budget, mean, interval, pairs, text)

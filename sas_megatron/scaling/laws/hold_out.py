@@ -1,0 +1,88 @@
+"""The largest runs held out and predicted from the rest: the test of a law on points that it did not see."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from sas_megatron.config.errors import FieldError
+from sas_megatron.scaling.laws.log_sum import FloatArray
+from sas_megatron.scaling.laws.loss_surface import SurfaceFit, fit_surface
+from sas_megatron.scaling.laws.points import SAME_LEVEL, Points
+from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percentile_interval
+
+
+@dataclass(frozen=True)
+class HeldOutRun:
+    """A run that the law did not see: its loss, the law's, and where 95 % of such runs should lie."""
+
+    params: float
+    tokens: float
+    loss: float
+    predicted: float
+    interval: Interval
+
+    @property
+    def relative_error(self) -> float:
+        """Prediction less measurement, as a share of the measurement."""
+        return self.predicted / self.loss - 1
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """All held-out runs, smallest FLOPs first; `reach` is their FLOPs over the largest that were fitted."""
+
+    runs: tuple[HeldOutRun, ...]
+    num_fitted: int
+    reach: float
+
+    @property
+    def root_mean_square_error(self) -> float:
+        """Of relative errors."""
+        return math.sqrt(sum(run.relative_error**2 for run in self.runs) / len(self.runs))
+
+    @property
+    def share_inside(self) -> float:
+        """Of runs in their intervals."""
+        return sum(run.interval[0] <= run.loss <= run.interval[1] for run in self.runs) / len(self.runs)
+
+
+def predict_largest(points: Points, *, share: float, num_draws: int, seed: int) -> HoldOut:
+    """Holds out the `share` of runs with the most FLOPs, with others of the same FLOPs, and predicts them.
+
+    Raises:
+        FieldError: the share is none, or what is left cannot be fitted.
+    """
+    if not 0 < share < 1:
+        raise FieldError("--hold-out", share, "must be a share of the runs between 0 and 1", "use 0.1")
+    count = max(1, math.ceil(share * len(points)))
+    threshold = np.sort(points.compute)[-count] * (1 - SAME_LEVEL)
+    largest = points.compute >= threshold
+    rest, held = points.take(~largest), points.take(largest)
+    fit = fit_surface(rest)
+    held = held.take(np.argsort(held.compute, kind="stable"))
+    predicted = fit.surface.predict(held.params, held.tokens)
+    intervals = _predict_intervals(fit, held, num_draws=num_draws, seed=seed)
+    runs = zip(held.params, held.tokens, held.loss, predicted, intervals, strict=True)
+    return HoldOut(
+        tuple(
+            HeldOutRun(float(params), float(tokens), float(loss), float(guess), interval)
+            for params, tokens, loss, guess, interval in runs
+        ),
+        len(rest),
+        float(held.compute.max() / rest.compute.max()),
+    )
+
+
+def _predict_intervals(fit: SurfaceFit, held: Points, *, num_draws: int, seed: int) -> list[Interval]:
+    """Of the bootstrap's predictions, each with a residual of the fit on top as the noise of a single run."""
+    weights_RI = draw_weights(fit.points.sizes.tolist(), num_draws=num_draws, seed=seed)
+    theta_RP = fit.problem.refit(weights_RI, fit.fit)
+    predicted_RI = fit.problem.predict(theta_RP, np.log(np.stack([held.params, held.tokens])))
+    residuals_I: FloatArray = fit.log_residuals
+    # Five parameters have taken some of the noise into the fit.
+    inflation = math.sqrt(len(residuals_I) / max(1, len(residuals_I) - len(fit.fit.theta)))
+    noise_RI = np.random.default_rng([seed, 1]).choice(residuals_I, size=predicted_RI.shape) * inflation
+    return [percentile_interval(column) for column in (predicted_RI * np.exp(-noise_RI)).T]

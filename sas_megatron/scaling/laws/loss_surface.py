@@ -1,0 +1,171 @@
+"""L(N, D) = E + A/N^α + B/D^β, and the sizes and tokens it calls best for a compute budget.
+
+Hoffmann et al. 2022 (arXiv 2203.15556), section 3.3: the law is their equation 2, the fit equation 3, the
+optimum equation 4. There C = 6 N D; here a token costs k N^p FLOPs, which the runs' own FLOPs give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sas_megatron.config.errors import FieldError
+from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, FloatArray
+from sas_megatron.scaling.laws.points import Points
+from sas_megatron.scaling.laws.sum_of_powers import Fit, SumOfPowers
+
+# Hoffmann et al. 2022 search exponents up to 2. Beyond 5 a term is a step at the smallest runs.
+LARGEST_EXPONENT = 5.0
+# A term that is nowhere more than this share of the loss is not there.
+NEGLIGIBLE_SHARE = 1e-6
+
+# By name, a value for each row of parameters.
+Quantities = dict[str, FloatArray]
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """Training FLOPs of a token, k N^p, from the points' `flops` or assumed to be 6 N."""
+
+    coefficient: float
+    exponent: float
+    source: Literal["flops", "6ND"]
+
+    @staticmethod
+    def of(points: Points) -> TokenCost:
+        """The straight line through log(FLOPs / tokens) over log N; 6 N where no FLOPs are recorded."""
+        if points.flops is None:
+            return TokenCost(6.0, 1.0, "6ND")
+        per_token = np.log(points.flops / points.tokens)
+        slope, intercept = np.polyfit(np.log(points.params), per_token, 1)
+        return TokenCost(float(np.exp(intercept)), float(slope), "flops")
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Of a budget of FLOPs: the best size, its tokens, and the loss the law gives them."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class LossSurface:
+    """The five numbers of the law, in the units of the points."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def predict(self, params: FloatArray, tokens: FloatArray) -> FloatArray:
+        """The loss of runs of those sizes and tokens."""
+        loss: FloatArray = self.E + self.A * params**-self.alpha + self.B * tokens**-self.beta
+        return loss
+
+    def optimum(self, flops: float, cost: TokenCost) -> Optimum:
+        """Where α A N^-α = p β B D^-β on k N^p D = C; for p = 1 equation 4 of Hoffmann et al. 2022."""
+        joint = self.alpha + cost.exponent * self.beta
+        balance = self.alpha * self.A / (cost.exponent * self.beta * self.B)
+        params = (balance * (flops / cost.coefficient) ** self.beta) ** (1 / joint)
+        tokens = flops / (cost.coefficient * params**cost.exponent)
+        return Optimum(flops, params, tokens, float(self.predict(np.array([params]), np.array([tokens]))[0]))
+
+
+@dataclass(frozen=True)
+class SurfaceFit:
+    """A fitted law: the numbers, and the problem and parameters that intervals start from."""
+
+    surface: LossSurface
+    points: Points
+    problem: SumOfPowers
+    fit: Fit
+
+    @property
+    def log_residuals(self) -> FloatArray:
+        """Logarithm of the predicted less that of the measured loss, of each point."""
+        residuals: FloatArray = self.problem.problem.residuals(self.fit.theta[None])[0]
+        return residuals
+
+
+def pose_surface(points: Points, *, delta: float = HUBER_DELTA) -> SumOfPowers:
+    """The law on these points, not yet fitted."""
+    return SumOfPowers.of([points.params, points.tokens], points.loss, delta=delta)
+
+
+def fit_surface(points: Points, *, delta: float = HUBER_DELTA) -> SurfaceFit:
+    """Fits the law by the sum of Huber losses of log residuals; `delta` of infinity is least squares.
+
+    Raises:
+        FieldError: the points cannot tell the law, or the loss does not fall with N or with D in them.
+    """
+    points.check_surface()
+    problem = pose_surface(points, delta=delta)
+    fit = problem.fit()
+    return _checked(points, problem, fit)
+
+
+def project_surface(points: Points) -> SurfaceFit:
+    """Fits the law by variable projection: least squares of relative residuals, non-negative coefficients.
+
+    Raises:
+        FieldError: as for `fit_surface`.
+    """
+    points.check_surface()
+    problem = pose_surface(points, delta=np.inf)
+    return _checked(points, problem, problem.fit_projected())
+
+
+def surface_quantities(problem: SumOfPowers, theta_RP: FloatArray) -> Quantities:
+    """E, A, B, alpha and beta of each row."""
+    E, A, B = problem.coefficients(theta_RP).T
+    alpha, beta = problem.exponents(theta_RP).T
+    return {"E": E, "A": A, "B": B, "alpha": alpha, "beta": beta}
+
+
+def optimal_exponents(quantities: Quantities, cost: TokenCost) -> Quantities:
+    """The powers of C in the best N, the best D, and the loss above E that they leave.
+
+    β/(α+pβ), α/(α+pβ) and αβ/(α+pβ), where a token costs k N^p.
+    """
+    alpha, beta = quantities["alpha"], quantities["beta"]
+    joint = alpha + cost.exponent * beta
+    return {
+        "params_exponent": beta / joint,
+        "tokens_exponent": alpha / joint,
+        "loss_exponent": alpha * beta / joint,
+    }
+
+
+def _checked(points: Points, problem: SumOfPowers, fit: Fit) -> SurfaceFit:
+    _check_falls(problem, fit)
+    values = {name: float(value[0]) for name, value in surface_quantities(problem, fit.theta[None]).items()}
+    return SurfaceFit(LossSurface(**values), points, problem, fit)
+
+
+def _check_falls(problem: SumOfPowers, fit: Fit) -> None:
+    exponents_TI = problem.problem.forms @ fit.theta
+    shares_TI = np.exp(exponents_TI - exponents_TI.max(axis=0))
+    shares_TI /= shares_TI.sum(axis=0)
+    for number, (name, remedy) in enumerate((("params", "sizes"), ("tokens", "token budgets"))):
+        exponent = float(problem.exponents(fit.theta[None])[0, number])
+        if exponent <= 0 or shares_TI[number + 1].max() < NEGLIGIBLE_SHARE:
+            raise FieldError(
+                "points",
+                len(problem.log_loss),
+                f"the loss does not fall with {name} in them, so the law has no meaning here",
+                f"look for runs that diverged, or add {remedy} further apart",
+            )
+        if exponent > LARGEST_EXPONENT:
+            raise FieldError(
+                "points",
+                len(problem.log_loss),
+                f"the best exponent of {name} is beyond {LARGEST_EXPONENT:g}: beside the smallest value "
+                f"the loss hardly depends on {name}",
+                f"add {remedy} further apart",
+            )

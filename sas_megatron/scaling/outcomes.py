@@ -1,0 +1,120 @@
+"""What comparisons of variants take: one finished run as a row of numbers, and loss curves."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sas_megatron.config.errors import FieldError
+from sas_megatron.scaling.laws.points import Points
+
+Axis = Literal["params", "tokens", "flops", "seconds"]
+AXES: tuple[Axis, ...] = ("params", "tokens", "flops", "seconds")
+AXIS_NAMES: dict[Axis, str] = {
+    "params": "parameters and tokens",
+    "tokens": "tokens",
+    "flops": "FLOPs",
+    "seconds": "time",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that was trained to the end of its schedule; loss is None where it diverged.
+
+    `size` and `budget` are the names that matched runs of all variants share; `flops` are all of training.
+    """
+
+    variant: str
+    size: str
+    budget: str
+    seed: int
+    params: int
+    tokens: int
+    flops: float
+    seconds: float | None
+    loss: float | None
+
+    def __post_init__(self) -> None:
+        for field in (*AXES, "loss"):
+            value = getattr(self, field)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise FieldError(
+                    f"{field} of {self.variant} {self.size} {self.budget} seed {self.seed}",
+                    value,
+                    "must be a positive number",
+                    "leave it out (None) where there is none",
+                )
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """What its seeds repeat."""
+        return self.size, self.budget
+
+    def known(self, field: Axis | Literal["loss"]) -> float:
+        """A number of the run that is known to be there."""
+        value: float | None = getattr(self, field)
+        if value is None:
+            raise ValueError(f"{self.variant} {self.cell} seed {self.seed} has no {field}")
+        return value
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Validation losses of a run by step; `planned_steps` are those its learning rate was scheduled for."""
+
+    variant: str
+    size: str
+    budget: str
+    seed: int
+    schedule: str
+    planned_steps: int
+    tokens_per_step: float
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+def choose_variant(outcomes: Sequence[Outcome], variant: str) -> list[Outcome]:
+    """The runs of one variant that have a loss.
+
+    Raises:
+        FieldError: there is none, or two are of one size, budget and seed.
+    """
+    chosen = [outcome for outcome in outcomes if outcome.variant == variant and outcome.loss is not None]
+    if not chosen:
+        known = ", ".join(sorted({outcome.variant for outcome in outcomes})) or "none"
+        raise FieldError("variant", variant, "has no run with a loss", f"choose among {known}")
+    twice = [run for run, count in Counter((*run.cell, run.seed) for run in chosen).items() if count > 1]
+    if twice:
+        size, budget, seed = twice[0]
+        raise FieldError(
+            "variant",
+            variant,
+            f"has two runs of size {size}, budget {budget}, seed {seed}",
+            "name sizes and budgets apart, or give one of the runs another seed",
+        )
+    return chosen
+
+
+def count_diverged(outcomes: Sequence[Outcome], variant: str) -> int:
+    """How many of a variant's runs have no loss."""
+    return sum(outcome.variant == variant and outcome.loss is None for outcome in outcomes)
+
+
+def gather_points(outcomes: Sequence[Outcome], variant: str) -> Points:
+    """A variant's runs as points for its law, stratified by the name of the size.
+
+    Raises:
+        FieldError: the variant has no run with a loss, or a value is not a positive number.
+    """
+    chosen = choose_variant(outcomes, variant)
+    return Points.of(
+        [outcome.params for outcome in chosen],
+        [outcome.tokens for outcome in chosen],
+        [outcome.known("loss") for outcome in chosen],
+        flops=[outcome.flops for outcome in chosen],
+        sizes=[outcome.size for outcome in chosen],
+    )

@@ -1,0 +1,1 @@
+"""Studies: many runs that differ in attention, size, budget and seed, from one file."""

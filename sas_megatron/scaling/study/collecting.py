@@ -1,0 +1,167 @@
+"""Run directories -> the study's table, after making sure that its rows may stand side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from sas_megatron.config.errors import UserError
+from sas_megatron.model.costs import count_training_flops
+from sas_megatron.scaling.runs import Run, load_run
+from sas_megatron.scaling.study.plan import Plan, PlannedRun
+from sas_megatron.scaling.study.run_states import differences, has_diverged, is_done
+from sas_megatron.scaling.study.step_times import read_step_times
+from sas_megatron.scaling.study.table import Row, StudyTable
+
+# Of run.json: what would make losses of different runs incomparable.
+SAME_IN_ALL = ("corpus", "packages", "world_size")
+
+
+def collect(plan: Plan) -> StudyTable:
+    """One row for each result that the plan has, from run directories alone.
+
+    Raises:
+        UserError: a run differs from its plan, or runs from each other, in more than the study varies; says
+            in what. Or nothing has finished.
+    """
+    found = {run.name: load_run(run.directory) for run in plan.results if is_done(run)}
+    if not found:
+        raise UserError(
+            f"{plan.study.directory}: none of the study's {len(plan.results)} runs has finished; "
+            "run `sas-megatron study run` first"
+        )
+    _check_as_planned(plan, found)
+    _check_equal(list(found.values()))
+    step_times = read_step_times(plan)
+    rows = tuple(
+        _row(run, found.get(run.name), step_seconds=step_times.get(run.cell.name)) for run in plan.results
+    )
+    return StudyTable(
+        name=plan.study.directory.rstrip("/").rsplit("/", 1)[-1],
+        baseline=plan.study.baseline,
+        rows=rows,
+        collected_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        remarks=_remarks(plan, rows, list(found.values())),
+    )
+
+
+def _check_as_planned(plan: Plan, found: dict[str, Run]) -> None:
+    lines = [
+        f"  {run.name}: {field} is {has}, planned {planned}"
+        for run in plan.results
+        if run.name in found
+        for field, planned, has in differences(run.config, found[run.name].config)
+    ]
+    if lines:
+        raise UserError(
+            "these runs are not the study's; remove their directories and run them again, or put the study's "
+            "file back:\n" + "\n".join(lines[:20]) + _and_more(lines)
+        )
+
+
+def _check_equal(runs: Sequence[Run]) -> None:
+    lines = []
+    for field in SAME_IN_ALL:
+        groups = _grouped(runs, field)
+        if len(groups) > 1:
+            lines += [f"  run.json {field}: {value} in {_some(names)}" for value, names in groups.items()]
+    if lines:
+        raise UserError(
+            "these runs differ in more than the study varies; run the fewer again:\n" + "\n".join(lines)
+        )
+
+
+def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str, ...]:
+    remarks = [remark for run in runs for remark in run.remarks]
+    for status in ("missing", "diverged"):
+        names = [row.run for row in rows if row.status == status]
+        if names:
+            remarks.append(f"{len(names)} of {len(rows)} runs are {status}: {_some(names)}.")
+    for field, effect in (
+        ("machine", "their seconds do not compare"),
+        ("git", "the package changed while the study ran"),
+    ):
+        groups = _grouped(runs, field)
+        if len(groups) > 1:
+            told = "; ".join(f"{value} in {_some(names)}" for value, names in groups.items())
+            remarks.append(f"Runs name different {field}s, so {effect}: {told}.")
+    return tuple(remarks)
+
+
+def _row(planned: PlannedRun, run: Run | None, *, step_seconds: float | None) -> Row:
+    config, cell = planned.config, planned.cell
+    flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
+    counted = Row(
+        run=planned.name,
+        status="diverged" if has_diverged(planned) else "missing",
+        variant=cell.variant,
+        attention=config.attention.kind,
+        size=cell.size,
+        levels=dict(cell.levels),
+        seed=planned.seed,
+        budget=float(planned.budget),
+        sequence_length=config.data.sequence_length,
+        params=cell.parameters,
+        params_without_embeddings=cell.parameters_without_embeddings,
+        tokens=planned.tokens,
+        steps=config.training.num_steps,
+        training_flops=planned.tokens * sum(flops_per_token.values()),
+        flops_6nd=6.0 * cell.parameters * planned.tokens,
+        flops_per_token=flops_per_token,
+        learning_rate=config.optimizer.learning_rate,
+        global_batch_size=config.training.global_batch_size,
+        schedule=config.schedule.kind,
+        trunk=planned.trunk,
+        step_seconds=step_seconds,
+    )
+    return counted if run is None else _measured(counted, planned, run)
+
+
+def _measured(counted: Row, planned: PlannedRun, run: Run) -> Row:
+    summary = run.summary
+    curve = [point for point in run.validation_curve if point.loss is not None]
+    provenance = (planned.directory / "run.json").read_bytes()
+    return Row(
+        **{
+            **vars(counted),
+            "status": "done",
+            "loss": summary.final_validation_loss,
+            "train_loss": summary.final_train_loss,
+            "bits_per_byte": summary.validation_bits_per_byte,
+            "training_seconds": summary.training_seconds,
+            "median_step_seconds": summary.median_step_seconds,
+            "peak_memory_bytes": summary.peak_memory_bytes,
+            "world_size": summary.world_size,
+            "machine": _text(run.provenance.get("machine")),
+            "git": _text(run.provenance.get("git")),
+            "provenance_sha256": hashlib.sha256(provenance).hexdigest(),
+            "curve_steps": [point.step for point in curve],
+            "curve_tokens": [point.consumed_tokens for point in curve],
+            "curve_flops": [point.training_flops for point in curve],
+            "curve_seconds": [point.elapsed_seconds for point in curve],
+            "curve_loss": [point.loss for point in curve],
+        }
+    )
+
+
+def _grouped(runs: Sequence[Run], field: str) -> dict[str | None, list[str]]:
+    groups: dict[str | None, list[str]] = {}
+    for run in runs:
+        groups.setdefault(_text(run.provenance.get(field)), []).append(run.name)
+    return groups
+
+
+def _text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, sort_keys=True)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _and_more(lines: Sequence[str]) -> str:
+    return f"\n  and {len(lines) - 20} more" if len(lines) > 20 else ""

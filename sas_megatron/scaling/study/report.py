@@ -1,0 +1,356 @@
+"""A study's table -> report.html, summary.md, report.json and figures, in one folder.
+
+table -> analysis -> [headline, verdicts, gains, laws, figures, runs] -> page and summary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sas_megatron import __version__
+from sas_megatron.config.errors import FileProblem
+from sas_megatron.data.writing import write_file
+from sas_megatron.scaling.drawing import embed_svg, render
+from sas_megatron.scaling.gains import Gain
+from sas_megatron.scaling.laws.fit_report import report_tree
+from sas_megatron.scaling.numbers import (
+    MISSING,
+    format_count,
+    format_duration,
+    format_exact,
+    format_loss,
+    format_power,
+)
+from sas_megatron.scaling.outcomes import AXIS_NAMES
+from sas_megatron.scaling.study.analysis import SliceAnalysis, analyze
+from sas_megatron.scaling.study.figures import StudyFigure, list_figures
+from sas_megatron.scaling.study.table import Row, StudyTable
+from sas_megatron.scaling.study_comparison import StudyComparison
+
+TEMPLATE = Path(__file__).with_name("report.html")
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts, the first column of which names the row."""
+
+    headings: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one slice."""
+
+    name: str
+    verdicts: tuple[str, ...]
+    axes: Grid
+    gains: Grid | None
+    savings: tuple[str, ...]
+    laws: Grid | None
+    exponents: Grid | None
+    law_remarks: tuple[str, ...]
+    remarks: tuple[str, ...]
+    figures: tuple[StudyFigure, ...]
+    runs: Grid
+
+
+def write_study_report(table: StudyTable, folder: Path, *, num_draws: int = 1000) -> Path:
+    """Writes the report of a study; returns the page's path.
+
+    Raises:
+        FileProblem: the folder cannot be written.
+    """
+    analyses = analyze(table, num_draws=num_draws)
+    sections = [_section(analysis) for analysis in analyses]
+    page = _render_page(table, sections)
+    summary = _write_markdown(table, sections)
+    record = _as_dict(table, analyses)
+    try:
+        shutil.rmtree(folder / "figures", ignore_errors=True)
+        (folder / "figures").mkdir(parents=True)
+        for index, section in enumerate(sections):
+            for figure in section.figures:
+                stem = _figure_stem(index, section, figure)
+                for suffix in ("png", "svg"):
+                    drawn = render(figure.draw, size=figure.size, file_format=suffix)
+                    (folder / "figures" / f"{stem}.{suffix}").write_bytes(drawn)
+        write_file(folder / "report.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+        write_file(folder / "summary.md", summary)
+        write_file(folder / "report.html", page)
+    except OSError as error:
+        raise FileProblem(
+            folder, f"cannot be written ({error.strerror})", "choose another --output"
+        ) from None
+    return folder / "report.html"
+
+
+def _figure_stem(index: int, section: Section, figure: StudyFigure) -> str:
+    return f"{index + 1}_{figure.name}" if section.name else figure.name
+
+
+def _section(analysis: SliceAnalysis) -> Section:
+    return Section(
+        name=analysis.slice.name,
+        verdicts=tuple(
+            verdict.text for comparison in analysis.comparisons for verdict in comparison.verdicts
+        ),
+        axes=_verdict_grid(analysis.comparisons),
+        gains=_gain_grid(analysis.comparisons),
+        savings=tuple(saving.text for comparison in analysis.comparisons for saving in comparison.savings),
+        laws=_law_grid(analysis),
+        exponents=_exponent_grid(analysis),
+        law_remarks=_law_remarks(analysis),
+        remarks=(
+            *analysis.remarks,
+            *(remark for comparison in analysis.comparisons for remark in comparison.remarks),
+        ),
+        figures=tuple(list_figures(analysis)),
+        runs=_run_grid(analysis),
+    )
+
+
+def _verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
+    """Variant by axis: the result, the mean difference and its interval."""
+    headings = ("variant", *(f"at equal {name}" for name in AXIS_NAMES.values()))
+    lines = []
+    for comparison in comparisons:
+        cells = []
+        for verdict in comparison.verdicts:
+            text: str = verdict.result
+            if verdict.mean is not None:
+                text += f"\n{_signed(verdict.mean.difference)}"
+                if verdict.mean.interval is not None:
+                    text += f" ({_signed(verdict.mean.interval[0])} to {_signed(verdict.mean.interval[1])})"
+            cells.append(text)
+        lines.append((comparison.candidate, *cells))
+    return Grid(headings, tuple(lines))
+
+
+def _gain_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
+    """The gains at the least, the middle and the largest budget that tell one, by variant and kind."""
+    lines = []
+    for comparison in comparisons:
+        for kind, gains, format_budget in (
+            ("compute", comparison.compute_gains, lambda budget: f"{format_power(budget)} FLOPs"),
+            ("time", comparison.time_gains, format_duration),
+        ):
+            known = [gain for gain in gains or () if gain.gain is not None]
+            if not known:
+                continue
+            chosen = [known[0], known[len(known) // 2], known[-1]]
+            cells = [f"{_format_gain(gain)}\nat {format_budget(gain.budget)}" for gain in chosen]
+            lines.append((f"{comparison.candidate}, {kind}", *cells))
+    headings = ("gain", "smallest budget", "middle", "largest")
+    return Grid(headings, tuple(lines)) if lines else None
+
+
+def _format_gain(gain: Gain) -> str:
+    text = f"× {gain.gain:.3f}"
+    if gain.gain_interval is None:
+        return text
+    low, high = gain.gain_interval
+    return f"{text} ({low:.3f} to {'open' if math.isinf(high) else f'{high:.3f}'})"
+
+
+def _law_grid(analysis: SliceAnalysis) -> Grid | None:
+    lines = []
+    for law in analysis.laws:
+        if law.report is None:
+            continue
+        surface, report = law.report.fit.surface, law.report
+        cells = [
+            f"{getattr(surface, name):.4g}\n{_format_interval(report.ci95[name])}"
+            for name in ("E", "A", "B", "alpha", "beta")
+        ]
+        lines.append((law.variant, str(len(report.fit.points)), *cells))
+    return Grid(("variant", "points", "E", "A", "B", "α", "β"), tuple(lines)) if lines else None
+
+
+def _exponent_grid(analysis: SliceAnalysis) -> Grid | None:
+    lines = []
+    for law in analysis.laws:
+        if law.report is None:
+            continue
+        best = law.report.compute_optimal
+        cells = [
+            f"{best.exponents[name]:.3f}\n{_format_interval(best.ci95[name])}"
+            for name in ("params_exponent", "tokens_exponent", "loss_exponent")
+        ]
+        hold_out = law.report.hold_out
+        told = (
+            MISSING
+            if hold_out is None
+            else f"{hold_out.root_mean_square_error:.2%} off\n{hold_out.share_inside:.0%} inside"
+        )
+        lines.append((law.variant, *cells, told))
+    headings = ("variant", "best N", "best D", "loss above E", "largest runs, predicted")
+    return Grid(headings, tuple(lines)) if lines else None
+
+
+def _law_remarks(analysis: SliceAnalysis) -> tuple[str, ...]:
+    told = [f"{law.variant}: no law ({law.reason})." for law in analysis.laws if law.report is None]
+    for law in analysis.laws:
+        if law.report is not None:
+            told += [f"{law.variant}: {remark}" for remark in law.report.remarks]
+    for comparison in analysis.comparisons:
+        if comparison.irreducible is not None:
+            told.append(f"{comparison.candidate} and {comparison.baseline}: {comparison.irreducible.text}")
+    return tuple(told)
+
+
+def _run_grid(analysis: SliceAnalysis) -> Grid:
+    headings = (
+        *("run", "status", "parameters", "tokens", "FLOPs", "6ND", "learning rate", "loss", "bits/byte"),
+        *("seconds", "run.json"),
+    )
+    lines = [_run_line(row) for rows in analysis.slice.rows.values() for row in rows]
+    return Grid(headings, tuple(lines))
+
+
+def _run_line(row: Row) -> tuple[str, ...]:
+    return (
+        row.run,
+        row.status,
+        format_exact(row.params),
+        format_count(row.tokens),
+        format_power(row.training_flops),
+        format_power(row.flops_6nd),
+        f"{row.learning_rate:.3g}",
+        format_loss(row.loss),
+        format_loss(row.bits_per_byte),
+        format_duration(row.training_seconds),
+        MISSING if row.provenance_sha256 is None else row.provenance_sha256[:12],
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _format_interval(interval: tuple[float | None, float | None]) -> str:
+    low, high = ("open" if end is None or math.isinf(end) else f"{end:.4g}" for end in interval)
+    return f"{low} to {high}"
+
+
+def _about(table: StudyTable) -> list[tuple[str, str]]:
+    done = sum(row.status == "done" for row in table.rows)
+    machines = dict.fromkeys(row.machine for row in table.rows if row.machine is not None)
+    revisions = dict.fromkeys(row.git for row in table.rows if row.git is not None)
+    timed = all(row.step_seconds is not None for row in table.rows)
+    return [
+        ("Runs", f"{done} of {len(table.rows)} finished"),
+        ("Collected", table.collected_at),
+        ("Machine", "; ".join(machines) or MISSING),
+        ("Package", f"{__version__}, {'; '.join(revisions) or MISSING}"),
+        (
+            "Seconds",
+            "steps × seconds of a step, measured in turn with all others (study time)"
+            if timed
+            else "of each run's own training",
+        ),
+        (
+            "FLOPs",
+            "counted by term, attention in full (S², not the causal half), looking up embeddings free; 6ND "
+            "beside",
+        ),
+    ]
+
+
+def _render_page(table: StudyTable, sections: Sequence[Section]) -> str:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+    def draw(section: int, figure: StudyFigure) -> Markup:
+        svg = render(figure.draw, size=figure.size, file_format="svg").decode()
+        # The only markup that is not escaped by the template: the SVG writer escapes its texts.
+        return Markup(embed_svg(svg, prefix=f"{section}-{figure.name}-"))
+
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        table=table,
+        variants=list(dict.fromkeys(row.variant for row in table.rows)),
+        sections=sections,
+        about=_about(table),
+        draw=draw,
+        version=__version__,
+        written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M %Z}",
+    )
+
+
+def _write_markdown(table: StudyTable, sections: Sequence[Section]) -> str:
+    parts = [f"# {table.name}: variants against {table.baseline}\n"]
+    parts += [f"- {name}: {text}" for name, text in _about(table)]
+    parts += [f"- {remark}" for remark in table.remarks]
+    for index, section in enumerate(sections):
+        parts.append(f"\n## {section.name or 'Verdicts'}\n")
+        parts.append(_markdown_grid(section.axes))
+        parts += [f"- {text}" for text in (*section.verdicts, *section.remarks)]
+        for title, grid in (
+            ("Compute- and time-equivalent gain", section.gains),
+            ("L(N, D) = E + A/N^α + B/D^β, with 95 % by bootstrap", section.laws),
+            ("Powers of compute", section.exponents),
+        ):
+            if grid is not None:
+                parts.append(f"\n### {title}\n\n{_markdown_grid(grid)}")
+        parts += [f"- {text}" for text in section.law_remarks]
+        if section.savings:
+            parts.append("\n### Steps saved\n")
+            parts += [f"- {text}" for text in section.savings]
+        parts.append("")
+        parts += [
+            f"![{figure.title}](figures/{_figure_stem(index, section, figure)}.png)\n"
+            for figure in section.figures
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _markdown_grid(grid: Grid) -> str:
+    lines = [grid.headings, ("---",) * len(grid.headings), *grid.lines]
+    cells = [[cell.replace("\n", "<br>").replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+
+
+def _as_dict(table: StudyTable, analyses: Sequence[SliceAnalysis]) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "study": table.name,
+        "baseline": table.baseline,
+        "collected_at": table.collected_at,
+        "remarks": table.remarks,
+        "slices": [
+            {
+                "name": analysis.slice.name,
+                "laws": {
+                    law.variant: {"reason": law.reason} if law.report is None else report_tree(law.report)
+                    for law in analysis.laws
+                },
+                "comparisons": [
+                    _without_infinities(dataclasses.asdict(comparison)) for comparison in analysis.comparisons
+                ],
+                "remarks": analysis.remarks,
+            }
+            for analysis in analyses
+        ],
+    }
+
+
+def _without_infinities(value: Any) -> Any:
+    """An open end of an interval is null: JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,146 @@
+"""The study's one table: a row for each planned result, with its curve; missing results stay missing.
+
+Parquet, so that any tool reads it; the page, the laws and the comparison read this and no run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sas_megatron.config.errors import FileProblem
+from sas_megatron.data.writing import replace_file
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. Losses in nats a token, on the held-out windows; FLOPs by `model.costs`, attention in full.
+
+    `status` is done, diverged or missing. Of a run that is not done all that is measured is None; what is
+    counted is that of the plan. `levels` are the further axes; curves hold the evaluations.
+    """
+
+    run: str
+    status: str
+    variant: str
+    attention: str
+    size: str
+    levels: dict[str, str]
+    seed: int
+    budget: float
+    sequence_length: int
+    params: int
+    params_without_embeddings: int
+    tokens: int
+    steps: int
+    training_flops: float
+    # 6 N D, N with embeddings: what is often taken for the FLOPs.
+    flops_6nd: float
+    flops_per_token: dict[str, float]
+    learning_rate: float
+    global_batch_size: int
+    schedule: str
+    trunk: str | None = None
+    loss: float | None = None
+    train_loss: float | None = None
+    bits_per_byte: float | None = None
+    training_seconds: float | None = None
+    median_step_seconds: float | None = None
+    # Measured in turn with the other cells (`study time`), and so comparable; None where it was not.
+    step_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    world_size: int | None = None
+    machine: str | None = None
+    git: str | None = None
+    # Of run.json: what says which files made this row.
+    provenance_sha256: str | None = None
+    curve_steps: list[int] = field(default_factory=list)
+    curve_tokens: list[int] = field(default_factory=list)
+    curve_flops: list[float] = field(default_factory=list)
+    curve_seconds: list[float] = field(default_factory=list)
+    curve_loss: list[float | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """All rows of a study, its name and baseline, and what the collection remarked."""
+
+    name: str
+    baseline: str
+    rows: tuple[Row, ...]
+    collected_at: str
+    remarks: tuple[str, ...] = ()
+
+
+# Mappings travel as JSON text: their keys differ from row to row.
+_MAPPINGS = ("levels", "flops_per_token")
+_TYPES: dict[str, pa.DataType] = {
+    "str": pa.string(),
+    "str | None": pa.string(),
+    "int": pa.int64(),
+    "int | None": pa.int64(),
+    "float": pa.float64(),
+    "float | None": pa.float64(),
+    "dict[str, str]": pa.string(),
+    "dict[str, float]": pa.string(),
+    "list[int]": pa.list_(pa.int64()),
+    "list[float]": pa.list_(pa.float64()),
+    "list[float | None]": pa.list_(pa.float64()),
+}
+_SCHEMA = pa.schema([(item.name, _TYPES[str(item.type)]) for item in dataclasses.fields(Row)])
+
+
+def write_table(table: StudyTable, path: Path) -> None:
+    """Writes the table whole, or leaves the file that is there."""
+    rows = [
+        {name: json.dumps(value) if name in _MAPPINGS else value for name, value in _fields(row).items()}
+        for row in table.rows
+    ]
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "name": table.name,
+        "baseline": table.baseline,
+        "collected_at": table.collected_at,
+        "remarks": table.remarks,
+    }
+    built = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({"study": json.dumps(about)}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as aside:
+        pq.write_table(built, aside)
+
+
+def read_table(path: str | Path) -> StudyTable:
+    """The table that `write_table` wrote.
+
+    Raises:
+        FileProblem: there is none, or it is of another version.
+    """
+    remedy = "give the table that `sas-megatron study collect` wrote"
+    try:
+        built = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise FileProblem(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from None
+    about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))
+    if about.get("schema_version") != SCHEMA_VERSION:
+        raise FileProblem(
+            path,
+            f"is no study's table of version {SCHEMA_VERSION}, but of {about.get('schema_version')}",
+            remedy,
+        )
+    rows = tuple(
+        Row(**{name: json.loads(value) if name in _MAPPINGS else value for name, value in row.items()})
+        for row in built.to_pylist()
+    )
+    return StudyTable(about["name"], about["baseline"], rows, about["collected_at"], tuple(about["remarks"]))
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return {item.name: getattr(row, item.name) for item in dataclasses.fields(row)}

@@ -1,0 +1,84 @@
+"""Saves and loads weights and optimizer states of 195 MB in a folder; prints what each took beside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sas_megatron.config.run import RunConfig
+from tests.run_configs import small_config
+
+
+def config_of(*, asynchronous: bool) -> RunConfig:
+    return small_config(
+        attention={"kind": "mha", "num_heads": 8, "head_dim": 64},
+        model={
+            "num_layers": 6,
+            "hidden_size": 512,
+            "ffn_hidden_size": 1024,
+            "vocab_size": 512,
+            "vocab_multiple": 1,
+        },
+        data={"sequence_length": 8},
+        # All its states are views of larger buffers.
+        optimizer={"distributed": True},
+        checkpoint={"asynchronous": asynchronous},
+    )
+
+
+def grown_by(action: Callable[[], object]) -> int:
+    """Bytes by which this process was at most larger than it is now."""
+    from sas_megatron.platform.device import read_memory_bytes
+
+    # Lets the peak start anew from what is resident: proc(5).
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = read_memory_bytes("/proc/self/status", "VmRSS")
+    action()
+    return read_memory_bytes("/proc/self/status", "VmHWM") - before
+
+
+def save(engine: Any, topology: Any, folder: Path, step: int, *, asynchronous: bool) -> None:
+    from sas_megatron.checkpoint.saving import CheckpointSaver
+
+    saver = CheckpointSaver(folder, config_of(asynchronous=asynchronous), topology)
+    saver.save(
+        step,
+        shards=engine.shards(),
+        progress={"engine": engine.counts()},
+        write_files=engine.write_files,
+    )
+    saver.finish()
+
+
+def main(folder: Path) -> None:
+    """Prints bytes by name."""
+    from sas_megatron.platform.device import prepare_device
+
+    device = prepare_device()
+    from sas_megatron.checkpoint.loading import open_checkpoint
+    from sas_megatron.checkpoint.manifest import find_checkpoints
+    from sas_megatron.parallel.topology import joined_topology
+    from sas_megatron.training.engine import assemble
+    from tests.checkpoint.saved_runs import take_steps_from
+
+    config = config_of(asynchronous=False)
+    with joined_topology(config.parallel, device=device, seed=1, timeout_minutes=1) as topology:
+        engine = assemble(config)
+        take_steps_from(engine, topology, 0, 1)
+        # What any save does for the first time.
+        save(engine, topology, folder, 1, asynchronous=False)
+        (path,) = find_checkpoints(folder)
+        found = {
+            "states": sum(shard.data.nbytes for shard in engine.shards()),
+            "save": grown_by(lambda: save(engine, topology, folder, 2, asynchronous=False)),
+            "asynchronous_save": grown_by(lambda: save(engine, topology, folder, 3, asynchronous=True)),
+            "load": grown_by(lambda: engine.restore(open_checkpoint(path))),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

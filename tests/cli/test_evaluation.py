@@ -1,0 +1,82 @@
+"""`sas-megatron evaluate` and `generate` as a user runs them, alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sas_megatron.data.corpus import builtin_corpus
+from sas_megatron.data.documents import stream_documents
+from tests import small_attentions as small
+from tests.cli.test_commands import command
+from tests.conftest import ROOT
+from tests.evaluation.local_tasks import NUM_DOCUMENTS, write_tasks
+from tests.evaluation.trained_runs import TrainedRun, train_and_export
+from tests.small_data import SmallData
+
+
+@pytest.fixture(scope="module")
+def run(ranks: Any, small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    return train_and_export(ranks, small_data, tmp_path_factory.mktemp("run"), small.SAS)
+
+
+def test_evaluate_measures_the_validation_loss_and_leaves_it_in_the_summary(
+    run: TrainedRun, tmp_path: Path
+) -> None:
+    done = command("evaluate", run.directory, "--sequence-length", "40", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "validation" in done.stdout
+    written = json.loads((run.directory / "evaluation" / "iter_0000012" / "summary.json").read_text())
+    (at_length,) = written["validation"]["by_length"]
+    trained = json.loads((run.directory / "summary.json").read_text())
+    assert at_length["all"]["loss"] == pytest.approx(trained["final_validation_loss"], rel=1e-6)
+
+
+def test_generate_continues_prompts_and_tells_what_the_cache_keeps(run: TrainedRun, tmp_path: Path) -> None:
+    options = ["--prompt", "import os", "--prompt", "def main(", "--max-new-tokens", "5"]
+    done = command("generate", run.directory, "attention.kv_cache=simulated", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "import os" in done.stdout
+    # Two layers of 12 simulated heads of 10 and 6 features in float32.
+    assert (
+        f"{2 * 12 * (10 + 6) * 4:,} bytes of a token on each rank (attention.kv_cache=simulated)"
+        in done.stderr
+    )
+
+
+def test_two_processes_run_tasks_of_a_folder_and_write_the_harness_s_files(
+    run: TrainedRun, tmp_path: Path
+) -> None:
+    texts = list(stream_documents([builtin_corpus(tmp_path, max_bytes=200_000)]))
+    tasks = write_tasks(tmp_path / "tasks", texts)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+            *("--nproc-per-node", "2", "-m", "sas_megatron", "evaluate", str(run.directory)),
+            *("--tasks", "next_line,last_*", "--include-path", str(tasks), "--limit", "3", "--cache"),
+            *("--output", str(tmp_path / "results"), "--json", "parallel.tensor=2"),
+        ],
+        env={
+            **os.environ,
+            **{"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"},
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["tasks"]
+    assert results["num_samples"]["next_line"] == {"original": NUM_DOCUMENTS, "effective": 3}
+    assert results["results"]["next_line"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
+    folder = tmp_path / "results" / "iter_0000012"
+    for name in results["files"]:
+        assert (folder / name).stat().st_size > 0
+    assert len(list(folder.glob("samples_last_word_*.jsonl"))) == 1
+    assert len(list(folder.glob("answers_*_rank0.db"))) == 1
+    assert json.loads((folder / "summary.json").read_text())["tasks"]["results"] == results["results"]

@@ -1,0 +1,233 @@
+"""`sas-megatron fit`: what it prints, what it refuses, and how long it takes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from sas_megatron.cli.main import cli
+from sas_megatron.scaling.laws.loss_surface import fit_surface
+from sas_megatron.scaling.laws.points import Points
+from tests.conftest import ROOT
+from tests.scaling.synthetic import CHINCHILLA, draw_grid, draw_isoflops
+
+# On two cores; a fit, and a fit with its intervals.
+FIT_SECONDS, THOUSAND_BOOTSTRAPS_SECONDS = 10, 60
+
+
+def write(path: Path, points: Points, *, flops: bool = True, **columns: list[Any]) -> Path:
+    names = ["params", "tokens", "loss", *(["flops"] if flops else []), *columns]
+    values = [points.params, points.tokens, points.loss, *([points.compute] if flops else [])]
+    rows = zip(*values, *columns.values(), strict=True)
+    lines = [",".join(names), *(",".join(str(value) for value in row) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def fit(*arguments: object, status: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "sas_megatron", "fit", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def fit_json(*arguments: object) -> dict[str, Any]:
+    done = CliRunner().invoke(cli, ["fit", *map(str, arguments), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    tree: dict[str, Any] = json.loads(done.stdout)
+    return tree
+
+
+def test_json_has_the_law_its_intervals_and_the_compute_optimal_powers(tmp_path: Path) -> None:
+    points = draw_grid(0)
+    tree = fit_json(write(tmp_path / "points.csv", points), "--bootstraps", 100)
+    surface = fit_surface(points).surface
+    for name in ("E", "A", "B", "alpha", "beta"):
+        low, high = tree["ci95"][name]
+        assert tree[name] == pytest.approx(getattr(surface, name), rel=1e-4)
+        assert low <= tree[name] <= high
+        assert low <= getattr(CHINCHILLA, name) <= high
+    assert tree["n_points"] == 60
+    assert tree["objective"] == pytest.approx(fit_surface(points).fit.objective, rel=1e-6)
+    optimal = tree["compute_optimal"]
+    joint = tree["alpha"] + tree["beta"]
+    assert optimal["params_exponent"] == pytest.approx(tree["beta"] / joint)
+    assert optimal["tokens_exponent"] == pytest.approx(tree["alpha"] / joint)
+    assert optimal["loss_exponent"] == pytest.approx(tree["alpha"] * tree["beta"] / joint)
+    cost = optimal["flops_per_token"]
+    assert cost["source"] == "flops"
+    assert (cost["coefficient"], cost["exponent"]) == pytest.approx((6, 1))
+    assert tree["hold_out"]["n_fitted"] == 54
+    assert set(tree["profile95"]) == {"E", "alpha", "beta"}
+    assert tree["projection"]["alpha"] == pytest.approx(tree["alpha"], rel=0.1)
+    assert tree["isoflop"] is None
+    assert tree["compute_law"]["objective"] <= tree["pure_compute_law"]["objective"]
+    assert tree["compute_law"]["gamma"] > tree["pure_compute_law"]["gamma"] > 0
+    assert tree["pure_compute_law"]["E"] == 0
+    assert any(remark.startswith("No isoFLOP profiles") for remark in tree["remarks"])
+
+
+def test_recorded_flops_and_not_6nd_decide_what_is_optimal(tmp_path: Path) -> None:
+    points = draw_grid(0)
+    attention = Points.of(
+        points.params, points.tokens, points.loss, flops=90 * points.params**0.88 * points.tokens
+    )
+    tree = fit_json(write(tmp_path / "points.csv", attention), "--bootstraps", 60)
+    plain = fit_json(write(tmp_path / "plain.csv", points, flops=False), "--bootstraps", 60)
+    alpha, beta = tree["alpha"], tree["beta"]
+    assert tree["compute_optimal"]["params_exponent"] == pytest.approx(beta / (alpha + 0.88 * beta))
+    assert tree["compute_optimal_6nd"]["params_exponent"] == pytest.approx(beta / (alpha + beta))
+    assert plain["compute_optimal"] == plain["compute_optimal_6nd"]
+    assert plain["compute_optimal"]["flops_per_token"]["source"] == "6ND"
+    assert any("C = 6ND is assumed" in remark for remark in plain["remarks"])
+    assert not any("C = 6ND is assumed" in remark for remark in tree["remarks"])
+
+
+def test_the_highest_losses_are_left_out_and_printed(tmp_path: Path) -> None:
+    points = draw_grid(0)
+    loss = points.loss.copy()
+    loss[[7, 31]] = 8.125, 9.5
+    path = write(tmp_path / "points.csv", Points.of(points.params, points.tokens, loss), flops=False)
+    tree = fit_json(path, "--drop-highest", 2, "--bootstraps", 60)
+    assert [run["loss"] for run in tree["dropped"]] == [9.5, 8.125]
+    assert tree["n_points"] == 58
+    expected = fit_surface(points.take(np.delete(np.arange(60), [7, 31]))).surface
+    assert tree["alpha"] == pytest.approx(expected.alpha, rel=1e-4)
+    printed = fit(path, "--drop-highest", 2, "--bootstraps", 60)
+    assert [line for line in printed.splitlines() if line.startswith("Left out")] == [
+        f"Left out: {points.params[at]:.4g} parameters, {points.tokens[at]:.4g} tokens, loss {value:.4f}."
+        for at, value in ((31, 9.5), (7, 8.125))
+    ]
+
+
+def test_tables_show_what_the_json_says(tmp_path: Path) -> None:
+    path = write(tmp_path / "points.csv", draw_isoflops(0), size=[f"s{number % 9}" for number in range(240)])
+    printed = fit(path, "--bootstraps", 60)
+    tree = fit_json(path, "--bootstraps", 60)
+    assert "through 240 points" in printed
+    assert f"{tree['alpha']:.5g}" in printed
+    assert f"{tree['compute_optimal']['params_exponent']:.4f}" in printed
+    assert f"{len(tree['isoflop']['profiles'])} isoFLOP profiles" in printed
+    assert f"{tree['isoflop']['params_exponent']:.4f}" in printed
+    assert f"{len(tree['hold_out']['runs'])} largest runs, predicted" in printed
+
+
+def test_one_variant_of_several_is_chosen_by_name(tmp_path: Path) -> None:
+    points = draw_grid(0)
+    both = Points.of(
+        *(np.concatenate([values, values]) for values in (points.params, points.tokens)),
+        np.concatenate([points.loss, 1.1 * points.loss]),
+    )
+    path = write(tmp_path / "points.csv", both, flops=False, variant=["mha"] * 60 + ["sas"] * 60)
+    chosen = fit_json(path, "--variant", "sas", "--bootstraps", 60)
+    assert chosen["n_points"] == 60
+    assert chosen["E"] == pytest.approx(1.1 * fit_surface(points).surface.E, rel=1e-4)
+    assert "--variant=None: a law is fitted to one variant, and the points are of mha, sas" in fit(
+        path, status=2
+    )
+
+
+GOOD = "params,tokens,loss\n" + "".join(
+    f"{n},{d},{CHINCHILLA.predict(np.array(n), np.array(d))}\n"
+    for n in (1e7, 3e7, 9e7)
+    for d in (1e9, 4e9, 16e9)
+)
+LINE = GOOD.splitlines()[4]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            GOOD.replace(LINE, "1e7,1e9,nan"),
+            "line 5: loss=nan: must be a positive number; leave runs out",
+        ),
+        (GOOD.replace(LINE, "1e7,1e9,-3.1"), "line 5: loss=-3.1: must be a positive number"),
+        (GOOD.replace(LINE, "-1e7,1e9,3.1"), "line 5: params=-1e7: must be a positive number"),
+        (GOOD.replace(LINE, "1e7,0,3.1"), "line 5: tokens=0: must be a positive number"),
+        (GOOD.replace(LINE, "1e7,1e9"), "line 5: loss=nothing: must be a positive number"),
+        (GOOD.replace(LINE, "1e7,1e9,low"), "line 5: loss=low: must be a positive number"),
+        (
+            GOOD.replace("loss\n", "perplexity\n"),
+            "has no column loss; its first line must name params,",
+        ),
+        ("params,tokens,loss\n", "has no points"),
+        ("", "has no column params, tokens, loss"),
+        ("\n".join(GOOD.splitlines()[:3]), "points=2: the law has five parameters"),
+        (GOOD.replace("30000000.0,", "10000000.0,").replace("90000000.0,", "10000000.0,"), "params=1 value"),
+    ],
+    ids=[
+        "NaN loss",
+        "negative loss",
+        "negative size",
+        "no tokens",
+        "no loss",
+        "a word",
+        "another column",
+        "no points",
+        "empty",
+        "two points",
+        "one size",
+    ],
+)
+def test_a_degenerate_study_ends_in_a_message(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text(GOOD)
+    assert fit_json(path, "--bootstraps", 60)["alpha"] == pytest.approx(0.34, rel=1e-4)
+    path.write_text(text)
+    done = CliRunner().invoke(cli, ["fit", str(path), "--json"])
+    assert message in str(done.exception)
+    assert done.stdout == ""
+
+
+def test_degenerate_points_exit_with_two_and_no_numbers(tmp_path: Path) -> None:
+    (tmp_path / "points.csv").write_text("\n".join(GOOD.splitlines()[:3]))
+    message = fit(tmp_path / "points.csv", "--json", status=2)
+    assert message == (
+        "sas-megatron: error: points=2: the law has five parameters and needs at least 6 points; add runs\n"
+    )
+    assert "cannot be read" in fit(tmp_path / "none.csv", status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bootstraps", "10"], "--bootstraps=10: an interval takes at least 40"),
+        (["--drop-highest", "-1"], "--drop-highest=-1: must leave some of the 9 points"),
+        (["--drop-highest", "9"], "--drop-highest=9: must leave some of the 9 points"),
+        (["--variant", "sas"], "--variant=sas: the points have no column variant"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "points.csv").write_text(GOOD)
+    done = CliRunner().invoke(cli, ["fit", str(tmp_path / "points.csv"), *arguments])
+    assert message in str(done.exception)
+
+
+def test_240_points_take_seconds_and_a_thousand_bootstraps_less_than_a_minute(tmp_path: Path) -> None:
+    path = write(tmp_path / "points.csv", draw_isoflops(0))
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    fit_surface(draw_isoflops(0))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    # Of CPU, since a machine that is busy with other work makes any wall clock fail.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < FIT_SECONDS
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    fit(path, "--bootstraps", 1000, "--json")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{seconds:.1f} s")
+    assert seconds < THOUSAND_BOOTSTRAPS_SECONDS

@@ -1,0 +1,127 @@
+"""Log-probabilities of passages: those of the model's own logits, whatever the batch and the layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sas_megatron.config.run import RunConfig
+from tests import small_attentions as small
+from tests.evaluation.trained_models import random_texts, roughened_model
+from tests.run_configs import small_config
+
+LENGTHS = [9, 2, 30, 17, 9, 12]
+NUM_SCORED = [3, 1, 29, 1, 8, 5]
+# Tokens of the vocabulary; the table has 48 rows.
+VOCABULARY = 45
+
+
+def passages_of(config: RunConfig) -> Any:
+    """Some of unequal length, then each of them with every end that there is, and the last cut elsewhere."""
+    from sas_megatron.evaluation.scoring import Passage
+
+    texts = [np.array(text, dtype=np.int32) for text in random_texts(config, LENGTHS)]
+    passages = [Passage(text, scored) for text, scored in zip(texts, NUM_SCORED, strict=True)]
+    ends = [np.array([*text[:-1], token], dtype=np.int32) for text in texts for token in range(VOCABULARY)]
+    return [*passages, *(Passage(text, 1) for text in ends), Passage(texts[-1], 11)]
+
+
+def scores_on_rank(config: RunConfig, batch_tokens: int, dtype: torch.dtype) -> Any:
+    from sas_megatron.evaluation import scoring
+
+    model = roughened_model(config, dtype=dtype)
+    kept, scoring.LOGITS_AT_ONCE = scoring.LOGITS_AT_ONCE, 7 * 48
+    try:
+        passages = passages_of(config)
+        found = scoring.score(model, passages, batch_tokens=batch_tokens, vocabulary=VOCABULARY)
+    finally:
+        scoring.LOGITS_AT_ONCE = kept
+    return [(scores.log_probabilities, scores.are_likeliest) for scores in found]
+
+
+@torch.no_grad()
+def scores_by_definition(config: RunConfig, dtype: torch.dtype) -> Any:
+    """On the one rank: each passage alone, by the GPT itself."""
+    model = roughened_model(config, dtype=dtype)
+    expected = []
+    for passage in passages_of(config):
+        tokens = torch.from_numpy(passage.tokens).long()[None]
+        positions = torch.arange(tokens.shape[1])[None]
+        logits = model._model(tokens, positions, None)[0, -passage.num_scored - 1 : -1, :VOCABULARY]
+        targets = tokens[0, -passage.num_scored :]
+        logged = logits.double().log_softmax(-1)
+        expected.append(
+            (logged.gather(1, targets[:, None])[:, 0].numpy(), (logits.argmax(-1) == targets).numpy())
+        )
+    return expected
+
+
+LAYOUTS = {
+    "one rank": (1, {}),
+    "tensor 2": (2, {"tensor": 2}),
+    "data 2": (2, {}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "tensor 2, pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
+    "tensor 2, data 2": (4, {"tensor": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("attention", [small.SAS_GROUPED, small.MLA], ids=["sas", "mla"])
+def test_every_layout_and_batch_size_scores_as_the_model_alone(
+    ranks: Any, attention: small.Attention, layout: str
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    (expected,) = ranks(1).run(scores_by_definition, small_config(attention=attention), torch.float64)
+    config = small_config(attention=attention, parallel=parallel)
+    for batch_tokens in (1, 40, 1000):
+        for found in ranks(world_size).run(scores_on_rank, config, batch_tokens, torch.float64):
+            for (logged, likeliest), (expected_logged, expected_likeliest) in zip(
+                found, expected, strict=True
+            ):
+                np.testing.assert_allclose(logged, expected_logged, rtol=1e-10)
+                np.testing.assert_array_equal(likeliest, expected_likeliest)
+    of_every_end = np.array([likeliest[0] for _, likeliest in expected[len(LENGTHS) : -1]])
+    texts, tokens = np.nonzero(of_every_end.reshape(len(LENGTHS), VOCABULARY))
+    assert texts.tolist() == list(range(len(LENGTHS)))
+    assert tokens.min() < 24 <= tokens.max(), "both of two ranks have likeliest tokens"
+
+
+def likeliest_on_rank(config: RunConfig, logits: torch.Tensor) -> list[bool]:
+    """Of each token in the one row of whole logits."""
+    from sas_megatron.evaluation.scoring import VocabularyPart
+
+    part = VocabularyPart(roughened_model(config), VOCABULARY)
+    own = logits.chunk(config.parallel.tensor, dim=1)[part._group.rank()]
+    tokens = torch.arange(VOCABULARY)
+    rows = torch.zeros_like(tokens)
+    of_tokens = part.logits_of(own, rows, tokens)
+    return part.are_likeliest(own, rows, tokens, of_tokens).tolist()
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_of_equally_likely_tokens_the_first_counts(ranks: Any, tensor: int) -> None:
+    config = small_config(parallel={"tensor": tensor})
+    for equal in ([7, 11, 30], [26, 40]):
+        logits = torch.zeros(1, 48)
+        logits[0, equal] = 1.0
+        for found in ranks(tensor).run(likeliest_on_rank, config, logits):
+            assert [token for token, is_likeliest in enumerate(found) if is_likeliest] == equal[:1]
+
+
+def batches_on_rank(config: RunConfig, batch_tokens: int) -> Any:
+    from sas_megatron.evaluation.scoring import fill_batches, read_rows
+
+    batches = fill_batches(read_rows(passages_of(config)), batch_tokens)
+    return [[(len(row.tokens), row.passages) for row in batch] for batch in batches]
+
+
+def test_batches_are_sorted_filled_and_bounded_and_read_nothing_twice(ranks: Any) -> None:
+    (batches,) = ranks(1).run(batches_on_rank, small_config(), 34)
+    of_rows = [[(length, numbers[0]) for length, numbers in batch] for batch in batches]
+    assert of_rows == [[(29, 2)], [(16, 3), (11, 5)], [(8, 0), (8, 4), (1, 1)]]
+    read = [number for batch in batches for _, numbers in batch for number in numbers]
+    assert sorted(read) == list(range(len(LENGTHS) * (1 + VOCABULARY) + 1))

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sas_megatron.config.errors import FieldError
+from sas_megatron.scaling.laws.hold_out import predict_largest
+from tests.scaling.synthetic import CHINCHILLA, draw_grid
+
+
+def test_the_largest_runs_are_predicted_within_their_intervals_as_often_as_they_say() -> None:
+    inside, runs = 0, 0
+    for seed in range(60):
+        held = predict_largest(draw_grid(seed), share=0.04, num_draws=100, seed=seed)
+        # Of 60 points the three seeds of the largest run.
+        assert (len(held.runs), held.num_fitted) == (3, 57)
+        assert held.reach == pytest.approx((160 / 5) ** (1 / 3), rel=1e-6)
+        runs += len(held.runs)
+        inside += round(held.share_inside * len(held.runs))
+    # The three of a surface share its error, so 180 runs count for fewer.
+    assert 0.88 <= inside / runs <= 0.995
+
+
+def test_what_is_held_out_has_no_part_in_the_fit() -> None:
+    points = draw_grid(0, noise=0)
+    broken = np.where(points.compute > 0.9 * points.compute.max(), 2 * points.loss, points.loss)
+    held = predict_largest(
+        type(points)(points.params, points.tokens, broken, points.flops, points.sizes),
+        share=0.04,
+        num_draws=40,
+        seed=0,
+    )
+    for run in held.runs:
+        expected = float(CHINCHILLA.predict(np.array(run.params), np.array(run.tokens)))
+        assert run.predicted == pytest.approx(expected, rel=1e-6)
+        assert run.relative_error == pytest.approx(-0.5, rel=1e-5)
+    assert held.share_inside == 0
+    assert held.root_mean_square_error == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(FieldError, match="--hold-out"):
+        predict_largest(draw_grid(0), share=share, num_draws=40, seed=0)
+
+
+def test_when_the_rest_cannot_tell_a_law_it_is_said() -> None:
+    with pytest.raises(FieldError, match="needs at least 6 points"):
+        predict_largest(draw_grid(0, sizes=3, budgets=3, seeds=1), share=0.5, num_draws=40, seed=0)

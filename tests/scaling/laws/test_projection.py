@@ -1,0 +1,33 @@
+"""Variable projection: the small non-negative least squares under it are SciPy's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize
+
+from sas_megatron.scaling.laws.projection import project
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3]))
+def test_coefficients_are_those_of_scipys_nnls(seed: int, num_terms: int) -> None:
+    generator = np.random.default_rng(seed)
+    # Around zero, so that some coefficients want to be negative.
+    terms = generator.standard_normal((2, 11, num_terms)) + 0.3
+    weights = generator.uniform(0, 2, (3, 11))
+    found = project(terms, weights)
+    for row, weight in enumerate(np.sqrt(weights)):
+        for grid in range(2):
+            expected, norm = optimize.nnls(terms[grid] * weight[:, None], weight)
+            np.testing.assert_allclose(found.coefficients[row, grid], expected, atol=1e-9)
+            assert found.squares[row, grid] == pytest.approx(norm**2, abs=1e-9)
+
+
+def test_terms_that_coincide_share_a_coefficient_and_raise_nothing() -> None:
+    terms = np.ones((1, 7, 2))
+    found = project(terms, np.ones((1, 7)))
+    assert found.coefficients.sum() == pytest.approx(1)
+    assert found.squares[0, 0] == pytest.approx(0, abs=1e-9)

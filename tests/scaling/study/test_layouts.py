@@ -1,0 +1,72 @@
+"""Layouts by size, as the simulator's search finds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sas_megatron.cli.main import cli
+from sas_megatron.config.loading import dump_tree
+from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
+from sas_megatron.scaling.study.layouts import read_layouts
+from sas_megatron.scaling.study.plan import build_plan
+from sas_megatron.scaling.study.study_file import load_study
+from sas_megatron.scaling.study.sweeps import plan_with_rates
+from tests.scaling.conftest import build_tree
+from tests.scaling.study.studies import write_study
+
+WIRE = WireFigures(gigabytes_per_second=1000.0, latency_microseconds=0.001)
+TOY = Hardware(
+    name="a toy",
+    device="gpu",
+    memory_gib=4.0,
+    matrix_teraflops={"float32": 1.0, "bfloat16": 1.0},
+    memory_gigabytes_per_second=1000.0,
+    node_wire=WIRE,
+    network_wire=WIRE,
+    devices_per_node=8,
+    reserved_gib=0.0,
+    fragmentation=0.0,
+    operation_microseconds=0.001,
+    attainable=AttainableShares(matrix=1.0, convolution=1.0, attention=1.0, memory=1.0, wire=1.0),
+)
+
+
+def test_plans_take_the_layouts_that_a_search_found_and_their_hours(tmp_path: Path) -> None:
+    base = build_tree(training__global_batch_size=8, training__micro_batch_size=8, data__sequence_length=48)
+    sizes = {"small": {"model.hidden_size": 24, "attention.num_heads": 4}}
+    path = write_study(
+        tmp_path, base, sizes=sizes, variants={"mha": {}}, machine={"processes": 2, "price_per_hour": 3.0}
+    )
+    (tmp_path / "toy.yaml").write_text(dump_tree(TOY.model_dump(mode="json")))
+    found = CliRunner().invoke(cli, ["study", "layout", str(path), "--hardware", str(tmp_path / "toy.yaml")])
+    assert found.exit_code == 0, found.output
+    study, tree = load_study(path)
+    layout = read_layouts(study)["mha-small"]
+    plan = plan_with_rates(study, tree)
+    for run in plan.runs:
+        assert run.config.check_world_size(2) == 2 // run.config.parallel.model_size
+        assert run.config.parallel.tensor == layout.changes["parallel.tensor"]
+        hours = plan.hours(run)
+        assert hours == pytest.approx(run.own_steps * layout.step_seconds * 2 / 3600)
+        assert plan.price(run) == pytest.approx(3 * (hours or 0))
+    # Nothing else has changed, and without the record there is none of it.
+    before = build_plan(study, tree)
+    assert before.hours(before.runs[0]) is None
+    assert [run.tokens for run in plan.runs] == [run.tokens for run in before.runs]
+    assert {run.config.training.micro_batch_size for run in before.runs} == {8}
+    assert f"mha-small: {' '.join(found.output.split(': ')[1].split(',')[0].split())}" in found.output
+
+
+def test_a_study_that_no_device_can_hold_is_refused(tmp_path: Path) -> None:
+    base = build_tree(training__global_batch_size=8, training__micro_batch_size=8, data__sequence_length=48)
+    path = write_study(tmp_path, base, variants={"mha": {}})
+    tiny = TOY.model_copy(update={"memory_gib": 1e-4})
+    (tmp_path / "tiny.yaml").write_text(dump_tree(tiny.model_dump(mode="json")))
+    refused = CliRunner().invoke(
+        cli, ["study", "layout", str(path), "--hardware", str(tmp_path / "tiny.yaml")]
+    )
+    assert "no layout of mha-small fits into" in str(refused.exception)
+    assert not (tmp_path / "study").exists()

@@ -1,0 +1,168 @@
+"""The study's report: what it says, and how it looks in a real browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from sas_megatron.cli.main import cli
+from sas_megatron.config.errors import FileProblem
+from sas_megatron.scaling.study.analysis import analyze, cut_slices
+from sas_megatron.scaling.study.table import StudyTable, read_table, write_table
+from tests.scaling.study.made_up_tables import made_up_table
+from tests.system_packages import lacking
+
+MEASURE = """
+<script>
+addEventListener("load", () => {
+  const box = element => element.getBoundingClientRect();
+  const drawn = [...document.querySelectorAll("figure svg")].map(svg => [box(svg).width, box(svg).height]);
+  const texts = [...document.querySelectorAll("figure svg text, figure svg path")].length;
+  const found = {
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    drawn, texts, width: innerWidth,
+    loaded: performance.getEntriesByType("resource").map(entry => entry.name),
+    tables: document.querySelectorAll("table").length,
+    verdict: getComputedStyle(document.querySelector("td.wins")).backgroundColor,
+    ink: getComputedStyle(document.body).color,
+  };
+  const place = document.createElement("pre");
+  place.id = "found";
+  place.textContent = JSON.stringify(found);
+  document.body.append(place);
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    write_table(made_up_table(), folder / "study.parquet")
+    written = CliRunner().invoke(
+        cli, ["study", "report", str(folder / "study.parquet"), "--bootstraps", "100"]
+    )
+    assert written.exit_code == 0, written.output
+    return folder / "report"
+
+
+def browse(page: Path, *options: str) -> str:
+    """A headless browser's output for a page."""
+    if reason := lacking({"chromium": "chromium"}, needs_root=False):
+        pytest.skip(reason)
+    base = ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run")
+    command = [*base, f"--user-data-dir={page.parent}/browser", *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def measure(report: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
+    page = tmp_path / "page.html"
+    page.write_text((report / "report.html").read_text() + MEASURE)
+    told = browse(page, "--dump-dom", *options)
+    return json.loads(told.split('<pre id="found">')[1].split("</pre>")[0])
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (500, "light"), (1280, "dark")])
+def test_a_browser_shows_every_figure_within_the_page_and_loads_nothing(
+    report: Path, tmp_path: Path, width: int, scheme: str
+) -> None:
+    options = [f"--window-size={width},1600"]
+    if scheme == "dark":
+        options.append("--blink-settings=preferredColorScheme=0")
+    found = measure(report, tmp_path, *options)
+    assert found["width"] == width
+    assert found["overflow"] <= 0, "the page scrolls sideways"
+    assert len(found["drawn"]) == 6
+    assert all(drawn_width > 300 and height > 100 for drawn_width, height in found["drawn"])
+    assert found["texts"] > 100
+    assert found["loaded"] == []
+    assert found["tables"] == 5
+    assert (found["ink"] == "rgb(232, 235, 238)") == (scheme == "dark")
+    assert found["verdict"] != "rgba(0, 0, 0, 0)"
+
+
+def test_the_page_prints(report: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text((report / "report.html").read_text())
+    browse(page, f"--print-to-pdf={tmp_path}/page.pdf", "--no-pdf-header-footer")
+    printed = (tmp_path / "page.pdf").read_bytes()
+    assert printed.startswith(b"%PDF")
+    assert 3 <= printed.count(b"/Type /Page\n") + printed.count(b"/Type /Page/") <= 40
+
+
+def test_the_summary_the_page_and_the_json_tell_the_same(report: Path) -> None:
+    summary, page = (report / "summary.md").read_text(), (report / "report.html").read_text()
+    record = json.loads((report / "report.json").read_text())
+    (part,) = record["slices"]
+    for comparison in part["comparisons"]:
+        for verdict in comparison["verdicts"]:
+            assert f"- {verdict['text']}\n" in summary
+            assert verdict["text"].replace("'", "&#39;") in page
+    results = {
+        comparison["candidate"]: [verdict["result"] for verdict in comparison["verdicts"]]
+        for comparison in part["comparisons"]
+    }
+    assert results["sas"][:2] == ["wins", "wins"]
+    assert results["gqa"] == ["loses"] * 4
+    assert part["laws"]["mha"]["E"] == pytest.approx(1.8, abs=0.1)
+    assert "A remark &lt;of&gt; it." in page
+    for row in made_up_table().rows:
+        assert row.run in page
+    figures = sorted(path.name for path in (report / "figures").iterdir())
+    assert figures == sorted(
+        f"{name}.{suffix}"
+        for name in ("costs", "curves", "frontier", "gain", "laws", "residuals")
+        for suffix in ("png", "svg")
+    )
+    assert all(f"figures/{name}" in summary for name in figures if name.endswith("png"))
+
+
+def test_lengths_are_never_compared_with_each_other(tmp_path: Path) -> None:
+    table = made_up_table(lengths=("512", "1024"))
+    short, long = cut_slices(table)
+    assert (short.name, long.name) == ("length 512", "length 1024")
+    assert list(short.rows) == ["mha", "gqa", "sas"]
+    # A level that only some variants have makes variants of them.
+    rows = tuple(
+        dataclasses.replace(row, levels={"kernel": f"k{row.seed + 1}"}) if row.variant == "sas" else row
+        for row in made_up_table().rows
+    )
+    (one,) = cut_slices(dataclasses.replace(table, rows=rows))
+    assert list(one.rows) == ["mha", "gqa", "sas-k1", "sas-k2", "sas-k3"]
+
+
+def test_what_was_not_measured_is_said_and_not_made_up(tmp_path: Path) -> None:
+    def without(variant: str, table: StudyTable) -> StudyTable:
+        rows = tuple(
+            dataclasses.replace(row, status="missing", loss=None, curve_loss=[])
+            if row.variant == variant
+            else row
+            for row in table.rows
+        )
+        return dataclasses.replace(table, rows=rows)
+
+    table = made_up_table(seeds={"mha": 1, "sas": 1})
+    (analysis,) = analyze(without("sas", table), num_draws=50)
+    assert analysis.comparisons == ()
+    assert analysis.remarks == ("sas has no finished run.",)
+    (analysis,) = analyze(without("mha", table), num_draws=50)
+    assert analysis.remarks == ("mha, the baseline, has no finished run, so nothing is compared with it.",)
+    one_budget = made_up_table(budgets=(4,))
+    (analysis,) = analyze(one_budget, num_draws=50)
+    assert all(law.report is None or not math.isnan(law.report.fit.surface.E) for law in analysis.laws)
+
+
+def test_a_table_comes_back_as_it_was_and_another_file_is_refused(tmp_path: Path) -> None:
+    table = made_up_table()
+    write_table(table, tmp_path / "study.parquet")
+    assert read_table(tmp_path / "study.parquet") == table
+    (tmp_path / "text").write_text("no table")
+    with pytest.raises(FileProblem, match="cannot be read"):
+        read_table(tmp_path / "text")

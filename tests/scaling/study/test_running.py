@@ -1,0 +1,279 @@
+"""A real study on real text: run, stopped, killed, gone on with, and collected."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from sas_megatron.cli.main import cli
+from sas_megatron.config.errors import UserError
+from sas_megatron.scaling.study.collecting import collect
+from sas_megatron.scaling.study.plan import Plan
+from sas_megatron.scaling.study.run_states import is_done, locked, log_of, status_of
+from sas_megatron.scaling.study.study_file import load_study
+from sas_megatron.scaling.study.sweeps import plan_with_rates
+from sas_megatron.scaling.study.table import read_table
+from tests.scaling.study.studies import write_study
+from tests.small_data import SmallData
+
+SIZES = {"one": {"model.num_layers": 1}}
+STUDY = {
+    "sizes": SIZES,
+    "variants": {"mha": {"head_dim": 12}, "sas": {"head_expansion": 2}},
+    "budgets": {"tokens": [3_200, 6_400]},
+}
+
+
+def base_tree(small_data: SmallData, directory: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    config = small_data.run(
+        directory,
+        training={"num_steps": 99, "global_batch_size": 8, "micro_batch_size": 8},
+        evaluation={"interval": 5},
+        checkpoint={"interval": 3},
+        **sections,
+    )
+    tree: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    tree["attention"] = {"kind": "mha", "num_heads": 4, "head_dim": 12}
+    return tree
+
+
+@contextmanager
+def study_run(path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """`study run` in a session of its own; at the end neither it nor a run of it is left."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sas_megatron", "study", "run", str(path), *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        kill_runs(path)
+
+
+def runs_at_work(path: Path) -> list[int]:
+    """Processes that train a run of the study."""
+    own = f"{path.parent}/study/configs/".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if own in command:
+                found.append(int(folder.name))
+    return found
+
+
+def kill_runs(path: Path) -> None:
+    for process in runs_at_work(path):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while runs_at_work(path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not runs_at_work(path)
+
+
+def plan_at(path: Path) -> Plan:
+    return plan_with_rates(*load_study(path))
+
+
+def results(path: Path) -> dict[str, tuple[Any, ...]]:
+    """What the table says of each run, but for times and for where its files are."""
+    rows = collect(plan_at(path)).rows
+    return {
+        row.run: (row.status, row.loss, row.train_loss, row.tokens, row.training_flops, row.curve_loss)
+        for row in rows
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that ran undisturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = write_study(folder, base_tree(small_data, folder / "none"), **STUDY)
+    with study_run(path, "--jobs", "2") as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return path
+
+
+def test_a_finished_study_is_collected_and_never_run_again(finished: Path) -> None:
+    written = {
+        file: file.stat().st_mtime_ns for file in (finished.parent / "study").rglob("*") if file.is_file()
+    }
+    with study_run(finished) as process:
+        said, _ = process.communicate()
+    assert (process.returncode, said) == (0, "")
+    after = {
+        file: file.stat().st_mtime_ns for file in (finished.parent / "study").rglob("*") if file.is_file()
+    }
+    assert after == written
+    done = CliRunner().invoke(cli, ["study", "collect", str(finished), "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output)
+    assert (told["rows"], told["done"], told["remarks"]) == (4, 4, [])
+    table = read_table(told["table"])
+    assert table.baseline == "mha"
+    assert [row.run for row in table.rows] == [
+        *("mha-one-3200-s1234", "mha-one-6400-s1234", "sas-one-3200-s1234", "sas-one-6400-s1234")
+    ]
+    for row in table.rows:
+        assert row.loss is not None
+        assert 4 < row.loss < 6.5
+        assert row.steps == row.tokens // 320
+        assert row.curve_steps == list(range(5, row.steps + 1, 5))
+        assert row.curve_loss[-1] == row.loss
+        assert row.training_flops == row.tokens * sum(row.flops_per_token.values()) == row.curve_flops[-1]
+        assert row.flops_6nd == 6 * row.params * row.tokens
+    # What branches share they have from one trunk.
+    short, long = table.rows[:2]
+    assert short.curve_loss[0] == long.curve_loss[0]
+    assert short.curve_loss[1] != long.curve_loss[1]
+    # Nobody mistakes a trunk for a result.
+    statuses = CliRunner().invoke(cli, ["study", "status", str(finished), "--json"])
+    assert json.loads(statuses.output)["counts"] == {"done": 6}
+
+
+def test_a_study_killed_at_random_moments_ends_with_the_same_table(
+    request: pytest.FixtureRequest, small_data: SmallData, tmp_path: Path, finished: Path
+) -> None:
+    kills = 20 if request.config.getoption("--whole-table") else 2
+    moments = random.Random(kills)
+    path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
+    finished_files: dict[Path, int] = {}
+    for _ in range(kills):
+        with study_run(path, "--jobs", "2") as process:
+            try:
+                process.wait(timeout=moments.uniform(0.5, 14))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                # Its runs outlive it, here for a while.
+                time.sleep(moments.choice([0, 0, moments.uniform(0, 3)]))
+        for file, written in finished_files.items():
+            assert file.stat().st_mtime_ns == written, f"{file} was finished and has run again"
+        finished_files = {
+            file: file.stat().st_mtime_ns
+            for run in plan_at(path).runs
+            if is_done(run)
+            for file in (run.directory / "summary.json", run.directory / "metrics.jsonl")
+        }
+    with study_run(path, "--jobs", "2") as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert results(path) == results(finished)
+
+
+def test_runs_outlive_a_killed_study_and_are_not_started_twice(small_data: SmallData, tmp_path: Path) -> None:
+    path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
+    (run, *_) = plan_at(path).runs
+    with locked(run) as descriptor:
+        assert descriptor is not None
+        assert status_of(run).state == "running"
+        with study_run(path, "--only", run.name) as process:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=4)
+            assert not log_of(run).exists()
+
+
+def test_a_stopped_study_saves_its_runs_and_says_what_failed(small_data: SmallData, tmp_path: Path) -> None:
+    # A run of many steps is stopped; one that diverges fails, and what branches off it waits.
+    sizes = {
+        "good": {"model.num_layers": 1},
+        "bad": {"model.num_layers": 1, "optimizer.learning_rate": 1e30, "optimizer.clip_gradient_norm": 0},
+    }
+    study = {**STUDY, "sizes": sizes, "variants": {"mha": {}}, "budgets": {"tokens": [3_200, 3_200_000]}}
+    path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **study)
+    with study_run(path, "--jobs", "2", "--only", "*trunk*") as process:
+        good, bad = [run for run in plan_at(path).runs if run.role == "trunk"]
+        deadline = time.monotonic() + 90
+        while not (status_of(good).step and status_of(bad).state == "failed"):
+            assert time.monotonic() < deadline, log_of(good).read_text()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"» {good.name}: saved and stopped" in said
+    assert (good.directory / "stopped.json").exists()
+    statuses = {run.name: status_of(run) for run in plan_at(path).runs}
+    assert statuses[good.name].state == "interrupted"
+    assert re.match(
+        r".*TrainingFault: step 5 after 3 skipped in a row .* is nan", str(statuses[bad.name].reason)
+    )
+    assert statuses["mha-bad-3200-s1234"].state == "waiting"
+    assert statuses["mha-good-3200-s1234"].state == "ready"
+    shown = CliRunner().invoke(cli, ["study", "status", str(path)]).output
+    assert "4 waiting" not in shown
+    assert "of computing left" in shown
+    with pytest.raises(UserError, match=r"none of the study's 4 runs has finished"):
+        collect(plan_at(path))
+
+
+def test_runs_that_differ_from_plan_or_each_other_are_not_mixed(
+    small_data: SmallData, tmp_path: Path, finished: Path
+) -> None:
+    base = base_tree(small_data, finished.parent / "none")
+    base["optimizer"]["weight_decay"] = 0.2
+    other = write_study(tmp_path, base, **{**STUDY, "directory": str(finished.parent / "study")})
+    with pytest.raises(UserError, match=r"mha-one-3200-s1234: optimizer\.weight_decay is 0\.1, planned 0\.2"):
+        collect(plan_at(other))
+    with study_run(other, "--only", "sas*6400*") as process:
+        process.communicate()
+    assert process.returncode == 0, "what has finished is done, whatever is planned now"
+    provenance = finished.parent / "study" / "runs" / "sas-one-6400-s1234" / "run.json"
+    kept = provenance.read_text()
+    try:
+        tree = json.loads(kept)
+        tree["packages"]["torch"] = "2.12.0"
+        tree["machine"] = {"processor": "another"}
+        provenance.write_text(json.dumps(tree))
+        with pytest.raises(UserError, match=r'run\.json packages: .*"2\.12\.0".* in sas-one-6400-s1234'):
+            collect(plan_at(finished))
+        tree["packages"] = json.loads(kept)["packages"]
+        provenance.write_text(json.dumps(tree))
+        assert any("their seconds do not compare" in remark for remark in collect(plan_at(finished)).remarks)
+    finally:
+        provenance.write_text(kept)
+
+
+def test_what_is_missing_stays_missing(finished: Path) -> None:
+    summary = finished.parent / "study" / "runs" / "sas-one-6400-s1234" / "summary.json"
+    kept = summary.read_text()
+    summary.unlink()
+    try:
+        table = collect(plan_at(finished))
+    finally:
+        summary.write_text(kept)
+    (row,) = [row for row in table.rows if row.run == "sas-one-6400-s1234"]
+    assert (row.status, row.loss, row.training_seconds, row.curve_loss) == ("missing", None, None, [])
+    assert table.remarks == ("1 of 4 runs are missing: sas-one-6400-s1234.",)
+
+
+def test_steps_are_timed_in_turn_and_stand_in_the_table(finished: Path) -> None:
+    done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2"])
+    assert done.exit_code == 0, done.output
+    record = json.loads((finished.parent / "study" / "step_seconds.json").read_text())
+    assert {name: len(seconds) for name, seconds in record["step_seconds"].items()} == {
+        "mha-one": 2,
+        "sas-one": 2,
+    }
+    assert {row.run: row.step_seconds for row in collect(plan_at(finished)).rows if "3200" in row.run} == {
+        f"{name}-3200-s1234": sum(seconds) / 2 for name, seconds in record["step_seconds"].items()
+    }

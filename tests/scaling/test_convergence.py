@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sas_megatron.scaling.convergence import FALLING, find_first_step, find_saving, find_savings
+from sas_megatron.scaling.outcomes import LossCurve
+
+REFERENCE = LossCurve("mha", "s", "b", 3, "cosine", 100, 51.0, (25, 50, 75, 100), (5.0, 4.0, 3.5, 3.2))
+FASTER = dataclasses.replace(REFERENCE, variant="sas", losses=(4.6, 3.4, 3.0, 2.9))
+
+
+def test_the_saving_is_read_between_evaluations() -> None:
+    found = find_saving(REFERENCE, FASTER)
+    assert found.steps == pytest.approx(62.5)
+    assert found.saving == pytest.approx(0.375)
+    assert found.reason is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"schedule": "constant"},
+            "sas and mha have different schedules (constant and cosine), so a step of one is not a step of "
+            "the other",
+        ),
+        (
+            {"planned_steps": 200},
+            "the schedules of sas and mha are for 200 and 100 steps, so their learning rates differ at the "
+            "same step",
+        ),
+        ({"tokens_per_step": 102.0}, "a step of sas and mha takes 102 and 51 tokens"),
+        (
+            {"losses": (5.0, float("nan"), 3.0, 2.9)},
+            "sas has no loss at some of its evaluations, or none at all",
+        ),
+        ({"losses": (), "steps": ()}, "sas has no loss at some of its evaluations, or none at all"),
+        ({"losses": (5.0, 4.0, 3.6, 3.3)}, "sas does not reach 3.2000 in its 100 steps"),
+    ],
+)
+def test_where_steps_do_not_compare_there_is_a_reason_and_no_number(
+    changes: dict[str, object], reason: str
+) -> None:
+    found = find_saving(REFERENCE, dataclasses.replace(FASTER, **changes))  # type: ignore[arg-type]
+    assert (found.saving, found.steps, found.reason) == (None, None, reason)
+
+
+def test_savings_are_averaged_over_the_seeds_that_both_have() -> None:
+    curves = [REFERENCE, FASTER]
+    curves += [dataclasses.replace(curve, seed=4) for curve in (REFERENCE, FASTER)]
+    curves[-1] = dataclasses.replace(curves[-1], losses=(4.6, 3.2, 3.0, 2.9))
+    curves.append(dataclasses.replace(FASTER, seed=5))
+    (found,) = find_savings(curves, reference="mha", candidate="sas")
+    assert found.saving == pytest.approx((0.375 + 0.5) / 2)
+    # Two seeds: 12.706 standard errors of 0.0625 on each side.
+    assert found.interval == pytest.approx((0.4375 - 12.706 * 0.0625, 0.4375 + 12.706 * 0.0625), rel=1e-4)
+    assert found.text.startswith("sas against mha, size s, budget b: 43.8% fewer steps to the loss of mha")
+    assert found.text.endswith(FALLING)
+
+
+def test_a_seed_that_does_not_get_there_is_not_left_out_of_a_mean() -> None:
+    slow = dataclasses.replace(FASTER, seed=4, losses=(5.0, 4.5, 4.2, 4.1))
+    curves = [REFERENCE, FASTER, dataclasses.replace(REFERENCE, seed=4), slow]
+    (found,) = find_savings(curves, reference="mha", candidate="sas")
+    assert (found.saving, found.interval) == (None, None)
+    assert "no saving, since sas does not reach" in found.text
+
+
+def test_a_constant_schedule_understates_nothing() -> None:
+    curves = [dataclasses.replace(curve, schedule="constant") for curve in (REFERENCE, FASTER)]
+    (found,) = find_savings(curves, reference="mha", candidate="sas")
+    assert found.text == (
+        "sas against mha, size s, budget b: 37.5% fewer steps to the loss of mha "
+        "(one seed: its noise is not known)."
+    )
+
+
+def test_the_first_crossing_counts() -> None:
+    curve = dataclasses.replace(REFERENCE, losses=(5.0, 3.0, 4.0, 2.0))
+    assert find_first_step(curve, 4.0) == pytest.approx(37.5)
+    assert find_first_step(curve, 5.0) == 25
+    assert find_first_step(curve, 1.0) is None
+
+
+def test_a_reference_that_was_stopped_has_no_final_loss() -> None:
+    stopped = dataclasses.replace(REFERENCE, steps=REFERENCE.steps[:3], losses=REFERENCE.losses[:3])
+    assert find_saving(stopped, FASTER).reason == "mha was evaluated up to step 75 of 100"

@@ -1,0 +1,125 @@
+"""Runs of several lengths that share their steps until the first begins to decay."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.run import RunConfig
+from sas_megatron.training import start
+from tests.small_data import SmallData
+from tests.training.test_runs import assert_end_alike, complete, records
+
+DECAYS = {"kind": "warmup_stable_decay", "warmup_steps": 2, "decay_steps": 3, "final_fraction": 0.0}
+
+
+def run(small_data: SmallData, directory: Path, **sections: dict[str, Any]) -> RunConfig:
+    training = {"num_steps": 7, "order_steps": 12, **sections.pop("training", {})}
+    schedule = sections.pop("schedule", DECAYS)
+    model = {"hidden_dropout": 0.1}
+    evaluation = {"interval": 3}
+    return small_data.run(
+        directory, training=training, schedule=schedule, model=model, evaluation=evaluation, **sections
+    )
+
+
+def trunk_of(small_data: SmallData, directory: Path, **sections: dict[str, Any]) -> RunConfig:
+    return run(
+        small_data,
+        directory,
+        training={"num_steps": 9},
+        schedule={"kind": "constant", "warmup_steps": 2},
+        checkpoint={"at_steps": [4, 9]},
+        **sections,
+    )
+
+
+def at_step(config: RunConfig, step: int) -> str:
+    return str(Path(config.logging.run_directory) / "checkpoints" / f"iter_{step:07d}")
+
+
+def without_times(config: RunConfig, kind: str) -> list[dict[str, Any]]:
+    timed = ("elapsed_seconds", "step_seconds", "tokens_per_second")
+    return [
+        {name: value for name, value in record.items() if name not in timed}
+        for record in records(config, kind)
+    ]
+
+
+@pytest.mark.parametrize("num_steps", [7, 12])
+def test_a_branch_is_the_run_that_took_all_its_steps_itself(
+    ranks: Any, small_data: SmallData, tmp_path: Path, num_steps: int
+) -> None:
+    trunk = trunk_of(small_data, tmp_path / "trunk")
+    ranks(2).run(complete, trunk)
+    training = {"num_steps": num_steps}
+    alone = run(small_data, tmp_path / "alone", training=training)
+    ranks(2).run(complete, alone)
+    branched = run(
+        small_data,
+        tmp_path / "branched",
+        training={**training, "stop_after_steps": num_steps - 1},
+        checkpoint={"branch_from": at_step(trunk, num_steps - 3), "resume": True},
+    )
+    start.check(branched, world_size=2)
+    ranks(2).run(complete, branched)
+    # It goes on from its own checkpoints, with the trunk gone.
+    (tmp_path / "trunk").rename(tmp_path / "elsewhere")
+    whole = branched.replaced({"training.stop_after_steps": None})
+    start.check(whole, world_size=2)
+    ranks(2).run(complete, whole)
+    assert_end_alike(whole, alone)
+    assert without_times(whole, "train") == without_times(alone, "train")
+    # A run evaluates where it ends, as well: the trunk did, and the branch before it was gone on with.
+    expected = {record["step"]: record for record in without_times(alone, "validation")}
+    found = {record["step"]: record for record in without_times(whole, "validation")}
+    assert {step: found[step] for step in expected} == expected
+    sessions = json.loads((tmp_path / "branched" / "run.json").read_text())["sessions"]
+    assert [session["branched_from"] for session in sessions] == [at_step(trunk, num_steps - 3), None]
+
+
+def test_a_run_that_could_not_have_come_to_its_branch_is_refused(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    trunk = trunk_of(small_data, tmp_path / "trunk")
+    ranks(1).run(complete, trunk)
+
+    def refused(place: str, error: type[Exception], says: str, **sections: dict[str, Any]) -> None:
+        config = run(small_data, tmp_path / "new", checkpoint={"branch_from": place}, **sections)
+        with pytest.raises(error, match=says):
+            start.check(config, world_size=1)
+        assert not (tmp_path / "new").exists()
+
+    place = re.escape(at_step(trunk, 4))
+    refused(at_step(trunk, 4), FieldError, r"training\.seed=5: was 1234 in the run", training={"seed": 5})
+    refused(
+        at_step(trunk, 4),
+        FieldError,
+        rf"training\.order_steps=13: the samples of {place} are in the order of a run of 12 steps; name",
+        training={"order_steps": 13},
+    )
+    refused(
+        at_step(trunk, 4),
+        FieldError,
+        r"schedule\.kind=cosine: the run has another learning rate at step 4",
+        schedule={"kind": "cosine", "warmup_steps": 2},
+    )
+    refused(
+        at_step(trunk, 9),
+        FieldError,
+        r"schedule\.decay_steps=3: the run has its learning rate fall from step 4, and they part at 9",
+    )
+    refused(
+        at_step(trunk, 4),
+        FieldError,
+        r"schedule\.warmup_steps=1: was 2 in the run",
+        schedule={**DECAYS, "warmup_steps": 1},
+    )
+    refused(at_step(trunk, 5), FileProblem, "is no folder; give a checkpoint")
+    (tmp_path / "trunk" / "metrics.jsonl").unlink()
+    refused(at_step(trunk, 4), FileProblem, r"metrics\.jsonl: is missing, and a branch takes it on")
