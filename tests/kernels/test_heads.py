@@ -18,6 +18,7 @@ from tests.kernels.simulation_case import (
     assert_all_near,
     gradients_of,
     in_float64,
+    kept_tensors,
     leaves_of,
     poisoned_memory,
 )
@@ -141,9 +142,6 @@ def test_nothing_is_kept_but_columns_and_weights() -> None:
     case, draws = Case(), Draws(5, torch.float32)
     columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
     known = {leaf.data_ptr() for leaf in (columns, *leaves_of(*(part.weights for part in parts)))}
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
-    ):
+    with kept_tensors() as kept:
         simulate_heads(columns, parts, tiling=TILING)
-    assert set(kept) == known
+    assert kept == known
