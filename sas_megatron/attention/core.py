@@ -171,6 +171,11 @@ def _attend_by_cudnn(
     scale: float,
 ) -> torch.Tensor:
     """Torch's fused attention on cuDNN's kernels, at whatever widths; torch says why where it cannot."""
+    if key_BGSE.shape[2] == 1:
+        # The first token of a text that is generated: cuDNN takes no single key.
+        return _attend_fused(
+            query_BMSE, key_BGSE, value_BGSD, allowed=allowed, causal=causal, dropout=dropout, scale=scale
+        )
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(
             query_BMSE,
@@ -233,6 +238,16 @@ _BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+def check_backend(attention: AttentionConfig) -> None:
+    """Before a layer is built, since Megatron-core turns what that raises into another error.
+
+    Raises:
+        FieldError: `attention.backend` cannot run here.
+    """
+    if attention.backend == "cudnn" and not torch.cuda.is_available():
+        raise FieldError("attention.backend", "cudnn", "needs a CUDA device", "use auto")
+
+
 def build_self_attention_spec(
     variant: AttentionConfig,
     /,
@@ -253,11 +268,9 @@ def build_self_attention_spec(
         module_options: Further arguments for `module`.
 
     Raises:
-        FieldError: the back end cannot run here. (Building the module, Megatron-core would turn that into
-            another error.)
+        FieldError: the back end cannot run here.
     """
-    if variant.backend == "cudnn" and not torch.cuda.is_available():
-        raise FieldError("attention.backend", "cudnn", "needs a CUDA device", "use auto")
+    check_backend(variant)
     return ModuleSpec(
         module=module,
         params={"attn_mask_type": AttnMaskType.causal, **module_options},

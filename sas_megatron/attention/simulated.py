@@ -224,7 +224,8 @@ class SimulatedAttentionConfig(AttentionConfig):
 
         Forward, the first convolution is computed for each of the k taps of the second. Backward, it is for
         the gradient of the columns, and for that of the second's weights (with many heads, tap by tap); the
-        heads that features are simulated from are, whole; and y is, in two of the features' kernels.
+        heads that features are simulated from are, whole; and y is, in two of the features' kernels. (Not
+        looked at: heads that came from other ranks by `all_to_all` are kept instead.)
         """
         from sas_megatron.attention.kernel_choice import is_fused
         from sas_megatron.kernels.padding import taps_at_once
@@ -237,7 +238,8 @@ class SimulatedAttentionConfig(AttentionConfig):
             many = self.head_expansion * base
             first, second = (2 * taps * many * inputs * width for inputs in (base, many))
             one_by_one = taps // taps_at_once(taps, own=many, every=many)
-            heads += (taps - 1 + 1 + one_by_one) * first
+            forward, backward = taps - 1, 1 + one_by_one
+            heads += (forward + backward) * first
             if self.simulate_features and name != "value":
                 heads += taps * first + second
         terms = {"head_simulation": heads}

@@ -77,9 +77,10 @@ class AttentionConfig(Section):
     dropout: float = Field(default=0.0, description="On the attention weights.")
     backend: Literal["auto", "fused", "unfused", "cudnn"] = Field(
         default="auto",
-        description="fused: scaled-dot-product attention of torch; cudnn: that of cuDNN, on a GPU, whose "
-        "values may have another width than the keys; unfused: plain products; auto: by chunks of queries "
-        "where that is faster (on CPU, causal, float32, up to 1,024 tokens), otherwise fused.",
+        description="fused: scaled-dot-product attention of torch; cudnn: that of cuDNN, on a GPU in "
+        "bfloat16, whose values may have another width than the keys; unfused: plain products; auto: by "
+        "chunks of queries where that is faster (on CPU, causal, float32, up to 1,024 tokens), otherwise "
+        "fused.",
     )
 
     @model_validator(mode="after")
@@ -94,6 +95,13 @@ class AttentionConfig(Section):
             )
         if self.uses_model_rotary:
             self._check_rotary()
+        if self.backend == "cudnn" and (self.query_key_dim % 8 or self.value_width % 8):
+            raise self.problem(
+                "backend",
+                f"takes features in eights, and queries and keys have {self.query_key_dim} of them, "
+                f"values {self.value_width}",
+                "use auto, or multiples of 8",
+            )
         return self
 
     def _check_rotary(self) -> None:

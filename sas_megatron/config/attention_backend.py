@@ -7,7 +7,8 @@
     auto                chunked where that is offered and faster, else fused    fused
 
 Values of another width than the keys' are padded, but for cudnn and the plain products. composed is what
-torch's fused attention falls back to without a kernel: plain products.
+torch's fused attention falls back to without a kernel: plain products. cudnn leaves a single key, which it
+does not take, to fused.
 """
 
 from __future__ import annotations

@@ -129,6 +129,18 @@ def test_stages_together_run_what_is_counted(
         assert _in_all(stage[name] for stage in stages) == _in_all([counted]), name
 
 
+def test_cudnn_makes_scores_anew_and_pads_no_values() -> None:
+    fields = {"kind": "sas", "num_heads": 4, "head_dim": 8, "simulated_head_dim": 16, "kernel": "plain"}
+    cudnn, fused = (
+        small_config(attention={**fields, "backend": backend}, training={"precision": "bfloat16"})
+        for backend in ("cudnn", "fused")
+    )
+    scores = {"scores": count_forward_flops(cudnn)["scores"]}
+    assert count_recompute_flops(cudnn, device="gpu") == count_recompute_flops(fused, device="gpu") == scores
+    assert count_padding_flops(cudnn, device="gpu") == {}
+    assert count_padding_flops(fused, device="gpu").keys() == {"values"}
+
+
 def test_what_fused_kernels_compute_again_is_counted_and_is_no_part_of_the_models() -> None:
     plain, fused = (
         small_config(
