@@ -1,7 +1,9 @@
-"""Speed and memory of `prepare_token_files` against sentencepiece alone on the same texts."""
+"""Speed and memory of `prepare_token_files` against sentencepiece alone, and against Megatron-LM."""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.prepare import prepare_token_files
 
@@ -48,21 +51,35 @@ class PreparationMeasurement:
     bare_tokens_per_second: float  # as many concurrent processes of sentencepiece alone
     ratio: float
     command_seconds: float  # of the whole command, imports included
+    megatron_lm_seconds: float | None  # of Megatron-LM's script, imports included; None if not asked for
     peak_memory_bytes: int  # resident memory of all processes, the command itself included
     peak_memory_bytes_of_triple: int  # of a corpus three times as long
 
 
 def measure_preparation(
-    source_parquet: Path, tokenizer_path: Path, *, workers: int, repeats: int = 5
+    source_parquet: Path,
+    tokenizer_path: Path,
+    *,
+    workers: int,
+    repeats: int = 5,
+    megatron_lm: Path | None = None,
 ) -> dict[str, Any]:
-    """Measures and returns the fields of `PreparationMeasurement`; the Parquet file has a column `text`."""
+    """Measures and returns the fields of `PreparationMeasurement`; the Parquet file has a column `text`.
+
+    `megatron_lm` is a checkout of Megatron-LM; its `tools/preprocess_data.py` then takes part in every round.
+    """
+    others_script = _script_of(megatron_lm) if megatron_lm is not None else None
     prepare_speeds: list[float] = []
     bare_speeds: list[float] = []
     command_seconds: list[float] = []
+    megatron_lm_seconds: list[float] = []
     tokens = text_bytes = 0
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder, "tokens")
         command = _command(source_parquet, tokenizer_path, prefix, workers)
+        json_lines = Path(folder, "texts.jsonl")
+        if others_script is not None:
+            _write_json_lines(source_parquet, json_lines)
         for _ in range(repeats):
             preparation = prepare_token_files(
                 [source_parquet],
@@ -75,6 +92,13 @@ def measure_preparation(
             prepare_speeds.append(tokens / preparation.encoding_seconds)
             bare_speeds.append(_measure_bare(source_parquet, tokenizer_path, workers))
             command_seconds.append(_time_command(command))
+            if others_script is not None:
+                seconds, others_bytes = _run_script(others_script, json_lines, tokenizer_path, workers)
+                megatron_lm_seconds.append(seconds)
+                if others_bytes != prefix.with_suffix(".bin").stat().st_size:
+                    raise FileProblem(
+                        others_script, "made other tokens of the same texts", "take another version"
+                    )
         peak = _measure_memory(command)
         triple = _write_triple(source_parquet, Path(folder, "triple.parquet"))
         peak_of_triple = _measure_memory(_command(triple, tokenizer_path, prefix, workers))
@@ -89,6 +113,7 @@ def measure_preparation(
             bare_speed,
             prepare_speed / bare_speed,
             statistics.median(command_seconds),
+            statistics.median(megatron_lm_seconds) if megatron_lm_seconds else None,
             peak,
             peak_of_triple,
         )
@@ -139,10 +164,36 @@ def _command(source: Path, tokenizer_path: Path, prefix: Path, workers: int) -> 
     return [sys.executable, "-m", "sas_megatron", *arguments, "--workers", str(workers), "--overwrite"]
 
 
-def _time_command(command: list[str]) -> float:
+def _time_command(command: list[str], **options: Any) -> float:
     begun = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **options)
     return time.perf_counter() - begun
+
+
+def _script_of(checkout: Path) -> Path:
+    script = checkout.resolve() / "tools" / "preprocess_data.py"
+    if not script.is_file():
+        raise FileProblem(script, "is not there", "name a checkout of github.com/NVIDIA/Megatron-LM")
+    return script
+
+
+def _write_json_lines(source_parquet: Path, path: Path) -> None:
+    """The only form that Megatron-LM's script reads."""
+    with path.open("w") as lines:
+        for text in stream_documents([source_parquet]):
+            lines.write(json.dumps({"text": text}) + "\n")
+
+
+def _run_script(script: Path, json_lines: Path, tokenizer_path: Path, workers: int) -> tuple[float, int]:
+    """Seconds of Megatron-LM's whole command, and the bytes of tokens that it wrote."""
+    prefix = json_lines.with_suffix("")
+    files = ["--input", str(json_lines), "--output-prefix", str(prefix)]
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer_path)]
+    command = [sys.executable, str(script), *files, *tokenizer, "--workers", str(workers), "--append-eod"]
+    # Its own copy of Megatron-core comes before the installed one.
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "PYTHONWARNINGS": "ignore"}
+    seconds = _time_command(command, env=environment)
+    return seconds, Path(f"{prefix}_text_document.bin").stat().st_size
 
 
 def _measure_memory(command: list[str]) -> int:

@@ -252,8 +252,20 @@ def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> 
 )
 @click.option("--workers", type=int, default=2, show_default=True)
 @click.option("--repeats", type=int, default=5, show_default=True)
+@click.option(
+    "--megatron-lm",
+    type=click.Path(path_type=Path),
+    help="Checkout of Megatron-LM, whose own script then takes part.",
+)
 @JSON_OPTION
-def data(tokenizer_path: Path | None, source: Path | None, workers: int, repeats: int, as_json: bool) -> None:
+def data(
+    tokenizer_path: Path | None,
+    source: Path | None,
+    workers: int,
+    repeats: int,
+    megatron_lm: Path | None,
+    as_json: bool,
+) -> None:
     """Speed of `data prepare` against as many concurrent processes of sentencepiece alone."""
     import tempfile
 
@@ -268,12 +280,19 @@ def data(tokenizer_path: Path | None, source: Path | None, workers: int, repeats
         if tokenizer_path is None:
             tokenizer_path = Path(folder) / "tokenizer.model"
             train_tokenizer(stream_documents([source]), vocab_size=8192, model_path=tokenizer_path)
-        result = measure_preparation(source, tokenizer_path, workers=workers, repeats=repeats)
+        result = measure_preparation(
+            source, tokenizer_path, workers=workers, repeats=repeats, megatron_lm=megatron_lm
+        )
+    others = []
+    if result["megatron_lm_seconds"] is not None:
+        faster = result["megatron_lm_seconds"] / result["command_seconds"]
+        others.append(("Megatron-LM's", f"{result['megatron_lm_seconds']:.2f} s, {faster:.2f} times as long"))
     rows = [
         ("data prepare", f"{result['prepare_tokens_per_second']:,.0f} tokens/s"),
         (f"{workers} bare processes", f"{result['bare_tokens_per_second']:,.0f} tokens/s"),
         ("ratio", f"{result['ratio']:.2f}"),
         ("the whole command", f"{result['command_seconds']:.2f} s"),
+        *others,
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
         ("of a corpus three times as long", f"{result['peak_memory_bytes_of_triple'] / 2**20:.0f} MiB"),
     ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from sas_megatron.benchmarks.data import measure_preparation
+from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.prepare import prepare_token_files
 
 
@@ -19,3 +22,12 @@ def test_it_measures_speed_and_memory(corpus: Path, tokenizer_path: Path, tmp_pa
     # Python with pyarrow and two workers: neither nothing, nor anything near a gigabyte.
     assert 60e6 < measured["peak_memory_bytes"] < 900e6
     assert measured["peak_memory_bytes_of_triple"] < 900e6
+
+
+def test_a_missing_script_of_megatron_lm_is_named_before_anything_is_measured(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FileProblem, match=r"tools/preprocess_data\.py: is not there; name a checkout"):
+        measure_preparation(
+            tmp_path / "not read.parquet", tokenizer_path, workers=1, megatron_lm=tmp_path / "elsewhere"
+        )

@@ -94,6 +94,18 @@ def test_decoding_gives_the_logits_of_the_full_forward_pass(ranks: Any, attentio
         assert kept == elements * dtype.itemsize
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("attention", ["sas", "sas-grouped-simulated"])
+def test_so_does_decoding_of_a_model_whose_full_pass_runs_fused_kernels(
+    ranks: Any, attention: str, tensor: int
+) -> None:
+    fused = {**CASES[attention], "kernel": "fused"}
+    ((full, _, _),) = ranks(1).run(full_and_decoded, config_of(fused), torch.float32)
+    for _, decoded, _ in ranks(tensor).run(full_and_decoded, config_of(fused, tensor=tensor), torch.float32):
+        for text, (actual, expected) in enumerate(zip(decoded, full, strict=True)):
+            assert_near(actual, expected, torch.float32, f"logits of text {text}")
+
+
 @pytest.mark.parametrize("attention", ["gqa", "mla", "sas-grouped", "sas-simulated"])
 def test_so_does_decoding_over_pipeline_stages(ranks: Any, attention: str) -> None:
     ((full, _, _),) = ranks(1).run(full_and_decoded, config_of(CASES[attention]), torch.float64)
