@@ -18,11 +18,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sas_megatron.attention.aggregation import average_blocks
 from sas_megatron.attention.chunked import attend_chunked, suits_chunks
 from sas_megatron.attention.shared_heads import SharedHeads
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.errors import FieldError
 from sas_megatron.parallel.context_exchange import ContextExchange
 
 
@@ -158,6 +160,35 @@ def _attend_fused(
     )
 
 
+def _attend_by_cudnn(
+    query_BMSE: torch.Tensor,
+    key_BGSE: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    *,
+    allowed: torch.Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+) -> torch.Tensor:
+    """Torch's fused attention on cuDNN's kernels, at whatever widths; torch says why where it cannot."""
+    if key_BGSE.shape[2] == 1:
+        # The first token of a text that is generated: cuDNN takes no single key.
+        return _attend_fused(
+            query_BMSE, key_BGSE, value_BGSD, allowed=allowed, causal=causal, dropout=dropout, scale=scale
+        )
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(
+            query_BMSE,
+            key_BGSE,
+            value_BGSD,
+            attn_mask=allowed,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=query_BMSE.shape[1] != key_BGSE.shape[1],
+        )
+
+
 def _attend_auto(
     query_BMSE: torch.Tensor,
     key_BGSE: torch.Tensor,
@@ -203,7 +234,18 @@ _BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
     "auto": _attend_auto,
     "fused": _attend_fused,
     "unfused": _attend_unfused,
+    "cudnn": _attend_by_cudnn,
 }
+
+
+def check_backend(attention: AttentionConfig) -> None:
+    """Before a layer is built, since Megatron-core turns what that raises into another error.
+
+    Raises:
+        FieldError: `attention.backend` cannot run here.
+    """
+    if attention.backend == "cudnn" and not torch.cuda.is_available():
+        raise FieldError("attention.backend", "cudnn", "needs a CUDA device", "use auto")
 
 
 def build_self_attention_spec(
@@ -224,7 +266,11 @@ def build_self_attention_spec(
         linear_qkv: Builds what the queries, keys and values are made from, given the arguments of a
             `ColumnParallelLinear`; another one needs a `module` that reads it.
         module_options: Further arguments for `module`.
+
+    Raises:
+        FieldError: the back end cannot run here.
     """
+    check_backend(variant)
     return ModuleSpec(
         module=module,
         params={"attn_mask_type": AttnMaskType.causal, **module_options},

@@ -32,7 +32,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from sas_megatron.attention.caching import CachingAttention, KeyValueCache
-from sas_megatron.attention.core import CoreAttention
+from sas_megatron.attention.core import CoreAttention, check_backend
 from sas_megatron.attention.latent import LatentAttentionConfig
 from sas_megatron.parallel.gradients import sum_gradients_over
 from sas_megatron.platform.latent_attention import admit_absent_transformer_engine
@@ -202,7 +202,12 @@ def _rotate_neighbours(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tenso
 
 
 def build_latent_attention_spec(variant: LatentAttentionConfig) -> ModuleSpec:
-    """A `ModuleSpec` of latent attention on Megatron-core's parallel linears and our core attention."""
+    """A `ModuleSpec` of latent attention on Megatron-core's parallel linears and our core attention.
+
+    Raises:
+        FieldError: the back end cannot run here.
+    """
+    check_backend(variant)
     admit_absent_transformer_engine()
     return ModuleSpec(
         module=LatentSelfAttention,

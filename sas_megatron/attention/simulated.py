@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_backend import Device
 from sas_megatron.config.layer_pass import LayerPass
 from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight
 
@@ -218,6 +219,35 @@ class SimulatedAttentionConfig(AttentionConfig):
             "values": 2 * sequence_length * self.num_simulated_heads * width,
         }
 
+    def count_repeated_flops(self, *, device: Device, element_bytes: int) -> dict[str, int]:
+        """Of the fused kernels, terms head simulation and feature simulation; padding of tiles not counted.
+
+        Forward, the first convolution is computed for each of the k taps of the second. Backward, it is for
+        the gradient of the columns, and for that of the second's weights (with many heads, tap by tap); the
+        heads that features are simulated from are, whole; and y is, in two of the features' kernels. (Not
+        looked at: heads that came from other ranks by `all_to_all` are kept instead.)
+        """
+        from sas_megatron.attention.kernel_choice import is_fused
+        from sas_megatron.kernels.padding import taps_at_once
+
+        if not is_fused(self, device=device, element_bytes=element_bytes):
+            return {}
+        taps, width, wide = self.kernel_size, self.head_dim, self.query_key_dim
+        heads = 0
+        for name, base in self.head_simulations().items():
+            many = self.head_expansion * base
+            first, second = (2 * taps * many * inputs * width for inputs in (base, many))
+            one_by_one = taps // taps_at_once(taps, own=many, every=many)
+            forward, backward = taps - 1, 1 + one_by_one
+            heads += (forward + backward) * first
+            if self.simulate_features and name != "value":
+                heads += taps * first + second
+        terms = {"head_simulation": heads}
+        if self.simulate_features:
+            base_heads = self.num_heads + self.num_key_value_heads
+            terms["feature_simulation"] = 2 * 2 * self.head_expansion * base_heads * wide * width
+        return terms
+
     def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
         """Terms: qkv, the hidden state; head simulation, feature simulation; those of the core attention.
 
@@ -253,7 +283,9 @@ class SimulatedAttentionConfig(AttentionConfig):
         """`SimulatedSelfAttention` with PEAA's mean over r blocks."""
         from sas_megatron.attention.core import build_self_attention_spec
         from sas_megatron.attention.simulated_layer import SimulatedSelfAttention
+        from sas_megatron.attention.simulation_kernels import check_kernel
 
+        check_kernel(self)
         return build_self_attention_spec(
             self, module=SimulatedSelfAttention, num_blocks=self.head_expansion, attention=self
         )

@@ -104,7 +104,7 @@ class SimulatedSelfAttention(CachingSelfAttention):
         self.attention = attention
         device = torch.cuda.current_device()
         self.simulation = Simulation(attention, dtype=config.params_dtype, device=device)
-        self.kernels = build_simulation_kernels(attention, dtype=config.params_dtype, device=device)
+        self.kernels = build_simulation_kernels(attention, dtype=config.params_dtype)
         strategy = choose_exchange(attention, tensor_parallel=self.tp_group.size())
         self.exchange = build_head_exchange(strategy, self.tp_group)
         self.gathering = build_head_exchange("gather", self.tp_group)

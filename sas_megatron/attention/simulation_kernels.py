@@ -15,6 +15,7 @@ from sas_megatron.attention.feature_simulation import simulate_features
 from sas_megatron.attention.head_simulation import simulate_heads
 from sas_megatron.attention.kernel_choice import reason_not_to_fit, reason_not_to_fuse
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.config.attention_backend import Device
 from sas_megatron.config.errors import FieldError
 from sas_megatron.kernels.head_parts import HeadColumns, HeadPart
 from sas_megatron.kernels.residual_weights import ResidualMapWeights
@@ -188,29 +189,32 @@ class FusedKernels(SimulationKernels):
         return self._features.Recomputation(compute, (source.columns, *(own or ())))
 
 
-def build_simulation_kernels(
-    attention: SimulatedAttentionConfig, *, dtype: torch.dtype, device: torch.device | int
-) -> SimulationKernels:
-    """As `attention.kernel` says; what `auto` chose, and why, is logged.
+def check_kernel(attention: SimulatedAttentionConfig) -> None:
+    """Before a layer is built, since Megatron-core turns what that raises into another error.
 
     Raises:
-        FieldError: `fused` cannot run here.
+        FieldError: `attention.kernel=fused` cannot run here.
     """
-    # A number is a GPU's; a model on torch's meta device is built for its shapes alone.
-    on_gpu = device.type == "cuda" if isinstance(device, torch.device) else True
+    if attention.kernel == "fused":
+        reason = reason_not_to_fit(attention) or _what_is_missing()
+        if reason is not None:
+            raise FieldError(
+                "attention.kernel", "fused", f"cannot run here, since {reason}", "use auto or plain"
+            )
+
+
+def build_simulation_kernels(attention: SimulatedAttentionConfig, *, dtype: torch.dtype) -> SimulationKernels:
+    """As `attention.kernel` says; what `auto` chose, and why, is logged."""
     if attention.kernel == "auto":
-        reason = reason_not_to_fuse(
-            attention, device="gpu" if on_gpu else "cpu", element_bytes=dtype.itemsize
-        ) or _what_is_missing(on_gpu)
+        device: Device = "gpu" if torch.cuda.is_available() else "cpu"
+        reason = reason_not_to_fuse(attention, device=device, element_bytes=dtype.itemsize)
+        reason = reason or _what_is_missing()
         _log_choice("fused" if reason is None else f"plain, since {reason}")
         return FusedKernels(attention) if reason is None else PlainKernels(attention)
     if attention.kernel == "plain":
         return PlainKernels(attention)
-    reason = reason_not_to_fit(attention) or _what_is_missing(on_gpu)
-    if reason is None and dtype == torch.float64:
-        reason = "the fused kernels add up in float32"
-    if reason is not None:
-        raise FieldError("attention.kernel", "fused", f"cannot run here, since {reason}", "use auto or plain")
+    if dtype == torch.float64:
+        raise NotImplementedError("the fused kernels add up in float32")
     return FusedKernels(attention)
 
 
@@ -220,14 +224,14 @@ def _log_choice(choice: str) -> None:
     logger.info("attention.kernel=auto: %s", choice)
 
 
-def _what_is_missing(on_gpu: bool) -> str | None:
+def _what_is_missing() -> str | None:
     """Of what the fused kernels need; Triton's interpreter does without a GPU."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if on_gpu:
-        capability = torch.cuda.get_device_capability()
-        if capability < LEAST_CAPABILITY:
-            return f"the GPU's compute capability is {capability[0]}.{capability[1]}, and not 8.0 or more"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < LEAST_CAPABILITY:
+            return f"the GPU's compute capability is {major}.{minor}, and not 8.0 or more"
         return None
     import triton
 

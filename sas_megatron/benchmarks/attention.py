@@ -28,7 +28,13 @@ Block = Callable[[torch.Tensor], torch.Tensor]
 
 
 def measure_attention(
-    shape: BlockShape, topology: Topology, *, dtype: torch.dtype, repeats: int, compiled: bool = False
+    shape: BlockShape,
+    topology: Topology,
+    *,
+    dtype: torch.dtype,
+    repeats: int,
+    compiled: bool = False,
+    backend: str = "auto",
 ) -> dict[str, Any]:
     """Times the blocks in turn, forward and backward.
 
@@ -38,6 +44,7 @@ def measure_attention(
         dtype: Of weights and activations.
         repeats: Rounds, after those that warm up.
         compiled: Also the literal block under torch.compile.
+        backend: `attention.backend` of our blocks.
 
     Returns:
         Median seconds by block, and the medians of the ratios of neighbouring runs. Bytes that each block
@@ -46,7 +53,7 @@ def measure_attention(
     Raises:
         RuntimeError: our block and the literal one differ by more than rounding.
     """
-    blocks, hidden, known = _build_blocks(shape, topology, dtype, compiled=compiled)
+    blocks, hidden, known = _build_blocks(shape, topology, dtype, compiled=compiled, backend=backend)
     difference = _difference(blocks["sas"](hidden), blocks["literal"](hidden))
     if difference > LARGEST_DIFFERENCE[dtype]:
         raise RuntimeError(
@@ -106,14 +113,14 @@ def _least_work(shape: BlockShape, element_bytes: int) -> dict[str, dict[str, fl
 
 
 def _build_blocks(
-    shape: BlockShape, topology: Topology, dtype: torch.dtype, *, compiled: bool
+    shape: BlockShape, topology: Topology, dtype: torch.dtype, *, compiled: bool, backend: str
 ) -> tuple[dict[str, Block], torch.Tensor, set[int]]:
     """The blocks by name, an input for all, and the storages that are there before any pass."""
     torch.manual_seed(1)
-    ours = _build_block(shape.simulated(), shape, dtype)
+    ours = _build_block(shape.simulated(backend=backend), shape, dtype)
     literal = LiteralSimulatedAttention(shape.hidden_size, shape.simulated()).to(topology.device, dtype)
     _share_weights(literal, ours)
-    multi_head = _build_block(shape.multi_head(), shape, dtype)
+    multi_head = _build_block(shape.multi_head(backend=backend), shape, dtype)
     hidden = torch.randn(
         shape.sequence_length, shape.batch_size, shape.hidden_size, device=topology.device, dtype=dtype
     )

@@ -42,6 +42,6 @@ class BlockShape:
             **fields,
         )
 
-    def multi_head(self) -> MultiHeadAttentionConfig:
+    def multi_head(self, **fields: Any) -> MultiHeadAttentionConfig:
         """The block that SAS is built on."""
-        return MultiHeadAttentionConfig(num_heads=self.num_heads, head_dim=self.head_dim)
+        return MultiHeadAttentionConfig(num_heads=self.num_heads, head_dim=self.head_dim, **fields)

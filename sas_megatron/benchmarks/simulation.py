@@ -137,7 +137,7 @@ def kernels_that_run(
     forms: dict[str, SimulationKernels] = {"plain": PlainKernels(attention)}
     if device.type == "cuda":
         fused = attention.model_copy(update={"kernel": "fused"})
-        forms["fused"] = build_simulation_kernels(fused, dtype=dtype, device=device)
+        forms["fused"] = build_simulation_kernels(fused, dtype=dtype)
         assert isinstance(forms["fused"], FusedKernels)
     return forms
 

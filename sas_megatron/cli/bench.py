@@ -57,6 +57,13 @@ def bench() -> None:
 @click.option(
     "--compile/--no-compile", "compiled", default=False, help="Also torch.compile the literal form."
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "fused", "unfused", "cudnn"]),
+    default="auto",
+    show_default=True,
+    help="attention.backend of both blocks of ours.",
+)
 @OUTPUT_OPTION
 @JSON_OPTION
 def attention(
@@ -64,6 +71,7 @@ def attention(
     threads: int | None,
     repeats: int,
     compiled: bool,
+    backend: str,
     output: Path | None,
     as_json: bool,
     **sizes: int,
@@ -79,9 +87,14 @@ def attention(
 
     with joined_topology(ParallelConfig(), device=device, seed=1, timeout_minutes=1) as topology:
         result = measure_attention(
-            BlockShape(**sizes), topology, dtype=DTYPES[precision], repeats=repeats, compiled=compiled
+            BlockShape(**sizes),
+            topology,
+            dtype=DTYPES[precision],
+            repeats=repeats,
+            compiled=compiled,
+            backend=backend,
         )
-    result = {"shape": sizes, "precision": precision, **result, **place(device)}
+    result = {"shape": sizes, "precision": precision, "backend": backend, **result, **place(device)}
     if output is not None:
         draw(points_of(result), output, result)
     titles = {

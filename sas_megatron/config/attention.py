@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sas_megatron.config.attention_backend import Device
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.layer_pass import CoreAttentionPass, LayerPass
 from sas_megatron.config.section import Section, divisors
@@ -74,10 +75,12 @@ class AttentionConfig(Section):
         default=None, description="Features of a query/key head that carry rotary positions; null: all."
     )
     dropout: float = Field(default=0.0, description="On the attention weights.")
-    backend: Literal["auto", "fused", "unfused"] = Field(
+    backend: Literal["auto", "fused", "unfused", "cudnn"] = Field(
         default="auto",
-        description="fused: scaled-dot-product attention of torch; unfused: plain products; auto: by chunks "
-        "of queries where that is faster (on CPU, causal, float32, up to 1,024 tokens), otherwise fused.",
+        description="fused: scaled-dot-product attention of torch; cudnn: that of cuDNN, on a GPU in "
+        "bfloat16, whose values may have another width than the keys; unfused: plain products; auto: by "
+        "chunks of queries where that is faster (on CPU, causal, float32, up to 1,024 tokens), otherwise "
+        "fused.",
     )
 
     @model_validator(mode="after")
@@ -92,6 +95,13 @@ class AttentionConfig(Section):
             )
         if self.uses_model_rotary:
             self._check_rotary()
+        if self.backend == "cudnn" and (self.query_key_dim % 8 or self.value_width % 8):
+            raise self.problem(
+                "backend",
+                f"takes features in eights, and queries and keys have {self.query_key_dim} of them, "
+                f"values {self.value_width}",
+                "use auto, or multiples of 8",
+            )
         return self
 
     def _check_rotary(self) -> None:
@@ -250,6 +260,13 @@ class AttentionConfig(Section):
         A multiply-add is two; scores and values are counted in full, without the causal half.
         """
         raise NotImplementedError
+
+    def count_repeated_flops(self, *, device: Device, element_bytes: int) -> dict[str, int]:
+        """FLOPs of one token in one layer that its kernels spend on computing again, by term.
+
+        Beside those of `training.recompute`, and those of the core attention.
+        """
+        return {}
 
     def output_weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
         """Those of the output projection, row parallel from the value heads of all query heads."""

@@ -3,9 +3,12 @@
     attention.backend   on a CPU                                                elsewhere
     unfused             unfused                                                 unfused
     fused               fused, or composed where weights are dropped            fused
+    cudnn               (refused)                                               cudnn
     auto                chunked where that is offered and faster, else fused    fused
 
-composed is what torch's fused attention falls back to without a kernel: plain products.
+Values of another width than the keys' are padded, but for cudnn and the plain products. composed is what
+torch's fused attention falls back to without a kernel: plain products. cudnn leaves a single key, which it
+does not take, to fused.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 Device = Literal["cpu", "gpu"]
-Backend = Literal["fused", "composed", "unfused", "chunked"]
+Backend = Literal["fused", "composed", "unfused", "chunked", "cudnn"]
+# Those whose backward pass makes the scores anew.
+RECOMPUTING: tuple[Backend, ...] = ("fused", "cudnn")
 
 # Fastest of 64, 128 and 256 at 512 tokens; smaller wastes less on the diagonal, larger runs fewer products.
 CHUNK_TOKENS = 64

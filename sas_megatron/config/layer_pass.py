@@ -108,6 +108,9 @@ class CoreAttentionPass:
             inputs = layer.whole((queries + keys) * self.query_key_width) + self.value_bytes + 4
             return {"attention": inputs, "projection": result}
         unchanged = layer.context == 1 and layer.num_blocks == 1 and width == self.query_key_width
+        if layer.backend == "cudnn":
+            result_is_kept = layer.context == 1 and layer.num_blocks == 1
+            return {"attention": self._cudnn(), "projection": 0 if result_is_kept else result}
         if layer.backend == "fused":
             # It keeps its result, and that is the projection's input where nothing comes between.
             return {"attention": self._fused(), "projection": 0 if unchanged else result}
@@ -125,6 +128,18 @@ class CoreAttentionPass:
         mask = self._rows * self.layer.length if self.layer.masked else 0
         elements = self._rows * 2 * (queries + keys) * self.query_key_width + mask
         return self.layer.element_bytes * elements + FLOAT32_BYTES * self._rows * queries
+
+    def _cudnn(self) -> int:
+        """Query, key, value and the result as they are; a sum of exponentials for each query."""
+        queries, keys = self.layer.attended_heads
+        mask = self._rows * self.layer.length if self.layer.masked else 0
+        elements = self._rows * ((queries + keys) * self.query_key_width + queries * self.value_width) + mask
+        value = self.layer.element_bytes * self._rows * keys * self.value_width
+        return (
+            self.layer.element_bytes * elements
+            + (self.value_bytes if self.layer.context == 1 else value)
+            + FLOAT32_BYTES * self._rows * queries
+        )
 
     def _composed(self) -> int:
         """In float32, for each query head: query, key and padded value; weights, noise, what that leaves."""

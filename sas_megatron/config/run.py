@@ -42,6 +42,12 @@ class RunConfig(BaseModel):
         context = self.parallel.context
         self.attention.check_tensor_parallel(tensor)
         self.attention.check_context_parallel(tensor, context)
+        if self.attention.backend == "cudnn" and self.training.precision != "bfloat16":
+            raise self.attention.problem(
+                "backend",
+                f"does not compute in training.precision={self.training.precision}",
+                "use auto, or training.precision=bfloat16",
+            )
         self.parallel.check_layers(self.model.num_layers)
         # Megatron-core gives each context rank two chunks of the sequence, one early and one late.
         chunks = 2 * context if context > 1 else 1

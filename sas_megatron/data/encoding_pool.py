@@ -21,8 +21,6 @@ from sas_megatron.data.encoding_worker import EncodedChunk, WorkerFailure
 
 # Results that may wait for one before them, for each worker; bounds the memory.
 MAX_CHUNKS_AHEAD_PER_WORKER = 4
-# What a worker has been sent and not answered: it encodes one and has the next at hand.
-CHUNKS_SENT_PER_WORKER = 2
 
 
 class EncodingPool:
@@ -71,30 +69,27 @@ class EncodingPool:
         """
         remaining = iter(chunks)
         upcoming = next(remaining, None)
-        sent = dict.fromkeys(self._connections, 0)
+        idle = list(self._connections)
         in_flight: list[Chunk] = []  # in order
         finished: dict[int, EncodedChunk] = {}
         max_in_flight = MAX_CHUNKS_AHEAD_PER_WORKER * len(self._connections)
 
         def feed_workers() -> None:
             nonlocal upcoming
-            while upcoming is not None and len(in_flight) < max_in_flight:
-                least_busy = min(sent, key=lambda connection: sent[connection])
-                if sent[least_busy] == CHUNKS_SENT_PER_WORKER:
-                    return
-                self._send(least_busy, upcoming)
-                sent[least_busy] += 1
+            while upcoming is not None and idle and len(in_flight) < max_in_flight:
+                self._send(idle.pop(), upcoming)
                 in_flight.append(upcoming)
                 upcoming = next(remaining, None)  # read while the workers encode
 
         feed_workers()
         while in_flight:
-            for ready in wait([connection for connection, count in sent.items() if count]):
+            busy = [connection for connection in self._connections if connection not in idle]
+            for ready in wait(busy):
                 assert isinstance(ready, Connection)
                 encoded = self._receive(ready)
                 assert isinstance(encoded, EncodedChunk)
                 finished[encoded.index] = encoded
-                sent[ready] -= 1
+                idle.append(ready)
             feed_workers()  # before the results are written
             while in_flight and in_flight[0].index in finished:
                 chunk = in_flight.pop(0)

@@ -6,10 +6,8 @@ Megatron-core, which would take seconds, and ends when its parent does, because 
 
 from __future__ import annotations
 
-import queue
 import signal
 import sys
-import threading
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -53,15 +51,15 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> EncodedChunk:
 
 
 def serve(connection: Connection, tokenizer_path: str) -> None:
-    """Says that it is ready, then answers chunks, in order, until the other end closes."""
+    """Says that it is ready, then answers chunks until the other end closes."""
     try:
         tokenizer = Tokenizer(tokenizer_path)
         connection.send(tokenizer.sha256)
-        # A chunk does not fit into what the system holds of a connection: were it not taken off while the one
-        # before is encoded (which runs without Python's lock), its sender would wait, and then this process.
-        received: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
-        threading.Thread(target=_receive_all, args=(connection, received), daemon=True).start()
-        while (chunk := received.get()) is not None:
+        while True:
+            try:
+                chunk = connection.recv()
+            except EOFError:
+                return
             connection.send(encode_chunk(tokenizer, chunk))
     except (BrokenPipeError, ConnectionResetError):
         return  # the parent ended first
@@ -69,17 +67,6 @@ def serve(connection: Connection, tokenizer_path: str) -> None:
         connection.send(WorkerFailure(str(error), is_user_error=True))
     except Exception:
         connection.send(WorkerFailure(traceback.format_exc(), is_user_error=False))
-
-
-def _receive_all(connection: Connection, received: queue.SimpleQueue[Chunk | None]) -> None:
-    """Each chunk as it comes; None when no more can come."""
-    try:
-        while True:
-            received.put(connection.recv())
-    except (EOFError, ConnectionResetError):
-        pass
-    finally:
-        received.put(None)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,18 @@ import triton
 import triton.language as tl
 
 from sas_megatron.kernels.feature_tiles import (
-    feature_of,
+    columns_of_tiles,
+    expanded,
     load_bias,
     load_expand,
+    load_gradient,
     load_refine,
     load_rows,
-    product,
-    store_refine,
     store_rows,
     store_sum,
     turned,
 )
+from sas_megatron.kernels.products import ones, product
 
 
 @triton.jit
@@ -54,36 +55,30 @@ def feature_forward(
 ):
     """heads [rows, D] -> simulated [rows, E], turned by the angles of the rows' positions."""
     DTYPE: tl.constexpr = heads.dtype.element_ty
-    narrow = tl.arange(0, NARROW_TILE)
-    main = tl.arange(0, MAIN)
-    expand_main = load_expand(expand, main, narrow, NARROW, WIDE, ROTARY)
-    refine_main = load_refine(refine, main, main, WIDE, ROTARY)
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        expand_rest = load_expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
-        refine_main_rest = load_refine(refine, main, rest, WIDE, ROTARY)
-        refine_rest_main = load_refine(refine, rest, main, WIDE, ROTARY)
-        refine_rest = load_refine(refine, rest, rest, WIDE, ROTARY)
+    columns = columns_of_tiles(MAIN, REST)
+    expand_tiles = load_expand(expand, columns, tl.arange(0, NARROW_TILE), NARROW, WIDE, ROTARY)
+    refine_tiles = load_refine(refine, columns, WIDE, ROTARY)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
-        y_main = load_bias(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
-        y_main = product(x, tl.trans(expand_main), y_main, COMPUTE)
-        active_main = tl.maximum(y_main, 0.0).to(DTYPE)
-        z_main = y_main + load_bias(refine_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
-        z_main = product(active_main, tl.trans(refine_main), z_main, COMPUTE)
-        if REST > 0:
-            y_rest = load_bias(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
-            y_rest = product(x, tl.trans(expand_rest), y_rest, COMPUTE)
-            active_rest = tl.maximum(y_rest, 0.0).to(DTYPE)
-            z_rest = y_rest + load_bias(refine_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
-            z_rest = product(active_rest, tl.trans(refine_rest), z_rest, COMPUTE)
-            z_rest = product(active_main, tl.trans(refine_rest_main), z_rest, COMPUTE)
-            z_main = product(active_rest, tl.trans(refine_main_rest), z_main, COMPUTE)
-            z_rest = turned(z_rest, turns, tile, num_rows, MAIN, REST, ROTARY, ROWS, ROWS_PER_POSITION, False)
-            store_rows(z_rest, simulated, tile, num_rows, MAIN, REST, WIDE, ROWS)
-        z_main = turned(z_main, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, False)
-        store_rows(z_main, simulated, tile, num_rows, 0, MAIN, WIDE, ROWS)
+        active = ()
+        z = ()
+        for part in tl.static_range(len(columns)):
+            y = expanded(
+                x, expand_tiles[part], expand_bias, columns[part], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
+            )
+            active = active + (tl.maximum(y, 0.0).to(DTYPE),)
+            z_part = y + load_bias(refine_bias, columns[part], ROWS, WIDE, ROTARY, HAS_BIAS)
+            z_part = product(active[part], tl.trans(refine_tiles[part][part]), z_part, COMPUTE)
+            z = z + (z_part,)
+        # The small tile first: no registers spill then (by the compiler, at the sizes of `tiling`).
+        for out in tl.static_range(len(columns) - 1, -1, -1):
+            z_out = z[out]
+            for into in tl.static_range(len(columns)):
+                if into != out:
+                    z_out = product(active[into], tl.trans(refine_tiles[out][into]), z_out, COMPUTE)
+            z_out = turned(z_out, turns, tile, num_rows, out * MAIN, ROTARY, ROWS, ROWS_PER_POSITION, False)
+            store_rows(z_out, simulated, tile, num_rows, out * MAIN, WIDE, ROWS)
 
 
 @triton.jit
@@ -110,44 +105,39 @@ def feature_backward(
 ):
     """Gradient of z [rows, E] -> that of heads, [rows, D], and that of y, [rows, E]."""
     DTYPE: tl.constexpr = heads.dtype.element_ty
-    narrow = tl.arange(0, NARROW_TILE)
-    main = tl.arange(0, MAIN)
-    expand_main = load_expand(expand, main, narrow, NARROW, WIDE, ROTARY)
-    refine_main = load_refine(refine, main, main, WIDE, ROTARY)
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        expand_rest = load_expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
-        refine_main_rest = load_refine(refine, main, rest, WIDE, ROTARY)
-        refine_rest_main = load_refine(refine, rest, main, WIDE, ROTARY)
-        refine_rest = load_refine(refine, rest, rest, WIDE, ROTARY)
+    columns = columns_of_tiles(MAIN, REST)
+    expand_tiles = load_expand(expand, columns, tl.arange(0, NARROW_TILE), NARROW, WIDE, ROTARY)
+    refine_tiles = load_refine(refine, columns, WIDE, ROTARY)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
-        dz_main = load_rows(gradient, tile, num_rows, 0, MAIN, WIDE, ROWS).to(tl.float32)
-        dz_main = turned(dz_main, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, True).to(
-            DTYPE
-        )
-        into_main = product(dz_main, refine_main, tl.zeros([ROWS, MAIN], tl.float32), COMPUTE)
-        if REST > 0:
-            dz_rest = load_rows(gradient, tile, num_rows, MAIN, REST, WIDE, ROWS).to(tl.float32)
-            dz_rest = turned(
-                dz_rest, turns, tile, num_rows, MAIN, REST, ROTARY, ROWS, ROWS_PER_POSITION, True
-            ).to(DTYPE)
-            into_main = product(dz_rest, refine_rest_main, into_main, COMPUTE)
-        y_main = load_bias(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
-        y_main = product(x, tl.trans(expand_main), y_main, COMPUTE)
-        dy_main = (dz_main.to(tl.float32) + tl.where(y_main > 0, into_main, 0.0)).to(DTYPE)
-        store_rows(dy_main, expanded_gradient, tile, num_rows, 0, MAIN, WIDE, ROWS)
-        dx = product(dy_main, expand_main, tl.zeros([ROWS, NARROW_TILE], tl.float32), COMPUTE)
-        if REST > 0:
-            into_rest = product(dz_main, refine_main_rest, tl.zeros([ROWS, REST], tl.float32), COMPUTE)
-            into_rest = product(dz_rest, refine_rest, into_rest, COMPUTE)
-            y_rest = load_bias(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
-            y_rest = product(x, tl.trans(expand_rest), y_rest, COMPUTE)
-            dy_rest = (dz_rest.to(tl.float32) + tl.where(y_rest > 0, into_rest, 0.0)).to(DTYPE)
-            store_rows(dy_rest, expanded_gradient, tile, num_rows, MAIN, REST, WIDE, ROWS)
-            dx = product(dy_rest, expand_rest, dx, COMPUTE)
-        store_rows(dx, head_gradient, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
+        dz = ()
+        for part in tl.static_range(len(columns)):
+            dz_part = load_gradient(
+                gradient,
+                turns,
+                tile,
+                num_rows,
+                part * MAIN,
+                columns[part].shape[0],
+                WIDE,
+                ROTARY,
+                ROWS,
+                ROWS_PER_POSITION,
+            )
+            dz = dz + (dz_part,)
+        dx = tl.zeros([ROWS, NARROW_TILE], tl.float32)
+        for part in tl.static_range(len(columns)):
+            into_active = tl.zeros([ROWS, columns[part].shape[0]], tl.float32)
+            for out in tl.static_range(len(columns)):
+                into_active = product(dz[out], refine_tiles[out][part], into_active, COMPUTE)
+            y = expanded(
+                x, expand_tiles[part], expand_bias, columns[part], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
+            )
+            dy = (dz[part].to(tl.float32) + tl.where(y > 0, into_active, 0.0)).to(DTYPE)
+            store_rows(dy, expanded_gradient, tile, num_rows, part * MAIN, WIDE, ROWS)
+            dx = product(dy, expand_tiles[part], dx, COMPUTE)
+        store_rows(dx, head_gradient, tile, num_rows, 0, NARROW, ROWS)
 
 
 @triton.jit
@@ -170,40 +160,36 @@ def expand_gradient(
     """Gradient of y -> those of A1 and a1, dyᵀ·[x, 1], as a sum a program: [programs, E, D] and
     [programs, E].
     """
-    DTYPE: tl.constexpr = heads.dtype.element_ty
+    columns = columns_of_tiles(MAIN, REST)
     narrow = tl.arange(0, NARROW_TILE)
-    main = tl.arange(0, MAIN)
-    ones = tl.full([ROWS, 16], 1.0, tl.float32).to(DTYPE)
-    total_main = tl.zeros([MAIN, NARROW_TILE], tl.float32)
-    bias_main = tl.zeros([MAIN, 16], tl.float32)
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        total_rest = tl.zeros([REST, NARROW_TILE], tl.float32)
-        bias_rest = tl.zeros([REST, 16], tl.float32)
+    totals = ()
+    bias_totals = ()
+    for part in tl.static_range(len(columns)):
+        totals = totals + (tl.zeros([columns[part].shape[0], NARROW_TILE], tl.float32),)
+        bias_totals = bias_totals + (tl.zeros([columns[part].shape[0], 16], tl.float32),)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
-        dy_main = tl.trans(load_rows(expanded_gradient, tile, num_rows, 0, MAIN, WIDE, ROWS))
-        total_main = product(dy_main, x, total_main, COMPUTE)
-        if HAS_BIAS:
-            bias_main = product(dy_main, ones, bias_main, COMPUTE)
-        if REST > 0:
-            dy_rest = tl.trans(load_rows(expanded_gradient, tile, num_rows, MAIN, REST, WIDE, ROWS))
-            total_rest = product(dy_rest, x, total_rest, COMPUTE)
+        updated = ()
+        bias_updated = ()
+        for part in tl.static_range(len(columns)):
+            dy = tl.trans(
+                load_rows(expanded_gradient, tile, num_rows, part * MAIN, columns[part].shape[0], WIDE, ROWS)
+            )
+            updated = updated + (product(dy, x, totals[part], COMPUTE),)
             if HAS_BIAS:
-                bias_rest = product(dy_rest, ones, bias_rest, COMPUTE)
-
-    part = expand_parts + tl.program_id(0).to(tl.int64) * (WIDE * NARROW)
-    bias_part = expand_bias_parts + tl.program_id(0).to(tl.int64) * WIDE
-    # Of the columns of the product with ones, which are equal, the first.
-    one = tl.arange(0, 16)
-    store_sum(total_main, part, feature_of(main, ROTARY), main < WIDE, narrow, NARROW)
-    if HAS_BIAS:
-        store_sum(bias_main, bias_part, feature_of(main, ROTARY), main < WIDE, one, 1)
-    if REST > 0:
-        store_sum(total_rest, part, feature_of(rest, ROTARY), rest < WIDE, narrow, NARROW)
+                of_ones = ones(ROWS, heads.dtype.element_ty)
+                bias_updated = bias_updated + (product(dy, of_ones, bias_totals[part], COMPUTE),)
+        totals = updated
         if HAS_BIAS:
-            store_sum(bias_rest, bias_part, feature_of(rest, ROTARY), rest < WIDE, one, 1)
+            bias_totals = bias_updated
+
+    for part in tl.static_range(len(columns)):
+        store_sum(totals[part], expand_parts, columns[part], narrow, WIDE, NARROW, ROTARY, 0)
+        if HAS_BIAS:
+            # Of the columns of the product with ones, which are equal, the first.
+            one = tl.arange(0, 16)
+            store_sum(bias_totals[part], expand_bias_parts, columns[part], one, WIDE, 1, ROTARY, 0)
 
 
 @triton.jit
@@ -229,52 +215,57 @@ def refine_gradient(
 ):
     """Gradient of z -> those of A2 and a2, dzᵀ·[ReLU(y), 1], as a sum a program: [programs, E, E], …"""
     DTYPE: tl.constexpr = heads.dtype.element_ty
-    narrow = tl.arange(0, NARROW_TILE)
-    main = tl.arange(0, MAIN)
-    ones = tl.full([ROWS, 16], 1.0, tl.float32).to(DTYPE)
-    expand_main = load_expand(expand, main, narrow, NARROW, WIDE, ROTARY)
-    total_main = tl.zeros([MAIN, MAIN], tl.float32)
-    bias_main = tl.zeros([MAIN, 16], tl.float32)
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        expand_rest = load_expand(expand, rest, narrow, NARROW, WIDE, ROTARY)
-        total_main_rest = tl.zeros([MAIN, REST], tl.float32)
-        total_rest_main = tl.zeros([REST, MAIN], tl.float32)
-        total_rest = tl.zeros([REST, REST], tl.float32)
-        bias_rest = tl.zeros([REST, 16], tl.float32)
+    columns = columns_of_tiles(MAIN, REST)
+    expand_tiles = load_expand(expand, columns, tl.arange(0, NARROW_TILE), NARROW, WIDE, ROTARY)
+    totals = ()
+    bias_totals = ()
+    for out in tl.static_range(len(columns)):
+        for into in tl.static_range(len(columns)):
+            totals = totals + (tl.zeros([columns[out].shape[0], columns[into].shape[0]], tl.float32),)
+        bias_totals = bias_totals + (tl.zeros([columns[out].shape[0], 16], tl.float32),)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
         # Rows that do not exist have no gradient, whatever their ReLU.
-        y = load_bias(expand_bias, main, ROWS, MAIN, WIDE, ROTARY, HAS_BIAS)
-        active_main = tl.maximum(product(x, tl.trans(expand_main), y, COMPUTE), 0.0).to(DTYPE)
-        dz = load_rows(gradient, tile, num_rows, 0, MAIN, WIDE, ROWS).to(tl.float32)
-        dz = turned(dz, turns, tile, num_rows, 0, MAIN, ROTARY, ROWS, ROWS_PER_POSITION, True)
-        dz_main = tl.trans(dz.to(DTYPE))
-        total_main = product(dz_main, active_main, total_main, COMPUTE)
-        if HAS_BIAS:
-            bias_main = product(dz_main, ones, bias_main, COMPUTE)
-        if REST > 0:
-            y = load_bias(expand_bias, rest, ROWS, REST, WIDE, ROTARY, HAS_BIAS)
-            active_rest = tl.maximum(product(x, tl.trans(expand_rest), y, COMPUTE), 0.0).to(DTYPE)
-            dz = load_rows(gradient, tile, num_rows, MAIN, REST, WIDE, ROWS).to(tl.float32)
-            dz = turned(dz, turns, tile, num_rows, MAIN, REST, ROTARY, ROWS, ROWS_PER_POSITION, True)
-            dz_rest = tl.trans(dz.to(DTYPE))
-            total_main_rest = product(dz_main, active_rest, total_main_rest, COMPUTE)
-            total_rest_main = product(dz_rest, active_main, total_rest_main, COMPUTE)
-            total_rest = product(dz_rest, active_rest, total_rest, COMPUTE)
+        active = ()
+        dz = ()
+        updated = ()
+        bias_updated = ()
+        for part in tl.static_range(len(columns)):
+            y = expanded(
+                x, expand_tiles[part], expand_bias, columns[part], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
+            )
+            active = active + (tl.maximum(y, 0.0).to(DTYPE),)
+            dz_part = load_gradient(
+                gradient,
+                turns,
+                tile,
+                num_rows,
+                part * MAIN,
+                columns[part].shape[0],
+                WIDE,
+                ROTARY,
+                ROWS,
+                ROWS_PER_POSITION,
+            )
+            dz = dz + (tl.trans(dz_part),)
+            # Each product once its tiles are there: of two tiles, that is the order of `totals`.
+            for out in tl.static_range(part + 1):
+                for into in tl.static_range(part + 1):
+                    if out == part or into == part:
+                        total = totals[out * len(columns) + into]
+                        updated = updated + (product(dz[out], active[into], total, COMPUTE),)
             if HAS_BIAS:
-                bias_rest = product(dz_rest, ones, bias_rest, COMPUTE)
-
-    part = refine_parts + tl.program_id(0).to(tl.int64) * (WIDE * WIDE)
-    bias_part = refine_bias_parts + tl.program_id(0).to(tl.int64) * WIDE
-    one = tl.arange(0, 16)
-    store_refine(total_main, part, main, main, WIDE, ROTARY)
-    if HAS_BIAS:
-        store_sum(bias_main, bias_part, feature_of(main, ROTARY), main < WIDE, one, 1)
-    if REST > 0:
-        store_refine(total_main_rest, part, main, rest, WIDE, ROTARY)
-        store_refine(total_rest_main, part, rest, main, WIDE, ROTARY)
-        store_refine(total_rest, part, rest, rest, WIDE, ROTARY)
+                of_ones = ones(ROWS, DTYPE)
+                bias_updated = bias_updated + (product(dz[part], of_ones, bias_totals[part], COMPUTE),)
+        totals = updated
         if HAS_BIAS:
-            store_sum(bias_rest, bias_part, feature_of(rest, ROTARY), rest < WIDE, one, 1)
+            bias_totals = bias_updated
+
+    for out in tl.static_range(len(columns)):
+        for into in tl.static_range(len(columns)):
+            total = totals[out * len(columns) + into]
+            store_sum(total, refine_parts, columns[out], columns[into], WIDE, WIDE, ROTARY, ROTARY)
+        if HAS_BIAS:
+            one = tl.arange(0, 16)
+            store_sum(bias_totals[out], refine_bias_parts, columns[out], one, WIDE, 1, ROTARY, 0)

@@ -19,15 +19,17 @@ import triton
 import triton.language as tl
 
 from sas_megatron.kernels.head_tiles import (
+    column_places,
+    convolved,
     load_bias,
     load_heads,
     load_taps,
-    load_taps_transposed,
     no_taps,
     own_heads,
-    product,
     store_bias,
+    store_taps,
 )
+from sas_megatron.kernels.products import ones, product
 
 
 @triton.jit
@@ -62,19 +64,19 @@ def head_forward(
     CENTRE: tl.constexpr = TAPS // 2
     base = tl.arange(0, BASE_TILE)
     base_exists = base < BASE
-    places = (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * FEATURES
+    places = column_places(base, PER_GROUP, GROUP_WIDTH, FEATURES)
     every = tl.arange(0, ALL_TILE)
     every_exists = every < ALL
     own = tl.arange(0, OWN_TILE)
     own_exists = own < OWN
     own_head = own_heads(own, BASE, FIRST, COUNT)
 
-    expand_taps = load_taps_transposed(expand, base, base_exists, every, every_exists, BASE, TAPS)
-    refine_taps = load_taps_transposed(refine, every, every_exists, own_head, own_exists, ALL, TAPS)
+    expand_taps = load_taps(expand, every, every_exists, base, base_exists, BASE, TAPS)
+    refine_taps = load_taps(refine, own_head, own_exists, every, every_exists, ALL, TAPS)
     first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
     second_bias = load_bias(refine_bias, own_head, own_exists, HAS_BIAS)
     if COUNT != BASE:
-        own_taps = load_taps_transposed(expand, base, base_exists, own_head, own_exists, BASE, TAPS)
+        own_taps = load_taps(expand, own_head, own_exists, base, base_exists, BASE, TAPS)
         second_bias += load_bias(expand_bias, own_head, own_exists, HAS_BIAS)
 
     rows = tl.arange(0, TOKEN_TILE * FEATURE_TILE)
@@ -82,41 +84,43 @@ def head_forward(
     num_tiles = tl.cdiv(num_tokens, TOKEN_TILE)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         token = tile * TOKEN_TILE + rows // FEATURE_TILE
-        total = tl.zeros([TOKEN_TILE * FEATURE_TILE, OWN_TILE], tl.float32) + second_bias[None, :]
-        if COUNT != BASE:
-            for tap in tl.static_range(TAPS):
-                x = load_heads(
-                    columns,
-                    places,
-                    base_exists,
-                    token,
-                    feature + tap - CENTRE,
-                    num_tokens,
-                    token_stride,
-                    FEATURES,
-                )
-                total = product(tl.trans(x), own_taps[tap], total, COMPUTE)
+        if COUNT == BASE:
+            total = tl.zeros([TOKEN_TILE * FEATURE_TILE, OWN_TILE], tl.float32) + second_bias[None, :]
+        else:
+            total = convolved(
+                columns,
+                places,
+                base_exists,
+                token,
+                feature,
+                num_tokens,
+                token_stride,
+                own_taps,
+                second_bias,
+                FEATURES,
+                COMPUTE,
+            )
         for shift in tl.static_range(TAPS):
-            expanded = tl.zeros([TOKEN_TILE * FEATURE_TILE, ALL_TILE], tl.float32) + first_bias[None, :]
             shifted = feature + shift - CENTRE
-            for tap in tl.static_range(TAPS):
-                x = load_heads(
-                    columns,
-                    places,
-                    base_exists,
-                    token,
-                    shifted + tap - CENTRE,
-                    num_tokens,
-                    token_stride,
-                    FEATURES,
-                )
-                expanded = product(tl.trans(x), expand_taps[tap], expanded, COMPUTE)
+            expanded = convolved(
+                columns,
+                places,
+                base_exists,
+                token,
+                shifted,
+                num_tokens,
+                token_stride,
+                expand_taps,
+                first_bias,
+                FEATURES,
+                COMPUTE,
+            )
             if COUNT == BASE and shift == CENTRE:
                 total += expanded
             # The second convolution pads with zeros, where the first would have its bias.
             inside = (shifted >= 0) & (shifted < FEATURES)
             active = tl.where(inside[:, None], tl.maximum(expanded, 0.0), 0.0)
-            total = product(active.to(columns.dtype.element_ty), refine_taps[shift], total, COMPUTE)
+            total = product(active.to(columns.dtype.element_ty), tl.trans(refine_taps[shift]), total, COMPUTE)
         out = (token.to(tl.int64) * (OWN * FEATURES) + feature)[None, :] + own[:, None] * FEATURES
         kept = own_exists[:, None] & ((token < num_tokens) & (feature < FEATURES))[None, :]
         tl.store(simulated + out, tl.trans(total).to(simulated.dtype.element_ty), mask=kept)
@@ -162,7 +166,7 @@ def head_backward(
     DTYPE: tl.constexpr = columns.dtype.element_ty
     base = tl.arange(0, BASE_TILE)
     base_exists = base < BASE
-    places = (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * FEATURES
+    places = column_places(base, PER_GROUP, GROUP_WIDTH, FEATURES)
     every = tl.arange(0, ALL_TILE)
     every_exists = every < ALL
     own = tl.arange(0, OWN_TILE)
@@ -179,26 +183,25 @@ def head_backward(
     first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
     expand_totals = no_taps(ALL_TILE, BASE_TILE, TAPS)
     bias_total = tl.zeros([ALL_TILE, 16], tl.float32)
-    ones = tl.full([ROWS, 16], 1.0, tl.float32).to(DTYPE)
 
     rows = tl.arange(0, ROWS)
     feature = rows % FEATURE_TILE
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, TOKEN_TILE), tl.num_programs(0)):
         token = tile * TOKEN_TILE + rows // FEATURE_TILE
         exists = (token < num_tokens) & (feature < FEATURES)
-        expanded = tl.zeros([ROWS, ALL_TILE], tl.float32) + first_bias[None, :]
-        for tap in tl.static_range(TAPS):
-            x = load_heads(
-                columns,
-                places,
-                base_exists,
-                token,
-                feature + tap - CENTRE,
-                num_tokens,
-                token_stride,
-                FEATURES,
-            )
-            expanded = product(tl.trans(x), tl.trans(expand_taps[tap]), expanded, COMPUTE)
+        expanded = convolved(
+            columns,
+            places,
+            base_exists,
+            token,
+            feature,
+            num_tokens,
+            token_stride,
+            expand_taps,
+            first_bias,
+            FEATURES,
+            COMPUTE,
+        )
 
         into_active = tl.zeros([ROWS, ALL_TILE], tl.float32)
         for tap in tl.static_range(TAPS):
@@ -231,7 +234,7 @@ def head_backward(
         into_expanded = tl.where(positive, into_active, 0.0) + tl.trans(residual).to(tl.float32)
         into_expanded = into_expanded.to(DTYPE)
         if HAS_BIAS:
-            bias_total = product(tl.trans(into_expanded), ones, bias_total, COMPUTE)
+            bias_total = product(tl.trans(into_expanded), ones(ROWS, DTYPE), bias_total, COMPUTE)
 
         into_x = tl.zeros([ROWS, BASE_TILE], tl.float32)
         updated = ()
@@ -263,11 +266,8 @@ def head_backward(
         tl.store(column_gradient + out, tl.trans(into_x).to(DTYPE), mask=kept)
 
     program = tl.program_id(0).to(tl.int64)
-    part = (
-        expand_parts + program * (ALL * BASE * TAPS) + every[:, None] * (BASE * TAPS) + base[None, :] * TAPS
-    )
-    for tap in tl.static_range(TAPS):
-        tl.store(part + tap, expand_totals[tap], mask=every_exists[:, None] & base_exists[None, :])
+    part = expand_parts + program * (ALL * BASE * TAPS)
+    store_taps(expand_totals, part, every, every_exists, base, base_exists, BASE, TAPS)
     if HAS_BIAS:
         store_bias(bias_total, expand_bias_parts + program * ALL, every, every_exists)
 
@@ -312,7 +312,7 @@ def refine_gradient(
     DTYPE: tl.constexpr = columns.dtype.element_ty
     base = tl.arange(0, BASE_TILE)
     base_exists = base < BASE
-    places = (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * FEATURES
+    places = column_places(base, PER_GROUP, GROUP_WIDTH, FEATURES)
     every = tl.arange(0, ALL_TILE)
     every_exists = every < ALL
     own = tl.arange(0, OWN_TILE)
@@ -322,30 +322,29 @@ def refine_gradient(
     else:
         first = tl.program_id(1) * TAPS_AT_ONCE
 
-    expand_taps = load_taps_transposed(expand, base, base_exists, every, every_exists, BASE, TAPS)
+    expand_taps = load_taps(expand, every, every_exists, base, base_exists, BASE, TAPS)
     first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
     totals = no_taps(OWN_TILE, ALL_TILE, TAPS_AT_ONCE)
     bias_total = tl.zeros([OWN_TILE, 16], tl.float32)
-    ones = tl.full([ROWS, 16], 1.0, tl.float32).to(DTYPE)
 
     rows = tl.arange(0, ROWS)
     feature = rows % FEATURE_TILE
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, TOKEN_TILE), tl.num_programs(0)):
         token = tile * TOKEN_TILE + rows // FEATURE_TILE
         exists = (token < num_tokens) & (feature < FEATURES)
-        expanded = tl.zeros([ROWS, ALL_TILE], tl.float32) + first_bias[None, :]
-        for tap in tl.static_range(TAPS):
-            x = load_heads(
-                columns,
-                places,
-                base_exists,
-                token,
-                feature + tap - CENTRE,
-                num_tokens,
-                token_stride,
-                FEATURES,
-            )
-            expanded = product(tl.trans(x), expand_taps[tap], expanded, COMPUTE)
+        expanded = convolved(
+            columns,
+            places,
+            base_exists,
+            token,
+            feature,
+            num_tokens,
+            token_stride,
+            expand_taps,
+            first_bias,
+            FEATURES,
+            COMPUTE,
+        )
         active = tl.where(exists[:, None], tl.maximum(expanded, 0.0), 0.0).to(DTYPE)
         updated = ()
         for tap in tl.static_range(TAPS_AT_ONCE):
@@ -363,13 +362,12 @@ def refine_gradient(
             if HAS_BIAS:
                 # Of the tap that shifts nothing: the others lose what they shift out.
                 if tap == CENTRE % TAPS_AT_ONCE:
-                    bias_total = product(dw, ones, bias_total, COMPUTE)
+                    bias_total = product(dw, ones(ROWS, DTYPE), bias_total, COMPUTE)
         totals = updated
 
     program = tl.program_id(0).to(tl.int64)
-    part = refine_parts + program * (OWN * ALL * TAPS) + own[:, None] * (ALL * TAPS) + every[None, :] * TAPS
-    for tap in tl.static_range(TAPS_AT_ONCE):
-        tl.store(part + first + tap, totals[tap], mask=own_exists[:, None] & every_exists[None, :])
+    part = refine_parts + program * (OWN * ALL * TAPS) + first
+    store_taps(totals, part, own, own_exists, every, every_exists, ALL, TAPS)
     if HAS_BIAS:
         if first <= CENTRE and first + TAPS_AT_ONCE > CENTRE:
             store_bias(bias_total, refine_bias_parts + program * OWN, own, own_exists)

@@ -4,11 +4,7 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def product(left, right, total, COMPUTE: tl.constexpr):
-    """total + left · right, added up in float32; operands in COMPUTE."""
-    return tl.dot(left.to(COMPUTE), right.to(COMPUTE), total, input_precision="ieee")
+from sas_megatron.kernels.products import product
 
 
 @triton.jit
@@ -22,27 +18,15 @@ def load_bias(pointer, index, exists, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def load_taps(pointer, rows, rows_exist, columns, columns_exist, COLUMNS: tl.constexpr, TAPS: tl.constexpr):
-    """A convolution's weight [·, COLUMNS, TAPS] as a tuple of tiles [rows, columns], one a tap."""
-    places = pointer + rows[:, None] * (COLUMNS * TAPS) + columns[None, :] * TAPS
-    exist = rows_exist[:, None] & columns_exist[None, :]
-    taps = ()
-    for tap in tl.static_range(TAPS):
-        taps = taps + (tl.load(places + tap, mask=exist, other=0.0),)
-    return taps
+def column_places(base, PER_GROUP: tl.constexpr, GROUP_WIDTH: tl.constexpr, FEATURES: tl.constexpr):
+    """Where base heads begin among a token's columns."""
+    return (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * FEATURES
 
 
 @triton.jit
-def load_taps_transposed(
-    pointer, rows, rows_exist, columns, columns_exist, ROWS: tl.constexpr, TAPS: tl.constexpr
-):
-    """The same of a weight [·, ROWS, TAPS], whose second axis becomes the tiles' rows."""
-    places = pointer + columns[None, :] * (ROWS * TAPS) + rows[:, None] * TAPS
-    exist = rows_exist[:, None] & columns_exist[None, :]
-    taps = ()
-    for tap in tl.static_range(TAPS):
-        taps = taps + (tl.load(places + tap, mask=exist, other=0.0),)
-    return taps
+def own_heads(index, BASE: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Of the own simulated heads, in order, which they are of all."""
+    return (index // COUNT) * BASE + FIRST + index % COUNT
 
 
 @triton.jit
@@ -54,18 +38,60 @@ def load_heads(pointer, places, exist, token, feature, num_tokens, token_stride,
 
 
 @triton.jit
-def own_heads(index, BASE: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Of the own simulated heads, in order, which they are of all."""
-    return (index // COUNT) * BASE + FIRST + index % COUNT
+def convolved(
+    pointer,
+    places,
+    exist,
+    token,
+    feature,
+    num_tokens,
+    token_stride,
+    taps,
+    bias,
+    FEATURES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """A convolution of some heads at the rows' features, [rows, heads that it makes], in float32."""
+    total = tl.zeros([token.shape[0], bias.shape[0]], tl.float32) + bias[None, :]
+    for tap in tl.static_range(len(taps)):
+        shifted = feature + tap - len(taps) // 2
+        x = load_heads(pointer, places, exist, token, shifted, num_tokens, token_stride, FEATURES)
+        total = product(tl.trans(x), tl.trans(taps[tap]), total, COMPUTE)
+    return total
 
 
 @triton.jit
-def no_taps(ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr):
+def tap_places(pointer, out, out_exist, into, into_exist, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Pointers to the first tap of a convolution's weight [·, INTO, TAPS], and which there are."""
+    places = pointer + out[:, None] * (INTO * TAPS) + into[None, :] * TAPS
+    return places, out_exist[:, None] & into_exist[None, :]
+
+
+@triton.jit
+def load_taps(pointer, out, out_exist, into, into_exist, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """A convolution's weight as a tuple of tiles [out, into], one a tap."""
+    places, exist = tap_places(pointer, out, out_exist, into, into_exist, INTO, TAPS)
+    taps = ()
+    for tap in tl.static_range(TAPS):
+        taps = taps + (tl.load(places + tap, mask=exist, other=0.0),)
+    return taps
+
+
+@triton.jit
+def no_taps(OUT: tl.constexpr, INTO: tl.constexpr, TAPS: tl.constexpr):
     """A tuple of zeros, a tile for each tap."""
     totals = ()
     for _ in tl.static_range(TAPS):
-        totals = totals + (tl.zeros([ROWS, COLUMNS], tl.float32),)
+        totals = totals + (tl.zeros([OUT, INTO], tl.float32),)
     return totals
+
+
+@triton.jit
+def store_taps(totals, pointer, out, out_exist, into, into_exist, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Sums for some of the taps, side by side."""
+    places, exist = tap_places(pointer, out, out_exist, into, into_exist, INTO, TAPS)
+    for tap in tl.static_range(len(totals)):
+        tl.store(places + tap, totals[tap], mask=exist)
 
 
 @triton.jit

@@ -14,9 +14,9 @@ import torch
 
 from sas_megatron.kernels import head_kernels
 from sas_megatron.kernels.head_parts import HeadPart
-from sas_megatron.kernels.padding import padded
+from sas_megatron.kernels.padding import padded, taps_at_once
 from sas_megatron.kernels.residual_weights import ResidualMapWeights
-from sas_megatron.kernels.tiling import LARGEST_SUM_BYTES, Tile, Tiling, compute_type, count_programs
+from sas_megatron.kernels.tiling import Tile, Tiling, compute_type, count_programs
 
 
 def simulate_heads(
@@ -127,11 +127,12 @@ def _differentiate(
 
     tile = tiling.head_refine_gradient
     shape = _shape(part, tile, columns_TC)
-    at_once = taps_at_once(part)
+    taps = weights.refine.shape[2]
+    at_once = taps_at_once(taps, own=own, every=weights.refine.shape[0])
     programs = _count_tiles(tile, shape, columns_TC)
     refine_parts = _sums(programs, weights.refine[:own])
     refine_bias_parts = _sums(programs, weights.refine[:own, 0, 0]) if has_bias else refine_parts
-    head_kernels.refine_gradient[(programs, weights.refine.shape[2] // at_once)](
+    head_kernels.refine_gradient[(programs, taps // at_once)](
         columns,
         weights.expand,
         expand_bias,
@@ -152,14 +153,6 @@ def _differentiate(
         if weights.refine_bias is None
         else _among_all(refine_bias_parts.sum(0), part, weights.refine_bias),
     ]
-
-
-def taps_at_once(part: HeadPart) -> int:
-    """Taps of the second convolution whose gradients one program adds up: all, or one."""
-    assert part.weights is not None
-    many, _, taps = part.weights.refine.shape
-    sum_bytes = torch.float32.itemsize * taps * padded(part.blocks * part.num_wanted) * padded(many)
-    return taps if sum_bytes <= LARGEST_SUM_BYTES else 1
 
 
 def _pass_back(gradient: torch.Tensor, part: HeadPart, column_gradient: torch.Tensor) -> None:

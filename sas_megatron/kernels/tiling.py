@@ -17,8 +17,6 @@ from sas_megatron.kernels.padding import TILE_ROWS
 
 # Triton's interpreter runs one program after another; a few show that they share the work.
 INTERPRETED_PROGRAMS = 3
-# Of float32 sums that one program can hold beside its tiles.
-LARGEST_SUM_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)

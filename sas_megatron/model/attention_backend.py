@@ -13,8 +13,8 @@ def resolve_backend(config: RunConfig, *, device: Device, sequence_length: int |
     `config.attention_backend` has the rules.
     """
     attention, parallel = config.attention, config.parallel
-    if attention.backend == "unfused":
-        return "unfused"
+    if attention.backend in ("unfused", "cudnn"):
+        return attention.backend
     queries, keys = attended_heads(attention, tensor=parallel.tensor, context=parallel.context)
     in_chunks = attention.backend == "auto" and runs_in_chunks(
         device=device,

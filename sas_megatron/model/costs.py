@@ -13,7 +13,7 @@ a kernel, is no part of them nor of model FLOPs utilization. `count_recompute_fl
 
 from __future__ import annotations
 
-from sas_megatron.config.attention_backend import Device
+from sas_megatron.config.attention_backend import RECOMPUTING, Device
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.tensor_group import count_by_term
 from sas_megatron.model.attention_backend import resolve_backend
@@ -62,17 +62,25 @@ def count_recompute_flops(
 ) -> dict[str, int]:
     """FLOPs of one token that the backward pass spends on computing again what was not kept, by term.
 
-    What `training.recompute` names, forward once more; and with the fused back end the scores, which its
-    backward pass makes anew in every layer. The device decides which back end runs.
+    What `training.recompute` names, forward once more; with the fused back end the scores, which its
+    backward pass makes anew in every layer; and what kernels of the attention's own compute again. The
+    device decides which of them run.
     """
     layer = _count_layer_flops(config, sequence_length)
     times = dict.fromkeys(layer, _count_layers_in_full(config))
     for module in config.recomputed_modules:
         for name in {**config.attention.recomputable, "mlp": ("mlp",)}[module]:
             times[name] = config.model.num_layers
-    if resolve_backend(config, device=device, sequence_length=sequence_length) == "fused":
+    if resolve_backend(config, device=device, sequence_length=sequence_length) in RECOMPUTING:
         times["scores"] += config.model.num_layers
-    return {name: times[name] * count for name, count in layer.items() if times[name]}
+    repeated = config.attention.count_repeated_flops(
+        device=device, element_bytes=config.training.element_bytes
+    )
+    counted = {
+        name: times[name] * count + config.model.num_layers * repeated.get(name, 0)
+        for name, count in layer.items()
+    }
+    return {name: count for name, count in counted.items() if count}
 
 
 def count_padding_flops(

@@ -63,7 +63,7 @@ def for_hardware(config: RunConfig, hardware: Hardware) -> RunConfig:
 
     The simulation's tensors say they are the CPU's. On a GPU `auto` is torch's fused kernel, which keeps
     the same tensors as the fused kernel of the CPU, and draws its dropout inside, where the CPU's
-    would fall back to plain products.
+    would fall back to plain products. So does `cudnn`, whose values are counted padded all the same.
     """
     attention = config.attention
     if hardware.device == "gpu" and attention.backend != "unfused":

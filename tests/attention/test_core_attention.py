@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
 from sas_megatron.attention.chunked import attend_chunked, suits_chunks
+from sas_megatron.attention.core import _attend_by_cudnn, _attend_unfused
 from sas_megatron.config.attention_backend import LONGEST_CHUNKED_SEQUENCE
+from sas_megatron.config.errors import FieldError
+from tests import small_attentions as small
 from tests.attention import definitions
 from tests.attention.layer_case import drawn
+from tests.run_configs import small_config
 from tests.tolerances import assert_near
 
 
@@ -55,3 +62,65 @@ def test_chunks_serve_only_what_they_compute() -> None:
     assert not suits_chunks(query[:, :, :5], key, causal=True, dropout=0.0), "fewer queries than keys"
     long = torch.empty(1, 1, LONGEST_CHUNKED_SEQUENCE + 1, 2)
     assert not suits_chunks(long, long, causal=True, dropout=0.0)
+
+
+@pytest.mark.parametrize("fields", [small.MHA, small.MLA, small.MFA, small.TPA, small.SAS], ids=str)
+def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built(
+    fields: small.Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    attention = {**fields, "head_dim": 16, "backend": "cudnn"}
+    if fields["kind"] == "mla":
+        attention |= {"rotary_head_dim": 8}
+    variant = small_config(attention=attention, training={"precision": "bfloat16"}).attention
+    with pytest.raises(FieldError, match=r"^attention.backend=cudnn: needs a CUDA device; use auto$"):
+        variant.build_spec()
+
+
+@pytest.mark.parametrize(
+    ("fields", "precision", "rule"),
+    [
+        (
+            {"kind": "mha", "head_dim": 12},
+            "bfloat16",
+            "takes features in eights, and queries and keys have 12 of them, values 12; "
+            "use auto, or multiples of 8",
+        ),
+        (
+            {"kind": "sas", "head_dim": 4, "simulated_head_dim": 8},
+            "bfloat16",
+            "takes features in eights, and queries and keys have 8 of them, values 4; "
+            "use auto, or multiples of 8",
+        ),
+        (
+            {"kind": "mha", "head_dim": 8},
+            "float32",
+            "does not compute in training.precision=float32; use auto, or training.precision=bfloat16",
+        ),
+    ],
+    ids=["keys", "values", "float32"],
+)
+def test_what_cudnn_does_not_compute_is_refused_in_the_config(
+    fields: dict[str, Any], precision: str, rule: str
+) -> None:
+    with pytest.raises(FieldError, match=f"^{re.escape(f'attention.backend=cudnn: {rule}')}$"):
+        small_config(
+            attention={**fields, "num_heads": 4, "backend": "cudnn"}, training={"precision": precision}
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention needs a CUDA device")
+@pytest.mark.parametrize("length", [1, 65])
+def test_cudnn_attends_with_values_as_narrow_as_they_are(length: int) -> None:
+    shapes = {"query": (2, 6, length, 24), "key": (2, 3, length, 24), "value": (2, 3, length, 16)}
+    results = []
+    for attend, dtype in ((_attend_by_cudnn, torch.bfloat16), (_attend_unfused, torch.float64)):
+        leaves = [
+            drawn(name, shape, torch.bfloat16, scale=1.0).to("cuda", dtype).requires_grad_()
+            for name, shape in shapes.items()
+        ]
+        context = attend(*leaves, allowed=None, causal=True, dropout=0.0, scale=24**-0.5)[..., :16]
+        outer = drawn("gradient", context.shape, torch.bfloat16).to("cuda", dtype)
+        results.append([context, *torch.autograd.grad(context, leaves, outer)])
+    for what, mine, theirs in zip(("context", *shapes), *results, strict=True):
+        assert_near(mine, theirs, torch.bfloat16, what)

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from sas_megatron.attention.simulated import SimulatedAttentionConfig
 from sas_megatron.kernels import feature_kernels, features, head_kernels, heads
 from sas_megatron.kernels.head_parts import HeadColumns, HeadPart
+from sas_megatron.kernels.padding import taps_at_once
 from sas_megatron.kernels.residual_weights import ResidualMapWeights
 from sas_megatron.kernels.tiling import Tile, Tiling
 
@@ -47,7 +48,7 @@ def compiled_kernels(attention: SimulatedAttentionConfig) -> dict[str, dict[str,
     part = HeadPart(HeadColumns(0, base, 1, 3 * width, width), maps, slice(0, base))
     linear = ResidualMapWeights(like.new_empty(wide, width), like.new_empty(wide, wide), like, like)
     rows = features._Rows(like.new_empty(8, many, width), linear, like.new_empty(4, wide))
-    at_once = heads.taps_at_once(part)
+    at_once = taps_at_once(taps, own=many, every=many)
     launches: dict[str, tuple[Any, Tile, dict[str, Any]]] = {
         name: (getattr(head_kernels, name), tile, {**heads._shape(part, tile, like), "FIRST": 0})
         for name, tile in (("head_forward", tiling.head_forward), ("head_backward", tiling.head_backward))

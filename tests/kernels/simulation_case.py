@@ -48,6 +48,19 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def kept_tensors() -> Iterator[set[int]]:
+    """Within, where in memory the tensors lie that autograd keeps."""
+    kept: set[int] = set()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
+
+
 def gradients_of(
     function: Callable[[], Sequence[torch.Tensor]], leaves: Sequence[torch.Tensor], seed: int = 7
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

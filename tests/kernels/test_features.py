@@ -19,6 +19,7 @@ from tests.kernels.simulation_case import (
     assert_all_near,
     gradients_of,
     in_float64,
+    kept_tensors,
     leaves_of,
     poisoned_memory,
 )
@@ -113,14 +114,10 @@ def test_what_can_be_computed_again_is_not_kept() -> None:
     base = draws.tensor(case.length * case.batch, case.heads, case.narrow)
     weights = draws.map_weights((case.wide, case.narrow), (case.wide, case.wide), bias=True)
     turns = turns_of(case.angles())
-    kept: list[tuple[int, ...]] = []
     results = []
     for recomputation in (None, Recomputation(lambda source: 2 * source, (base,))):
-        kept.clear()
         heads = 2 * base
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
-        ):
+        with kept_tensors() as kept:
             simulated = simulate_features(
                 heads, weights, turns=turns, tiling=TILING, recomputation=recomputation
             )

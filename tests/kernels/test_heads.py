@@ -18,6 +18,7 @@ from tests.kernels.simulation_case import (
     assert_all_near,
     gradients_of,
     in_float64,
+    kept_tensors,
     leaves_of,
     poisoned_memory,
 )
@@ -114,7 +115,7 @@ def test_sums_that_fill_the_registers_are_made_tap_by_tap(monkeypatch: pytest.Mo
     columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
     leaves = [columns, *leaves_of(*(part.weights for part in parts))]
     at_once = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
-    monkeypatch.setattr("sas_megatron.kernels.heads.LARGEST_SUM_BYTES", 0)
+    monkeypatch.setattr("sas_megatron.kernels.padding.LARGEST_SUM_BYTES", 0)
     with poisoned_memory():
         tap_by_tap = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
     for one, other in zip(at_once[1], tap_by_tap[1], strict=True):
@@ -141,9 +142,6 @@ def test_nothing_is_kept_but_columns_and_weights() -> None:
     case, draws = Case(), Draws(5, torch.float32)
     columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
     known = {leaf.data_ptr() for leaf in (columns, *leaves_of(*(part.weights for part in parts)))}
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
-    ):
+    with kept_tensors() as kept:
         simulate_heads(columns, parts, tiling=TILING)
-    assert set(kept) == known
+    assert kept == known

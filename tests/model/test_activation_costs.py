@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 
 from sas_megatron.attention.grouped import GroupedQueryAttentionConfig
@@ -153,3 +154,28 @@ def test_a_gpu_keeps_less_of_norms_and_of_a_biased_mlp() -> None:
         "norms": on_cpu["norms"] - normalized,
         "mlp": on_cpu["mlp"] - gate_and_half,
     }
+
+
+def test_cudnn_keeps_what_is_counted_and_pads_no_values() -> None:
+    """24 tokens, eight heads of 16 query/key features and eight value features; by torch, on no device."""
+    fields = {"kind": "sas", "num_heads": 4, "head_dim": 8, "simulated_head_dim": 16, "head_expansion": 2}
+    config = small_config(
+        attention={**fields, "backend": "cudnn"},
+        model={"num_layers": 1},
+        training={"precision": "bfloat16"},
+    )
+    query, key, value = (
+        torch.empty(12, 2, 8, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for width in (16, 16, 8)
+    )
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.nbytes if tensor.dim() else 0), lambda _: None
+    ):
+        # The kernel that it comes to; the state of its random numbers, two scalars, is not counted.
+        torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *(heads.permute(1, 2, 0, 3) for heads in (query, key, value)), None, True, 0.0, True, False
+        )
+    assert count_activation_bytes(config, device="gpu")["attention"] == sum(kept)
+    fused = config.model_copy(update={"attention": config.attention.model_copy(update={"backend": "fused"})})
+    assert count_activation_bytes(fused, device="gpu")["attention"] > sum(kept)

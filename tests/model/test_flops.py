@@ -129,6 +129,42 @@ def test_stages_together_run_what_is_counted(
         assert _in_all(stage[name] for stage in stages) == _in_all([counted]), name
 
 
+def test_cudnn_makes_scores_anew_and_pads_no_values() -> None:
+    fields = {"kind": "sas", "num_heads": 4, "head_dim": 8, "simulated_head_dim": 16, "kernel": "plain"}
+    cudnn, fused = (
+        small_config(attention={**fields, "backend": backend}, training={"precision": "bfloat16"})
+        for backend in ("cudnn", "fused")
+    )
+    scores = {"scores": count_forward_flops(cudnn)["scores"]}
+    assert count_recompute_flops(cudnn, device="gpu") == count_recompute_flops(fused, device="gpu") == scores
+    assert count_padding_flops(cudnn, device="gpu") == {}
+    assert count_padding_flops(fused, device="gpu").keys() == {"values"}
+
+
+def test_what_fused_kernels_compute_again_is_counted_and_is_no_part_of_the_models() -> None:
+    plain, fused = (
+        small_config(
+            attention={
+                "kind": "sas",
+                "num_heads": 4,
+                "head_dim": 6,
+                "simulated_head_dim": 10,
+                "kernel": kernel,
+            }
+        )
+        for kernel in ("plain", "fused")
+    )
+    assert count_training_flops(fused) == count_training_flops(plain)
+    before, after = (count_recompute_flops(config, device="gpu") for config in (plain, fused))
+    # Of four heads to twelve, six features, three taps: the two convolutions.
+    first, second = 2 * 3 * 12 * 4 * 6, 2 * 3 * 12 * 12 * 6
+    # Query, key and value: a tap more twice over forward, and twice backward; query and key once more whole.
+    heads = 3 * (2 + 2) * first + 2 * (3 * first + second)
+    # The expanded features of query and key, in two kernels.
+    features = 2 * 2 * 12 * (2 * 6 * 10)
+    assert after == {**before, "head_simulation": 2 * heads, "feature_simulation": 2 * features}
+
+
 def test_training_costs_three_forwards_and_scores_alone_grow_with_the_length() -> None:
     config = small_config(attention={"kind": "sas", "num_heads": 4, "head_dim": 6})
     forward, longer = count_forward_flops(config), count_forward_flops(config, sequence_length=36)
