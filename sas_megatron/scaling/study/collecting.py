@@ -44,7 +44,7 @@ def collect(plan: Plan) -> StudyTable:
         baseline=plan.study.baseline,
         rows=rows,
         collected_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        remarks=_remarks(plan, rows, list(found.values())),
+        remarks=_remarks(rows, list(found.values())),
     )
 
 
@@ -74,7 +74,7 @@ def _check_equal(runs: Sequence[Run]) -> None:
         )
 
 
-def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str, ...]:
+def _remarks(rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str, ...]:
     remarks = [remark for run in runs for remark in run.remarks]
     for status in ("missing", "diverged"):
         names = [row.run for row in rows if row.status == status]
