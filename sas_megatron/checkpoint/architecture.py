@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sas_megatron.config.attention import AttentionConfig, parse_attention
+from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
 
@@ -25,11 +25,6 @@ def describe_architecture(model: ModelConfig, attention: AttentionConfig) -> Arc
         "model": model.model_dump(mode="json", exclude=_NOT_OF_THE_MODEL),
         "attention": fields | attention.filled_in(),
     }
-
-
-def attention_of(architecture: Architecture) -> AttentionConfig:
-    """The attention's section as a config, what has no part in the function at its defaults."""
-    return parse_attention(architecture["attention"])
 
 
 def check_equal(

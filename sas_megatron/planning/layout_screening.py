@@ -115,6 +115,8 @@ def rough_seconds(config: RunConfig, *, alone: AloneCost, world_size: int, hardw
     starting = 1e-6 * hardware.operation_microseconds * operations
     seconds = max(alone.seconds_per_token * tokens / world_size, starting) * again
 
+    # Large messages alone, not by `model.wire_costs`: its count takes eight times as long (2.4 s for 4,500
+    # layouts), and comes so near to the simulated time that runners-up would be left out of the ranking.
     element_bytes = training.element_bytes
     hidden = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes
     # Two blocks a layer, into and out of each, forward and twice backward as far as weights' inputs go.

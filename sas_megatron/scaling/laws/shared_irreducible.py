@@ -61,7 +61,7 @@ def compare_irreducible(by_variant: Mapping[str, Points]) -> SharedIrreducible:
         raise FieldError("variants", len(by_variant), "a comparison takes at least two", "add a variant")
     fits = {name: fit_surface(points, delta=np.inf) for name, points in by_variant.items()}
     separate = sum(fit.fit.objective for fit in fits.values())
-    shared_loss, shared = _fit_shared(list(fits.values()), separate)
+    shared_loss, shared = _fit_shared(list(fits.values()))
     num_points = sum(len(points) for points in by_variant.values())
     degrees = (len(fits) - 1, num_points - PER_VARIANT * len(fits))
     # A shared E is a special case of separate ones: below them is rounding.
@@ -75,7 +75,7 @@ def compare_irreducible(by_variant: Mapping[str, Points]) -> SharedIrreducible:
     )
 
 
-def _fit_shared(fits: list[SurfaceFit], separate: float) -> tuple[float, float]:
+def _fit_shared(fits: list[SurfaceFit]) -> tuple[float, float]:
     """E and half the sum of squares of the law with one E, from each variant's own E and from their mean."""
     problem = _join(fits)
     # Each fit's log E, log A and log B belong to losses about its own mean; here all losses are as they are.

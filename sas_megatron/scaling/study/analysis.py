@@ -74,9 +74,7 @@ def analyze(table: StudyTable, *, num_draws: int = 1000, seed: int = 1) -> tuple
         num_draws: Of the bootstrap.
         seed: Of the draws.
     """
-    return tuple(
-        _analyze_slice(part, table.baseline, num_draws=num_draws, seed=seed) for part in cut_slices(table)
-    )
+    return tuple(_analyze_slice(part, num_draws=num_draws, seed=seed) for part in cut_slices(table))
 
 
 def cut_slices(table: StudyTable) -> tuple[Slice, ...]:
@@ -102,7 +100,7 @@ def _baseline_first(by_variant: dict[str, list[Row]], baseline: str) -> Sequence
     return sorted(by_variant.items(), key=lambda item: item[1][0].variant != baseline)
 
 
-def _analyze_slice(part: Slice, baseline: str, *, num_draws: int, seed: int) -> SliceAnalysis:
+def _analyze_slice(part: Slice, *, num_draws: int, seed: int) -> SliceAnalysis:
     outcomes, curves = part.outcomes, part.curves
     known = {outcome.variant for outcome in outcomes if outcome.loss is not None}
     first, *others = part.rows
