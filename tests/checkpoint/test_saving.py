@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +219,51 @@ def test_whatever_ends_the_writing_thread_nothing_incomplete_is_published(ranks:
     assert not list(tmp_path.iterdir())
 
 
-def test_loading_runs_no_code_from_the_index(ranks: Any, two_checkpoints: Path, tmp_path: Path) -> None:
+def named(name: str) -> bytes:
+    """Pickled: what torch's descriptions of tensors have under a name."""
+    parts = (b"torch.distributed.checkpoint.metadata", name.encode())
+    return b"".join(b"\x8c" + bytes([len(part)]) + part for part in parts) + b"\x93"
+
+
+def text(value: str) -> bytes:
+    """Pickled: a string."""
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def calls_a_function(code: str) -> bytes:
+    return b"cbuiltins\nexec\n(" + text(code) + b"tR."
+
+
+def leads_on_from_a_description(code: str) -> bytes:
+    """By the module that a method was defined in to what all modules have."""
+    of_module = "MetadataIndex.__init__.__globals__"
+    builtins = named(f"{of_module}.get") + text("__builtins__") + b"\x85R"
+    run = named(f"{of_module}.__class__.get") + builtins + text("exec") + b"\x86R"
+    return b"\x80\x04" + run + text(code) + b"\x85R."
+
+
+def describes_bytes(_code: str) -> bytes:
+    """Torch unpickles them when they are read."""
+    return b"\x80\x04" + named("BytesStorageMetadata") + b")\x81."
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        (calls_a_function, "builtins.exec"),
+        (leads_on_from_a_description, "torch.distributed.checkpoint.metadata.MetadataIndex.__init__."),
+        (describes_bytes, "torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
+    ],
+)
+def test_loading_runs_no_code_from_the_index(
+    tmp_path: Path, index: Callable[[str], bytes], name: str
+) -> None:
     from sas_megatron.checkpoint.tensor_reading import TensorReader
 
-    folder = tmp_path / "copy"
-    shutil.copytree(find_checkpoints(two_checkpoints)[0], folder)
     mark = tmp_path / "ran"
-    (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.")
-    with pytest.raises(FileProblem, match=r"\.metadata: names os\.system, which is no"):
-        TensorReader(folder).sizes()
+    (tmp_path / ".metadata").write_bytes(index(f"open({str(mark)!r}, 'w')"))
+    with pytest.raises(FileProblem, match=rf"\.metadata: names {re.escape(name)}"):
+        TensorReader(tmp_path).sizes()
     assert not mark.exists()
 
 
