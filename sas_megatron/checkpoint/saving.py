@@ -191,7 +191,10 @@ class CheckpointSaver:
 
         def remove() -> None:
             manifest.remove_old(
-                self._folder, keep_last=settings.keep_last, keeps_for_good=settings.keeps_for_good
+                self._folder,
+                newest=pending.step,
+                keep_last=settings.keep_last,
+                keeps_for_good=settings.keeps_for_good,
             )
 
         on_first_rank(_writing(self._folder, remove))
