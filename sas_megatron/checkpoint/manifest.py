@@ -125,19 +125,19 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not path.is_dir():
         raise FileProblem(path, "is no folder", "give a checkpoint, such as run/checkpoints/iter_0001000")
+    checksum = path / MANIFEST_CHECKSUM
     try:
         text = (path / MANIFEST).read_bytes()
+        # The manifests of formats 1 and 2 have none.
+        told = checksum.read_bytes() if checksum.exists() else None
     except OSError as error:
         raise _unreadable(path, error) from None
-    checksum = path / MANIFEST_CHECKSUM
-    expected = f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()
-    # The manifests of formats 1 and 2 have none.
-    if checksum.exists() and checksum.read_bytes() != expected:
+    if told not in (None, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()):
         raise DamagedCheckpoint(path, f"is damaged: {MANIFEST} or {MANIFEST_CHECKSUM} has changed", GO_BACK)
     try:
         tree = json.loads(text)
         _check_schema(path, int(tree["schema"]))
-        if not checksum.exists():
+        if told is None:
             raise DamagedCheckpoint(path, f"is damaged: {MANIFEST_CHECKSUM} is missing", GO_BACK)
         files = {name: FileRecord(**record) for name, record in tree["files"].items()}
         return Manifest(tree["step"], tree["engine"], tree["layout"], files)

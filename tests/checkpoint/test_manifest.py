@@ -83,6 +83,10 @@ def test_any_bit_and_any_byte_that_is_missing_shows(tmp_path: Path, name: str) -
     (path / name).unlink()
     with pytest.raises(DamagedCheckpoint, match=r"missing|no readable"):
         verify_checkpoint(path)
+    (path / name).mkdir()  # cannot be read, whoever tries
+    with pytest.raises(DamagedCheckpoint, match=r"no readable|bytes|cannot be read"):
+        verify_checkpoint(path)
+    (path / name).rmdir()
     (path / name).write_bytes(content)
     verify_checkpoint(path)
 
