@@ -6,9 +6,8 @@ import contextlib
 import json
 import random
 import re
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from tests.checkpoint.saved_runs import save, take_steps_from, train_and_save, whole_tensors
+from tests.full_disk import no_file_longer_than
 from tests.rank_pool import in_layout
 from tests.training.layouts import SHARDED, Layout
 
@@ -105,17 +105,6 @@ def test_a_newer_version_is_refused_on_every_rank(ranks: Any, two_checkpoints: P
     (manifest.parent / "manifest.sha256").unlink()
     for found, _ in ranks(2).run(look_for_newest, folder):
         assert found == f"{manifest.parent}: has format 99, newer than 3; update the package"
-
-
-@contextlib.contextmanager
-def no_file_longer_than(num_bytes: int) -> Iterator[None]:
-    """As on a disk that is full, writing further fails in this process."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_on_a_full_disk(config: RunConfig, folder: Path, full_on: int, num_bytes: int) -> str:
