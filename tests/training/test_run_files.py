@@ -20,8 +20,7 @@ def test_a_full_disk_is_told_by_the_file_that_finds_no_room(tmp_path: Path) -> N
     files.open(config, {}, resumed_step=0)
     with no_file_longer_than(100):
         with pytest.raises(FileProblem, match=r"metrics\.jsonl: cannot be .*\(File too large\); make room"):
-            for step in range(9):
-                files.record({"kind": "train", "step": step})
+            files.record({"kind": "train", "losses": list(range(50))})
         with pytest.raises(FileProblem, match=r"summary\.json: cannot be "):
             files.write_summary({"steps": list(range(50))})
         files.close()  # which has the same trouble, and nothing to add
