@@ -72,6 +72,28 @@ def test_what_the_user_can_mend_is_said_once_before_any_process_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        ("torchrun.sh", {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0: must be how many processes"),
+        ("torchrun.sh", {"GPUS_PER_NODE": "h100"}, "GPUS_PER_NODE=h100: must be how many processes"),
+        ("torchrun.sh", {"NNODES": "two"}, "NNODES=two: must be how many nodes"),
+        ("torchrun.sh", {"NNODES": "1:"}, "NNODES=1:: must be how many nodes"),
+        ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: must be below NNODES=2"),
+        ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "a"}, "NODE_RANK=a: must be a node's place"),
+        ("torchrun.sh", {"MAX_RESTARTS": "x"}, "MAX_RESTARTS=x: must be how often"),
+        ("deepspeed.sh", {"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE=x: must be how many processes"),
+        ("deepspeed.sh", {"NNODES": "2:3"}, "NNODES=2:3: must be a number"),
+    ],
+)
+def test_cluster_variables_of_another_form_are_told(
+    script: str, variables: dict[str, str], message: str
+) -> None:
+    done = shell(f"launch/{script}", "run.yaml", **variables)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"launch/{script}: error: {message}" in done.stderr
+
+
 def test_a_bare_process_is_told_how_to_start_two(config_file: Path) -> None:
     done = shell(sys.executable, "-m", "sas_megatron", "train", str(config_file))
     assert done.returncode == 2
