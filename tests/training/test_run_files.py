@@ -34,3 +34,14 @@ def test_a_run_directory_that_vanishes_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     with pytest.raises(FileProblem, match=r"run\.json: cannot be read or written \(No such file"):
         files.check_is_own()
+
+
+def test_a_run_json_that_is_damaged_is_told_before_the_run_goes_on(tmp_path: Path) -> None:
+    config = small_config(
+        logging={"run_directory": str(tmp_path), "tensorboard": False}, checkpoint={"resume": True}
+    )
+    RunFiles(config).open(config, {"corpus": {}}, resumed_step=0)
+    for text in ('{"sessions": [', "[]", '{"corpus": {"text": {}}}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(FileProblem, match=r"run\.json: is damaged \(.*\); put it back from a copy, or"):
+            RunFiles.check_directory(config)
