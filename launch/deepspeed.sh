@@ -61,7 +61,9 @@ elif [ "${NNODES:-1}" != 1 ]; then
 else
   options+=(--num_gpus "$processes")
   world_size=$processes
+  # Where DeepSpeed has the processes of one node meet.
+  meeting=(MASTER_ADDR=127.0.0.1 "MASTER_PORT=${MASTER_PORT:-29500}" NODE_RANK=0)
 fi
 # What the user can mend is said once, before any process is started.
-WORLD_SIZE=$world_size sas-megatron train --check "$@" >/dev/null
+env WORLD_SIZE="$world_size" ${meeting[@]+"${meeting[@]}"} sas-megatron train --check "$@" >/dev/null
 exec deepspeed "${options[@]}" --module sas_megatron train "$@"

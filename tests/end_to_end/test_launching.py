@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_cluster_variables_of_another_form_are_told(
     done = shell(f"launch/{script}", "run.yaml", **variables)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert f"launch/{script}: error: {message}" in done.stderr
+
+
+def test_deepspeed_on_one_node_names_a_taken_port_before_it_starts_processes(config_file: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = shell("launch/deepspeed.sh", "2", str(config_file), MASTER_PORT=port)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"error: MASTER_PORT={port}: cannot be listened at on " in done.stderr
 
 
 def test_a_bare_process_is_told_how_to_start_two(config_file: Path) -> None:
