@@ -16,6 +16,8 @@ processes=${GPUS_PER_NODE:-}
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then processes=$1; shift; fi
 if [ $# -lt 1 ]; then usage_of "$0"; exit 2; fi
 processes=${processes:-$(count_gpus)}
+check_place "$processes" "${NNODES:-1}" "${NODE_RANK:-}"
+check_variable NNODES "${NNODES:-1}" '[0-9]+' 'a number: DeepSpeed begins with all nodes'
 options=(--master_port "${MASTER_PORT:-29500}" --no_local_rank)
 if [ -n "${LOG_DIR:-}" ]; then options+=(--enable_each_rank_log "$LOG_DIR"); fi
 has_gpu || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
@@ -59,7 +61,9 @@ elif [ "${NNODES:-1}" != 1 ]; then
 else
   options+=(--num_gpus "$processes")
   world_size=$processes
+  # Where DeepSpeed has the processes of one node meet.
+  meeting=(MASTER_ADDR=127.0.0.1 "MASTER_PORT=${MASTER_PORT:-29500}" NODE_RANK=0)
 fi
 # What the user can mend is said once, before any process is started.
-WORLD_SIZE=$world_size sas-megatron train --check "$@" >/dev/null
+env WORLD_SIZE="$world_size" ${meeting[@]+"${meeting[@]}"} sas-megatron train --check "$@" >/dev/null
 exec deepspeed "${options[@]}" --module sas_megatron train "$@"

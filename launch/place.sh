@@ -9,6 +9,24 @@ count_gpus() { if has_gpu; then nvidia-smi -L | grep -c '^GPU'; else echo 1; fi;
 # usage_of SCRIPT: the comment at its top.
 usage_of() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1" >&2; }
 
+# check_variable NAME VALUE PATTERN RULE: ends where what a cluster variable holds is of another form.
+check_variable() {
+  [[ $2 =~ ^($3)$ ]] && return
+  echo "$0: error: $1=$2: must be $4" >&2
+  exit 2
+}
+
+# check_place PROCESSES NNODES NODE_RANK: one node alone has no place, nor have those that come and go.
+check_place() {
+  check_variable GPUS_PER_NODE "$1" '[1-9][0-9]*' 'how many processes a node is to have; leave it out for one a GPU'
+  check_variable NNODES "$2" '[1-9][0-9]*(:[1-9][0-9]*)?' 'how many nodes there are, or MIN:MAX'
+  check_variable NODE_RANK "$3" '(0|[1-9][0-9]*)?' "a node's place, from 0"
+  if [ -n "$3" ] && [[ $2 != 1 && $2 != *:* ]] && [ "$3" -ge "$2" ]; then
+    echo "$0: error: NODE_RANK=$3: must be below NNODES=$2; number the nodes from 0" >&2
+    exit 2
+  fi
+}
+
 # What decides before Python starts: threads of a rank, and one queue to the GPU, which Megatron-core's
 # overlap of sending and computing relies on for its order.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -23,6 +23,8 @@ join_seconds=${JOIN_SECONDS:-50}
 port=${MASTER_PORT:-29500}
 node_rank=${NODE_RANK-${SLURM_NODEID-}}
 restarts=${MAX_RESTARTS:-0}
+check_place "$processes" "$nodes" "$node_rank"
+check_variable MAX_RESTARTS "$restarts" '[0-9]+' 'how often failed processes start again'
 options=(--nproc-per-node "$processes" --max-restarts "$restarts")
 # What asks a run to save and stop reaches the processes through torchrun.
 options+=(--signals-to-handle 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1')

@@ -125,19 +125,19 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not path.is_dir():
         raise FileProblem(path, "is no folder", "give a checkpoint, such as run/checkpoints/iter_0001000")
+    checksum = path / MANIFEST_CHECKSUM
     try:
         text = (path / MANIFEST).read_bytes()
+        # The manifests of formats 1 and 2 have none.
+        told = checksum.read_bytes() if checksum.exists() else None
     except OSError as error:
         raise _unreadable(path, error) from None
-    checksum = path / MANIFEST_CHECKSUM
-    expected = f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()
-    # The manifests of formats 1 and 2 have none.
-    if checksum.exists() and checksum.read_bytes() != expected:
+    if told not in (None, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()):
         raise DamagedCheckpoint(path, f"is damaged: {MANIFEST} or {MANIFEST_CHECKSUM} has changed", GO_BACK)
     try:
         tree = json.loads(text)
         _check_schema(path, int(tree["schema"]))
-        if not checksum.exists():
+        if told is None:
             raise DamagedCheckpoint(path, f"is damaged: {MANIFEST_CHECKSUM} is missing", GO_BACK)
         files = {name: FileRecord(**record) for name, record in tree["files"].items()}
         return Manifest(tree["step"], tree["engine"], tree["layout"], files)
@@ -199,11 +199,15 @@ def verify_checkpoint(path: Path) -> Manifest:
     return manifest
 
 
-def remove_old(folder: Path, *, keep_last: int | None, keeps_for_good: Callable[[int], bool]) -> list[Path]:
+def remove_old(
+    folder: Path, *, newest: int, keep_last: int | None, keeps_for_good: Callable[[int], bool]
+) -> list[Path]:
     """Removes what is not to be kept, and what interrupted saves and removals have left.
 
     Args:
         folder: The run's `checkpoints` folder; nothing is being written there.
+        newest: The step whose checkpoint was just published. Those of more steps, which the run has gone
+            back from, are let alone and do not count.
         keep_last: How many of the newest stay; None: all. Those with missing or cut files do not count,
             so that of the sound ones the last always stays.
         keeps_for_good: Those of whose step it is true stay too.
@@ -216,7 +220,7 @@ def remove_old(folder: Path, *, keep_last: int | None, keeps_for_good: Callable[
             shutil.rmtree(path)
     if keep_last is None:
         return []
-    checkpoints = find_checkpoints(folder)
+    checkpoints = [path for path in find_checkpoints(folder) if _step_of(path) <= newest]
     kept = [path for path in checkpoints if _looks_whole(path)][:keep_last]
     if len(kept) < keep_last:
         return []

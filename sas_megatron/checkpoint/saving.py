@@ -191,7 +191,10 @@ class CheckpointSaver:
 
         def remove() -> None:
             manifest.remove_old(
-                self._folder, keep_last=settings.keep_last, keeps_for_good=settings.keeps_for_good
+                self._folder,
+                newest=pending.step,
+                keep_last=settings.keep_last,
+                keeps_for_good=settings.keeps_for_good,
             )
 
         on_first_rank(_writing(self._folder, remove))
@@ -247,9 +250,10 @@ def _writing(folder: Path, action: Callable[[], T]) -> Callable[[], T]:
     def attempt() -> T:
         try:
             return action()
-        # torch wraps what the file system says in a RuntimeError.
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            # What the file system says torch answers with an error of its own, about its file format (2.13).
+            refusal = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = " ".join(str(refusal).split()) or type(refusal).__name__
             raise FileProblem(
                 folder,
                 f"cannot be written ({reason})",

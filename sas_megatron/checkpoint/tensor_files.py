@@ -88,14 +88,24 @@ def write_tensors(folder: Path, tensors: NamedTensors, *, stem: str, shard_bytes
 
     Returns:
         Their `WeightsDigest`.
+
+    Raises:
+        FileProblem: they cannot be written.
     """
     save_file = _import_safetensors("safetensors.torch").save_file
+    refusal = _import_safetensors("safetensors").SafetensorError
     digest = WeightsDigest()
     shards: list[dict[str, int]] = []  # sizes by name
     held: dict[str, torch.Tensor] = {}
 
     def write_held() -> None:
-        save_file(held, folder / f"{stem}-{len(shards)}.partial", metadata={"format": "pt"})
+        path = folder / f"{stem}-{len(shards)}.partial"
+        try:
+            save_file(held, path, metadata={"format": "pt"})
+        except refusal as error:  # also of the file system's refusals
+            raise FileProblem(
+                path, f"cannot be written ({error})", "make room, or name another folder"
+            ) from None
         shards.append({name: tensor.nbytes for name, tensor in held.items()})
         held.clear()
 

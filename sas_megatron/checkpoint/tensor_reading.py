@@ -87,6 +87,8 @@ class _Reader(FileSystemReader):
                 self._metadata = _MetadataUnpickler(io.BytesIO(data)).load()
             except (pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError) as error:
                 raise ValueError(f"{METADATA}: {error}") from error
+            if not isinstance(self._metadata, Metadata):
+                raise ValueError(f"{METADATA}: describes no tensors")
         return self._metadata
 
 
@@ -94,18 +96,25 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Builds torch's descriptions of tensors and nothing else. (Tensors torch loads weights-only.)"""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch.distributed.checkpoint.metadata" and name[0].isupper():
-            return super().find_class(module, name)
-        if (module, name) in _PLAIN_TYPES:
+        # A name with dots would lead on from what is named to whatever that can reach.
+        if (module, name) in _DESCRIBING:
             return super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise pickle.UnpicklingError(f"names {module}.{name}, which is no description of a tensor")
 
 
-_PLAIN_TYPES = {
+_OF_TORCH = "torch.distributed.checkpoint.metadata"
+# Not among them: what describes bytes, which torch would unpickle whatever they are (2.13).
+_DESCRIBING = {
+    (_OF_TORCH, "Metadata"),
+    (_OF_TORCH, "MetadataIndex"),
+    (_OF_TORCH, "StorageMeta"),
+    (_OF_TORCH, "TensorStorageMetadata"),
+    (_OF_TORCH, "ChunkStorageMetadata"),
+    (_OF_TORCH, "TensorProperties"),
+    (_OF_TORCH, "_MEM_FORMAT_ENCODING"),
     ("torch", "Size"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),

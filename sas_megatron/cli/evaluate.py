@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from sas_megatron.cli.speaking import speak_once_on_the_first_rank
 
@@ -19,6 +20,25 @@ if TYPE_CHECKING:
 
 # The harness may fetch data while the other ranks wait for it.
 WAIT_FOR_TASKS_MINUTES = 180.0
+
+_KINDS = {"tasks": "--tasks", "files": "--files", "validation": "the loss on validation windows"}
+# Options that concern some kinds of evaluation only. (Validation windows are cut side by side.)
+_CONCERNS = {
+    **dict.fromkeys(
+        (
+            "include_paths",
+            "num_fewshot",
+            "limit",
+            "generation",
+            "bootstrap_iterations",
+            "confirm_run_unsafe_code",
+            "cache",
+        ),
+        ("tasks",),
+    ),
+    **dict.fromkeys(("files", "text_column", "stride"), ("files",)),
+    "lengths": ("files", "validation"),
+}
 
 
 @click.command()
@@ -69,7 +89,10 @@ WAIT_FOR_TASKS_MINUTES = 180.0
     help="Folder of the results; by default evaluation/ in the run's directory.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
-def evaluate(source: Path, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+@click.pass_context
+def evaluate(
+    context: click.Context, /, source: Path, overrides: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
     """Measure the model of SOURCE, a run's directory or a checkpoint, on the processes that are launched.
 
     Without --tasks or --files: the loss on the run's own validation windows, as training measures it.
@@ -81,21 +104,20 @@ def evaluate(source: Path, overrides: tuple[str, ...], as_json: bool, **options:
 
     take_place()
     speak_once_on_the_first_rank()
-    from sas_megatron.config.errors import UserError
     from sas_megatron.evaluation.start import find_model
 
-    if options["tasks"] and options["files"]:
-        raise UserError("--tasks and --files: are two evaluations; give them one after the other")
+    _check_fit(context)
     found = find_model(source, iteration=options["iteration"], overrides=overrides)
-    if options["tasks"]:
-        section, results = "tasks", _evaluate_tasks(found, **options)
-    else:
-        section, results = _measure_loss(found, **options)
-    if results is None:  # not rank 0
-        return
     from sas_megatron.evaluation.results import results_folder, write_results
 
-    path = write_results(results_folder(found, options["output"]), found, section, results)
+    folder = results_folder(found, options.pop("output"))
+    if options["tasks"] is not None:
+        section, results = "tasks", _evaluate_tasks(found, folder=folder, **options)
+    else:
+        section, results = _measure_loss(found, folder=folder, **options)
+    if results is None:  # not rank 0
+        return
+    path = write_results(folder, found, section, results)
     if as_json:
         click.echo(json.dumps({section: results}, indent=2))
         return
@@ -105,9 +127,29 @@ def evaluate(source: Path, overrides: tuple[str, ...], as_json: bool, **options:
     click.echo(f"written to {path}")
 
 
+def _check_fit(context: click.Context) -> None:
+    """Raises `FieldError` for an option that would have no effect beside the others."""
+    from sas_megatron.config.errors import FieldError
+
+    given = context.params
+    kind = "tasks" if given["tasks"] is not None else "files" if given["files"] else "validation"
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        kinds = _CONCERNS.get(name, (kind,))
+        if kind not in kinds and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            others = " or ".join(_KINDS[other] for other in kinds)
+            raise FieldError(
+                parameter.opts[-1],
+                given[name],
+                f"concerns {others}, and what is asked for is {_KINDS[kind]}",
+                "leave it out, or ask for one after the other",
+            )
+
+
 def _evaluate_tasks(
     found: FoundModel,
     *,
+    folder: Path,
     tasks: str,
     include_paths: tuple[Path, ...],
     num_fewshot: int | None,
@@ -117,7 +159,6 @@ def _evaluate_tasks(
     confirm_run_unsafe_code: bool,
     batch_tokens: int,
     cache: bool,
-    output: Path | None,
     **_others: Any,
 ) -> dict[str, Any] | None:
     from sas_megatron.evaluation.start import loaded
@@ -135,16 +176,16 @@ def _evaluate_tasks(
     loaded_tasks: list[LoadedTasks] = []
 
     def load() -> None:
+        from sas_megatron.evaluation.results import check_results
         from sas_megatron.evaluation.tasks import load_tasks
 
+        check_results(folder, found)
         unsafe = settings.runs_unsafe_code
         loaded_tasks.append(load_tasks(settings.names, include_paths, runs_unsafe_code=unsafe))
 
     with loaded(found, check_first=load, timeout_minutes=WAIT_FOR_TASKS_MINUTES) as model:
-        from sas_megatron.evaluation.results import results_folder
         from sas_megatron.evaluation.tasks import evaluate_tasks
 
-        folder = results_folder(found, output)
         return evaluate_tasks(
             model,
             loaded_tasks[0] if loaded_tasks else None,
@@ -157,12 +198,13 @@ def _evaluate_tasks(
 def _fingerprint(found: FoundModel) -> str:
     """Of what decides a checkpoint's answers beside the question."""
     config = found.config.model_dump_json(exclude={"parallel", "logging"})
-    return hashlib.sha256(config.encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{config}{found.manifest_sha256}".encode()).hexdigest()[:12]
 
 
 def _measure_loss(
     found: FoundModel,
     *,
+    folder: Path,
     files: tuple[str, ...],
     text_column: str,
     lengths: tuple[int, ...],
@@ -170,42 +212,50 @@ def _measure_loss(
     batch_tokens: int,
     **_others: Any,
 ) -> tuple[str, dict[str, Any] | None]:
-    from sas_megatron.config.errors import FieldError
+    from sas_megatron.evaluation.results import check_results
     from sas_megatron.evaluation.start import loaded
     from sas_megatron.evaluation.window_settings import WindowSettings
 
-    if stride is not None and not files:
-        raise FieldError(
-            "--stride", stride, "concerns whole documents, and validation windows are cut", "give --files too"
-        )
     trained = found.config.data.sequence_length
     settings = [
         WindowSettings(length, stride=stride or length, batch_tokens=batch_tokens)
         for length in lengths or (trained,)
     ]
-    with loaded(found) as model:
+    sources = _find_files(files)
+    with loaded(found, check_first=functools.partial(check_results, folder, found)) as model:
         from sas_megatron.evaluation.held_out_table import measure_held_out
 
-        domains = _file_domains(model, files, text_column) if files else _validation_domain(model)
+        domains = _file_domains(model, sources, text_column) if files else _validation_domain(model)
         results = measure_held_out(model, domains, settings)
         return "files" if files else "validation", results if model.topology.is_first else None
 
 
-def _file_domains(model: TrainedModel, files: tuple[str, ...], text_column: str) -> dict[str, Any]:
-    """By the names that are given, or those of the paths; a name may have several paths."""
+def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
+    """Paths by the names that are given, or by their own; a name may have several paths.
+
+    Raises:
+        UserError: there is no such file, or none that can be read.
+    """
+    from sas_megatron.config.errors import FieldError
     from sas_megatron.data.corpus import resolve_sources
-    from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.sources import find_source_files
-    from sas_megatron.evaluation.sliding_window import document_windows
-    from sas_megatron.evaluation.window_settings import WindowSettings
 
     sources: dict[str, list[str]] = {}
     for given in files:
         name, equals, path = given.partition("=")
         path = path if equals else given
+        if not path:
+            raise FieldError("--files", f"{given!r}", "names no path", "give one, or . for this folder")
         sources.setdefault(name if equals else Path(path).name, []).extend(resolve_sources([path]))
     for paths in sources.values():
-        find_source_files(paths)  # what is missing is missed before anything is computed
+        find_source_files(paths)
+    return sources
+
+
+def _file_domains(model: TrainedModel, sources: dict[str, list[str]], text_column: str) -> dict[str, Any]:
+    from sas_megatron.data.documents import stream_documents
+    from sas_megatron.evaluation.sliding_window import document_windows
+    from sas_megatron.evaluation.window_settings import WindowSettings
 
     def windows(paths: list[str], settings: WindowSettings) -> Any:
         documents = stream_documents(paths, text_column=text_column)

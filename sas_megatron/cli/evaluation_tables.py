@@ -19,9 +19,10 @@ def show_held_out(results: dict[str, Any]) -> None:
     for heading in ("loss", "perplexity", "bits per byte", "of tokens"):
         table.add_column(heading, justify="right")
     for row in by_length:
-        domains = row["domains"]
-        shown = domains if len(domains) == 1 else {**domains, "all": row["all"]}
-        for name, loss in shown.items():
+        shown = list(row["domains"].items())
+        if len(shown) > 1:
+            shown.append(("all", row["all"]))
+        for name, loss in shown:
             table.add_row(f"{row['sequence_length']:,}", f"{row['stride']:,}", name, *_cells(loss))
     Console().print(table)
     positions = Table(title="By tokens read, over all domains", title_justify="left")

@@ -63,16 +63,20 @@ class GenerationSettings:
                 raise FieldError(option, getattr(self, name), "must be positive", "use 1 or more")
         if "" in self.stop:
             raise FieldError("--stop", "''", "is empty, so that every text would end at once", "leave it out")
+        for text in self.stop:
+            _check_utf8("--stop", text)
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, *, context: int) -> list[list[int]]:
     """Tokens of each prompt.
 
     Raises:
-        UserError: there is none, one is empty, or it leaves no room in `context` tokens.
+        UserError: there is none, one is empty or no UTF-8, or it leaves no room in `context` tokens.
     """
     if not prompts:
         raise UserError("--prompt: none is given; give one or more, or a file of them with --prompts")
+    for prompt in prompts:
+        _check_utf8("--prompt", prompt)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for number, tokens in enumerate(encoded, start=1):
         if not tokens:
@@ -86,3 +90,13 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, *, context: int
                 f"shorten it, or set data.sequence_length={2 * len(tokens)} (beyond what training has seen)",
             )
     return encoded
+
+
+def _check_utf8(option: str, text: str) -> None:
+    """Raises `FieldError` for bytes that the command line could not read as text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise FieldError(
+            option, ascii(text[:20]), "is no UTF-8", "give text in UTF-8, or a file of it with --prompts"
+        ) from None

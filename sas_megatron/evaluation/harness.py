@@ -29,6 +29,7 @@ from sas_megatron.parallel.leading import Call
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 # A text that is asked about, its context and its continuation as tokens, as the harness hands them on.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -162,11 +163,10 @@ class HarnessModel(TemplateLM):
     def _settings(self, options: dict[str, Any]) -> GenerationSettings:
         """A task's `generation_kwargs` as ours."""
         left = dict(options)
-        until = left.pop("until", None) or []
         # As for a transformers model, the name of the end of a document ends a text too.
-        stop = [*([until] if isinstance(until, str) else until), self._tokenizer.piece(self.eot_token_id)]
-        limits = [left.pop(name, None) for name in _TOKEN_LIMITS]
-        limit = next((int(given) for given in limits if given is not None), MAX_NEW_TOKENS)
+        stop = [*_take_texts(left, "until"), self._tokenizer.piece(self.eot_token_id)]
+        limits = [_take_number(left, name, int) for name in _TOKEN_LIMITS]
+        limit = next((given for given in limits if given is not None), MAX_NEW_TOKENS)
         sampling = _read_sampling(left)
         if left:
             raise FieldError(
@@ -175,12 +175,16 @@ class HarnessModel(TemplateLM):
                 "are not offered",
                 f"use until, do_sample, temperature, top_k, top_p and {_TOKEN_LIMITS[0]} in the task",
             )
-        if limit >= self.max_length:
+        if not 0 < limit < self.max_length:
             raise FieldError(
-                "generation_kwargs.max_gen_toks",
+                f"generation_kwargs.{_TOKEN_LIMITS[0]}",
                 limit,
-                f"leaves no room for a context in data.sequence_length={self.max_length}",
-                "set it lower (--generation max_gen_toks=…), or data.sequence_length higher",
+                f"leaves no room for a context in data.sequence_length={self.max_length}"
+                if limit > 0
+                else "must be positive",
+                "set it lower (--generation max_gen_toks=…), or data.sequence_length higher"
+                if limit > 0
+                else "set it higher (--generation max_gen_toks=…)",
             )
         return GenerationSettings(
             max_new_tokens=limit, stop=tuple(text for text in dict.fromkeys(stop) if text), sampling=sampling
@@ -219,11 +223,42 @@ class HarnessModel(TemplateLM):
 
 def _read_sampling(options: dict[str, Any]) -> Sampling:
     """Takes what concerns sampling out of `generation_kwargs`; without `do_sample` a temperature means it."""
-    temperature, top_k, top_p = (options.pop(name, None) for name in ("temperature", "top_k", "top_p"))
+    temperature, top_p = (_take_number(options, name, float) for name in ("temperature", "top_p"))
+    top_k = _take_number(options, "top_k", int)
     if not options.pop("do_sample", bool(temperature)):
         return Sampling()
     # As transformers reads them: 0 of top_k is all.
-    return Sampling(1.0 if temperature is None else float(temperature), top_k=top_k or None, top_p=top_p)
+    return Sampling(1.0 if temperature is None else temperature, top_k=top_k or None, top_p=top_p)
+
+
+def _take_number(options: dict[str, Any], name: str, kind: type[N]) -> N | None:
+    """Takes a number out of `generation_kwargs`; None where there is none."""
+    given = options.pop(name, None)
+    if given is None:
+        return None
+    try:
+        number = kind(given)
+        if number == float(given):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise FieldError(
+        f"generation_kwargs.{name}",
+        given,
+        f"is no {'whole ' if kind is int else ''}number",
+        f"give one in the task, or as --generation {name}=…",
+    )
+
+
+def _take_texts(options: dict[str, Any], name: str) -> list[str]:
+    """Takes a text or a list of them out of `generation_kwargs`."""
+    given = options.pop(name, None) or []
+    texts = [given] if isinstance(given, str) else given
+    if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
+        return list(texts)
+    raise FieldError(
+        f"generation_kwargs.{name}", given, "is neither a text nor a list of them", "quote it in the task"
+    )
 
 
 def _portions(order: Sequence[int]) -> Iterator[list[int]]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import datetime
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from sas_megatron.config.errors import FileProblem
-from sas_megatron.data.writing import write_file
+from sas_megatron.data.writing import make_folder, write_file
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.evaluation.start import FoundModel, run_directory_of
 
 SUMMARY = "summary.json"
-SCHEMA = 1
+# 1 did not say which weights were evaluated.
+SCHEMA = 2
 
 
 def results_folder(found: FoundModel, output: Path | None) -> Path:
@@ -25,17 +27,32 @@ def results_folder(found: FoundModel, output: Path | None) -> Path:
     return (output or run_directory_of(found.checkpoint) / "evaluation") / found.checkpoint.resolve().name
 
 
+def check_results(folder: Path, found: FoundModel) -> None:
+    """Finds before anything is computed what would keep its results from being written; makes the folder.
+
+    Raises:
+        FileProblem: the folder cannot be written, or what is there cannot be read or is of other weights.
+    """
+    _read_summary(folder, found)
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def write_results(folder: Path, found: FoundModel, section: str, results: dict[str, Any]) -> Path:
     """Puts the results of one kind of evaluation into the summary, in place of earlier ones of this kind.
 
     Raises:
-        FileProblem: the summary that is there cannot be read, or none can be written.
+        FileProblem: as `check_results` does.
     """
     path = folder / SUMMARY
-    summary = _read(path) if path.exists() else {}
-    summary |= {
+    summary = _read_summary(folder, found) | {
         "schema": SCHEMA,
         "checkpoint": str(found.checkpoint.resolve()),
+        "manifest_sha256": found.manifest_sha256,
         "attention": found.config.attention.kind,
         section: {
             "evaluated_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -44,24 +61,33 @@ def write_results(folder: Path, found: FoundModel, section: str, results: dict[s
         },
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_file(path, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
-        raise FileProblem(
-            path, f"cannot be written ({error.strerror})", "name a folder with --output"
-        ) from error
+        raise _unwritable(path, error) from error
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_summary(folder: Path, found: FoundModel) -> dict[str, Any]:
+    """Earlier results of the same checkpoint, wherever it lies now; empty where there are none."""
+    path = folder / SUMMARY
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["schema"] == SCHEMA:
-            return dict(found)
-        problem = f"has schema {found['schema']}, and this program writes {SCHEMA}"
+        summary = dict(json.loads(path.read_text(encoding="utf-8")))
+        if summary["schema"] != SCHEMA:
+            problem = f"has schema {summary['schema']}, and this program writes {SCHEMA}"
+        elif summary["manifest_sha256"] != found.manifest_sha256:
+            problem = f"has results of other weights than those in {found.checkpoint}"
+        else:
+            return summary
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"is no summary of evaluations ({error!r})"
     raise FileProblem(path, problem, "take it away, or name another folder with --output")
+
+
+def _unwritable(path: Path, error: OSError) -> FileProblem:
+    return FileProblem(path, f"cannot be written ({error.strerror})", "name a folder with --output")
 
 
 def describe_loss(held_out: HeldOutLoss) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sas_megatron.checkpoint.architecture import check_equal, describe_architecture
-from sas_megatron.checkpoint.manifest import CONFIG, checkpoint_name, checkpoints_of, find_checkpoint
+from sas_megatron.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    checkpoint_name,
+    checkpoints_of,
+    describe_file,
+    find_checkpoint,
+)
 from sas_megatron.checkpoint.weights_source import read_checkpoint_config
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import apply_overrides, build_run_config, read_yaml
@@ -29,6 +36,11 @@ class FoundModel:
     checkpoint: Path
     config: RunConfig
     tokenizer: Tokenizer
+
+    @property
+    def manifest_sha256(self) -> str:
+        """What tells the checkpoint from any other: its manifest has the checksums of all its files."""
+        return describe_file(self.checkpoint / MANIFEST).sha256
 
 
 def find_model(source: Path, *, iteration: int | None = None, overrides: Sequence[str] = ()) -> FoundModel:

@@ -26,6 +26,8 @@ class TaskSettings:
     batch_tokens: int = 8192
 
     def __post_init__(self) -> None:
+        if not self.names:
+            raise FieldError("--tasks", "''", "names none", "give one or more, by comma")
         if importlib.util.find_spec("lm_eval") is None:
             raise FieldError(
                 "--tasks",

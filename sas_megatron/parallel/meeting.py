@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.platform.launcher import join_seconds, wait_for_listener
+from sas_megatron.platform.launcher import check_port_is_free, join_seconds, master_port, wait_for_listener
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
@@ -35,10 +35,12 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
 
 
 def _meet_by_address() -> tuple[Store, int, int]:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], master_port()
     seconds = join_seconds()
     if os.environ["RANK"] != "0":
         wait_for_listener(address, port, seconds=seconds)
+    else:
+        check_port_is_free(port)  # torch would try again and again
     try:
         # Rank 0's returns when all others have connected, who wait for its word that they have.
         store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))

@@ -7,6 +7,7 @@ a bare process      -> nothing: a world of one
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -21,8 +22,26 @@ FIRST_PORT, NUM_PORTS = 20000, 10000
 
 
 def launched_world_size() -> int:
-    """Ranks of this run, as the launcher's environment tells before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Ranks of this run, as the launcher's environment tells before any process group exists.
+
+    Raises:
+        FieldError: it tells no number of ranks.
+    """
+    return _read_whole_number("WORLD_SIZE", "1", most=2**31)
+
+
+def master_port() -> int:
+    """The port at which the first node listens; raises `FieldError` where MASTER_PORT is none."""
+    return _read_whole_number("MASTER_PORT", "29500", most=2**16 - 1)
+
+
+def _read_whole_number(name: str, default: str, *, most: int) -> int:
+    value = os.environ.get(name, default)
+    if value.isdecimal() and 1 <= int(value) <= most:
+        return int(value)
+    raise FieldError(
+        name, value, f"must be a whole number from 1 to {most}", "set it, or leave it to the launcher"
+    )
 
 
 def is_first_rank() -> bool:
@@ -43,7 +62,7 @@ def take_place() -> None:
     os.environ.update(_place_in_step(os.environ))
     resolve(os.environ["MASTER_ADDR"])
     if is_first_rank():
-        check_port_is_free(int(os.environ["MASTER_PORT"]))
+        check_port_is_free(master_port())
 
 
 def check_meeting_place() -> None:
@@ -57,7 +76,7 @@ def check_meeting_place() -> None:
     """
     if "MASTER_ADDR" not in os.environ or "RANK" in os.environ:
         return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
+    address, port = os.environ["MASTER_ADDR"], master_port()
     resolve(address)
     node_rank = os.environ.get("NODE_RANK", "")
     if node_rank == "0":
@@ -67,8 +86,16 @@ def check_meeting_place() -> None:
 
 
 def join_seconds() -> float:
-    """How long nodes wait for each other: JOIN_SECONDS, by default below a minute."""
-    return float(os.environ.get("JOIN_SECONDS", "50"))
+    """How long nodes wait for each other: JOIN_SECONDS, by default below a minute.
+
+    Raises:
+        FieldError: it is no time.
+    """
+    value = os.environ.get("JOIN_SECONDS", "50")
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) < float("inf"):
+            return float(value)
+    raise FieldError("JOIN_SECONDS", value, "must be a number above 0", "use 50, say")
 
 
 def resolve(address: str) -> str:

@@ -155,9 +155,16 @@ def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> Non
 
 
 def _check_corpus(config: RunConfig, directory: Path) -> None:
-    corpus = json.loads((directory / "run.json").read_text(encoding="utf-8"))["corpus"]
+    path = directory / "run.json"
+    try:
+        corpus = json.loads(path.read_text(encoding="utf-8"))["corpus"]
+        recorded_sha256 = {name: files["bin_sha256"] for name, files in corpus.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileProblem(
+            path, f"is damaged ({error!r})", "put it back from a copy, or take it away"
+        ) from None
     for prefix in config.data.prefixes:
-        recorded = corpus.get(Path(prefix).name, {}).get("bin_sha256")
+        recorded = recorded_sha256.get(Path(prefix).name)
         if recorded != load_manifest(prefix).bin_sha256:
             raise FieldError(
                 "data.prefixes",

@@ -7,6 +7,7 @@ checkpoints/    tensorboard/                stopped.json    the run is to be gon
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -15,6 +16,7 @@ import os
 import socket
 import subprocess
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,11 +28,15 @@ from sas_megatron.data.writing import write_file
 from sas_megatron.training.continuation import Branch, check_goes_on, read_until
 from sas_megatron.training.stopping import Ending
 
+METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 
 
 class RunFiles:
-    """Writes a run's directory; only rank 0 has one."""
+    """Writes a run's directory; only rank 0 has one.
+
+    Every method that reads or writes there raises `FileProblem` where that cannot be done.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.directory = Path(config.logging.run_directory)
@@ -54,7 +60,7 @@ class RunFiles:
             FileProblem: it cannot be written.
         """
         directory = Path(config.logging.run_directory)
-        if (directory / "metrics.jsonl").exists() and not config.checkpoint.resume:
+        if (directory / METRICS).exists() and not config.checkpoint.resume:
             raise FieldError(
                 "logging.run_directory",
                 directory,
@@ -83,6 +89,12 @@ class RunFiles:
 
         Of a new run that is a branch, those of the trunk until then are its own.
         """
+        with _at_hand(self.directory):
+            self._open(config, provenance, resumed_step=resumed_step, branch=branch)
+
+    def _open(
+        self, config: RunConfig, provenance: dict[str, Any], *, resumed_step: int, branch: Branch | None
+    ) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         # They tell of a session that has ended, and this one has not.
         for name in ("stopped.json", "summary.json"):
@@ -90,7 +102,7 @@ class RunFiles:
         resolved = dump_yaml(config)
         write_file(self.directory / "config.yaml", resolved)
         self._write_provenance(resolved, provenance, resumed_step)
-        metrics = self.directory / "metrics.jsonl"
+        metrics = self.directory / METRICS
         if branch is not None:
             kept = branch.read_metrics(config)
         elif metrics.exists():
@@ -109,8 +121,9 @@ class RunFiles:
     def record(self, record: dict[str, Any]) -> None:
         """Appends one object to metrics.jsonl, at once on disk, and its losses to TensorBoard."""
         assert self._metrics is not None, "open() comes first"
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        with _at_hand(self.directory / METRICS):
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
         if self._tensorboard is not None:
             for name, value in record.items():
                 if isinstance(value, float):
@@ -119,7 +132,8 @@ class RunFiles:
     def sync(self) -> None:
         """Waits until the records are on disk: a checkpoint must not outlive those before it."""
         assert self._metrics is not None, "open() comes first"
-        os.fsync(self._metrics.fileno())
+        with _at_hand(self.directory / METRICS):
+            os.fsync(self._metrics.fileno())
 
     def check_is_own(self) -> None:
         """Raises `FileProblem` where another session of the run has begun since, whose files these are then.
@@ -127,7 +141,8 @@ class RunFiles:
         A scheduler that lost sight of a node starts the run elsewhere, while its processes may go on.
         """
         path = self.directory / "run.json"
-        newest = json.loads(path.read_text(encoding="utf-8"))["sessions"][-1]
+        with _at_hand(path):
+            newest = json.loads(path.read_text(encoding="utf-8"))["sessions"][-1]
         if newest["session"] != self._session:
             begun = f"on {newest['host']} at {newest['started_at']}"
             raise FileProblem(
@@ -138,18 +153,21 @@ class RunFiles:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json and closes the other files."""
-        write_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        with _at_hand(self.directory / "summary.json"):
+            write_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.close()
 
     def write_stop(self, ending: Ending, *, step: int) -> None:
         """Writes stopped.json, which is there only while the run waits to be gone on with."""
         record = {"exit_reason": ending.reason, "exit_status": ending.exit_status, "step": step}
-        write_file(self.directory / "stopped.json", json.dumps(record) + "\n")
+        with _at_hand(self.directory / "stopped.json"):
+            write_file(self.directory / "stopped.json", json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Closes what is open."""
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # what could not be written was told when it was to be
+                self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -176,6 +194,19 @@ class RunFiles:
             "sessions": sessions,
         }
         write_file(path, json.dumps(record, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _at_hand(path: Path) -> Iterator[None]:
+    """Turns what the file system has against reading or writing at `path` into a `FileProblem`."""
+    try:
+        yield
+    except OSError as error:
+        raise FileProblem(
+            path,
+            f"cannot be read or written ({error.strerror or error})",
+            "make room or mend the file system, then go on with checkpoint.resume=true",
+        ) from error
 
 
 def describe_software() -> dict[str, Any]:

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from sas_megatron.checkpoint.export import export_model
-from sas_megatron.checkpoint.tensor_files import StoredTensors, WeightsDigest
+from sas_megatron.checkpoint.tensor_files import StoredTensors, WeightsDigest, new_folder, write_tensors
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
 from tests.checkpoint.whole_models import ATTENTIONS, PARTS, logits_of, whole_weights
 from tests.conftest import ROOT
+from tests.full_disk import no_file_longer_than
 from tests.model.model_parts import random_tokens
 from tests.run_configs import small_config
 from tests.small_data import SmallData
@@ -197,6 +198,17 @@ def test_weights_of_another_config_are_refused(ranks: Any, small_data: SmallData
         export_model(weights, other, folder=tmp_path / "model")
     with pytest.raises(FileProblem, match="is there already; name a new folder"):
         export_model(weights, config, folder=tmp_path)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    weights = {"some": torch.ones(7), "more": torch.ones(999)}
+    with (
+        no_file_longer_than(900),
+        pytest.raises(FileProblem, match=r"cannot be written \(.*File too large.*\); make room"),
+        new_folder(tmp_path / "model") as folder,
+    ):
+        write_tensors(folder, weights.items(), stem="model", shard_bytes=100)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_is_not_held_twice(small_data: SmallData, tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import resource
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from tests.checkpoint.saved_runs import save, take_steps_from, train_and_save, whole_tensors
+from tests.full_disk import no_file_longer_than
 from tests.rank_pool import in_layout
 from tests.training.layouts import SHARDED, Layout
 
@@ -106,17 +107,6 @@ def test_a_newer_version_is_refused_on_every_rank(ranks: Any, two_checkpoints: P
         assert found == f"{manifest.parent}: has format 99, newer than 3; update the package"
 
 
-@contextlib.contextmanager
-def no_file_longer_than(num_bytes: int) -> Iterator[None]:
-    """As on a disk that is full, writing further fails in this process."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def save_on_a_full_disk(config: RunConfig, folder: Path, full_on: int, num_bytes: int) -> str:
     """On a rank: what is said of a second checkpoint that one rank cannot write."""
     from sas_megatron.training.engine import assemble
@@ -143,7 +133,9 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(
     config = config_with(asynchronous=asynchronous)
     said = ranks(2).run(save_on_a_full_disk, config, tmp_path, full_on, num_bytes)
     assert said[0] == said[1]
-    assert said[0].startswith(f"{tmp_path / 'iter_0000002.partial'}: cannot be written (")
+    assert said[0].startswith(
+        f"{tmp_path / 'iter_0000002.partial'}: cannot be written ([Errno 27] File too large"
+    )
     assert said[0].endswith("go on from the last with checkpoint.resume=true")
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
     verify_checkpoint(tmp_path / "iter_0000001")
@@ -218,15 +210,51 @@ def test_whatever_ends_the_writing_thread_nothing_incomplete_is_published(ranks:
     assert not list(tmp_path.iterdir())
 
 
-def test_loading_runs_no_code_from_the_index(ranks: Any, two_checkpoints: Path, tmp_path: Path) -> None:
+def named(name: str) -> bytes:
+    """Pickled: what torch's descriptions of tensors have under a name."""
+    parts = (b"torch.distributed.checkpoint.metadata", name.encode())
+    return b"".join(b"\x8c" + bytes([len(part)]) + part for part in parts) + b"\x93"
+
+
+def text(value: str) -> bytes:
+    """Pickled: a string."""
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def calls_a_function(code: str) -> bytes:
+    return b"cbuiltins\nexec\n(" + text(code) + b"tR."
+
+
+def leads_on_from_a_description(code: str) -> bytes:
+    """By the module that a method was defined in to what all modules have."""
+    of_module = "MetadataIndex.__init__.__globals__"
+    builtins = named(f"{of_module}.get") + text("__builtins__") + b"\x85R"
+    run = named(f"{of_module}.__class__.get") + builtins + text("exec") + b"\x86R"
+    return b"\x80\x04" + run + text(code) + b"\x85R."
+
+
+def describes_bytes(_code: str) -> bytes:
+    """Torch unpickles them when they are read."""
+    return b"\x80\x04" + named("BytesStorageMetadata") + b")\x81."
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        (calls_a_function, "builtins.exec"),
+        (leads_on_from_a_description, "torch.distributed.checkpoint.metadata.MetadataIndex.__init__."),
+        (describes_bytes, "torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
+    ],
+)
+def test_loading_runs_no_code_from_the_index(
+    tmp_path: Path, index: Callable[[str], bytes], name: str
+) -> None:
     from sas_megatron.checkpoint.tensor_reading import TensorReader
 
-    folder = tmp_path / "copy"
-    shutil.copytree(find_checkpoints(two_checkpoints)[0], folder)
     mark = tmp_path / "ran"
-    (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.")
-    with pytest.raises(FileProblem, match=r"\.metadata: names os\.system, which is no"):
-        TensorReader(folder).sizes()
+    (tmp_path / ".metadata").write_bytes(index(f"open({str(mark)!r}, 'w')"))
+    with pytest.raises(FileProblem, match=rf"\.metadata: names {re.escape(name)}"):
+        TensorReader(tmp_path).sizes()
     assert not mark.exists()
 
 

@@ -80,3 +80,46 @@ def test_two_processes_run_tasks_of_a_folder_and_write_the_harness_s_files(
     assert len(list(folder.glob("samples_last_word_*.jsonl"))) == 1
     assert len(list(folder.glob("answers_*_rank0.db"))) == 1
     assert json.loads((folder / "summary.json").read_text())["tasks"]["results"] == results["results"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--limit", "3"],
+            r"--limit=3\.0: concerns --tasks, and what is asked for is the loss on validation",
+        ),
+        (
+            ["--cache", "--files", "builtin"],
+            "--cache=True: concerns --tasks, and what is asked for is --files;",
+        ),
+        (["--stride", "3"], "--stride=3: concerns --files, and what is asked for is the loss on validation"),
+        (
+            ["--tasks", "any", "--sequence-length", "9"],
+            r"--sequence-length=\(9,\): concerns --files or the loss",
+        ),
+        (
+            ["--tasks", "any", "--files", "any"],
+            "--files=.*: concerns --files, and what is asked for is --tasks",
+        ),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(arguments: list[str], message: str) -> None:
+    from sas_megatron.cli.evaluate import _check_fit, evaluate
+    from sas_megatron.config.errors import FieldError
+
+    with pytest.raises(FieldError, match=message):
+        _check_fit(evaluate.make_context("evaluate", ["run", *arguments]))
+
+
+def test_empty_names_and_files_that_are_not_there_are_refused() -> None:
+    from sas_megatron.cli.evaluate import _find_files
+    from sas_megatron.config.errors import UserError
+    from sas_megatron.evaluation.task_settings import TaskSettings
+
+    with pytest.raises(UserError, match="--tasks='': names none; give one or more"):
+        TaskSettings(names=())
+    with pytest.raises(UserError, match="--files='domain=': names no path; give one"):
+        _find_files(("domain=",))
+    with pytest.raises(UserError, match=r"lost\.txt: there is no such file"):
+        _find_files(("one=builtin", "two=lost.txt"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,38 @@ def test_what_the_user_can_mend_is_said_once_before_any_process_starts(
     assert done.stderr.count("sas-megatron: error:") == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        ("torchrun.sh", {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0: must be how many processes"),
+        ("torchrun.sh", {"GPUS_PER_NODE": "h100"}, "GPUS_PER_NODE=h100: must be how many processes"),
+        ("torchrun.sh", {"NNODES": "two"}, "NNODES=two: must be how many nodes"),
+        ("torchrun.sh", {"NNODES": "1:"}, "NNODES=1:: must be how many nodes"),
+        ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: must be below NNODES=2"),
+        ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "a"}, "NODE_RANK=a: must be a node's place"),
+        ("torchrun.sh", {"MAX_RESTARTS": "x"}, "MAX_RESTARTS=x: must be how often"),
+        ("deepspeed.sh", {"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE=x: must be how many processes"),
+        ("deepspeed.sh", {"NNODES": "2:3"}, "NNODES=2:3: must be a number"),
+    ],
+)
+def test_cluster_variables_of_another_form_are_told(
+    script: str, variables: dict[str, str], message: str
+) -> None:
+    done = shell(f"launch/{script}", "run.yaml", **variables)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"launch/{script}: error: {message}" in done.stderr
+
+
+def test_deepspeed_on_one_node_names_a_taken_port_before_it_starts_processes(config_file: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = shell("launch/deepspeed.sh", "2", str(config_file), MASTER_PORT=port)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"error: MASTER_PORT={port}: cannot be listened at on " in done.stderr
 
 
 def test_a_bare_process_is_told_how_to_start_two(config_file: Path) -> None:

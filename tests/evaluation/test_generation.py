@@ -195,6 +195,11 @@ def test_prompts_that_cannot_be_continued_are_refused(small_data: SmallData) -> 
         encode_prompts([long], tokenizer, context=CONTEXT)
     with pytest.raises(FieldError, match=r"--stop='': is empty"):
         GenerationSettings(stop=("",))
+    # As Python hands on an argument in another encoding.
+    with pytest.raises(FieldError, match=r"--prompt='caf\\udce9': is no UTF-8; give"):
+        encode_prompts(["a", "caf\udce9"], tokenizer, context=CONTEXT)
+    with pytest.raises(FieldError, match=r"--stop='\\udce9': is no UTF-8; give"):
+        GenerationSettings(stop=("a", "\udce9"))
     with pytest.raises(FieldError, match="--max-new-tokens=0: must be positive"):
         GenerationSettings(max_new_tokens=0)
 

@@ -238,3 +238,15 @@ def test_generation_options_of_tasks_are_read_or_refused(ranks: Any, runs: dict[
     )
     assert beams.startswith("generation_kwargs={'num_beams': 4}: are not offered; use until, do_sample")
     assert long.startswith("generation_kwargs.max_gen_toks=256: leaves no room for a context in data.seq")
+    unfit: dict[str, list[Any]] = {
+        "max_gen_toks": ["abc", 2.5, [3], float("inf"), 0, -1],
+        "temperature": ["hot"],
+        "top_k": [2.5, "3.5"],
+        "top_p": [{}],
+        "until": [5, [5]],
+    }
+    options = [{"max_gen_toks": 9, name: value} for name, values in unfit.items() for value in values]
+    (refused,) = ranks(1).run(settings_on_rank, runs["sas"].directory, options)
+    for message, of_message in zip(refused, options, strict=True):
+        name = list(of_message)[-1]
+        assert message.startswith(f"generation_kwargs.{name}={of_message[name]}: "), message

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sas_megatron.config.errors import UserError
+from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.tokenizer_training import train_tokenizer
+from sas_megatron.evaluation.results import check_results, results_folder, write_results
 from sas_megatron.evaluation.start import find_model
 from tests import small_attentions as small
 from tests.evaluation.trained_runs import TrainedRun, train_and_export
@@ -101,3 +104,29 @@ def test_what_is_no_run_is_said_to_be_none(run: TrainedRun, tmp_path: Path) -> N
     assert refusal(run.directory, iteration=7) == (
         f"--iteration=7: {run.directory} has no checkpoint of it; use one of 6, 12"
     )
+
+
+def test_results_of_other_weights_are_not_mixed(run: TrainedRun, tmp_path: Path) -> None:
+    found, earlier = find_model(run.directory), find_model(run.directory, iteration=6)
+    check_results(tmp_path, found)
+    write_results(tmp_path, found, "files", {"of": 1})
+    # Wherever the checkpoint has been moved to.
+    moved = tmp_path / "moved" / "iter_0000012"
+    shutil.copytree(found.checkpoint, moved)
+    path = write_results(tmp_path, dataclasses.replace(found, checkpoint=moved), "tasks", {"of": 2})
+    written = json.loads(path.read_text())
+    assert (written["files"]["of"], written["tasks"]["of"]) == (1, 2)
+    assert written["checkpoint"] == str(moved)
+    with pytest.raises(FileProblem, match=r"has results of other weights than those in .*iter_0000006; take"):
+        check_results(tmp_path, earlier)
+
+
+def test_what_would_keep_results_from_being_written_is_found_before(run: TrainedRun, tmp_path: Path) -> None:
+    found = find_model(run.directory)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FileProblem, match=r"file/iter_0000012: cannot be written \(Not a directory\); name"):
+        check_results(results_folder(found, tmp_path / "file"), found)
+    for text in ("{", "[]", '{"schema": 1}', '{"schema": 2}'):
+        (tmp_path / "summary.json").write_text(text)
+        with pytest.raises(FileProblem, match=r"summary\.json: (is no summary|has schema 1).*; take it away"):
+            check_results(tmp_path, found)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.platform.launcher import FIRST_PORT, NUM_PORTS, port_of_job, take_place
+from sas_megatron.platform.launcher import (
+    FIRST_PORT,
+    NUM_PORTS,
+    check_meeting_place,
+    join_seconds,
+    launched_world_size,
+    port_of_job,
+    take_place,
+)
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Of the second task of three, as srun sets it; no SLURM is asked, as the address is given.
@@ -74,3 +83,21 @@ def test_jobs_and_steps_get_ports_of_their_own_below_those_of_the_kernel() -> No
     }
     assert len(ports) == 30 * 7
     assert all(FIRST_PORT <= port < FIRST_PORT + NUM_PORTS <= 32768 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        *(("WORLD_SIZE", value, launched_world_size) for value in ("two", "0", "-2", "1.5", "")),
+        *(("MASTER_PORT", value, check_meeting_place) for value in ("http", "0", "65536")),
+        *(("JOIN_SECONDS", value, join_seconds) for value in ("soon", "0", "-1", "nan", "inf")),
+    ],
+)
+def test_variables_that_are_no_numbers_are_told(
+    environment: pytest.MonkeyPatch, name: str, value: str, read: Callable[[], object]
+) -> None:
+    environment.setenv("MASTER_ADDR", "127.0.0.1")
+    environment.delenv("RANK", raising=False)
+    environment.setenv(name, value)
+    with pytest.raises(FieldError, match=rf"^{name}={value}: must be a "):
+        read()
