@@ -47,7 +47,7 @@ def collect(plan: Plan) -> StudyTable:
         baseline=plan.study.baseline,
         rows=rows,
         collected_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        remarks=_remarks(rows, list(found.values())),
+        remarks=_remarks(plan, rows, list(found.values())),
     )
 
 
