@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sas_megatron.scaling.numbers import format_interval
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -91,8 +93,8 @@ def _show_parameters(console: Console, report: FitReport) -> None:
         table.add_row(
             label,
             f"{getattr(report.fit.surface, name):.5g}",
-            _format_interval(report.ci95[name]),
-            _format_interval((report.profile95 or {}).get(name)),
+            format_interval(report.ci95[name]),
+            format_interval((report.profile95 or {}).get(name)),
             "–" if report.projected is None else f"{getattr(report.projected.surface, name):.5g}",
         )
     console.print(table)
@@ -112,15 +114,15 @@ def _show_exponents(console: Console, report: FitReport) -> None:
         table.add_row(
             label,
             *(
-                f"{optimal.exponents[name]:.4f}\n{_format_interval(optimal.ci95[name])}"
+                f"{optimal.exponents[name]:.4f}\n{format_interval(optimal.ci95[name])}"
                 for name in ("params_exponent", "tokens_exponent", "loss_exponent")
             ),
         )
     if (isoflop := report.isoflop) is not None:
         table.add_row(
             f"{len(isoflop.profiles)} isoFLOP profiles",
-            f"{isoflop.params_exponent:.4f}\n{_format_interval(isoflop.params_interval)}",
-            f"{isoflop.tokens_exponent:.4f}\n{_format_interval(isoflop.tokens_interval)}",
+            f"{isoflop.params_exponent:.4f}\n{format_interval(isoflop.params_interval)}",
+            f"{isoflop.tokens_exponent:.4f}\n{format_interval(isoflop.tokens_interval)}",
             "–",
         )
     console.print(table)
@@ -157,10 +159,3 @@ def _show_hold_out(console: Console, hold_out: HoldOut) -> None:
         f"square, {hold_out.share_inside:.0%} within their 95 % intervals.",
         soft_wrap=True,
     )
-
-
-def _format_interval(interval: tuple[float | None, float | None] | None) -> str:
-    if interval is None:
-        return "–"
-    low, high = ("open" if end is None else f"{end:.4g}" for end in interval)
-    return f"{low} to {high}"

@@ -79,6 +79,14 @@ def format_share(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1%}".replace("%", " %")
 
 
+def format_interval(interval: tuple[float | None, float | None] | None) -> str:
+    """3.1 to 4; an end that is missing or infinite is open."""
+    if interval is None:
+        return MISSING
+    low, high = ("open" if end is None or math.isinf(end) else f"{end:.4g}" for end in interval)
+    return f"{low} to {high}"
+
+
 def without_infinities(value: Any) -> Any:
     """What JSON takes: None for each number that is not finite, such as the open end of an interval."""
     if isinstance(value, dict):

@@ -26,6 +26,7 @@ from sas_megatron.scaling.numbers import (
     format_difference,
     format_duration,
     format_exact,
+    format_interval,
     format_loss,
     format_power,
     format_ratio,
@@ -178,7 +179,7 @@ def _law_grid(analysis: SliceAnalysis) -> Grid | None:
             continue
         surface, report = law.report.fit.surface, law.report
         cells = [
-            f"{getattr(surface, name):.4g}\n{_format_interval(report.ci95[name])}"
+            f"{getattr(surface, name):.4g}\n{format_interval(report.ci95[name])}"
             for name in ("E", "A", "B", "alpha", "beta")
         ]
         lines.append((law.variant, str(len(report.fit.points)), *cells))
@@ -192,7 +193,7 @@ def _exponent_grid(analysis: SliceAnalysis) -> Grid | None:
             continue
         best = law.report.compute_optimal
         cells = [
-            f"{best.exponents[name]:.3f}\n{_format_interval(best.ci95[name])}"
+            f"{best.exponents[name]:.3f}\n{format_interval(best.ci95[name])}"
             for name in ("params_exponent", "tokens_exponent", "loss_exponent")
         ]
         hold_out = law.report.hold_out
@@ -240,11 +241,6 @@ def _run_line(row: Row) -> tuple[str, ...]:
         format_duration(row.training_seconds),
         MISSING if row.provenance_sha256 is None else row.provenance_sha256[:12],
     )
-
-
-def _format_interval(interval: tuple[float | None, float | None]) -> str:
-    low, high = ("open" if end is None or math.isinf(end) else f"{end:.4g}" for end in interval)
-    return f"{low} to {high}"
 
 
 def _about(table: StudyTable) -> list[tuple[str, str]]:
