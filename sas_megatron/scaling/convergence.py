@@ -2,7 +2,7 @@
 
 The claim of the SAS paper (arXiv 2507.07694) is of this kind: the baseline's loss in 40 % fewer steps. It
 means something only where both runs' schedules are alike at every step; other pairs get a reason and no
-number. Where their peak rates differ, each variant having its own, the text says so.
+number. Where their peak rates differ, each variant having its own, a remark says so.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ class ConvergenceSaving:
 
 @dataclass(frozen=True)
 class MeanSaving:
-    """Over the seeds of one size and budget; the interval is None with fewer than two savings."""
+    """Over the seeds of one size and budget; the interval is None with fewer than two savings.
+
+    `reason` is why there is no saving; `is_comparable` is then true where only the loss was not reached.
+    """
 
     reference: str
     candidate: str
@@ -53,7 +56,13 @@ class MeanSaving:
     saving: float | None
     interval: tuple[float, float] | None
     pairs: tuple[ConvergenceSaving, ...]
-    text: str
+    reason: str | None
+    remarks: tuple[str, ...]
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether all pairs of runs have schedules that can be compared."""
+        return all(pair.loss is not None for pair in self.pairs)
 
 
 def find_savings(curves: Sequence[LossCurve], *, reference: str, candidate: str) -> tuple[MeanSaving, ...]:
@@ -74,7 +83,7 @@ def find_savings(curves: Sequence[LossCurve], *, reference: str, candidate: str)
         )
         if pairs:
             first = runs[(reference, *cell, seeds[0])], runs[(candidate, *cell, seeds[0])]
-            found.append(_average(reference, candidate, cell, pairs, reservations=_list_reservations(*first)))
+            found.append(_average(reference, candidate, cell, pairs, remarks=_list_remarks(*first)))
     return tuple(found)
 
 
@@ -128,15 +137,15 @@ def _say_incomparable(reference: LossCurve, candidate: LossCurve) -> str | None:
     return None
 
 
-def _list_reservations(reference: LossCurve, candidate: LossCurve) -> list[str]:
+def _list_remarks(reference: LossCurve, candidate: LossCurve) -> tuple[str, ...]:
     texts = [FALLING] if candidate.schedule != CONSTANT else []
     one, other = candidate.learning_rate, reference.learning_rate
     if one is not None and other is not None and abs(math.log(one / other)) > SAME_LEVEL:
         texts.append(
-            f"Their peak learning rates differ: {one:.3g} of {candidate.variant}, {other:.3g} of "
+            f"The peak learning rate of {candidate.variant} is {one / other:.2g} times that of "
             f"{reference.variant}."
         )
-    return texts
+    return tuple(texts)
 
 
 def _average(
@@ -145,24 +154,18 @@ def _average(
     cell: tuple[str, str],
     pairs: tuple[ConvergenceSaving, ...],
     *,
-    reservations: Sequence[str],
+    remarks: tuple[str, ...],
 ) -> MeanSaving:
     size, budget = cell
     savings = [pair.saving for pair in pairs if pair.saving is not None]
-    where = f"{candidate} against {reference}, size {size}, budget {budget}"
     if len(savings) < len(pairs):
         # A mean over those seeds only that got there would be too good.
-        reasons = "; ".join(sorted({pair.reason for pair in pairs if pair.reason is not None}))
-        text = f"{where}: no saving, since {reasons}."
-        return MeanSaving(reference, candidate, size, budget, None, None, pairs, text)
+        reason = "; ".join(sorted({pair.reason for pair in pairs if pair.reason is not None}))
+        return MeanSaving(reference, candidate, size, budget, None, None, pairs, reason, remarks=())
     mean = float(np.mean(savings))
     interval = None
-    noise = "one seed: its noise is not known"
     if len(savings) > 1:
         error = float(np.std(savings, ddof=1)) / math.sqrt(len(savings))
         reach = float(special.stdtrit(len(savings) - 1, (1 + LEVEL) / 2)) * error
         interval = (mean - reach, mean + reach)
-        noise = f"95 % of {interval[0]:.1%} to {interval[1]:.1%}, {len(savings)} seeds"
-    text = f"{where}: {mean:.1%} fewer steps to the loss of {reference} ({noise})."
-    text = " ".join([text, *reservations])
-    return MeanSaving(reference, candidate, size, budget, mean, interval, pairs, text)
+    return MeanSaving(reference, candidate, size, budget, mean, interval, pairs, None, remarks)

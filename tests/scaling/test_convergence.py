@@ -56,8 +56,7 @@ def test_savings_are_averaged_over_the_seeds_that_both_have() -> None:
     assert found.saving == pytest.approx((0.375 + 0.5) / 2)
     # Two seeds: 12.706 standard errors of 0.0625 on each side.
     assert found.interval == pytest.approx((0.4375 - 12.706 * 0.0625, 0.4375 + 12.706 * 0.0625), rel=1e-4)
-    assert found.text.startswith("sas against mha, size s, budget b: 43.8% fewer steps to the loss of mha")
-    assert found.text.endswith(FALLING)
+    assert (found.reason, found.remarks) == (None, (FALLING,))
 
 
 def test_a_seed_that_does_not_get_there_is_not_left_out_of_a_mean() -> None:
@@ -65,25 +64,31 @@ def test_a_seed_that_does_not_get_there_is_not_left_out_of_a_mean() -> None:
     curves = [REFERENCE, FASTER, dataclasses.replace(REFERENCE, seed=4), slow]
     (found,) = find_savings(curves, reference="mha", candidate="sas")
     assert (found.saving, found.interval) == (None, None)
-    assert "no saving, since sas does not reach" in found.text
+    assert found.is_comparable
+    assert found.reason == "sas does not reach 3.2000 in its 100 steps"
 
 
 def test_a_constant_schedule_understates_nothing() -> None:
     curves = [dataclasses.replace(curve, schedule="constant") for curve in (REFERENCE, FASTER)]
     (found,) = find_savings(curves, reference="mha", candidate="sas")
-    assert found.text == (
-        "sas against mha, size s, budget b: 37.5% fewer steps to the loss of mha "
-        "(one seed: its noise is not known)."
-    )
+    assert (found.saving, found.interval, found.remarks) == (pytest.approx(0.375), None, ())
 
 
 def test_peak_learning_rates_that_differ_are_told() -> None:
     curves = [dataclasses.replace(curve, learning_rate=0.004) for curve in (REFERENCE, FASTER)]
     (same,) = find_savings(curves, reference="mha", candidate="sas")
-    assert same.text.endswith(FALLING)
+    assert same.remarks == (FALLING,)
     curves[1] = dataclasses.replace(curves[1], learning_rate=0.002)
     (found,) = find_savings(curves, reference="mha", candidate="sas")
-    assert found.text.endswith(" Their peak learning rates differ: 0.002 of sas, 0.004 of mha.")
+    assert found.remarks == (FALLING, "The peak learning rate of sas is 0.5 times that of mha.")
+
+
+def test_schedules_that_differ_make_a_pair_incomparable() -> None:
+    (found,) = find_savings(
+        [REFERENCE, dataclasses.replace(FASTER, schedule="constant")], reference="mha", candidate="sas"
+    )
+    assert not found.is_comparable
+    assert str(found.reason).startswith("sas and mha have different schedules")
 
 
 def test_the_first_crossing_counts() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from sas_megatron import __version__
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.writing import write_file
+from sas_megatron.scaling.convergence import MeanSaving
 from sas_megatron.scaling.drawing import embed_svg, render
 from sas_megatron.scaling.gains import Gain
 from sas_megatron.scaling.laws.fit_report import report_tree
@@ -30,6 +31,7 @@ from sas_megatron.scaling.numbers import (
     format_loss,
     format_power,
     format_ratio,
+    format_share,
     without_infinities,
 )
 from sas_megatron.scaling.outcomes import AXIS_NAMES
@@ -58,7 +60,8 @@ class Section:
     verdicts: tuple[str, ...]
     axes: Grid
     gains: Grid | None
-    savings: tuple[str, ...]
+    savings: Grid | None
+    saving_remarks: tuple[str, ...]
     laws: Grid | None
     exponents: Grid | None
     law_remarks: tuple[str, ...]
@@ -108,7 +111,8 @@ def _section(analysis: SliceAnalysis) -> Section:
         ),
         axes=_verdict_grid(analysis.comparisons),
         gains=_gain_grid(analysis.comparisons),
-        savings=tuple(saving.text for comparison in analysis.comparisons for saving in comparison.savings),
+        savings=_saving_grid(analysis.comparisons),
+        saving_remarks=_saving_remarks(analysis.comparisons),
         laws=_law_grid(analysis),
         exponents=_exponent_grid(analysis),
         law_remarks=_law_remarks(analysis),
@@ -170,6 +174,39 @@ def _format_gain(gain: Gain) -> str:
         return text
     low, high = gain.gain_interval
     return f"{text} ({low:.3f} to {'open' if math.isinf(high) else f'{high:.3f}'})"
+
+
+def _saving_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
+    """By how many fewer steps a variant reaches the baseline's final loss: rows are sizes, columns budgets."""
+    savings = [saving for comparison in comparisons for saving in comparison.savings]
+    if not savings:
+        return None
+    budgets = sorted({saving.budget for saving in savings}, key=float)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for saving in savings:
+        cells = lines.setdefault((saving.candidate, saving.size), [MISSING] * len(budgets))
+        cells[budgets.index(saving.budget)] = _format_saving(saving)
+    headings = ("variant", "size", *(f"budget {budget}" for budget in budgets))
+    return Grid(headings, tuple((*place, *cells) for place, cells in lines.items()))
+
+
+def _format_saving(saving: MeanSaving) -> str:
+    if saving.saving is None:
+        return "not reached" if saving.is_comparable else "not comparable"
+    if saving.interval is None:
+        return f"{format_share(saving.saving)}\n(one seed)"
+    low, high = map(format_share, saving.interval)
+    return f"{format_share(saving.saving)}\n({low} to {high})"
+
+
+def _saving_remarks(comparisons: Sequence[StudyComparison]) -> tuple[str, ...]:
+    """What goes for the table of savings, each told once for all sizes and budgets that it goes for."""
+    told: dict[str, None] = {}
+    for saving in (saving for comparison in comparisons for saving in comparison.savings):
+        told |= dict.fromkeys(saving.remarks)
+        if saving.reason is not None and not saving.is_comparable:
+            told[f"{saving.candidate}, size {saving.size}, budget {saving.budget}: {saving.reason}."] = None
+    return tuple(told)
 
 
 def _law_grid(analysis: SliceAnalysis) -> Grid | None:
@@ -308,9 +345,9 @@ def _write_markdown(table: StudyTable, sections: Sequence[Section]) -> str:
             if grid is not None:
                 parts.append(f"\n### {title}\n\n{_markdown_grid(grid)}")
         parts += [f"- {text}" for text in section.law_remarks]
-        if section.savings:
-            parts.append("\n### Steps saved\n")
-            parts += [f"- {text}" for text in section.savings]
+        if section.savings is not None:
+            parts.append(f"\n### Steps saved\n\n{_markdown_grid(section.savings)}")
+            parts += [f"- {text}" for text in section.saving_remarks]
         parts.append("")
         parts += [
             f"![{figure.title}](figures/{_figure_stem(index, section, figure)}.png)\n"

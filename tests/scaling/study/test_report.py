@@ -84,7 +84,7 @@ def test_a_browser_shows_every_figure_within_the_page_and_loads_nothing(
     assert all(drawn_width > 300 and height > 100 for drawn_width, height in found["drawn"])
     assert found["texts"] > 100
     assert found["loaded"] == []
-    assert found["tables"] == 5
+    assert found["tables"] == 6
     assert (found["ink"] == "rgb(232, 235, 238)") == (scheme == "dark")
     assert found["verdict"] != "rgba(0, 0, 0, 0)"
 
