@@ -177,7 +177,7 @@ def _format_gain(gain: Gain) -> str:
 
 
 def _saving_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
-    """By how many fewer steps a variant reaches the baseline's final loss: rows are sizes, columns budgets."""
+    """By how many fewer steps a variant reaches the final loss of the baseline, by size and budget."""
     savings = [saving for comparison in comparisons for saving in comparison.savings]
     if not savings:
         return None
