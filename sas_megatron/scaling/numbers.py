@@ -76,7 +76,7 @@ def format_ratio(value: float | None) -> str:
 
 def format_share(value: float | None) -> str:
     """A percentage with one decimal."""
-    return MISSING if value is None else f"{value:.1%}".replace("%", " %")
+    return MISSING if value is None else f"{value:.1%}".replace("%", " %").replace("-", "−")
 
 
 def format_interval(interval: tuple[float | None, float | None] | None) -> str:

@@ -236,6 +236,17 @@ def _name_thousands(panel: Axes) -> None:
     panel.xaxis.set_major_formatter(EngFormatter())
 
 
+def _count_on_log_axis(panel: Axes) -> None:
+    """A horizontal axis of logarithms with ticks at 200 k, 500 k, 1 M, and no names between them."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    _name_thousands(panel)
+    panel.tick_params(axis="x", labelsize=8)
+
+
 def _shades(number: int) -> list[Any]:
     import matplotlib
 
@@ -280,7 +291,7 @@ def _draw_law(panel: Axes, report: FitReport) -> None:
         )
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
         panel.fill_between(grid, low, high, color=shade, alpha=0.18, linewidth=0)
-    panel.set_xscale("log")
+    _count_on_log_axis(panel)
     panel.legend(frameon=False, fontsize=8)
 
 
@@ -324,7 +335,7 @@ def _draw_isoflop(figure: Figure, laws: Sequence[VariantLaw]) -> None:
                 )
         for profile in law.report.isoflop.profiles:
             panel.plot(profile.params, profile.loss, color=INK, marker="x", linestyle="")
-        panel.set_xscale("log")
+        _count_on_log_axis(panel)
         panel.set_title(law.variant)
         panel.set_xlabel("parameters")
         panel.legend(frameon=False, fontsize=8)
