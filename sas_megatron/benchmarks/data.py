@@ -81,6 +81,7 @@ def measure_preparation(
         if others_script is not None:
             _write_json_lines(source_parquet, json_lines)
         for _ in range(repeats):
+            os.sync()  # what others left unwritten is not for us to wait for
             preparation = prepare_token_files(
                 [source_parquet],
                 tokenizer_path=tokenizer_path,

@@ -13,11 +13,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sas_megatron.config.differences import flatten_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.writing import write_file
-from sas_megatron.scaling.study.plan import Plan
+from sas_megatron.scaling.study.plan import Cell, Plan
 
 RECORD = "step_seconds.json"
+# What decides how long a step takes: seconds measured with other values of these are another config's.
+DECISIVE = (
+    "attention.",
+    "data.reset_at_document_ends",
+    "data.sequence_length",
+    "deepspeed.",
+    "model.",
+    "optimizer.distributed",
+    "parallel.",
+    "training.engine",
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "training.precision",
+    "training.recompute",
+)
 
 # Runs, rounds -> by round, the seconds of a step of each.
 Measure = Callable[[list[RunConfig], int], list[list[float]]]
@@ -29,8 +45,8 @@ def measure_step_times(plan: Plan, measure: Measure, *, rounds: int, machine: di
     record = {
         "machine": machine,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "step_seconds": {
-            cell.name: list(seconds)
+        "cells": {
+            cell.name: {"step_seconds": list(seconds), "config": _decisive_fields(cell)}
             for cell, seconds in zip(plan.cells, zip(*by_round, strict=True), strict=True)
         },
     }
@@ -42,26 +58,36 @@ def measure_step_times(plan: Plan, measure: Measure, *, rounds: int, machine: di
 
 def describe_step_times(plan: Plan) -> list[str]:
     """Where the seconds of a step are from, and whose are missing; nothing before any was measured."""
-    path = Path(plan.study.directory) / RECORD
-    if not path.exists():
+    record = _read_record(plan)
+    if record is None:
         return []
-    record = json.loads(path.read_text(encoding="utf-8"))
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     remarks = [f"Seconds of a step were measured on {machine}, at {record['measured_at']}."]
-    missing = sorted({cell.name for cell in plan.cells} - set(record["step_seconds"]))
+    missing = sorted({cell.name for cell in plan.cells} - set(read_step_times(plan)))
     if missing:
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         remarks.append(
-            f"No seconds of a step were measured for {named}, so that time is that of each run's own "
-            "training; run `sas-megatron study time` again."
+            f"No seconds of a step were measured for {named} as the study has them now, so that time is that "
+            "of each run's own training; run `sas-megatron study time` again."
         )
     return remarks
 
 
 def read_step_times(plan: Plan) -> dict[str, float]:
-    """Median seconds of a step by the cell's name; empty before anything was measured."""
+    """Median seconds of a step by the cell's name, of those cells that were measured as they are now."""
+    record = _read_record(plan)
+    measured = {} if record is None else record["cells"]
+    return {
+        cell.name: statistics.median(measured[cell.name]["step_seconds"])
+        for cell in plan.cells
+        if cell.name in measured and measured[cell.name]["config"] == _decisive_fields(cell)
+    }
+
+
+def _read_record(plan: Plan) -> dict[str, Any] | None:
     path = Path(plan.study.directory) / RECORD
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return {name: statistics.median(seconds) for name, seconds in record["step_seconds"].items()}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _decisive_fields(cell: Cell) -> dict[str, Any]:
+    return {name: value for name, value in flatten_config(cell.config).items() if name.startswith(DECISIVE)}

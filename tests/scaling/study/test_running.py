@@ -270,11 +270,18 @@ def test_what_is_missing_stays_missing(finished: Path) -> None:
 def test_steps_are_timed_in_turn_and_stand_in_the_table(finished: Path) -> None:
     done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2"])
     assert done.exit_code == 0, done.output
-    record = json.loads((finished.parent / "study" / "step_seconds.json").read_text())
-    assert {name: len(seconds) for name, seconds in record["step_seconds"].items()} == {
-        "mha-one": 2,
-        "sas-one": 2,
-    }
+    path = finished.parent / "study" / "step_seconds.json"
+    record = json.loads(path.read_text())
+    seconds = {name: cell["step_seconds"] for name, cell in record["cells"].items()}
+    assert {name: len(measured) for name, measured in seconds.items()} == {"mha-one": 2, "sas-one": 2}
     assert {row.run: row.step_seconds for row in collect(plan_at(finished)).rows if "3200" in row.run} == {
-        f"{name}-3200-s1234": sum(seconds) / 2 for name, seconds in record["step_seconds"].items()
+        f"{name}-3200-s1234": sum(measured) / 2 for name, measured in seconds.items()
     }
+
+    # The seconds of a cell whose config has changed since are not its own; a learning rate changes none.
+    assert "optimizer.learning_rate" not in record["cells"]["sas-one"]["config"]
+    record["cells"]["sas-one"]["config"]["attention.head_expansion"] += 1
+    path.write_text(json.dumps(record))
+    table = collect(plan_at(finished))
+    assert {row.variant for row in table.rows if row.step_seconds is None} == {"sas"}
+    assert any("No seconds of a step were measured for sas-one as" in remark for remark in table.remarks)
