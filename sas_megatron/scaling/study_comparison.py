@@ -8,6 +8,7 @@ curves   -> steps saved to a loss
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from sas_megatron.scaling.convergence import MeanSaving, find_savings
 from sas_megatron.scaling.gains import Gain, Spending, find_gains, fit_frontiers
 from sas_megatron.scaling.laws.shared_irreducible import SharedIrreducible, compare_irreducible
 from sas_megatron.scaling.outcomes import AXES, LossCurve, Outcome, gather_points
+from sas_megatron.scaling.seed_noise import adjust_p_values
 from sas_megatron.scaling.verdicts import AxisVerdict, judge_together
 
 NUM_BUDGETS = 9
@@ -46,15 +48,31 @@ def compare_variants(
     num_draws: int = 1000,
     seed: int = 1,
 ) -> tuple[StudyComparison, ...]:
-    """Compares candidates with the baseline in every way that the runs allow; verdicts of an axis together.
+    """Compares candidates with the baseline in every way that the runs allow.
+
+    The verdicts of an axis are judged together, and so are the tests of shared irreducible losses.
 
     Raises:
         FieldError: one of them has no run with a loss.
     """
     by_axis = [judge_together(outcomes, baseline=baseline, candidates=candidates, axis=axis) for axis in AXES]
+    return _adjust_irreducible(
+        [
+            _compare(outcomes, curves, baseline, candidate, verdicts, num_draws=num_draws, seed=seed)
+            for candidate, verdicts in zip(candidates, zip(*by_axis, strict=True), strict=True)
+        ]
+    )
+
+
+def _adjust_irreducible(comparisons: Sequence[StudyComparison]) -> tuple[StudyComparison, ...]:
+    """The same, with p-values of irreducible losses that are those of as many tests as there are."""
+    tests = [comparison.irreducible for comparison in comparisons]
+    adjusted = iter(adjust_p_values([test.p_value for test in tests if test is not None]))
     return tuple(
-        _compare(outcomes, curves, baseline, candidate, verdicts, num_draws=num_draws, seed=seed)
-        for candidate, verdicts in zip(candidates, zip(*by_axis, strict=True), strict=True)
+        comparison
+        if test is None
+        else dataclasses.replace(comparison, irreducible=dataclasses.replace(test, p_value=next(adjusted)))
+        for comparison, test in zip(comparisons, tests, strict=True)
     )
 
 

@@ -54,7 +54,18 @@ class AxisVerdict:
     p_value: float | None
     comparisons: int
     reservations: tuple[str, ...]
-    text: str
+    # The outcome and the reservations, without the axis.
+    statement: str
+
+    @property
+    def text(self) -> str:
+        """The outcome in sentences."""
+        return phrase_verdict([self.axis], self.statement)
+
+
+def phrase_verdict(axes: Sequence[Axis], statement: str) -> str:
+    """One statement for all the axes that it is true of."""
+    return f"At equal {', at equal '.join(AXIS_NAMES[axis] for axis in axes)}: {statement}"
 
 
 def judge_together(
@@ -109,19 +120,18 @@ def judge_axis(
             p_value=None if mean is None else mean.p_value,
             comparisons=1,
             reservations=tuple(reservations),
-            text="",
+            statement="",
         )
     )
 
 
 def _conclude(verdict: AxisVerdict) -> AxisVerdict:
-    """The result and the text that follow from the p-value."""
+    """The result and the statement that follow from the p-value."""
     result: Result = "cannot be told"
     if verdict.mean is not None and verdict.p_value is not None and verdict.p_value < 1 - LEVEL:
         result = "wins" if verdict.mean.difference < 0 else "loses"
     told = dataclasses.replace(verdict, result=result)
-    said = [f"At equal {AXIS_NAMES[verdict.axis]}: {_phrase(told)}", *verdict.reservations]
-    return dataclasses.replace(told, text=" ".join(said))
+    return dataclasses.replace(told, statement=" ".join([_phrase(told), *verdict.reservations]))
 
 
 def read_between(spent: Sequence[float], losses: Sequence[float], amount: float) -> float | None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from sas_megatron.scaling.outcomes import AXES, LossCurve
 from sas_megatron.scaling.study_comparison import compare_variants
 from tests.scaling.synthetic import CHINCHILLA, Variant, draw_outcomes
@@ -37,3 +39,17 @@ def test_what_a_study_does_not_allow_is_said() -> None:
         "No test of a shared irreducible loss",
     ]
     assert found.verdicts[1].mean is not None
+
+
+def test_irreducible_losses_of_several_variants_are_tested_together() -> None:
+    lower = Variant(dataclasses.replace(CHINCHILLA, E=CHINCHILLA.E - 0.05))
+    outcomes = draw_outcomes({"mha": Variant(), "gqa": Variant(), "sas": lower})
+    (alone,) = compare_variants(outcomes, baseline="mha", candidates=["sas"], num_draws=50)
+    together = compare_variants(outcomes, baseline="mha", candidates=["gqa", "sas"], num_draws=50)
+    tests = {comparison.candidate: comparison.irreducible for comparison in together}
+    assert alone.irreducible is not None
+    assert tests["sas"] is not None
+    assert tests["gqa"] is not None
+    # The smaller of two p-values counts twice, and the other is no smaller than that.
+    assert tests["sas"].p_value == pytest.approx(2 * alone.irreducible.p_value)
+    assert tests["gqa"].p_value >= tests["sas"].p_value

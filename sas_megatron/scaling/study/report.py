@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,14 +34,15 @@ from sas_megatron.scaling.numbers import (
     format_share,
     without_infinities,
 )
-from sas_megatron.scaling.outcomes import AXIS_NAMES
+from sas_megatron.scaling.outcomes import AXIS_NAMES, Axis
 from sas_megatron.scaling.study.analysis import SliceAnalysis, analyze
 from sas_megatron.scaling.study.figures import StudyFigure, list_figures
 from sas_megatron.scaling.study.table import Row, StudyTable
 from sas_megatron.scaling.study_comparison import StudyComparison
+from sas_megatron.scaling.verdicts import AxisVerdict, phrase_verdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _section(analysis: SliceAnalysis) -> Section:
     return Section(
         name=analysis.slice.name,
         verdicts=tuple(
-            verdict.text for comparison in analysis.comparisons for verdict in comparison.verdicts
+            text for comparison in analysis.comparisons for text in _verdict_texts(comparison.verdicts)
         ),
         axes=_verdict_grid(analysis.comparisons),
         gains=_gain_grid(analysis.comparisons),
@@ -118,8 +119,8 @@ def _section(analysis: SliceAnalysis) -> Section:
         law_remarks=_law_remarks(analysis),
         remarks=(
             *analysis.remarks,
-            *(
-                f"{comparison.candidate}: {remark}"
+            *_told_once(
+                (comparison.candidate, remark)
                 for comparison in analysis.comparisons
                 for remark in comparison.remarks
             ),
@@ -127,6 +128,22 @@ def _section(analysis: SliceAnalysis) -> Section:
         figures=tuple(list_figures(analysis)),
         runs=_run_grid(analysis),
     )
+
+
+def _verdict_texts(verdicts: Sequence[AxisVerdict]) -> list[str]:
+    """Each statement once, with all axes that it goes for."""
+    axes: dict[str, list[Axis]] = {}
+    for verdict in verdicts:
+        axes.setdefault(verdict.statement, []).append(verdict.axis)
+    return [phrase_verdict(shared, statement) for statement, shared in axes.items()]
+
+
+def _told_once(remarks: Iterable[tuple[str, str]]) -> list[str]:
+    """Remarks on variants, each once, after the names of all that it goes for."""
+    named: dict[str, list[str]] = {}
+    for variant, remark in remarks:
+        named.setdefault(remark, []).append(variant)
+    return [f"{', '.join(variants)}: {remark}" for remark, variants in named.items()]
 
 
 def _verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
@@ -245,10 +262,13 @@ def _exponent_grid(analysis: SliceAnalysis) -> Grid | None:
 
 
 def _law_remarks(analysis: SliceAnalysis) -> tuple[str, ...]:
-    told = [f"{law.variant}: no law ({law.reason})." for law in analysis.laws if law.report is None]
-    for law in analysis.laws:
-        if law.report is not None:
-            told += [f"{law.variant}: {remark}" for remark in law.report.remarks]
+    told = _told_once((law.variant, f"no law ({law.reason}).") for law in analysis.laws if law.report is None)
+    told += _told_once(
+        (law.variant, remark)
+        for law in analysis.laws
+        if law.report is not None
+        for remark in law.report.remarks
+    )
     for comparison in analysis.comparisons:
         if comparison.irreducible is not None:
             told.append(f"{comparison.candidate} and {comparison.baseline}: {comparison.irreducible.text}")

@@ -18,15 +18,16 @@ def made_up_table(
     seeds: dict[str, int] | None = None,
     lengths: tuple[str | None, ...] = (None,),
     budgets: tuple[float, ...] = (2, 4, 8),
+    num_sizes: int = 5,
     noise: float = 0.004,
 ) -> StudyTable:
-    """Five sizes, and so many seeds of each variant; `lengths` are levels of a further axis."""
+    """So many seeds of each variant, by default at five sizes; `lengths` are levels of a further axis."""
     generator = np.random.default_rng(0)
     rows = [
         _row(variant, size, budget, seed, length, float(generator.normal(0, noise)))
         for length in lengths
         for variant, count in (seeds or {"mha": 3, "gqa": 1, "sas": 3}).items()
-        for size in range(5)
+        for size in range(num_sizes)
         for budget in budgets
         for seed in range(count)
     ]

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import FileProblem
+from sas_megatron.scaling.outcomes import AXIS_NAMES
 from sas_megatron.scaling.study.analysis import analyze, cut_slices
 from sas_megatron.scaling.study.report import write_study_report
 from sas_megatron.scaling.study.table import StudyTable, read_table, write_table
@@ -104,8 +105,10 @@ def test_the_summary_the_page_and_the_json_tell_the_same(report: Path) -> None:
     (part,) = record["slices"]
     for comparison in part["comparisons"]:
         for verdict in comparison["verdicts"]:
-            assert f"- {verdict['text']}\n" in summary
-            assert verdict["text"].replace("'", "&#39;") in page
+            statement = verdict["statement"]
+            (line,) = (line for line in summary.splitlines() if line.endswith(f": {statement}"))
+            assert f"at equal {AXIS_NAMES[verdict['axis']]}" in line.lower().replace("flops", "FLOPs")
+            assert line.removeprefix("- ").replace("'", "&#39;") in page
     results = {
         comparison["candidate"]: [verdict["result"] for verdict in comparison["verdicts"]]
         for comparison in part["comparisons"]
@@ -123,6 +126,19 @@ def test_the_summary_the_page_and_the_json_tell_the_same(report: Path) -> None:
         for suffix in ("png", "svg")
     )
     assert all(f"figures/{name}" in summary for name in figures if name.endswith("png"))
+
+
+def test_what_goes_for_several_axes_or_variants_is_told_once(tmp_path: Path) -> None:
+    seeds = {"mha": 3, "gqa": 3, "sas": 3}
+    write_study_report(made_up_table(seeds=seeds, budgets=(4,), num_sizes=1), tmp_path, num_draws=50)
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    told = [line for line in lines if line.startswith("- ") and ": " in line]
+    assert len(told) == len(set(told))
+    assert sum("No compute-equivalent gain" in line for line in told) == 1
+    (law,) = (line for line in told if "no law" in line)
+    assert law.startswith("- mha, gqa, sas: no law (")
+    (won,) = (line for line in told if "sas wins" in line)
+    assert won.startswith("- At equal parameters and tokens, at equal tokens: sas wins: ")
 
 
 def test_lengths_are_never_compared_with_each_other(tmp_path: Path) -> None:
@@ -160,7 +176,7 @@ def test_what_was_not_measured_is_said_and_not_made_up(tmp_path: Path) -> None:
     summary = (tmp_path / "summary.md").read_text()
     assert summary.count("| not compared | not compared |") == 1
     assert "- gqa: No compute-equivalent gain" not in summary
-    assert "- gqa: No test of a shared irreducible loss: " in summary
+    assert "- gqa, sas: No test of a shared irreducible loss: " in summary
     one_budget = made_up_table(budgets=(4,))
     (analysis,) = analyze(one_budget, num_draws=50)
     assert all(law.report is None or not math.isnan(law.report.fit.surface.E) for law in analysis.laws)
