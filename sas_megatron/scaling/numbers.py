@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 MISSING = "–"
@@ -79,11 +80,21 @@ def format_share(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1%}".replace("%", " %").replace("-", "−")
 
 
-def format_interval(interval: tuple[float | None, float | None] | None) -> str:
+def format_significant(value: float | None) -> str:
+    """Four significant digits; as a power of ten where that would take many zeros."""
+    if value is None:
+        return MISSING
+    return f"{value:.4g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else format_power(value)
+
+
+def format_interval(
+    interval: tuple[float | None, float | None] | None,
+    format_end: Callable[[float], str] = format_significant,
+) -> str:
     """3.1 to 4; an end that is missing or infinite is open."""
     if interval is None:
         return MISSING
-    low, high = ("open" if end is None or math.isinf(end) else f"{end:.4g}" for end in interval)
+    low, high = ("open" if end is None or math.isinf(end) else format_end(end) for end in interval)
     return f"{low} to {high}"
 
 

@@ -33,7 +33,7 @@ from sas_megatron.scaling.laws.points import Points
 from sas_megatron.scaling.laws.power_law import PowerLawFit, find_frontier, fit_power_law
 from sas_megatron.scaling.laws.profile import OpenInterval, profile_intervals
 from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percentile_intervals
-from sas_megatron.scaling.numbers import without_infinities
+from sas_megatron.scaling.numbers import format_share, without_infinities
 
 NO_FLOPS = (
     "The points have no column flops: C = 6ND is assumed, which leaves attention's scores out. Variants that "
@@ -176,8 +176,8 @@ def _remark_on_fit(fit: SurfaceFit, draws: Quantities) -> list[str]:
     odd = ((exponents <= 0) | (exponents > LARGEST_EXPONENT)).any(axis=0).mean()
     if odd > 0:
         remarks.append(
-            f"In {odd:.1%} of the bootstrap draws an exponent is not between 0 and {LARGEST_EXPONENT:g}; "
-            "they count in the intervals."
+            f"In {format_share(odd)} of the bootstrap draws an exponent is not between 0 and "
+            f"{LARGEST_EXPONENT:g}; they count in the intervals."
         )
     return remarks
 

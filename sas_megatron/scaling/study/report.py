@@ -32,6 +32,7 @@ from sas_megatron.scaling.numbers import (
     format_power,
     format_ratio,
     format_share,
+    format_significant,
     without_infinities,
 )
 from sas_megatron.scaling.outcomes import AXIS_NAMES, Axis
@@ -233,8 +234,11 @@ def _law_grid(analysis: SliceAnalysis) -> Grid | None:
             continue
         surface, report = law.report.fit.surface, law.report
         cells = [
-            f"{getattr(surface, name):.4g}\n{format_interval(report.ci95[name])}"
-            for name in ("E", "A", "B", "alpha", "beta")
+            f"{form(getattr(surface, name))}\n{format_interval(report.ci95[name], form)}"
+            for name, form in (
+                ("E", format_loss),
+                *((name, format_significant) for name in ("A", "B", "alpha", "beta")),
+            )
         ]
         lines.append((law.variant, str(len(report.fit.points)), *cells))
     return Grid(("variant", "points", "E", "A", "B", "α", "β"), tuple(lines)) if lines else None
@@ -254,7 +258,8 @@ def _exponent_grid(analysis: SliceAnalysis) -> Grid | None:
         told = (
             MISSING
             if hold_out is None
-            else f"{hold_out.root_mean_square_error:.2%} off\n{hold_out.share_inside:.0%} inside"
+            else f"{format_share(hold_out.root_mean_square_error)} off\n"
+            f"{format_share(hold_out.share_inside)} inside"
         )
         lines.append((law.variant, *cells, told))
     headings = ("variant", "best N", "best D", "loss above E", "largest runs, predicted")
@@ -309,7 +314,7 @@ def _about(table: StudyTable) -> list[tuple[str, str]]:
         ("Runs", f"{done} of {len(table.rows)} finished"),
         ("Collected", table.collected_at),
         ("Verdicts", "at 95 % for all variants of an axis together (Holm's method); intervals of each alone"),
-        ("Machine", "; ".join(machines) or MISSING),
+        ("Machine", "; ".join(map(_describe_machine, machines)) or MISSING),
         ("Package", f"{__version__}, {'; '.join(revisions) or MISSING}"),
         (
             "Seconds",
@@ -323,6 +328,15 @@ def _about(table: StudyTable) -> list[tuple[str, str]]:
             "beside",
         ),
     ]
+
+
+def _describe_machine(record: str) -> str:
+    """What run.json has of a machine, which the table holds as JSON, in words."""
+    try:
+        machine = json.loads(record)
+    except ValueError:
+        return record
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
 
 
 def _render_page(table: StudyTable, sections: Sequence[Section]) -> str:
