@@ -42,8 +42,24 @@ def build_training_samples(
 def build_validation_samples(
     data: DataConfig, tokenizer: Tokenizer, *, num_samples: int
 ) -> torch.utils.data.Dataset[Sample]:
-    """The fixed windows of the validation documents, equal for every seed and layout."""
-    return _build_samples(data, tokenizer, num_samples=num_samples, seed=VALIDATION_SEED, split=1)
+    """The fixed windows of the validation documents, equal for every seed and layout.
+
+    Raises:
+        FieldError: a file has fewer validation tokens than one window, which would hold the same text twice.
+    """
+    samples = _build_samples(data, tokenizer, num_samples=num_samples, seed=VALIDATION_SEED, split=1)
+    for prefix, part in zip(data.prefixes, getattr(samples, "datasets", [samples]), strict=True):
+        num_tokens = int(part.dataset.sequence_lengths[part.indices].sum())
+        # A window reads S tokens and predicts S, the last of which it does not read.
+        if num_tokens <= data.sequence_length:
+            raise FieldError(
+                "data.sequence_length",
+                data.sequence_length,
+                f"must be less than the {num_tokens} validation tokens of {prefix}, or a window would hold "
+                "the same text twice",
+                f"use at most {num_tokens - 1}, or raise the second share of data.split={data.split}",
+            )
+    return samples
 
 
 def _build_samples(

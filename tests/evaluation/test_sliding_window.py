@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,30 @@ def test_the_loss_on_training_s_windows_is_training_s_own(
         # Twice as long, so that half as many hold as many tokens, and read further than in training.
         assert longer["all"]["num_tokens"] == trained["all"]["num_tokens"] == 6 * 40
         assert longer["all"]["by_position"][-1]["tokens_read"] == [65, 128]
+
+
+def refusal_on_rank(directory: Path, length: int) -> str:
+    try:
+        validation_on_rank(directory, [], [length])
+    except FieldError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
+def test_windows_longer_than_the_validation_text_are_refused(ranks: Any, run: TrainedRun) -> None:
+    (message,) = ranks(1).run(refusal_on_rank, run.directory, 10**6)
+    told = re.fullmatch(
+        r"data\.sequence_length=1000000: must be less than the (\d+) validation tokens of \S+, or a window "
+        r"would hold the same text twice; use at most (\d+), or raise the second share of data\.split=.*",
+        message,
+    )
+    assert told is not None, message
+    longest = int(told[2])
+    assert longest == int(told[1]) - 1
+    assert ranks(1).run(refusal_on_rank, run.directory, longest + 1)
+    (results,) = ranks(1).run(validation_on_rank, run.directory, [], [longest])
+    (found,) = results["by_length"]
+    assert found["all"]["num_tokens"] == longest
 
 
 @given(st.integers(1, 9), st.integers(-3, 20))
