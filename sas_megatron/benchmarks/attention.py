@@ -47,8 +47,9 @@ def measure_attention(
         backend: `attention.backend` of our blocks.
 
     Returns:
-        Median seconds by block, and the medians of the ratios of neighbouring runs. Bytes that each block
-        keeps between forward and backward and, on a GPU, holds at the most beyond its input and weights.
+        Median seconds by block, the medians of the ratios of neighbouring runs, and which of torch's fused
+        attentions each block ended in. Bytes that each block keeps between forward and backward and, on a
+        GPU, holds at the most beyond its input and weights.
 
     Raises:
         RuntimeError: our block and the literal one differ by more than rounding.
@@ -76,6 +77,7 @@ def measure_attention(
         if compiled
         else None,
         "sas_over_multi_head": median_ratio(seconds["sas"], seconds["multi_head"]),
+        "fused_attention": {name: _fused_attention(block, hidden) for name, block in blocks.items()},
         "kept_bytes": kept,
         "peak_bytes": peak,
         "kept_share_of_literal": kept["sas"] / kept["literal"],
@@ -85,6 +87,15 @@ def measure_attention(
         "relative_difference": difference,
         "repeats": repeats,
     }
+
+
+def _fused_attention(block: Block, hidden: torch.Tensor) -> str | None:
+    """The operator that torch chose, by device, widths and version; None where it was not asked to."""
+    with torch.profiler.profile() as profile:
+        block(hidden)
+    prefix = "aten::_scaled_dot_product_"
+    chosen = [event.key.removeprefix(prefix) for event in profile.key_averages() if prefix in event.key]
+    return chosen[0] if chosen else None
 
 
 def points_of(result: dict[str, Any]) -> list[Point]:

@@ -14,6 +14,7 @@ from sas_megatron.attention.simulation_kernels import FusedKernels
 from sas_megatron.benchmarks.block_shape import BlockShape
 from sas_megatron.benchmarks.simulation import SimulationCase
 from sas_megatron.benchmarks.timing import time_in_turn
+from sas_megatron.kernels.padding import padded
 from sas_megatron.kernels.tiling import Tile, Tiling
 
 PASS_OF_KERNEL = {
@@ -38,7 +39,7 @@ def sweep_tiles(
 ) -> list[dict[str, Any]]:
     """For each kernel and tile the median seconds of the whole pass, the other kernels as they are.
 
-    A tile that does not fit on chip has no seconds, and the reason.
+    A tile that does not fit on chip, or that the compiler refuses, has no seconds, and the reason.
     """
     case = SimulationCase(shape, device=device, dtype=dtype)
     fused = FusedKernels(case.attention)
@@ -46,15 +47,21 @@ def sweep_tiles(
     results: list[dict[str, Any]] = []
     for kernel in kernels:
         name = PASS_OF_KERNEL[kernel]
-        for tile in tiles or [getattr(usual, kernel), *candidate_tiles()]:
+        for tile in tiles or unlike_tiles(kernel, shape, [getattr(usual, kernel), *candidate_tiles()]):
             fused.tiling = dataclasses.replace(usual, **{kernel: tile})
             result: dict[str, Any] = {"kernel": kernel, **dataclasses.asdict(tile)}
             try:
                 prepare = case.passes(fused)[name]
                 seconds = time_in_turn({name: prepare}, device=device, rounds=repeats)[name]
                 results.append({**result, "seconds": statistics.median(seconds)})
-            except Exception as error:  # Triton has a class of its own for each resource and version
-                if "OutOfResources" not in type(error).__name__:
-                    raise
-                results.append({**result, "seconds": None, "problem": str(error)})
+            # Triton has a class of its own for each resource, stage and version. One tile is no reason to
+            # lose the others' seconds.
+            except Exception as error:
+                results.append({**result, "seconds": None, "problem": f"{type(error).__name__}: {error}"})
     return results
+
+
+def unlike_tiles(kernel: str, shape: BlockShape, tiles: Sequence[Tile]) -> list[Tile]:
+    """Without those that cut up the work as one before does: a tile of heads holds whole tokens."""
+    least = padded(shape.head_dim) if kernel.startswith("head") else 1
+    return list(dict.fromkeys(dataclasses.replace(tile, rows=max(tile.rows, least)) for tile in tiles))

@@ -104,6 +104,10 @@ def attention(
         "multi_head": "multi-head block",
     }
     rows = [(titles[name], f"{seconds * 1e3:.2f} ms") for name, seconds in result["seconds"].items()]
+    rows += [
+        (f"attention of the {titles[name]}", operator or "plain products")
+        for name, operator in result["fused_attention"].items()
+    ]
     rows.append(("literal / SAS", f"{result['literal_over_sas']:.2f}"))
     if compiled:
         rows.append(("literal, compiled / SAS", f"{result['literal_compiled_over_sas']:.2f}"))

@@ -24,11 +24,15 @@ def draw(points: list[Point], output: Path, result: dict[str, Any]) -> None:
 
 
 def best_tiles(sweep: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Of each kernel the usual tile, which comes first, and the fastest."""
+    """Of each kernel the usual tile, which comes first, and the fastest, if any could be timed."""
     rows = []
     for kernel in dict.fromkeys(row["kernel"] for row in sweep):
         usual, *_ = tried = [row for row in sweep if row["kernel"] == kernel]
-        best = min((row for row in tried if row["seconds"] is not None), key=lambda row: row["seconds"])
+        timed = [row for row in tried if row["seconds"] is not None]
+        if not timed:
+            rows.append((kernel, f"no tile could be timed: {usual['problem']}"))
+            continue
+        best = min(timed, key=lambda row: row["seconds"])
         tile = ", ".join(f"{best[name]} {name}" for name in ("rows", "warps", "stages", "programs"))
         before = "none" if usual["seconds"] is None else f"{usual['seconds'] * 1e3:.3f}"
         rows.append((kernel, f"{before} -> {best['seconds'] * 1e3:.3f} ms of the pass: {tile}"))

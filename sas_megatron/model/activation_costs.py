@@ -150,14 +150,13 @@ def _count_layer(config: RunConfig, layer: LayerPass) -> Terms:
 
 def _count_mlp(config: RunConfig, layer: LayerPass) -> int:
     """H of the input; swiglu: both halves of the first product, the gate, the other half, and the result;
-    gelu: what it is applied to, and the result. With biases, a GPU's fused swiglu keeps the halves alone.
+    gelu: what it is applied to, and the result. A GPU's fused swiglu keeps the halves and the result.
     """
     model = config.model
     kept = layer.own(model.hidden_size)
     if "mlp" in layer.recomputed:
         return kept
-    fused = layer.device == "gpu" and model.linear_bias
-    widths = {"gelu": 2, "swiglu": 3 if fused else 5}[model.activation]
+    widths = {"gelu": 2, "swiglu": 3 if layer.device == "gpu" else 5}[model.activation]
     return kept + layer.whole(widths * model.ffn_hidden_size // layer.tensor)
 
 

@@ -64,7 +64,8 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         # not waited for, and gloo, unlike CUDA's streams, may not have read the memory yet.)
         deallocate_pipeline_outputs=on_cuda or not interleaved,
         # Megatron-core's fused element-wise functions; on CPU they would only be compiled in vain.
-        bias_activation_fusion=on_cuda and model.linear_bias,
+        # Of GELU without a bias there is none.
+        bias_activation_fusion=on_cuda and (model.linear_bias or model.activation == "swiglu"),
         bias_dropout_fusion=on_cuda,
         # One pass over queries and keys; a layer with positions of its own has none of it.
         apply_rope_fusion=attention.uses_model_rotary,

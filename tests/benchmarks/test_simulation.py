@@ -91,6 +91,45 @@ def test_a_sweep_times_each_kernel_with_each_tile(ranks: Any) -> None:
     assert all(row["seconds"] > 0 for row in rows)
 
 
+def refused_by_the_compiler() -> Any:
+    """A sweep with a kernel that no tile can be compiled for, and what the command makes of it."""
+    import pytest
+
+    from sas_megatron.cli.measurements import best_tiles
+    from sas_megatron.kernels import feature_kernels
+
+    class Refusing:
+        arg_names = ()
+
+        def __getitem__(self, grid: object) -> Any:
+            raise RuntimeError("too many registers")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_kernels, "refine_gradient", Refusing())
+        rows = swept()
+    return rows, best_tiles(rows)
+
+
+def test_a_tile_that_cannot_be_compiled_takes_no_other_s_seconds_along(ranks: Any) -> None:
+    [(rows, shown)] = ranks(1).run(refused_by_the_compiler)
+    problem = "RuntimeError: too many registers"
+    assert [row.get("problem") for row in rows] == [None, None, problem, problem]
+    assert shown[0][1].endswith("programs")
+    assert shown[1] == ("feature_refine_gradient", f"no tile could be timed: {problem}")
+
+
+def test_tiles_of_heads_that_cut_alike_are_timed_once() -> None:
+    from sas_megatron.benchmarks.block_shape import BlockShape
+    from sas_megatron.benchmarks.tile_sweep import candidate_tiles, unlike_tiles
+    from sas_megatron.kernels.tiling import Tile
+
+    tiles = [Tile(programs=2), *candidate_tiles()]
+    wide = BlockShape(num_heads=16, head_dim=128, simulated_head_dim=192, sequence_length=17, batch_size=2)
+    # A tile of 64 rows would hold half of a token's 128 features, so it holds all of them, as one of 128.
+    assert len(unlike_tiles("head_forward", wide, tiles)) == 8
+    assert len(unlike_tiles("feature_forward", wide, tiles)) == 16
+
+
 def test_the_command_prints_floors_and_draws_them(tmp_path: Path) -> None:
     sizes = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
     done = command(

@@ -141,11 +141,12 @@ def test_a_variant_that_says_nothing_keeps_what_plain_attention_does() -> None:
     assert count_activation_bytes(outside, device="cpu") == count_activation_bytes(plain, device="cpu")
 
 
-def test_a_gpu_keeps_less_of_norms_and_of_a_biased_mlp() -> None:
+@pytest.mark.parametrize("linear_bias", [False, True])
+def test_a_gpu_keeps_less_of_norms_and_of_the_mlp(linear_bias: bool) -> None:
     """By the definitions of its fused functions: 24 tokens of 20 columns, 28 wide in the MLP, in float32."""
     config = small_config(
         attention={"kind": "mha", "num_heads": 4, "head_dim": 6, "backend": "unfused"},
-        model={"num_layers": 1, "linear_bias": True},
+        model={"num_layers": 1, "linear_bias": linear_bias},
     )
     on_cpu, on_gpu = (count_activation_bytes(config, device=device) for device in ("cpu", "gpu"))
     normalized, gate_and_half = 3 * 4 * 24 * 20, 2 * 4 * 24 * 28
