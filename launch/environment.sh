@@ -48,7 +48,9 @@ enter_environment() {
   local extras=$1 venv=${SAS_MEGATRON_VENV:-$SAS_MEGATRON_ROOT/.venv} base stamp options=()
   base=$(find_python) || return 2
   stamp="$(sha256sum "$SAS_MEGATRON_ROOT/setup.py" | cut -c1-16) $("$base" --version)"
-  if [ "$(cat "$venv/set_up_for${extras:+_$extras}" 2>/dev/null)" != "$stamp" ]; then
+  # What is set up for the tests can do all the rest.
+  if [ "$(cat "$venv/set_up_for${extras:+_$extras}" 2>/dev/null)" != "$stamp" ] &&
+    [ "$(cat "$venv/set_up_for_test" 2>/dev/null)" != "$stamp" ]; then
     say "making $venv with $("$base" --version); this takes a few minutes, once"
     brings_torch "$base" && options=(--system-site-packages)
     # An environment of another Python, or one whose making was cut short, is made anew.

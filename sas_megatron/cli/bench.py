@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from sas_megatron.cli.bench_options import (
+    JSON_OPTION,
+    OUTPUT_OPTION,
+    POSITIVE,
+    THREADS_OPTION,
+    shape_options,
+)
 from sas_megatron.cli.measurements import best_tiles, draw, place, share, show, stamp
 
 if TYPE_CHECKING:
     import torch
-
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
-OUTPUT_OPTION = click.option(
-    "--output", type=click.Path(path_type=Path), help="PNG to draw the measurements in, under the roofline."
-)
-
-
-def _shape_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Sizes of a block of self-attention, precision and rounds."""
-    sizes = {
-        "num-heads": 12,
-        "head-expansion": 3,
-        "head-dim": 64,
-        "simulated-head-dim": 96,
-        "kernel-size": 3,
-        "sequence-length": 512,
-        "batch-size": 2,
-    }
-    options = [
-        *(
-            click.option(f"--{name}", type=int, default=size, show_default=True)
-            for name, size in sizes.items()
-        ),
-        click.option(
-            "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
-        ),
-        click.option("--threads", type=int, default=None, help="CPU threads; by default one a processor."),
-        click.option(
-            "--repeats", type=int, default=9, show_default=True, help="Rounds, after two that warm up."
-        ),
-    ]
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +26,7 @@ def bench() -> None:
 
 
 @bench.command()
-@_shape_options
+@shape_options
 @click.option(
     "--compile/--no-compile", "compiled", default=False, help="Also torch.compile the literal form."
 )
@@ -120,7 +93,7 @@ def attention(
 
 
 @bench.command()
-@_shape_options
+@shape_options
 @click.option("--sweep", is_flag=True, help="Also time every fused kernel with other tiles; needs a GPU.")
 @OUTPUT_OPTION
 @JSON_OPTION
@@ -172,8 +145,8 @@ def simulation(
 @click.argument("base", type=click.Path())
 @click.argument("other", type=click.Path())
 @click.argument("overrides", nargs=-1)
-@click.option("--microbatches", type=int, default=2, show_default=True, help="Of a step.")
-@click.option("--rounds", type=int, default=3, show_default=True)
+@click.option("--microbatches", type=POSITIVE, default=2, show_default=True, help="Of a step.")
+@click.option("--rounds", type=POSITIVE, default=3, show_default=True)
 @JSON_OPTION
 def step(
     base: str, other: str, overrides: tuple[str, ...], microbatches: int, rounds: int, as_json: bool
@@ -215,7 +188,7 @@ def step(
 @bench.command()
 @click.argument("config", type=click.Path(), default="configs/125m/mha.yaml")
 @click.argument("overrides", nargs=-1)
-@click.option("--steps", type=int, default=20, show_default=True, help="After three that warm up.")
+@click.option("--steps", type=POSITIVE, default=20, show_default=True, help="After three that warm up.")
 @JSON_OPTION
 def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> None:
     """Measure what the training loop takes beside forward, backward and optimizer, in a real run of CONFIG.
@@ -254,8 +227,8 @@ def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> 
 @click.option(
     "--source", type=click.Path(path_type=Path), help="Parquet file with a column text; by default builtin."
 )
-@click.option("--workers", type=int, default=2, show_default=True)
-@click.option("--repeats", type=int, default=5, show_default=True)
+@click.option("--workers", type=POSITIVE, default=2, show_default=True)
+@click.option("--repeats", type=POSITIVE, default=5, show_default=True)
 @click.option(
     "--megatron-lm",
     type=click.Path(path_type=Path),
@@ -306,14 +279,18 @@ def data(
 @bench.command()
 @click.option(
     "--directory",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=Path(),
     help="On the disk to measure; default: here.",
 )
 @click.option(
-    "--gigabytes", type=float, default=1.0, show_default=True, help="10⁹ bytes, in memory four times."
+    "--gigabytes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="10⁹ bytes, in memory four times.",
 )
-@click.option("--repeats", type=int, default=5, show_default=True)
+@click.option("--repeats", type=POSITIVE, default=5, show_default=True)
 @JSON_OPTION
 def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -> None:
     """Time that saving takes from training, and its rate, against one copy in memory and against dd."""
@@ -349,11 +326,17 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
 
 @bench.command()
 @click.option("--config", type=click.Path(), help="A run's, whose model scores; by default quickstart_sas.")
-@click.option("--num-tokens", type=int, default=40_000, show_default=True, help="Of a measurement.")
-@click.option("--batch-tokens", type=int, default=8192, show_default=True)
-@click.option("--threads", type=int, default=None, help="CPU threads; by default one a processor.")
-@click.option("--repeats", type=int, default=5, show_default=True, help="Rounds, after two that warm up.")
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
+@click.option("--num-tokens", type=POSITIVE, default=40_000, show_default=True, help="Of a measurement.")
+@click.option("--batch-tokens", type=POSITIVE, default=8192, show_default=True)
+@THREADS_OPTION
+@click.option(
+    "--repeats",
+    type=POSITIVE,
+    default=5,
+    show_default=True,
+    help="Rounds, after two that warm up.",
+)
+@JSON_OPTION
 def scoring(
     config: str | None, num_tokens: int, batch_tokens: int, threads: int | None, repeats: int, as_json: bool
 ) -> None:

@@ -34,8 +34,20 @@ AXES = ("params", "flops", "kv", "time")
 @click.option("--free", help="Fields to solve for, separated by commas; by default the variant's own choice.")
 @click.option("--tensor", default="", help="Tensor-parallel sizes that heads and widths must allow: 1,2,4.")
 @click.option("--context", default="", help="Context-parallel sizes that heads must allow.")
-@click.option("--tolerance", type=float, default=0.01, show_default=True, help="As a share of the base's.")
-@click.option("--rounds", type=int, default=3, show_default=True, help="Of measuring, for --equal time.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.01,
+    show_default=True,
+    help="As a share of the base's.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Of measuring, for --equal time.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the configs; by default none.")
 @click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
 def match(

@@ -30,8 +30,14 @@ THIS_MACHINE = "this-machine"
 )
 @click.option("--rank", type=int, help="Only this rank; by default one of each kind of pipeline stage.")
 @click.option("--search", is_flag=True, help="Rank the layouts that fit into the hardware's memory.")
-@click.option("--memory-gib", type=float, help="Memory of a device, in place of the hardware file's.")
-@click.option("--top", type=int, default=8, show_default=True, help="Layouts that --search shows.")
+@click.option(
+    "--memory-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Memory of a device, in place of the hardware file's.",
+)
+@click.option(
+    "--top", type=click.IntRange(min=1), default=8, show_default=True, help="Layouts that --search shows."
+)
 @click.option("--validate", is_flag=True, help="Run that many processes here, and compare; 8 at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
 def simulate(

@@ -91,7 +91,7 @@ def run(study: Path, *, only: str, jobs: int) -> None:
     # What SLURM has is not run here as well.
     queued = live_runs(plan_now())
     runner = StudyRunner(plan_now, jobs=jobs, say=lambda text: click.echo(f"» {text}"), elsewhere=queued)
-    if not runner.run(wanted=_matching(only)):
+    if not runner.run(wanted=_matching(only, plan_now())):
         raise click.exceptions.Exit(1)
 
 
@@ -151,7 +151,7 @@ def status(study: Path, *, only: str, as_json: bool) -> None:
     from sas_megatron.scaling.study.submission import live_runs, read_jobs
 
     planned = _plan_of(study)()
-    wanted = _matching(only)
+    wanted = _matching(only, planned)
     jobs, live = read_jobs(planned), live_runs(planned)
     statuses = [
         status_of(run, job_log=jobs[run.name].log if run.name in jobs else None, is_queued=run.name in live)
@@ -223,7 +223,22 @@ def _plan_of(path: Path) -> Callable[[], Plan]:
     return lambda: plan_with_rates(loaded, base)
 
 
-def _matching(pattern: str) -> Callable[[PlannedRun], bool]:
-    return lambda run: (
-        fnmatch(run.name, pattern) or any(fnmatch(run.name, part) for part in pattern.split(","))
-    )
+def _matching(only: str, plan: Plan) -> Callable[[PlannedRun], bool]:
+    """Which runs a pattern, or several separated by commas, asks for.
+
+    Raises:
+        FieldError: none of the plan's.
+    """
+    patterns = [only, *only.split(",")]
+
+    def is_wanted(run: PlannedRun) -> bool:
+        return any(fnmatch(run.name, pattern) for pattern in patterns)
+
+    if not any(map(is_wanted, plan.runs)):
+        raise FieldError(
+            "--only",
+            only,
+            "is the name of no run",
+            f"use one that `study plan` shows, such as {plan.runs[0].name}",
+        )
+    return is_wanted

@@ -86,7 +86,7 @@ def _print_resolution(plan: Plan, console: Console) -> None:
     noise = _seed_noise(plan)
     if noise is None:
         console.print(
-            "What it can tell apart is unknown: state seed_noise, or run two seeds of something.",
+            "What it can tell apart is unknown: two seeds of something must have run, or state seed_noise.",
             soft_wrap=True,
         )
         return

@@ -30,6 +30,7 @@ def tokenizer() -> None:
     show_default=True,
     help="bpe trains ten times faster, unigram encodes four times faster.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace another tokenizer.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     sources: tuple[str, ...],
@@ -38,6 +39,7 @@ def train(
     text_column: str,
     sample_bytes: int,
     model_type: str,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Train a tokenizer that gives back every text exactly.
@@ -55,6 +57,7 @@ def train(
         model_path=output,
         sample_bytes=sample_bytes,
         model_type="unigram" if model_type == "unigram" else "bpe",
+        overwrite=overwrite,
     )
     if as_json:
         click.echo(json.dumps({"model_path": str(trained.model_path), **record_training(trained)}, indent=2))

@@ -21,7 +21,8 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
         verify: Read files of up to `VERIFIED_WHOLE_BYTES` whole, for damage and tokens beyond the vocabulary.
 
     Raises:
-        FieldError: the tokenizer is another than the one that wrote a token file, or larger than the model.
+        FieldError: the tokenizer is another than the one that wrote a token file, or larger than the model;
+            or a file is shorter than one sample.
         FileProblem: a file is missing, damaged or holds a token the model has no row for.
     """
     tokenizer = Tokenizer(data.tokenizer)
@@ -34,6 +35,14 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
         )
     for prefix in data.prefixes:
         manifest = load_manifest(prefix)
+        # Megatron-core would look for a sample's tokens in it for ever.
+        if manifest.num_tokens <= data.sequence_length:
+            raise FieldError(
+                "data.sequence_length",
+                data.sequence_length,
+                f"must be less than the {manifest.num_tokens} tokens of {prefix}",
+                "prepare more documents, or use a shorter one",
+            )
         verify_token_files(prefix, vocab_size, full=verify and manifest.bin_bytes <= VERIFIED_WHOLE_BYTES)
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise FieldError(

@@ -64,6 +64,7 @@ def train_tokenizer(
     model_path: Path,
     sample_bytes: int = DEFAULT_SAMPLE_BYTES,
     model_type: ModelType = DEFAULT_MODEL_TYPE,
+    overwrite: bool = False,
 ) -> TrainedTokenizer:
     """Trains a sentencepiece model on a sample of the documents and writes it, with a JSON record beside it.
 
@@ -73,7 +74,7 @@ def train_tokenizer(
     Raises:
         FieldError: the vocabulary is too large or too small for the documents.
         UserError: there are no documents.
-        FileProblem: the model cannot be written.
+        FileProblem: the model cannot be written, or another one is there and `overwrite` is False.
     """
     if vocab_size < 1:
         raise FieldError("vocab_size", vocab_size, "must be positive", "use 8192, for example")
@@ -86,6 +87,12 @@ def train_tokenizer(
         raise UserError("documents: there is no text to train a tokenizer on; name files with text in them")
     model = _train(sample.passages, vocab_size, model_type)
     try:
+        if not overwrite and model_path.exists() and model_path.read_bytes() != model:
+            raise FileProblem(
+                model_path,
+                "holds another tokenizer, which token files and checkpoints may need",
+                "name another --output, or give --overwrite",
+            )
         make_folder(model_path.parent)
         with replace_file(model_path) as aside:
             aside.write_bytes(model)

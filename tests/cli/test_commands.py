@@ -91,6 +91,29 @@ def test_help_imports_neither_torch_nor_pydantic(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "attention", "--repeats", "0"],
+        ["bench", "checkpoint", "--directory", "nowhere"],
+        ["bench", "checkpoint", "--gigabytes", "-1"],
+        ["bench", "loop", "--steps", "0"],
+        ["fit", "points.csv", "--hold-out", "1.5"],
+        ["fit", "points.csv", "--seed", "-1"],
+        ["match", "base.yaml", "--variants", "sas", "--equal", "params", "--tolerance", "-1"],
+        ["simulate", "run.yaml", "--world-size", "2", "--search", "--memory-gib", "-1"],
+        ["simulate", "run.yaml", "--world-size", "2", "--search", "--top", "0"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_and_folders_that_cannot_be_are_refused_by_the_option(arguments: list[str]) -> None:
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 2
+    *_, option, value = arguments
+    assert f"Invalid value for '{option}'" in done.output
+    assert value in done.output
+
+
 def test_help_takes_little_time_and_names_every_command(tmp_path: Path) -> None:
     seconds = []
     for _ in range(3):

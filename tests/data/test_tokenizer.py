@@ -132,6 +132,19 @@ def test_training_errors_say_what_to_do(tmp_path: Path) -> None:
     assert "cannot be written" in error_of_training(few, largest, tmp_path / "file" / "t.model")
 
 
+def test_another_tokenizer_is_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    path, documents = tmp_path / "t.model", ["some words\nand some more"]
+    first = train_tokenizer(documents, vocab_size=270, model_path=path)
+    assert train_tokenizer(documents, vocab_size=270, model_path=path) == first
+    assert error_of_training(documents, 271, path) == (
+        f"{path}: holds another tokenizer, which token files and checkpoints may need; name another "
+        "--output, or give --overwrite"
+    )
+    assert Tokenizer(path).sha256 == first.sha256
+    train_tokenizer(documents, vocab_size=271, model_path=path, overwrite=True)
+    assert Tokenizer(path).vocab_size == 271
+
+
 def test_unigram_says_the_largest_vocabulary_too(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="is more than the text has pieces for; use at most"):
         train_tokenizer(

@@ -14,6 +14,7 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
+from sas_megatron.data.prepare import prepare_token_files
 from tests.rank_pool import in_layout
 from tests.small_data import SmallData
 
@@ -100,6 +101,19 @@ def test_validation_windows_do_not_depend_on_the_seed(
     [first] = ranks(1).run(held_out, small_data.run(tmp_path, training={"seed": 1}))
     [second] = ranks(1).run(held_out, small_data.run(tmp_path, training={"seed": 2}))
     assert first[0] == second[0]
+
+
+def test_token_files_shorter_than_a_sample_are_refused(small_data: SmallData, tmp_path: Path) -> None:
+    """Megatron-core would go on looking for a sample's tokens in them."""
+    (tmp_path / "text.txt").write_text("x")
+    prefix = tmp_path / "small"
+    prepare_token_files([tmp_path / "text.txt"], tokenizer_path=small_data.tokenizer, prefix=prefix)
+    config = small_data.run(tmp_path / "run", data={"prefixes": [str(small_data.prefix), str(prefix)]})
+    with pytest.raises(FieldError) as refused:
+        open_token_files(config.data, vocab_size=512)
+    assert str(refused.value).startswith(
+        f"data.sequence_length=40: must be less than the 2 tokens of {prefix};"
+    )
 
 
 def test_bits_per_byte_counts_the_bytes_that_the_labels_spell(

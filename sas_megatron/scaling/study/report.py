@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,41 +16,30 @@ from typing import Any
 from sas_megatron import __version__
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.writing import write_file
-from sas_megatron.scaling.convergence import MeanSaving
 from sas_megatron.scaling.drawing import embed_svg, render
-from sas_megatron.scaling.gains import Gain
 from sas_megatron.scaling.laws.fit_report import report_tree
 from sas_megatron.scaling.numbers import (
     MISSING,
-    format_count,
-    format_difference,
-    format_duration,
-    format_exact,
-    format_interval,
-    format_loss,
-    format_power,
-    format_ratio,
-    format_share,
-    format_significant,
     without_infinities,
 )
-from sas_megatron.scaling.outcomes import AXIS_NAMES, Axis
+from sas_megatron.scaling.outcomes import Axis
 from sas_megatron.scaling.study.analysis import SliceAnalysis, analyze
 from sas_megatron.scaling.study.figures import StudyFigure, list_figures
-from sas_megatron.scaling.study.table import Row, StudyTable
+from sas_megatron.scaling.study.grids import (
+    Grid,
+    exponent_grid,
+    gain_grid,
+    law_grid,
+    run_grid,
+    saving_grid,
+    verdict_grid,
+)
+from sas_megatron.scaling.study.table import StudyTable
 from sas_megatron.scaling.study_comparison import StudyComparison
 from sas_megatron.scaling.verdicts import AxisVerdict, phrase_verdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
 FORMAT_VERSION = 2
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table of texts, the first column of which names the row."""
-
-    headings: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -111,12 +99,12 @@ def _section(analysis: SliceAnalysis) -> Section:
         verdicts=tuple(
             text for comparison in analysis.comparisons for text in _verdict_texts(comparison.verdicts)
         ),
-        axes=_verdict_grid(analysis.comparisons),
-        gains=_gain_grid(analysis.comparisons),
-        savings=_saving_grid(analysis.comparisons),
+        axes=verdict_grid(analysis.comparisons),
+        gains=gain_grid(analysis.comparisons),
+        savings=saving_grid(analysis.comparisons),
         saving_remarks=_saving_remarks(analysis.comparisons),
-        laws=_law_grid(analysis),
-        exponents=_exponent_grid(analysis),
+        laws=law_grid(analysis),
+        exponents=exponent_grid(analysis),
         law_remarks=_law_remarks(analysis),
         remarks=(
             *analysis.remarks,
@@ -127,7 +115,7 @@ def _section(analysis: SliceAnalysis) -> Section:
             ),
         ),
         figures=tuple(list_figures(analysis)),
-        runs=_run_grid(analysis),
+        runs=run_grid(analysis),
     )
 
 
@@ -147,76 +135,6 @@ def _told_once(remarks: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{', '.join(variants)}: {remark}" for remark, variants in named.items()]
 
 
-def _verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
-    """Variant by axis: the result, the mean difference and its interval."""
-    headings = ("variant", *(f"at equal {name}" for name in AXIS_NAMES.values()))
-    lines = []
-    for comparison in comparisons:
-        cells = []
-        for verdict in comparison.verdicts:
-            if verdict.mean is None:
-                cells.append("not compared")
-                continue
-            text: str = verdict.result
-            if verdict.mean is not None:
-                text += f"\n{format_difference(verdict.mean.difference)}"
-                if verdict.mean.interval is not None:
-                    low, high = map(format_difference, verdict.mean.interval)
-                    text += f" ({low} to {high})"
-            cells.append(text)
-        lines.append((comparison.candidate, *cells))
-    return Grid(headings, tuple(lines))
-
-
-def _gain_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
-    """The gains at the least, the middle and the largest budget that tell one, by variant and kind."""
-    lines = []
-    for comparison in comparisons:
-        for kind, gains, format_budget in (
-            ("compute", comparison.compute_gains, lambda budget: f"{format_power(budget)} FLOPs"),
-            ("time", comparison.time_gains, format_duration),
-        ):
-            known = [gain for gain in gains or () if gain.gain is not None]
-            if not known:
-                continue
-            chosen = [known[0], known[len(known) // 2], known[-1]]
-            cells = [f"{_format_gain(gain)}\nat {format_budget(gain.budget)}" for gain in chosen]
-            lines.append((f"{comparison.candidate}, {kind}", *cells))
-    headings = ("gain", "smallest budget", "middle", "largest")
-    return Grid(headings, tuple(lines)) if lines else None
-
-
-def _format_gain(gain: Gain) -> str:
-    text = format_ratio(gain.gain)
-    if gain.gain_interval is None:
-        return text
-    low, high = gain.gain_interval
-    return f"{text} ({low:.3f} to {'open' if math.isinf(high) else f'{high:.3f}'})"
-
-
-def _saving_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
-    """By how many fewer steps a variant reaches the final loss of the baseline, by size and budget."""
-    savings = [saving for comparison in comparisons for saving in comparison.savings]
-    if not savings:
-        return None
-    budgets = sorted({saving.budget for saving in savings}, key=float)
-    lines: dict[tuple[str, str], list[str]] = {}
-    for saving in savings:
-        cells = lines.setdefault((saving.candidate, saving.size), [MISSING] * len(budgets))
-        cells[budgets.index(saving.budget)] = _format_saving(saving)
-    headings = ("variant", "size", *(f"budget {budget}" for budget in budgets))
-    return Grid(headings, tuple((*place, *cells) for place, cells in lines.items()))
-
-
-def _format_saving(saving: MeanSaving) -> str:
-    if saving.saving is None:
-        return "not reached" if saving.is_comparable else "not comparable"
-    if saving.interval is None:
-        return f"{format_share(saving.saving)}\n(one seed)"
-    low, high = map(format_share, saving.interval)
-    return f"{format_share(saving.saving)}\n({low} to {high})"
-
-
 def _saving_remarks(comparisons: Sequence[StudyComparison]) -> tuple[str, ...]:
     """What goes for the table of savings, each told once for all sizes and budgets that it goes for."""
     told: dict[str, None] = {}
@@ -225,45 +143,6 @@ def _saving_remarks(comparisons: Sequence[StudyComparison]) -> tuple[str, ...]:
         if saving.reason is not None and not saving.is_comparable:
             told[f"{saving.candidate}, size {saving.size}, budget {saving.budget}: {saving.reason}."] = None
     return tuple(told)
-
-
-def _law_grid(analysis: SliceAnalysis) -> Grid | None:
-    lines = []
-    for law in analysis.laws:
-        if law.report is None:
-            continue
-        surface, report = law.report.fit.surface, law.report
-        cells = [
-            f"{form(getattr(surface, name))}\n{format_interval(report.ci95[name], form)}"
-            for name, form in (
-                ("E", format_loss),
-                *((name, format_significant) for name in ("A", "B", "alpha", "beta")),
-            )
-        ]
-        lines.append((law.variant, str(len(report.fit.points)), *cells))
-    return Grid(("variant", "points", "E", "A", "B", "α", "β"), tuple(lines)) if lines else None
-
-
-def _exponent_grid(analysis: SliceAnalysis) -> Grid | None:
-    lines = []
-    for law in analysis.laws:
-        if law.report is None:
-            continue
-        best = law.report.compute_optimal
-        cells = [
-            f"{best.exponents[name]:.3f}\n{format_interval(best.ci95[name])}"
-            for name in ("params_exponent", "tokens_exponent", "loss_exponent")
-        ]
-        hold_out = law.report.hold_out
-        told = (
-            MISSING
-            if hold_out is None
-            else f"{format_share(hold_out.root_mean_square_error)} off\n"
-            f"{format_share(hold_out.share_inside)} inside"
-        )
-        lines.append((law.variant, *cells, told))
-    headings = ("variant", "best N", "best D", "loss above E", "largest runs, predicted")
-    return Grid(headings, tuple(lines)) if lines else None
 
 
 def _law_remarks(analysis: SliceAnalysis) -> tuple[str, ...]:
@@ -278,31 +157,6 @@ def _law_remarks(analysis: SliceAnalysis) -> tuple[str, ...]:
         if comparison.irreducible is not None:
             told.append(f"{comparison.candidate} and {comparison.baseline}: {comparison.irreducible.text}")
     return tuple(told)
-
-
-def _run_grid(analysis: SliceAnalysis) -> Grid:
-    headings = (
-        *("run", "status", "parameters", "tokens", "FLOPs", "6ND", "learning rate", "loss", "bits/byte"),
-        *("seconds", "run.json"),
-    )
-    lines = [_run_line(row) for rows in analysis.slice.rows.values() for row in rows]
-    return Grid(headings, tuple(lines))
-
-
-def _run_line(row: Row) -> tuple[str, ...]:
-    return (
-        row.run,
-        row.status,
-        format_exact(row.params),
-        format_count(row.tokens),
-        format_power(row.training_flops),
-        format_power(row.flops_6nd),
-        f"{row.learning_rate:.3g}",
-        format_loss(row.loss),
-        format_loss(row.bits_per_byte),
-        format_duration(row.training_seconds),
-        MISSING if row.provenance_sha256 is None else row.provenance_sha256[:12],
-    )
 
 
 def _about(table: StudyTable) -> list[tuple[str, str]]:

@@ -254,6 +254,14 @@ def test_runs_that_differ_from_plan_or_each_other_are_not_mixed(
         provenance.write_text(kept)
 
 
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_a_name_that_no_run_has_is_refused(finished: Path, command: str) -> None:
+    done = CliRunner().invoke(cli, ["study", command, str(finished), "--only", "nix*"])
+    assert str(done.exception).startswith(
+        "--only='nix*': is the name of no run; use one that `study plan` shows"
+    )
+
+
 def test_what_is_missing_stays_missing(finished: Path) -> None:
     summary = finished.parent / "study" / "runs" / "sas-one-6400-s1234" / "summary.json"
     kept = summary.read_text()
