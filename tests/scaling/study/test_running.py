@@ -258,7 +258,7 @@ def test_runs_that_differ_from_plan_or_each_other_are_not_mixed(
 def test_a_name_that_no_run_has_is_refused(finished: Path, command: str) -> None:
     done = CliRunner().invoke(cli, ["study", command, str(finished), "--only", "nix*"])
     assert str(done.exception).startswith(
-        "--only='nix*': is the name of no run; use one that `study plan` shows"
+        "--only=nix*: is the name of no run; use one that `study plan` shows"
     )
 
 
