@@ -53,8 +53,10 @@ if [ -n "${HOSTFILE:-}" ]; then
   if [ -n "${MASTER_ADDR:-}" ]; then options+=(--master_addr "$MASTER_ADDR"); fi
   world_size=$(awk '!/^ *(#|$)/ { sub(/.*slots=/, ""); sum += $1 } END { print sum + 0 }' "$HOSTFILE")
 elif [ "${NNODES:-1}" != 1 ]; then
-  options+=(--no_ssh --node_rank "${NODE_RANK:?tells the place of this node, from 0}")
-  export MASTER_ADDR=${MASTER_ADDR:?is to name the first node} MASTER_PORT=${MASTER_PORT:-29500}
+  needs NODE_RANK "with NNODES=$NNODES it tells the place of this node, from 0"
+  needs MASTER_ADDR "with NNODES=$NNODES it names the first node"
+  options+=(--no_ssh --node_rank "$NODE_RANK")
+  export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
   options+=(--master_addr "$MASTER_ADDR" --hostfile /dev/fd/9)
   as_file 9 < <(for ((node = 0; node < NNODES; node++)); do echo "node$node slots=$processes"; done)
   world_size=$((processes * NNODES))

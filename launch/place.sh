@@ -6,6 +6,14 @@ has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 # Processes where nobody says how many: one a GPU, or one alone.
 count_gpus() { if has_gpu; then nvidia-smi -L | grep -c '^GPU'; else echo 1; fi; }
 
+# needs NAME WHY: ends the script where a variable is not set.
+needs() {
+  if [ -z "${!1:-}" ]; then
+    printf '%s: is not set; %s\n' "$1" "$2" >&2
+    exit 2
+  fi
+}
+
 # usage_of SCRIPT: the comment at its top.
 usage_of() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1" >&2; }
 

@@ -40,7 +40,8 @@ if [ "$nodes" = 1 ]; then
   # In a container this host's own name may stand for nothing.
   options+=(--standalone --local-addr 127.0.0.1)
 else
-  export MASTER_ADDR=${MASTER_ADDR:?is to name the first node} MASTER_PORT=$port
+  needs MASTER_ADDR "with NNODES=$nodes it names the first node"
+  export MASTER_ADDR MASTER_PORT=$port
   # What `train --check` asks of this place.
   export NODE_RANK=$node_rank JOIN_SECONDS=$join_seconds
   options+=(--nnodes "$nodes" --rdzv-id "${RUN_ID:-sas-megatron}")

@@ -216,3 +216,19 @@ def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
     lines = [line for line in done.stdout.splitlines() if "lm loss:" in line]
     assert lines
     assert all(line.startswith(" iteration") for line in lines), "Megatron's form, with nothing in front"
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "lacking"),
+    [
+        ("torchrun", {}, "MASTER_ADDR"),
+        ("deepspeed", {}, "NODE_RANK"),
+        ("deepspeed", {"NODE_RANK": "1"}, "MASTER_ADDR"),
+    ],
+)
+def test_one_of_several_nodes_is_told_what_it_must_know(
+    config_file: Path, script: str, variables: dict[str, str], lacking: str
+) -> None:
+    done = shell(f"launch/{script}.sh", "1", str(config_file), NNODES="2", **variables)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"{lacking}: is not set; with NNODES=2 it .*\n", done.stderr)
