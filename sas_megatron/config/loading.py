@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from sas_megatron.config.attention import AttentionConfig, resolve_kind
+from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.run import RunConfig
 
@@ -175,6 +175,9 @@ def _hint(path: str, tree: dict[str, Any] | None = None) -> str:
     name = path.rsplit(".", 1)[-1].replace("-", "_")
     if name in MEGATRON_ALIASES:
         return f"did you mean {MEGATRON_ALIASES[name]}?"
+    kinds = [kind for kind in KINDS if path in known_keys({"attention": {"kind": kind}})]
+    if kinds:
+        return f"it goes with attention.kind={' or '.join(kinds)}"
     known = known_keys(tree)
     nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not nearest:

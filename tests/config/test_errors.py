@@ -38,6 +38,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"attention": {**MHA, "num_head": 6}},
         "attention.num_head=6: no such key; did you mean attention.num_heads?",
     ),
+    "key of one other kind": (
+        {"attention": {**MHA, "kv_lora_rank": 8}},
+        "attention.kv_lora_rank=8: no such key; it goes with attention.kind=mla",
+    ),
     "name in Megatron-LM": (
         {"parallel": {"tensor_model_parallel_size": 2}},
         "parallel.tensor_model_parallel_size=2: no such key; did you mean parallel.tensor?",
