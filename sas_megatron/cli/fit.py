@@ -22,13 +22,7 @@ if TYPE_CHECKING:
 @click.option(
     "--drop-highest", type=int, default=0, show_default=True, help="Leave out so many of the highest losses."
 )
-@click.option(
-    "--bootstraps",
-    type=click.IntRange(min=1),
-    default=1000,
-    show_default=True,
-    help="Draws for the intervals.",
-)
+@click.option("--bootstraps", type=int, default=1000, show_default=True, help="Draws for the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the draws.")
 @click.option(
     "--hold-out",

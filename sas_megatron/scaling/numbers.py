@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MISSING = "–"
@@ -96,6 +96,16 @@ def format_interval(
         return MISSING
     low, high = ("open" if end is None or math.isinf(end) else format_end(end) for end in interval)
     return f"{low} to {high}"
+
+
+def format_some(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def format_fields(fields: Mapping[str, object]) -> str:
+    """Names and values one after another: processor x, processors 2."""
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def without_infinities(value: Any) -> Any:

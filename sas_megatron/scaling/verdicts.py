@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from sas_megatron.scaling.laws.points import SAME_LEVEL
-from sas_megatron.scaling.numbers import format_difference, format_loss
+from sas_megatron.scaling.numbers import format_difference, format_interval, format_loss
 from sas_megatron.scaling.outcomes import AXIS_NAMES, Axis, Outcome, choose_variant, count_diverged
 from sas_megatron.scaling.seed_noise import (
     LEVEL,
@@ -228,8 +228,7 @@ def _phrase(verdict: AxisVerdict) -> str:
             f"it cannot be told from noise whether {candidate} wins: {size} in {places}, and nothing says "
             "how much another seed would change; train two seeds of a size at least."
         )
-    low, high = map(format_difference, mean.interval)
-    measured = f"{size} (95 % of {low} to {high}, {places})"
+    measured = f"{size} (95 % of {format_interval(mean.interval, format_difference)}, {places})"
     if verdict.result != "cannot be told":
         return f"{candidate} {verdict.result}: {measured}."
     if mean.p_value is not None and mean.p_value < 1 - LEVEL:

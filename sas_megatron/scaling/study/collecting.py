@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
 from sas_megatron.model.costs import count_training_flops
+from sas_megatron.scaling.numbers import format_some
 from sas_megatron.scaling.runs import Run, has_finished, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import INERT, has_diverged, what_it_waits_for
@@ -81,7 +82,9 @@ def _check_equal(runs: Sequence[Run]) -> None:
     for field in SAME_IN_ALL:
         groups = _grouped(runs, field)
         if len(groups) > 1:
-            lines += [f"  run.json {field}: {value} in {_some(names)}" for value, names in groups.items()]
+            lines += [
+                f"  run.json {field}: {value} in {format_some(names)}" for value, names in groups.items()
+            ]
     if lines:
         raise UserError(
             "these runs differ in more than the study varies; run the fewer again:\n" + "\n".join(lines)
@@ -94,14 +97,14 @@ def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str,
     for status in ("missing", "diverged"):
         names = [row.run for row in rows if row.status == status]
         if names:
-            remarks.append(f"{len(names)} of {len(rows)} runs are {status}: {_some(names)}.")
+            remarks.append(f"{len(names)} of {len(rows)} runs are {status}: {format_some(names)}.")
     for field, effect in (
         ("machine", "their seconds do not compare"),
         ("git", "the package changed while the study ran"),
     ):
         groups = _grouped(runs, field)
         if len(groups) > 1:
-            told = "; ".join(f"{value} in {_some(names)}" for value, names in groups.items())
+            told = "; ".join(f"{value} in {format_some(names)}" for value, names in groups.items())
             remarks.append(f"Runs name different {field}s, so {effect}: {told}.")
     return tuple(remarks)
 
@@ -172,10 +175,6 @@ def _text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value, sort_keys=True)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _and_more(lines: Sequence[str]) -> str:

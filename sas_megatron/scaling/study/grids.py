@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,12 +44,9 @@ def verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
             if verdict.mean is None:
                 cells.append("not compared")
                 continue
-            text: str = verdict.result
-            if verdict.mean is not None:
-                text += f"\n{format_difference(verdict.mean.difference)}"
-                if verdict.mean.interval is not None:
-                    low, high = map(format_difference, verdict.mean.interval)
-                    text += f" ({low} to {high})"
+            text = f"{verdict.result}\n{format_difference(verdict.mean.difference)}"
+            if verdict.mean.interval is not None:
+                text += f" ({format_interval(verdict.mean.interval, format_difference)})"
             cells.append(text)
         lines.append((comparison.candidate, *cells))
     return Grid(headings, tuple(lines))
@@ -78,8 +74,7 @@ def _format_gain(gain: Gain) -> str:
     text = format_ratio(gain.gain)
     if gain.gain_interval is None:
         return text
-    low, high = gain.gain_interval
-    return f"{text} ({low:.3f} to {'open' if math.isinf(high) else f'{high:.3f}'})"
+    return f"{text} ({format_interval(gain.gain_interval, '{:.3f}'.format)})"
 
 
 def saving_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
@@ -101,8 +96,7 @@ def _format_saving(saving: MeanSaving) -> str:
         return "not reached" if saving.is_comparable else "not comparable"
     if saving.interval is None:
         return f"{format_share(saving.saving)}\n(one seed)"
-    low, high = map(format_share, saving.interval)
-    return f"{format_share(saving.saving)}\n({low} to {high})"
+    return f"{format_share(saving.saving)}\n({format_interval(saving.interval, format_share)})"
 
 
 def law_grid(analysis: SliceAnalysis) -> Grid | None:

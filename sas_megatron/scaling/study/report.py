@@ -18,10 +18,7 @@ from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.writing import write_file
 from sas_megatron.scaling.drawing import embed_svg, render
 from sas_megatron.scaling.laws.fit_report import report_tree
-from sas_megatron.scaling.numbers import (
-    MISSING,
-    without_infinities,
-)
+from sas_megatron.scaling.numbers import MISSING, format_fields, without_infinities
 from sas_megatron.scaling.outcomes import Axis
 from sas_megatron.scaling.study.analysis import SliceAnalysis, analyze
 from sas_megatron.scaling.study.figures import StudyFigure, list_figures
@@ -190,7 +187,7 @@ def _describe_machine(record: str) -> str:
         machine = json.loads(record)
     except ValueError:
         return record
-    return ", ".join(f"{name} {value}" for name, value in machine.items())
+    return format_fields(machine)
 
 
 def _render_page(table: StudyTable, sections: Sequence[Section]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from sas_megatron.config.differences import flatten_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.writing import write_file
+from sas_megatron.scaling.numbers import format_fields, format_some
 from sas_megatron.scaling.study.plan import Cell, Plan
 
 RECORD = "step_seconds.json"
@@ -61,14 +62,13 @@ def describe_step_times(plan: Plan) -> list[str]:
     record = _read_record(plan)
     if record is None:
         return []
-    machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
-    remarks = [f"Seconds of a step were measured on {machine}, at {record['measured_at']}."]
+    machine, when = format_fields(record["machine"]), record["measured_at"]
+    remarks = [f"Seconds of a step were measured on {machine}, at {when}."]
     missing = sorted({cell.name for cell in plan.cells} - set(read_step_times(plan)))
     if missing:
-        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         remarks.append(
-            f"No seconds of a step were measured for {named} as the study has them now, so that time is that "
-            "of each run's own training; run `sas-megatron study time` again."
+            f"No seconds of a step were measured for {format_some(missing)} as the study has them now, so "
+            "that time is that of each run's own training; run `sas-megatron study time` again."
         )
     return remarks
 
