@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-table",
         action="store_true",
-        help="Run the table of layouts with every attention, and tests that take minutes (longer).",
+        help="Run the table of layouts with every attention, and what takes long, or a quiet machine.",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The mark of those."""
+    """The marks of those."""
     config.addinivalue_line("markers", "longer: runs with --whole-table alone")
+    config.addinivalue_line("markers", "sampled(every): all but every so many-th case is a longer test")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a sampled table's cases the first, and each `every`-th after it, stay in the default run."""
+    counts = Counter[str]()
+    for item in items:
+        if sampled := item.get_closest_marker("sampled"):
+            table = item.nodeid.partition("[")[0]
+            if counts[table] % sampled.kwargs["every"]:
+                item.add_marker(pytest.mark.longer)
+            counts[table] += 1
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,8 +17,7 @@ Counted = dict[str, dict[str, dict[str, int]]]
 
 
 @click.command()
-@click.argument("configs", nargs=-1, required=True, type=click.Path())
-@click.option("--sequence-length", type=int, help="In place of each config's own.")
+@click.argument("configs", nargs=-1, required=True)
 @click.option("--world-size", type=int, help="Ranks, for what they send; by default those of one model.")
 @click.option(
     "--device",
@@ -29,20 +29,24 @@ Counted = dict[str, dict[str, dict[str, int]]]
 @click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
 def costs(
     configs: tuple[str, ...],
-    sequence_length: int | None,
     world_size: int | None,
     device: Device,
     as_json: bool,
 ) -> None:
-    """Count what CONFIGS cost, by term: parameters, FLOPs, cache and activations, bytes on the wire."""
-    from sas_megatron.config.errors import FieldError
+    """Count what CONFIGS cost, by term: parameters, FLOPs, cache and activations, bytes on the wire.
+
+    What reads section.field=value among them holds for all, as in data.sequence_length=4096.
+    """
+    from sas_megatron.config.errors import FieldError, UserError
     from sas_megatron.config.loading import load_run_config
 
-    for option, value in (("--sequence-length", sequence_length), ("--world-size", world_size)):
-        if value is not None and value < 1:
-            raise FieldError(option, value, "must be positive", "use 1 or more")
-    length = [] if sequence_length is None else [f"data.sequence_length={sequence_length}"]
-    by_name = {name: load_run_config(name, length) for name in configs}
+    if world_size is not None and world_size < 1:
+        raise FieldError("--world-size", world_size, "must be positive", "use 1 or more")
+    names = [name for name in configs if "=" not in name or Path(name).exists()]
+    overrides = [name for name in configs if name not in names]
+    if not names:
+        raise UserError(f"{configs[0]}: is an override, of no config; name a config before it")
+    by_name = {name: load_run_config(name, overrides) for name in names}
     if as_json:
         counted = {
             name: count_costs(config, world_size=world_size, device=device)

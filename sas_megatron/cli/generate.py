@@ -124,9 +124,11 @@ def _show(result: dict[str, Any]) -> None:
     kept = result["kv_cache"]
     kind = "" if kept["kind"] is None else f" (attention.kv_cache={kept['kind']})"
     num_tokens = sum(done["num_tokens"] for done in result["completions"])
+    # Of several, each says above its text what has ended it.
+    ended_by = f" ({result['completions'][0]['finish']})" if len(result["completions"]) == 1 else ""
     click.echo(
-        f"\n{num_tokens:,} tokens in {result['seconds']:.1f} s ({result['tokens_per_second']:,.1f} a second) "
-        f"of the model after step {result['step']:,}; the cache keeps "
-        f"{kept['bytes_per_token_and_rank']:,} bytes of a token on each rank{kind}",
+        f"\n{num_tokens:,} tokens{ended_by} in {result['seconds']:.1f} s "
+        f"({result['tokens_per_second']:,.1f} a second) of the model after step {result['step']:,}; "
+        f"the cache keeps {kept['bytes_per_token_and_rank']:,} bytes of a token on each rank{kind}",
         err=True,
     )

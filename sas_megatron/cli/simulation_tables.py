@@ -171,6 +171,7 @@ def search_as_dict(search: LayoutSearch, top: int) -> dict[str, Any]:
     """The best layouts and what became of the rest, in plain types."""
     return {
         "hardware": search.hardware.name,
+        "memory_bytes": round(search.hardware.memory_gib * 2**30),
         "legal_layouts": search.num_legal,
         "families": search.num_families,
         "simulated_families": search.num_simulated_families,
@@ -191,7 +192,8 @@ def show_search(result: dict[str, Any]) -> None:
     console = Console()
     if not result["layouts"]:
         console.print(
-            f"none of {result['legal_layouts']} legal layouts fits into the memory of {result['hardware']}; "
+            f"none of {result['legal_layouts']} legal layouts fits into the "
+            f"{_gib(result['memory_bytes'])} of {result['hardware']}; "
             "use more ranks, a smaller micro batch in the config, or a smaller model",
             soft_wrap=True,
         )

@@ -19,7 +19,8 @@ from sas_megatron.evaluation.sampling import build_generator, choose_tokens
 from sas_megatron.evaluation.trained_model import TrainedModel
 from sas_megatron.parallel.gathering import gather_from_ranks
 
-Finish = Literal["end of document", "stop string", "length"]
+# "length" is that of `max_new_tokens`.
+Finish = Literal["end of document", "stop string", "length", "full context"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class _Draft:
         self.tokens: list[int] = []
         self.finish: Finish | None = None
         self.generator = build_generator(settings.sampling.seed, number)
+        self._asked_for = settings.max_new_tokens
         self._stop = [text.encode() for text in settings.stop]
         self._text = b""
 
@@ -102,7 +104,7 @@ class _Draft:
         elif token == tokenizer.eos_id:
             self.finish = "end of document"
         elif len(self.tokens) == self.limit:
-            self.finish = "length"
+            self.finish = "length" if self.limit == self._asked_for else "full context"
 
     def completion(self) -> Completion:
         """The finished text."""

@@ -18,6 +18,7 @@ MORE = 3
 FOLDER = f"iter_{STEPS:07d}"
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_attention_saved_by_tensor_ranks_is_whole(
@@ -83,6 +84,7 @@ def saved_by_all(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", OTHERS)
 def test_eight_ranks_are_gone_on_from_by_others(
     ranks: Any, alone: Any, saved_by_all: Path, tmp_path: Path, name: str
@@ -132,6 +134,7 @@ def test_bfloat16_keeps_its_float32_weights_between_plain_and_distributed_optimi
             assert torch.equal(found[name], tensor), f"{name} after layout {index + 1}"
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("stage", [1, 3])
 def test_weights_pass_between_the_engines(ranks: Any, tmp_path: Path, stage: int) -> None:
     megatron = Layout(4, {"tensor": 2}, SHARDED)

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from sas_megatron.cli.main import COMMANDS, cli
-from sas_megatron.config.errors import FieldError
+from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.model.activation_costs import count_peak_activation_bytes
 from sas_megatron.model.costs import count_forward_flops, count_parameters, count_recompute_flops
@@ -185,9 +185,15 @@ def test_a_world_that_does_not_fit_is_refused_by_costs() -> None:
 
 
 def test_costs_are_counted_at_another_sequence_length() -> None:
-    done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "--sequence-length", "1024", "--json"])
+    done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "data.sequence_length=1024", "--json"])
     flops = json.loads(done.stdout)[str(QUICKSTART)]["forward_flops_per_token"]["terms"]
     assert flops == count_forward_flops(load_run_config(QUICKSTART), sequence_length=1024)
+
+
+def test_costs_of_overrides_alone_are_refused() -> None:
+    done = CliRunner().invoke(cli, ["costs", "data.sequence_length=1024"])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception).startswith("data.sequence_length=1024: is an override, of no config")
 
 
 def test_costs_prints_tables_with_totals() -> None:

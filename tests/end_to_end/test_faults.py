@@ -70,7 +70,11 @@ def job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
     ("number", "seconds"),
     [
         (signal.SIGKILL, GRACE_SECONDS + MARGIN_SECONDS),
-        (signal.SIGSTOP, TIMEOUT_SECONDS + GRACE_SECONDS + TORCHRUN_KILLS_AFTER_SECONDS + MARGIN_SECONDS),
+        pytest.param(
+            signal.SIGSTOP,
+            TIMEOUT_SECONDS + GRACE_SECONDS + TORCHRUN_KILLS_AFTER_SECONDS + MARGIN_SECONDS,
+            marks=pytest.mark.longer,
+        ),
     ],
     ids=["killed", "stopped"],
 )

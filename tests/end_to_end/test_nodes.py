@@ -44,6 +44,7 @@ def start_two(nodes: Nodes, script: str, *arguments: str, **environment: str) ->
         nodes.start(script, "1", *arguments, **{**place, "NODE_RANK": rank, **environment})
 
 
+@pytest.mark.longer
 def test_torchrun_restarts_a_killed_rank_on_two_nodes_from_the_checkpoint(
     nodes: Nodes, small_data: SmallData, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_nodes_without_a_rank_find_their_places_by_arrival(
     assert losses(tmp_path / "run") == local_losses
 
 
+@pytest.mark.longer
 def test_deepspeed_trains_on_two_nodes_without_ssh(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
@@ -170,6 +172,7 @@ def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Pa
     assert error.startswith(f"MASTER_PORT={port}: cannot be listened at on {HOST} (Address already in use)")
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_first_node_that_stays_alone_ends(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str

@@ -94,6 +94,7 @@ def test_decoding_gives_the_logits_of_the_full_forward_pass(ranks: Any, attentio
         assert kept == elements * dtype.itemsize
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("attention", ["sas", "sas-grouped-simulated"])
 def test_so_does_decoding_of_a_model_whose_full_pass_runs_fused_kernels(

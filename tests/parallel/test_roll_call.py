@@ -176,6 +176,7 @@ def test_a_signal_is_no_order_to_stop_where_a_rank_is_gone(start_ranks: Callable
     assert f"rank 1 on {HOST} (last finished step 2) did not answer, being dead or hung" in errors
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "gone dark"])
 def test_a_lost_store_keeps_nobody_from_ending(
     start_ranks: Callable[..., list[Rank]], number: signal.Signals

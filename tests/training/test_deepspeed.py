@@ -35,6 +35,7 @@ def config_of(engine: str, *, clip: float = 1.0, precision: str = "float32", **d
     )
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_clipping_counts_each_parameter_once(ranks: Any, stage: int) -> None:
     # Far below the norm of about 1, so that every step is clipped, and a norm counted twice would show.
@@ -47,6 +48,7 @@ def test_clipping_counts_each_parameter_once(ranks: Any, stage: int) -> None:
         assert steps.losses == pytest.approx(megatron.losses, rel=LOSS_AFTER_FIVE_STEPS)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_trains_as_megatrons_engine_does(ranks: Any, stage: int) -> None:
     expected = ranks(4).run(take_steps, config_of("megatron", precision="bfloat16"))
@@ -56,6 +58,7 @@ def test_bfloat16_trains_as_megatrons_engine_does(ranks: Any, stage: int) -> Non
         assert steps.losses == pytest.approx(megatron.losses, rel=BFLOAT16_LOSS)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload_settings_reach_deepspeed_and_change_nothing(ranks: Any, stage: int) -> None:
     settings = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
@@ -76,6 +79,7 @@ def zero_settings(config: RunConfig) -> tuple[int, str]:
     return engine.engine.zero_optimization_stage(), engine.engine.zero_offload_optimizer().device
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32")]
 )

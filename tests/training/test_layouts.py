@@ -44,6 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("name", "attention"), cases)
 
 
+@pytest.mark.sampled(every=3)
 def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, name: str, attention: str) -> None:
     layout = LAYOUTS[name]
     expected: Steps = alone(layout, attention)

@@ -68,6 +68,7 @@ def assert_end_alike(actual: RunConfig, expected: RunConfig) -> None:
     assert final_counts(actual) == final_counts(expected)
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kinds_shipped_config_learns_the_builtin_corpus(
     ranks: Any, small_data: SmallData, tmp_path: Path, kind: str
@@ -129,6 +130,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_steps_and_ten_more_equal_twenty_bit_for_bit(
     ranks: Any, small_data: SmallData, tmp_path: Path, layout: str

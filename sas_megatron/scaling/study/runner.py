@@ -88,12 +88,19 @@ class StudyRunner:
                 if not self._started and not any(is_locked(run) for run in pending):
                     break
                 self._wait()
-        waiting = [run for run in pending if run.name not in self._failed]
-        if waiting and not self._stop_asked:
+        if not self._stop_asked:
+            self._tell_what_is_left(pending)
+        return not pending
+
+    def _tell_what_is_left(self, pending: list[PlannedRun]) -> None:
+        queued = [run for run in pending if run.name in self._elsewhere]
+        if queued:
+            self._say(f"left to SLURM, which has jobs for them: {', '.join(run.name for run in queued)}")
+        waiting = [run for run in pending if run.name not in self._failed | self._elsewhere]
+        if waiting:
             self._say(
                 f"{len(waiting)} runs wait for others: {waiting[0].name} {what_it_waits_for(waiting[0])}"
             )
-        return not pending
 
     def _start(self, plan: Plan, pending: list[PlannedRun]) -> None:
         at_work = {started.run.name for started in self._started}

@@ -126,6 +126,10 @@ def read_table(path: str | Path) -> StudyTable:
     remedy = "give the table that `sas-megatron study collect` wrote"
     try:
         built = pq.read_table(path)
+    except FileNotFoundError:
+        raise FileProblem(
+            path, "is not there", "run `sas-megatron study collect` first, which writes it"
+        ) from None
     except (OSError, pa.ArrowException) as error:
         raise FileProblem(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from None
     about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))

@@ -204,6 +204,10 @@ def test_a_table_comes_back_as_it_was_and_another_file_is_refused(tmp_path: Path
     table = made_up_table()
     write_table(table, tmp_path / "study.parquet")
     assert read_table(tmp_path / "study.parquet") == table
+    with pytest.raises(
+        FileProblem, match=r"none.parquet: is not there; run `sas-megatron study collect` first"
+    ):
+        read_table(tmp_path / "none.parquet")
     (tmp_path / "text").write_text("no table")
     with pytest.raises(FileProblem, match="cannot be read"):
         read_table(tmp_path / "text")
