@@ -48,7 +48,7 @@ def test_a_submitted_study_ends_as_one_run_here_and_what_fails_takes_only_its_br
     # Meanwhile: what has a job is not run here.
     run_here = (sys.executable, "-m", "sas_megatron", "study", "run", str(path), "--only", "mha-good-*")
     said = slurm.call(*run_here, check=False, timeout=JOB_SECONDS)
-    assert all(line.startswith("» left to SLURM, which has jobs") for line in said.splitlines()), said
+    assert all(line.startswith("» left to SLURM, which has their jobs: ") for line in said.splitlines()), said
     command("run", str(here))
 
     slurm.wait_until(lambda: not slurm.call("squeue", "-h"), first, seconds=JOB_SECONDS)

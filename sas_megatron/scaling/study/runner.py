@@ -95,7 +95,7 @@ class StudyRunner:
     def _tell_what_is_left(self, pending: list[PlannedRun]) -> None:
         queued = [run for run in pending if run.name in self._elsewhere]
         if queued:
-            self._say(f"left to SLURM, which has jobs for them: {', '.join(run.name for run in queued)}")
+            self._say(f"left to SLURM, which has their jobs: {len(queued)}, the first {queued[0].name}")
         waiting = [run for run in pending if run.name not in self._failed | self._elsewhere]
         if waiting:
             self._say(
