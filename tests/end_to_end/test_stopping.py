@@ -135,7 +135,7 @@ def check_goes_on(job: Job, small_data: SmallData, whole: RunConfig) -> None:
     ("when", "target", "number"),
     [
         ("step", "rank", signal.SIGUSR1),
-        ("save", "rank", signal.SIGUSR1),
+        pytest.param("save", "rank", signal.SIGUSR1, marks=pytest.mark.longer),
         pytest.param("step", "rank", signal.SIGTERM, marks=pytest.mark.longer),
         pytest.param("step", "launcher", signal.SIGUSR1, marks=pytest.mark.longer),
         pytest.param("step", "launcher", signal.SIGTERM, marks=pytest.mark.longer),
