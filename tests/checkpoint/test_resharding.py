@@ -18,7 +18,6 @@ MORE = 3
 FOLDER = f"iter_{STEPS:07d}"
 
 
-@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_attention_saved_by_tensor_ranks_is_whole(

@@ -96,7 +96,6 @@ def plain(columns: torch.Tensor, parts: list[HeadPart]) -> list[torch.Tensor]:
     return results
 
 
-@pytest.mark.sampled(every=2)
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_results_and_gradients_are_those_of_the_plain_simulation(name: str, dtype: torch.dtype) -> None:

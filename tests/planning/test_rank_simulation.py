@@ -52,7 +52,6 @@ def reports(request: Any, ranks: Any, simulator: Any) -> list[tuple[Any, Any]]:
     return list(zip(real, simulated, strict=True))
 
 
-@pytest.mark.sampled(every=4)
 def test_bytes_and_calls_on_the_wire_are_those_of_gloo_ranks(reports: list[tuple[Any, Any]]) -> None:
     for real, simulated in reports:
         assert simulated.step.rounded_wire_bytes() == real.step.rounded_wire_bytes(), f"rank {real.rank}"

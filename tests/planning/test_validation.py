@@ -42,7 +42,7 @@ def test_bytes_on_the_wire_are_equal(validation: Any) -> None:
         assert rank.wire_is_equal
 
 
-# Beside other load what is resident is more than the tensors held, by up to a tenth.
+# Beside other load what is resident is more than the tensors held, by about a tenth.
 @pytest.mark.longer
 def test_peak_memory_is_near_the_growth_of_the_process(validation: Any) -> None:
     for rank in validation.ranks:
