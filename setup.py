@@ -49,6 +49,7 @@ setup(
         "test": [
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "import-linter>=2.1,<3",
             "mypy>=1.13,<3",

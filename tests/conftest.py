@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
-import multiprocessing
 import os
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.file_costs import FileCosts
+from tests.fork_server import fork_context
 from tests.rank_pool import RankPool
+from tests.selection import parse_part, select
 from tests.small_data import SmallData
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -21,39 +24,76 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+ROOT = Path(__file__).parents[1]
+# The longest files begin first, so that no worker is left with one at the end.
+LONGEST = ("tests/end_to_end/", "tests/checkpoint/", "tests/training/", "tests/model/", "tests/planning/")
+_part = pytest.StashKey[tuple[int, int] | None]()
+_left = pytest.StashKey[int]()
+
+
+def _place_in_run(item: pytest.Item) -> int:
+    place = (index for index, folder in enumerate(LONGEST) if item.nodeid.startswith(folder))
+    return next(place, len(LONGEST))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What tests/run.sh --all adds."""
+    """Add what tests/run.sh gives."""
+    parser.addoption("--all", action="store_true", help="Run every test, also those that take minutes.")
+    parser.addoption("--part", metavar="I/N", help="Run the I-th of N disjoint parts of the test files.")
     parser.addoption(
-        "--whole-table",
+        "--install-system-packages",
         action="store_true",
-        help="Run the table of layouts with every attention, and what takes long, or a quiet machine.",
+        help="Install the Debian packages that selected tests use (tests/install_system_packages.sh).",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marks of those."""
-    config.addinivalue_line("markers", "longer: runs with --whole-table alone")
-    config.addinivalue_line("markers", "sampled(every): all but every so many-th case is a longer test")
+    """Declare the marks, and record what each file costs."""
+    config.addinivalue_line("markers", "exhaustive: runs only with --all")
+    config.addinivalue_line("markers", "system_packages(*names): uses these Debian packages")
+    config.addinivalue_line("markers", "sampled(every): all but every so many-th case run only with --all")
+    config.stash[_part] = None
+    if text := config.getoption("--part"):
+        try:
+            config.stash[_part] = parse_part(text)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+    config.pluginmanager.register(FileCosts())
+    config.stash[_left] = 0
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a sampled table's cases the first, and each `every`-th after it, stay in the default run."""
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what is left to --all and install what the others use."""
     counts = Counter[str]()
     for item in items:
         if sampled := item.get_closest_marker("sampled"):
             table = item.nodeid.partition("[")[0]
             if counts[table] % sampled.kwargs["every"]:
-                item.add_marker(pytest.mark.longer)
+                item.add_marker(pytest.mark.exhaustive)
             counts[table] += 1
+    selected, left = select(items, whole=config.getoption("--all"), part=config.stash[_part])
+    selected.sort(key=_place_in_run)
+    config.stash[_left] = len(left)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_to_all"] = len(left)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
+    items[:] = selected
+    packages = {name for item in items for mark in item.iter_markers("system_packages") for name in mark.args}
+    if packages and config.getoption("--install-system-packages"):
+        subprocess.run(["tests/install_system_packages.sh", *sorted(packages)], cwd=ROOT, check=True)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leaves them out otherwise."""
-    if item.get_closest_marker("longer") and not item.config.getoption("--whole-table"):
-        pytest.skip("a longer test, of tests/run.sh --all")
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take from a worker how many tests it left out; each worker collects all."""
+    node.config.stash[_left] = getattr(node, "workeroutput", {}).get("left_to_all", 0)
 
 
-ROOT = Path(__file__).parents[1]
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Count what the default run leaves out."""
+    if left := terminalreporter.config.stash[_left]:
+        terminalreporter.write_line(f"{left} tests left to tests/run.sh --all")
 
 
 @pytest.fixture(scope="session")
@@ -71,20 +111,13 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
         pool.close()
 
 
-def _prepare() -> None:
-    from sas_megatron.platform.device import prepare_device
-
-    prepare_device()
-
-
 @pytest.fixture(scope="session")
 def simulator() -> Iterator[Callable[..., Any]]:
     """A process that is in no process group, to simulate ranks in.
 
     `simulator(function, *args)` is what the function returns there.
     """
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=_prepare) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, fork_context()) as pool:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sas_megatron.config.parallel import ParallelConfig
+from tests.fork_server import fork_context
 
 if TYPE_CHECKING:
     from sas_megatron.parallel.topology import Topology
@@ -73,7 +73,7 @@ class RankPool:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         rendezvous = Path(self._folder.name) / "rendezvous"
-        context = multiprocessing.get_context("spawn")
+        context = fork_context()
         for rank in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(

@@ -47,7 +47,7 @@ def sessions(run_directory: Path) -> list[tuple[int, int]]:
     return [(session["world_size"], session["from_step"]) for session in found]
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 def test_a_node_leaves_and_one_returns_and_the_batch_stays(
     nodes: Nodes, ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ def job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
         pytest.param(
             signal.SIGSTOP,
             TIMEOUT_SECONDS + GRACE_SECONDS + TORCHRUN_KILLS_AFTER_SECONDS + MARGIN_SECONDS,
-            marks=pytest.mark.longer,
+            marks=pytest.mark.exhaustive,
         ),
     ],
     ids=["killed", "stopped"],

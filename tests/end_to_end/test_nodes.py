@@ -44,7 +44,7 @@ def start_two(nodes: Nodes, script: str, *arguments: str, **environment: str) ->
         nodes.start(script, "1", *arguments, **{**place, "NODE_RANK": rank, **environment})
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 def test_torchrun_restarts_a_killed_rank_on_two_nodes_from_the_checkpoint(
     nodes: Nodes, small_data: SmallData, tmp_path: Path
 ) -> None:
@@ -74,7 +74,7 @@ def test_torchrun_restarts_a_killed_rank_on_two_nodes_from_the_checkpoint(
     assert {parts[2] for parts in kept} == {"attempt_0", "attempt_1"}
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 def test_nodes_without_a_rank_find_their_places_by_arrival(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
@@ -83,7 +83,7 @@ def test_nodes_without_a_rank_find_their_places_by_arrival(
     assert losses(tmp_path / "run") == local_losses
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 def test_deepspeed_trains_on_two_nodes_without_ssh(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
@@ -190,7 +190,7 @@ def test_a_first_node_that_stays_alone_ends(
         assert not errors, "torchrun says it"
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 def test_hosts_do_not_wait_long_for_one_that_ssh_does_not_know(
     nodes: Nodes, small_data: SmallData, tmp_path: Path
 ) -> None:

@@ -105,7 +105,7 @@ def check_that_it_ends_as(alone: RunConfig, job: Job, *, restarts: int) -> None:
     ]
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 @pytest.mark.timeout(2400)
 def test_ten_preemptions_in_a_row_change_no_bit(
     slurm: SlurmCluster, ranks: Any, small_data: SmallData, tmp_path: Path
@@ -139,7 +139,7 @@ def failing_cluster() -> Iterator[SlurmCluster]:
         yield cluster
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_a_lost_node_is_replaced_or_waited_for_and_changes_no_bit(
     failing_cluster: SlurmCluster, ranks: Any, small_data: SmallData, tmp_path: Path

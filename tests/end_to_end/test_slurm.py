@@ -84,7 +84,7 @@ def taken_port() -> Iterator[str]:
         "a taken port",
         "a world size that does not fit",
         "an unknown host",
-        pytest.param("an unreachable host", marks=pytest.mark.longer),
+        pytest.param("an unreachable host", marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_bare_srun_cannot_start_is_said_once_and_in_time(
@@ -184,7 +184,7 @@ def test_a_cancelled_job_leaves_a_checkpoint_to_go_on_from_and_no_process(
     assert len(losses(tmp_path / "run")) == finished + 2
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 def test_a_run_out_of_time_is_queued_again_and_ends_as_if_it_had_not_been(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:

@@ -135,11 +135,11 @@ def check_goes_on(job: Job, small_data: SmallData, whole: RunConfig) -> None:
     ("when", "target", "number"),
     [
         ("step", "rank", signal.SIGUSR1),
-        pytest.param("save", "rank", signal.SIGUSR1, marks=pytest.mark.longer),
-        pytest.param("step", "rank", signal.SIGTERM, marks=pytest.mark.longer),
-        pytest.param("step", "launcher", signal.SIGUSR1, marks=pytest.mark.longer),
-        pytest.param("step", "launcher", signal.SIGTERM, marks=pytest.mark.longer),
-        pytest.param("step", "launcher", signal.SIGINT, marks=pytest.mark.longer),
+        pytest.param("save", "rank", signal.SIGUSR1, marks=pytest.mark.exhaustive),
+        pytest.param("step", "rank", signal.SIGTERM, marks=pytest.mark.exhaustive),
+        pytest.param("step", "launcher", signal.SIGUSR1, marks=pytest.mark.exhaustive),
+        pytest.param("step", "launcher", signal.SIGTERM, marks=pytest.mark.exhaustive),
+        pytest.param("step", "launcher", signal.SIGINT, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_signal_stops_all_ranks_after_the_step_and_nothing_is_lost(

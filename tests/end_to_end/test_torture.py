@@ -79,8 +79,8 @@ PHASES: dict[str, tuple[int, float]] = {"step": (4, 0.1), "save": (2, 0.3), "loa
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Three kills, or with --whole-table thirty: fourteen while saving, eight in a step, eight loading."""
-    whole = metafunc.config.getoption("--whole-table")
+    """Three kills, or with --all thirty: fourteen while saving, eight in a step, eight loading."""
+    whole = metafunc.config.getoption("--all")
     metafunc.parametrize(("seed", "num_kills"), WHOLE_TABLE if whole else [(0, 3)])
 
 

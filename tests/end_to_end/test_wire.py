@@ -66,7 +66,7 @@ MOST_OVERHEAD = 2 * 66 / 1448
 STORE_BYTES = 200_000
 
 
-@pytest.mark.parametrize("layout", ["tensor", pytest.param("data", marks=pytest.mark.longer)])
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("data", marks=pytest.mark.exhaustive)])
 def test_the_interface_sends_what_the_ledger_says(layout: str, small_data: SmallData, tmp_path: Path) -> None:
     if reason := lacking_for_namespaces():
         pytest.skip(reason)

@@ -206,7 +206,7 @@ def test_the_bytes_of_each_group_are_those_of_a_simulated_rank(simulator: Any, c
         _assert_counted(simulator, config, world_size, stage)
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 # The same examples each time: a suite that fails must fail again.
 @settings(
     max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -302,7 +302,7 @@ def test_what_cannot_be_counted_is_said() -> None:
 SECONDS = 1.0
 
 
-@pytest.mark.longer  # a busy machine's processors are slower, too
+@pytest.mark.exhaustive  # a busy machine's processors are slower, too
 def test_a_thousand_counts_take_less_than_a_second() -> None:
     layout = ["model.num_layers=32", "parallel.tensor=4", "parallel.pipeline=2", "optimizer.distributed=true"]
     config = load_run_config(ROOT / "configs" / "125m" / "sas.yaml", layout)

@@ -58,7 +58,7 @@ def test_where_activations_outweigh_gradients_data_parallelism_wins(simulator: A
     assert search.num_simulated_families < search.num_families
 
 
-@pytest.mark.longer
+@pytest.mark.exhaustive
 def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any, short: Any) -> None:
     room = short.ranked[0].peak_bytes - 1
     tight = simulator(_search, 12, room / 2**30)

@@ -29,7 +29,7 @@ def _simulate_1024() -> tuple[float, Any]:
     return time.process_time() - begun, estimate
 
 
-@pytest.mark.longer  # and a busy machine's processors are slower, too
+@pytest.mark.exhaustive  # and a busy machine's processors are slower, too
 def test_1024_ranks_take_less_than_a_minute(simulator: Any) -> None:
     seconds, estimate = simulator(_simulate_1024)
     assert seconds < SECONDS

@@ -43,7 +43,7 @@ def test_bytes_on_the_wire_are_equal(validation: Any) -> None:
 
 
 # Beside other load what is resident is more than the tensors held, by about a tenth.
-@pytest.mark.longer
+@pytest.mark.exhaustive
 def test_peak_memory_is_near_the_growth_of_the_process(validation: Any) -> None:
     for rank in validation.ranks:
         assert rank.measured_peak_bytes > 200 * 2**20

@@ -65,7 +65,7 @@ def test_a_set_is_trained_on_twenty_tokens_a_parameter(size: str) -> None:
     assert 19 <= tokens / sum(count_parameters(config).values()) <= 21
 
 
-@pytest.mark.longer  # a busy machine's processors are slower, too
+@pytest.mark.exhaustive  # a busy machine's processors are slower, too
 def test_the_costs_of_ten_thousand_configs_take_seconds() -> None:
     tree = read_yaml(shipped("125m", "sas"))
     begun = time.process_time()

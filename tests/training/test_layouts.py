@@ -26,14 +26,14 @@ def alone(ranks: Any) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every layout with one attention in turn, or, with --whole-table, with each.
+    """Every layout with one attention in turn, or, with --all, with each.
 
     The layout varies slowest, since ranks keep their groups from test to test.
     """
     if "attention" not in metafunc.fixturenames:
         return
     attentions = list(ATTENTIONS)
-    whole = metafunc.config.getoption("--whole-table")
+    whole = metafunc.config.getoption("--all")
     cases = [
         (name, attention)
         for index, name in enumerate(LAYOUTS)

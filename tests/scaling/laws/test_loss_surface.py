@@ -104,7 +104,7 @@ def reach_by_lbfgs(points: Points, *, every: int) -> float:
 def test_the_optimum_of_lbfgs_from_the_grid_of_starts_is_reached(
     points: Points, request: pytest.FixtureRequest
 ) -> None:
-    whole = request.config.getoption("--whole-table")
+    whole = request.config.getoption("--all")
     reached = reach_by_lbfgs(points, every=7 if whole else 101)
     assert pose_surface(points).fit().objective <= reached * (1 + 1e-9)
 
@@ -112,7 +112,7 @@ def test_the_optimum_of_lbfgs_from_the_grid_of_starts_is_reached(
 @pytest.mark.timeout(3600)
 def test_the_optimum_of_all_4500_starts_is_reached(request: pytest.FixtureRequest) -> None:
     points = draw_isoflops(2)
-    every = 1 if request.config.getoption("--whole-table") else 101
+    every = 1 if request.config.getoption("--all") else 101
     assert fit_surface(points).fit.objective <= reach_by_lbfgs(points, every=every) * (1 + 1e-9)
 
 

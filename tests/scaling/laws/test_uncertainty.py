@@ -27,8 +27,8 @@ NUM_BOOTSTRAPS = 100
 
 @pytest.fixture
 def num_surfaces(request: pytest.FixtureRequest) -> int:
-    """200 with --whole-table: minutes on a busy machine."""
-    return 200 if request.config.getoption("--whole-table") else 50
+    """200 with --all: minutes on a busy machine."""
+    return 200 if request.config.getoption("--all") else 50
 
 
 def assert_nominal(held: Counter[str], num_surfaces: int) -> None:

@@ -156,7 +156,7 @@ def test_a_finished_study_is_collected_and_never_run_again(finished: Path) -> No
 def test_a_study_killed_at_random_moments_ends_with_the_same_table(
     request: pytest.FixtureRequest, small_data: SmallData, tmp_path: Path, finished: Path
 ) -> None:
-    kills = 20 if request.config.getoption("--whole-table") else 2
+    kills = 20 if request.config.getoption("--all") else 2
     moments = random.Random(kills)
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
     finished_files: dict[Path, int] = {}

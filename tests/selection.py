@@ -1,0 +1,60 @@
+"""Which tests a run selects: the default run, all of them, or a part of all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+exhaustive = pytest.mark.exhaustive
+
+
+def cases(names: Iterable[str], *, default: Collection[str]) -> list[Any]:
+    """Return the parameters of a table of cases, of which the `default` ones are in the default run.
+
+    Choose for the default run those cases that alone reach some line of the product.
+
+    Raises:
+        ValueError: a default case is not in the table.
+    """
+    table = list(names)
+    if unknown := sorted(set(default) - set(table)):
+        raise ValueError(f"the table has no case {', '.join(unknown)}; it has {', '.join(table)}")
+    return [name if name in default else pytest.param(name, marks=exhaustive) for name in table]
+
+
+def draws(few: int, many: int) -> Any:
+    """Parametrize `num_draws`: `few` in the default run, `many` in addition with --all."""
+    return pytest.mark.parametrize("num_draws", [few, pytest.param(many, marks=exhaustive)])
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Parse `i/n`, the i-th of n parts, counted from 1.
+
+    Raises:
+        ValueError: `text` is no such pair.
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"--part {text}: must be i/n with 1 <= i <= n; for example --part 1/4")
+    return int(index), int(count)
+
+
+def select(
+    items: list[pytest.Item], *, whole: bool, part: tuple[int, int] | None
+) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Return the tests that run, and those that are left to `tests/run.sh --all`.
+
+    A part holds whole files, since the tests of a file share what it sets up; the tests of other parts are
+    in neither list.
+    """
+    if part is not None:
+        index, count = part
+        files = sorted({item.nodeid.partition("::")[0] for item in items})
+        in_part = set(files[index - 1 :: count])
+        items = [item for item in items if item.nodeid.partition("::")[0] in in_part]
+    if whole:
+        return items, []
+    left = [item for item in items if item.get_closest_marker(exhaustive.name)]
+    return [item for item in items if not item.get_closest_marker(exhaustive.name)], left
