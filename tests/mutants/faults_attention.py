@@ -11,14 +11,14 @@ MUTANTS = (
         "sas_megatron.attention.core:CoreAttention.__init__",
         "math.sqrt(attention.query_key_dim)",
         "math.sqrt(attention.head_dim)",
-        "The softmax scale is 1/√D in place of 1/√E.",
+        "The softmax scale is 1/√D instead of 1/√E.",
     ),
     Mutant(
         "peaa-interleaved-blocks",
         "sas_megatron.attention.aggregation:average_blocks",
         "context_SBMD.unflatten(2, (num_blocks, -1))",
         "context_SBMD.unflatten(2, (-1, num_blocks)).transpose(2, 3)",
-        "PEAA averages r neighbouring heads in place of r contiguous blocks.",
+        "PEAA averages r neighbouring heads instead of r contiguous blocks.",
     ),
     Mutant(
         "simulation-gradients-not-summed",
@@ -32,7 +32,7 @@ MUTANTS = (
         "sas_megatron.attention.simulated:SimulatedAttentionConfig.rotary_width",
         "else self.query_key_dim",
         "else self.head_dim",
-        "SAS applies rotary embeddings to D features in place of E.",
+        "SAS applies rotary embeddings to D features instead of E.",
     ),
     Mutant(
         "gather-selects-heads-of-first-rank",
@@ -53,7 +53,7 @@ MUTANTS = (
         "sas_megatron.attention.feature_simulation:FeatureSimulation.start_as_identity",
         "** 0.25",
         "** 0.5",
-        "Identity initialization scales queries and keys by √(E/D) in place of its fourth root.",
+        "Identity initialization scales queries and keys by √(E/D) instead of its fourth root.",
     ),
     Mutant(
         "identity-copies-do-not-cancel",
@@ -88,7 +88,7 @@ MUTANTS = (
         "sas_megatron.attention.core:_attend_unfused",
         "heads.repeat_interleave(readers, dim=1)",
         "heads.repeat(1, readers, 1, 1)",
-        "With the unfused back end query head i reads key head i mod G in place of i // (N/G).",
+        "With the unfused back end query head i reads key head i mod G instead of i // (N/G).",
     ),
     Mutant(
         "dropout-equal-on-tensor-ranks",
@@ -123,7 +123,7 @@ MUTANTS = (
         "sas_megatron.attention.simulated:SimulatedAttentionConfig.count_kv_cache_elements",
         '"keys": simulated * self.query_key_dim',
         '"keys": simulated * self.head_dim',
-        "The cost of the simulated KV cache counts D features of a key in place of E.",
+        "The cost of the simulated KV cache counts D features of a key instead of E.",
     ),
     Mutant(
         "simulation-flops-without-second-convolution",
@@ -152,7 +152,7 @@ MUTANTS = (
         "sas_megatron.kernels.feature_tiles:turned",
         "sine = -sine",
         "sine = sine",
-        "The fused backward pass rotates the gradient forward in place of back.",
+        "The fused backward pass rotates the gradient forward instead of back.",
     ),
     Mutant(
         "kernel-refine-gradient-of-first-heads",
@@ -167,7 +167,7 @@ MUTANTS = (
         "sas_megatron.parallel.head_exchange:GatherExchange.all_columns",
         "all_gather_last_dim_from_tensor_parallel_region(",
         _GATHER_THAT_SPLITS + ".gather_from_tensor_model_parallel_region(",
-        "The backward pass of the gather exchange splits the gradient in place of a reduce-scatter.",
+        "The backward pass of the gather exchange splits the gradient instead of a reduce-scatter.",
     ),
     Mutant(
         "shared-key-head-of-first-rank",
@@ -188,14 +188,14 @@ MUTANTS = (
         "sas_megatron.parallel.context_exchange:ContextExchange.scatter_tokens",
         "for place in (rank, -1 - rank)",
         "for place in (2 * rank, 2 * rank + 1)",
-        "After attention each context rank gets contiguous chunks in place of its zigzag chunks.",
+        "After attention each context rank gets contiguous chunks instead of its zigzag chunks.",
     ),
     Mutant(
         "gradients-summed-in-bfloat16",
         "sas_megatron.parallel.gradients:sum_over",
         "torch.promote_types(gradients[0].dtype, torch.float32)",
         "gradients[0].dtype",
-        "Partial gradients in bfloat16 are summed over the ranks in bfloat16 in place of float32.",
+        "Partial gradients in bfloat16 are summed over the ranks in bfloat16 instead of float32.",
     ),
     Mutant(
         "shared-columns-gradient-not-summed",

@@ -16,7 +16,7 @@ MUTANTS = (
         "sas_megatron.model.costs:count_recompute_flops",
         'times["scores"] += config.model.num_layers',
         'times["scores"] += 1',
-        "The scores that the fused backward pass recomputes are counted for one layer in place of all.",
+        "The scores that the fused backward pass recomputes are counted for one layer instead of all.",
     ),
     Mutant(
         "causal-half-without-diagonal",
@@ -172,7 +172,7 @@ MUTANTS = (
         "sas_megatron.platform.rotary:_RotateHalves.backward",
         "_turn(gradient, cosine, -sine)",
         "_turn(gradient, cosine, sine)",
-        "The backward pass of the rotary embeddings rotates forward in place of back.",
+        "The backward pass of the rotary embeddings rotates forward instead of back.",
     ),
     Mutant(
         "norm-gradients-not-summed",

@@ -114,14 +114,14 @@ MUTANTS = (
         "sas_megatron.scaling.matching:_Search._with_nearest_width",
         "min((below, below + 1), key=lambda count: abs(without_mlp + count * per_step - target))",
         "below",
-        "A match takes the next smaller MLP width in place of the nearest.",
+        "A match takes the next smaller MLP width instead of the nearest.",
     ),
     Mutant(
         "tokens-per-parameter-of-variant",
         "sas_megatron.scaling.study.plan:wanted_tokens",
         "budget * cell.base_parameters",
         "budget * cell.parameters",
-        "Tokens per parameter refer to each variant's own parameters in place of the base's.",
+        "Tokens per parameter refer to each variant's own parameters instead of the base's.",
     ),
     Mutant(
         "best-rate-on-wrong-side",
@@ -156,7 +156,7 @@ MUTANTS = (
         "sas_megatron.scaling.study.submission:_Arrays._submit",
         "--dependency=aftercorr:{after}",
         "--dependency=after:{after}",
-        "SLURM starts branches when their trunks have started in place of finished.",
+        "SLURM starts branches when their trunks have started instead of finished.",
     ),
     # benchmarks
     Mutant(
@@ -244,7 +244,7 @@ MUTANTS = (
         "launch/torchrun.sh",
         "WORLD_SIZE=$((processes * ${nodes#*:}))",
         "WORLD_SIZE=$processes",
-        "torchrun.sh checks the config for the ranks of one node in place of all nodes.",
+        "torchrun.sh checks the config for the ranks of one node instead of all nodes.",
     ),
     Mutant(
         "requeued-job-does-not-resume",

@@ -201,7 +201,7 @@ MUTANTS = (
         "sas_megatron.checkpoint.projections:fuse_projections",
         "torch.cat(by_group, dim=1).flatten(0, 2)",
         "torch.cat(list(parts))",
-        "Imported query, key and value rows are concatenated in place of grouped.",
+        "Imported query, key and value rows are concatenated instead of grouped.",
     ),
     Mutant(
         "exported-rotary-base-is-default",
@@ -215,7 +215,7 @@ MUTANTS = (
         "sas_megatron.checkpoint.importing:_all_of",
         "F.pad(tensor, (0, 0, 0, added_rows))",
         "F.pad(tensor, (0, 0, added_rows, 0))",
-        "Padding rows of an imported table come before the vocabulary in place of after it.",
+        "Padding rows of an imported table come before the vocabulary instead of after it.",
     ),
     # data
     Mutant(
@@ -223,7 +223,7 @@ MUTANTS = (
         "sas_megatron.data.encoding_worker:encode_chunk",
         "np.array([tokenizer.eos_id], dtype=np.int32)",
         "np.array([0], dtype=np.int32)",
-        "Documents end with the unknown token in place of the end-of-document token.",
+        "Documents end with the unknown token instead of the end-of-document token.",
     ),
     Mutant(
         "document-order-by-completion",

@@ -20,7 +20,7 @@ from tests.mutants.mutant import ROOT, Mutant
 from tests.mutants.results import Outcome
 
 # The option of tests/conftest.py that selects every test.
-ALL_TESTS = "--whole-table"
+ALL_TESTS = "--all"
 # Marks the processes of a run by their environment: some tests start processes in sessions of their own.
 MARK = "SAS_MEGATRON_MUTATION_RUN"
 # Tests that fail without the fault as well are left out, up to so many for each fault.
@@ -144,7 +144,7 @@ class Scratch:
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
         home = Path(environment.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         environment.setdefault("HF_HOME", str(home / "huggingface"))
-        # With it the launch scripts use this environment in place of building one.
+        # With it the launch scripts use this environment instead of building one.
         environment.setdefault("SAS_MEGATRON_VENV", sys.prefix)
         return environment | {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")]),
