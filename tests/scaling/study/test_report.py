@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.scaling.outcomes import AXIS_NAMES
+from sas_megatron.scaling.study import report as report_module
 from sas_megatron.scaling.study.analysis import analyze, cut_slices
 from sas_megatron.scaling.study.report import write_study_report
 from sas_megatron.scaling.study.table import StudyTable, read_table, write_table
@@ -49,10 +50,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     write_table(made_up_table(), folder / "study.parquet")
     written = CliRunner().invoke(
-        cli, ["study", "report", str(folder / "study.parquet"), "--bootstraps", "100"]
+        cli, ["study", "report", str(folder / "study.parquet"), "--bootstraps", "50"]
     )
     assert written.exit_code == 0, written.output
     return folder / "report"
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is written."""
+    monkeypatch.setattr(report_module, "render", lambda *_, **__: b"drawing")
+    monkeypatch.setattr(report_module, "embed_svg", lambda *_, **__: "drawing")
 
 
 def browse(page: Path, *options: str) -> str:
@@ -137,6 +145,7 @@ def test_the_summary_the_page_and_the_json_tell_the_same(report: Path) -> None:
     assert all(f"figures/{name}" in summary for name in figures if name.endswith("png"))
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_what_goes_for_several_axes_or_variants_is_told_once(tmp_path: Path) -> None:
     seeds = {"mha": 3, "gqa": 3, "sas": 3}
     write_study_report(made_up_table(seeds=seeds, budgets=(4,), num_sizes=1), tmp_path, num_draws=50)
@@ -164,6 +173,7 @@ def test_lengths_are_never_compared_with_each_other(tmp_path: Path) -> None:
     assert list(one.rows) == ["mha", "gqa", "sas-k1", "sas-k2", "sas-k3"]
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_what_was_not_measured_is_said_and_not_made_up(tmp_path: Path) -> None:
     def without(variant: str, table: StudyTable) -> StudyTable:
         rows = tuple(

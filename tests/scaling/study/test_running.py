@@ -342,7 +342,8 @@ def test_what_is_missing_stays_missing(finished: Path) -> None:
 def test_steps_are_timed_in_turn_and_stand_in_the_table(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank_processes.multiprocessing, "get_context", lambda _method: fork_context())
+    context = fork_context()
+    monkeypatch.setattr(rank_processes.multiprocessing, "get_context", lambda _method: context)
     done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2"])
     assert done.exit_code == 0, done.output
     path = finished.parent / "study" / "step_seconds.json"
