@@ -22,6 +22,7 @@ from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.prepare import Preparation, PreparationProgress, prepare_token_files
 from sas_megatron.data.token_files import load_manifest, token_file, verify_token_files
 from sas_megatron.data.tokenizer import Tokenizer
+from tests.selection import exhaustive
 
 ENDINGS = (".bin", ".idx", ".json")
 
@@ -106,7 +107,7 @@ def test_the_record_says_what_the_files_hold(prepared: Path, corpus: Path, token
     ]
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [pytest.param(2, marks=exhaustive), 3])
 def test_the_number_of_workers_changes_no_byte(
     num_workers: int, prepared: Path, corpus: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
@@ -282,9 +283,9 @@ def test_documents_that_changed_after_a_stop_are_encoded_again(tokenizer_path: P
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(5):
-        (folder / f"{number}.txt").write_text(f"text {number} " * 100_000)
+        (folder / f"{number}.txt").write_text(f"text {number} " * 80_000)
     interrupt_after(folder, tokenizer_path, tmp_path / "out" / "tokens", 3)
-    (folder / "1.txt").write_text("other words " * 100_000)
+    (folder / "1.txt").write_text("other words " * 80_000)
     (folder / "4.txt").unlink()
     (folder / "3.txt").unlink()
     assert prepare(folder, tokenizer_path, tmp_path / "out" / "tokens").resumed_chunks == 1
@@ -296,7 +297,7 @@ def test_documents_taken_away_after_a_stop_are_dropped(tokenizer_path: Path, tmp
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(4):
-        (folder / f"{number}.txt").write_text(f"text {number} " * 100_000)
+        (folder / f"{number}.txt").write_text(f"text {number} " * 80_000)
     interrupt_after(folder, tokenizer_path, tmp_path / "out" / "tokens", 3)
     for number in (1, 2, 3):
         (folder / f"{number}.txt").unlink()
