@@ -18,6 +18,7 @@ import pytest
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.data import partial_tokens
+from sas_megatron.data import prepare as preparation
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.prepare import Preparation, PreparationProgress, prepare_token_files
 from sas_megatron.data.token_files import load_manifest, token_file, verify_token_files
@@ -144,11 +145,14 @@ def test_documents_of_odd_sizes_come_back(tokenizer_path: Path, tokenizer: Token
     assert [tokenizer.decode(document.tolist()) for document in documents] == texts
 
 
-def test_a_second_call_returns_at_once(prepared: Path, corpus: Path, tokenizer_path: Path) -> None:
+def test_a_second_call_starts_no_worker(
+    prepared: Path, corpus: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "EncodingPool", None)
     before = {ending: token_file(prepared, ending).stat() for ending in ENDINGS}
-    started = time.perf_counter()
+    started = time.process_time()
     assert prepare(corpus, tokenizer_path, prepared).was_complete
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert {ending: token_file(prepared, ending).stat() for ending in ENDINGS} == before
 
 
@@ -224,7 +228,7 @@ def test_a_killed_run_goes_on_and_its_workers_end(
     process.wait()
     assert files_of(tmp_path) == {}
     finished = journal_lines(prefix)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.02)

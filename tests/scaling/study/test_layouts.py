@@ -29,6 +29,7 @@ def test_plans_take_the_layouts_that_a_search_found_and_their_hours(
     monkeypatch.setattr(layout_search.multiprocessing, "get_context", lambda _method: context)
     # Which layouts a search tries is tested in tests/planning.
     monkeypatch.setattr(layout_search, "MOST_FAMILIES_THAT_FIT", 1)
+    monkeypatch.setattr(layout_search.os, "cpu_count", lambda: 1)
     base = build_tree(training__global_batch_size=4, training__micro_batch_size=4, data__sequence_length=48)
     sizes = {"small": {"model.hidden_size": 24, "attention.num_heads": 4}}
     path = write_study(
