@@ -1,6 +1,6 @@
 """A launcher that forks the ranks of one node and treats them as torchrun does.
 
-usage, by `tests.fork_server.ForkedCommand`: tests.end_to_end.fork_launcher PIDS_FILE NUM_RANKS MODULE [ARGUMENT ...]
+usage: tests.end_to_end.fork_launcher PIDS_FILE NUM_RANKS MODULE [ARGUMENT ...], run by a `ForkedCommand`
 
 It hosts the store of the ranks, hands signals on to them, ends them all when one fails, and exits with
 status 1 then. The ids of the ranks' processes are written to PIDS_FILE.
