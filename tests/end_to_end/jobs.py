@@ -36,20 +36,16 @@ class Job:
         self._pids = folder / "pids.json"
         self._process: subprocess.Popen[bytes] | ForkedCommand
 
-    def start(self, *command: str) -> None:
+    def start(self, *command: str, **environment: str) -> None:
         """Start a command line; its processes carry a marker in their environment."""
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environment_with(**self._marker),
+                env=environment_with(**self._marker, **environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-
-    def start_by_script(self, ranks: int, *overrides: str) -> None:
-        """Start by launch/torchrun.sh."""
-        self.start("launch/torchrun.sh", str(ranks), str(self.config), *overrides)
 
     def start_forked(self, *arguments: object, module: str = "sas_megatron") -> None:
         """Start one process without a launcher."""

@@ -129,6 +129,51 @@ def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     assert not (job.run_directory / "stopped.json").exists()
 
 
+def test_the_torchrun_script_trains_logs_and_hands_the_signal_on(
+    tmp_path: Path, small_data: SmallData, ranks: Any
+) -> None:
+    """The one run of the default tests by launch/torchrun.sh."""
+
+    def config(name: str, **training: Any) -> RunConfig:
+        return small_data.run(
+            tmp_path / name,
+            parallel={"tensor": 2},
+            training={"num_steps": 5000, **training},
+            evaluation={"interval": None},
+            logging={"interval": 2},
+        )
+
+    job, logs = Job(tmp_path, config("run")), tmp_path / "logs"
+    try:
+        job.start("launch/torchrun.sh", "2", str(job.config), LOG_DIR=str(logs))
+        job.wait_for_record(4)
+        job.signal_launcher(signal.SIGUSR1)
+        assert job.wait(MARGIN_SECONDS) != 0
+        assert check_stop(job, "signal SIGUSR1") >= 6
+    finally:
+        job.kill()
+    assert read(job, "summary.json")["world_size"] == 2
+    lines = [line for line in job.output().splitlines() if "lm loss:" in line]
+    assert all(line.startswith(" iteration") for line in lines), "Megatron's form, with nothing in front"
+    steps = [int(re.findall(r"iteration +(\d+)/", line)[0]) for line in lines]
+    assert steps[:4] == [1, 2, 4, 6], "every second step, on one rank only"
+    for text in (
+        "consumed samples:",
+        "elapsed time per iteration (ms):",
+        "throughput per GPU (TFLOP/s/GPU):",
+    ):
+        assert text in lines[0]
+    printed = {path.parts[-2]: path.read_text() for path in logs.rglob("stdout.log")}
+    assert sorted(printed) == ["0", "1"]
+    assert printed["0"].count("lm loss:") == len(lines)
+    assert "lm loss:" not in printed["1"]
+
+    alone = config("alone", stop_after_steps=6)
+    ranks(2).run(complete, alone)
+    expected = [record["train_loss"] for record in records(alone)]
+    assert [record["train_loss"] for record in records(config("run"))][: len(expected)] == expected
+
+
 def test_the_time_limit_stops_a_process_without_a_launcher_with_the_status(
     tmp_path: Path, small_data: SmallData
 ) -> None:

@@ -23,7 +23,7 @@ SECONDS_TO_END = 120
 PHASES: dict[str, tuple[int, float]] = {"step": (4, 0.1), "save": (2, 0.3), "load": (1, 0.6)}
 
 
-# An odd seed saves asynchronously. Of the thirty kills under torchrun fourteen are in a save, eight in a load.
+# An odd seed saves asynchronously. Under torchrun fourteen of thirty kills are in a save and eight in a load.
 @pytest.mark.parametrize(
     ("launcher", "seed"),
     [(FORKED, 0), *(pytest.param(TORCHRUN, seed, marks=pytest.mark.exhaustive) for seed in range(6))],
