@@ -15,6 +15,7 @@ import pytest
 
 from tests.end_to_end.nodes import (
     MARGIN_SECONDS,
+    RUN_SECONDS,
     SECONDS_TO_SAY,
     Nodes,
     free_port,
@@ -24,8 +25,8 @@ from tests.end_to_end.nodes import (
     world_size,
     write_config,
 )
-from tests.end_to_end.two_hosts import ADDRESSES, running_hosts
-from tests.fork_server import ForkedCommand
+from tests.end_to_end.two_hosts import ADDRESSES, lacking_for_ssh, running_hosts
+from tests.fork_server import ForkedCommand, run_command
 from tests.small_data import SmallData
 
 HOST = socket.gethostname()
@@ -231,6 +232,52 @@ def test_a_rank_whose_others_do_not_come_ends_in_time(small_data: SmallData, tmp
         rank.kill()
     (error,) = re.findall(r"^sas-megatron: error: (.*)$", rank.errors(), re.MULTILINE)
     assert error.startswith(f"WORLD_SIZE=2: not all ranks came to 127.0.0.1:{port} within 3 s (")
+
+
+def task_of_step(rank: int, **environment: str) -> dict[str, str]:
+    """The variables of one of two tasks that srun starts; SLURM is not asked, as MASTER_ADDR is set."""
+    step = {
+        "SLURM_JOB_ID": "1234",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    return {**os.environ, **step, **environment}
+
+
+def test_tasks_of_a_slurm_step_train_as_ranks(
+    small_data: SmallData, tmp_path: Path, local_losses: list[float]
+) -> None:
+    config, port = write_config(small_data, tmp_path), free_port()
+    ranks = [
+        ForkedCommand("train", config, environment=task_of_step(rank, MASTER_PORT=port)) for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(RUN_SECONDS) for rank in ranks] == [0, 0], "".join(rank.errors() for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert losses(tmp_path / "run") == local_losses
+    assert world_size(tmp_path / "run") == 2
+
+
+def test_a_slurm_step_that_cannot_start_reports_it(small_data: SmallData, tmp_path: Path) -> None:
+    config = write_config(small_data, tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run_command("train", config, environment=task_of_step(0, MASTER_PORT=port))
+    assert done.returncode == 2
+    assert f"error: MASTER_PORT={port}: cannot be listened at on {HOST}" in done.stderr
+    environment = task_of_step(0, MASTER_ADDR="no-such.invalid")
+    done = run_command("train", config, environment=environment)
+    assert done.returncode == 2
+    assert "error: MASTER_ADDR=no-such.invalid: is not known" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_directory_that_nodes_do_not_share_is_refused_by_one_rank(
