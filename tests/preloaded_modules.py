@@ -6,6 +6,7 @@ import importlib
 import os
 
 MODULES = (
+    "sas_megatron.attention.simulated_layer",
     "sas_megatron.checkpoint.saving",
     "sas_megatron.cli.main",
     "sas_megatron.evaluation.start",
@@ -13,6 +14,8 @@ MODULES = (
     "sas_megatron.planning.rank_simulation",
     "sas_megatron.training.loop",
     "sas_megatron.training.start",
+    # Imported by the first optimizer that a process builds.
+    "torch._dynamo",
 )
 
 
