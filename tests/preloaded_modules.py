@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 
 MODULES = (
+    "sas_megatron.attention.factorized_layer",
+    "sas_megatron.attention.latent_layer",
     "sas_megatron.attention.simulated_layer",
     "sas_megatron.checkpoint.saving",
     "sas_megatron.cli.main",
     "sas_megatron.evaluation.start",
     "sas_megatron.evaluation.trained_model",
     "sas_megatron.planning.rank_simulation",
+    "sas_megatron.training.deepspeed_engine",
     "sas_megatron.training.loop",
+    "sas_megatron.training.megatron_engine",
     "sas_megatron.training.start",
-    # Imported by the first optimizer that a process builds.
+    # The first optimizer of a process imports it.
     "torch._dynamo",
+    "torch.profiler",
+)
+DEEPSPEED_MODULES = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
 )
 
 
@@ -27,9 +39,18 @@ def _import_all() -> None:
 
     torch.set_num_threads(1)
     # Before Megatron-core is imported, which must find the CPU's stand-in.
-    prepare_device()
+    device = prepare_device()
     for module in MODULES:
         importlib.import_module(module)
+    if device.type == "cpu":
+        # As `training/deepspeed_engine.py` has it; DeepSpeed chooses its accelerator once.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        for module in DEEPSPEED_MODULES:
+            importlib.import_module(module)
+        del os.environ["DS_ACCELERATOR"]
+    # A collection in a forked process would otherwise visit, and so copy, what was imported here.
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 _import_all()

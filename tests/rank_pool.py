@@ -9,6 +9,7 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,9 @@ if TYPE_CHECKING:
     from sas_megatron.parallel.topology import Topology
 
 
-# Sets of groups that a rank makes before it is replaced by a fresh process. Each leaves some fifty threads
-# that look for work a hundred times a second, and no call frees them: two processors are busy with those of
-# thirty sets on four ranks.
-SETS_OF_GROUPS = 8
+# Sets of groups that a rank makes before it is replaced by a fresh process: each leaves some thirty threads
+# and their sockets, which no call frees.
+SETS_OF_GROUPS = 16
 
 
 class RankPool:
@@ -98,7 +98,7 @@ _sets_made: list[tuple[int, ...]] = []
 def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
     """On a rank: the groups of a layout, kept until another one is asked for, and random state seeded anew.
 
-    Each set of gloo groups holds threads that no call frees, so they are not made for every test.
+    Making a set of groups takes a tenth of a second on each rank, so they are not made for every test.
     """
     import torch
 
@@ -129,6 +129,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_gloo_device()
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     while (task := pipe.recv()) is not None:
         function, args = task
@@ -139,3 +140,23 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
     dist.barrier()
     _groups.close()
     dist.destroy_process_group()
+
+
+def _share_gloo_device() -> None:
+    """Let all groups of this process use one gloo device.
+
+    By default each group has a device of its own, whose thread wakes up a hundred times a second: the dozens
+    of groups of a few layouts keep a processor busy.
+    """
+    from torch.distributed import ProcessGroupGloo
+
+    device = ProcessGroupGloo.create_default_device()
+    initialize = ProcessGroupGloo.__init__
+
+    def initialize_on_device(group: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices = [device]
+        options._timeout = timeout
+        initialize(group, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = initialize_on_device  # type: ignore[method-assign]

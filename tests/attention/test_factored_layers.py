@@ -12,6 +12,7 @@ from sas_megatron.config.attention import parse_attention
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
 from tests.attention.test_simulated_layer import check
+from tests.selection import exhaustive
 
 
 def tpa(**fields: Any) -> dict[str, Any]:
@@ -35,9 +36,26 @@ OPERATORS: dict[str, dict[str, Any]] = {
 }
 
 
+# In the default run each operator on one rank, and on two and four with and without sequence parallelism in
+# turn; the first of each kind in every layout.
+EVERYWHERE = ("tpa", "mfa")
+TENSOR_OF_SEQUENCE = {
+    operator: {True: 2, False: 4} if index % 2 else {True: 4, False: 2}
+    for index, operator in enumerate(OPERATORS)
+}
+
+
+def in_default_run(tensor: int, sequence: bool, operator: str) -> bool:
+    return tensor == 1 or operator in EVERYWHERE or TENSOR_OF_SEQUENCE[operator][sequence] == tensor
+
+
 @pytest.mark.parametrize(
     ("tensor", "sequence", "operator"),
-    [case for case in itertools.product((1, 2, 4), (False, True), OPERATORS) if case[0] > 1 or not case[1]],
+    [
+        pytest.param(*case, marks=() if in_default_run(*case) else exhaustive)
+        for case in itertools.product((1, 2, 4), (False, True), OPERATORS)
+        if case[0] > 1 or not case[1]
+    ],
 )
 def test_any_number_of_ranks_computes_the_definition(
     ranks: Any, operator: str, tensor: int, sequence: bool

@@ -10,6 +10,7 @@ import torch
 
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
+from tests.selection import cases, exhaustive
 from tests.tolerances import assert_near
 
 BOTH = ("gather", "all_to_all")
@@ -29,6 +30,9 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "no expansion": sas(num_heads=4, head_expansion=1),
     "grouped": sas(num_heads=4, num_kv_heads=2),
     "grouped three": sas(num_heads=6, num_kv_heads=3, kernel_size=1),
+    "grouped three, partial rotary, no biases": sas(
+        num_heads=6, num_kv_heads=3, rotary_dim=4, simulation_bias=False
+    ),
     "grouped twelve": sas(num_heads=12, num_kv_heads=4, head_dim=2, simulated_head_dim=2),
     "multi-query": sas(num_heads=4, num_kv_heads=1, head_expansion=3),
     "multi-query twelve": sas(num_heads=12, num_kv_heads=1, kernel_size=5),
@@ -44,6 +48,32 @@ OPERATORS: dict[str, dict[str, Any]] = {
     ),
     "unfused": sas(num_heads=4, num_kv_heads=2, backend="unfused"),
     "fused": sas(num_heads=4, backend="fused"),
+}
+
+# Layouts of the default run: tensor ranks, exchange, sequence parallelism. The three ways to share key and
+# value heads out take every layout; the other switches those that they interact with, the axes in turn.
+EVERY_LAYOUT = tuple(itertools.product((2, 4), BOTH, (False, True)))
+DEFAULT_LAYOUTS: dict[str, tuple[tuple[int, str, bool], ...]] = {
+    "plain": EVERY_LAYOUT,
+    "grouped": EVERY_LAYOUT,
+    "multi-query": EVERY_LAYOUT,
+    "wide kernel": ((2, "all_to_all", True),),
+    "mlp form": ((4, "gather", False),),
+    "six heads": ((2, "all_to_all", False),),
+    "twelve heads": ((4, "gather", True),),
+    "no expansion": ((4, "all_to_all", True),),
+    "grouped twelve": ((4, "all_to_all", False), (2, "gather", True)),
+    "multi-query twelve": ((4, "all_to_all", True),),
+    "default features": ((2, "gather", False),),
+    "partial rotary": ((4, "all_to_all", False),),
+    "no biases": ((2, "all_to_all", True), (4, "gather", False)),
+    "no query heads": ((2, "gather", True), (4, "all_to_all", False)),
+    "no key heads": ((4, "gather", False), (2, "all_to_all", True)),
+    "no value heads": ((2, "gather", True), (4, "all_to_all", False)),
+    "no features": ((2, "all_to_all", False),),
+    "features only": ((4, "gather", True), (2, "all_to_all", False)),
+    "unfused": ((2, "gather", True),),
+    "fused": ((4, "all_to_all", False),),
 }
 
 
@@ -71,7 +101,11 @@ def test_one_rank_computes_the_definition(ranks: Any, operator: str) -> None:
 @pytest.mark.parametrize(
     ("operator", "tensor", "exchange", "sequence_parallel"),
     [
-        pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2]}{'-sequence' if case[3] else ''}")
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1]}-{case[2]}{'-sequence' if case[3] else ''}",
+            marks=() if case[1:] in DEFAULT_LAYOUTS.get(case[0], ()) else exhaustive,
+        )
         for case in itertools.product(OPERATORS, (2, 4), BOTH, (False, True))
         if legal(OPERATORS[case[0]], case[1])
     ],
@@ -95,21 +129,46 @@ def test_lower_precision_stays_within_the_table(
     check(ranks, LayerCase.of(dtype=dtype, exchange=exchange, **OPERATORS["grouped"]), tensor)
 
 
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("unfused", "fused")])
+# Each of the default cases takes other calls of the kernels; tests/kernels varies their shapes.
+@pytest.mark.parametrize(
+    "operator",
+    cases(
+        [name for name in OPERATORS if name not in ("unfused", "fused")],
+        default=(
+            "grouped three, partial rotary, no biases",
+            "multi-query",
+            "no key heads",
+            "no features",
+            "features only",
+        ),
+    ),
+)
 def test_fused_kernels_compute_the_definition(ranks: Any, operator: str) -> None:
     fields = {**OPERATORS[operator], "kernel": "fused", "exchange": "gather"}
     check(ranks, LayerCase.of(dtype=torch.float32, **fields), 1)
 
 
-@pytest.mark.parametrize("exchange", BOTH)
+FUSED_ON_TWO_RANKS = {
+    "plain": True,
+    "grouped": False,
+    "multi-query": True,
+    "no key heads": False,
+    "partial rotary": False,
+}
+
+
 @pytest.mark.parametrize(
-    ("operator", "sequence_parallel"),
+    ("operator", "sequence_parallel", "exchange"),
     [
-        ("plain", True),
-        ("grouped", False),
-        ("multi-query", True),
-        ("no key heads", False),
-        ("partial rotary", False),
+        pytest.param(
+            operator,
+            sequence_parallel,
+            exchange,
+            marks=()
+            if (operator, exchange) in (("multi-query", "gather"), ("no key heads", "all_to_all"))
+            else exhaustive,
+        )
+        for (operator, sequence_parallel), exchange in itertools.product(FUSED_ON_TWO_RANKS.items(), BOTH)
     ],
 )
 def test_fused_kernels_compute_the_definition_on_two_ranks(

@@ -5,113 +5,83 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from sas_megatron.parallel.roll_call import GRACE_SECONDS, SECONDS_BETWEEN_LOOKS
-from tests.conftest import ROOT
+from tests.fork_server import ForkedCommand
 
 HOST = socket.gethostname()
 
-# A rank that says when it is ready, and then does as it is told.
-# A shell starts background jobs, tests among them, with SIGINT ignored, and children inherit it.
-RANK = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from torch.distributed import TCPStore
-from sas_megatron.config.errors import FieldError
-from sas_megatron.parallel.roll_call import RollCall
-rank, world_size, port, act = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-store = TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-def spin():
-    while True:
-        pass
-taken = []
-def takes_signal(number):
-    taken.append(number)
-    return act == "take" and len(taken) == 1
-with RollCall(
-    store, rank=rank, world_size=world_size, timeout_minutes=1, takes_signal=takes_signal
-) as roll_call:
-    roll_call.finish_step(rank + 1)
-    print("ready", store.port, flush=True)
-    sys.stdin.readline()
-    if act == "mend":
-        raise FieldError("data.prefixes", "x", "is missing", "give another")
-    if act == "fail":
-        raise ValueError("no good")
-    if act == "spin":
-        spin()
-print("left", flush=True)
-"""
 
-Rank = subprocess.Popen[str]
+class Rank(ForkedCommand):
+    """A process of `roll_call_rank`."""
+
+    def __init__(self, rank: int, world_size: int, port: int, act: str, folder: Path) -> None:
+        self._go = folder / f"go {rank}"
+        super().__init__(
+            *(rank, world_size, port, act, self._go),
+            module="tests.parallel.roll_call_rank",
+            environment={**os.environ, "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"},
+        )
+
+    def port(self) -> int:
+        """Wait until the rank is inside the roll call; return the port of its store."""
+        while "\n" not in self.output():
+            assert self.poll() is None, self.errors()
+            time.sleep(0.02)
+        word, port = self.output().split()
+        assert word == "ready"
+        return int(port)
+
+    def go(self) -> None:
+        """Let the rank act."""
+        self._go.touch()
 
 
 @pytest.fixture
-def start_ranks() -> Iterator[Callable[..., list[Rank]]]:
+def start_ranks(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
     """Starts one rank for each act; all are inside the block when it returns."""
     started: list[Rank] = []
 
     def start(*acts: str) -> list[Rank]:
         port = 0
         for rank, act in enumerate(acts):
-            process = subprocess.Popen(
-                [sys.executable, "-c", RANK, str(rank), str(len(acts)), str(port), act],
-                cwd=ROOT,
-                env={**os.environ, "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            started.append(process)
-            assert process.stdout is not None
-            word, port = process.stdout.readline().split()
-            assert word == "ready"
+            started.append(Rank(rank, len(acts), port, act, tmp_path))
+            port = started[-1].port()
         return started
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
-
-
-def go(process: Rank) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
 
 
 def end(process: Rank, within: float = 4 * GRACE_SECONDS) -> tuple[int, str, str]:
-    # Not communicate(), which would close its input and so let it go.
+    """Wait for the process; return its status, its output after the first line, and its errors."""
     status = process.wait(timeout=within)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    return status, process.stdout.read(), process.stderr.read()
+    return status, process.output().partition("\n")[2], process.errors()
 
 
 def test_a_run_without_faults_leaves_no_word(start_ranks: Callable[..., list[Rank]]) -> None:
     first, last = start_ranks("leave", "leave")
-    go(first)
+    first.go()
     time.sleep(1.5 * SECONDS_BETWEEN_LOOKS)  # the last rank looks at the store again, which the first hosts
-    go(last)
+    last.go()
     for process in (first, last):
         assert end(process) == (0, "left\n", "")
 
 
 def test_an_error_ends_ranks_that_no_collective_would_wake(start_ranks: Callable[..., list[Rank]]) -> None:
-    reporter, spinning, failing = start_ranks("spin", "spin", "fail")
-    for process in (reporter, spinning, failing):
-        go(process)
+    reporter, hanging, failing = start_ranks("hang", "hang", "fail")
+    for process in (reporter, hanging, failing):
+        process.go()
     status, _, errors = end(failing)
     assert status == 1
     assert errors.startswith(f"sas-megatron: rank 2 on {HOST}:\nTraceback")
-    assert end(spinning) == (1, "", "")
+    assert end(hanging) == (1, "", "")
     status, _, errors = end(reporter)
     assert status == 1
     assert errors == (
@@ -126,7 +96,7 @@ def test_an_error_met_alike_by_all_is_shown_once_and_at_once(
     processes = start_ranks("fail", "fail")
     started = time.monotonic()
     for process in processes:
-        go(process)
+        process.go()
     first, second = map(end, processes)
     assert time.monotonic() - started < GRACE_SECONDS
     assert first[2].count("Traceback") == 1
@@ -136,7 +106,7 @@ def test_an_error_met_alike_by_all_is_shown_once_and_at_once(
 
 def test_what_the_user_can_mend_passes_as_it_is(start_ranks: Callable[..., list[Rank]]) -> None:
     for process in start_ranks("mend", "mend"):
-        go(process)
+        process.go()
         status, _, errors = end(process)
         assert status == 1, "an error that nobody caught"
         assert errors.endswith("FieldError: data.prefixes=x: is missing; give another\n")
@@ -155,8 +125,8 @@ def test_an_interrupt_ends_all_ranks_without_a_traceback(start_ranks: Callable[.
 def test_a_signal_that_is_taken_care_of_ends_nothing_while_all_are_there(
     start_ranks: Callable[..., list[Rank]],
 ) -> None:
-    first, second = start_ranks("take", "spin")
-    go(second)  # its main thread would answer nothing
+    first, second = start_ranks("take", "hang")
+    second.go()  # its main thread would answer nothing
     first.send_signal(signal.SIGUSR1)
     time.sleep(GRACE_SECONDS + 3)
     assert (first.poll(), second.poll()) == (None, None)
@@ -176,8 +146,7 @@ def test_a_signal_is_no_order_to_stop_where_a_rank_is_gone(start_ranks: Callable
     assert f"rank 1 on {HOST} (last finished step 2) did not answer, being dead or hung" in errors
 
 
-@pytest.mark.sampled(every=2)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "gone dark"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_lost_store_keeps_nobody_from_ending(
     start_ranks: Callable[..., list[Rank]], number: signal.Signals
 ) -> None:
@@ -185,7 +154,7 @@ def test_a_lost_store_keeps_nobody_from_ending(
     host.send_signal(number)
     time.sleep(2.5)  # the others have looked at the store since
     assert (first.poll(), second.poll()) == (None, None), "a lost store alone ends nothing"
-    go(second)
+    second.go()
     status, _, errors = end(second)
     assert status == 1
     assert "ValueError: no good" in errors
