@@ -73,9 +73,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.exhaustive)
             counts[table] += 1
     selected, left = select(items, whole=config.getoption("--all"), part=config.stash[_part])
-    selected.sort(key=_place_in_run)
     config.stash[_left] = len(left)
     if hasattr(config, "workeroutput"):
+        selected.sort(key=_place_in_run)
         config.workeroutput["left_to_all"] = len(left)
     config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
     items[:] = selected

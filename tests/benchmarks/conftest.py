@@ -1,5 +1,25 @@
-"""The corpus and tokenizer of the data tests."""
+"""A corpus and a tokenizer, smaller than those of the data tests."""
 
-from tests.data.conftest import corpus, tokenizer_path
+from __future__ import annotations
 
-__all__ = ["corpus", "tokenizer_path"]
+from pathlib import Path
+
+import pytest
+
+from sas_megatron.data.corpus import builtin_corpus
+from sas_megatron.data.documents import stream_documents
+from sas_megatron.data.tokenizer_training import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet file of 300 kB of text."""
+    return builtin_corpus(tmp_path_factory.mktemp("corpus"), max_bytes=300_001)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(corpus: Path) -> Path:
+    """Of 511 tokens, trained on the corpus."""
+    path = corpus.with_name("small.model")
+    train_tokenizer(stream_documents([corpus]), vocab_size=511, model_path=path)
+    return path

@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.cli.test_commands import command
+from tests.fork_server import run_command
 
 
 def test_saving_is_compared_with_copying_and_with_dd_and_leaves_nothing(tmp_path: Path) -> None:
-    done = command("bench", "checkpoint", "--gigabytes", "0.04", "--repeats", "1", "--json", folder=tmp_path)
+    done = run_command("bench", "checkpoint", "--gigabytes", "0.04", "--repeats", "1", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["bytes"] == 40_000_000

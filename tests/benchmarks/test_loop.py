@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.test_commands import command
+from tests.fork_server import run_command
 from tests.run_configs import small_config
 
 
@@ -57,7 +57,7 @@ def test_time_between_the_engines_calls_is_the_loops() -> None:
 def test_the_command_measures_a_real_run_and_leaves_nothing(tmp_path: Path) -> None:
     config = small_config(model={"vocab_size": 512}, training={"global_batch_size": 2})
     (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    done = command("bench", "loop", "config.yaml", "--steps", "3", "--json", folder=tmp_path)
+    done = run_command("bench", "loop", "config.yaml", "--steps", "3", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     # The last of them ends with the run.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.test_commands import command
+from tests.fork_server import run_command
 from tests.rank_pool import in_layout
 from tests.tolerances import assert_near
 
@@ -64,20 +64,24 @@ def test_the_least_of_work_is_each_byte_once_and_each_product_once(ranks: Any) -
 
 
 def swept() -> Any:
+    """A sweep that warms nothing up, since the interpreter takes as long each time."""
+    from sas_megatron.benchmarks import timing
     from sas_megatron.benchmarks.block_shape import BlockShape
     from sas_megatron.benchmarks.tile_sweep import sweep_tiles
     from sas_megatron.config.parallel import ParallelConfig
     from sas_megatron.kernels.tiling import Tile
 
     in_layout(ParallelConfig())
-    return sweep_tiles(
-        BlockShape(**SIZES),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        repeats=1,
-        kernels=["head_forward", "feature_refine_gradient"],
-        tiles=[Tile(), Tile(rows=64)],
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "WARM_UP_ROUNDS", 0)
+        return sweep_tiles(
+            BlockShape(**SIZES),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            repeats=1,
+            kernels=["head_forward", "feature_refine_gradient"],
+            tiles=[Tile(), Tile(rows=64)],
+        )
 
 
 def test_a_sweep_times_each_kernel_with_each_tile(ranks: Any) -> None:
@@ -93,8 +97,6 @@ def test_a_sweep_times_each_kernel_with_each_tile(ranks: Any) -> None:
 
 def refused_by_the_compiler() -> Any:
     """A sweep with a kernel that no tile can be compiled for, and what the command makes of it."""
-    import pytest
-
     from sas_megatron.cli.measurements import best_tiles
     from sas_megatron.kernels import feature_kernels
 
@@ -132,8 +134,8 @@ def test_tiles_of_heads_that_cut_alike_are_timed_once() -> None:
 
 def test_the_command_prints_floors_and_draws_them(tmp_path: Path) -> None:
     sizes = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
-    done = command(
-        "bench", "simulation", *sizes, "--repeats", "1", "--output", "roofline.png", "--json", folder=tmp_path
+    done = run_command(
+        "bench", "simulation", *sizes, "--repeats", "1", "--output", "roofline.png", "--json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -148,6 +150,6 @@ def test_the_command_prints_floors_and_draws_them(tmp_path: Path) -> None:
 
 
 def test_a_sweep_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    done = command("bench", "simulation", "--sweep", folder=tmp_path)
+    done = run_command("bench", "simulation", "--sweep", cwd=tmp_path)
     assert done.returncode == 2
     assert "--sweep: the fused kernels need a CUDA device; leave it out" in done.stderr

@@ -1,16 +1,25 @@
+"""The seconds of steps: which steps count, whose rank's, and that a longer step takes longer."""
+
 from __future__ import annotations
 
 import gc
+import os
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from sas_megatron.benchmarks import step_time
 from sas_megatron.benchmarks.step_time import measure_step_seconds
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from tests.rank_pool import in_layout
 from tests.run_configs import small_config
+from tests.selection import exhaustive
 
 
+@exhaustive  # another process may take the processors for the length of a step
 def test_a_deeper_model_is_measured_as_slower_on_two_ranks() -> None:
     parallel = {"tensor": 2}
     shallow = small_config(parallel=parallel, data={"sequence_length": 32})
@@ -20,6 +29,62 @@ def test_a_deeper_model_is_measured_as_slower_on_two_ranks() -> None:
     for seconds in rounds:
         assert len(seconds) == 2
         assert 0 < seconds[0] < seconds[1]
+
+
+# Of one config a step takes 1, 7, 3 and 2 s, of the other ten times as long; the first of them warms up.
+STEP_SECONDS = (1.0, 7.0, 3.0, 2.0)
+
+
+def seconds_by_a_made_up_clock(configs: list[RunConfig]) -> list[list[float]]:
+    """On a rank: the rounds of engines that move the clock on by known seconds."""
+    from sas_megatron.training import engine as engines
+
+    clock = SimpleNamespace(now=0.0)
+
+    class MadeUpEngine:
+        """Takes a quarter of a step's seconds for the microbatches, and the rest for the update."""
+
+        def __init__(self, config: RunConfig) -> None:
+            factor = 10.0 if config.model.num_layers == 3 else 1.0
+            self.seconds = iter([factor * seconds for seconds in STEP_SECONDS])
+
+        def accumulate(self, batches: Any, *, num_microbatches: int) -> None:
+            assert num_microbatches == 2
+            self.step = next(self.seconds)
+            clock.now += 0.25 * self.step
+
+        def measure_gradients(self) -> float:
+            return 1.5
+
+        def update(self, gradient_norm: float) -> None:
+            assert gradient_norm == 1.5
+            clock.now += 0.75 * self.step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_time, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        patch.setattr(engines, "assemble", MadeUpEngine)
+        return step_time.time_rounds(configs, 2, in_layout(ParallelConfig()))
+
+
+def test_a_config_takes_the_median_step_after_the_first(ranks: Any) -> None:
+    shallow, deep = small_config(), small_config(model={"num_layers": 3})
+    (rounds,) = ranks(1).run(seconds_by_a_made_up_clock, [shallow, deep])
+    assert rounds == [[pytest.approx(3.0), pytest.approx(30.0)]] * 2
+
+
+def test_a_step_is_that_of_the_slowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(parallel={"tensor": 2})
+    asked: list[Any] = []
+
+    def answer(function: Any, *arguments: Any, **options: Any) -> list[list[list[float]]]:
+        asked.append((function, arguments, options))
+        # By rank, round and config.
+        return [[[1.0, 5.0], [2.0, 2.0]], [[3.0, 4.0], [1.0, 6.0]]]
+
+    monkeypatch.setattr(step_time, "run_on_ranks", answer)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert measure_step_seconds([config, config], rounds=2) == [[3.0, 5.0], [2.0, 6.0]]
+    assert asked == [(step_time._time_on_rank, ([config, config], 2), {"world_size": 2, "threads": 3})]
 
 
 def engines_held(configs: list[RunConfig]) -> list[int]:

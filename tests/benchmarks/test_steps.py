@@ -8,10 +8,14 @@ import torch
 from sas_megatron.benchmarks.steps import measure_steps, with_microbatches
 from sas_megatron.model.costs import causal_half, count_parameters, count_training_flops
 from tests import small_attentions as small
+from tests.benchmarks.small_ceilings import shrink_ceilings
+from tests.planning.forked_ranks import fork_ranks
 from tests.run_configs import small_config
 
 
-def test_time_is_set_against_flops_and_the_peak() -> None:
+def test_time_is_set_against_flops_and_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks(monkeypatch)
+    shrink_ceilings(monkeypatch)
     configs = {
         name: with_microbatches(small_config(attention=attention), 3)
         for name, attention in (("mha", small.MHA), ("sas", small.SAS))

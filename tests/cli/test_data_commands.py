@@ -12,17 +12,13 @@ from click.testing import CliRunner, Result
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
+from tests.fork_server import run_command
 
 TEXT = "def twice(number):\n    return 2 * number\n\n" * 40
 
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=True)
-
-
-def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sas_megatron", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

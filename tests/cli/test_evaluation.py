@@ -1,11 +1,10 @@
-"""`sas-megatron evaluate` and `generate` as a user runs them, alone and under torchrun."""
+"""`sas-megatron evaluate` and `generate`, in one process and on two ranks."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from sas_megatron.data.corpus import builtin_corpus
 from sas_megatron.data.documents import stream_documents
 from tests import small_attentions as small
 from tests.cli.test_commands import command
-from tests.conftest import ROOT
 from tests.evaluation.local_tasks import NUM_DOCUMENTS, write_tasks
 from tests.evaluation.trained_runs import TrainedRun, train_and_export
+from tests.fork_server import ForkedCommand, run_command
 from tests.small_data import SmallData
 
 
@@ -29,7 +28,7 @@ def run(ranks: Any, small_data: SmallData, tmp_path_factory: pytest.TempPathFact
 def test_evaluate_measures_the_validation_loss_and_leaves_it_in_the_summary(
     run: TrainedRun, tmp_path: Path
 ) -> None:
-    done = command("evaluate", run.directory, "--sequence-length", "40", folder=tmp_path)
+    done = run_command("evaluate", run.directory, "--sequence-length", "40", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "validation" in done.stdout
     written = json.loads((run.directory / "evaluation" / "iter_0000012" / "summary.json").read_text())
@@ -40,6 +39,7 @@ def test_evaluate_measures_the_validation_loss_and_leaves_it_in_the_summary(
 
 def test_generate_continues_prompts_and_tells_what_the_cache_keeps(run: TrainedRun, tmp_path: Path) -> None:
     options = ["--prompt", "import os", "--prompt", "def main(", "--max-new-tokens", "5"]
+    # A fresh interpreter: Megatron-core must not be imported before its stand-in for the CPU is there.
     done = command("generate", run.directory, "attention.kv_cache=simulated", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "import os" in done.stdout
@@ -50,28 +50,40 @@ def test_generate_continues_prompts_and_tells_what_the_cache_keeps(run: TrainedR
     )
 
 
+def complete_on_ranks(
+    world_size: int, arguments: list[Any], *, environment: dict[str, str]
+) -> list[ForkedCommand]:
+    """Run a command with the variables that torchrun gives to each rank, and let it end."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    launched = {**environment, **rendezvous, "WORLD_SIZE": str(world_size)}
+    commands = [
+        ForkedCommand(*arguments, environment={**launched, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world_size)
+    ]
+    try:
+        for command in commands:
+            assert command.wait(240) == 0, command.errors()
+    finally:
+        for command in commands:
+            command.kill()
+    return commands
+
+
 def test_two_processes_run_tasks_of_a_folder_and_write_the_harness_s_files(
     run: TrainedRun, tmp_path: Path
 ) -> None:
     texts = list(stream_documents([builtin_corpus(tmp_path, max_bytes=200_000)]))
     tasks = write_tasks(tmp_path / "tasks", texts)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
-            *("--nproc-per-node", "2", "-m", "sas_megatron", "evaluate", str(run.directory)),
-            *("--tasks", "next_line,last_*", "--include-path", str(tasks), "--limit", "3", "--cache"),
-            *("--output", str(tmp_path / "results"), "--json", "parallel.tensor=2"),
-        ],
-        env={
-            **os.environ,
-            **{"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"},
-        },
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)["tasks"]
+    arguments = [
+        *("evaluate", run.directory, "--tasks", "next_line,last_*", "--include-path", tasks, "--limit", 3),
+        *("--cache", "--output", tmp_path / "results", "--json", "parallel.tensor=2"),
+    ]
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"}
+    first, second = complete_on_ranks(2, arguments, environment={**os.environ, **offline})
+    assert second.output() == "", "the first rank prints for all"
+    results = json.loads(first.output())["tasks"]
     assert results["num_samples"]["next_line"] == {"original": NUM_DOCUMENTS, "effective": 3}
     assert results["results"]["next_line"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
     folder = tmp_path / "results" / "iter_0000012"

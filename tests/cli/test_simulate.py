@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_commands import QUICKSTART, command, refused
+from tests.cli.test_commands import QUICKSTART, refused
+from tests.fork_server import run_command
 
 
 @pytest.mark.parametrize(
@@ -31,11 +32,11 @@ from tests.cli.test_commands import QUICKSTART, command, refused
     ],
 )
 def test_what_cannot_be_simulated_is_refused(arguments: list[Any], message: str, tmp_path: Path) -> None:
-    refused(command("simulate", QUICKSTART, *arguments, folder=tmp_path), message, tmp_path)
+    refused(run_command("simulate", QUICKSTART, *arguments, cwd=tmp_path), message, tmp_path)
 
 
 def test_a_world_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    done = command("simulate", QUICKSTART, "--world-size", 3, folder=tmp_path)
+    done = run_command("simulate", QUICKSTART, "--world-size", 3, cwd=tmp_path)
     assert done.returncode == 2
     assert "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2)" in done.stderr
 
@@ -47,7 +48,7 @@ def _terms_sum(step: dict[str, Any]) -> float:
 def test_the_estimate_is_an_object_and_a_table(tmp_path: Path) -> None:
     # No file of the config's data section is there.
     small = ["model.num_layers=2", "parallel.pipeline=2", "--world-size", 4]
-    done = command("simulate", QUICKSTART, *small, "--json", folder=tmp_path)
+    done = run_command("simulate", QUICKSTART, *small, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     estimate = json.loads(done.stdout)
     assert [rank["rank"] for rank in estimate["ranks"]] == [0, 2]
@@ -63,7 +64,7 @@ def test_the_estimate_is_an_object_and_a_table(tmp_path: Path) -> None:
     assert step["pipeline_bubble"] == 1.0  # two stages, one microbatch
     assert estimate["fits"] is True
 
-    table = command("simulate", QUICKSTART, *small, "--rank", 3, "--memory-gib", 2.5, folder=tmp_path)
+    table = run_command("simulate", QUICKSTART, *small, "--rank", 3, "--memory-gib", 2.5, cwd=tmp_path)
     assert table.returncode == 0, table.stderr
     assert "rank 3" in table.stdout
     assert "does not fit" in table.stdout

@@ -18,10 +18,12 @@ import pytest
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.data import partial_tokens
+from sas_megatron.data import prepare as preparation
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.prepare import Preparation, PreparationProgress, prepare_token_files
 from sas_megatron.data.token_files import load_manifest, token_file, verify_token_files
 from sas_megatron.data.tokenizer import Tokenizer
+from tests.selection import exhaustive
 
 ENDINGS = (".bin", ".idx", ".json")
 
@@ -106,7 +108,7 @@ def test_the_record_says_what_the_files_hold(prepared: Path, corpus: Path, token
     ]
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [pytest.param(2, marks=exhaustive), 3])
 def test_the_number_of_workers_changes_no_byte(
     num_workers: int, prepared: Path, corpus: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
@@ -143,11 +145,14 @@ def test_documents_of_odd_sizes_come_back(tokenizer_path: Path, tokenizer: Token
     assert [tokenizer.decode(document.tolist()) for document in documents] == texts
 
 
-def test_a_second_call_returns_at_once(prepared: Path, corpus: Path, tokenizer_path: Path) -> None:
+def test_a_second_call_starts_no_worker(
+    prepared: Path, corpus: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "EncodingPool", None)
     before = {ending: token_file(prepared, ending).stat() for ending in ENDINGS}
-    started = time.perf_counter()
+    started = time.process_time()
     assert prepare(corpus, tokenizer_path, prepared).was_complete
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert {ending: token_file(prepared, ending).stat() for ending in ENDINGS} == before
 
 
@@ -223,7 +228,7 @@ def test_a_killed_run_goes_on_and_its_workers_end(
     process.wait()
     assert files_of(tmp_path) == {}
     finished = journal_lines(prefix)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.02)
@@ -282,9 +287,9 @@ def test_documents_that_changed_after_a_stop_are_encoded_again(tokenizer_path: P
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(5):
-        (folder / f"{number}.txt").write_text(f"text {number} " * 100_000)
+        (folder / f"{number}.txt").write_text(f"text {number} " * 80_000)
     interrupt_after(folder, tokenizer_path, tmp_path / "out" / "tokens", 3)
-    (folder / "1.txt").write_text("other words " * 100_000)
+    (folder / "1.txt").write_text("other words " * 80_000)
     (folder / "4.txt").unlink()
     (folder / "3.txt").unlink()
     assert prepare(folder, tokenizer_path, tmp_path / "out" / "tokens").resumed_chunks == 1
@@ -296,7 +301,7 @@ def test_documents_taken_away_after_a_stop_are_dropped(tokenizer_path: Path, tmp
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(4):
-        (folder / f"{number}.txt").write_text(f"text {number} " * 100_000)
+        (folder / f"{number}.txt").write_text(f"text {number} " * 80_000)
     interrupt_after(folder, tokenizer_path, tmp_path / "out" / "tokens", 3)
     for number in (1, 2, 3):
         (folder / f"{number}.txt").unlink()

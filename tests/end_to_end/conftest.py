@@ -1,4 +1,4 @@
-"""What is started once for all tests that use it: a cluster, and a run to compare with."""
+"""Started once for all tests that use it: a SLURM cluster, and a run to compare with."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import pytest
 
 from tests.end_to_end.nodes import losses, write_config
 from tests.end_to_end.slurm_cluster import SlurmCluster, lacking_for_slurm, running_cluster
-from tests.end_to_end.test_launching import shell
+from tests.fork_server import ForkedCommand
 from tests.small_data import SmallData
 
 
 @pytest.fixture(scope="session")
 def local_losses(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Of the run of `write_config` by two processes of torchrun on this machine."""
+    """The losses of the run of `write_config` by two forked processes."""
     folder = tmp_path_factory.mktemp("local")
-    done = shell("launch/torchrun.sh", "2", str(write_config(small_data, folder)))
-    assert done.returncode == 0, done.stderr
+    config = write_config(small_data, folder)
+    launched = (folder / "pids", 2, "sas_megatron", "train", config)
+    ranks = ForkedCommand(*launched, module="tests.end_to_end.fork_launcher")
+    assert ranks.wait(120) == 0, ranks.errors()
     found = losses(folder / "run")
     assert len(found) == 4
     return found

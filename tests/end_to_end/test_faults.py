@@ -13,75 +13,40 @@ from pathlib import Path
 import pytest
 
 from sas_megatron.parallel.roll_call import GRACE_SECONDS
-from tests.end_to_end.jobs import Job
+from tests.end_to_end.jobs import LAUNCHERS, Job
 from tests.small_data import SmallData
 
-TIMEOUT_SECONDS = 15  # long enough for four ranks to meet on two busy cores
-TORCHRUN_KILLS_AFTER_SECONDS = 30  # what SIGTERM cannot end
+TIMEOUT_SECONDS = 9  # long enough for four ranks to meet on two busy cores
+TIMEOUT = "0.15"  # as reports have it, in minutes
+LAUNCHER_KILLS_AFTER_SECONDS = 30  # what SIGTERM cannot end
 MARGIN_SECONDS = 30  # for a busy machine
 HOST = socket.gethostname()
-
-# Trains as `sas-megatron train` does, but for what rank 3 does in its step 4.
-ENTRY = """
-import itertools, os, sys
-from sas_megatron.config.loading import load_run_config
-from sas_megatron.platform.device import prepare_device
-
-def raise_an_error():
-    raise ValueError("this sample is no good")
-
-def loop_for_ever():
-    while True:
-        pass
-
-if __name__ == "__main__":
-    prepare_device()
-    from sas_megatron.training import loop, start
-    misbehave, train_step, steps = globals()[sys.argv[1]], loop.train_step, itertools.count(1)
-    def broken_step(*args, **kwargs):
-        if next(steps) == 4 and os.environ["RANK"] == "3":
-            misbehave()
-        return train_step(*args, **kwargs)
-    loop.train_step = broken_step
-    start.train(load_run_config(sys.argv[2]))
-"""
+FAULTY = "tests.end_to_end.faulty_training"
 
 
-@pytest.fixture
-def job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
-    job = Job(
-        tmp_path,
-        small_data.run(
-            tmp_path / "run",
-            parallel={"tensor": 2},
-            training={
-                "num_steps": 5000,
-                "micro_batch_size": 2,
-                "collective_timeout_minutes": TIMEOUT_SECONDS / 60,
-            },
-            evaluation={"interval": None},
-        ),
+@pytest.fixture(params=LAUNCHERS)
+def job(tmp_path: Path, small_data: SmallData, request: pytest.FixtureRequest) -> Iterator[Job]:
+    config = small_data.run(
+        tmp_path / "run",
+        parallel={"tensor": 2},
+        training={
+            "num_steps": 5000,
+            "micro_batch_size": 2,
+            "collective_timeout_minutes": TIMEOUT_SECONDS / 60,
+        },
+        evaluation={"interval": None},
     )
+    job = Job(tmp_path, config, launcher=request.param)
     yield job
     job.kill()
 
 
-@pytest.mark.parametrize(
-    ("number", "seconds"),
-    [
-        (signal.SIGKILL, GRACE_SECONDS + MARGIN_SECONDS),
-        pytest.param(
-            signal.SIGSTOP,
-            TIMEOUT_SECONDS + GRACE_SECONDS + TORCHRUN_KILLS_AFTER_SECONDS + MARGIN_SECONDS,
-            marks=pytest.mark.exhaustive,
-        ),
-    ],
-    ids=["killed", "stopped"],
-)
-def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(
-    job: Job, number: signal.Signals, seconds: float
-) -> None:
-    job.start_by_script(4)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(job: Job, number: signal.Signals) -> None:
+    seconds = GRACE_SECONDS + MARGIN_SECONDS
+    if number == signal.SIGSTOP:
+        seconds += TIMEOUT_SECONDS + LAUNCHER_KILLS_AFTER_SECONDS
+    job.start_ranks(4, "train", str(job.config))
     job.wait_for_record(3)
     job.signal_rank(3, number)
     assert job.wait(seconds) == 1
@@ -97,7 +62,7 @@ def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(
     newest, last = int(named[1]), int(named[2])
     assert last in (newest, newest - 1)
     assert newest in (job.num_records(), job.num_records() + 1)
-    waited = "the others waited 0.25 minutes in a collective (training.collective_timeout_minutes)"
+    waited = f"the others waited {TIMEOUT} minutes in a collective (training.collective_timeout_minutes)"
     assert (waited in report) == (number == signal.SIGSTOP)
     folder = job.run_directory / "flight_recorder"
     assert f"each rank's last collectives are in {folder}" in report
@@ -108,7 +73,7 @@ def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(
 
 
 def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
-    job.start_entry(ENTRY, "raise_an_error", num_ranks=4)
+    job.start_ranks(4, "raise_an_error", str(job.config), module=FAULTY)
     job.wait_for_record(3)
     assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
@@ -122,20 +87,20 @@ def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
 
 
 def test_a_rank_that_loops_is_named_with_the_place_where_it_loops(job: Job) -> None:
-    job.start_entry(ENTRY, "loop_for_ever", num_ranks=4)
+    job.start_ranks(4, "loop_for_ever", str(job.config), module=FAULTY)
     job.wait_for_record(3)
     assert job.wait(TIMEOUT_SECONDS + GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
     assert re.search(
-        rf"after step 3: rank 3 on {HOST} \(last finished step 3\) stayed at \S*entry\.py:\d+ in "
-        r"loop_for_ever; the others waited 0\.25 minutes",
+        rf"after step 3: rank 3 on {HOST} \(last finished step 3\) stayed at \S*faulty_training\.py:\d+ in "
+        rf"loop_for_ever; the others waited {TIMEOUT} minutes",
         job.report(),
     )
     assert "Traceback" not in _without_torchrun(job.output())
 
 
 def test_a_launcher_that_is_killed_leaves_no_process_behind(job: Job) -> None:
-    job.start_by_script(4)
+    job.start_ranks(4, "train", str(job.config))
     job.wait_for_record(3)
     job.signal_launcher(signal.SIGKILL)
     assert job.wait(1) == -signal.SIGKILL

@@ -7,14 +7,20 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from sas_megatron.cli.main import cli
+from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from tests.end_to_end.jobs import LAUNCHERS, TORCHRUN
 from tests.end_to_end.started_processes import environment_with
+from tests.fork_server import ForkedCommand, run_command
 from tests.small_data import SmallData
 
 ROOT = Path(__file__).parents[2]
@@ -39,20 +45,6 @@ def config_file(small_data: SmallData, tmp_path: Path) -> Path:
     return path
 
 
-def test_torchrun_script_trains_with_two_processes(config_file: Path, tmp_path: Path) -> None:
-    done = shell("launch/torchrun.sh", "2", str(config_file), "logging.interval=2")
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "iteration" in line and "lm loss:" in line]
-    assert len(lines) == 3, "steps 1, 2 and 4, on one rank only"
-    for part in (
-        "consumed samples:",
-        "elapsed time per iteration (ms):",
-        "throughput per GPU (TFLOP/s/GPU):",
-    ):
-        assert part in lines[0]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
-
-
 @pytest.mark.parametrize(
     ("processes", "override", "message"),
     [
@@ -62,7 +54,7 @@ def test_torchrun_script_trains_with_two_processes(config_file: Path, tmp_path: 
         ("2", "data.prefixes=[missing]", "missing"),
     ],
 )
-def test_what_the_user_can_mend_is_said_once_before_any_process_starts(
+def test_user_errors_are_reported_once_before_any_process_starts(
     config_file: Path, tmp_path: Path, processes: str, override: str, message: str
 ) -> None:
     done = shell("launch/torchrun.sh", processes, str(config_file), override)
@@ -87,9 +79,7 @@ def test_what_the_user_can_mend_is_said_once_before_any_process_starts(
         ("deepspeed.sh", {"NNODES": "2:3"}, "NNODES=2:3: must be a number"),
     ],
 )
-def test_cluster_variables_of_another_form_are_told(
-    script: str, variables: dict[str, str], message: str
-) -> None:
+def test_invalid_cluster_variables_are_reported(script: str, variables: dict[str, str], message: str) -> None:
     done = shell(f"launch/{script}", "run.yaml", **variables)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert f"launch/{script}: error: {message}" in done.stderr
@@ -105,27 +95,44 @@ def test_deepspeed_on_one_node_names_a_taken_port_before_it_starts_processes(con
     assert f"error: MASTER_PORT={port}: cannot be listened at on " in done.stderr
 
 
-def test_a_bare_process_is_told_how_to_start_two(config_file: Path) -> None:
-    done = shell(sys.executable, "-m", "sas_megatron", "train", str(config_file))
+def test_a_process_without_a_launcher_reports_how_to_start_two(config_file: Path) -> None:
+    done = run_command("train", config_file)
     assert done.returncode == 2
     assert "start 2 or 4 processes (launch/torchrun.sh 2 CONFIG)" in done.stderr
 
 
-def _columns(report: dict[str, Any], name: str) -> list[Any]:
-    return [row[name] for row in report["rows"]]
+def train_by_forks(command: list[str], *, env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+    """Run a command line of torchrun's as torchrun would, with forked ranks."""
+    from torch.distributed.run import get_args_parser
+
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    options = get_args_parser().parse_args(command[3:])
+    assert (options.standalone, options.module, options.local_addr) == (True, True, "127.0.0.1")
+    with tempfile.NamedTemporaryFile() as pids:
+        ranks = ForkedCommand(
+            *(pids.name, options.nproc_per_node, options.training_script, *options.training_script_args),
+            module="tests.end_to_end.fork_launcher",
+            environment=env,
+        )
+        return subprocess.CompletedProcess(command, ranks.wait(240))
 
 
-def test_quickstart_ends_in_a_comparison_and_repeats_for_nothing(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "sas_megatron",
-        "quickstart",
-        "--directory",
-        "here",
-        "--corpus-bytes",
-        "900000",
-    ]
+def quickstart(launcher: str, directory: Path, *overrides: str) -> tuple[int, str]:
+    """Return the exit status and the output, errors included."""
+    arguments = ["quickstart", "--directory", str(directory), "--corpus-bytes", "900000", *overrides]
+    if launcher == TORCHRUN:
+        done = shell(sys.executable, "-m", "sas_megatron", *arguments)
+        return done.returncode, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sas_megatron.cli.quickstart.subprocess", SimpleNamespace(run=train_by_forks))
+        result = CliRunner().invoke(cli, arguments)
+    assert result.exception is None or isinstance(result.exception, UserError | SystemExit), result.exc_info
+    status = 2 if isinstance(result.exception, UserError) else result.exit_code
+    return status, f"{result.output}{result.exception or ''}"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_quickstart_ends_in_a_comparison_and_trains_only_once(launcher: str, tmp_path: Path) -> None:
     small = [
         "training.num_steps=6",
         "schedule.warmup_steps=2",
@@ -133,24 +140,28 @@ def test_quickstart_ends_in_a_comparison_and_repeats_for_nothing(tmp_path: Path)
         "evaluation.num_sequences=4",
     ]
     small += ["data.sequence_length=64", "model.vocab_size=1024", "data.split=[0.8, 0.2]"]
-    done = shell(*command, *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "Final validation loss" in done.stdout
-    assert "At equal FLOPs" in done.stdout
-    report = json.loads((tmp_path / "here" / "comparison.json").read_text())
-    parameters = _columns(report, "parameters")
+    directory = tmp_path / "quickstart"
+    status, output = quickstart(launcher, directory, *small)
+    assert status == 0, output
+    assert "Final validation loss" in output
+    assert "At equal FLOPs" in output
+    rows = json.loads((directory / "comparison.json").read_text())["rows"]
+    parameters = [row["parameters"] for row in rows]
     assert abs(parameters[1] / parameters[0] - 1) <= 0.02
-    assert (tmp_path / "here" / "comparison.png").stat().st_size > 10_000
-    assert "</html>" in (tmp_path / "here" / "comparison.html").read_text()
+    assert (directory / "comparison.png").stat().st_size > 10_000
+    assert "</html>" in (directory / "comparison.html").read_text()
+    metrics = {path: path.read_text() for path in (directory / "runs").glob("*/metrics.jsonl")}
+    assert len(metrics) == 2
 
-    again = shell(*command, *small, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "trained already" in again.stdout
-    assert "iteration" not in again.stdout
+    status, output = quickstart(launcher, directory, *small)
+    assert status == 0, output
+    assert output.count("trained already") == 2
+    assert "iteration" not in output
+    assert {path: path.read_text() for path in metrics} == metrics
 
-    other = shell(*command, *small, "optimizer.learning_rate=1e-3", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "holds a run of another config" in other.stderr
+    status, output = quickstart(launcher, directory, *small, "optimizer.learning_rate=1e-3")
+    assert status == 2
+    assert "holds a run of another config" in output
 
 
 SHELL_SCRIPTS = sorted(
@@ -195,6 +206,7 @@ def test_the_table_of_launchers_names_scripts_and_variables_that_there_are() -> 
             assert variable in known, line
 
 
+@pytest.mark.exhaustive
 def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
     config_file: Path, tmp_path: Path
 ) -> None:
@@ -226,7 +238,7 @@ def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
         ("deepspeed", {"NODE_RANK": "1"}, "MASTER_ADDR"),
     ],
 )
-def test_one_of_several_nodes_is_told_what_it_must_know(
+def test_one_of_several_nodes_reports_the_variable_that_is_missing(
     config_file: Path, script: str, variables: dict[str, str], lacking: str
 ) -> None:
     done = shell(f"launch/{script}.sh", "1", str(config_file), NNODES="2", **variables)

@@ -15,6 +15,7 @@ import pytest
 
 from tests.end_to_end.nodes import (
     MARGIN_SECONDS,
+    RUN_SECONDS,
     SECONDS_TO_SAY,
     Nodes,
     free_port,
@@ -25,17 +26,30 @@ from tests.end_to_end.nodes import (
     write_config,
 )
 from tests.end_to_end.two_hosts import ADDRESSES, lacking_for_ssh, running_hosts
+from tests.fork_server import ForkedCommand, run_command
 from tests.small_data import SmallData
 
 HOST = socket.gethostname()
 # Two launchers on two busy cores need longer to come than JOIN_SECONDS' default.
 PATIENT = {"JOIN_SECONDS": "200"}
+TWO_RANKS = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+needs_ssh = pytest.mark.system_packages("openssh-server", "openssh-client", "pdsh")
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     with started_nodes(tmp_path) as nodes:
         yield nodes
+
+
+@pytest.fixture
+def hosts() -> Iterator[dict[str, str]]:
+    if reason := lacking_for_ssh():
+        pytest.skip(reason)
+    with running_hosts() as hosts:
+        yield hosts
 
 
 def start_two(nodes: Nodes, script: str, *arguments: str, **environment: str) -> None:
@@ -108,15 +122,17 @@ def over_ssh(hosts: dict[str, str]) -> dict[str, str]:
     }
 
 
+@needs_ssh
 def test_deepspeed_trains_on_two_hosts_over_ssh(
-    nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
+    hosts: dict[str, str],
+    nodes: Nodes,
+    small_data: SmallData,
+    tmp_path: Path,
+    local_losses: list[float],
 ) -> None:
-    if reason := lacking_for_ssh():
-        pytest.skip(reason)
-    with running_hosts() as hosts:
-        nodes.start("launch/deepspeed.sh", str(write_config(small_data, tmp_path)), **over_ssh(hosts))
-        assert nodes.wait() == [0], nodes.output()
-        assert not nodes.processes()
+    nodes.start("launch/deepspeed.sh", str(write_config(small_data, tmp_path)), **over_ssh(hosts))
+    assert nodes.wait() == [0], nodes.output()
+    assert not nodes.processes()
     assert losses(tmp_path / "run") == local_losses
     assert world_size(tmp_path / "run") == 2
 
@@ -172,7 +188,7 @@ def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Pa
     assert error.startswith(f"MASTER_PORT={port}: cannot be listened at on {HOST} (Address already in use)")
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_first_node_that_stays_alone_ends(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str
@@ -190,41 +206,102 @@ def test_a_first_node_that_stays_alone_ends(
         assert not errors, "torchrun says it"
 
 
+@needs_ssh
 @pytest.mark.exhaustive
 def test_hosts_do_not_wait_long_for_one_that_ssh_does_not_know(
-    nodes: Nodes, small_data: SmallData, tmp_path: Path
+    hosts: dict[str, str], nodes: Nodes, small_data: SmallData, tmp_path: Path
 ) -> None:
-    if reason := lacking_for_ssh():
-        pytest.skip(reason)
     begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
-    with running_hosts() as hosts:
-        (tmp_path / "hosts").write_text("node1 slots=1\nno-such-host.invalid slots=1\n")
-        place = {**over_ssh(hosts), "HOSTFILE": str(tmp_path / "hosts"), "JOIN_SECONDS": "5"}
-        nodes.start("launch/deepspeed.sh", config, **place)
-        assert not said_in_time(nodes, begun), "pdsh puts the host before it"
+    (tmp_path / "hosts").write_text("node1 slots=1\nno-such-host.invalid slots=1\n")
+    place = {**over_ssh(hosts), "HOSTFILE": str(tmp_path / "hosts"), "JOIN_SECONDS": "5"}
+    nodes.start("launch/deepspeed.sh", config, **place)
+    assert not said_in_time(nodes, begun), "pdsh puts the host before it"
     assert "Could not resolve hostname no-such-host.invalid" in nodes.output()
     assert nodes.output().count("sas-megatron: error: WORLD_SIZE=2: not all ranks came to") == 1
 
 
+def test_a_rank_whose_others_do_not_come_ends_in_time(small_data: SmallData, tmp_path: Path) -> None:
+    port = free_port()
+    rank = ForkedCommand(
+        *("train", write_config(small_data, tmp_path)),
+        environment={**os.environ, **TWO_RANKS, "RANK": "0", "MASTER_PORT": port, "JOIN_SECONDS": "3"},
+    )
+    try:
+        assert rank.wait(SECONDS_TO_SAY) == 2, rank.errors()
+    finally:
+        rank.kill()
+    (error,) = re.findall(r"^sas-megatron: error: (.*)$", rank.errors(), re.MULTILINE)
+    assert error.startswith(f"WORLD_SIZE=2: not all ranks came to 127.0.0.1:{port} within 3 s (")
+
+
+def task_of_step(rank: int, **environment: str) -> dict[str, str]:
+    """The variables of one of two tasks that srun starts; SLURM is not asked, as MASTER_ADDR is set."""
+    step = {
+        "SLURM_JOB_ID": "1234",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    return {**os.environ, **step, **environment}
+
+
+def test_tasks_of_a_slurm_step_train_as_ranks(
+    small_data: SmallData, tmp_path: Path, local_losses: list[float]
+) -> None:
+    config, port = write_config(small_data, tmp_path), free_port()
+    ranks = [
+        ForkedCommand("train", config, environment=task_of_step(rank, MASTER_PORT=port)) for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(RUN_SECONDS) for rank in ranks] == [0, 0], "".join(rank.errors() for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert losses(tmp_path / "run") == local_losses
+    assert world_size(tmp_path / "run") == 2
+
+
+def test_a_slurm_step_that_cannot_start_reports_it(small_data: SmallData, tmp_path: Path) -> None:
+    config = write_config(small_data, tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run_command("train", config, environment=task_of_step(0, MASTER_PORT=port))
+    assert done.returncode == 2
+    assert f"error: MASTER_PORT={port}: cannot be listened at on {HOST}" in done.stderr
+    environment = task_of_step(0, MASTER_ADDR="no-such.invalid")
+    done = run_command("train", config, environment=environment)
+    assert done.returncode == 2
+    assert "error: MASTER_ADDR=no-such.invalid: is not known" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_directory_that_nodes_do_not_share_is_refused_by_one_rank(
-    nodes: Nodes, small_data: SmallData, tmp_path: Path
+    small_data: SmallData, tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("lacks root, without which a node cannot be given a file system of its own")
-    config = str(write_config(small_data, tmp_path))
-    (tmp_path / "run").mkdir()
-    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **PATIENT}
-    nodes.start("launch/torchrun.sh", "1", config, NODE_RANK="0", **place)
-    alone = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
-    nodes.start(
-        *("unshare", "--mount", "bash", "-c", alone, str(tmp_path / "run")),
-        *("launch/torchrun.sh", "1", config),
-        NODE_RANK="1",
-        **place,
-    )
-    # Meeting takes its time on a busy machine; the claim begins there.
-    nodes.wait_until(lambda: nodes.processes(RANK="0") and nodes.processes(RANK="1"))
-    errors = said_in_time(nodes, time.monotonic())
-    assert len(errors) == 1, nodes.output()
-    assert f"is another folder to rank 1 on {HOST} than to rank 0" in errors[0]
-    assert not list((tmp_path / "run").iterdir())
+    config, folder = write_config(small_data, tmp_path), tmp_path / "run"
+    folder.mkdir()
+    place = {**os.environ, **TWO_RANKS, "MASTER_PORT": free_port()}
+    ranks = [
+        ForkedCommand("train", config, environment={**place, "RANK": "0"}),
+        ForkedCommand(
+            *(folder, config),
+            module="tests.end_to_end.training_on_own_file_system",
+            environment={**place, "RANK": "1"},
+        ),
+    ]
+    try:
+        assert [rank.wait(SECONDS_TO_SAY) for rank in ranks] == [2, 2]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    output = "".join(rank.errors() for rank in ranks)
+    (error,) = re.findall(r"^sas-megatron: error: (.*)$", output, re.MULTILINE)
+    assert f"is another folder to rank 1 on {HOST} than to rank 0" in error
+    assert not list(folder.iterdir())

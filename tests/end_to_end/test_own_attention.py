@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from sas_megatron.config.loading import dump_tree
 from sas_megatron.config.run import RunConfig
 from tests.conftest import ROOT
+from tests.fork_server import run_command
 from tests.small_data import SmallData
 
 PACKAGE = ROOT / "docs" / "own_attention"
@@ -36,13 +36,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(installed: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sas_megatron", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{installed}", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """Run it in the folder of the package, which Python searches first."""
+    return run_command(*arguments, cwd=installed)
 
 
 def tied_config(base: RunConfig, path: Path, **attention: object) -> Path:

@@ -17,6 +17,7 @@ from tests.end_to_end.test_slurm import JOB_SECONDS, TWO_NODES, submit
 from tests.small_data import SmallData
 from tests.training.test_runs import assert_end_alike, complete, records
 
+pytestmark = pytest.mark.system_packages("slurmctld", "slurmd", "slurm-client", "munge")
 PREEMPTIONS = 10
 NOTICE_SECONDS = 60
 

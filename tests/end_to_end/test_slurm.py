@@ -19,6 +19,7 @@ from tests.end_to_end.slurm_cluster import SlurmCluster
 from tests.end_to_end.test_launching import shell
 from tests.small_data import SmallData
 
+pytestmark = pytest.mark.system_packages("slurmctld", "slurmd", "slurm-client", "munge")
 # A job's life on two busy cores; idle ones need a quarter of it.
 JOB_SECONDS = 240
 VENV = Path(sys.prefix)
@@ -40,23 +41,33 @@ def submit(slurm: SlurmCluster, folder: Path, *arguments: str, **environment: st
     )
 
 
-def test_two_nodes_train_as_two_local_processes_and_leave_a_log_for_each(
+def test_an_array_trains_on_two_nodes_and_a_failing_member_leaves_the_others_alone(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
-    job = submit(
-        slurm, tmp_path, *TWO_NODES, "launch/slurm_train.sbatch", str(write_config(small_data, tmp_path))
+    """The one training by SLURM of the default tests: by both scripts, with torchrun on each node."""
+    config = write_config(small_data, tmp_path)
+    runs = tmp_path / "runs"
+    runs.write_text(
+        f"{config} attention.kernel_size=4 logging.run_directory={tmp_path}/bad\n"
+        f"{config} 'data.split=[0.8, 0.2]' logging.run_directory={tmp_path}/good\n"
     )
-    state = slurm.wait_for(job, "COMPLETED", "FAILED", seconds=JOB_SECONDS)
-    assert state == "COMPLETED", (tmp_path / "output").read_text()
-    assert len(local_losses) == 4
-    assert losses(tmp_path / "run") == local_losses
-    assert world_size(tmp_path / "run") == 2
-    logs = {path.parts[-5]: path for path in (tmp_path / "run" / "logs").rglob("stdout.log")}
+    job = submit(slurm, tmp_path, *TWO_NODES, "--array=1-2", "launch/slurm_study.sbatch", str(runs))
+    assert slurm.wait_for(f"{job}_1", "COMPLETED", "FAILED", seconds=JOB_SECONDS) == "FAILED"
+    assert (tmp_path / "output-1").read_text().count("attention.kernel_size=4: must be odd") == 1
+    assert "ExitCode=2:0" in slurm.call("scontrol", "show", "job", f"{job}_1")
+    assert not (tmp_path / "bad").exists()
+
+    state = slurm.wait_for(f"{job}_2", "COMPLETED", "FAILED", seconds=JOB_SECONDS)
+    assert state == "COMPLETED", (tmp_path / "output-2").read_text()
+    assert losses(tmp_path / "good") == local_losses
+    assert world_size(tmp_path / "good") == 2
+    logs = {path.parts[-5]: path for path in (tmp_path / "good" / "logs").rglob("stdout.log")}
     assert sorted(logs) == ["node0", "node1"]
     assert "lm loss:" in logs["node0"].read_text()
     assert "lm loss:" not in logs["node1"].read_text()
 
 
+@pytest.mark.exhaustive
 def test_bare_srun_trains_a_rank_a_task(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
@@ -81,10 +92,11 @@ def taken_port() -> Iterator[str]:
 @pytest.mark.parametrize(
     "fault",
     [
-        "a taken port",
         "a world size that does not fit",
-        "an unknown host",
-        pytest.param("an unreachable host", marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(fault, marks=pytest.mark.exhaustive)
+            for fault in ("a taken port", "an unknown host", "an unreachable host")
+        ),
     ],
 )
 def test_what_bare_srun_cannot_start_is_said_once_and_in_time(
@@ -120,6 +132,7 @@ def test_what_bare_srun_cannot_start_is_said_once_and_in_time(
     slurm.wait_until(lambda: not set(slurm.processes()) - before, "", seconds=60)
 
 
+@pytest.mark.exhaustive
 def test_doctor_examines_an_allocation_under_srun(slurm: SlurmCluster, tmp_path: Path) -> None:
     said = slurm.call(
         *("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", f"--chdir={ROOT}", "--time=5"),
@@ -135,26 +148,7 @@ def test_doctor_examines_an_allocation_under_srun(slurm: SlurmCluster, tmp_path:
     assert record["verdict"] != "failure", said
 
 
-def test_a_failing_member_of_a_study_leaves_the_others_alone(
-    slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
-) -> None:
-    config = write_config(small_data, tmp_path)
-    runs = tmp_path / "runs"
-    runs.write_text(
-        f"{config} attention.kernel_size=4 logging.run_directory={tmp_path}/bad\n"
-        f"{config} 'data.split=[0.8, 0.2]' parallel.tensor=1 logging.run_directory={tmp_path}/good\n"
-    )
-    one_node = ("--nodes=1", "--gpus-per-node=1", "--array=1-2")
-    job = submit(slurm, tmp_path, *one_node, "launch/slurm_study.sbatch", str(runs))
-    assert slurm.wait_for(f"{job}_1", "COMPLETED", "FAILED", seconds=JOB_SECONDS) == "FAILED"
-    assert slurm.wait_for(f"{job}_2", "COMPLETED", "FAILED", seconds=JOB_SECONDS) == "COMPLETED"
-    said = (tmp_path / "output-1").read_text()
-    assert said.count("attention.kernel_size=4: must be odd") == 1
-    assert "ExitCode=2:0" in slurm.call("scontrol", "show", "job", f"{job}_1")
-    assert not (tmp_path / "bad").exists()
-    assert len(losses(tmp_path / "good")) == 4
-
-
+@pytest.mark.exhaustive
 def test_a_cancelled_job_leaves_a_checkpoint_to_go_on_from_and_no_process(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:

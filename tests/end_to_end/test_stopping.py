@@ -16,46 +16,13 @@ import pytest
 from sas_megatron.config.run import RunConfig
 from sas_megatron.parallel.roll_call import GRACE_SECONDS
 from sas_megatron.training.stopping import SAME_ORDER_SECONDS, STOPPED_STATUS
-from tests.end_to_end.jobs import Job
+from tests.end_to_end.jobs import LAUNCHERS, Job
 from tests.small_data import SmallData
 from tests.training.test_runs import assert_end_alike, complete, records
 
 MARGIN_SECONDS = 60  # for a busy machine
 HOST = socket.gethostname()
 STOPPED_AFTER = 4
-
-# Trains as `sas-megatron train` does, but that rank 1 sends a signal, to itself or to the launcher: in
-# step 4, in the save before it, or in step 4 which then never ends.
-ENTRY = """
-import itertools, os, signal, sys, time
-from sas_megatron.config.loading import load_run_config
-from sas_megatron.platform.device import prepare_device
-
-def send():
-    os.kill(os.getppid() if target == "launcher" else os.getpid(), signal.Signals[name])
-
-if __name__ == "__main__":
-    prepare_device()
-    from sas_megatron.training import loop, start
-    when, target, name = sys.argv[1:4]
-    train_step, asdict, steps = loop.train_step, loop.asdict, itertools.count(1)
-
-    def disturbed_step(*args, asks_to_stop, **kwargs):
-        if next(steps) == 4 and os.environ["RANK"] == "1" and when != "save":
-            send()
-            deadline = time.monotonic() + 60
-            while when == "forever" or not asks_to_stop() and time.monotonic() < deadline:
-                time.sleep(0.01)
-        return train_step(*args, asks_to_stop=asks_to_stop, **kwargs)
-
-    def disturbed_save(progress):
-        if progress.step == 3 and os.environ["RANK"] == "1" and when == "save":
-            send()
-        return asdict(progress)
-
-    loop.train_step, loop.asdict = disturbed_step, disturbed_save
-    sys.exit(start.train(load_run_config(sys.argv[4], sys.argv[5:])).exit_status)
-"""
 
 
 def config_of(small_data: SmallData, directory: Path, **training: Any) -> RunConfig:
@@ -68,16 +35,9 @@ def config_of(small_data: SmallData, directory: Path, **training: Any) -> RunCon
     )
 
 
-@pytest.fixture
-def job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
-    job = Job(tmp_path, config_of(small_data, tmp_path / "run"))
-    yield job
-    job.kill()
-
-
-@pytest.fixture
-def long_job(tmp_path: Path, small_data: SmallData) -> Iterator[Job]:
-    job = Job(tmp_path, config_of(small_data, tmp_path / "run", num_steps=5000))
+@pytest.fixture(params=LAUNCHERS)
+def job(tmp_path: Path, small_data: SmallData, request: pytest.FixtureRequest) -> Iterator[Job]:
+    job = Job(tmp_path, config_of(small_data, tmp_path / "run"), launcher=request.param)
     yield job
     job.kill()
 
@@ -91,11 +51,8 @@ def undisturbed(ranks: Any, small_data: SmallData, tmp_path_factory: pytest.Temp
 
 
 def start_disturbed(job: Job, when: str, target: str, number: signal.Signals) -> None:
-    entry = job.config.with_name("entry.py")
-    entry.write_text(ENTRY)
-    handled = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
-    launcher = ("torchrun", "--standalone", handled, "--nproc-per-node=2")
-    job.start(*launcher, str(entry), when, target, number.name, str(job.config))
+    arguments = (when, target, number.name, str(job.config))
+    job.start_ranks(2, *arguments, module="tests.end_to_end.disturbed_training")
 
 
 def read(job: Job, name: str) -> dict[str, Any]:
@@ -115,8 +72,8 @@ def check_stop(job: Job, reason: str) -> int:
 
 
 def check_goes_on(job: Job, small_data: SmallData, whole: RunConfig) -> None:
-    """The job, gone on with, ends as the undisturbed run did, bit for bit."""
-    job.start_by_script(2, "checkpoint.resume=true")
+    """The resumed job ends as the undisturbed run did, bit for bit."""
+    job.start_ranks(2, "train", str(job.config), "checkpoint.resume=true")
     assert job.wait(240) == 0, job.output()
     assert f"going on from {job.run_directory}/checkpoints/iter_{STOPPED_AFTER:07d}" in job.output()
     assert not (job.run_directory / "stopped.json").exists()
@@ -135,11 +92,12 @@ def check_goes_on(job: Job, small_data: SmallData, whole: RunConfig) -> None:
     ("when", "target", "number"),
     [
         ("step", "rank", signal.SIGUSR1),
+        ("save", "rank", signal.SIGTERM),
+        ("step", "launcher", signal.SIGINT),
         pytest.param("save", "rank", signal.SIGUSR1, marks=pytest.mark.exhaustive),
         pytest.param("step", "rank", signal.SIGTERM, marks=pytest.mark.exhaustive),
         pytest.param("step", "launcher", signal.SIGUSR1, marks=pytest.mark.exhaustive),
         pytest.param("step", "launcher", signal.SIGTERM, marks=pytest.mark.exhaustive),
-        pytest.param("step", "launcher", signal.SIGINT, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_signal_stops_all_ranks_after_the_step_and_nothing_is_lost(
@@ -153,7 +111,7 @@ def test_a_signal_stops_all_ranks_after_the_step_and_nothing_is_lost(
     start_disturbed(job, when, target, number)
     assert job.wait(240) != 0
     assert check_stop(job, f"signal {number.name}") == STOPPED_AFTER, job.output()
-    if target == "rank":  # torchrun tells of its processes only where nobody told it to end
+    if target == "rank":  # a launcher that was told to end does not list statuses
         assert re.search(rf"exitcode\s*: {STOPPED_STATUS}", job.output())
     check_goes_on(job, small_data, undisturbed)
 
@@ -171,15 +129,58 @@ def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     assert not (job.run_directory / "stopped.json").exists()
 
 
-def test_the_launch_script_hands_the_signal_on(long_job: Job) -> None:
-    long_job.start_by_script(2)
-    long_job.wait_for_record(4)
-    long_job.signal_launcher(signal.SIGUSR1)
-    assert long_job.wait(MARGIN_SECONDS) != 0
-    assert check_stop(long_job, "signal SIGUSR1") >= 3
+def test_the_torchrun_script_trains_logs_and_hands_the_signal_on(
+    tmp_path: Path, small_data: SmallData, ranks: Any
+) -> None:
+    """The one run of the default tests by launch/torchrun.sh."""
+
+    def config(name: str, **training: Any) -> RunConfig:
+        return small_data.run(
+            tmp_path / name,
+            parallel={"tensor": 2},
+            training={"num_steps": 5000, **training},
+            evaluation={"interval": None},
+            logging={"interval": 2},
+        )
+
+    job, logs = Job(tmp_path, config("run")), tmp_path / "logs"
+    try:
+        job.start("launch/torchrun.sh", "2", str(job.config), LOG_DIR=str(logs))
+        job.wait_for_record(4)
+        job.signal_launcher(signal.SIGUSR1)
+        assert job.wait(MARGIN_SECONDS) != 0
+        assert check_stop(job, "signal SIGUSR1") >= 6
+    finally:
+        job.kill()
+    assert read(job, "summary.json")["world_size"] == 2
+    lines = [line for line in job.output().splitlines() if "lm loss:" in line]
+    assert all(line.startswith(" iteration") for line in lines), "Megatron's form, with nothing in front"
+    steps = [int(re.findall(r"iteration +(\d+)/", line)[0]) for line in lines]
+    assert steps[:4] == [1, 2, 4, 6], "every second step, on one rank only"
+    for text in (
+        "consumed samples:",
+        "elapsed time per iteration (ms):",
+        "throughput per GPU (TFLOP/s/GPU):",
+    ):
+        assert text in lines[0]
+    printed = {path.parts[-2]: path.read_text() for path in logs.rglob("stdout.log")}
+    assert sorted(printed) == ["0", "1"]
+    assert printed["0"].count("lm loss:") == len(lines)
+    assert "lm loss:" not in printed["1"]
+
+    alone = config("alone", stop_after_steps=6)
+    ranks(2).run(complete, alone)
+    expected = [record["train_loss"] for record in records(alone)]
+    assert [record["train_loss"] for record in records(config("run"))][: len(expected)] == expected
 
 
-def test_the_time_limit_stops_a_bare_process_with_the_status(long_job: Job) -> None:
-    long_job.start_bare("training.stop_after_seconds=20")
-    assert long_job.wait(20 + MARGIN_SECONDS) == STOPPED_STATUS
-    assert check_stop(long_job, "stop_after_seconds") >= 1
+def test_the_time_limit_stops_a_process_without_a_launcher_with_the_status(
+    tmp_path: Path, small_data: SmallData
+) -> None:
+    job = Job(tmp_path, config_of(small_data, tmp_path / "run", num_steps=5000, stop_after_seconds=3))
+    try:
+        job.start_forked("train", job.config)
+        assert job.wait(3 + MARGIN_SECONDS) == STOPPED_STATUS
+        assert check_stop(job, "stop_after_seconds") >= 1
+    finally:
+        job.kill()

@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.end_to_end.namespaces import ADDRESSES, INTERFACE, lacking_for_namespaces, two_namespaces
-from tests.end_to_end.nodes import started_nodes, write_config
+from tests.end_to_end.nodes import write_config
+from tests.fork_server import ForkedCommand
 from tests.small_data import SmallData
 
 NUM_STEPS = 10
-
-# Trains as `sas-megatron train` does, and notes what the interface has sent before the first step and
-# after the last, each time with all that went before arrived. (/proc/net/dev is of the own namespace.)
-ENTRY = """
-import os, sys
-from sas_megatron.config.loading import load_run_config
-from sas_megatron.platform.device import prepare_device
-
-def bytes_sent():
-    with open("/proc/net/dev") as interfaces:
-        for line in interfaces:
-            name, _, counters = line.partition(":")
-            if name.strip() == interface:
-                return int(counters.split()[8])
-
-if __name__ == "__main__":
-    interface, path, num_steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    prepare_device()
-    import torch.distributed as dist
-    from sas_megatron.training import loop, start
-    train_step, readings = loop.train_step, []
-    def read():
-        dist.barrier()
-        readings.append(bytes_sent())
-    def measured_step(*args, **kwargs):
-        if not readings:
-            read()
-        result = train_step(*args, **kwargs)
-        measured_step.count += 1
-        if measured_step.count == num_steps:
-            read()
-        return result
-    measured_step.count, loop.train_step = 0, measured_step
-    start.train(load_run_config(sys.argv[4]))
-    with open(f"{path}-{os.environ['RANK']}", "w") as file:
-        print(readings[1] - readings[0], file=file)
-"""
+PORT = "29500"  # of the namespaces, which no other process shares
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2, "sequence": True}},
@@ -66,7 +32,8 @@ MOST_OVERHEAD = 2 * 66 / 1448
 STORE_BYTES = 200_000
 
 
-@pytest.mark.parametrize("layout", ["tensor", pytest.param("data", marks=pytest.mark.exhaustive)])
+@pytest.mark.system_packages("iproute2")
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_interface_sends_what_the_ledger_says(layout: str, small_data: SmallData, tmp_path: Path) -> None:
     if reason := lacking_for_namespaces():
         pytest.skip(reason)
@@ -79,16 +46,21 @@ def test_the_interface_sends_what_the_ledger_says(layout: str, small_data: Small
         logging={"wire_ledger": True},
         **LAYOUTS[layout],
     )
-    (tmp_path / "entry.py").write_text(ENTRY)
-    with two_namespaces() as names, started_nodes(tmp_path) as nodes:
-        for rank, name in enumerate(names):
-            nodes.start(
-                *("ip", "netns", "exec", name, "torchrun", "--nnodes=2", "--nproc-per-node=1"),
-                *(f"--node-rank={rank}", f"--master-addr={ADDRESSES[0]}", str(tmp_path / "entry.py")),
-                *(INTERFACE, str(tmp_path / "sent"), str(NUM_STEPS), str(config)),
-                GLOO_SOCKET_IFNAME=INTERFACE,
+    with two_namespaces() as names:
+        place = {"MASTER_ADDR": ADDRESSES[0], "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": PORT}
+        ranks = [
+            ForkedCommand(
+                *(name, INTERFACE, tmp_path / "sent", NUM_STEPS, config),
+                module="tests.end_to_end.measured_training",
+                environment={**os.environ, **place, "RANK": str(rank), "GLOO_SOCKET_IFNAME": INTERFACE},
             )
-        assert nodes.wait() == [0, 0], nodes.output()
+            for rank, name in enumerate(names)
+        ]
+        try:
+            assert [rank.wait(120) for rank in ranks] == [0, 0], "".join(rank.errors() for rank in ranks)
+        finally:
+            for rank in ranks:
+                rank.kill()
     ledgers = json.loads((tmp_path / "run" / "summary.json").read_text())["wire_bytes_sent"]
     for rank in range(2):
         (ledger,) = (entry["sent"] for entry in ledgers if rank in entry["ranks"])

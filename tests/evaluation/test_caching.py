@@ -12,14 +12,15 @@ from tests import small_attentions as small
 from tests.checkpoint.whole_models import ATTENTIONS
 from tests.evaluation.trained_models import random_texts, roughened_model, whole_logits
 from tests.run_configs import small_config
+from tests.selection import cases, exhaustive
 from tests.tolerances import assert_near
 
 # Prompts of unequal length, and what is decoded behind them: several tokens at once, then one by one.
 PROMPT_LENGTHS, NEW_TOKENS, FIRST_NEW = [5, 1, 9], 6, 3
 
 
-def config_of(attention: dict[str, Any], **parallel: int) -> RunConfig:
-    return small_config(attention=attention, parallel=parallel)
+def config_of(attention: dict[str, Any], *, num_layers: int = 2, **parallel: int) -> RunConfig:
+    return small_config(attention=attention, model={"num_layers": num_layers}, parallel=parallel)
 
 
 @torch.no_grad()
@@ -80,39 +81,67 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("attention", CASES)
-def test_decoding_gives_the_logits_of_the_full_forward_pass(ranks: Any, attention: str, tensor: int) -> None:
-    config = config_of(CASES[attention], tensor=tensor)
-    for dtype in (torch.float64, torch.float32):
-        ((full, _, kept), *_) = alone = ranks(1).run(full_and_decoded, config_of(CASES[attention]), dtype)
-        by_rank = alone if tensor == 1 else ranks(tensor).run(full_and_decoded, config, dtype)
-        for _, decoded, _ in by_rank:
-            for text, (actual, expected) in enumerate(zip(decoded, full, strict=True)):
-                assert_near(actual, expected, dtype, f"logits of text {text}")
-        elements = config.model.num_layers * sum(config.attention.count_kv_cache_elements().values())
-        assert kept == elements * dtype.itemsize
+# The others differ from these in queries, of which nothing is kept, or in what two of these have in turn.
+DEFAULT = [
+    *("gqa-partly-rotary", "mqa", "mla", "mfa", "tpa", "sas-grouped", "sas-partly", "sas-multi-query"),
+    *("sas-simulated", "sas-grouped-simulated", "sas-all_to_all-simulated", "sas-only-features"),
+]
 
 
-@pytest.mark.sampled(every=3)
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("attention", ["sas", "sas-grouped-simulated"])
+def assert_decodes(by_rank: Any, full: Any, dtype: torch.dtype) -> None:
+    """Decoding on each rank gives the logits `full` of each text."""
+    for _, decoded, _ in by_rank:
+        for text, (actual, expected) in enumerate(zip(decoded, full, strict=True)):
+            assert_near(actual, expected, dtype, f"logits of text {text}")
+
+
+def assert_keeps_what_is_counted(by_rank: Any, config: RunConfig, dtype: torch.dtype) -> None:
+    """One rank keeps the bytes of a token that the config counts."""
+    ((_, _, kept),) = by_rank
+    elements = config.model.num_layers * sum(config.attention.count_kv_cache_elements().values())
+    assert kept == elements * dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=exhaustive)])
+@pytest.mark.parametrize("attention", cases(CASES, default=DEFAULT))
+def test_decoding_gives_the_logits_of_the_full_forward_pass(
+    ranks: Any, attention: str, dtype: torch.dtype
+) -> None:
+    config = config_of(CASES[attention])
+    ((full, _, _),) = alone = ranks(1).run(full_and_decoded, config, dtype)
+    assert_decodes(alone, full, dtype)
+    assert_keeps_what_is_counted(alone, config, dtype)
+    assert_decodes(ranks(2).run(full_and_decoded, config_of(CASES[attention], tensor=2), dtype), full, dtype)
+
+
+@pytest.mark.parametrize(
+    ("attention", "tensor"),
+    [
+        ("sas", 1),  # what is kept are base heads
+        ("sas-grouped-simulated", 2),
+        pytest.param("sas", 2, marks=exhaustive),
+        pytest.param("sas-grouped-simulated", 1, marks=exhaustive),
+    ],
+)
 def test_so_does_decoding_of_a_model_whose_full_pass_runs_fused_kernels(
     ranks: Any, attention: str, tensor: int
 ) -> None:
     fused = {**CASES[attention], "kernel": "fused"}
-    ((full, _, _),) = ranks(1).run(full_and_decoded, config_of(fused), torch.float32)
-    for _, decoded, _ in ranks(tensor).run(full_and_decoded, config_of(fused, tensor=tensor), torch.float32):
-        for text, (actual, expected) in enumerate(zip(decoded, full, strict=True)):
-            assert_near(actual, expected, torch.float32, f"logits of text {text}")
+    config = config_of(fused, num_layers=1)
+    ((full, _, _),) = by_rank = ranks(1).run(full_and_decoded, config, torch.float32)
+    assert_keeps_what_is_counted(by_rank, config, torch.float32)
+    if tensor > 1:
+        config = config_of(fused, num_layers=1, tensor=tensor)
+        by_rank = ranks(tensor).run(full_and_decoded, config, torch.float32)
+    assert_decodes(by_rank, full, torch.float32)
 
 
-@pytest.mark.parametrize("attention", ["gqa", "mla", "sas-grouped", "sas-simulated"])
+@pytest.mark.parametrize(
+    "attention", cases(("gqa", "mla", "sas-grouped", "sas-simulated"), default=("mla", "sas-simulated"))
+)
 def test_so_does_decoding_over_pipeline_stages(ranks: Any, attention: str) -> None:
     ((full, _, _),) = ranks(1).run(full_and_decoded, config_of(CASES[attention]), torch.float64)
     config = config_of(CASES[attention], tensor=2, pipeline=2)
     by_rank = ranks(4).run(full_and_decoded, config, torch.float64)
     assert [len(decoded) for _, decoded, _ in by_rank] == [0, 0, 3, 3], "the last stage has logits"
-    for _, decoded, _ in by_rank[2:]:
-        for text, (actual, expected) in enumerate(zip(decoded, full, strict=True)):
-            assert_near(actual, expected, torch.float64, f"logits of text {text}")
+    assert_decodes(by_rank[2:], full, torch.float64)

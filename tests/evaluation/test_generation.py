@@ -14,6 +14,7 @@ from sas_megatron.evaluation.generation_settings import GenerationSettings, Samp
 from tests import small_attentions as small
 from tests.evaluation.trained_models import roughened_model
 from tests.run_configs import small_config
+from tests.selection import cases
 from tests.small_data import SmallData
 
 PROMPTS = ["import os", "d", "for name in names:\n    print(", "# a"]
@@ -55,40 +56,36 @@ def likeliest_by_definition(config: RunConfig, num_new: int) -> list[list[int]]:
     return found
 
 
+GREEDY: dict[str, tuple[small.Attention, int, dict[str, int]]] = {
+    "gqa": (small.GQA, 1, {}),
+    "mla": (small.MLA, 1, {}),
+    "sas": (small.SAS, 1, {}),
+    "sas, simulated heads kept": (SIMULATED, 1, {}),
+    "sas, tensor 2": (small.SAS, 2, {"tensor": 2}),
+    "sas, simulated heads kept, tensor 2": (SIMULATED, 2, {"tensor": 2}),
+    "sas, pipeline 2": (small.SAS, 2, {"pipeline": 2}),
+    "sas, data 2": (small.SAS, 2, {}),
+}
+
+
 @pytest.mark.parametrize(
-    ("attention", "world_size", "parallel"),
-    [
-        (small.GQA, 1, {}),
-        (small.MLA, 1, {}),
-        (small.SAS, 1, {}),
-        (SIMULATED, 1, {}),
-        (small.SAS, 2, {"tensor": 2}),
-        (SIMULATED, 2, {"tensor": 2}),
-        (small.SAS, 2, {"pipeline": 2}),
-        (small.SAS, 2, {}),
-    ],
+    "case",
+    # Each layout once; the cache of every attention is in test_caching.py.
+    cases(GREEDY, default=("mla", "sas, simulated heads kept, tensor 2", "sas, pipeline 2", "sas, data 2")),
 )
-@pytest.mark.parametrize("batch_tokens", [1, 10_000])
-def test_greedy_texts_are_those_of_the_definition(
-    ranks: Any,
-    small_data: SmallData,
-    attention: small.Attention,
-    world_size: int,
-    parallel: dict[str, int],
-    batch_tokens: int,
-) -> None:
+def test_greedy_texts_are_those_of_the_definition(ranks: Any, small_data: SmallData, case: str) -> None:
+    attention, world_size, parallel = GREEDY[case]
     (expected,) = ranks(1).run(likeliest_by_definition, config_of(small_data, attention), 30)
     assert {len(tokens) for tokens in expected} > {30}, "one of them fills the context"
-    settings = GenerationSettings(max_new_tokens=30, batch_tokens=batch_tokens)
-    tokenizer = Tokenizer(small_data.tokenizer)
-    for found in ranks(world_size).run(
-        generate_on_rank, config_of(small_data, attention, **parallel), settings
-    ):
-        assert [tokens for tokens, _, _ in found] == expected
-        assert [text for _, text, _ in found] == [tokenizer.decode(tokens) for tokens in expected]
-        assert [finish for _, _, finish in found] == [
-            "length" if len(tokens) == 30 else "full context" for tokens in expected
-        ]
+    config, tokenizer = config_of(small_data, attention, **parallel), Tokenizer(small_data.tokenizer)
+    for batch_tokens in (1, 10_000):
+        settings = GenerationSettings(max_new_tokens=30, batch_tokens=batch_tokens)
+        for found in ranks(world_size).run(generate_on_rank, config, settings):
+            assert [tokens for tokens, _, _ in found] == expected
+            assert [text for _, text, _ in found] == [tokenizer.decode(tokens) for tokens in expected]
+            assert [finish for _, _, finish in found] == [
+                "length" if len(tokens) == 30 else "full context" for tokens in expected
+            ]
 
 
 def test_what_is_drawn_depends_on_the_seed_and_not_on_batch_or_layout(

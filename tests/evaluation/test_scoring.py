@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ import torch
 from sas_megatron.config.run import RunConfig
 from tests import small_attentions as small
 from tests.evaluation.trained_models import random_texts, roughened_model
+from tests.rank_pool import RankPool
 from tests.run_configs import small_config
+from tests.selection import exhaustive
 
 LENGTHS = [9, 2, 30, 17, 9, 12]
 NUM_SCORED = [3, 1, 29, 1, 8, 5]
@@ -69,14 +73,35 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("attention", [small.SAS_GROUPED, small.MLA], ids=["sas", "mla"])
+ATTENTIONS = {"sas": small.SAS_GROUPED, "mla": small.MLA}
+# Each kind of rank beside others, and one rank alone.
+DEFAULT = [
+    ("mla", "one rank"),
+    ("sas", "data 2"),
+    ("mla", "tensor 2, data 2"),
+    ("sas", "tensor 2, pipeline 2"),
+]
+
+
+@functools.cache
+def expected_scores(pool: RankPool, attention: str) -> Any:
+    (expected,) = pool.run(scores_by_definition, small_config(attention=ATTENTIONS[attention]), torch.float64)
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "layout"),
+    [
+        pytest.param(*case, marks=() if case in DEFAULT else exhaustive)
+        for case in itertools.product(ATTENTIONS, LAYOUTS)
+    ],
+)
 def test_every_layout_and_batch_size_scores_as_the_model_alone(
-    ranks: Any, attention: small.Attention, layout: str
+    ranks: Any, attention: str, layout: str
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
-    (expected,) = ranks(1).run(scores_by_definition, small_config(attention=attention), torch.float64)
-    config = small_config(attention=attention, parallel=parallel)
+    expected = expected_scores(ranks(1), attention)
+    config = small_config(attention=ATTENTIONS[attention], parallel=parallel)
     for batch_tokens in (1, 40, 1000):
         for found in ranks(world_size).run(scores_on_rank, config, batch_tokens, torch.float64):
             for (logged, likeliest), (expected_logged, expected_likeliest) in zip(

@@ -22,6 +22,7 @@ from tests import small_attentions as small
 from tests.evaluation.trained_models import roughened_model
 from tests.evaluation.trained_runs import TrainedRun, load_on_rank, train_and_export
 from tests.run_configs import small_config
+from tests.selection import exhaustive
 from tests.small_data import SmallData
 from tests.tolerances import RELATIVE_ERROR
 
@@ -88,7 +89,7 @@ def losses_on_rank(config: RunConfig, length: int, stride: int) -> Any:
     return [(last, held.loss, held.num_tokens) for last, held in found.by_position()], by_read, len(document)
 
 
-@pytest.mark.parametrize(("length", "stride"), [(12, 12), (12, 5), (29, 29)])
+@pytest.mark.parametrize(("length", "stride"), [pytest.param(12, 12, marks=exhaustive), (12, 5), (29, 29)])
 def test_losses_by_position_are_those_of_the_model(
     ranks: Any, small_data: SmallData, length: int, stride: int
 ) -> None:

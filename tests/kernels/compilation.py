@@ -1,7 +1,8 @@
 """Compiles the kernels for H100 and H200 without one, and prints what they take, as JSON.
 
 usage: python -m tests.kernels.compilation NUM_HEADS HEAD_EXPANSION HEAD_DIM SIMULATED_HEAD_DIM KERNEL_SIZE
-(not under TRITON_INTERPRET=1, where nothing is compiled)
+[KERNEL ...]
+Without names of kernels, all are compiled. Not under TRITON_INTERPRET=1, where nothing is compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,14 @@ POINTERS = {
 }
 
 
-def compiled_kernels(attention: SimulatedAttentionConfig) -> dict[str, dict[str, int]]:
-    """By kernel: shared memory, registers and stack of a thread, and the matrix instructions of a warp."""
+def compiled_kernels(
+    attention: SimulatedAttentionConfig, names: Collection[str] = ()
+) -> dict[str, dict[str, int]]:
+    """Compile the kernels named, or all.
+
+    Returns:
+        By kernel: shared memory, registers and stack of a thread, and the matrix instructions of a warp.
+    """
     tiling, base, many = Tiling(), attention.num_heads, attention.num_simulated_heads
     width, wide, taps = attention.head_dim, attention.query_key_dim, attention.kernel_size
     # Shapes alone matter; on the meta device nothing is taken for the interpreter's.
@@ -62,7 +70,7 @@ def compiled_kernels(attention: SimulatedAttentionConfig) -> dict[str, dict[str,
         ("refine_gradient", tiling.feature_refine_gradient),
     ):
         launches[name] = (getattr(feature_kernels, name), tile, {**rows.shape, "ROWS": tile.rows})
-    return {name: _compiled(*launch) for name, launch in launches.items()}
+    return {name: _compiled(*launches[name]) for name in names or launches}
 
 
 def _compiled(kernel: Any, tile: Tile, constants: dict[str, Any]) -> dict[str, int]:
@@ -99,5 +107,5 @@ def _cuobjdump(option: str, path: str) -> str:
 
 if __name__ == "__main__":
     names = ("num_heads", "head_expansion", "head_dim", "simulated_head_dim", "kernel_size")
-    fields = dict(zip(names, map(int, sys.argv[1:]), strict=True))
-    print(json.dumps(compiled_kernels(SimulatedAttentionConfig(**fields)), indent=2))
+    fields = dict(zip(names, map(int, sys.argv[1:6]), strict=True))
+    print(json.dumps(compiled_kernels(SimulatedAttentionConfig(**fields), sys.argv[6:]), indent=2))

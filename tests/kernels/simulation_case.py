@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pytest
 import torch
 
 from sas_megatron.kernels.residual_weights import ResidualMapWeights
+from tests.selection import exhaustive
 from tests.tolerances import KERNEL_ERROR, assert_within
 
 # On a machine without a GPU Triton's interpreter runs the kernels (tests/conftest.py).
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def cases_in_dtypes(
+    names: Collection[str], *, float32: Collection[str], bfloat16: Collection[str]
+) -> pytest.MarkDecorator:
+    """Parametrize `name` and `dtype`: each case in both dtypes, the ones listed in the default run."""
+    default = {torch.float32: float32, torch.bfloat16: bfloat16}
+    assert set(names) >= {*float32, *bfloat16}, "the default run has a case that is not in the table"
+    parameters = [
+        pytest.param(
+            name,
+            dtype,
+            id=f"{name}-{str(dtype).removeprefix('torch.')}",
+            marks=() if name in default[dtype] else exhaustive,
+        )
+        for name in names
+        for dtype in default
+    ]
+    return pytest.mark.parametrize(("name", "dtype"), parameters)
 
 
 class Draws:

@@ -20,6 +20,7 @@ from sas_megatron.model.activation_costs import (
 from tests.model.kept_activations import kept_bytes, simulated_kept_bytes, simulated_peak_bytes
 from tests.model.small_runs import shared_runs, sweep
 from tests.run_configs import small_config
+from tests.selection import cases, exhaustive
 from tests.training.layouts import ATTENTIONS
 
 
@@ -30,23 +31,44 @@ def test_a_rank_keeps_what_is_counted(ranks: Any, name: str, backend: str) -> No
     assert ranks(1).run(kept_bytes, config) == [count_activation_bytes(config, device="cpu")]
 
 
-@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_two_tensor_ranks_keep_what_is_counted(ranks: Any, name: str, sequence: bool) -> None:
+TENSOR_CASES = {
+    f"{name}{', sequence' * sequence}": (name, sequence) for name in ATTENTIONS for sequence in (False, True)
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        TENSOR_CASES,
+        default=("mla, sequence", "sas-gather", "sas-all_to_all, sequence", "mfa, sequence", "tpa"),
+    ),
+)
+def test_two_tensor_ranks_keep_what_is_counted(ranks: Any, case: str) -> None:
+    name, sequence = TENSOR_CASES[case]
     config = small_config(
         attention={**ATTENTIONS[name], "backend": "fused"}, parallel={"tensor": 2, "sequence": sequence}
     )
     assert ranks(2).run(kept_bytes, config) == 2 * [count_activation_bytes(config, device="cpu")]
 
 
+RECOMPUTED: dict[str, Any] = {"recompute": "selective", "recompute_modules": ["simulation"]}
+KERNEL_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    f"{name}, tensor {tensor}{', recomputed' * bool(recompute)}": (name, tensor, recompute)
+    for name in ("sas-gather", "sas-all_to_all")
+    for tensor in (1, 2)
+    for recompute in ({}, RECOMPUTED)
+}
+
+
 @pytest.mark.parametrize(
-    "recompute", [{}, {"recompute": "selective", "recompute_modules": ["simulation"]}], ids=str
+    "case",
+    cases(
+        KERNEL_CASES,
+        default=("sas-gather, tensor 1, recomputed", "sas-all_to_all, tensor 1", "sas-all_to_all, tensor 2"),
+    ),
 )
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name.startswith("sas")])
-def test_fused_kernels_keep_what_is_counted(
-    ranks: Any, name: str, tensor: int, recompute: dict[str, Any]
-) -> None:
+def test_fused_kernels_keep_what_is_counted(ranks: Any, case: str) -> None:
+    name, tensor, recompute = KERNEL_CASES[case]
     config = small_config(
         attention={**ATTENTIONS[name], "backend": "fused", "kernel": "fused"},
         parallel={"tensor": tensor},
@@ -79,9 +101,9 @@ def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(simulator: Any, co
 @pytest.mark.parametrize(
     ("parallel", "num_microbatches"),
     [
-        ({}, 3),
+        pytest.param({}, 3, marks=exhaustive),
         ({"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3}, 5),
-        ({"pipeline": 4}, 6),
+        pytest.param({"pipeline": 4}, 6, marks=exhaustive),
         ({"pipeline": 2, "virtual_pipeline": 2}, 2),
         ({"pipeline": 2, "virtual_pipeline": 2}, 6),
         ({"pipeline": 2, "tensor": 2, "sequence": True}, 4),

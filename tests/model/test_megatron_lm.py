@@ -16,6 +16,7 @@ from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from tests import small_attentions as small
 from tests.attention.definitions import DEFINITIONS
+from tests.fork_server import ForkedCommand
 from tests.model.model_parts import random_tokens
 from tests.rank_pool import in_layout
 from tests.run_configs import small_config
@@ -142,12 +143,8 @@ def test_latent_attention_without_its_config_is_refused(ranks: Any, tmp_path: Pa
     )
 
 
-def test_without_a_config_the_import_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-
-    monkeypatch.delenv("SAS_MEGATRON_CONFIG", raising=False)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {SPEC[0]}"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode != 0
-    assert "SAS_MEGATRON_CONFIG=: must name a run's config; set it to a file in configs/" in done.stderr
+def test_without_a_config_the_import_says_what_to_set() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "SAS_MEGATRON_CONFIG"}
+    command = ForkedCommand(module=SPEC[0], environment=environment)
+    assert command.wait(timeout=60) != 0
+    assert "SAS_MEGATRON_CONFIG=: must name a run's config; set it to a file in configs/" in command.errors()

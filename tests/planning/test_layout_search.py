@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from sas_megatron.config.errors import UserError
+from sas_megatron.platform.device import prepare_device
 from tests.planning.toy_machines import toy_machine
 from tests.run_configs import small_config
+from tests.selection import exhaustive
 from tests.training.layouts import ATTENTIONS
 
 
-def _config(*, sequence_length: int = 12) -> Any:
+def _config(*, sequence_length: int = 12, batch_size: int = 4) -> Any:
     return small_config(
         model={
             "num_layers": 3,
@@ -23,45 +29,76 @@ def _config(*, sequence_length: int = 12) -> Any:
         },
         attention={**ATTENTIONS["mha"], "head_dim": 16},
         data={"sequence_length": sequence_length},
-        training={"global_batch_size": 4, "micro_batch_size": 2},
+        training={"global_batch_size": batch_size, "micro_batch_size": 2},
     )
 
 
-def _search(sequence_length: int, memory_gib: float) -> Any:
+class _InThisProcess(concurrent.futures.Executor):
+    """In place of a pool of processes: runs each job where it is submitted."""
+
+    def __init__(self, _workers: int, _context: Any, *, initializer: Callable[[], Any]) -> None:
+        assert initializer is prepare_device
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
+        job: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        job.set_result(function(*arguments, **options))
+        return job
+
+
+def _search(*, memory_gib: float = 1.0, recomputes: bool = True, **sizes: int) -> Any:
+    """In a process that is in no group: the search with slow wires, so that what is sent decides."""
+    from sas_megatron.planning import layout_screening, layout_search
+
+    machine = toy_machine(memory_gib=memory_gib, wire_gigabytes_per_second=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concurrent.futures, "ProcessPoolExecutor", _InThisProcess)
+        patch.setattr(os, "cpu_count", lambda: 1)
+        if not recomputes:
+            patch.setattr(layout_screening, "RECOMPUTED_SHARE", {"none": 0.0})
+        return layout_search.search_layouts(_config(**sizes), world_size=2, hardware=machine)
+
+
+def _search_by_a_pool(sequence_length: int) -> Any:
+    """The same with a real pool, of one process."""
     from sas_megatron.planning.layout_search import search_layouts
 
-    # Slow wires: what is sent decides.
-    machine = toy_machine(memory_gib=memory_gib, wire_gigabytes_per_second=1.0)
-    return search_layouts(_config(sequence_length=sequence_length), world_size=2, hardware=machine)
+    machine = toy_machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        return search_layouts(_config(sequence_length=sequence_length), world_size=2, hardware=machine)
 
 
-@pytest.fixture(scope="module")
-def short(simulator: Any) -> Any:
-    """The search for short sequences, with room for everything."""
-    return simulator(_search, 12, 1.0)
-
-
-def test_where_activations_are_small_tensor_parallelism_wins(short: Any) -> None:
-    best = short.ranked[0]
-    assert "parallel.tensor=2" in short.overrides(best)
+def _assert_tensor_parallelism_wins(search: Any) -> None:
+    best = search.ranked[0]
+    assert "parallel.tensor=2" in search.overrides(best)
     assert best.loses_by is None
-    assert any("data +" in layout.loses_by for layout in short.ranked[1:])
-    seconds = [layout.step.seconds for layout in short.ranked]
+    assert any("data +" in layout.loses_by for layout in search.ranked[1:])
+    seconds = [layout.step.seconds for layout in search.ranked]
     assert seconds == sorted(seconds)
-    assert short.num_simulated_families <= short.num_families <= short.num_legal
+    assert search.num_simulated_families <= search.num_families <= search.num_legal
+
+
+def test_where_activations_are_small_tensor_parallelism_wins(simulator: Any) -> None:
+    search = simulator(functools.partial(_search, recomputes=False, batch_size=2))
+    _assert_tensor_parallelism_wins(search)
+    # Context, tensor and data parallelism; by its rough cost the last cannot win.
+    assert search.num_families == 3
+    assert search.num_simulated_families == 2
 
 
 def test_where_activations_outweigh_gradients_data_parallelism_wins(simulator: Any) -> None:
-    search = simulator(_search, 192, 1.0)
+    search = simulator(_search_by_a_pool, 192)
     assert not any(override.startswith("parallel.") for override in search.overrides(search.ranked[0]))
     # What the others send alone exceeds it, so they are left out.
     assert search.num_simulated_families < search.num_families
 
 
-@pytest.mark.exhaustive
-def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any, short: Any) -> None:
+@exhaustive
+def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any) -> None:
+    short = simulator(_search)
+    _assert_tensor_parallelism_wins(short)
     room = short.ranked[0].peak_bytes - 1
-    tight = simulator(_search, 12, room / 2**30)
+    tight = simulator(functools.partial(_search, memory_gib=room / 2**30))
     assert tight.ranked
     assert all(layout.peak_bytes <= room for layout in tight.ranked)
     fitting = [layout.config for layout in short.ranked if layout.peak_bytes <= room]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,10 +10,58 @@ import pytest
 from sas_megatron.config.run import RunConfig
 from tests.planning.simulated_ranks import real_report, simulated_reports
 from tests.run_configs import small_config
-from tests.training.layouts import ATTENTIONS, LAYOUTS
+from tests.selection import exhaustive
+from tests.training.layouts import ATTENTIONS, LAYOUTS, OVERLAP, SHARDED, TIED
 
-# Of the table of layouts: each kind of parallelism with each kind of attention that it concerns.
-CASES: list[tuple[str, str]] = [
+# Small models, whose last rank of each stage is simulated: each kind of parallelism once.
+SMALL: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "selective recompute": (
+        1,
+        {
+            "attention": ATTENTIONS["sas-gather"],
+            "training": {"recompute": "selective", "global_batch_size": 6},
+        },
+    ),
+    "tensor 2, sequence": (
+        2,
+        {
+            "attention": ATTENTIONS["sas-all_to_all"],
+            "parallel": {"tensor": 2, "sequence": True},
+            "training": {"global_batch_size": 6},
+        },
+    ),
+    "context 2, full recompute": (
+        2,
+        {"attention": ATTENTIONS["gqa"], "parallel": {"context": 2}, "training": {"recompute": "full"}},
+    ),
+    "pipeline 2, uneven, tied": (
+        2,
+        {
+            "model": {**TIED, "num_layers": 3},
+            "parallel": {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 2},
+            "training": {"global_batch_size": 8},
+        },
+    ),
+    "pipeline 2 interleaved, data 2, distributed optimizer, overlapped": (
+        4,
+        {
+            "model": {"num_layers": 4},
+            "parallel": {"pipeline": 2, "virtual_pipeline": 2, **OVERLAP},
+            "optimizer": {"learning_rate": 0.01, **SHARDED},
+            "training": {"global_batch_size": 8},
+        },
+    ),
+    "data 2, bfloat16, documents": (
+        2,
+        {
+            "data": {"reset_at_document_ends": True},
+            "optimizer": {"learning_rate": 0.01, **SHARDED},
+            "training": {"precision": "bfloat16", "global_batch_size": 8},
+        },
+    ),
+}
+# Of the table of layouts, every rank simulated: each kind of parallelism with each attention it concerns.
+LARGE: list[tuple[str, str]] = [
     ("one rank, selective recompute", "sas-gather"),
     ("tensor 2", "mha"),
     ("tensor 2, sequence", "sas-all_to_all"),
@@ -28,28 +77,51 @@ CASES: list[tuple[str, str]] = [
     ("tensor 2, sequence, pipeline 2, data 2, distributed optimizer", "sas-all_to_all"),
     ("tensor 2, sequence, pipeline 2 interleaved, context 2", "gqa"),
     ("pipeline 2 tied, context 2, data 2, distributed optimizer", "sas-gather"),
-    ("data 2, bfloat16, documents", "mha"),
 ]
 
 
-def config_of(layout: str, attention: str) -> tuple[int, RunConfig]:
-    if layout in LAYOUTS:
-        return LAYOUTS[layout].world_size, LAYOUTS[layout].config(attention)
-    return 2, small_config(
-        attention=ATTENTIONS[attention],
-        data={"reset_at_document_ends": True},
-        training={"precision": "bfloat16", "global_batch_size": 8},
-        optimizer={"learning_rate": 0.01, "distributed": True},
-    )
+@dataclass(frozen=True)
+class Case:
+    """A run on `world_size` ranks, of which some are simulated."""
+
+    config: RunConfig
+    world_size: int
+    simulated_ranks: list[int]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def _small(name: str) -> Case:
+    world_size, sections = SMALL[name]
+    config = small_config(**sections)
+    per_stage = world_size // config.parallel.pipeline
+    return Case(config, world_size, list(range(per_stage - 1, world_size, per_stage)))
+
+
+def _large(layout: str, attention: str) -> Case:
+    world_size = LAYOUTS[layout].world_size
+    return Case(LAYOUTS[layout].config(attention), world_size, list(range(world_size)))
+
+
+CASES = [
+    *(pytest.param(_small(name), id=name) for name in SMALL),
+    *(pytest.param(_large(*names), id="-".join(names), marks=exhaustive) for names in LARGE),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def reports(request: Any, ranks: Any, simulator: Any) -> list[tuple[Any, Any]]:
-    """Real and simulated report of each rank of a case."""
-    world_size, config = config_of(*request.param)
-    real = ranks(world_size).run(real_report, config)
-    simulated = simulator(simulated_reports, config, list(range(world_size)), world_size)
-    return list(zip(real, simulated, strict=True))
+    """Real and simulated report of each rank of a case that is simulated."""
+    case: Case = request.param
+    real = ranks(case.world_size).run(real_report, case.config)
+    simulated = simulator(simulated_reports, case.config, case.simulated_ranks, case.world_size)
+    return [(real[rank], report) for rank, report in zip(case.simulated_ranks, simulated, strict=True)]
+
+
+def test_a_simulated_rank_has_the_place_of_the_real_one(reports: list[tuple[Any, Any]]) -> None:
+    for real, simulated in reports:
+        assert simulated.rank == real.rank
+        assert simulated.group_ranks == real.group_ranks, f"rank {real.rank}"
+        assert simulated.num_heads == real.num_heads, f"rank {real.rank}"
+        assert simulated.num_microbatches == real.num_microbatches, f"rank {real.rank}"
 
 
 def test_bytes_and_calls_on_the_wire_are_those_of_gloo_ranks(reports: list[tuple[Any, Any]]) -> None:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 
 from sas_megatron.config.parallel import ParallelConfig
-from tests.conftest import ROOT
+from tests.fork_server import fork_context
 from tests.rank_pool import in_layout
-
-
-def run_script(script: str, **options: Any) -> str:
-    """What a fresh interpreter prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, **options
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def _devices() -> None:
@@ -168,59 +158,14 @@ def test_the_cpu_answers_for_cuda(ranks: Any, check: Callable[[], None]) -> None
     ranks(1).run(check)
 
 
+def _compile() -> list[Any]:
+    import torch
+    import torch._dynamo
+
+    compiled = torch.compile(lambda x: torch.relu(x) + 1, backend="eager")
+    return [compiled(torch.tensor([-1.0, 2.0])).tolist(), torch._dynamo.utils.counters["frames"]["ok"]]
+
+
 def test_torch_compiles_beside_the_stand_in() -> None:
-    printed = run_script(
-        "from sas_megatron.platform.device import prepare_device\n"
-        "prepare_device()\n"
-        "import torch, torch._dynamo, megatron.core.jit\n"
-        "compiled = torch.compile(lambda x: torch.relu(x) + 1, backend='eager')\n"
-        "print(compiled(torch.tensor([-1.0, 2.0])).tolist())\n"
-        "print(torch._dynamo.utils.counters['frames']['ok'])\n"
-    )
-    assert printed.splitlines() == ["[1.0, 3.0]", "1"]
-
-
-def test_a_machine_with_cuda_is_left_untouched() -> None:
-    printed = run_script(
-        "import sys, torch, torch.cuda.nvtx\n"
-        "from torch.overrides import _get_current_function_mode_stack\n"
-        "torch.cuda.is_available = lambda: True\n"
-        "from sas_megatron.platform import cpu\n"
-        "places = [torch.cuda, torch.cuda.nvtx, torch, torch.Tensor]\n"
-        "before = [dict(vars(place)) for place in places]\n"
-        "assert set(cpu._stand_ins()) <= set(before[0])\n"
-        "print(cpu.install())\n"
-        "for place, names in zip(places, before):\n"
-        "    for name, value in names.items():\n"
-        "        assert vars(place)[name] is value, name\n"
-        "    assert set(vars(place)) == set(names)\n"
-        "print(_get_current_function_mode_stack(), 'megatron' in sys.modules)\n"
-    )
-    assert printed.splitlines() == ["False", "[] False"]
-
-
-ON_A_NODE_WITH_FOUR_GPUS = (
-    "import os, torch\n"
-    "os.environ['LOCAL_RANK'] = '{local_rank}'\n"
-    "torch.cuda.is_available = lambda: True\n"
-    "torch.cuda.device_count = lambda: 4\n"
-    "torch.cuda.set_device = print\n"
-    "from sas_megatron.config.errors import FieldError\n"
-    "from sas_megatron.platform.device import prepare_device, process_group_backend\n"
-)
-
-
-def test_a_rank_takes_the_device_of_its_local_number() -> None:
-    printed = run_script(
-        ON_A_NODE_WITH_FOUR_GPUS.format(local_rank=3)
-        + "device = prepare_device()\nprint(device, process_group_backend(device))\n"
-    )
-    assert printed.splitlines() == ["cuda:3", "cuda:3 nccl"]
-
-
-def test_a_rank_beyond_the_gpus_of_its_node_is_told() -> None:
-    printed = run_script(
-        ON_A_NODE_WITH_FOUR_GPUS.format(local_rank=4)
-        + "try:\n    prepare_device()\nexcept FieldError as error:\n    print(error)\n"
-    )
-    assert printed.startswith("LOCAL_RANK=4: is beyond the 4 GPUs of this node; start one process a GPU")
+    with ProcessPoolExecutor(1, fork_context()) as process:
+        assert process.submit(_compile).result() == [[1.0, 3.0], 1]

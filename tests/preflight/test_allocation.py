@@ -16,6 +16,7 @@ from sas_megatron.preflight.allocation import check_allocation, judge_clocks, ju
 from sas_megatron.preflight.finding import Finding, Verdict
 from sas_megatron.preflight.software import compare_versions
 from tests.end_to_end.test_launching import shell
+from tests.fork_server import ForkedCommand
 from tests.preflight.test_node import doctor
 from tests.rank_pool import RankPool
 
@@ -110,13 +111,17 @@ def test_a_rank_that_does_not_reach_the_first_is_a_finding_in_time() -> None:
     assert time.monotonic() - begun < 3 + MARGIN_SECONDS
 
 
-def test_torchrun_examines_the_allocation_once(tmp_path: Path) -> None:
-    done = shell(
-        *("torchrun", "--standalone", "--nproc-per-node=2", "-m", "sas_megatron", "doctor", "--json"),
-        *("--run-directory", str(tmp_path)),
-    )
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.exhaustive)])
+def test_ranks_examine_the_allocation_once(launcher: str, tmp_path: Path) -> None:
+    arguments = ("sas_megatron", "doctor", "--json", "--run-directory", str(tmp_path / "run"))
+    if launcher == "torchrun":
+        done = shell("torchrun", "--standalone", "--nproc-per-node=2", "-m", *arguments)
+        status, printed, errors = done.returncode, done.stdout, done.stderr
+    else:
+        ranks = ForkedCommand(tmp_path / "pids", 2, *arguments, module="tests.end_to_end.fork_launcher")
+        status, printed, errors = ranks.wait(120), ranks.output(), ranks.errors()
+    assert status == 0, errors
+    record = json.loads(printed)
     assert (record["ranks"], record["verdict"] != "failure") == (2, True)
     checks = [found["check"] for found in record["findings"]]
     assert checks.count("all-reduce") == checks.count("open files") == checks.count("meeting place") == 1

@@ -21,12 +21,26 @@ from sas_megatron.preflight.network import judge_own_name
 from sas_megatron.preflight.node import check_run_directory, check_shared_memory
 from sas_megatron.preflight.software import check_software
 from tests.conftest import ROOT
+from tests.fork_server import run_command
 from tests.run_configs import small_config
 
 
-def doctor(*arguments: str, limits: str = "true", **environment: str) -> tuple[int, dict[str, Any]]:
-    """Its status and findings by check, of a shell with `limits` set."""
-    command = f'{limits} && exec {sys.executable} -m sas_megatron doctor --json "$@"'
+def read_findings(done: subprocess.CompletedProcess[str]) -> tuple[int, dict[str, Any]]:
+    """The doctor's status and findings by check."""
+    assert done.stdout, done.stderr
+    return done.returncode, {found["check"]: found for found in json.loads(done.stdout)["findings"]}
+
+
+def doctor(*arguments: object, **environment: str) -> tuple[int, dict[str, Any]]:
+    """The status and findings of a forked `sas-megatron doctor`."""
+    return read_findings(
+        run_command("doctor", "--json", *arguments, environment={**os.environ, **environment})
+    )
+
+
+def doctor_with_limit(limit: str, *arguments: str, **environment: str) -> tuple[int, dict[str, Any]]:
+    """The same of a fresh interpreter in a shell after `limit`: before it can import torch."""
+    command = f'{limit} && exec {sys.executable} -m sas_megatron doctor --json "$@"'
     done = subprocess.run(
         ["bash", "-c", command, "doctor", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -34,8 +48,7 @@ def doctor(*arguments: str, limits: str = "true", **environment: str) -> tuple[i
         text=True,
         timeout=240,
     )
-    assert done.stdout, done.stderr
-    return done.returncode, {found["check"]: found for found in json.loads(done.stdout)["findings"]}
+    return read_findings(done)
 
 
 def test_a_sound_node_passes_and_a_wrong_port_limit_and_variable_are_found(tmp_path: Path) -> None:
@@ -48,9 +61,8 @@ def test_a_sound_node_passes_and_a_wrong_port_limit_and_variable_are_found(tmp_p
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        status, found = doctor(
-            *("--run-directory", str(tmp_path)),
-            limits="ulimit -n 50",
+        status, found = doctor_with_limit(
+            *("ulimit -n 50", "--run-directory", str(tmp_path)),
             MASTER_ADDR="localhost",
             MASTER_PORT=port,
             NODE_RANK="0",

@@ -21,6 +21,7 @@ from sas_megatron.scaling.laws.loss_surface import (
 )
 from sas_megatron.scaling.laws.points import Points
 from tests.scaling.synthetic import CHINCHILLA, draw_grid, draw_isoflops
+from tests.selection import cases, exhaustive
 
 OTHERS = [
     LossSurface(E=0.4, A=12.0, B=3000.0, alpha=0.15, beta=0.45),
@@ -88,32 +89,33 @@ def reach_by_lbfgs(points: Points, *, every: int) -> float:
     )
 
 
+SURFACES = {
+    "240 with outliers": draw_isoflops(0),
+    "240, three times the noise": draw_isoflops(1, noise=0.03, outliers=12),
+    "27": draw_grid(0, sizes=3, budgets=3, seeds=3),
+    "12": draw_grid(2, sizes=4, budgets=3, seeds=1, noise=0.01),
+    "60, other exponents": draw_grid(5, noise=0.01, truth=OTHERS[0]),
+    # With minima of their own far from the lowest.
+    "12, noise of 5 %": draw_grid(10, sizes=4, budgets=3, seeds=1, noise=0.05),
+    "12, noise of 5 %, others": draw_grid(14, sizes=4, budgets=3, seeds=1, noise=0.05),
+}
+
+
+@pytest.mark.parametrize("every", [101, pytest.param(7, marks=exhaustive)])
 @pytest.mark.parametrize(
-    "points",
-    [
-        pytest.param(draw_isoflops(0), id="240 with outliers"),
-        pytest.param(draw_isoflops(1, noise=0.03, outliers=12), id="240, three times the noise"),
-        pytest.param(draw_grid(0, sizes=3, budgets=3, seeds=3), id="27"),
-        pytest.param(draw_grid(2, sizes=4, budgets=3, seeds=1, noise=0.01), id="12"),
-        pytest.param(draw_grid(5, noise=0.01, truth=OTHERS[0]), id="60, other exponents"),
-        # With minima of their own far from the lowest.
-        pytest.param(draw_grid(10, sizes=4, budgets=3, seeds=1, noise=0.05), id="12, noise of 5 %"),
-        pytest.param(draw_grid(14, sizes=4, budgets=3, seeds=1, noise=0.05), id="12, noise of 5 %, others"),
-    ],
+    "name", cases(SURFACES, default=("240 with outliers", "60, other exponents", "12, noise of 5 %"))
 )
-def test_the_optimum_of_lbfgs_from_the_grid_of_starts_is_reached(
-    points: Points, request: pytest.FixtureRequest
-) -> None:
-    whole = request.config.getoption("--all")
-    reached = reach_by_lbfgs(points, every=7 if whole else 101)
+def test_the_optimum_of_lbfgs_from_the_grid_of_starts_is_reached(name: str, every: int) -> None:
+    points = SURFACES[name]
+    reached = reach_by_lbfgs(points, every=every)
     assert pose_surface(points).fit().objective <= reached * (1 + 1e-9)
 
 
+@exhaustive
 @pytest.mark.timeout(3600)
-def test_the_optimum_of_all_4500_starts_is_reached(request: pytest.FixtureRequest) -> None:
+def test_the_optimum_of_all_4500_starts_is_reached() -> None:
     points = draw_isoflops(2)
-    every = 1 if request.config.getoption("--all") else 101
-    assert fit_surface(points).fit.objective <= reach_by_lbfgs(points, every=every) * (1 + 1e-9)
+    assert fit_surface(points).fit.objective <= reach_by_lbfgs(points, every=1) * (1 + 1e-9)
 
 
 def test_units_change_no_exponent() -> None:

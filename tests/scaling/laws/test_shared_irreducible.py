@@ -9,11 +9,13 @@ from scipy import stats
 from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.shared_irreducible import compare_irreducible
 from tests.scaling.synthetic import CHINCHILLA, draw_grid
+from tests.selection import draws
 
 OTHER_TERMS = dataclasses.replace(CHINCHILLA, A=380.0, B=430.0, alpha=0.335, beta=0.285)
 
 
-def test_a_shared_irreducible_loss_is_rejected_as_often_as_chance_says() -> None:
+@draws(30, 100)
+def test_a_shared_irreducible_loss_is_rejected_as_often_as_chance_says(num_draws: int) -> None:
     tests = [
         compare_irreducible(
             {
@@ -22,12 +24,14 @@ def test_a_shared_irreducible_loss_is_rejected_as_often_as_chance_says() -> None
             }
         )
         # With 24 points the χ² of many points would reject far more often.
-        for seed in range(100)
+        for seed in range(num_draws)
     ]
     rejected = sum(test.differs for test in tests)
-    low, high = stats.binom.interval(0.999, 100, 0.05)
-    print(rejected / 100)
+    low, high = stats.binom.interval(0.999, num_draws, 0.05)
     assert low <= rejected <= high
+    for test in tests:
+        ratio = np.exp(test.statistic / 24)
+        assert test.p_value == pytest.approx(stats.f.sf((ratio - 1) * 14, 1, 14))
     # Not only its tail: the p-values are uniform.
     assert stats.kstest([test.p_value for test in tests], "uniform").pvalue > 0.001
     assert "do not tell the irreducible losses apart" in next(t for t in tests if not t.differs).text

@@ -21,20 +21,14 @@ from sas_megatron.scaling.laws.points import Points
 from sas_megatron.scaling.laws.profile import largest_rise, profile_intervals
 from sas_megatron.scaling.laws.resampling import draw_weights, percentile_interval, percentile_intervals
 from tests.scaling.synthetic import CHINCHILLA, draw_grid
+from tests.selection import draws
 
 NUM_BOOTSTRAPS = 100
 
 
-@pytest.fixture
-def num_surfaces(request: pytest.FixtureRequest) -> int:
-    """200 with --all: minutes on a busy machine."""
-    return 200 if request.config.getoption("--all") else 50
-
-
-def assert_nominal(held: Counter[str], num_surfaces: int) -> None:
+def assert_nominal(held: Counter[str], num_draws: int) -> None:
     """Intervals of 95 %: of 200, 179 to 198 hold the truth in all but one case of a thousand."""
-    print({name: count / num_surfaces for name, count in held.items()})
-    fewest, most = stats.binom.interval(0.999, num_surfaces, 0.95)
+    fewest, most = stats.binom.interval(0.999, num_draws, 0.95)
     assert fewest <= min(held.values()) <= max(held.values()) <= most, held
 
 
@@ -44,28 +38,30 @@ def true_values() -> dict[str, float]:
     return {name: float(value[0]) for name, value in quantities.items()}
 
 
-def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say(num_surfaces: int) -> None:
+@draws(25, 200)
+def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say(num_draws: int) -> None:
     truth, held = true_values(), Counter[str]()
-    for seed in range(num_surfaces):
+    for seed in range(num_draws):
         points = draw_grid(seed)
         fit = fit_surface(points)
         weights = draw_weights(points.sizes.tolist(), num_draws=NUM_BOOTSTRAPS, seed=seed)
-        draws = surface_quantities(fit.problem, fit.problem.refit(weights, fit.fit))
-        draws |= optimal_exponents(draws, TokenCost.of(points))
-        for name, (low, high) in percentile_intervals(draws).items():
+        drawn = surface_quantities(fit.problem, fit.problem.refit(weights, fit.fit))
+        drawn |= optimal_exponents(drawn, TokenCost.of(points))
+        for name, (low, high) in percentile_intervals(drawn).items():
             held[name] += low <= truth[name] <= high
     assert held.keys() == truth.keys()
-    assert_nominal(held, num_surfaces)
+    assert_nominal(held, num_draws)
 
 
-def test_profile_intervals_hold_the_truth_as_often_as_they_say(num_surfaces: int) -> None:
+@draws(25, 200)
+def test_profile_intervals_hold_the_truth_as_often_as_they_say(num_draws: int) -> None:
     truth, held = true_values(), Counter[str]()
-    for seed in range(num_surfaces):
+    for seed in range(num_draws):
         intervals = profile_intervals(fit_surface(draw_grid(seed), delta=np.inf))
         for name, (low, high) in intervals.items():
             held[name] += (low is None or low <= truth[name]) and (high is None or truth[name] <= high)
     assert set(held) == {"E", "alpha", "beta"}
-    assert_nominal(held, num_surfaces)
+    assert_nominal(held, num_draws)
 
 
 def test_at_the_ends_of_a_profile_the_best_of_the_rest_is_as_bad_as_allowed() -> None:
@@ -114,10 +110,10 @@ def test_percentiles_leave_a_fortieth_on_each_side() -> None:
     assert percentile_interval(np.arange(1001.0)) == pytest.approx((25, 975))
 
 
-@pytest.mark.parametrize(("strata", "draws"), [(["a"], 100), (["a", "b"], 39)])
-def test_too_little_to_draw_from_is_refused(strata: list[str], draws: int) -> None:
+@pytest.mark.parametrize(("strata", "number"), [(["a"], 100), (["a", "b"], 39)])
+def test_too_little_to_draw_from_is_refused(strata: list[str], number: int) -> None:
     with pytest.raises(FieldError):
-        draw_weights(strata, num_draws=draws, seed=0)
+        draw_weights(strata, num_draws=number, seed=0)
 
 
 def test_points_without_a_size_are_stratified_by_parameters() -> None:

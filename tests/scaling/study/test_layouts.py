@@ -9,10 +9,12 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.loading import dump_tree
+from sas_megatron.planning import layout_search
 from sas_megatron.scaling.study.layouts import read_layouts
 from sas_megatron.scaling.study.plan import build_plan
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.sweeps import plan_with_rates
+from tests.fork_server import fork_context
 from tests.planning.toy_machines import toy_machine
 from tests.scaling.conftest import build_tree
 from tests.scaling.study.studies import write_study
@@ -20,8 +22,15 @@ from tests.scaling.study.studies import write_study
 TOY = toy_machine(memory_gib=4.0, wire_gigabytes_per_second=1000.0)
 
 
-def test_plans_take_the_layouts_that_a_search_found_and_their_hours(tmp_path: Path) -> None:
-    base = build_tree(training__global_batch_size=8, training__micro_batch_size=8, data__sequence_length=48)
+def test_plans_take_the_layouts_that_a_search_found_and_their_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = fork_context()
+    monkeypatch.setattr(layout_search.multiprocessing, "get_context", lambda _method: context)
+    # Which layouts a search tries is tested in tests/planning.
+    monkeypatch.setattr(layout_search, "MOST_FAMILIES_THAT_FIT", 1)
+    monkeypatch.setattr(layout_search.os, "cpu_count", lambda: 1)
+    base = build_tree(training__global_batch_size=4, training__micro_batch_size=4, data__sequence_length=48)
     sizes = {"small": {"model.hidden_size": 24, "attention.num_heads": 4}}
     path = write_study(
         tmp_path, base, sizes=sizes, variants={"mha": {}}, machine={"processes": 2, "price_per_hour": 3.0}
@@ -45,7 +54,7 @@ def test_plans_take_the_layouts_that_a_search_found_and_their_hours(tmp_path: Pa
     before = build_plan(study, tree)
     assert before.hours(before.runs[0]) is None
     assert [run.tokens for run in plan.runs] == [run.tokens for run in before.runs]
-    assert {run.config.training.micro_batch_size for run in before.runs} == {8}
+    assert {run.config.training.micro_batch_size for run in before.runs} == {4}
     assert f"mha-small: {' '.join(found.output.split(': ')[1].split(',')[0].split())}" in found.output
 
 

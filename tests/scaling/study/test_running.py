@@ -1,4 +1,4 @@
-"""A real study on real text: run, stopped, killed, gone on with, and collected."""
+"""Studies on real text: run, stopped, killed, resumed and collected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,19 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
+from sas_megatron.planning import rank_processes
 from sas_megatron.scaling.runs import has_finished
+from sas_megatron.scaling.study import runner
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.plan import Plan
-from sas_megatron.scaling.study.run_states import locked, log_of, status_of
+from sas_megatron.scaling.study.run_states import is_locked, locked, log_of, status_of
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.sweeps import plan_with_rates
 from sas_megatron.scaling.study.table import read_table
+from tests.conftest import ROOT
+from tests.fork_server import ForkedCommand, fork_context
 from tests.scaling.study.studies import write_study
+from tests.selection import exhaustive
 from tests.small_data import SmallData
 
 SIZES = {"one": {"model.num_layers": 1}}
@@ -52,44 +57,51 @@ def base_tree(small_data: SmallData, directory: Path, **sections: dict[str, Any]
 
 
 @contextmanager
-def study_run(path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """`study run` in a session of its own; at the end neither it nor a run of it is left."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sas_megatron", "study", "run", str(path), *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+def study_run(path: Path, *options: str) -> Iterator[ForkedCommand]:
+    """`study run`, which forks its runs; at the end neither it nor one of its runs is left."""
+    arguments = ("study", "run", path, *options)
+    module = "tests.scaling.study.forked_runs"
+    command = ForkedCommand(*arguments, module=module, stderr=subprocess.STDOUT)
     try:
-        yield process
+        yield command
     finally:
-        process.kill()
-        process.wait()
+        command.kill()
         kill_runs(path)
 
 
-def runs_at_work(path: Path) -> list[int]:
-    """Processes that train a run of the study."""
-    own = f"{path.parent}/study/configs/".encode()
+def complete(path: Path, *options: str) -> str:
+    """Let `study run` end by itself; return what it printed."""
+    with study_run(path, *options) as process:
+        status = process.wait(300)
+    assert status == 0, process.output()
+    return process.output()
+
+
+def find_running(path: Path) -> list[int]:
+    """Return the processes that hold the lock of one of the study's runs."""
+    locks = f"{path.parent}/study/logs/"
     found = []
     for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                command = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if own in command:
-                found.append(int(folder.name))
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            with suppress(OSError):
+                opened = [os.readlink(descriptor) for descriptor in (folder / "fd").iterdir()]
+                if any(name.startswith(locks) and name.endswith(".lock") for name in opened):
+                    found.append(int(folder.name))
     return found
 
 
 def kill_runs(path: Path) -> None:
-    for process in runs_at_work(path):
+    for process in find_running(path):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while runs_at_work(path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not runs_at_work(path)
+    wait_until(lambda: not find_running(path), seconds=20)
+
+
+def wait_until(is_met: Callable[[], bool], *, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_met():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def plan_at(path: Path) -> Plan:
@@ -110,19 +122,34 @@ def finished(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) ->
     """A study that ran undisturbed."""
     folder = tmp_path_factory.mktemp("finished")
     path = write_study(folder, base_tree(small_data, folder / "none"), **STUDY)
-    with study_run(path, "--jobs", "2") as process:
-        said, _ = process.communicate()
-    assert process.returncode == 0, said
+    complete(path, "--jobs", "2")
     return path
+
+
+def test_a_study_starts_each_run_as_a_command(small_data: SmallData, tmp_path: Path) -> None:
+    study = {**STUDY, "variants": {"mha": {}}, "budgets": {"tokens": [3_200]}}
+    path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **study)
+    (run,) = plan_at(path).runs
+    done = subprocess.run(
+        [sys.executable, "-m", "sas_megatron", "study", "run", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    started, ended = done.stdout.splitlines()
+    assert started == f"» {run.name}: started, 10 steps"
+    assert re.fullmatch(rf"» {run.name}: done, validation loss \d\.\d+, \d+ s", ended)
+    assert "validation" in log_of(run).read_text(), "what the run prints is in its log"
+    assert not is_locked(run)
 
 
 def test_a_finished_study_is_collected_and_never_run_again(finished: Path) -> None:
     written = {
         file: file.stat().st_mtime_ns for file in (finished.parent / "study").rglob("*") if file.is_file()
     }
-    with study_run(finished) as process:
-        said, _ = process.communicate()
-    assert (process.returncode, said) == (0, "")
+    assert complete(finished) == ""
     after = {
         file: file.stat().st_mtime_ns for file in (finished.parent / "study").rglob("*") if file.is_file()
     }
@@ -153,45 +180,86 @@ def test_a_finished_study_is_collected_and_never_run_again(finished: Path) -> No
     assert json.loads(statuses.output)["counts"] == {"done": 6}
 
 
-def test_a_study_killed_at_random_moments_ends_with_the_same_table(
-    request: pytest.FixtureRequest, small_data: SmallData, tmp_path: Path, finished: Path
+def times_of_finished(plan: Plan) -> dict[Path, int]:
+    """When the results of the runs that have finished were written."""
+    return {
+        file: file.stat().st_mtime_ns
+        for run in plan.runs
+        if has_finished(run.directory)
+        for file in (run.directory / "summary.json", run.directory / "metrics.jsonl")
+    }
+
+
+def test_a_killed_study_ends_with_the_same_table(
+    small_data: SmallData, tmp_path: Path, finished: Path
 ) -> None:
-    kills = 20 if request.config.getoption("--all") else 2
-    moments = random.Random(kills)
+    path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
+    plan = plan_at(path)
+    trunks = [run for run in plan.runs if run.role == "trunk"]
+    branches = [run for run in plan.runs if run.role != "trunk"]
+    with study_run(path, "--jobs", "2") as process:
+        # Between the checkpoints of steps 3 and 6 or later, and before the last one.
+        wait_until(lambda: any(status_of(run).step >= 4 for run in trunks))
+    assert process.wait() == -signal.SIGKILL, "ended before it could be killed"
+    assert not all(has_finished(run.directory) for run in trunks)
+
+    with study_run(path, "--jobs", "2") as process:
+        # A run makes its directory itself.
+        wait_until(lambda: any(run.directory.exists() for run in branches))
+        process.kill()
+        started = [run for run in branches if run.directory.exists()]
+        finished_before = times_of_finished(plan)
+        # The runs outlive the killed study, and another one does not start them again.
+        printed = complete(path, "--jobs", "2")
+    assert process.wait() == -signal.SIGKILL, "ended before it could be killed"
+    assert not [run.name for run in started if f"» {run.name}: started" in printed]
+    assert times_of_finished(plan).items() >= finished_before.items(), "a finished run has run again"
+    assert results(path) == results(finished)
+
+
+@exhaustive
+def test_a_study_killed_at_random_moments_ends_with_the_same_table(
+    small_data: SmallData, tmp_path: Path, finished: Path
+) -> None:
+    moments = random.Random(20)
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
     finished_files: dict[Path, int] = {}
-    for _ in range(kills):
+    for _ in range(20):
         with study_run(path, "--jobs", "2") as process:
             try:
-                process.wait(timeout=moments.uniform(0.5, 14))
+                process.wait(timeout=moments.uniform(0.2, 6))
             except subprocess.TimeoutExpired:
                 process.kill()
                 # Its runs outlive it, here for a while.
                 time.sleep(moments.choice([0, 0, moments.uniform(0, 3)]))
         for file, written in finished_files.items():
             assert file.stat().st_mtime_ns == written, f"{file} was finished and has run again"
-        finished_files = {
-            file: file.stat().st_mtime_ns
-            for run in plan_at(path).runs
-            if has_finished(run.directory)
-            for file in (run.directory / "summary.json", run.directory / "metrics.jsonl")
-        }
-    with study_run(path, "--jobs", "2") as process:
-        said, _ = process.communicate()
-    assert process.returncode == 0, said
+        finished_files = times_of_finished(plan_at(path))
+    complete(path, "--jobs", "2")
     assert results(path) == results(finished)
 
 
-def test_runs_outlive_a_killed_study_and_are_not_started_twice(small_data: SmallData, tmp_path: Path) -> None:
+def test_a_run_whose_lock_is_held_is_not_started_again(
+    small_data: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
-    (run, *_) = plan_at(path).runs
+    run = plan_at(path).runs[0]
+    looks = 0
+
+    def look_twice(self: runner.StudyRunner) -> None:
+        nonlocal looks
+        assert not self._started
+        looks += 1
+        if looks == 2:
+            raise TimeoutError("it still waits for the run of another process")
+
+    monkeypatch.setattr(runner.StudyRunner, "_wait", look_twice)
     with locked(run) as descriptor:
         assert descriptor is not None
         assert status_of(run).state == "running"
-        with study_run(path, "--only", run.name) as process:
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(timeout=4)
-            assert not log_of(run).exists()
+        with pytest.raises(TimeoutError):
+            runner.StudyRunner(lambda: plan_at(path), jobs=2, say=print).run(wanted=lambda r: r == run)
+        assert not log_of(run).exists()
 
 
 def test_a_stopped_study_saves_its_runs_and_says_what_failed(small_data: SmallData, tmp_path: Path) -> None:
@@ -204,14 +272,11 @@ def test_a_stopped_study_saves_its_runs_and_says_what_failed(small_data: SmallDa
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **study)
     with study_run(path, "--jobs", "2", "--only", "*trunk*") as process:
         good, bad = [run for run in plan_at(path).runs if run.role == "trunk"]
-        deadline = time.monotonic() + 90
-        while not (status_of(good).step and status_of(bad).state == "failed"):
-            assert time.monotonic() < deadline, log_of(good).read_text()
-            time.sleep(0.2)
+        # The short branch leaves the trunk at step 8.
+        wait_until(lambda: status_of(good).step > 8 and status_of(bad).state == "failed")
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert f"» {good.name}: saved and stopped" in said
+        assert process.wait(60) == 1
+    assert f"» {good.name}: saved and stopped" in process.output()
     assert (good.directory / "stopped.json").exists()
     statuses = {run.name: status_of(run) for run in plan_at(path).runs}
     assert statuses[good.name].state == "interrupted"
@@ -235,9 +300,8 @@ def test_runs_that_differ_from_plan_or_each_other_are_not_mixed(
     other = write_study(tmp_path, base, **{**STUDY, "directory": str(finished.parent / "study")})
     with pytest.raises(UserError, match=r"mha-one-3200-s1234: optimizer\.weight_decay is 0\.1, planned 0\.2"):
         collect(plan_at(other))
-    with study_run(other, "--only", "sas*6400*") as process:
-        process.communicate()
-    assert process.returncode == 0, "what has finished is done, whatever is planned now"
+    # What has finished is done, whatever is planned now.
+    complete(other, "--only", "sas*6400*")
     provenance = finished.parent / "study" / "runs" / "sas-one-6400-s1234" / "run.json"
     kept = provenance.read_text()
     try:
@@ -275,7 +339,11 @@ def test_what_is_missing_stays_missing(finished: Path) -> None:
     assert table.remarks == ("1 of 4 runs are missing: sas-one-6400-s1234.",)
 
 
-def test_steps_are_timed_in_turn_and_stand_in_the_table(finished: Path) -> None:
+def test_steps_are_timed_in_turn_and_stand_in_the_table(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = fork_context()
+    monkeypatch.setattr(rank_processes.multiprocessing, "get_context", lambda _method: context)
     done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2"])
     assert done.exit_code == 0, done.output
     path = finished.parent / "study" / "step_seconds.json"

@@ -1,0 +1,44 @@
+"""Trains as `sas-megatron train CONFIG` does, except that rank 1 sends a signal to itself or to the launcher.
+
+usage: python -m tests.end_to_end.disturbed_training WHEN TARGET SIGNAL CONFIG [section.field=value ...]
+
+WHEN is `step` (in step 4), `save` (in the save before it) or `forever` (in step 4, which then never ends).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from sas_megatron.config.loading import load_run_config
+from sas_megatron.platform.device import prepare_device
+
+if __name__ == "__main__":
+    prepare_device()
+    from sas_megatron.training import loop, start
+
+    when, target, name, config, *overrides = sys.argv[1:]
+    train_step, asdict, steps = loop.train_step, loop.asdict, itertools.count(1)
+
+    def send() -> None:
+        os.kill(os.getppid() if target == "launcher" else os.getpid(), signal.Signals[name])
+
+    def disturbed_step(*args: Any, asks_to_stop: Any, **kwargs: Any) -> Any:
+        if next(steps) == 4 and os.environ["RANK"] == "1" and when != "save":
+            send()
+            deadline = time.monotonic() + 60
+            while when == "forever" or (not asks_to_stop() and time.monotonic() < deadline):
+                time.sleep(0.01)
+        return train_step(*args, asks_to_stop=asks_to_stop, **kwargs)
+
+    def disturbed_save(progress: Any) -> Any:
+        if progress.step == 3 and os.environ["RANK"] == "1" and when == "save":
+            send()
+        return asdict(progress)
+
+    loop.train_step, loop.asdict = disturbed_step, disturbed_save
+    sys.exit(start.train(load_run_config(config, overrides)).exit_status)

@@ -1,0 +1,49 @@
+"""Mutation testing by hand-written faults: `python -m tests.mutants`.
+
+    faults_*.py -> MUTANTS -> a fault applied to a copy of the checkout -> pytest on a few folders
+      -> caught, by which test; or survived
+
+Each fault changes one line of the product in a way that a user can observe. They were chosen by reading
+`sas_megatron/` and `launch/` alone, without knowing which tests cover them.
+"""
+
+from pathlib import Path
+
+from tests.mutants import faults_attention, faults_model, faults_scaling, faults_training
+from tests.mutants.mutant import ROOT, Mutant
+
+MUTANTS: tuple[Mutant, ...] = (
+    *faults_attention.MUTANTS,
+    *faults_model.MUTANTS,
+    *faults_training.MUTANTS,
+    *faults_scaling.MUTANTS,
+)
+
+# Folders of tests that run for a fault in a package, the package's own folder first.
+TEST_FOLDERS: dict[str, tuple[str, ...]] = {
+    "attention": ("tests/attention", "tests/model", "tests/training"),
+    "kernels": ("tests/kernels", "tests/attention"),
+    "parallel": ("tests/parallel", "tests/attention", "tests/training"),
+    "model": ("tests/model", "tests/planning", "tests/training"),
+    "config": ("tests/config", "tests/model", "tests/training"),
+    "platform": ("tests/platform", "tests/training", "tests/end_to_end"),
+    "planning": ("tests/planning", "tests/cli"),
+    "training": ("tests/training", "tests/checkpoint", "tests/end_to_end"),
+    "checkpoint": ("tests/checkpoint", "tests/training"),
+    "data": ("tests/data", "tests/training"),
+    "evaluation": ("tests/evaluation", "tests/cli"),
+    "scaling": ("tests/scaling", "tests/cli"),
+    "benchmarks": ("tests/benchmarks", "tests/cli"),
+    "preflight": ("tests/preflight", "tests/cli"),
+    "cli": ("tests/cli", "tests/end_to_end"),
+    "launch": ("tests/end_to_end", "tests/platform"),
+}
+
+
+def select_tests(mutant: Mutant) -> list[str]:
+    """Return what pytest runs for a fault: files and the folder named after its module, then all folders."""
+    folders = TEST_FOLDERS[mutant.package]
+    files = [path for folder in folders for path in (ROOT / folder).rglob(f"test_{mutant.path.stem}.py")]
+    mirror = ROOT / "tests" / Path(*mutant.path.parts[1:-1])
+    nearest = [*files, mirror] if mirror.is_dir() and not mutant.is_script else files
+    return list(dict.fromkeys([*(str(path.relative_to(ROOT)) for path in nearest), *folders]))

@@ -1,0 +1,115 @@
+"""What the options of the test command select."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.selection import cases, exhaustive, parse_part
+
+FILES = {
+    "test_first.py": (
+        "from tests.selection import exhaustive\n@exhaustive\ndef test_long(): pass\ndef test_short(): pass\n"
+    ),
+    "test_second.py": (
+        "from tests.selection import cases, draws\nimport pytest\n"
+        "@pytest.mark.parametrize('name', cases(['a', 'b', 'c'], default=['b']))\n"
+        "def test_table(name): pass\n"
+        "@draws(3, 40)\ndef test_claim(num_draws): pass\n"
+    ),
+    "test_third.py": "def test_one(): pass\ndef test_two(): pass\n",
+}
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("suite")
+    for name, source in FILES.items():
+        (folder / name).write_text(source)
+    return folder
+
+
+def run(suite: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest with this project's conftest on the files in `suite`."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-c",
+            "pyproject.toml",
+            "-p",
+            "tests.conftest",
+            "-rp",
+            *options,
+            suite,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def passed(done: subprocess.CompletedProcess[str]) -> set[str]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line.split("::")[1] for line in done.stdout.splitlines() if line.startswith("PASSED ")}
+
+
+DEFAULT = {"test_short", "test_table[b]", "test_claim[3]", "test_one", "test_two"}
+ALL = {*DEFAULT, "test_long", "test_table[a]", "test_table[c]", "test_claim[40]"}
+
+
+def test_the_default_run_leaves_out_and_counts_what_is_exhaustive(suite: Path) -> None:
+    done = run(suite)
+    assert passed(done) == DEFAULT
+    assert "4 tests left to tests/run.sh --all" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_parts_are_disjoint_and_together_are_all(suite: Path) -> None:
+    whole = run(suite, "--all")
+    assert passed(whole) == ALL
+    assert "left to" not in whole.stdout
+    first, second = (passed(run(suite, "--all", "--part", part)) for part in ("1/2", "2/2"))
+    assert not first & second
+    assert first | second == ALL
+
+
+def test_workers_report_what_they_leave_out_once(suite: Path) -> None:
+    done = run(suite, "-n", "2", "--dist", "loadfile")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("4 tests left to tests/run.sh --all") == 1
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", ""])
+def test_a_part_that_does_not_exist_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be i/n with 1 <= i <= n"):
+        parse_part(text)
+
+
+def test_a_default_case_must_be_in_the_table() -> None:
+    with pytest.raises(ValueError, match="the table has no case d"):
+        cases(["a", "b"], default=["d"])
+    left, kept = cases(["a", "b"], default=["b"])
+    assert (left.values, list(left.marks), kept) == (("a",), [exhaustive], "b")
+
+
+def test_the_command_answers_help_and_bad_parts_before_any_set_up(tmp_path: Path) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "SAS_MEGATRON_VENV": str(tmp_path / "venv")}
+    for options, status, text in (
+        (["--help"], 0, "usage: tests/run.sh"),
+        (["--all", "--part", "3/2"], 2, "--part 3/2: must be I/N with 1 <= I <= N"),
+        (["--part", "1/2"], 2, "is a part of --all"),
+        (["--all", "--part"], 2, "--part needs I/N"),
+    ):
+        done = subprocess.run(
+            ["tests/run.sh", *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=10
+        )
+        assert done.returncode == status
+        assert text in done.stdout + done.stderr
+    assert not (tmp_path / "venv").exists()
