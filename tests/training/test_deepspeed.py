@@ -31,7 +31,7 @@ def config_of(
         schedule={"warmup_steps": 2},
         training={
             "num_steps": 9,
-            "global_batch_size": 8,
+            "global_batch_size": 4,
             "micro_batch_size": 2,
             "engine": engine,
             "precision": precision,
