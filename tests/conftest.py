@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.file_costs import FileCosts
-from tests.fork_server import fork_context
+from tests.fork_server import fork_context, stop_fork_server
 from tests.rank_pool import RankPool
 from tests.selection import parse_part, select
 from tests.small_data import SmallData
@@ -88,6 +88,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_testnodedown(node: Any) -> None:
     """Take from a worker how many tests it left out; each worker collects all."""
     node.config.stash[_left] = getattr(node, "workeroutput", {}).get("left_to_all", 0)
+
+
+def pytest_unconfigure() -> None:
+    """End what this process has started for all tests."""
+    stop_fork_server()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
