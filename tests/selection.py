@@ -10,18 +10,23 @@ import pytest
 exhaustive = pytest.mark.exhaustive
 
 
-def cases(names: Iterable[str], *, default: Collection[str]) -> list[Any]:
+def cases(names: Iterable[Any], *, default: Collection[Any]) -> list[Any]:
     """Return the parameters of a table of cases, of which the `default` ones are in the default run.
 
-    Choose for the default run those cases that alone reach some line of the product.
+    A case of several parameters is a tuple. Choose for the default run those cases that alone reach some
+    line of the product.
 
     Raises:
         ValueError: a default case is not in the table.
     """
     table = list(names)
-    if unknown := sorted(set(default) - set(table)):
-        raise ValueError(f"the table has no case {', '.join(unknown)}; it has {', '.join(table)}")
-    return [name if name in default else pytest.param(name, marks=exhaustive) for name in table]
+    if unknown := sorted(map(str, set(default) - set(table))):
+        raise ValueError(f"the table has no case {', '.join(unknown)}; it has {', '.join(map(str, table))}")
+
+    def parameters(name: Any) -> Any:
+        return pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=exhaustive)
+
+    return [name if name in default else parameters(name) for name in table]
 
 
 def draws(few: int, many: int) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
 from tests.checkpoint.whole_models import ATTENTIONS, PARTS, logits_of, whole_weights
-from tests.conftest import ROOT
+from tests.fork_server import ForkedCommand
 from tests.full_disk import no_file_longer_than
 from tests.model.model_parts import random_tokens
 from tests.run_configs import small_config
@@ -212,15 +210,14 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_model_is_not_held_twice(small_data: SmallData, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.export_memory", small_data.tokenizer, tmp_path / "model"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
+    process = ForkedCommand(
+        *(small_data.tokenizer, tmp_path / "model"), module="tests.checkpoint.export_memory"
     )
-    assert done.returncode == 0, done.stderr
-    model_bytes, grown = map(int, done.stdout.split())
+    try:
+        assert process.wait(timeout=200) == 0, process.errors()
+    finally:
+        process.kill()
+    model_bytes, grown = map(int, process.output().split())
     assert model_bytes > 120_000_000
     # A shard of 8 MB, and what importing and Python take.
     assert grown < 40_000_000, f"{grown:,} bytes beside the model's {model_bytes:,}"

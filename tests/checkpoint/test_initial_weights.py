@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.checkpoint.whole_models import ATTENTIONS, PARTS, logits_of, whole_we
 from tests.model.model_parts import initial_weights, joined_logits, joined_weights, logits_part_of
 from tests.rank_pool import in_layout
 from tests.run_configs import small_config
+from tests.selection import cases
 from tests.tolerances import assert_near
 
 IDENTITY = {"kind": "sas", "initialization": "identity", "head_expansion": 2}
@@ -46,9 +48,27 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("attention", ["gqa", "mla", "mfa", "tpa", "sas"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# In the default run both kinds of the model's other parts in every layout, and with every attention.
+@pytest.mark.parametrize(
+    ("layout", "attention", "parts"),
+    cases(
+        itertools.product(LAYOUTS, ["gqa", "mla", "mfa", "tpa", "sas"], PARTS),
+        default=[
+            ("one rank", "gqa", "plain"),
+            ("one rank", "mla", "biased"),
+            ("one rank", "tpa", "biased"),
+            ("tensor 2", "gqa", "biased"),
+            ("tensor 2", "mla", "plain"),
+            ("tensor 2", "mfa", "biased"),
+            ("tensor 2", "tpa", "plain"),
+            ("tensor 2", "sas", "plain"),
+            ("tensor 2, sequence", "mfa", "plain"),
+            ("tensor 2, sequence", "sas", "biased"),
+            ("pipeline 2 interleaved", "gqa", "plain"),
+            ("pipeline 2 interleaved", "sas", "biased"),
+        ],
+    ),
+)
 def test_every_layout_has_the_logits_of_the_weights(
     ranks: Any, tmp_path: Path, layout: str, attention: str, parts: str
 ) -> None:
@@ -71,9 +91,16 @@ def test_every_layout_has_the_logits_of_the_weights(
 BASES = ["mha", "gqa", "gqa-partly-rotary", "mqa"]
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("tensor", "parts", "base"),
+    cases(
+        itertools.product([1, 2], PARTS, BASES),
+        default=[
+            *((1, "plain", base) for base in BASES),
+            *((2, "biased", base) for base in BASES),
+        ],
+    ),
+)
 def test_upcycled_sas_has_the_logits_of_its_base(
     ranks: Any, tmp_path: Path, base: str, parts: str, tensor: int
 ) -> None:

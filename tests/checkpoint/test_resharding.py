@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from tests.checkpoint.saved_runs import begin_with_weights, go_on, train_and_save, whole_tensors
 from tests.model.model_parts import joined_weights
+from tests.selection import cases
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
 from tests.training.layouts import ATTENTIONS, OVERLAP, SHARDED, TIED, Layout
 
@@ -18,15 +21,28 @@ MORE = 3
 FOLDER = f"iter_{STEPS:07d}"
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("attention", ATTENTIONS)
+# Four ranks are more than the key/value heads of some: those in the default run.
+@pytest.mark.parametrize(
+    ("attention", "world_size"),
+    cases(
+        itertools.product(ATTENTIONS, (2, 4)),
+        default=[
+            ("mha", 2),
+            ("gqa", 4),
+            ("mla", 2),
+            ("sas-gather", 2),
+            ("sas-all_to_all", 4),
+            ("mfa", 2),
+            ("tpa", 2),
+        ],
+    ),
+)
 def test_every_attention_saved_by_tensor_ranks_is_whole(
     ranks: Any, tmp_path: Path, attention: str, world_size: int
 ) -> None:
     """In particular: nothing is left out, replicated, doubled or out of order."""
     from sas_megatron.checkpoint.whole_weights import load_whole_weights
 
-    # Four ranks are more than the key/value heads of some.
     config = Layout(world_size, {"tensor": world_size, "sequence": True}, SHARDED).config(attention)
     by_rank = ranks(world_size).run(train_and_save, config, tmp_path, 1)
     expected = joined_weights([weights for _, weights in by_rank])
@@ -43,12 +59,14 @@ def test_every_attention_saved_by_tensor_ranks_is_whole(
         assert torch.equal(part.tensor, expected[name]), f"{name} on one rank"
 
 
+# As many as a pipeline of two interleaved stages has pieces.
+FOUR_LAYERS = {"num_layers": 4}
 ALL = Layout(8, {"tensor": 2, "sequence": True, "pipeline": 2, **OVERLAP}, SHARDED)
 OTHERS = {
-    "one rank": Layout(1),
-    "tensor 4": Layout(4, {"tensor": 4}),
-    "data 4, distributed optimizer": Layout(4, optimizer=SHARDED),
-    "context 2": Layout(2, {"context": 2}),
+    "one rank": Layout(1, model=FOUR_LAYERS),
+    "tensor 4": Layout(4, {"tensor": 4}, model=FOUR_LAYERS),
+    "data 4, distributed optimizer": Layout(4, optimizer=SHARDED, model=FOUR_LAYERS),
+    "context 2": Layout(2, {"context": 2}, model=FOUR_LAYERS),
     "tensor 2, pipeline 2 interleaved": Layout(4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
 }
 
@@ -57,11 +75,12 @@ OTHERS = {
 def alone(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`alone(layout)`: the losses of one process that is not interrupted."""
 
-    def losses(layout: Layout, attention: str = "sas-all_to_all") -> list[float]:
-        config = Layout(1, model=layout.model, training=layout.training).config(attention)
+    @functools.cache
+    def losses(model: tuple[tuple[str, Any], ...]) -> list[float]:
+        config = Layout(1, model=dict(model)).config("sas-all_to_all")
         return ranks(1).run(train_and_save, config, tmp_path_factory.mktemp("alone"), STEPS + MORE)[0][0]
 
-    return losses
+    return lambda layout: losses((*layout.model.items(), ("num_layers", layout.num_layers)))
 
 
 def assert_goes_on(ranks: Any, saved: Path, layout: Layout, expected: list[float], again: Path) -> None:
@@ -83,8 +102,7 @@ def saved_by_all(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.sampled(every=2)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", cases(OTHERS, default=OTHERS.keys() - {"one rank", "context 2"}))
 def test_eight_ranks_are_gone_on_from_by_others(
     ranks: Any, alone: Any, saved_by_all: Path, tmp_path: Path, name: str
 ) -> None:
@@ -92,7 +110,9 @@ def test_eight_ranks_are_gone_on_from_by_others(
 
 
 def test_eight_ranks_go_on_from_one(ranks: Any, alone: Any, tmp_path: Path) -> None:
-    ranks(1).run(train_and_save, Layout(1).config("sas-all_to_all"), tmp_path / "one", STEPS)
+    ranks(1).run(
+        train_and_save, Layout(1, model=FOUR_LAYERS).config("sas-all_to_all"), tmp_path / "one", STEPS
+    )
     assert_goes_on(ranks, tmp_path / "one", ALL, alone(ALL), tmp_path / "again")
 
 
@@ -104,7 +124,9 @@ def test_tied_embeddings_are_saved_once_and_loaded_twice(ranks: Any, alone: Any,
     ranks(4).run(train_and_save, tied.config("sas-all_to_all"), tmp_path / "tied", STEPS)
     assert "output_layer.weight" not in whole_tensors(tmp_path / "tied" / FOLDER)
     expected = alone(tied)
-    assert_goes_on(ranks, tmp_path / "tied", Layout(1, model=model), expected, tmp_path / "one")
+    assert_goes_on(
+        ranks, tmp_path / "tied", Layout(1, model={**model, **FOUR_LAYERS}), expected, tmp_path / "one"
+    )
     assert_goes_on(ranks, tmp_path / "one", tied, expected, tmp_path / "again")
 
 
@@ -133,8 +155,7 @@ def test_bfloat16_keeps_its_float32_weights_between_plain_and_distributed_optimi
             assert torch.equal(found[name], tensor), f"{name} after layout {index + 1}"
 
 
-@pytest.mark.sampled(every=2)
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", cases([1, 3], default=[3]))
 def test_weights_pass_between_the_engines(ranks: Any, tmp_path: Path, stage: int) -> None:
     megatron = Layout(4, {"tensor": 2}, SHARDED)
     deepspeed = Layout(4, {"tensor": 2, "sequence": True}, deepspeed={"zero_stage": stage})

@@ -20,6 +20,7 @@ from sas_megatron.config.run import RunConfig
 from tests.checkpoint.saved_runs import save, take_steps_from, train_and_save, whole_tensors
 from tests.full_disk import no_file_longer_than
 from tests.rank_pool import in_layout
+from tests.selection import cases
 from tests.training.layouts import SHARDED, Layout
 
 TWO = Layout(2, optimizer=SHARDED)
@@ -125,8 +126,18 @@ def save_on_a_full_disk(config: RunConfig, folder: Path, full_on: int, num_bytes
     return "saved"
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(("full_on", "num_bytes"), [(0, 20_000), (1, 20_000), (0, 200), (1, 0)])
+@pytest.mark.parametrize(
+    ("full_on", "num_bytes", "asynchronous"),
+    cases(
+        [
+            (*full, asynchronous)
+            for full in ((0, 20_000), (1, 20_000), (0, 200), (1, 0))
+            for asynchronous in (False, True)
+        ],
+        # On each rank, of each way to write: within the tensors, and within the first file that is written.
+        default=[(0, 20_000, False), (1, 20_000, True), (0, 200, True), (1, 0, False)],
+    ),
+)
 def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(
     ranks: Any, tmp_path: Path, full_on: int, num_bytes: int, asynchronous: bool
 ) -> None:

@@ -36,16 +36,34 @@ class Layout:
     model: dict[str, Any] = field(default_factory=dict)
     deepspeed: dict[str, Any] | None = None
 
+    @property
+    def num_layers(self) -> int:
+        """Four where a pipeline shares them, two otherwise."""
+        return int(self.model.get("num_layers", 4 if self.parallel.get("pipeline", 1) > 1 else 2))
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Two; without a pipeline as many samples as leave each data rank two microbatches."""
+        if self.parallel.get("pipeline", 1) > 1 or self.world_size == 1:
+            return 2
+        model_size = self.parallel.get("tensor", 1) * self.parallel.get("context", 1)
+        return max(1, 4 * model_size // self.world_size)
+
     def config(self, attention: str) -> RunConfig:
-        """A run of four layers and eight samples a step on this layout."""
+        """A run of eight samples a step on this layout."""
         sections: dict[str, Any] = {
             "attention": ATTENTIONS[attention],
-            "model": {"num_layers": 4, **self.model},
+            "model": {**self.model, "num_layers": self.num_layers},
             "data": {"sequence_length": 16},
             "parallel": self.parallel,
             "optimizer": {"learning_rate": 0.01, **self.optimizer},
             "schedule": {"warmup_steps": 2},
-            "training": {"num_steps": 9, "global_batch_size": 8, "micro_batch_size": 2, **self.training},
+            "training": {
+                "num_steps": 9,
+                "global_batch_size": 8,
+                "micro_batch_size": self.micro_batch_size,
+                **self.training,
+            },
         }
         if self.deepspeed is not None:
             sections["training"]["engine"] = "deepspeed"
@@ -54,7 +72,7 @@ class Layout:
 
     def alone(self, attention: str) -> RunConfig:
         """The same model in one process: Megatron-core's engine, nothing shared, nothing recomputed."""
-        return Layout(1, model=self.model).config(attention)
+        return Layout(1, model={**self.model, "num_layers": self.num_layers}).config(attention)
 
 
 # Each axis alone, then what interacts.
@@ -124,4 +142,33 @@ LAYOUTS: dict[str, Layout] = {
         )
         for stage in range(4)
     },
+}
+
+# The layouts and attentions of the default run. Each layout here adds a line of the product or of
+# Megatron-core's schedule to those before it; each attention meets tensor, pipeline, context and data ranks.
+DEFAULT_PAIRS = {
+    ("one rank, selective recompute", "sas-gather"),
+    ("one rank, full recompute", "mla"),
+    ("one rank, full recompute of one layer", "tpa"),
+    ("tensor 2", "mfa"),
+    ("tensor 2, sequence", "sas-all_to_all"),
+    ("tensor 4", "gqa"),
+    ("pipeline 2", "gqa"),
+    ("pipeline 2, tied", "mha"),
+    ("pipeline 2, uneven", "sas-gather"),
+    ("pipeline 2, interleaved", "mla"),
+    ("pipeline 4", "mfa"),
+    ("context 2", "tpa"),
+    ("data 2", "mfa"),
+    ("data 2, distributed optimizer", "mha"),
+    ("data 2, distributed optimizer, overlapped", "sas-all_to_all"),
+    ("tensor 2, sequence, pipeline 2, tied, selective recompute", "tpa"),
+    ("tensor 2, sequence, context 2, selective recompute", "sas-all_to_all"),
+    ("context 2, data 2, distributed optimizer", "mla"),
+    ("pipeline 2, context 2, full recompute", "mha"),
+    ("pipeline 2 interleaved, data 2, distributed optimizer, overlapped", "gqa"),
+    ("tensor 2, sequence, data 2, distributed optimizer, overlapped", "mla"),
+    ("DeepSpeed stage 0, tensor 2, data 2", "mha"),
+    ("DeepSpeed stage 1, tensor 2, context 2", "gqa"),
+    ("DeepSpeed stage 3, tensor 2, data 2", "tpa"),
 }

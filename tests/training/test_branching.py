@@ -12,6 +12,7 @@ import pytest
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.training import start
+from tests.selection import cases
 from tests.small_data import SmallData
 from tests.training.test_runs import assert_end_alike, complete, records
 
@@ -51,7 +52,7 @@ def without_times(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("num_steps", [7, 12])
+@pytest.mark.parametrize("num_steps", cases([7, 12], default=[7]))
 def test_a_branch_is_the_run_that_took_all_its_steps_itself(
     ranks: Any, small_data: SmallData, tmp_path: Path, num_steps: int
 ) -> None:

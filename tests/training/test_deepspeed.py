@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,28 @@ import pytest
 
 from sas_megatron.config.run import RunConfig
 from tests.run_configs import small_config
+from tests.selection import cases
 from tests.small_data import SmallData
 from tests.tolerances import BFLOAT16_LOSS, LOSS_AFTER_FIVE_STEPS
 from tests.training.layouts import ATTENTIONS
 from tests.training.test_runs import complete, records, summary
-from tests.training.training_runs import replicas_that_differ, take_steps
+from tests.training.training_runs import Steps, replicas_that_differ, take_steps
 
-TENSOR_2_DATA_2 = {"tensor": 2, "sequence": True}
+# Two data ranks, each of them one rank or two tensor ranks.
+PARALLEL: dict[int, dict[str, Any]] = {2: {}, 4: {"tensor": 2, "sequence": True}}
 
 
-def config_of(engine: str, *, clip: float = 1.0, precision: str = "float32", **deepspeed: Any) -> RunConfig:
+def config_of(
+    engine: str, *, world_size: int = 4, clip: float = 1.0, precision: str = "float32", **deepspeed: Any
+) -> RunConfig:
     return small_config(
         attention=ATTENTIONS["sas-all_to_all"],
-        parallel=TENSOR_2_DATA_2,
+        parallel=PARALLEL[world_size],
         optimizer={"learning_rate": 0.01, "clip_gradient_norm": clip},
         schedule={"warmup_steps": 2},
         training={
             "num_steps": 9,
-            "global_batch_size": 8,
+            "global_batch_size": 4,
             "micro_batch_size": 2,
             "engine": engine,
             "precision": precision,
@@ -35,11 +40,22 @@ def config_of(engine: str, *, clip: float = 1.0, precision: str = "float32", **d
     )
 
 
-@pytest.mark.sampled(every=3)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_clipping_counts_each_parameter_once(ranks: Any, stage: int) -> None:
+@pytest.fixture(scope="module")
+def by_megatron(ranks: Any) -> Any:
+    """`by_megatron(world_size, field=value)`: each rank's steps with Megatron-core's engine, taken once."""
+
+    @functools.cache
+    def steps(world_size: int, **fields: Any) -> list[Steps]:
+        return ranks(world_size).run(take_steps, config_of("megatron", world_size=world_size, **fields))
+
+    return steps
+
+
+# Stage 0 and stage 3 have a norm of their own, the others share theirs.
+@pytest.mark.parametrize("stage", cases([0, 1, 2, 3], default=[0, 3]))
+def test_clipping_counts_each_parameter_once(ranks: Any, by_megatron: Any, stage: int) -> None:
     # Far below the norm of about 1, so that every step is clipped, and a norm counted twice would show.
-    expected = ranks(4).run(take_steps, config_of("megatron", clip=0.05))
+    expected = by_megatron(4, clip=0.05)
     by_rank = ranks(4).run(take_steps, config_of("deepspeed", clip=0.05, zero_stage=stage))
     assert not replicas_that_differ(by_rank)
     for steps, megatron in zip(by_rank, expected, strict=True):
@@ -48,64 +64,86 @@ def test_clipping_counts_each_parameter_once(ranks: Any, stage: int) -> None:
         assert steps.losses == pytest.approx(megatron.losses, rel=LOSS_AFTER_FIVE_STEPS)
 
 
-@pytest.mark.sampled(every=2)
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bfloat16_trains_as_megatrons_engine_does(ranks: Any, stage: int) -> None:
-    expected = ranks(4).run(take_steps, config_of("megatron", precision="bfloat16"))
-    by_rank = ranks(4).run(take_steps, config_of("deepspeed", precision="bfloat16", zero_stage=stage))
+@pytest.mark.parametrize(("stage", "world_size"), cases([(1, 4), (2, 2), (3, 4)], default=[(2, 2)]))
+def test_bfloat16_trains_as_megatrons_engine_does(
+    ranks: Any, by_megatron: Any, stage: int, world_size: int
+) -> None:
+    expected = by_megatron(world_size, precision="bfloat16")
+    config = config_of("deepspeed", world_size=world_size, precision="bfloat16", zero_stage=stage)
+    by_rank = ranks(world_size).run(take_steps, config)
     assert not replicas_that_differ(by_rank)
     for steps, megatron in zip(by_rank, expected, strict=True):
         assert steps.losses == pytest.approx(megatron.losses, rel=BFLOAT16_LOSS)
 
 
-@pytest.mark.sampled(every=3)
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offload_settings_reach_deepspeed_and_change_nothing(ranks: Any, stage: int) -> None:
-    settings = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    [plain, *_] = ranks(4).run(take_steps, config_of("deepspeed", zero_stage=stage))
-    [offloaded, *_] = ranks(4).run(take_steps, config_of("deepspeed", zero_stage=stage, settings=settings))
-    assert offloaded.losses == pytest.approx(plain.losses, rel=LOSS_AFTER_FIVE_STEPS)
-    by_rank = ranks(4).run(zero_settings, config_of("deepspeed", zero_stage=stage, settings=settings))
-    assert by_rank == [(stage, "cpu")] * 4
+@pytest.mark.parametrize(("stage", "world_size"), cases([(1, 2), (2, 4), (3, 4)], default=[(1, 2)]))
+def test_offload_settings_reach_deepspeed_and_change_nothing(ranks: Any, stage: int, world_size: int) -> None:
+    plain = config_of("deepspeed", world_size=world_size, zero_stage=stage)
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    offloaded = config_of("deepspeed", world_size=world_size, zero_stage=stage, settings=offload)
+    [expected, *_] = ranks(world_size).run(take_steps, plain)
+    by_rank = ranks(world_size).run(steps_and_zero_settings, offloaded)
+    assert by_rank[0][0].losses == pytest.approx(expected.losses, rel=LOSS_AFTER_FIVE_STEPS)
+    assert [found for _, *found in by_rank] == [[stage, "cpu"]] * world_size
 
 
-def zero_settings(config: RunConfig) -> tuple[int, str]:
-    """On a rank: the stage and offload device that DeepSpeed says it runs with."""
-    from sas_megatron.training.engine import assemble
-    from tests.rank_pool import in_layout
+def steps_and_zero_settings(config: RunConfig) -> tuple[Steps, int, str]:
+    """On a rank: the steps, and the stage and offload device that DeepSpeed reports."""
+    from sas_megatron.training import deepspeed_engine
 
-    in_layout(config.parallel)
-    engine: Any = assemble(config)
-    return engine.engine.zero_optimization_stage(), engine.engine.zero_offload_optimizer().device
+    engines: list[Any] = []
+    initialize = deepspeed_engine.DeepSpeedEngine.__init__
+
+    def initialize_and_keep(engine: Any, *arguments: Any) -> None:
+        initialize(engine, *arguments)
+        engines.append(engine.engine)
+
+    deepspeed_engine.DeepSpeedEngine.__init__ = initialize_and_keep  # type: ignore[method-assign]
+    try:
+        steps = take_steps(config)
+    finally:
+        deepspeed_engine.DeepSpeedEngine.__init__ = initialize  # type: ignore[method-assign]
+    (engine,) = engines
+    return steps, engine.zero_optimization_stage(), engine.zero_offload_optimizer().device
 
 
-@pytest.mark.sampled(every=3)
+# Each rank's files hold whole states, shards of them beside bfloat16 weights, or shards of weights too.
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32")]
+    ("stage", "precision", "world_size"),
+    cases(
+        [
+            (0, "float32", 4),
+            (1, "bfloat16", 4),
+            (2, "float32", 4),
+            (3, "float32", 2),
+            (3, "float32", 4),
+        ],
+        default=[(1, "bfloat16", 4), (3, "float32", 2)],
+    ),
 )
 def test_a_run_goes_on_bit_for_bit(
-    ranks: Any, small_data: SmallData, tmp_path: Path, stage: int, precision: str
+    ranks: Any, small_data: SmallData, tmp_path: Path, stage: int, precision: str, world_size: int
 ) -> None:
     def run(name: str, **more: dict[str, Any]) -> RunConfig:
-        training = {"num_steps": 8, "precision": precision, "engine": "deepspeed", **more.pop("training", {})}
+        training = {"num_steps": 5, "precision": precision, "engine": "deepspeed", **more.pop("training", {})}
         return small_data.run(
             tmp_path / name,
-            parallel={"tensor": 2, "sequence": True},
+            parallel=PARALLEL[world_size],
             model={"hidden_dropout": 0.1},
             deepspeed={"zero_stage": stage},
             training=training,
-            evaluation={"interval": 4},
+            evaluation={"interval": 3},
             **more,
         )
 
     whole = run("whole")
-    ranks(4).run(complete, whole)
-    ranks(4).run(complete, run("parts", training={"stop_after_steps": 4}))
+    ranks(world_size).run(complete, whole)
+    ranks(world_size).run(complete, run("parts", training={"stop_after_steps": 3}))
     rest = run("parts", checkpoint={"resume": True})
-    ranks(4).run(complete, rest)
+    ranks(world_size).run(complete, rest)
     timeless = ("step", "consumed_samples", "train_loss", "gradient_norm", "learning_rate")
     assert [[record[key] for key in timeless] for record in records(rest)] == [
         [record[key] for key in timeless] for record in records(whole)
     ]
-    assert len(records(whole)) == 8
+    assert len(records(whole)) == 5
     assert summary(rest)["final_validation_loss"] == summary(whole)["final_validation_loss"]

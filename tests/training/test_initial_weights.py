@@ -41,7 +41,8 @@ class Continued:
 
     def __init__(self, ranks: Any, small_data: SmallData, folder: Path) -> None:
         self.ranks, self.data, self.folder = ranks, small_data, folder
-        base = self.of(MHA, "base", training={"num_steps": 40}, parallel={"tensor": 2})
+        training = {"num_steps": 40, "micro_batch_size": 8}
+        base = self.of(MHA, "base", training=training, parallel={"tensor": 2})
         ranks(2).run(complete, base)
         self.sas_yaml = folder / "sas.yaml"
         self.sas_yaml.write_text(dump_yaml(self.of(SAS, "unused")), encoding="utf-8")

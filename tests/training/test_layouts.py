@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from sas_megatron.config.run import RunConfig
 from tests.model.model_parts import joined_weights
+from tests.selection import exhaustive
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS, WHOLE_MODEL_GRADIENT, assert_within
-from tests.training.layouts import ATTENTIONS, LAYOUTS, Layout
+from tests.training.layouts import ATTENTIONS, DEFAULT_PAIRS, LAYOUTS
 from tests.training.training_runs import Steps, take_steps, tensor_groups
 
 
 @pytest.fixture(scope="module")
 def alone(ranks: Any) -> Any:
-    """`alone(layout, attention)`: the steps of one process, each taken once."""
+    """`alone(config)`: the steps of one process, each config's taken once."""
 
     @functools.cache
-    def steps(model: tuple[tuple[str, Any], ...], attention: str) -> Steps:
-        return ranks(1).run(take_steps, Layout(1, model=dict(model)).config(attention))[0]
+    def steps(config: str) -> Steps:
+        return ranks(1).run(take_steps, RunConfig.model_validate_json(config))[0]
 
-    return lambda layout, attention: steps(tuple(layout.model.items()), attention)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every layout with one attention in turn, or, with --all, with each.
-
-    The layout varies slowest, since ranks keep their groups from test to test.
-    """
-    if "attention" not in metafunc.fixturenames:
-        return
-    attentions = list(ATTENTIONS)
-    whole = metafunc.config.getoption("--all")
-    cases = [
-        (name, attention)
-        for index, name in enumerate(LAYOUTS)
-        for attention in (
-            attentions if whole else [attentions[(index + index // len(attentions)) % len(attentions)]]
-        )
-    ]
-    metafunc.parametrize(("name", "attention"), cases)
+    return lambda config: steps(config.model_dump_json())
 
 
-@pytest.mark.sampled(every=3)
+# The layout varies slowest, since ranks keep their groups from test to test.
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        pytest.param(*pair, marks=() if pair in DEFAULT_PAIRS else exhaustive)
+        for pair in itertools.product(LAYOUTS, ATTENTIONS)
+    ],
+)
 def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, name: str, attention: str) -> None:
     layout = LAYOUTS[name]
-    expected: Steps = alone(layout, attention)
+    expected: Steps = alone(layout.alone(attention))
     by_rank: list[Steps] = ranks(layout.world_size).run(take_steps, layout.config(attention))
     seen: set[str] = set()
     for group in tensor_groups(by_rank):
@@ -64,3 +55,8 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, name: s
     for steps in by_rank:
         assert steps.losses == pytest.approx(expected.losses, rel=LOSS_AFTER_FIVE_STEPS)
         assert steps.gradient_norms[0] == pytest.approx(expected.gradient_norms[0], rel=1e-5)
+
+
+def test_the_default_pairs_are_in_the_table() -> None:
+    assert set(itertools.product(LAYOUTS, ATTENTIONS)) >= DEFAULT_PAIRS
+    assert {attention for _, attention in DEFAULT_PAIRS} == set(ATTENTIONS)

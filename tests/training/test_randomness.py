@@ -12,6 +12,7 @@ from sas_megatron.config.run import RunConfig
 from tests.model.model_parts import random_tokens
 from tests.rank_pool import in_layout
 from tests.run_configs import small_config
+from tests.selection import cases
 from tests.small_data import SmallData
 from tests.training.layouts import ATTENTIONS
 from tests.training.test_runs import assert_end_alike, complete, records
@@ -74,20 +75,18 @@ def test_stages_of_a_pipeline_drop_apart(ranks: Any) -> None:
     assert abs((first == second).float().mean().item() - 0.5) < 5 * 0.5 / 1000**0.5
 
 
-@pytest.mark.parametrize(
-    ("world_size", "sections"),
-    [
-        (4, {"parallel": {"tensor": 2, "sequence": True, "pipeline": 2}}),
-        (4, {"parallel": {"context": 2}, "optimizer": {"distributed": True}}),
-        (2, {"training": {"engine": "deepspeed"}, "deepspeed": {"zero_stage": 2}}),
-        (2, {"parallel": {"tensor": 2}, "training": {"recompute": "selective"}}),
-    ],
-    ids=["tensor, sequence, pipeline", "context, data", "DeepSpeed", "recompute"],
-)
-def test_a_run_repeats_to_the_bit(
-    ranks: Any, small_data: SmallData, tmp_path: Path, world_size: int, sections: dict[str, Any]
-) -> None:
-    training = {"num_steps": 5, **sections.get("training", {})}
+REPEATED: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor, sequence, pipeline": (4, {"parallel": {"tensor": 2, "sequence": True, "pipeline": 2}}),
+    "context, data": (4, {"parallel": {"context": 2}, "optimizer": {"distributed": True}}),
+    "DeepSpeed": (2, {"training": {"engine": "deepspeed"}, "deepspeed": {"zero_stage": 2}}),
+    "recompute": (2, {"parallel": {"tensor": 2}, "training": {"recompute": "selective"}}),
+}
+
+
+@pytest.mark.parametrize("layout", cases(REPEATED, default=["tensor, sequence, pipeline", "DeepSpeed"]))
+def test_a_run_repeats_to_the_bit(ranks: Any, small_data: SmallData, tmp_path: Path, layout: str) -> None:
+    world_size, sections = REPEATED[layout]
+    training = {"num_steps": 3, **sections.get("training", {})}
     dropout = {"model": {"hidden_dropout": 0.1}, "attention": {"dropout": 0.1}}
     runs = [
         small_data.run(tmp_path / name, **{**sections, "training": training, **dropout})
@@ -111,7 +110,7 @@ def test_recomputation_drops_what_the_forward_pass_dropped(
             model={"hidden_dropout": 0.1},
             attention={"dropout": 0.1},
             parallel={"tensor": 2, "sequence": True},
-            training={"num_steps": 5, "recompute": recompute},
+            training={"num_steps": 3, "recompute": recompute},
         )
         ranks(2).run(complete, config)
         losses[recompute] = [record["train_loss"] for record in records(config)]

@@ -25,28 +25,26 @@ def test_every_rank_leaves_a_trace_of_these_steps_alone_and_the_run_is_the_same(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     sections: dict[str, dict[str, Any]] = {
-        "parallel": {"tensor": 2},
+        "parallel": {"tensor": 2, "sequence": True},
         "model": {"hidden_dropout": 0.1},
+        "attention": {"dropout": 0.1},
         "evaluation": {"interval": None},
     }
-    plain = small_data.run(tmp_path / "plain", **sections, training={"num_steps": 7})
+    training = {"num_steps": 5, "micro_batch_size": 8}
+    plain = small_data.run(tmp_path / "plain", **sections, training=training)
     ranks(2).run(complete, plain)
-    profiled = {**sections, "logging": {"profile_steps": [3, 6]}}
-    stopped = small_data.run(
-        tmp_path / "profiled", **profiled, training={"num_steps": 7, "stop_after_steps": 4}
-    )
+    profiled = {**sections, "logging": {"profile_steps": [2, 5]}}
+    stopped = small_data.run(tmp_path / "profiled", **profiled, training={**training, "stop_after_steps": 3})
     ranks(2).run(complete, stopped)
-    rest = small_data.run(
-        tmp_path / "profiled", **profiled, training={"num_steps": 7}, checkpoint={"resume": True}
-    )
+    rest = small_data.run(tmp_path / "profiled", **profiled, training=training, checkpoint={"resume": True})
     ranks(2).run(complete, rest)
 
     traces = {path.name: traced_steps(path) for path in (tmp_path / "profiled" / "profile").iterdir()}
     assert traces == {
-        "rank_00000_steps_3_to_4.json.gz": {"step 3", "step 4"},
-        "rank_00001_steps_3_to_4.json.gz": {"step 3", "step 4"},
-        "rank_00000_steps_5_to_6.json.gz": {"step 5", "step 6"},
-        "rank_00001_steps_5_to_6.json.gz": {"step 5", "step 6"},
+        "rank_00000_steps_2_to_3.json.gz": {"step 2", "step 3"},
+        "rank_00001_steps_2_to_3.json.gz": {"step 2", "step 3"},
+        "rank_00000_steps_4_to_5.json.gz": {"step 4", "step 5"},
+        "rank_00001_steps_4_to_5.json.gz": {"step 4", "step 5"},
     }
     assert not (tmp_path / "plain" / "profile").exists()
     assert_end_alike(rest, plain)

@@ -30,7 +30,7 @@ def complete_with_slow_rank(config: RunConfig, slow_rank: int) -> None:
     """On a rank: the run, in which one rank computes something of its own in each step."""
 
     def compute(_run: Any) -> None:
-        end = time.thread_time() + 0.5
+        end = time.thread_time() + 0.4
         while time.thread_time() < end:
             pass
 
@@ -42,15 +42,15 @@ def test_a_slow_rank_is_found_although_all_ranks_take_the_same_time(
 ) -> None:
     config = small_data.run(
         tmp_path / "run",
-        training={"num_steps": 6, "micro_batch_size": 2},
+        training={"num_steps": 4, "micro_batch_size": 2},
         health={"straggler_interval": 2, "straggler_excess": 1.0},
     )
     ranks(2).run(complete_with_slow_rank, config, 1)
     events = records(config, "health")
-    assert [(event["step"], event["event"]) for event in events] == [(step, "own_time") for step in (2, 4, 6)]
+    assert [(event["step"], event["event"]) for event in events] == [(step, "own_time") for step in (2, 4)]
     for event in events:
         assert list(event["stragglers"]) == ["1"]
-        assert event["own_seconds_by_rank"][1] >= 0.5
+        assert event["own_seconds_by_rank"][1] >= 0.4
     fast, slow = summary(config)["health"]["own_time_share_by_rank"]
     assert 0 < fast < slow / 2
     assert slow <= 1.01
