@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks, and record what each file costs."""
     config.addinivalue_line("markers", "exhaustive: runs only with --all")
     config.addinivalue_line("markers", "system_packages(*names): uses these Debian packages")
-    config.addinivalue_line("markers", "sampled(every): all but every so many-th case run only with --all")
     config.stash[_part] = None
     if text := config.getoption("--part"):
         try:
@@ -65,13 +63,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what is left to --all and install what the others use."""
-    counts = Counter[str]()
-    for item in items:
-        if sampled := item.get_closest_marker("sampled"):
-            table = item.nodeid.partition("[")[0]
-            if counts[table] % sampled.kwargs["every"]:
-                item.add_marker(pytest.mark.exhaustive)
-            counts[table] += 1
     selected, left = select(items, whole=config.getoption("--all"), part=config.stash[_part])
     config.stash[_left] = len(left)
     if hasattr(config, "workeroutput"):
