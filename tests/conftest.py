@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.file_costs import FileCosts
-from tests.fork_server import fork_context
+from tests.fork_server import fork_context, stop_fork_server
 from tests.rank_pool import RankPool
 from tests.selection import parse_part, select
 from tests.small_data import SmallData
@@ -51,7 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks, and record what each file costs."""
     config.addinivalue_line("markers", "exhaustive: runs only with --all")
     config.addinivalue_line("markers", "system_packages(*names): uses these Debian packages")
-    config.addinivalue_line("markers", "sampled(every): all but every so many-th case run only with --all")
     config.stash[_part] = None
     if text := config.getoption("--part"):
         try:
@@ -65,13 +63,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what is left to --all and install what the others use."""
-    counts = Counter[str]()
-    for item in items:
-        if sampled := item.get_closest_marker("sampled"):
-            table = item.nodeid.partition("[")[0]
-            if counts[table] % sampled.kwargs["every"]:
-                item.add_marker(pytest.mark.exhaustive)
-            counts[table] += 1
     selected, left = select(items, whole=config.getoption("--all"), part=config.stash[_part])
     config.stash[_left] = len(left)
     if hasattr(config, "workeroutput"):
@@ -88,6 +79,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_testnodedown(node: Any) -> None:
     """Take from a worker how many tests it left out; each worker collects all."""
     node.config.stash[_left] = getattr(node, "workeroutput", {}).get("left_to_all", 0)
+
+
+def pytest_unconfigure() -> None:
+    """End what this process has started for all tests."""
+    stop_fork_server()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

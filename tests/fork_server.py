@@ -41,6 +41,12 @@ def fork_context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def stop_fork_server() -> None:
+    """Wait for the server to end, so that its processor time is in that of this process."""
+    if fork_context.cache_info().currsize:
+        multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # no public method
+
+
 class ForkedCommand:
     """`python -m MODULE ARGUMENT ...` in a process of its own, without the seconds of imports.
 

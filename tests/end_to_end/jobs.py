@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -101,8 +102,7 @@ class Job:
         """Return the processes of the job that have not ended."""
         if isinstance(self._process, subprocess.Popen):
             return processes_with(**self._marker)
-        pids = [self._process.pid, *(json.loads(self._pids.read_text()) if self._pids.exists() else [])]
-        return [pid for pid in pids if _runs(pid)]
+        return _processes_of_session(self._process.pid)
 
     def output(self) -> str:
         """Return what the ranks and the launcher have written."""
@@ -128,10 +128,14 @@ class Job:
         return int(json.loads(self._pids.read_text())[rank])
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+def _processes_of_session(session: int) -> list[int]:
+    """Those that have not ended; a forked command leads a session of its own, which its ranks are in."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                stat = (process / "stat").read_text()
+                state, _, _, of_session, *_ = stat.rpartition(")")[2].split()
+                if state != "Z" and int(of_session) == session:
+                    found.append(int(process.name))
+    return found

@@ -209,7 +209,9 @@ def test_a_killed_study_ends_with_the_same_table(
         process.kill()
         started = [run for run in branches if run.directory.exists()]
         finished_before = times_of_finished(plan)
-        # The runs outlive the killed study, and another one does not start them again.
+        # The runs outlive the killed study with their locks, and another one does not start them again.
+        assert any(is_locked(run) for run in started)
+        assert all(is_locked(run) or has_finished(run.directory) for run in started)
         printed = complete(path, "--jobs", "2")
     assert process.wait() == -signal.SIGKILL, "ended before it could be killed"
     assert not [run.name for run in started if f"» {run.name}: started" in printed]
