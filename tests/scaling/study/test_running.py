@@ -166,7 +166,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_table(
     for _ in range(20):
         with study_run(path, "--jobs", "2") as process:
             try:
-                process.wait(timeout=moments.uniform(0.2, 6))
+                process.wait(timeout=moments.uniform(0.2, 3))
             except subprocess.TimeoutExpired:
                 process.kill()
                 # Its runs outlive it, here for a while.
