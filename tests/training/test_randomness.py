@@ -86,7 +86,7 @@ REPEATED: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", cases(REPEATED, default=["tensor, sequence, pipeline", "DeepSpeed"]))
 def test_a_run_repeats_to_the_bit(ranks: Any, small_data: SmallData, tmp_path: Path, layout: str) -> None:
     world_size, sections = REPEATED[layout]
-    training = {"num_steps": 3, **sections.get("training", {})}
+    training = {"num_steps": 4, **sections.get("training", {})}
     dropout = {"model": {"hidden_dropout": 0.1}, "attention": {"dropout": 0.1}}
     runs = [
         small_data.run(tmp_path / name, **{**sections, "training": training, **dropout})
@@ -110,7 +110,7 @@ def test_recomputation_drops_what_the_forward_pass_dropped(
             model={"hidden_dropout": 0.1},
             attention={"dropout": 0.1},
             parallel={"tensor": 2, "sequence": True},
-            training={"num_steps": 3, "recompute": recompute},
+            training={"num_steps": 4, "recompute": recompute},
         )
         ranks(2).run(complete, config)
         losses[recompute] = [record["train_loss"] for record in records(config)]
