@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,8 @@ from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.sweeps import plan_with_rates
 from sas_megatron.scaling.study.table import read_table
 from tests.conftest import ROOT
-from tests.fork_server import ForkedCommand, fork_context
+from tests.fork_server import fork_context
+from tests.scaling.study.running_studies import base_tree, complete, study_run, wait_until
 from tests.scaling.study.studies import write_study
 from tests.selection import exhaustive
 from tests.small_data import SmallData
@@ -41,67 +39,6 @@ STUDY = {
     "variants": {"mha": {"head_dim": 12}, "sas": {"head_expansion": 2}},
     "budgets": {"tokens": [3_200, 6_400]},
 }
-
-
-def base_tree(small_data: SmallData, directory: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    config = small_data.run(
-        directory,
-        training={"num_steps": 99, "global_batch_size": 8, "micro_batch_size": 8},
-        evaluation={"interval": 5},
-        checkpoint={"interval": 3},
-        **sections,
-    )
-    tree: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
-    tree["attention"] = {"kind": "mha", "num_heads": 4, "head_dim": 12}
-    return tree
-
-
-@contextmanager
-def study_run(path: Path, *options: str) -> Iterator[ForkedCommand]:
-    """`study run`, which forks its runs; at the end neither it nor one of its runs is left."""
-    arguments = ("study", "run", path, *options)
-    module = "tests.scaling.study.forked_runs"
-    command = ForkedCommand(*arguments, module=module, stderr=subprocess.STDOUT)
-    try:
-        yield command
-    finally:
-        command.kill()
-        kill_runs(path)
-
-
-def complete(path: Path, *options: str) -> str:
-    """Let `study run` end by itself; return what it printed."""
-    with study_run(path, *options) as process:
-        status = process.wait(300)
-    assert status == 0, process.output()
-    return process.output()
-
-
-def find_running(path: Path) -> list[int]:
-    """Return the processes that hold the lock of one of the study's runs."""
-    locks = f"{path.parent}/study/logs/"
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            with suppress(OSError):
-                opened = [os.readlink(descriptor) for descriptor in (folder / "fd").iterdir()]
-                if any(name.startswith(locks) and name.endswith(".lock") for name in opened):
-                    found.append(int(folder.name))
-    return found
-
-
-def kill_runs(path: Path) -> None:
-    for process in find_running(path):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    wait_until(lambda: not find_running(path), seconds=20)
-
-
-def wait_until(is_met: Callable[[], bool], *, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_met():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def plan_at(path: Path) -> Plan:
@@ -229,7 +166,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_table(
     for _ in range(20):
         with study_run(path, "--jobs", "2") as process:
             try:
-                process.wait(timeout=moments.uniform(0.2, 6))
+                process.wait(timeout=moments.uniform(0.2, 3))
             except subprocess.TimeoutExpired:
                 process.kill()
                 # Its runs outlive it, here for a while.
