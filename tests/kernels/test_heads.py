@@ -10,6 +10,7 @@ import torch
 from sas_megatron.attention.head_simulation import simulate_heads as simulate_plainly
 from sas_megatron.kernels.head_parts import HeadColumns, HeadPart
 from sas_megatron.kernels.heads import simulate_heads
+from sas_megatron.kernels.padding import taps_at_once
 from sas_megatron.kernels.tiling import Tile, Tiling
 from tests.kernels.simulation_case import (
     Draws,
@@ -133,8 +134,11 @@ def test_sums_that_fill_the_registers_are_made_tap_by_tap(monkeypatch: pytest.Mo
     case, draws = Case(simulated=(False, False, True)), Draws(3, torch.float32)
     columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
     leaves = [columns, *leaves_of(*(part.weights for part in parts))]
+    sizes = {"own": case.num_heads * case.expansion, "every": case.num_heads * case.expansion}
+    assert taps_at_once(case.kernel_size, **sizes) == case.kernel_size
     at_once = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
     monkeypatch.setattr("sas_megatron.kernels.padding.LARGEST_SUM_BYTES", 0)
+    assert taps_at_once(case.kernel_size, **sizes) == 1
     with poisoned_memory():
         tap_by_tap = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
     for one, other in zip(at_once[1], tap_by_tap[1], strict=True):
