@@ -45,12 +45,13 @@ def train_and_save(
 ) -> tuple[list[float], dict[str, WeightPart]]:
     """On a rank: losses of the steps, and its part of the weights as they were saved."""
     from sas_megatron.training.engine import assemble
+    from tests.training.training_runs import weight_reader
 
     topology = in_layout(config.parallel)
     engine = assemble(config)
     losses = take_steps_from(engine, topology, 0, num_steps)
     save(engine, topology, folder, num_steps)
-    return losses, weight_parts(engine.pieces)
+    return losses, weight_parts(engine.pieces, weight_reader(engine))
 
 
 def go_on(config: RunConfig, path: Path, first_step: int, num_steps: int, again: Path | None) -> list[float]:

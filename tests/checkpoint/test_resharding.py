@@ -160,9 +160,11 @@ def test_weights_pass_between_the_engines(ranks: Any, tmp_path: Path, stage: int
     megatron = Layout(4, {"tensor": 2}, SHARDED)
     deepspeed = Layout(4, {"tensor": 2, "sequence": True}, deepspeed={"zero_stage": stage})
     for folder, first, second in (("0", megatron, deepspeed), ("1", deepspeed, megatron)):
-        ranks(4).run(train_and_save, first.config("sas-gather"), tmp_path / folder, STEPS)
+        by_rank = ranks(4).run(train_and_save, first.config("sas-gather"), tmp_path / folder, STEPS)
         path = tmp_path / folder / FOLDER
         expected = whole_tensors(path)
+        for name, tensor in joined_weights([weights for _, weights in by_rank[:2]]).items():
+            assert torch.equal(tensor, expected[name]), f"{name} as it is saved"
         outcomes = ranks(4).run(begin_with_weights, second.config("sas-gather"), path)
         weights = joined_weights([weights for weights, _ in outcomes[:2]])
         for name, tensor in weights.items():

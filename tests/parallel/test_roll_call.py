@@ -128,7 +128,8 @@ def test_a_signal_that_is_taken_care_of_ends_nothing_while_all_are_there(
     first, second = start_ranks("take", "hang")
     second.go()  # its main thread would answer nothing
     first.send_signal(signal.SIGUSR1)
-    time.sleep(GRACE_SECONDS + 3)
+    # A rank that took the signal as an order would end after the muster and another grace.
+    time.sleep(2 * GRACE_SECONDS + 3)
     assert (first.poll(), second.poll()) == (None, None)
     first.send_signal(signal.SIGUSR1)
     status, _, errors = end(first)

@@ -193,7 +193,7 @@ SPIKES = {"spike_window": 4, "spike_threshold": 1000.0}
     ("response", "layout"),
     cases(
         itertools.product(["record", "skip"], ["data 2", "DeepSpeed 1", "DeepSpeed 3"]),
-        default=[("record", "data 2"), ("skip", "DeepSpeed 1")],
+        default=[("record", "data 2"), ("skip", "DeepSpeed 1"), ("skip", "DeepSpeed 3")],
     ),
 )
 def test_a_spike_of_the_gradient_norm_is_recorded_or_skipped(
