@@ -24,7 +24,8 @@ from tests.kernels.simulation_case import (
     poisoned_memory,
 )
 
-# Small tiles, so that there are more of them than programs, and the last one is not full.
+# Small tiles, of four tokens of up to 16 features: 15 tokens are more tiles than programs, and neither their
+# last one nor that of seven tokens is full.
 TILING = Tiling(head_forward=Tile(rows=64), head_backward=Tile(rows=64), head_refine_gradient=Tile(rows=64))
 
 
@@ -70,17 +71,17 @@ class Case:
 CASES = {
     "plain": Case(),
     "one tap": Case(kernel_size=1),
-    "five taps": Case(kernel_size=5, head_dim=7, tokens=9),
-    "as wide as a tile": Case(head_dim=16, tokens=13),
+    "five taps": Case(kernel_size=5, head_dim=7, tokens=7),
+    "as wide as a tile": Case(head_dim=16, tokens=7),
     "wider than a tile's rows": Case(head_dim=72, tokens=5),
-    "no biases": Case(bias=False),
+    "no biases": Case(bias=False, tokens=7),
     "no expansion": Case(expansion=1),
-    "grouped": Case(num_heads=6, num_groups=2),
+    "grouped": Case(num_heads=6, num_groups=2, tokens=7),
     "multi-query": Case(num_heads=5, num_groups=1, expansion=3),
     "seventeen heads": Case(num_heads=17, num_groups=17, expansion=1, tokens=5),
     "own heads of a rank": Case(num_heads=4, num_groups=4, expansion=3, ranks=2),
-    "own heads of grouped": Case(num_heads=8, num_groups=4, ranks=4, bias=False),
-    "no query heads": Case(simulated=(False, True, True)),
+    "own heads of grouped": Case(num_heads=8, num_groups=4, ranks=4, bias=False, tokens=7),
+    "no query heads": Case(simulated=(False, True, True), tokens=7),
     "only value heads, of a rank": Case(num_heads=4, num_groups=2, ranks=2, simulated=(False, False, True)),
     "fewer tokens than a tile": Case(tokens=1),
 }
