@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.connection
 import os
 import signal
 import tempfile
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # Sets of groups that a rank makes before it is replaced by a fresh process: each leaves some thirty threads
 # and their sockets, which no call frees.
 SETS_OF_GROUPS = 16
+# How long ranks may take to answer once one of them has failed.
+SECONDS_AFTER_FAILURE = 10.0
 
 
 class RankPool:
@@ -40,32 +43,62 @@ class RankPool:
         self._processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """The results by rank; an exception on any rank fails with that rank's traceback."""
+        """Return the results by rank.
+
+        Raises:
+            AssertionError: the function failed on some ranks; with their tracebacks.
+        """
         if not self._processes:
             self._start()
         self._signal(signal.SIGCONT)
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = [pipe.recv() for pipe in self._pipes]
-        if max(sets for *_, sets in answers) >= SETS_OF_GROUPS:
+        answers = self._answers()
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text, _) in sorted(answers.items()) if not ok]
+        if failures:
+            # Some may still wait for the others in a collective.
+            self._kill()
+        elif max(sets for *_, sets in answers.values()) >= SETS_OF_GROUPS:
             self.close()
         # The ranks of other world sizes would take a processor from those that run.
         self._signal(signal.SIGSTOP)
-        failures = [f"rank {rank}:\n{text}" for rank, (ok, text, _) in enumerate(answers) if not ok]
         if failures:
             raise AssertionError("\n".join(failures))
-        return [result for _, result, _ in answers]
+        return [answers[rank][1] for rank in range(self.world_size)]
+
+    def _answers(self) -> dict[int, tuple[bool, Any, int]]:
+        """Return what each rank sends: success, result or traceback, and sets of groups made.
+
+        After a failure the others, which may wait for that rank in a collective, get some seconds to answer.
+        """
+        answers: dict[int, tuple[bool, Any, int]] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting:
+            failed = any(not ok for ok, *_ in answers.values())
+            ready = multiprocessing.connection.wait(list(waiting), SECONDS_AFTER_FAILURE if failed else None)
+            if not ready:
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[call-overload]
+                try:
+                    answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    answers[rank] = (False, "the process has ended", 0)
+        return answers
 
     def close(self) -> None:
-        """Ends the processes; none is left."""
+        """End the processes."""
         self._signal(signal.SIGCONT)
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:
             process.join(timeout=30)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
         if self._processes:
             self._folder.cleanup()
         self._pipes, self._processes = [], []

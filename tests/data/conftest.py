@@ -1,4 +1,4 @@
-"""A small corpus and tokenizer, made once."""
+"""A small corpus, its tokenizer and token files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sas_megatron.data.corpus import builtin_corpus
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.data.tokenizer_training import train_tokenizer
+from tests.data.preparing import prepare
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,11 @@ def tokenizer_path(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus: Path, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files of the corpus, prepared by one worker without an interruption."""
+    prefix = tmp_path_factory.mktemp("prepared") / "v1.0" / "tokens"
+    prepare(corpus, tokenizer_path, prefix)
+    return prefix

@@ -10,6 +10,7 @@ import torch
 from sas_megatron.attention.head_simulation import simulate_heads as simulate_plainly
 from sas_megatron.kernels.head_parts import HeadColumns, HeadPart
 from sas_megatron.kernels.heads import simulate_heads
+from sas_megatron.kernels.padding import taps_at_once
 from sas_megatron.kernels.tiling import Tile, Tiling
 from tests.kernels.simulation_case import (
     Draws,
@@ -23,7 +24,8 @@ from tests.kernels.simulation_case import (
     poisoned_memory,
 )
 
-# Small tiles, so that there are more of them than programs, and the last one is not full.
+# Small tiles, of four tokens of up to 16 features: 15 tokens are more tiles than programs, and neither their
+# last one nor that of seven tokens is full.
 TILING = Tiling(head_forward=Tile(rows=64), head_backward=Tile(rows=64), head_refine_gradient=Tile(rows=64))
 
 
@@ -69,17 +71,17 @@ class Case:
 CASES = {
     "plain": Case(),
     "one tap": Case(kernel_size=1),
-    "five taps": Case(kernel_size=5, head_dim=7, tokens=9),
-    "as wide as a tile": Case(head_dim=16, tokens=13),
+    "five taps": Case(kernel_size=5, head_dim=7, tokens=7),
+    "as wide as a tile": Case(head_dim=16, tokens=7),
     "wider than a tile's rows": Case(head_dim=72, tokens=5),
-    "no biases": Case(bias=False),
+    "no biases": Case(bias=False, tokens=7),
     "no expansion": Case(expansion=1),
-    "grouped": Case(num_heads=6, num_groups=2),
+    "grouped": Case(num_heads=6, num_groups=2, tokens=7),
     "multi-query": Case(num_heads=5, num_groups=1, expansion=3),
     "seventeen heads": Case(num_heads=17, num_groups=17, expansion=1, tokens=5),
     "own heads of a rank": Case(num_heads=4, num_groups=4, expansion=3, ranks=2),
-    "own heads of grouped": Case(num_heads=8, num_groups=4, ranks=4, bias=False),
-    "no query heads": Case(simulated=(False, True, True)),
+    "own heads of grouped": Case(num_heads=8, num_groups=4, ranks=4, bias=False, tokens=7),
+    "no query heads": Case(simulated=(False, True, True), tokens=7),
     "only value heads, of a rank": Case(num_heads=4, num_groups=2, ranks=2, simulated=(False, False, True)),
     "fewer tokens than a tile": Case(tokens=1),
 }
@@ -133,8 +135,11 @@ def test_sums_that_fill_the_registers_are_made_tap_by_tap(monkeypatch: pytest.Mo
     case, draws = Case(simulated=(False, False, True)), Draws(3, torch.float32)
     columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
     leaves = [columns, *leaves_of(*(part.weights for part in parts))]
+    sizes = {"own": case.num_heads * case.expansion, "every": case.num_heads * case.expansion}
+    assert taps_at_once(case.kernel_size, **sizes) == case.kernel_size
     at_once = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
     monkeypatch.setattr("sas_megatron.kernels.padding.LARGEST_SUM_BYTES", 0)
+    assert taps_at_once(case.kernel_size, **sizes) == 1
     with poisoned_memory():
         tap_by_tap = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
     for one, other in zip(at_once[1], tap_by_tap[1], strict=True):

@@ -1,0 +1,33 @@
+"""Token files that tests prepare, and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sas_megatron.data.prepare import Preparation, PreparationProgress, prepare_token_files
+
+
+def prepare(
+    source: Path,
+    tokenizer_path: Path,
+    prefix: Path,
+    *,
+    num_workers: int = 1,
+    overwrite: bool = False,
+    report_progress: Callable[[PreparationProgress], None] | None = None,
+) -> Preparation:
+    return prepare_token_files(
+        [source],
+        tokenizer_path=tokenizer_path,
+        prefix=prefix,
+        num_workers=num_workers,
+        overwrite=overwrite,
+        report_progress=report_progress,
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".idx")
+    }
