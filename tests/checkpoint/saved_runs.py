@@ -1,4 +1,4 @@
-"""On ranks: a few steps, a checkpoint, and going on from it at any layout."""
+"""On ranks: a few steps, a checkpoint, and resuming from it with any layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def take_steps_from(engine: Any, topology: Any, first_step: int, num_steps: int)
 
 
 def save(engine: Any, topology: Any, folder: Path, step: int) -> None:
-    """As a run does it."""
+    """Save a checkpoint as a run does."""
     from sas_megatron.checkpoint.saving import CheckpointSaver
 
     saver = CheckpointSaver(folder, engine.config, topology)
@@ -54,7 +54,7 @@ def train_and_save(
     return losses, weight_parts(engine.pieces, weight_reader(engine))
 
 
-def go_on(config: RunConfig, path: Path, first_step: int, num_steps: int, again: Path | None) -> list[float]:
+def resume(config: RunConfig, path: Path, first_step: int, num_steps: int, again: Path | None) -> list[float]:
     """On a rank: saves what it has loaded into `again`, and returns the losses of further steps."""
     from sas_megatron.checkpoint.loading import open_checkpoint
     from sas_megatron.training.engine import assemble

@@ -1,4 +1,4 @@
-"""What one layout has saved, any other goes on from: every weight and moment to the bit, and the losses."""
+"""Any layout resumes from the checkpoint of any other: every weight and moment to the bit, and the losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.saved_runs import begin_with_weights, go_on, train_and_save, whole_tensors
+from tests.checkpoint.saved_runs import begin_with_weights, resume, train_and_save, whole_tensors
 from tests.model.model_parts import joined_weights
 from tests.selection import cases
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
@@ -83,9 +83,9 @@ def alone(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda layout: losses((*layout.model.items(), ("num_layers", layout.num_layers)))
 
 
-def assert_goes_on(ranks: Any, saved: Path, layout: Layout, expected: list[float], again: Path) -> None:
+def assert_resumes(ranks: Any, saved: Path, layout: Layout, expected: list[float], again: Path) -> None:
     path = saved / FOLDER
-    by_rank = ranks(layout.world_size).run(go_on, layout.config("sas-all_to_all"), path, STEPS, MORE, again)
+    by_rank = ranks(layout.world_size).run(resume, layout.config("sas-all_to_all"), path, STEPS, MORE, again)
     before, after = whole_tensors(path), whole_tensors(again / FOLDER)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -103,17 +103,17 @@ def saved_by_all(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", cases(OTHERS, default=OTHERS.keys() - {"one rank", "context 2"}))
-def test_eight_ranks_are_gone_on_from_by_others(
+def test_other_layouts_resume_from_eight_ranks(
     ranks: Any, alone: Any, saved_by_all: Path, tmp_path: Path, name: str
 ) -> None:
-    assert_goes_on(ranks, saved_by_all, OTHERS[name], alone(ALL), tmp_path)
+    assert_resumes(ranks, saved_by_all, OTHERS[name], alone(ALL), tmp_path)
 
 
-def test_eight_ranks_go_on_from_one(ranks: Any, alone: Any, tmp_path: Path) -> None:
+def test_eight_ranks_resume_from_one(ranks: Any, alone: Any, tmp_path: Path) -> None:
     ranks(1).run(
         train_and_save, Layout(1, model=FOUR_LAYERS).config("sas-all_to_all"), tmp_path / "one", STEPS
     )
-    assert_goes_on(ranks, tmp_path / "one", ALL, alone(ALL), tmp_path / "again")
+    assert_resumes(ranks, tmp_path / "one", ALL, alone(ALL), tmp_path / "again")
 
 
 def test_tied_embeddings_are_saved_once_and_loaded_twice(ranks: Any, alone: Any, tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_tied_embeddings_are_saved_once_and_loaded_twice(ranks: Any, alone: Any,
     ranks(4).run(train_and_save, tied.config("sas-all_to_all"), tmp_path / "tied", STEPS)
     assert "output_layer.weight" not in whole_tensors(tmp_path / "tied" / FOLDER)
     expected = alone(tied)
-    assert_goes_on(
+    assert_resumes(
         ranks, tmp_path / "tied", Layout(1, model={**model, **FOUR_LAYERS}), expected, tmp_path / "one"
     )
-    assert_goes_on(ranks, tmp_path / "one", tied, expected, tmp_path / "again")
+    assert_resumes(ranks, tmp_path / "one", tied, expected, tmp_path / "again")
 
 
 def test_bfloat16_keeps_its_float32_weights_between_plain_and_distributed_optimizers(
@@ -148,7 +148,7 @@ def test_bfloat16_keeps_its_float32_weights_between_plain_and_distributed_optimi
     assert not torch.equal(main, weight.float())
     for index, layout in enumerate(layouts[1:]):
         path = tmp_path / str(index) / FOLDER
-        ranks(layout.world_size).run(go_on, layout.config("tpa"), path, STEPS, 0, tmp_path / str(index + 1))
+        ranks(layout.world_size).run(resume, layout.config("tpa"), path, STEPS, 0, tmp_path / str(index + 1))
         found = whole_tensors(tmp_path / str(index + 1) / FOLDER)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():

@@ -31,7 +31,7 @@ def main(rank: int, world_size: int, port: int, act: str, go: Path) -> None:
         print("ready", store.port, flush=True)
         while not go.exists():
             time.sleep(0.02)
-        if act == "mend":
+        if act == "user error":
             raise FieldError("data.prefixes", "x", "is missing", "give another")
         if act == "fail":
             raise ValueError("no good")

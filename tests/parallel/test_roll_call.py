@@ -65,7 +65,7 @@ def end(process: Rank, within: float = 4 * GRACE_SECONDS) -> tuple[int, str, str
     return status, process.output().partition("\n")[2], process.errors()
 
 
-def test_a_run_without_faults_leaves_no_word(start_ranks: Callable[..., list[Rank]]) -> None:
+def test_a_run_without_faults_prints_nothing(start_ranks: Callable[..., list[Rank]]) -> None:
     first, last = start_ranks("leave", "leave")
     first.go()
     time.sleep(1.5 * SECONDS_BETWEEN_LOOKS)  # the last rank looks at the store again, which the first hosts
@@ -74,7 +74,7 @@ def test_a_run_without_faults_leaves_no_word(start_ranks: Callable[..., list[Ran
         assert end(process) == (0, "left\n", "")
 
 
-def test_an_error_ends_ranks_that_no_collective_would_wake(start_ranks: Callable[..., list[Rank]]) -> None:
+def test_an_error_ends_ranks_that_wait_in_no_collective(start_ranks: Callable[..., list[Rank]]) -> None:
     reporter, hanging, failing = start_ranks("hang", "hang", "fail")
     for process in (reporter, hanging, failing):
         process.go()
@@ -90,7 +90,7 @@ def test_an_error_ends_ranks_that_no_collective_would_wake(start_ranks: Callable
     )
 
 
-def test_an_error_met_alike_by_all_is_shown_once_and_at_once(
+def test_an_error_that_all_ranks_raise_is_printed_once_and_without_delay(
     start_ranks: Callable[..., list[Rank]],
 ) -> None:
     processes = start_ranks("fail", "fail")
@@ -104,8 +104,8 @@ def test_an_error_met_alike_by_all_is_shown_once_and_at_once(
     assert second == (1, "", "")
 
 
-def test_what_the_user_can_mend_passes_as_it_is(start_ranks: Callable[..., list[Rank]]) -> None:
-    for process in start_ranks("mend", "mend"):
+def test_a_user_error_is_raised_unchanged(start_ranks: Callable[..., list[Rank]]) -> None:
+    for process in start_ranks("user error", "user error"):
         process.go()
         status, _, errors = end(process)
         assert status == 1, "an error that nobody caught"
@@ -122,7 +122,7 @@ def test_an_interrupt_ends_all_ranks_without_a_traceback(start_ranks: Callable[.
     assert end(second) == (1, "", "")
 
 
-def test_a_signal_that_is_taken_care_of_ends_nothing_while_all_are_there(
+def test_a_handled_signal_ends_no_rank_while_all_ranks_answer(
     start_ranks: Callable[..., list[Rank]],
 ) -> None:
     first, second = start_ranks("take", "hang")
@@ -138,7 +138,7 @@ def test_a_signal_that_is_taken_care_of_ends_nothing_while_all_are_there(
     assert end(second) == (1, "", "")
 
 
-def test_a_signal_is_no_order_to_stop_where_a_rank_is_gone(start_ranks: Callable[..., list[Rank]]) -> None:
+def test_a_handled_signal_ends_all_ranks_if_one_was_killed(start_ranks: Callable[..., list[Rank]]) -> None:
     first, second = start_ranks("take", "take")
     second.kill()
     first.send_signal(signal.SIGTERM)  # as torchrun does then
@@ -148,7 +148,7 @@ def test_a_signal_is_no_order_to_stop_where_a_rank_is_gone(start_ranks: Callable
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_lost_store_keeps_nobody_from_ending(
+def test_a_failing_rank_ends_although_the_store_is_lost(
     start_ranks: Callable[..., list[Rank]], number: signal.Signals
 ) -> None:
     host, first, second = start_ranks("leave", "leave", "fail")

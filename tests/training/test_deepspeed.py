@@ -121,7 +121,7 @@ def steps_and_zero_settings(config: RunConfig) -> tuple[Steps, int, str]:
         default=[(1, "bfloat16", 4), (3, "float32", 2)],
     ),
 )
-def test_a_run_goes_on_bit_for_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     ranks: Any, small_data: SmallData, tmp_path: Path, stage: int, precision: str, world_size: int
 ) -> None:
     def run(name: str, **more: dict[str, Any]) -> RunConfig:
