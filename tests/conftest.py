@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 LONGEST = ("tests/end_to_end/", "tests/checkpoint/", "tests/training/", "tests/model/", "tests/planning/")
 _part = pytest.StashKey[tuple[int, int] | None]()
 _left = pytest.StashKey[int]()
+_model_code = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
 def _place_in_run(item: pytest.Item) -> int:
@@ -57,6 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
     config.pluginmanager.register(FileCosts())
+    # transformers copies the code of exported models to a cache, by names that are equal in all test processes.
+    config.stash[_model_code] = tempfile.TemporaryDirectory(prefix="sas_megatron_model_code_")
+    os.environ["HF_MODULES_CACHE"] = config.stash[_model_code].name
     config.stash[_left] = 0
 
 
@@ -81,9 +86,11 @@ def pytest_testnodedown(node: Any) -> None:
     node.config.stash[_left] = getattr(node, "workeroutput", {}).get("left_to_all", 0)
 
 
-def pytest_unconfigure() -> None:
-    """End what this process has started for all tests."""
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End and remove what this process has made for all tests."""
     stop_fork_server()
+    if _model_code in config.stash:
+        config.stash[_model_code].cleanup()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
