@@ -58,8 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
             config.stash[_part] = parse_part(text)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
-    config.pluginmanager.register(FileCosts())
-    # transformers copies the code of exported models to a cache, by names that are equal in all test processes.
+    # A process that distributes tests to workers is told of theirs, and its children are the workers.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.register(FileCosts())
+    # transformers copies the code of exported models to a cache, under names that test processes share.
     config.stash[_model_code] = tempfile.TemporaryDirectory(prefix="sas_megatron_model_code_")
     os.environ["HF_MODULES_CACHE"] = config.stash[_model_code].name
     config.stash[_left] = 0

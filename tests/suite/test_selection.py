@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.measured_run import FILE_COSTS
 from tests.selection import cases, exhaustive, parse_part
 
 FILES = {
     "test_first.py": (
-        "from tests.selection import exhaustive\n@exhaustive\ndef test_long(): pass\ndef test_short(): pass\n"
+        "from tests.measured_run import FILE_COSTS
+from tests.selection import exhaustive\n@exhaustive\ndef test_long(): pass\ndef test_short(): pass\n"
     ),
     "test_second.py": (
-        "from tests.selection import cases, draws\nimport pytest\n"
+        "from tests.measured_run import FILE_COSTS
+from tests.selection import cases, draws\nimport pytest\n"
         "@pytest.mark.parametrize('name', cases(['a', 'b', 'c'], default=['b']))\n"
         "def test_table(name): pass\n"
         "@draws(3, 40)\ndef test_claim(num_draws): pass\n"
@@ -33,7 +38,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(suite: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run(suite: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run pytest with this project's conftest on the files in `suite`."""
     return subprocess.run(
         [
@@ -49,6 +54,7 @@ def run(suite: Path, *options: str) -> subprocess.CompletedProcess[str]:
             suite,
         ],
         cwd=ROOT,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -80,10 +86,12 @@ def test_parts_are_disjoint_and_together_are_all(suite: Path) -> None:
     assert first | second == ALL
 
 
-def test_workers_report_what_they_leave_out_once(suite: Path) -> None:
-    done = run(suite, "-n", "2", "--dist", "loadfile")
+def test_workers_report_costs_and_what_they_leave_out_once(suite: Path, tmp_path: Path) -> None:
+    costs = tmp_path / "costs"
+    done = run(suite, "-n", "2", "--dist", "loadfile", **{FILE_COSTS: str(costs)})
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("4 tests left to tests/run.sh --all") == 1
+    assert sorted(Path(json.loads(line)["file"]).name for line in costs.read_text().splitlines()) == sorted(FILES)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", ""])
