@@ -1,0 +1,48 @@
+"""A checkpoint gets its name only after its contents are on disk: a power cut leaves it complete or absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sas_megatron.checkpoint.manifest import find_checkpoints
+from sas_megatron.config.run import RunConfig
+from tests.checkpoint.saved_runs import train_and_save
+from tests.training.layouts import SHARDED, Layout
+
+
+def save_and_record(config: RunConfig, folder: Path) -> dict[str, int]:
+    """On a rank: what was synced before the checkpoint got its name, with the size that it had then."""
+    synced: dict[str, int] = {}
+    fsync, rename, is_published = os.fsync, Path.rename, False
+
+    def record_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not is_published:
+            synced[path.name] = path.stat().st_size
+
+    def record_rename(path: Path, target: Path) -> Path:
+        nonlocal is_published
+        is_published = is_published or path.suffix == ".partial"
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", record_sync)
+        patch.setattr(Path, "rename", record_rename)
+        train_and_save(config, folder, 1)
+    return synced
+
+
+def test_every_file_is_synced_in_full_before_the_checkpoint_is_published(ranks: Any, tmp_path: Path) -> None:
+    config = Layout(2, optimizer=SHARDED).config("sas-gather")
+    first, second = ranks(2).run(save_and_record, config, tmp_path)
+    (checkpoint,) = find_checkpoints(tmp_path)
+    synced = first | second
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            assert synced.get(path.name) == path.stat().st_size, path.name
+    assert f"{checkpoint.name}.partial" in synced, "the names in the folder"
