@@ -1,4 +1,4 @@
-"""A checkpoint gets its name only after its contents are on disk: a power cut leaves it complete or absent."""
+"""A checkpoint gets its name only once its contents are on disk: a power cut leaves it complete or absent."""
 
 from __future__ import annotations
 
