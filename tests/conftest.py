@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
             config.stash[_part] = parse_part(text)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
-    # A process that distributes tests to workers is told of theirs, and its children are the workers.
+    # With workers, the controller reports their tests as well, and its child processes are the workers.
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.register(FileCosts())
     # transformers copies the code of exported models to a cache, under names that test processes share.
@@ -75,7 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workeroutput"):
         selected.sort(key=_place_in_run)
         config.workeroutput["left_to_all"] = len(left)
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
+    kept = set(selected)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = selected
     packages = {name for item in items for mark in item.iter_markers("system_packages") for name in mark.args}
     if packages and config.getoption("--install-system-packages"):

@@ -79,7 +79,7 @@ class ForkedCommand:
         for path in (self._stdout, self._stderr):
             path.touch()
         self._process = fork_context().Process(
-            target=_run_module,
+            target=run_module,
             args=(self.args, str(cwd), dict(environment or os.environ), str(self._stdout), str(self._stderr)),
         )
         self._process.start()
@@ -139,9 +139,8 @@ def run_command(
     return subprocess.CompletedProcess(command.args, status, command.output(), command.errors())
 
 
-def _run_module(
-    arguments: list[str], cwd: str, environment: dict[str, str], stdout: str, stderr: str
-) -> None:
+def run_module(arguments: list[str], cwd: str, environment: dict[str, str], stdout: str, stderr: str) -> None:
+    """Run `python -m ARGUMENT ...` in this forked process, with its own session, variables and streams."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""`sas-megatron` whose `study run` forks its training processes in place of starting `python` anew.
+"""`sas-megatron` whose `study run` forks its training processes instead of starting `python` anew.
 
 Run it with `ForkedCommand(..., module="tests.scaling.study.forked_runs")`. Locks, sessions, logs, signals and
 exit statuses are those of the product; only the imports of each training process are left out.
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from sas_megatron.cli.main import main
 from sas_megatron.scaling.study import runner
-from tests.fork_server import _run_module
+from tests.fork_server import run_module
 
 
 class ForkedTraining:
@@ -69,7 +69,7 @@ def _train(arguments: list[str], environment: dict[str, str], log: str) -> int:
     """Run `python -m sas_megatron ARGUMENT ...` in this process; return its exit status."""
     status: Any = 0
     try:
-        _run_module(arguments, os.getcwd(), environment, log, log)
+        run_module(arguments, os.getcwd(), environment, log, log)
     except SystemExit as end:
         status = end.code
     except BaseException:
