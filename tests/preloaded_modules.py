@@ -8,9 +8,9 @@ import importlib
 import os
 
 MODULES = (
-    "sas_megatron.attention.factorized_layer",
-    "sas_megatron.attention.latent_layer",
-    "sas_megatron.attention.simulated_layer",
+    "sas_megatron.attention.mfa.layer",
+    "sas_megatron.attention.mla.layer",
+    "sas_megatron.attention.sas.layer",
     "sas_megatron.checkpoint.saving",
     "sas_megatron.cli.main",
     "sas_megatron.evaluation.start",

@@ -19,7 +19,7 @@ from sas_megatron.config.parallel import ParallelConfig
 from tests.fork_server import fork_context
 
 if TYPE_CHECKING:
-    from sas_megatron.parallel.topology import Topology
+    from sas_megatron.distributed.topology import Topology
 
 
 # Sets of groups that a rank makes before it is replaced by a fresh process: each leaves some thirty threads
@@ -135,7 +135,7 @@ def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
     """
     import torch
 
-    from sas_megatron.parallel import topology
+    from sas_megatron.distributed import topology
 
     layout = (config.tensor, config.context, config.pipeline, config.virtual_pipeline)
     if layout not in _topology:

@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tied_attention import TiedAttentionConfig
 
-from sas_megatron.attention.caching import CachingSelfAttention
 from sas_megatron.attention.core import build_self_attention_spec
+from sas_megatron.attention.kv_cache import CachingSelfAttention
 from sas_megatron.platform.rotary import rotate_halves
 
 

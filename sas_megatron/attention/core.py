@@ -20,12 +20,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sas_megatron.attention.aggregation import average_blocks
 from sas_megatron.attention.chunked import attend_chunked, suits_chunks
+from sas_megatron.attention.sas.aggregation import average_blocks
 from sas_megatron.attention.shared_heads import SharedHeads
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
-from sas_megatron.parallel.context_exchange import ContextExchange
+from sas_megatron.distributed.context_exchange import ContextExchange
 
 
 class CoreAttention(MegatronModule):

@@ -18,8 +18,8 @@ from sas_megatron.benchmarks.literal_attention import LiteralSimulatedAttention
 from sas_megatron.benchmarks.roofline import Point
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
 from sas_megatron.config.attention import AttentionConfig
-from sas_megatron.model.costs import TRAINING_FACTOR, causal_half
-from sas_megatron.parallel.topology import Topology
+from sas_megatron.costs.model_costs import TRAINING_FACTOR, causal_half
+from sas_megatron.distributed.topology import Topology
 
 # Between our block and the literal one, norm over norm: rounding, or the two do not compute the same.
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sas_megatron.attention.grouped import MultiHeadAttentionConfig
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.gqa.config import MultiHeadAttentionConfig
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sas_megatron.benchmarks.timing import time_by_wall_clock
 from sas_megatron.checkpoint.saving import CheckpointSaver
 from sas_megatron.checkpoint.sharded_tensors import shard_by_rank
 from sas_megatron.config.run import RunConfig
-from sas_megatron.parallel.topology import Topology
+from sas_megatron.distributed.topology import Topology
 
 NUM_TENSORS = 16
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 
 
 class LiteralHeadSimulation(nn.Module):

@@ -21,8 +21,8 @@ from sas_megatron.data.corpus import builtin_corpus
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.prepare import prepare_token_files
 from sas_megatron.data.tokenizer_training import train_tokenizer
+from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import Batch
-from sas_megatron.parallel.topology import Topology
 from sas_megatron.training.engine import Engine
 from sas_megatron.training.loop import Run
 

@@ -13,10 +13,10 @@ import torch
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.scoring import Passage, score
 from sas_megatron.evaluation.trained_model import TrainedModel
-from sas_megatron.model.assembly import build_gpt_pieces
-from sas_megatron.parallel.topology import Topology
+from sas_megatron.model.assembly import build_gpt_chunks
 
 # As in tasks of several choices: some tokens after a longer context, of unequal lengths.
 CHOICE_LENGTHS, CHOICE_SCORED = (24, 160), (4, 24)
@@ -39,7 +39,7 @@ def measure_scoring(
         all tokens of windows; of bare passes, which make all logits, over rectangles of the same mean
         length without padding; and the median ratios within rounds.
     """
-    (piece,) = build_gpt_pieces(config)
+    (piece,) = build_gpt_chunks(config)
     model = TrainedModel(config, piece, _NoTokenizer(), topology, step=0)
     kinds = {"choices": _choices(config, num_tokens), "texts": _texts(config, num_tokens)}
     preparations: dict[str, Preparation] = {}

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
-from sas_megatron.attention.simulated_layer import Simulation
-from sas_megatron.attention.simulation_kernels import (
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
+from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
+from sas_megatron.attention.sas.layer import Simulation
+from sas_megatron.attention.sas.simulation_kernels import (
     FusedKernels,
     HeadSource,
     PlainKernels,
@@ -23,7 +24,6 @@ from sas_megatron.benchmarks.block_shape import BlockShape
 from sas_megatron.benchmarks.ceilings import Ceilings, measure_ceilings
 from sas_megatron.benchmarks.roofline import Point
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
-from sas_megatron.kernels.residual_weights import ResidualMapWeights
 from sas_megatron.platform.rotary import rotate_halves
 
 PASSES = ("forward", "backward")

@@ -18,7 +18,7 @@ from sas_megatron.planning.rank_processes import run_on_ranks
 from sas_megatron.platform.device import prepare_device
 
 if TYPE_CHECKING:
-    from sas_megatron.parallel.topology import Topology
+    from sas_megatron.distributed.topology import Topology
 
 TIMED_STEPS = 3
 
@@ -41,7 +41,7 @@ def measure_step_seconds(configs: list[RunConfig], *, rounds: int) -> list[list[
 
 def _time_on_rank(configs: list[RunConfig], rounds: int) -> list[list[float]]:
     """On a rank of a joined world."""
-    from sas_megatron.parallel.topology import joined_groups
+    from sas_megatron.distributed.topology import joined_groups
 
     with joined_groups(configs[0].parallel, device=prepare_device(), seed=1) as topology:
         return time_rounds(configs, rounds, topology)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from sas_megatron.attention.simulation_kernels import FusedKernels
+from sas_megatron.attention.sas.fused.padding import padded
+from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
+from sas_megatron.attention.sas.simulation_kernels import FusedKernels
 from sas_megatron.benchmarks.block_shape import BlockShape
 from sas_megatron.benchmarks.simulation import SimulationCase
 from sas_megatron.benchmarks.timing import time_in_turn
-from sas_megatron.kernels.padding import padded
-from sas_megatron.kernels.tiling import Tile, Tiling
 
 PASS_OF_KERNEL = {
     field.name: "forward" if "forward" in field.name else "backward" for field in dataclasses.fields(Tiling)

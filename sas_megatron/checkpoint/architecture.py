@@ -23,7 +23,7 @@ def describe_architecture(model: ModelConfig, attention: AttentionConfig) -> Arc
     fields = attention.model_dump(mode="json", exclude=_NOT_OF_THE_ATTENTION)
     return {
         "model": model.model_dump(mode="json", exclude=_NOT_OF_THE_MODEL),
-        "attention": fields | attention.filled_in(),
+        "attention": fields | attention.resolved_fields(),
     }
 
 

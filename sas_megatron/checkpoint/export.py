@@ -17,13 +17,13 @@ import torch
 
 from sas_megatron.checkpoint.llama import find_obstacle, llama_config, to_llama
 from sas_megatron.checkpoint.model_card import Export, write_card
-from sas_megatron.checkpoint.own_format import own_config
+from sas_megatron.checkpoint.native_format import native_config
 from sas_megatron.checkpoint.tensor_files import SHARD_BYTES, TABLES, NamedTensors, new_folder, write_tensors
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.model_costs import count_parameters
 from sas_megatron.data.tokenizer import Tokenizer
-from sas_megatron.model.costs import count_parameters
 
 _CODE = Path(__file__).parent / "remote_code"
 _MODEL_CODE = ("attention_sas_megatron.py", "configuration_sas_megatron.py", "modeling_sas_megatron.py")
@@ -61,7 +61,7 @@ def export_model(
         fields = llama_config(config.model, config.attention)
         tensors = to_llama(tensors, config.attention)
     else:
-        fields = own_config(config.model, config.attention)
+        fields = native_config(config.model, config.attention)
     with new_folder(folder) as partial:
         weights_sha256 = write_tensors(partial, tensors, stem="model", shard_bytes=shard_bytes)
         written = dtype or next(iter(weights.values())).dtype

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.foreign_config import ForeignConfig
+from sas_megatron.checkpoint.hf_config import HFConfig
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.model import ModelConfig
 
@@ -31,7 +31,7 @@ _LAYER_NAMES = {
 }
 
 
-def read_neox_config(config: ForeignConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """A GPT-NeoX's config as our sections `model` and `attention`.
 
     Raises:

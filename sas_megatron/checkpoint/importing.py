@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from sas_megatron.checkpoint.architecture import describe_architecture
-from sas_megatron.checkpoint.foreign_config import ForeignConfig
 from sas_megatron.checkpoint.gpt_neox import from_neox, read_neox_config
+from sas_megatron.checkpoint.hf_config import HFConfig
 from sas_megatron.checkpoint.llama import from_llama, read_llama_config
-from sas_megatron.checkpoint.own_format import read_own_config
+from sas_megatron.checkpoint.native_format import read_native_config
 from sas_megatron.checkpoint.tensor_files import (
     SHARD_BYTES,
     TABLES,
@@ -43,7 +43,7 @@ _DERIVED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 @dataclass(frozen=True)
-class WholeModel:
+class UnshardedModel:
     """The sections of a config, and the weights under our global names, each read when it is its turn."""
 
     model: ModelConfig
@@ -52,7 +52,7 @@ class WholeModel:
     origin: str
 
 
-def open_model(source: Path, *, vocab_multiple: int | None = None) -> WholeModel:
+def open_model(source: Path, *, vocab_multiple: int | None = None) -> UnshardedModel:
     """A transformers model, of the Llama or the GPT-NeoX format, or exported by this package.
 
     Args:
@@ -63,11 +63,11 @@ def open_model(source: Path, *, vocab_multiple: int | None = None) -> WholeModel
     Raises:
         UserError: it cannot be read, or our model cannot express it; names the field.
     """
-    config = ForeignConfig(source)
-    formats: dict[str, tuple[Callable[[ForeignConfig], Any], Callable[..., NamedTensors]]] = {
+    config = HFConfig(source)
+    formats: dict[str, tuple[Callable[[HFConfig], Any], Callable[..., NamedTensors]]] = {
         "llama": (read_llama_config, from_llama),
         "gpt_neox": (read_neox_config, from_neox),
-        "sas_megatron": (read_own_config, lambda weights, *_: weights.items()),
+        "sas_megatron": (read_native_config, lambda weights, *_: weights.items()),
     }
     model_type = config.get("model_type")
     if model_type not in formats:
@@ -89,10 +89,10 @@ def open_model(source: Path, *, vocab_multiple: int | None = None) -> WholeModel
         ) from None
     stored = _ReadTensors(StoredTensors(source, stem="model"))
     tensors = _all_of(stored, convert(stored, model, attention), model.padded_vocab_size)
-    return WholeModel(model, attention, tensors, str(source.resolve()))
+    return UnshardedModel(model, attention, tensors, str(source.resolve()))
 
 
-def write_model(whole: WholeModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> WeightsRecord:
+def write_model(whole: UnshardedModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> WeightsRecord:
     """Writes whole weights and what they are of into a new folder; memory holds one shard."""
     with new_folder(folder) as partial:
         weights_sha256 = write_tensors(partial, whole.tensors, stem=STEM, shard_bytes=shard_bytes)

@@ -16,10 +16,10 @@ from sas_megatron.checkpoint.weights_record import STEM, read_record
 from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.costs import EMBEDDING_TERMS, count_parameters
+from sas_megatron.costs.model_costs import EMBEDDING_TERMS, count_parameters
+from sas_megatron.distributed.error_agreement import on_first_rank, together
+from sas_megatron.distributed.gathering import gather_from_ranks
 from sas_megatron.model.initialization import global_name, tensor_parallel_part, whole_shape
-from sas_megatron.parallel.agreement import on_first_rank, together
-from sas_megatron.parallel.gathering import gather_from_ranks
 
 
 def load_initial_weights(path: Path, pieces: list[Any], config: RunConfig) -> None:

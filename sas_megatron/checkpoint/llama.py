@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.foreign_config import ForeignConfig
+from sas_megatron.checkpoint.hf_config import HFConfig
 from sas_megatron.checkpoint.projections import fuse_projections, split_projection
 from sas_megatron.checkpoint.tensor_files import NamedTensors
 from sas_megatron.config.attention import AttentionConfig
@@ -92,7 +92,7 @@ def to_llama(tensors: NamedTensors, attention: AttentionConfig) -> Iterator[tupl
             raise AssertionError(f"{name} is no weight of a model that is a Llama")
 
 
-def read_llama_config(config: ForeignConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_llama_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """A Llama's config as our sections `model` and `attention`.
 
     Raises:

@@ -22,8 +22,8 @@ from sas_megatron.checkpoint.sharded_tensors import by_name
 from sas_megatron.checkpoint.tensor_reading import TensorReader
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.parallel.agreement import on_first_rank, together
-from sas_megatron.parallel.gathering import gather_from_ranks
+from sas_megatron.distributed.error_agreement import on_first_rank, together
+from sas_megatron.distributed.gathering import gather_from_ranks
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
-def find_newest_whole(folder: Path, *, say: Callable[[str], None]) -> Checkpoint | None:
+def find_newest_complete(folder: Path, *, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint in `folder` that is undamaged; None if there is none at all.
 
     Every rank must call it. What is damaged it says, and goes on to the one before.

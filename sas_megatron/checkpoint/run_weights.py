@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sas_megatron.checkpoint.importing import WholeModel
+from sas_megatron.checkpoint.importing import UnshardedModel
 from sas_megatron.checkpoint.manifest import find_checkpoint
-from sas_megatron.checkpoint.whole_weights import WholeWeights, load_whole_weights
+from sas_megatron.checkpoint.unsharded_weights import UnshardedWeights, load_unsharded_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.run import RunConfig
@@ -18,12 +18,12 @@ class RunWeights:
     """Each weight is read when it is asked for; `origin` is the checkpoint."""
 
     config: RunConfig
-    weights: WholeWeights
+    weights: UnshardedWeights
     origin: str
 
-    def as_model(self) -> WholeModel:
+    def as_model(self) -> UnshardedModel:
         """As models of other formats are."""
-        return WholeModel(self.config.model, self.config.attention, self.weights.items(), self.origin)
+        return UnshardedModel(self.config.model, self.config.attention, self.weights.items(), self.origin)
 
 
 def open_run_weights(path: Path) -> RunWeights:
@@ -40,5 +40,5 @@ def open_run_weights(path: Path) -> RunWeights:
         raise FileProblem(
             path, "holds no checkpoint", "name a run's directory, or a folder in its checkpoints/"
         )
-    tree, weights = load_whole_weights(checkpoint)
+    tree, weights = load_unsharded_weights(checkpoint)
     return RunWeights(build_run_config(tree), weights, str(checkpoint.resolve()))

@@ -30,8 +30,8 @@ from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.writing import sync
-from sas_megatron.parallel.agreement import on_first_rank, together
-from sas_megatron.parallel.topology import Topology
+from sas_megatron.distributed.error_agreement import on_first_rank, together
+from sas_megatron.distributed.topology import Topology
 
 T = TypeVar("T")
 

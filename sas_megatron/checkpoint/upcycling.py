@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 import torch
 
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.checkpoint.architecture import check_equal, check_same_rows, describe_architecture
-from sas_megatron.checkpoint.importing import WholeModel
+from sas_megatron.checkpoint.importing import UnshardedModel
 from sas_megatron.checkpoint.tensor_files import NamedTensors
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 
 
-def upcycle(base: WholeModel, config: RunConfig) -> WholeModel:
+def upcycle(base: UnshardedModel, config: RunConfig) -> UnshardedModel:
     """The base model with the simulation that `config` describes and `training.seed` draws.
 
     Raises:
@@ -72,7 +72,7 @@ def _with_simulation(tensors: NamedTensors, config: RunConfig) -> Iterator[tuple
 
 def _simulation_of(layer: int, config: RunConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     # Here, since it imports Megatron-core, before which the device has to be prepared.
-    from sas_megatron.attention.simulated_layer import Simulation
+    from sas_megatron.attention.sas.layer import Simulation
     from sas_megatron.model.initialization import initialize_simulation
 
     assert isinstance(config.attention, SimulatedAttentionConfig)

@@ -55,8 +55,8 @@ def attention(
     from sas_megatron.benchmarks.attention import measure_attention, points_of
     from sas_megatron.benchmarks.block_shape import BlockShape
     from sas_megatron.config.parallel import ParallelConfig
+    from sas_megatron.distributed.topology import joined_topology
     from sas_megatron.model.assembly import DTYPES
-    from sas_megatron.parallel.topology import joined_topology
 
     with joined_topology(ParallelConfig(), device=device, seed=1, timeout_minutes=1) as topology:
         result = measure_attention(
@@ -205,7 +205,7 @@ def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> 
     device = _prepare(None)
 
     from sas_megatron.benchmarks.loop import measure_loop, on_made_up_data
-    from sas_megatron.parallel.topology import joined_topology
+    from sas_megatron.distributed.topology import joined_topology
 
     with tempfile.TemporaryDirectory() as folder:
         run = on_made_up_data(loaded, Path(folder), num_steps=steps)
@@ -303,7 +303,7 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
     from sas_megatron.benchmarks.checkpointing import measure_checkpointing
     from sas_megatron.cli.quickstart import CONFIGS
     from sas_megatron.config.loading import load_run_config
-    from sas_megatron.parallel.topology import joined_topology
+    from sas_megatron.distributed.topology import joined_topology
 
     # Any run of one process: it says how to save, and is written into the checkpoint.
     config = load_run_config(CONFIGS / "quickstart_mha.yaml", ["parallel.tensor=1"])
@@ -348,7 +348,7 @@ def scoring(
     from sas_megatron.benchmarks.scoring import measure_scoring
     from sas_megatron.cli.quickstart import CONFIGS
     from sas_megatron.config.loading import load_run_config
-    from sas_megatron.parallel.topology import joined_topology
+    from sas_megatron.distributed.topology import joined_topology
 
     run = load_run_config(config or CONFIGS / "quickstart_sas.yaml", ["parallel.tensor=1"])
     with joined_topology(run.parallel, device=device, seed=1, timeout_minutes=10) as topology:

@@ -109,8 +109,9 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
     Raises:
         FieldError: layout and world size do not fit.
     """
-    from sas_megatron.model.activation_costs import count_peak_activation_bytes
-    from sas_megatron.model.costs import (
+    from sas_megatron.costs.activations import count_peak_activation_bytes
+    from sas_megatron.costs.communication import count_communication_bytes
+    from sas_megatron.costs.model_costs import (
         causal_half,
         count_forward_flops,
         count_kv_cache_bytes,
@@ -120,7 +121,6 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
         count_training_flops,
         without_embeddings,
     )
-    from sas_megatron.model.wire_costs import count_wire_bytes
 
     world_size = world_size or config.parallel.model_size
     data_parallel = config.check_world_size(world_size)
@@ -161,7 +161,7 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
         "activation_bytes_of_a_rank": {"terms": kept, "totals": {"total": sum(kept.values())}},
     }
     if config.training.engine == "megatron":
-        sent = count_wire_bytes(config, world_size=world_size)
+        sent = count_communication_bytes(config, world_size=world_size)
         wire = {f"{group}: {term}": size for group, terms in sent.items() for term, size in terms.items()}
         counted["wire_bytes_per_step"] = {"terms": wire, "totals": {"total": sum(wire.values())}}
     return counted

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from sas_megatron.cli.speaking import speak_once_on_the_first_rank
+from sas_megatron.cli.log_setup import configure_logging
 
 if TYPE_CHECKING:
     from sas_megatron.evaluation.start import FoundModel
@@ -103,7 +103,7 @@ def evaluate(
     from sas_megatron.platform.launcher import take_place
 
     take_place()
-    speak_once_on_the_first_rank()
+    configure_logging()
     from sas_megatron.evaluation.start import find_model
 
     _check_fit(context)

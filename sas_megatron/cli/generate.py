@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sas_megatron.cli.speaking import speak_once_on_the_first_rank
+from sas_megatron.cli.log_setup import configure_logging
 
 if TYPE_CHECKING:
     from sas_megatron.evaluation.generation import Generated
@@ -68,7 +68,7 @@ def generate(
     from sas_megatron.platform.launcher import take_place
 
     take_place()
-    speak_once_on_the_first_rank()
+    configure_logging()
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.evaluation.generation_settings import GenerationSettings, Sampling, encode_prompts
     from sas_megatron.evaluation.start import find_model, loaded

@@ -43,7 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "study": ("sas_megatron.cli.study:study", "Plan, run and compare many runs that one file describes."),
     "simulate": (
-        "sas_megatron.cli.simulate:simulate",
+        "sas_megatron.cli.estimate:simulate",
         "Estimate memory, traffic and time of a run on any number of ranks, without them.",
     ),
     "fit": ("sas_megatron.cli.fit:fit", "Fit a scaling law to a table of runs."),
@@ -90,7 +90,7 @@ def main() -> None:
         # Under a launcher rank 0 speaks for all, and where others may have met something else, the first
         # process of each node for those of its node.
         if os.environ.get("RANK", "0") != "0":
-            if os.environ.get("LOCAL_RANK") != "0" or error.met_by_all_ranks:
+            if os.environ.get("LOCAL_RANK") != "0" or error.raised_on_all_ranks:
                 sys.exit(2)
             # Launchers that end all when one ends (srun --kill-on-bad-exit) then show it once.
             time.sleep(SECONDS_FOR_THE_FIRST)

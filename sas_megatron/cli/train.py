@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from sas_megatron.cli.speaking import speak_once_on_the_first_rank
+from sas_megatron.cli.log_setup import configure_logging
 
 
 @click.command()
@@ -46,5 +46,5 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bo
         check_meeting_place()
         click.echo(os.path.abspath(run_config.logging.run_directory))
         return
-    speak_once_on_the_first_rank()
+    configure_logging()
     sys.exit(start.train(run_config).exit_status)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from sas_megatron.config.attention_backend import Device
 from sas_megatron.config.errors import FieldError, UserError
-from sas_megatron.config.layer_pass import CoreAttentionPass, LayerPass
+from sas_megatron.config.layer_pass import ActivationSpec, CoreAttentionSpec
 from sas_megatron.config.section import Section, divisors
 from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight, count_by_term
 
@@ -27,13 +27,13 @@ ENTRY_POINT_GROUP = "sas_megatron.attention"
 
 # kind -> module:class, resolved when a config names it, so that config/ imports no variant.
 KINDS: dict[str, str] = {
-    "mha": "sas_megatron.attention.grouped:MultiHeadAttentionConfig",
-    "gqa": "sas_megatron.attention.grouped:GroupedQueryAttentionConfig",
-    "mqa": "sas_megatron.attention.grouped:MultiQueryAttentionConfig",
-    "mfa": "sas_megatron.attention.factorized:FactorizedAttentionConfig",
-    "mla": "sas_megatron.attention.latent:LatentAttentionConfig",
-    "sas": "sas_megatron.attention.simulated:SimulatedAttentionConfig",
-    "tpa": "sas_megatron.attention.tensor_product:TensorProductAttentionConfig",
+    "mha": "sas_megatron.attention.gqa.config:MultiHeadAttentionConfig",
+    "gqa": "sas_megatron.attention.gqa.config:GroupedQueryAttentionConfig",
+    "mqa": "sas_megatron.attention.gqa.config:MultiQueryAttentionConfig",
+    "mfa": "sas_megatron.attention.mfa.config:FactorizedAttentionConfig",
+    "mla": "sas_megatron.attention.mla.config:LatentAttentionConfig",
+    "sas": "sas_megatron.attention.sas.config:SimulatedAttentionConfig",
+    "tpa": "sas_megatron.attention.tpa.config:TensorProductAttentionConfig",
 }
 
 
@@ -194,13 +194,13 @@ class AttentionConfig(Section):
                 f"use one of {divisors(heads)}",
             )
 
-    def filled_in(self) -> dict[str, Any]:
+    def resolved_fields(self) -> dict[str, Any]:
         """What the fields that may be left open come to, by field."""
         filled = {"num_kv_heads": self.num_key_value_heads}
         return {**filled, "rotary_dim": self.rotary_width} if self.uses_model_rotary else filled
 
     @classmethod
-    def modelled_on(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
+    def defaults_from(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
         """The fields of a variant in the place of `base`, where a study names no more than its kind."""
         return {"num_heads": base.num_heads, "head_dim": base.head_dim}
 
@@ -276,7 +276,7 @@ class AttentionConfig(Section):
             [*weights, Weight("projection", hidden_size, partial_over="tokens")] if linear_bias else weights
         )
 
-    def count_activation_bytes(self, hidden_size: int, layer: LayerPass) -> dict[str, int]:
+    def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
         """Bytes that one layer's attention keeps of a microbatch for its backward pass, as terms that sum.
 
         By default those of Megatron-core's own module: `qkv`, the hidden state that the fused projection
@@ -290,14 +290,14 @@ class AttentionConfig(Section):
             **self.count_core_bytes(layer, value_bytes=layer.whole(self.qkv_width // shared_by)),
         }
 
-    def count_core_bytes(self, layer: LayerPass, *, value_bytes: int) -> dict[str, int]:
+    def count_core_bytes(self, layer: ActivationSpec, *, value_bytes: int) -> dict[str, int]:
         """Terms `rotary`, `attention` and `projection`.
 
         Args:
             layer: The pass.
             value_bytes: Of the whole tensor that the value, as it comes to the core attention, is a view of.
         """
-        core = CoreAttentionPass(
+        core = CoreAttentionSpec(
             layer,
             query_key_width=self.query_key_dim,
             value_width=self.value_width,

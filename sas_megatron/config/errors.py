@@ -9,7 +9,7 @@ class UserError(Exception):
     """What the user gave cannot be used; the command line prints it and exits with status 2."""
 
     # Set where all ranks of a run are known to raise the same.
-    met_by_all_ranks = False
+    raised_on_all_ranks = False
 
 
 class FieldError(UserError):

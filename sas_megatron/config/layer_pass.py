@@ -15,7 +15,7 @@ FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
-class LayerPass:
+class ActivationSpec:
     """B sequences of S tokens, of which the rank has T = B·S/C, or T/P between the parts that tensor ranks
     share under sequence parallelism; in elements of so many bytes.
     """
@@ -81,14 +81,14 @@ class LayerPass:
 
 
 @dataclass(frozen=True)
-class CoreAttentionPass:
+class CoreAttentionSpec:
     """The core attention in such a pass: E features of a query or key head, D of a value head.
 
     `value_bytes` are of the tensor that the value is a view of, kept whole where the value is as it comes;
     `drops` says whether weights are dropped.
     """
 
-    layer: LayerPass
+    layer: ActivationSpec
     query_key_width: int
     value_width: int
     value_bytes: int

@@ -1,7 +1,7 @@
 """What a layer's weights and activations cost where P tensor ranks share it; a variant states both in these.
 
-Bytes follow the ring convention of `parallel.wire_ledger`: of b bytes a rank sends (P-1)/P·b in an
-all-gather or a reduce-scatter, twice that in an all-reduce.
+Bytes follow the ring convention of `distributed.communication_counter`: of b bytes a rank sends
+(P-1)/P·b in an all-gather or a reduce-scatter, twice that in an all-reduce.
 """
 
 from __future__ import annotations

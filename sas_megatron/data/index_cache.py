@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.data.writing import make_folder, sync
-from sas_megatron.parallel.agreement import on_first_rank, together
-from sas_megatron.parallel.gathering import gather_from_ranks
-from sas_megatron.parallel.shared_directory import appears
+from sas_megatron.distributed.error_agreement import on_first_rank, together
+from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.shared_directory import appears
 
 # A network file system may show a folder late: then the rank gets what it would have found.
 SECONDS_UNTIL_SEEN = 3.0

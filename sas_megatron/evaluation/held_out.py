@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from sas_megatron.data.batches import ByteLengths
+from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import Batch, token_losses
-from sas_megatron.parallel.topology import Topology
 
 # Runs the model over microbatches by a forward step, and gives the reports of the last stage.
 RunForward = Callable[[Callable[..., Any]], list[dict[str, torch.Tensor]]]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from sas_megatron.distributed.gathering import gather_from_ranks
 from sas_megatron.evaluation.trained_model import TrainedModel
-from sas_megatron.parallel.gathering import gather_from_ranks
 
 # Logits that a rank holds at a time: 64 MiB in float32.
 LOGITS_AT_ONCE = 2**24

@@ -80,9 +80,9 @@ def loaded(
 
     device = prepare_device()  # before Megatron-core is imported
 
+    from sas_megatron.distributed.error_agreement import on_first_rank
+    from sas_megatron.distributed.topology import joined_topology
     from sas_megatron.evaluation.trained_model import load_trained_model
-    from sas_megatron.parallel.agreement import on_first_rank
-    from sas_megatron.parallel.topology import joined_topology
 
     training = found.config.training
     with joined_topology(

@@ -17,12 +17,12 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.distributed.rank0_driver import Call, lead
 from sas_megatron.evaluation.generation import generate
 from sas_megatron.evaluation.harness import HarnessModel
 from sas_megatron.evaluation.scoring import score
 from sas_megatron.evaluation.task_settings import TaskSettings
 from sas_megatron.evaluation.trained_model import TrainedModel
-from sas_megatron.parallel.leading import Call, lead
 
 # What the harness asks the environment.
 _NO_FORKING = "DISABLE_MULTIPROC"

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from sas_megatron.attention.caching import CachingAttention, KeyValueCache
+from sas_megatron.attention.kv_cache import CachingAttention, KeyValueCache
 from sas_megatron.checkpoint.loading import open_checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
-from sas_megatron.model.assembly import build_gpt_pieces
-from sas_megatron.parallel.topology import Topology
+from sas_megatron.distributed.topology import Topology
+from sas_megatron.model.assembly import build_gpt_chunks
 
 
 class TrainedModel:
@@ -59,7 +59,7 @@ class TrainedModel:
                     "attention.kind",
                     self.config.attention.kind,
                     "its layer cannot read tokens from a cache",
-                    "derive it from sas_megatron.attention.caching.CachingSelfAttention",
+                    "derive it from sas_megatron.attention.kv_cache.CachingSelfAttention",
                 )
         return KeyValueCache(batch_size, max_tokens=max_tokens, device=self.topology.device)
 
@@ -139,7 +139,7 @@ def load_trained_model(
         FileProblem: the checkpoint is of another version or model.
     """
     verified = open_checkpoint(checkpoint)
-    pieces = build_gpt_pieces(config, draws_weights=False)
+    pieces = build_gpt_chunks(config, draws_weights=False)
     restore_tensors(verified, shard_weights(pieces))
     (model,) = pieces
     return TrainedModel(config, model, tokenizer, topology, step=verified.manifest.step)

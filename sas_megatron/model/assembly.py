@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from sas_megatron.config.run import RunConfig
+from sas_megatron.distributed.topology import virtual_pipeline_size
 from sas_megatron.model.initialization import initialize_weights
-from sas_megatron.parallel.topology import virtual_pipeline_size
 from sas_megatron.platform.norm import ReplicatedNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -146,7 +146,7 @@ def build_block_spec(config: RunConfig, *, num_layers: int | None = None) -> Tra
     )
 
 
-def build_gpt_pieces(
+def build_gpt_chunks(
     config: RunConfig, *, dtype: torch.dtype | None = None, draws_weights: bool = True
 ) -> list[GPTModel]:
     """This rank's part of the model, a GPT for each piece of its stage, drawn from `training.seed`.

@@ -20,7 +20,7 @@ from megatron.core.parallel_state import (
 )
 from torch import nn
 
-from sas_megatron.attention.residual_map import ResidualMap
+from sas_megatron.attention.sas.residual_map import ResidualMap
 from sas_megatron.config.attention import InitialWeights
 from sas_megatron.config.run import RunConfig
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 from sas_megatron.config.parallel import ParallelConfig
-from sas_megatron.parallel.topology import Topology, joined_groups
+from sas_megatron.distributed.topology import Topology, joined_groups
 
 
 class _NothingHappens(TorchDispatchMode):

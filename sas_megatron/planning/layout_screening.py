@@ -15,7 +15,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.section import divisors
-from sas_megatron.model.costs import count_parameters
+from sas_megatron.costs.model_costs import count_parameters
 from sas_megatron.planning.hardware_file import Hardware
 
 # Of forward and backward: a second forward pass, and that of the attention's core.
@@ -115,7 +115,7 @@ def rough_seconds(config: RunConfig, *, alone: AloneCost, world_size: int, hardw
     starting = 1e-6 * hardware.operation_microseconds * operations
     seconds = max(alone.seconds_per_token * tokens / world_size, starting) * again
 
-    # Large messages alone, not by `model.wire_costs`: its count takes eight times as long (2.4 s for 4,500
+    # Large messages alone, not by `costs.communication`: its count takes eight times as long (2.4 s for 4,500
     # layouts), and comes so near to the simulated time that runners-up would be left out of the ranking.
     element_bytes = training.element_bytes
     hidden = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes

@@ -130,7 +130,7 @@ def _memory_rate() -> float:
 def _operation_seconds() -> float:
     """Of an operation of the training code on tensors too small to matter: Python, autograd and dispatch."""
     from sas_megatron.config.parallel import ParallelConfig
-    from sas_megatron.parallel.topology import joined_groups
+    from sas_megatron.distributed.topology import joined_groups
     from sas_megatron.planning.memory_meter import MemoryMeter
     from sas_megatron.planning.rank_simulation import Stepper
 

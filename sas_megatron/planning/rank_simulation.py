@@ -20,10 +20,10 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_gpt_pieces
+from sas_megatron.distributed.communication_counter import build_communication_counter
+from sas_megatron.distributed.topology import Topology
+from sas_megatron.model.assembly import build_gpt_chunks
 from sas_megatron.model.language_loss import Batch, forward_step
-from sas_megatron.parallel.topology import Topology
-from sas_megatron.parallel.wire_ledger import build_ledger
 from sas_megatron.planning.fake_world import fake_world
 from sas_megatron.planning.memory_meter import MemoryMeter, distinct_bytes
 from sas_megatron.planning.operation_meter import OperationMeter
@@ -225,7 +225,7 @@ class _WatchedEngine(MegatronEngine):
     """The engine as it is, but that it says when a step's microbatches are done."""
 
     def __init__(self, config: RunConfig, stepper: Stepper) -> None:
-        super().__init__(config, build_gpt_pieces(config))
+        super().__init__(config, build_gpt_chunks(config))
         self._stepper = stepper
 
     def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
@@ -241,7 +241,7 @@ class _Meters(contextlib.ExitStack):
     def __init__(self, topology: Topology) -> None:
         super().__init__()
         self.operations = OperationMeter()
-        self.ledger = build_ledger(topology)
+        self.ledger = build_communication_counter(topology)
 
     def __enter__(self) -> _Meters:
         super().__enter__()

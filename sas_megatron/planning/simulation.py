@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
@@ -29,7 +29,7 @@ class RunEstimate:
         return max(report.peak_bytes for report in self.reports)
 
 
-def simulate_run(
+def estimate_run(
     config: RunConfig, *, world_size: int, hardware: Hardware, rank: int | None = None
 ) -> RunEstimate:
     """Simulates one rank of each kind of stage, or `rank` alone.

@@ -60,7 +60,7 @@ class Tally:
         return sum(self.wire_bytes.get(group, {}).values())
 
     def rounded_wire_bytes(self) -> dict[str, dict[str, int]]:
-        """As `WireLedger.as_dict` gives them."""
+        """As `CommunicationCounter.as_dict` gives them."""
         return {
             group: {name: round(count) for name, count in operations.items()}
             for group, operations in self.wire_bytes.items()

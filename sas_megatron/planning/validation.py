@@ -14,8 +14,8 @@ import torch
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.parallel.topology import joined_groups
-from sas_megatron.parallel.wire_ledger import build_ledger
+from sas_megatron.distributed.communication_counter import build_communication_counter
+from sas_megatron.distributed.topology import joined_groups
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.machine_measurement import hardware_from, measure_here
 from sas_megatron.planning.memory_meter import MemoryMeter
@@ -114,7 +114,7 @@ def _measure_rank(config: RunConfig) -> dict[str, Any]:
         num_microbatches = config.training.num_microbatches(topology.data_size)
         stepper = Stepper(config, topology, MemoryMeter())
         stepper.run(num_microbatches)
-        ledger = build_ledger(topology)
+        ledger = build_communication_counter(topology)
         with ledger:
             stepper.run(num_microbatches)
         peaks = []

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.parallel.gathering import gather_from_ranks
-from sas_megatron.parallel.shared_directory import check_directory_is_shared
+from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.shared_directory import check_directory_is_shared
 from sas_megatron.platform.device import process_group_backend
 from sas_megatron.preflight.finding import Finding, failure, fine, warning
 from sas_megatron.preflight.node import existing_part

@@ -15,7 +15,7 @@ from typing import Any
 
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.costs import count_kv_cache_bytes, count_parameters, count_training_flops
+from sas_megatron.costs.model_costs import count_kv_cache_bytes, count_parameters, count_training_flops
 
 # Matrix widths in multiples of 8 fill the tensor cores' tiles in 16-bit precision (NVIDIA's
 # "Matrix Multiplication Background" guide); each rank's share of the width should be one.
@@ -105,7 +105,7 @@ def match(
         search = _Search(base, variant, axis=axis, fields=fields, degrees=degrees, tolerance=tolerance)
         found = list(search.matches())
         if found:
-            return min(found, key=search.strangeness)
+            return min(found, key=search.deviation)
     raise search.failure()
 
 
@@ -211,7 +211,7 @@ class _Search:
         nearest = min((below, below + 1), key=lambda count: abs(without_mlp + count * per_step - target))
         return _with_width(config, max(1, nearest) * self.degrees.width_step)
 
-    def strangeness(self, candidate: Match) -> tuple[float, float]:
+    def deviation(self, candidate: Match) -> tuple[float, float]:
         """How far the MLP is from the base's (to the nearest percent), then how far all else was moved."""
         width = candidate.config.model.ffn_hidden_size / self.base.model.ffn_hidden_size
         moved = sum(

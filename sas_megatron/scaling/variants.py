@@ -48,7 +48,7 @@ def model_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     return {
         "kind": kind,
         **common,
-        **variant.modelled_on(base.attention, hidden_size=base.model.hidden_size),
+        **variant.defaults_from(base.attention, hidden_size=base.model.hidden_size),
     }
 
 

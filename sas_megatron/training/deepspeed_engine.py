@@ -19,8 +19,8 @@ from sas_megatron.checkpoint.loading import Checkpoint
 from sas_megatron.checkpoint.sharded_tensors import shard_parameter, shard_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
+from sas_megatron.distributed.gradient_sums import sum_over
 from sas_megatron.model.language_loss import Batch, forward_step
-from sas_megatron.parallel.gradients import sum_over
 from sas_megatron.training.engine import Engine, ForwardStep, Reports
 from sas_megatron.training.optimizer import build_schedule, describe_parameter_groups
 
@@ -130,7 +130,7 @@ class DeepSpeedEngine(Engine):
         with _all_overflows(self.optimizer, stage=self.config.deepspeed.zero_stage):
             self.engine.step()
 
-    def settle_parameters(self) -> None:
+    def sync_parameters(self) -> None:
         """Nothing to do: `update` leaves nothing to the next step."""
 
     def _gradient_norm(self) -> float:

@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from sas_megatron.checkpoint.initial_weights import load_initial_weights
 from sas_megatron.checkpoint.loading import Checkpoint
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_gpt_pieces
+from sas_megatron.model.assembly import build_gpt_chunks
 from sas_megatron.model.language_loss import Batch
 
 ForwardStep = Callable[..., Any]
@@ -60,7 +60,7 @@ class Engine(ABC):
         """In place of `update`: weights and optimizer stay as they are."""
 
     @abstractmethod
-    def settle_parameters(self) -> None:
+    def sync_parameters(self) -> None:
         """Makes this rank's weights those of the last update, where that would be left to the next step."""
 
     @abstractmethod
@@ -97,7 +97,7 @@ def assemble(config: RunConfig, *, initial_weights: Path | None = None) -> Engin
         config: The run.
         initial_weights: What to begin with (as `checkpoint.initial_weights`) in place of drawn weights.
     """
-    pieces = build_gpt_pieces(config)
+    pieces = build_gpt_chunks(config)
     if initial_weights is not None:  # before the optimizer copies them
         load_initial_weights(initial_weights, pieces, config)
     if config.training.engine == "deepspeed":

@@ -18,13 +18,14 @@ import torch
 
 from sas_megatron.checkpoint.loading import (
     Checkpoint,
-    find_newest_whole,
+    find_newest_complete,
     open_checkpoint,
     restore_random_states,
 )
 from sas_megatron.checkpoint.saving import CheckpointSaver
 from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.model_costs import count_parameters, count_training_flops
 from sas_megatron.data.batches import (
     ByteLengths,
     build_training_samples,
@@ -33,13 +34,15 @@ from sas_megatron.data.batches import (
 )
 from sas_megatron.data.opening import open_token_files
 from sas_megatron.data.token_files import load_manifest
+from sas_megatron.distributed.communication_counter import (
+    build_communication_counter,
+    gather_communication_counters,
+)
+from sas_megatron.distributed.error_agreement import on_first_rank
+from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
-from sas_megatron.model.costs import count_parameters, count_training_flops
 from sas_megatron.model.language_loss import Batch
-from sas_megatron.parallel.agreement import on_first_rank
-from sas_megatron.parallel.gathering import gather_from_ranks
-from sas_megatron.parallel.topology import Topology
-from sas_megatron.parallel.wire_ledger import build_ledger, gather_ledgers
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
 from sas_megatron.training.console import Console
 from sas_megatron.training.continuation import Branch, find_branch
@@ -88,7 +91,7 @@ class Run:
         self.health = RunHealth(
             config, topology, self.progress.health, say=self.console.say, record=self._record_health
         )
-        self.ledger = build_ledger(topology)
+        self.ledger = build_communication_counter(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
     def complete(self) -> Ending:
@@ -139,7 +142,7 @@ class Run:
 
     def _find_checkpoint(self) -> Checkpoint | None:
         if self.config.checkpoint.resume:
-            newest = find_newest_whole(RunFiles.checkpoints(self.config), say=self.console.say)
+            newest = find_newest_complete(RunFiles.checkpoints(self.config), say=self.console.say)
             if newest is not None:
                 return newest
         self.branch = on_first_rank(lambda: find_branch(self.config))
@@ -289,7 +292,7 @@ class Run:
         self.saver.finish()
         self._sync_files()
         self.profiler.close()
-        wire_bytes = gather_ledgers(self.ledger) if self.config.logging.wire_ledger else None
+        wire_bytes = gather_communication_counters(self.ledger) if self.config.logging.wire_ledger else None
         if self.files is not None:
             self.files.write_summary(self._summary(wire_bytes, ending))
             if ending.goes_on:

@@ -123,7 +123,7 @@ class MegatronEngine(Engine):
 
     def shards(self) -> list[ShardedTensor]:
         """Weights, AdamW's moments, and the float32 weights that it updates where the model's are others."""
-        self.settle_parameters()
+        self.sync_parameters()
         optimizers = self.optimizers()
         return shard_weights(self.pieces) + [
             shard for optimizer in optimizers for shard in shard_optimizer(optimizer, self.pieces)
@@ -143,7 +143,7 @@ class MegatronEngine(Engine):
         for optimizer in self.optimizers():
             set_num_updates(optimizer, checkpoint.progress["engine"]["num_updates"])
 
-    def settle_parameters(self) -> None:
+    def sync_parameters(self) -> None:
         """Gathers updated parameters now, where they would be gathered in the next forward pass."""
         if self.config.parallel.overlap_parameter_gather:
             for chunk in self.chunks:

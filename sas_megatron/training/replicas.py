@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.topology import Topology
+from sas_megatron.fault_tolerance.final_report import join_ranges
 from sas_megatron.model.initialization import global_name
-from sas_megatron.parallel.fault_report import join_ranges
-from sas_megatron.parallel.gathering import gather_from_ranks
-from sas_megatron.parallel.topology import Topology
 
 # 2⁶⁴ over the golden ratio, as a signed number (Knuth's multiplicative hashing).
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.parallel.gathering import gather_from_ranks
-from sas_megatron.parallel.topology import Topology
+from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.topology import Topology
 from sas_megatron.training.engine import Engine
 from sas_megatron.training.health import (
     Finding,
@@ -92,7 +92,7 @@ class RunHealth:
         interval = self.config.replica_check_interval
         if interval is None or step % interval:
             return
-        engine.settle_parameters()
+        engine.sync_parameters()
         drift = find_drift(engine.pieces, self.topology)
         if drift is not None:
             self._record(step, {"event": "drift", "differing": drift})

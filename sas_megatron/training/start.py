@@ -48,8 +48,8 @@ def train(config: RunConfig) -> Ending:
         # Before Megatron-core is imported: on CPU it needs the stand-in.
         device = prepare_device()
 
-        from sas_megatron.parallel.shared_directory import check_directory_is_shared
-        from sas_megatron.parallel.topology import joined_topology
+        from sas_megatron.distributed.shared_directory import check_directory_is_shared
+        from sas_megatron.distributed.topology import joined_topology
         from sas_megatron.training.loop import Run
 
         with joined_topology(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import Batch
-from sas_megatron.parallel.gathering import gather_from_ranks
-from sas_megatron.parallel.topology import Topology
 from sas_megatron.training.engine import Engine, Reports
 from sas_megatron.training.health import Finding, Judge, find_non_finite
 

@@ -16,18 +16,7 @@ LONGEST_FILE_LINES = 400
 WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
     *sorted((PACKAGE / "scaling").rglob("*.py")),
-    *(
-        PACKAGE / "model" / name
-        for name in (
-            "__init__.py",
-            "activation_costs.py",
-            "attention_backend.py",
-            "costs.py",
-            "gradient_buffers.py",
-            "weights.py",
-            "wire_costs.py",
-        )
-    ),
+    *sorted((PACKAGE / "costs").rglob("*.py")),
     *(
         PACKAGE / "checkpoint" / name
         for name in (
@@ -56,14 +45,19 @@ WITHOUT_TORCH = [
         PACKAGE / "attention" / name
         for name in (
             "__init__.py",
-            "exchange_choice.py",
-            "factorized.py",
-            "grouped.py",
-            "latent.py",
+            "gqa/__init__.py",
+            "gqa/config.py",
+            "mfa/__init__.py",
+            "mfa/config.py",
+            "mla/__init__.py",
+            "mla/config.py",
+            "sas/__init__.py",
+            "sas/activations.py",
+            "sas/config.py",
+            "sas/exchange_choice.py",
             "shared_heads.py",
-            "simulated.py",
-            "simulated_activations.py",
-            "tensor_product.py",
+            "tpa/__init__.py",
+            "tpa/config.py",
         )
     ),
 ]

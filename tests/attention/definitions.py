@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from sas_megatron.attention.factorized import FactorizedAttentionConfig
-from sas_megatron.attention.latent import LatentAttentionConfig
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
-from sas_megatron.attention.tensor_product import TensorProductAttentionConfig
+from sas_megatron.attention.mfa.config import FactorizedAttentionConfig
+from sas_megatron.attention.mla.config import LatentAttentionConfig
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
+from sas_megatron.attention.tpa.config import TensorProductAttentionConfig
 from sas_megatron.config.attention import AttentionConfig
 
 Weights = Mapping[str, torch.Tensor]

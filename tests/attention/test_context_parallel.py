@@ -77,14 +77,14 @@ def test_heads_that_context_ranks_cannot_share_are_refused() -> None:
 
 def bytes_over_context(case: LayerCase, context: int) -> tuple[float, float]:
     """On a rank: what it sends over the context group, forward and backward."""
-    from sas_megatron.parallel.wire_ledger import WireLedger
+    from sas_megatron.distributed.communication_counter import CommunicationCounter
 
     topology = in_layout(ParallelConfig(context=context))
     layer = layer_case.build_layer(case, 1, context)
     hidden = torch.randn(layer_case.LENGTH // context, layer_case.BATCH, layer_case.HIDDEN_SIZE)
     hidden.requires_grad_()
     angles = layer_case.rotary_angles(case.config())[: layer_case.LENGTH // context]
-    forward, backward = (WireLedger(topology.groups()) for _ in range(2))
+    forward, backward = (CommunicationCounter(topology.groups()) for _ in range(2))
     with forward:
         output, _ = layer(hidden, None, rotary_pos_emb=angles)
     with backward:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sas_megatron.attention import exchange_choice
-from sas_megatron.attention.exchange_choice import choose_exchange, exchange_costs
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
+from sas_megatron.attention.sas import exchange_choice
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
+from sas_megatron.attention.sas.exchange_choice import choose_exchange, exchange_costs
 
 
 def sas(**fields: Any) -> SimulatedAttentionConfig:

@@ -73,7 +73,7 @@ def test_lower_precision_stays_within_the_table(
 
 
 def _without(missing: str, case: LayerCase, tensor: int) -> Any:
-    from sas_megatron.parallel import shared_columns
+    from sas_megatron.distributed import shared_columns
 
     kept = getattr(shared_columns, missing)
     without = {

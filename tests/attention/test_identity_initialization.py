@@ -48,7 +48,7 @@ def megatron_layer(num_kv_heads: int) -> torch.nn.Module:
 
 def initialized_layer(num_kv_heads: int) -> torch.nn.Module:
     """SAS with identity initialization and the shared projections."""
-    from sas_megatron.attention.residual_map import ResidualMap
+    from sas_megatron.attention.sas.residual_map import ResidualMap
     from sas_megatron.model.initialization import parameter_generator
 
     case = LayerCase.of(num_kv_heads=num_kv_heads, **SAS)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.attention import simulation_kernels
-from sas_megatron.attention.kernel_choice import reason_not_to_fit, reason_not_to_fuse
-from sas_megatron.attention.simulated import SimulatedAttentionConfig
-from sas_megatron.attention.simulation_kernels import (
+from sas_megatron.attention.sas import simulation_kernels
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
+from sas_megatron.attention.sas.kernel_choice import reason_not_to_fit, reason_not_to_fuse
+from sas_megatron.attention.sas.simulation_kernels import (
     FusedKernels,
     PlainKernels,
     build_simulation_kernels,

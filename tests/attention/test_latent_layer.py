@@ -18,10 +18,10 @@ MLA = VARIANTS["mla"]
 
 def built_layer(model_fields: dict[str, Any]) -> dict[str, Any]:
     """On a rank: the rotary frequencies, the scale and the norms of the first layer's attention."""
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(ParallelConfig())
-    (model,) = build_gpt_pieces(small_config(attention=MLA, model=model_fields))
+    (model,) = build_gpt_chunks(small_config(attention=MLA, model=model_fields))
     attention = model.decoder.layers[0].self_attention
     return {
         "frequencies": attention.rotary_pos_emb.inv_freq,

@@ -129,7 +129,7 @@ def test_lower_precision_stays_within_the_table(
     check(ranks, LayerCase.of(dtype=dtype, exchange=exchange, **OPERATORS["grouped"]), tensor)
 
 
-# Each of the default cases takes other calls of the kernels; tests/kernels varies their shapes.
+# Each of the default cases takes other calls of the kernels; tests/attention/fused varies their shapes.
 @pytest.mark.parametrize(
     "operator",
     cases(
@@ -183,7 +183,7 @@ def test_fused_kernels_stay_within_the_table_in_bfloat16(ranks: Any) -> None:
 
 
 def _without_gradient_sum(case: LayerCase, tensor: int) -> Any:
-    from sas_megatron.attention import simulated_layer
+    from sas_megatron.attention.sas import layer as simulated_layer
 
     kept = simulated_layer.sum_gradients_over
     simulated_layer.sum_gradients_over = lambda _group, weights: tuple(weights)

@@ -18,11 +18,11 @@ SIZES = {"num_heads": 3, "head_dim": 8, "simulated_head_dim": 14, "sequence_leng
 
 def both_forms() -> Any:
     """Results and gradients of the plain and the fused form; turned features by their own order."""
-    from sas_megatron.attention.simulation_kernels import FusedKernels, PlainKernels
+    from sas_megatron.attention.sas.fused.features import pair_order
+    from sas_megatron.attention.sas.simulation_kernels import FusedKernels, PlainKernels
     from sas_megatron.benchmarks.block_shape import BlockShape
     from sas_megatron.benchmarks.simulation import SimulationCase
     from sas_megatron.config.parallel import ParallelConfig
-    from sas_megatron.kernels.features import pair_order
 
     in_layout(ParallelConfig())
     case = SimulationCase(BlockShape(**SIZES), device=torch.device("cpu"), dtype=torch.float32)
@@ -65,11 +65,11 @@ def test_the_least_of_work_is_each_byte_once_and_each_product_once(ranks: Any) -
 
 def swept() -> Any:
     """A sweep that warms nothing up, since the interpreter takes as long each time."""
+    from sas_megatron.attention.sas.fused.tiling import Tile
     from sas_megatron.benchmarks import timing
     from sas_megatron.benchmarks.block_shape import BlockShape
     from sas_megatron.benchmarks.tile_sweep import sweep_tiles
     from sas_megatron.config.parallel import ParallelConfig
-    from sas_megatron.kernels.tiling import Tile
 
     in_layout(ParallelConfig())
     with pytest.MonkeyPatch.context() as patch:
@@ -97,8 +97,8 @@ def test_a_sweep_times_each_kernel_with_each_tile(ranks: Any) -> None:
 
 def refused_by_the_compiler() -> Any:
     """A sweep with a kernel that no tile can be compiled for, and what the command makes of it."""
+    from sas_megatron.attention.sas.fused import feature_kernels
     from sas_megatron.cli.measurements import best_tiles
-    from sas_megatron.kernels import feature_kernels
 
     class Refusing:
         arg_names = ()
@@ -121,9 +121,9 @@ def test_a_tile_that_cannot_be_compiled_takes_no_other_s_seconds_along(ranks: An
 
 
 def test_tiles_of_heads_that_cut_alike_are_timed_once() -> None:
+    from sas_megatron.attention.sas.fused.tiling import Tile
     from sas_megatron.benchmarks.block_shape import BlockShape
     from sas_megatron.benchmarks.tile_sweep import candidate_tiles, unlike_tiles
-    from sas_megatron.kernels.tiling import Tile
 
     tiles = [Tile(programs=2), *candidate_tiles()]
     wide = BlockShape(num_heads=16, head_dim=128, simulated_head_dim=192, sequence_length=17, batch_size=2)

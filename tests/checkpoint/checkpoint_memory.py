@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
     device = prepare_device()
     from sas_megatron.checkpoint.loading import open_checkpoint
     from sas_megatron.checkpoint.manifest import find_checkpoints
-    from sas_megatron.parallel.topology import joined_topology
+    from sas_megatron.distributed.topology import joined_topology
     from sas_megatron.training.engine import assemble
     from tests.checkpoint.saved_runs import take_steps_from
 

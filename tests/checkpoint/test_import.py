@@ -12,7 +12,7 @@ import torch
 
 from sas_megatron.checkpoint.architecture import describe_architecture
 from sas_megatron.checkpoint.export import export_model
-from sas_megatron.checkpoint.importing import WholeModel, open_model, write_model
+from sas_megatron.checkpoint.importing import UnshardedModel, open_model, write_model
 from sas_megatron.checkpoint.tensor_files import StoredTensors
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import read_yaml
@@ -135,7 +135,7 @@ def test_what_is_exported_comes_back_to_the_bit(
     )
     (weights,) = ranks(1).run(whole_weights, config, torch.float32)
     export_model(weights, config, folder=tmp_path / "theirs")
-    whole: WholeModel = open_model(tmp_path / "theirs")
+    whole: UnshardedModel = open_model(tmp_path / "theirs")
     again = dict(whole.tensors)
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.checkpoint.importing import WholeModel, write_model
+from sas_megatron.checkpoint.importing import UnshardedModel, write_model
 from sas_megatron.checkpoint.tensor_files import StoredTensors
 from sas_megatron.checkpoint.upcycling import upcycle
 from sas_megatron.config.errors import FieldError
@@ -25,17 +25,17 @@ from tests.tolerances import assert_near
 IDENTITY = {"kind": "sas", "initialization": "identity", "head_expansion": 2}
 
 
-def whole_model(config: RunConfig, weights: dict[str, torch.Tensor]) -> WholeModel:
-    return WholeModel(config.model, config.attention, weights.items(), "a test")
+def whole_model(config: RunConfig, weights: dict[str, torch.Tensor]) -> UnshardedModel:
+    return UnshardedModel(config.model, config.attention, weights.items(), "a test")
 
 
 def loaded_logits(config: RunConfig) -> torch.Tensor | None:
     """On a rank: float64 logits of the model that starts from `checkpoint.initial_weights`."""
     from sas_megatron.checkpoint.initial_weights import load_initial_weights
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
-    pieces = build_gpt_pieces(config, dtype=torch.float64)
+    pieces = build_gpt_chunks(config, dtype=torch.float64)
     load_initial_weights(Path(str(config.checkpoint.initial_weights)), pieces, config)
     return logits_part_of(pieces, config)
 

@@ -41,12 +41,12 @@ def test_every_attention_saved_by_tensor_ranks_is_whole(
     ranks: Any, tmp_path: Path, attention: str, world_size: int
 ) -> None:
     """In particular: nothing is left out, replicated, doubled or out of order."""
-    from sas_megatron.checkpoint.whole_weights import load_whole_weights
+    from sas_megatron.checkpoint.unsharded_weights import load_unsharded_weights
 
     config = Layout(world_size, {"tensor": world_size, "sequence": True}, SHARDED).config(attention)
     by_rank = ranks(world_size).run(train_and_save, config, tmp_path, 1)
     expected = joined_weights([weights for _, weights in by_rank])
-    tree, weights = load_whole_weights(tmp_path / "iter_0000001")
+    tree, weights = load_unsharded_weights(tmp_path / "iter_0000001")
     assert tree == config.model_dump(mode="json")
     assert weights.keys() == expected.keys()
     assert {name: list(shape) for name, shape in weights.shapes.items()} == {

@@ -34,12 +34,12 @@ def config_with(layout: Layout = TWO, **checkpoint: Any) -> RunConfig:
 
 def look_for_newest(folder: Path) -> tuple[str, list[str]]:
     """On a rank: the newest whole checkpoint, or the problem; and what was said on the way."""
-    from sas_megatron.checkpoint.loading import find_newest_whole
+    from sas_megatron.checkpoint.loading import find_newest_complete
 
     in_layout(TWO.config("mha").parallel)
     said: list[str] = []
     try:
-        checkpoint = find_newest_whole(folder, say=said.append)
+        checkpoint = find_newest_complete(folder, say=said.append)
     except FileProblem as problem:
         return str(problem), said
     return "none" if checkpoint is None else checkpoint.path.name, said

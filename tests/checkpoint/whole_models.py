@@ -46,10 +46,10 @@ PARTS: dict[str, dict[str, Any]] = {
 
 def whole_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """On the one rank of a pool: roughened weights of the freshly built model."""
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
-    pieces = build_gpt_pieces(config, dtype=dtype)
+    pieces = build_gpt_chunks(config, dtype=dtype)
     for piece in pieces:
         roughen_weights(piece)
     return {name: part.tensor for name, part in weight_parts(pieces).items()}
@@ -58,12 +58,12 @@ def whole_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, torch.Tens
 @torch.no_grad()
 def logits_of(weights: dict[str, torch.Tensor], config: RunConfig) -> torch.Tensor:
     """On the one rank of a pool: the logits [B, S, V], padding included, of these whole weights."""
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
     from sas_megatron.model.initialization import global_name
 
     in_layout(config.parallel)
     dtype = weights["embedding.word_embeddings.weight"].dtype
-    (model,) = build_gpt_pieces(config, dtype=dtype)
+    (model,) = build_gpt_chunks(config, dtype=dtype)
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[global_name(model, name)])
     tokens = random_tokens(config)

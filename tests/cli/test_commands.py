@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from sas_megatron.cli.main import COMMANDS, cli
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import load_run_config
-from sas_megatron.model.activation_costs import count_peak_activation_bytes
-from sas_megatron.model.costs import count_forward_flops, count_parameters, count_recompute_flops
-from sas_megatron.model.wire_costs import count_wire_bytes
+from sas_megatron.costs.activations import count_peak_activation_bytes
+from sas_megatron.costs.communication import count_communication_bytes
+from sas_megatron.costs.model_costs import count_forward_flops, count_parameters, count_recompute_flops
 from tests.conftest import ROOT
 
 HELP_CPU_SECONDS = 0.5
@@ -158,7 +158,7 @@ def test_costs_include_what_a_rank_sends_in_a_world_of_that_size() -> None:
     done = CliRunner().invoke(cli, ["costs", path, "--world-size", "4", "--json"])
     assert done.exit_code == 0, done.output
     wire = json.loads(done.stdout)[path]["wire_bytes_per_step"]
-    sent = count_wire_bytes(load_run_config(path), world_size=4)
+    sent = count_communication_bytes(load_run_config(path), world_size=4)
     assert wire["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
     assert wire["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
 

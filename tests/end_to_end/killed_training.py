@@ -76,6 +76,6 @@ if __name__ == "__main__":
         # Of an asynchronous save also what happens beside the training.
         killer.mark(loop.CheckpointSaver, "_begin", enters="save")
         killer.mark(loop.CheckpointSaver, "_publish", leaves="save")
-        killer.mark(loop, "find_newest_whole", enters="load")
+        killer.mark(loop, "find_newest_complete", enters="load")
         killer.mark(loop.Run, "_resume", leaves="load")
     start.train(load_run_config(config))

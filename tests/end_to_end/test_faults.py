@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sas_megatron.parallel.roll_call import GRACE_SECONDS
+from sas_megatron.fault_tolerance.failure_watchdog import GRACE_SECONDS
 from tests.end_to_end.jobs import LAUNCHERS, Job
 from tests.small_data import SmallData
 

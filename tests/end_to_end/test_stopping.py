@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.parallel.roll_call import GRACE_SECONDS
+from sas_megatron.fault_tolerance.failure_watchdog import GRACE_SECONDS
 from sas_megatron.training.stopping import SAME_ORDER_SECONDS, STOPPED_STATUS
 from tests.end_to_end.jobs import LAUNCHERS, Job
 from tests.small_data import SmallData

@@ -14,10 +14,10 @@ from tests.rank_pool import in_layout
 def roughened_model(config: RunConfig, tokenizer: Any = None, dtype: torch.dtype | None = None) -> Any:
     """A `TrainedModel` of this rank."""
     from sas_megatron.evaluation.trained_model import TrainedModel
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     topology = in_layout(config.parallel)
-    (piece,) = build_gpt_pieces(config, dtype=dtype)
+    (piece,) = build_gpt_chunks(config, dtype=dtype)
     roughen_weights(piece)
     return TrainedModel(config, piece, tokenizer, topology, step=7)
 

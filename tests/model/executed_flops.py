@@ -83,9 +83,9 @@ def simulated_flops_of_stages(config: RunConfig) -> list[Flops]:
 
 
 def _executed_by_pieces(config: RunConfig) -> Flops:
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
-    pieces = build_gpt_pieces(config)
+    pieces = build_gpt_chunks(config)
     microbatch = Microbatch.of(config)
     with FlopCounterMode(display=False) as counter, TermFlops(TermTracer(*pieces)) as flops:
         for piece in pieces:

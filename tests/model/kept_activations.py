@@ -91,9 +91,9 @@ def kept_bytes(config: RunConfig) -> dict[str, int]:
 
 
 def _kept_by_pieces(config: RunConfig) -> dict[str, int]:
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
-    pieces = build_gpt_pieces(config)
+    pieces = build_gpt_chunks(config)
     microbatch = Microbatch.of(config)
     meter = _meter_of(pieces, fused=_is_fused(config))
     meter.leave_out(*microbatch.tensors())
@@ -117,7 +117,7 @@ def _meter_of(pieces: list[Any], *, fused: bool) -> KeptMeter:
         # Made once, for as long as the model lives; so is the fused kernels' table of them.
         meter.leave_out(angles)
         if fused:
-            from sas_megatron.kernels.features import turns_of
+            from sas_megatron.attention.sas.fused.features import turns_of
 
             meter.leave_out(turns_of(angles))
 

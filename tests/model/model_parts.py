@@ -58,10 +58,10 @@ def joined_weights(by_rank: list[dict[str, WeightPart]]) -> dict[str, torch.Tens
 
 def initial_weights(config: RunConfig) -> dict[str, WeightPart]:
     """On a rank: the parameters of the freshly built model."""
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
-    return weight_parts(build_gpt_pieces(config))
+    return weight_parts(build_gpt_chunks(config))
 
 
 def random_tokens(config: RunConfig) -> torch.Tensor:
@@ -72,10 +72,10 @@ def random_tokens(config: RunConfig) -> torch.Tensor:
 
 def logits_part(config: RunConfig) -> torch.Tensor | None:
     """On a rank: float64 logits of its part of the vocabulary, [B, S, V/P]; None before the last stage."""
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
-    pieces = build_gpt_pieces(config, dtype=torch.float64)
+    pieces = build_gpt_chunks(config, dtype=torch.float64)
     for piece in pieces:
         roughen_weights(piece)
     return logits_part_of(pieces, config)

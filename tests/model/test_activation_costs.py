@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from sas_megatron.attention.grouped import GroupedQueryAttentionConfig
+from sas_megatron.attention.gqa.config import GroupedQueryAttentionConfig
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.activation_costs import (
+from sas_megatron.costs.activations import (
     count_activation_bytes,
     count_peak_activation_bytes,
     microbatches_in_flight,

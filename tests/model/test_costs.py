@@ -15,7 +15,7 @@ from sas_megatron.config.attention import parse_attention
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.costs import count_parameters
+from sas_megatron.costs.model_costs import count_parameters
 from tests.model.one_microbatch import undrawn_weights
 from tests.model.small_runs import small_runs, sweep
 from tests.model.term_tracing import term_of_name
@@ -36,11 +36,11 @@ def _without_storage() -> Iterator[None]:
 
 
 def _built_parameters(config: RunConfig) -> dict[str, int]:
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(ParallelConfig())
     with _without_storage():
-        (model,) = build_gpt_pieces(config)
+        (model,) = build_gpt_chunks(config)
     terms: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         assert parameter.device.type == "meta", name

@@ -54,11 +54,11 @@ def build_their_model(path: Path, config: RunConfig, **sizes: Any) -> Any:
 
 def compare_with_ours(path: Path, config: RunConfig) -> tuple[bool, float]:
     """On a rank: whether all layers' weights are equal to the bit, and how far the logits differ."""
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
     theirs = build_their_model(path, config)
-    (ours,) = build_gpt_pieces(config, dtype=torch.float64)
+    (ours,) = build_gpt_chunks(config, dtype=torch.float64)
     own = dict(ours.named_parameters())
     equal = True
     with torch.no_grad():

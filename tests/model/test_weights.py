@@ -7,16 +7,16 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.weights import piece_weights
+from sas_megatron.costs.weights import chunk_weights
 from tests.model.small_runs import small_runs
 from tests.rank_pool import in_layout
 
 
 def _registered_sizes(config: RunConfig) -> list[int]:
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
-    (model,) = build_gpt_pieces(config)
+    (model,) = build_gpt_chunks(config)
     return [parameter.numel() for parameter in model.parameters()]
 
 
@@ -27,4 +27,4 @@ def _registered_sizes(config: RunConfig) -> list[int]:
 @given(config=small_runs())
 def test_weights_are_listed_in_the_order_in_which_they_are_registered(ranks: Any, config: RunConfig) -> None:
     (registered,) = ranks(1).run(_registered_sizes, config)
-    assert [weight.elements for weight in piece_weights(config, stage=0, piece=0)] == registered
+    assert [weight.elements for weight in chunk_weights(config, stage=0, piece=0)] == registered

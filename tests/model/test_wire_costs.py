@@ -14,7 +14,7 @@ from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.wire_costs import count_wire_bytes
+from sas_megatron.costs.communication import count_communication_bytes
 from tests.conftest import ROOT
 from tests.model.laid_out_runs import laid_out_runs
 from tests.run_configs import small_config
@@ -190,7 +190,7 @@ HALF_A_BYTE = 0.5 + 1e-6
 
 def _assert_counted(simulator: Any, config: RunConfig, world_size: int, stage: int) -> None:
     sent = simulator(_sent, config, world_size, stage)
-    terms = count_wire_bytes(config, world_size=world_size, stage=stage)
+    terms = count_communication_bytes(config, world_size=world_size, stage=stage)
     counted = {group: sum(of_group.values()) for group, of_group in terms.items()}
     assert counted.keys() == sent.keys()
     for group, num_bytes in sent.items():
@@ -251,7 +251,7 @@ def test_each_term_is_what_its_part_sends() -> None:
     columns = (N + 2 * G) * D
     heads = k * r * (N * (N + r * N) + 2 * G * (G + r * G)) + 2 * r * (N + 2 * G)
     features = 2 * (D * E + E * E + 2 * E)
-    first, last = (count_wire_bytes(config, world_size=16, stage=stage) for stage in (0, 1))
+    first, last = (count_communication_bytes(config, world_size=16, stage=stage) for stage in (0, 1))
     assert first["tensor"] == {
         # Gathered, gathered again for the weight's gradient, reduced and scattered: T·H/2 each.
         "qkv": layers * m * 3 * T * H * a // 2,
@@ -302,17 +302,17 @@ def test_a_variant_that_says_nothing_sends_what_plain_attention_does() -> None:
         model=BIASED,
     )
     outside = plain.model_copy(update={"attention": OutsideConfig(num_heads=4, num_kv_heads=1, head_dim=6)})
-    assert count_wire_bytes(outside, world_size=8) == count_wire_bytes(plain, world_size=8)
+    assert count_communication_bytes(outside, world_size=8) == count_communication_bytes(plain, world_size=8)
 
 
 def test_what_cannot_be_counted_is_said() -> None:
     config = small_config(parallel={"pipeline": 2})
     with pytest.raises(FieldError, match=r"stage=2: must be one of parallel\.pipeline=2; use 0 to 1"):
-        count_wire_bytes(config, world_size=2, stage=2)
+        count_communication_bytes(config, world_size=2, stage=2)
     with pytest.raises(FieldError, match="world size=3: must be a multiple of 2"):
-        count_wire_bytes(config, world_size=3)
+        count_communication_bytes(config, world_size=3)
     with pytest.raises(FieldError, match=r"training\.engine=deepspeed: .*; .*logging\.wire_ledger"):
-        count_wire_bytes(small_config(training={"engine": "deepspeed"}), world_size=1)
+        count_communication_bytes(small_config(training={"engine": "deepspeed"}), world_size=1)
 
 
 SECONDS = 1.0
@@ -325,7 +325,7 @@ def test_a_thousand_counts_take_less_than_a_second() -> None:
     # Not the clock: other work on this machine is no matter here.
     begun = time.process_time()
     for _ in range(1000):
-        count_wire_bytes(config, world_size=16)
+        count_communication_bytes(config, world_size=16)
     assert time.process_time() - begun < SECONDS
 
 
@@ -333,10 +333,11 @@ def test_counting_needs_no_torch() -> None:
     script = (
         "import sys\n"
         "from sas_megatron.config.loading import load_run_config\n"
-        "from sas_megatron.model.wire_costs import count_wire_bytes\n"
+        "from sas_megatron.costs.communication import count_communication_bytes\n"
         "for path in sys.argv[1:]:\n"
         "    config = load_run_config(path, ['parallel.tensor=2'])\n"
-        "    assert count_wire_bytes(config, world_size=config.parallel.model_size)['tensor'], path\n"
+        "    counted = count_communication_bytes(config, world_size=config.parallel.model_size)\n"
+        "    assert counted['tensor'], path\n"
         "    assert not {'torch', 'megatron'} & set(sys.modules), path\n"
     )
     done = subprocess.run([sys.executable, "-c", script, *SHIPPED], cwd=ROOT, capture_output=True, text=True)

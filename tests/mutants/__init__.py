@@ -22,8 +22,9 @@ MUTANTS: tuple[Mutant, ...] = (
 # Folders of tests that run for a fault in a package, the package's own folder first.
 TEST_FOLDERS: dict[str, tuple[str, ...]] = {
     "attention": ("tests/attention", "tests/model", "tests/training"),
-    "kernels": ("tests/kernels", "tests/attention"),
-    "parallel": ("tests/parallel", "tests/attention", "tests/training"),
+    "costs": ("tests/model", "tests/planning", "tests/training"),
+    "distributed": ("tests/distributed", "tests/attention", "tests/training"),
+    "fault_tolerance": ("tests/distributed", "tests/training"),
     "model": ("tests/model", "tests/planning", "tests/training"),
     "config": ("tests/config", "tests/model", "tests/training"),
     "platform": ("tests/platform", "tests/training", "tests/end_to_end"),

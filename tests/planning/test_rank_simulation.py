@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.activation_costs import count_peak_activation_bytes
-from sas_megatron.model.weights import piece_weights
+from sas_megatron.costs.activations import count_peak_activation_bytes
+from sas_megatron.costs.weights import chunk_weights
 from tests.planning.simulated_ranks import real_report, simulated_reports
 from tests.run_configs import small_config
 from tests.selection import exhaustive
@@ -205,7 +205,7 @@ def test_memory_is_that_of_the_counted_weights_and_activations(
         weights = [
             weight.elements_of_rank(parallel.tensor)
             for piece in range(parallel.virtual_pipeline)
-            for weight in piece_weights(config, stage=stage, piece=piece)
+            for weight in chunk_weights(config, stage=stage, piece=piece)
         ]
         assert report.num_layers == parallel.layers_of_stages(config.model.num_layers)[stage]
         assert report.num_parameters == sum(weights)

@@ -16,7 +16,7 @@ SECONDS = 60.0
 def _simulate_1024() -> tuple[float, Any]:
     from sas_megatron.config.loading import read_yaml
     from sas_megatron.planning.hardware_file import load_hardware
-    from sas_megatron.planning.simulation import simulate_run
+    from sas_megatron.planning.simulation import estimate_run
 
     tree = read_yaml(ROOT / "configs" / "125m" / "sas.yaml")
     tree["model"] |= {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008}
@@ -25,7 +25,7 @@ def _simulate_1024() -> tuple[float, Any]:
     tree["training"] |= {"global_batch_size": 1024, "micro_batch_size": 1, "recompute": "selective"}
     # Not the clock: other work on this machine is no matter here.
     begun = time.process_time()
-    estimate = simulate_run(build_run_config(tree), world_size=1024, hardware=load_hardware("h100"))
+    estimate = estimate_run(build_run_config(tree), world_size=1024, hardware=load_hardware("h100"))
     return time.process_time() - begun, estimate
 
 

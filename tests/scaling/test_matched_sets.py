@@ -12,14 +12,14 @@ from click.testing import CliRunner
 from sas_megatron.cli.main import cli
 from sas_megatron.config.attention import KINDS
 from sas_megatron.config.loading import build_run_config, load_run_config, read_yaml
-from sas_megatron.model.activation_costs import count_peak_activation_bytes
-from sas_megatron.model.costs import (
+from sas_megatron.costs.activations import count_peak_activation_bytes
+from sas_megatron.costs.communication import count_communication_bytes
+from sas_megatron.costs.model_costs import (
     count_kv_cache_bytes,
     count_parameters,
     count_recompute_flops,
     count_training_flops,
 )
-from sas_megatron.model.wire_costs import count_wire_bytes
 from sas_megatron.scaling.matching import counted_costs
 from tests.conftest import ROOT
 
@@ -75,7 +75,7 @@ def test_the_costs_of_ten_thousand_configs_take_seconds() -> None:
         count_parameters(config), count_training_flops(config), count_kv_cache_bytes(config)
         count_recompute_flops(config, device="gpu")
         count_peak_activation_bytes(config, device="gpu", num_microbatches=4)
-        count_wire_bytes(config, world_size=8)
+        count_communication_bytes(config, world_size=8)
     assert time.process_time() - begun < 5
 
 

@@ -132,7 +132,7 @@ def test_bits_per_byte_counts_the_bytes_that_the_labels_spell(
 def losses_with_other_past(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Losses of a sample with an inner document end, and with another first document."""
     from sas_megatron.data.batches import build_training_samples
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(ParallelConfig())
     tokenizer = open_token_files(config.data, vocab_size=512)
@@ -144,7 +144,7 @@ def losses_with_other_past(config: RunConfig) -> tuple[torch.Tensor, torch.Tenso
             break
     else:
         raise AssertionError("no sample holds a document end")
-    (model,) = build_gpt_pieces(config)
+    (model,) = build_gpt_chunks(config)
     model.eval()
     batch = {name: torch.as_tensor(value)[None] for name, value in sample.items()}
 

@@ -73,7 +73,7 @@ def _disturb(run: Any, steps: list[int], what: str, factor: float) -> None:
 def _state_of(engine: Any) -> int:
     from sas_megatron.training.replicas import checksum
 
-    engine.settle_parameters()
+    engine.sync_parameters()
     weights = [getattr(p, "ds_tensor", p) for piece in engine.pieces for p in piece.parameters()]
     megatron = engine.config.training.engine == "megatron"
     optimizers = engine.optimizers() if megatron else [engine.optimizer]

@@ -29,10 +29,10 @@ def config_of(**parallel: Any) -> RunConfig:
 
 def kept_and_hidden(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """On a rank: which elements of the embedding dropout keeps, and the hidden states after all layers."""
-    from sas_megatron.model.assembly import build_gpt_pieces
+    from sas_megatron.model.assembly import build_gpt_chunks
 
     topology = in_layout(config.parallel)
-    (model,) = build_gpt_pieces(config)
+    (model,) = build_gpt_chunks(config)
     seen: dict[str, torch.Tensor] = {}
     model.embedding.register_forward_hook(lambda _module, _input, output: seen.update(kept=output != 0))
     model.decoder.layers[-1].register_forward_hook(

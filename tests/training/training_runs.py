@@ -92,7 +92,7 @@ def take_steps(config: RunConfig) -> Steps:
         norms.append(result.gradient_norm)
         assert next(batches, None) is None, "a step must use all its microbatches"
     if config.training.engine == "megatron":
-        engine.settle_parameters()
+        engine.sync_parameters()
     return Steps(
         losses,
         norms,
@@ -174,7 +174,7 @@ def replicas_that_differ(by_rank: list[Steps]) -> list[str]:
 
 def steps_without(fault: str, config: RunConfig) -> Any:
     """On a rank: `take_steps` with one sum of gradients left out."""
-    from sas_megatron.attention import simulated_layer
+    from sas_megatron.attention.sas import layer as simulated_layer
     from sas_megatron.training import megatron_engine
 
     kept_sum, kept_finalize = simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads

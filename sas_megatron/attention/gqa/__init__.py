@@ -1,0 +1,1 @@
+"""Grouped-query attention, with MHA and MQA as its two ends."""

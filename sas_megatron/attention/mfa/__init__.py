@@ -1,0 +1,1 @@
+"""Multi-matrix factorization attention (MFA)."""

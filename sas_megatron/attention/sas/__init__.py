@@ -1,0 +1,1 @@
+"""Simulated attention scores (SAS)."""

@@ -1,0 +1,149 @@
+"""`sas-megatron simulate`: what a run would hold, compute, send and take, on ranks that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from sas_megatron.config.run import RunConfig
+    from sas_megatron.planning.hardware_file import Hardware
+
+THIS_MACHINE = "this-machine"
+
+
+@click.command()
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1)
+@click.option("--world-size", type=int, required=True, help="Ranks of the run: GPUs, or processes on CPU.")
+@click.option(
+    "--hardware",
+    "hardware_name",
+    default="h100",
+    show_default=True,
+    help="h100, h200, a100, this-machine (measured now), or a path to such a file.",
+)
+@click.option("--rank", type=int, help="Only this rank; by default one of each kind of pipeline stage.")
+@click.option("--search", is_flag=True, help="Rank the layouts that fit into the hardware's memory.")
+@click.option(
+    "--memory-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Memory of a device, in place of the hardware file's.",
+)
+@click.option(
+    "--top", type=click.IntRange(min=1), default=8, show_default=True, help="Layouts that --search shows."
+)
+@click.option("--validate", is_flag=True, help="Run that many processes here, and compare; 8 at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
+def simulate(
+    config: str,
+    overrides: tuple[str, ...],
+    *,
+    world_size: int,
+    hardware_name: str,
+    rank: int | None,
+    search: bool,
+    memory_gib: float | None,
+    top: int,
+    validate: bool,
+    as_json: bool,
+) -> None:
+    """Estimate a run of CONFIG on any number of ranks; OVERRIDES read section.field=value.
+
+    The real model is built and stepped as one rank, on tensors without storage: no GPU and no data is needed.
+    """
+    from sas_megatron.config.errors import FieldError, UserError
+    from sas_megatron.config.loading import load_run_config
+
+    run_config = load_run_config(config, list(overrides))
+    if world_size < 1:
+        raise FieldError("world size", world_size, "must be positive", "use 1 or more")
+    if search and validate:
+        raise UserError("--search and --validate: are two questions; ask one of them")
+    if run_config.training.engine != "megatron":
+        raise run_config.training.problem("engine", "cannot be simulated yet", "set training.engine=megatron")
+    if not search:
+        run_config.check_world_size(world_size)
+    if validate:
+        result, show = _validate(run_config, world_size)
+    else:
+        hardware = _find_hardware(hardware_name, world_size, memory_gib)
+        result, show = (
+            _search(run_config, world_size, hardware, top)
+            if search
+            else _estimate(run_config, world_size, hardware, rank)
+        )
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        show(result)
+
+
+def _estimate(config: RunConfig, world_size: int, hardware: Hardware, rank: int | None) -> tuple[Any, Any]:
+    _compute_on_cpu()
+    from sas_megatron.cli.estimate_tables import estimate_as_dict, show_estimate
+    from sas_megatron.planning.simulation import estimate_run
+
+    return (
+        estimate_as_dict(estimate_run(config, world_size=world_size, hardware=hardware, rank=rank)),
+        show_estimate,
+    )
+
+
+def _validate(config: RunConfig, world_size: int) -> tuple[Any, Any]:
+    _compute_on_cpu()
+    from sas_megatron.cli.estimate_tables import show_validation, validation_as_dict
+    from sas_megatron.planning.validation import validate_estimate
+
+    return validation_as_dict(validate_estimate(config, world_size=world_size)), show_validation
+
+
+def _search(config: RunConfig, world_size: int, hardware: Hardware, top: int) -> tuple[Any, Any]:
+    _compute_on_cpu()
+    from sas_megatron.cli.estimate_tables import search_as_dict, show_search
+    from sas_megatron.planning.layout_search import search_layouts
+
+    result = search_layouts(config, world_size=world_size, hardware=hardware, announce=_announce)
+    return search_as_dict(result, top), show_search
+
+
+def _announce(text: str) -> None:
+    """On a terminal, how far a search is: it takes minutes."""
+    if sys.stderr.isatty():
+        click.echo(f"\r{text}", err=True, nl=False)
+
+
+def _find_hardware(name: str, world_size: int, memory_gib: float | None) -> Hardware:
+    from sas_megatron.planning.hardware_file import load_hardware
+
+    hardware = _measure_this_machine(world_size) if name == THIS_MACHINE else load_hardware(name)
+    return hardware if memory_gib is None else hardware.model_copy(update={"memory_gib": memory_gib})
+
+
+def _measure_this_machine(world_size: int) -> Hardware:
+    """Measured anew each time, and left in a file that --hardware takes."""
+    _compute_on_cpu()
+    from sas_megatron.config.loading import dump_tree
+    from sas_megatron.planning.machine_measurement import measure_this_machine
+
+    num_processes = min(world_size, os.cpu_count() or 1)
+    hardware = measure_this_machine(num_processes=num_processes)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sas_megatron"
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"this-machine-{num_processes}.yaml"
+    path.write_text(dump_tree(hardware.model_dump(mode="json")), encoding="utf-8")
+    click.echo(f"measured this machine; the figures are in {path}", err=True)
+    return hardware
+
+
+def _compute_on_cpu() -> None:
+    """Readies torch for tensors that say they are the CPU's, on a machine with a GPU too."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from sas_megatron.platform.device import prepare_device
+
+    prepare_device()

@@ -1,0 +1,1 @@
+"""Process groups, collectives with their gradients, and the exchanges of heads and context."""

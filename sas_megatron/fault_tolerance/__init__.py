@@ -1,0 +1,1 @@
+"""Failure detection and reports for multi-rank runs."""

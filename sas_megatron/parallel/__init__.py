@@ -1,1 +1,0 @@
-"""Process groups, the exchange of heads, gradient sums, and the ledger of bytes sent."""
