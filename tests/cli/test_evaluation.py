@@ -16,7 +16,7 @@ from tests import small_attentions as small
 from tests.cli.test_commands import command
 from tests.evaluation.local_tasks import NUM_DOCUMENTS, write_tasks
 from tests.evaluation.trained_runs import TrainedRun, train_and_export
-from tests.fork_server import ForkedCommand, run_command
+from tests.fork_server import ROOT, ForkedCommand, run_command
 from tests.small_data import SmallData
 
 
@@ -51,7 +51,7 @@ def test_generate_continues_prompts_and_tells_what_the_cache_keeps(run: TrainedR
 
 
 def complete_on_ranks(
-    world_size: int, arguments: list[Any], *, environment: dict[str, str]
+    world_size: int, arguments: list[Any], *, environment: dict[str, str], cwd: Path = ROOT
 ) -> list[ForkedCommand]:
     """Run a command with the variables that torchrun gives to each rank, and let it end."""
     with socket.socket() as listener:
@@ -59,7 +59,9 @@ def complete_on_ranks(
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
     launched = {**environment, **rendezvous, "WORLD_SIZE": str(world_size)}
     commands = [
-        ForkedCommand(*arguments, environment={**launched, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        ForkedCommand(
+            *arguments, environment={**launched, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=cwd
+        )
         for rank in range(world_size)
     ]
     try:
