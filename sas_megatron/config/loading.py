@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
-from sas_megatron.config.errors import FileProblem, UserError
+from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
 from sas_megatron.config.run import RunConfig
 
 # What Megatron-LM's users would type -> where it is here; only ever used in hints.
@@ -97,12 +97,12 @@ def build_run_config(tree: dict[str, Any]) -> RunConfig:
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A YAML file whose top is a mapping; raises `FileProblem` otherwise."""
+    with translate_os_errors(path, problem="cannot be read", remedy="check the path"):
+        content = Path(path).read_bytes()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileProblem(path, f"is not UTF-8 text ({error})", "give a YAML file") from None
-    except OSError as error:
-        raise FileProblem(path, f"cannot be read ({error.strerror})", "check the path") from None
     try:
         tree = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError) as error:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 
 SCHEMA_VERSION = 1
 INDEX_HEADER = struct.Struct("<9sQBQQ")
@@ -83,18 +83,18 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         FileProblem: it is missing, unreadable, or of another version.
     """
     path = token_file(prefix, ".json")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise FileProblem(
-            path,
+    with translate_os_errors(
+        path,
+        problem="cannot be read",
+        remedy=PREPARE_AGAIN,
+        missing=(
             f"there is no record of token files {prefix}",
             "prepare them with `sas-megatron data prepare`",
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileProblem(path, f"cannot be read ({error})", PREPARE_AGAIN) from error
+        ),
+    ):
+        content = path.read_bytes()
     try:
-        manifest = TokenManifest.model_validate_json(text)
+        manifest = TokenManifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"
@@ -214,21 +214,21 @@ def _token_blocks(path: Path, manifest: TokenManifest) -> Iterator[npt.NDArray[n
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:
-    try:
+    with translate_os_errors(
+        path, problem="cannot be read", remedy="check its permissions", missing=("is missing", PREPARE_AGAIN)
+    ):
         size_bytes = path.stat().st_size
-    except OSError as error:
-        raise FileProblem(path, "is missing", PREPARE_AGAIN) from error
     if size_bytes != expected_bytes:
         state = "truncated" if size_bytes < expected_bytes else "longer than was written"
         raise FileProblem(path, f"is {state}: {size_bytes} bytes of {expected_bytes}", PREPARE_AGAIN)
 
 
 def _check_index(path: Path, manifest: TokenManifest) -> None:
-    try:
-        with open(path, "rb") as stream:
-            header = stream.read(INDEX_HEADER.size)
-    except OSError as error:
-        raise FileProblem(path, f"cannot be read ({error.strerror})", "check its permissions") from error
+    with (
+        translate_os_errors(path, problem="cannot be read", remedy="check its permissions"),
+        open(path, "rb") as stream,
+    ):
+        header = stream.read(INDEX_HEADER.size)
     fields = INDEX_HEADER.unpack(header) if len(header) == INDEX_HEADER.size else (b"", 0, 0, 0, 0)
     if fields[:2] != (INDEX_MAGIC, INDEX_VERSION):
         raise FileProblem(path, "is not an index of token files", PREPARE_AGAIN)
