@@ -195,7 +195,7 @@ def verify_checkpoint(path: Path) -> Manifest:
 
 
 def remove_old(
-    folder: Path, *, newest: int, keep_last: int | None, keeps_for_good: Callable[[int], bool]
+    folder: Path, *, newest: int, keep_last: int | None, is_permanent: Callable[[int], bool]
 ) -> list[Path]:
     """Removes what is not to be kept, and what interrupted saves and removals have left.
 
@@ -205,7 +205,7 @@ def remove_old(
             back from, are let alone and do not count.
         keep_last: How many of the newest stay; None: all. Those with missing or cut files do not count,
             so that of the sound ones the last always stays.
-        keeps_for_good: Those of whose step it is true stay too.
+        is_permanent: Those of whose step it is true stay too.
 
     Returns:
         The checkpoints removed.
@@ -221,7 +221,7 @@ def remove_old(
         return []
     removed = []
     for path in checkpoints:
-        if _step_of(path) < _step_of(kept[-1]) and not keeps_for_good(_step_of(path)):
+        if _step_of(path) < _step_of(kept[-1]) and not is_permanent(_step_of(path)):
             _remove(path)
             removed.append(path)
     return removed

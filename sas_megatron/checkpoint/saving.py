@@ -194,7 +194,7 @@ class CheckpointSaver:
                 self._folder,
                 newest=pending.step,
                 keep_last=settings.keep_last,
-                keeps_for_good=settings.keeps_for_good,
+                is_permanent=settings.is_permanent,
             )
 
         on_first_rank(_writing(self._folder, remove))

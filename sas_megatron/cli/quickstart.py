@@ -65,11 +65,11 @@ def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> 
 
 
 def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) -> None:
+    from sas_megatron.cli.data import show_progress
     from sas_megatron.config.errors import FieldError
     from sas_megatron.data.corpus import builtin_corpus
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.prepare import prepare_token_files
-    from sas_megatron.data.progress import show_progress
     from sas_megatron.data.tokenizer import Tokenizer
     from sas_megatron.data.tokenizer_training import train_tokenizer
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.differences import flatten_config
+from sas_megatron.config.loading import flatten_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.io.files import save_file
 from sas_megatron.scaling.study.study_file import Study

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.differences import flatten_config
+from sas_megatron.config.loading import flatten_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.io.files import save_file
 from sas_megatron.scaling.numbers import format_fields, format_some
