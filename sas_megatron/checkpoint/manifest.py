@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.errors import FileProblem
-from sas_megatron.data.writing import sync
+from sas_megatron.config.errors import FileProblem, describe_os_error, translate_os_errors
+from sas_megatron.io.files import sync
 
 # 1 and 2 were one file a rank.
 SCHEMA = 3
@@ -29,6 +29,7 @@ MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.sha256"
 # What was counted, and the config of the run.
 PROGRESS, CONFIG = "progress.json", "config.yaml"
 GO_BACK = "put it back from a copy, or go on from the one before with checkpoint.resume=true"
+UNREADABLE = f"is damaged: it has no readable {MANIFEST}"
 _NAME = re.compile(r"iter_(\d{7,})")
 _LEFT_OVER = re.compile(r"iter_\d{7,}\.(partial|replaced)")
 
@@ -126,12 +127,10 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise FileProblem(path, "is no folder", "give a checkpoint, such as run/checkpoints/iter_0001000")
     checksum = path / MANIFEST_CHECKSUM
-    try:
+    with translate_os_errors(path, problem=UNREADABLE, remedy=GO_BACK, error_type=DamagedCheckpoint):
         text = (path / MANIFEST).read_bytes()
         # The manifests of formats 1 and 2 have none.
         told = checksum.read_bytes() if checksum.exists() else None
-    except OSError as error:
-        raise _unreadable(path, error) from None
     if told not in (None, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()):
         raise DamagedCheckpoint(path, f"is damaged: {MANIFEST} or {MANIFEST_CHECKSUM} has changed", GO_BACK)
     try:
@@ -142,11 +141,7 @@ def read_manifest(path: Path) -> Manifest:
         files = {name: FileRecord(**record) for name, record in tree["files"].items()}
         return Manifest(tree["step"], tree["engine"], tree["layout"], files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> DamagedCheckpoint:
-    return DamagedCheckpoint(path, f"is damaged: it has no readable {MANIFEST} ({error!r})", GO_BACK)
+        raise DamagedCheckpoint(path, f"{UNREADABLE} ({error!r})", GO_BACK) from None
 
 
 def _check_schema(path: Path, schema: int) -> None:
@@ -177,7 +172,7 @@ def _damage(path: Path, record: FileRecord) -> str | None:
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"cannot be read ({describe_os_error(error)})"
     return None
 
 
@@ -200,7 +195,7 @@ def verify_checkpoint(path: Path) -> Manifest:
 
 
 def remove_old(
-    folder: Path, *, newest: int, keep_last: int | None, keeps_for_good: Callable[[int], bool]
+    folder: Path, *, newest: int, keep_last: int | None, is_permanent: Callable[[int], bool]
 ) -> list[Path]:
     """Removes what is not to be kept, and what interrupted saves and removals have left.
 
@@ -210,7 +205,7 @@ def remove_old(
             back from, are let alone and do not count.
         keep_last: How many of the newest stay; None: all. Those with missing or cut files do not count,
             so that of the sound ones the last always stays.
-        keeps_for_good: Those of whose step it is true stay too.
+        is_permanent: Those of whose step it is true stay too.
 
     Returns:
         The checkpoints removed.
@@ -226,7 +221,7 @@ def remove_old(
         return []
     removed = []
     for path in checkpoints:
-        if _step_of(path) < _step_of(kept[-1]) and not keeps_for_good(_step_of(path)):
+        if _step_of(path) < _step_of(kept[-1]) and not is_permanent(_step_of(path)):
             _remove(path)
             removed.append(path)
     return removed

@@ -26,12 +26,12 @@ from sas_megatron.checkpoint.manifest import FileRecord, Manifest
 from sas_megatron.checkpoint.random_states import read_random_states, shard_random_states
 from sas_megatron.checkpoint.tensor_reading import METADATA
 from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter, files_of
-from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.writing import sync
 from sas_megatron.distributed.error_agreement import on_first_rank, together
 from sas_megatron.distributed.topology import Topology
+from sas_megatron.io.files import sync
 
 T = TypeVar("T")
 
@@ -194,7 +194,7 @@ class CheckpointSaver:
                 self._folder,
                 newest=pending.step,
                 keep_last=settings.keep_last,
-                keeps_for_good=settings.keeps_for_good,
+                is_permanent=settings.is_permanent,
             )
 
         on_first_rank(_writing(self._folder, remove))
@@ -248,17 +248,18 @@ def _writing(folder: Path, action: Callable[[], T]) -> Callable[[], T]:
     """`action`, with a failure to write turned into a `FileProblem`."""
 
     def attempt() -> T:
-        try:
-            return action()
-        except (OSError, RuntimeError) as error:
-            # What the file system says torch answers with an error of its own, about its file format (2.13).
-            refusal = error.__context__ if isinstance(error.__context__, OSError) else error
-            reason = " ".join(str(refusal).split()) or type(refusal).__name__
-            raise FileProblem(
-                folder,
-                f"cannot be written ({reason})",
-                "make room or mend the file system; the checkpoints before are whole, so go on from the "
-                "last with checkpoint.resume=true",
-            ) from error
+        with translate_os_errors(
+            folder,
+            problem="cannot be written",
+            remedy="free disk space or fix the file system; the earlier checkpoints are complete, so resume "
+            "from the last with checkpoint.resume=true",
+        ):
+            try:
+                return action()
+            except RuntimeError as error:
+                # torch 2.13 replaces an OSError by an error about its file format.
+                raise (
+                    error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error))
+                ) from error
 
     return attempt

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from sas_megatron.config.errors import FileProblem, UserError
-from sas_megatron.data.writing import make_folder, sync
+from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
+from sas_megatron.io.files import make_folder, sync
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -151,14 +151,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise FileProblem(folder, "is there already", "name a new folder, or remove that one")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        make_folder(folder.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        partial.rename(folder)
-        sync(folder.parent)
-    except OSError as error:
-        raise FileProblem(folder, f"cannot be written ({error.strerror})", "name another folder") from error
+        with translate_os_errors(folder, problem="cannot be written", remedy="name another folder"):
+            make_folder(folder.parent)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            partial.rename(folder)
+            sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

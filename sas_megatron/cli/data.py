@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from sas_megatron.data.prepare import PreparationProgress
     from sas_megatron.data.token_files import TokenManifest
     from sas_megatron.data.tokenizer import Tokenizer
 
 EXCERPT_CHARACTERS = 600
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,7 +57,6 @@ def prepare(
     """
     from sas_megatron.data.corpus import resolve_sources
     from sas_megatron.data.prepare import prepare_token_files
-    from sas_megatron.data.progress import show_progress
 
     with show_progress() as report_progress:
         preparation = prepare_token_files(
@@ -142,3 +147,48 @@ def _print_facts(prefix: str, manifest: TokenManifest) -> None:
     table.add_row(".bin sha256", manifest.bin_sha256)
     table.add_row("written", f"{manifest.created}, sas_megatron {manifest.package_version}")
     Console().print(table)
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[PreparationProgress], None]]:
+    """What `prepare_token_files` is to report to; shows it on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _LineReporter()
+        return
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        started = time.monotonic()
+
+        def report(state: PreparationProgress) -> None:
+            progress.update(
+                task,
+                completed=state.source_bytes_read,
+                total=state.source_bytes,
+                description=_describe(state, time.monotonic() - started),
+            )
+
+        yield report
+
+
+class _LineReporter:
+    """Prints a line when the last is some seconds old, so that logs stay short."""
+
+    def __init__(self) -> None:
+        self._started = self._printed = time.monotonic()
+
+    def __call__(self, state: PreparationProgress) -> None:
+        now = time.monotonic()
+        if now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = now
+            share = 100 * state.source_bytes_read / max(state.source_bytes, 1)
+            print(f"{share:.0f}% {_describe(state, now - self._started)}", file=sys.stderr, flush=True)
+
+
+def _describe(state: PreparationProgress, seconds: float) -> str:
+    speed = state.num_tokens / max(seconds, 1e-9)
+    return f"{state.num_documents:,} documents, {state.num_tokens:,} tokens, {speed:,.0f} tokens/s"

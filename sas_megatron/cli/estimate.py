@@ -129,14 +129,15 @@ def _measure_this_machine(world_size: int) -> Hardware:
     """Measured anew each time, and left in a file that --hardware takes."""
     _compute_on_cpu()
     from sas_megatron.config.loading import dump_tree
+    from sas_megatron.io.files import save_file
     from sas_megatron.planning.machine_measurement import measure_this_machine
 
     num_processes = min(world_size, os.cpu_count() or 1)
     hardware = measure_this_machine(num_processes=num_processes)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sas_megatron"
-    cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"this-machine-{num_processes}.yaml"
-    path.write_text(dump_tree(hardware.model_dump(mode="json")), encoding="utf-8")
+    text = dump_tree(hardware.model_dump(mode="json"))
+    save_file(path, text, remedy="set XDG_CACHE_HOME to a writable folder")
     click.echo(f"measured this machine; the figures are in {path}", err=True)
     return hardware
 

@@ -128,10 +128,11 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _write(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> None:
+    from sas_megatron.config.errors import translate_os_errors
     from sas_megatron.config.loading import dump_tree
-    from sas_megatron.data.writing import write_file
+    from sas_megatron.io.files import make_folder, write_files
 
-    output.mkdir(parents=True, exist_ok=True)
+    texts: dict[Path, str] = {}
     for name, found in matches.items():
         ratios = ", ".join(f"{cost} {ratio:.4f}" for cost, ratio in found.ratios.items())
         sections = found.config.model_dump(mode="json", exclude_unset=True)
@@ -139,8 +140,10 @@ def _write(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> 
         heading = (
             f"# Matched to {Path(base).name} in {axis} by `sas-megatron match`; of its costs: {ratios}.\n"
         )
-        text = heading + dump_tree(tree)
-        write_file(output / f"{name}.yaml", text)
+        texts[output / f"{name}.yaml"] = heading + dump_tree(tree)
+    with translate_os_errors(output, problem="cannot be written", remedy="name another --output"):
+        make_folder(output)
+        write_files(texts)
 
 
 def _as_dict(found: Match) -> dict[str, Any]:

@@ -18,9 +18,11 @@ def draw(points: list[Point], output: Path, result: dict[str, Any]) -> None:
     """A PNG of the points under the roofline of the result's ceilings."""
     from sas_megatron.benchmarks.ceilings import Ceilings
     from sas_megatron.benchmarks.roofline import draw_roofline
+    from sas_megatron.io.files import save_file
 
     title = f"{_machine(result)}, {result['precision']}, {result['date']}"
-    output.write_bytes(draw_roofline(points, Ceilings(**result["ceilings"]), title=title))
+    drawing = draw_roofline(points, Ceilings(**result["ceilings"]), title=title)
+    save_file(output, drawing, remedy="name another file")
 
 
 def best_tiles(sweep: list[dict[str, Any]]) -> list[tuple[str, str]]:

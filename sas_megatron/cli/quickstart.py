@@ -65,11 +65,11 @@ def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> 
 
 
 def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) -> None:
+    from sas_megatron.cli.data import show_progress
     from sas_megatron.config.errors import FieldError
     from sas_megatron.data.corpus import builtin_corpus
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.prepare import prepare_token_files
-    from sas_megatron.data.progress import show_progress
     from sas_megatron.data.tokenizer import Tokenizer
     from sas_megatron.data.tokenizer_training import train_tokenizer
 
@@ -102,7 +102,7 @@ def _train(config: RunConfig) -> None:
     from sas_megatron.config.errors import FieldError
     from sas_megatron.config.loading import dump_yaml, load_run_config
     from sas_megatron.costs.model_costs import count_parameters
-    from sas_megatron.data.writing import write_file
+    from sas_megatron.io.files import save_file
     from sas_megatron.platform.local_launch import training_command, training_environment
     from sas_megatron.scaling.runs import has_finished
     from sas_megatron.training.start import check
@@ -126,8 +126,7 @@ def _train(config: RunConfig) -> None:
         f"{run_directory.name}: {parameters:,} parameters, {config.training.num_steps} steps, "
         f"tensor parallel over {ranks} processes"
     )
-    run_directory.mkdir(parents=True, exist_ok=True)
-    write_file(resolved, dump_yaml(config))
+    save_file(resolved, dump_yaml(config), remedy="choose another --directory")
     command, environment = training_command(resolved, ranks=ranks), training_environment(ranks=ranks)
     if subprocess.run(command, env=environment).returncode:
         raise click.exceptions.Exit(1)

@@ -1,19 +1,22 @@
-"""Errors that a user can mend, in one form: field, value, rule, remedy."""
+"""User errors in one form (field or file, value, rule, remedy), and the translation of OSError into them."""
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 class UserError(Exception):
-    """What the user gave cannot be used; the command line prints it and exits with status 2."""
+    """An error in the user's input; the command line prints its message and exits with status 2."""
 
-    # Set where all ranks of a run are known to raise the same.
+    # Set to True where every rank of a run is known to raise the same error.
     raised_on_all_ranks = False
 
 
 class FieldError(UserError):
-    """One field breaks a rule: `attention.kernel_size=4: must be odd, so that …; use 3 or 5`."""
+    """A field whose value breaks a rule: `attention.kernel_size=4: must be odd, so that …; use 3 or 5`."""
 
     def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
         self.field = field
@@ -27,7 +30,7 @@ class FieldError(UserError):
 
 
 class FileProblem(UserError):
-    """A file cannot be read, written or understood: `PATH: what is wrong; what to do`."""
+    """A file that cannot be read, written or parsed: `PATH: problem; remedy`."""
 
     def __init__(self, path: object, problem: str, remedy: str) -> None:
         self.path, self.problem, self.remedy = path, problem, remedy
@@ -35,3 +38,44 @@ class FileProblem(UserError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.problem, self.remedy)
+
+
+@contextmanager
+def translate_os_errors(
+    path: object,
+    *,
+    problem: str,
+    remedy: str,
+    missing: tuple[str, str] | None = None,
+    disk_full_remedy: str | None = None,
+    error_type: Callable[[object, str, str], UserError] = FileProblem,
+) -> Iterator[None]:
+    """Raise a user error for an OSError in the block.
+
+    Args:
+        path: The file or folder that the message names.
+        problem: For example "cannot be written"; the operating system's reason is appended in parentheses.
+        remedy: How the user can fix the problem.
+        missing: Problem and remedy for a file that does not exist; its problem is given without a reason.
+        disk_full_remedy: The remedy for a full disk or an exceeded quota, if it differs from `remedy`.
+        error_type: Builds the error from path, problem and remedy; `functools.partial(FieldError, name)`
+            for a path that a config field holds.
+
+    Raises:
+        UserError: The block raised an OSError; by default a `FileProblem`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if missing is not None and isinstance(error, FileNotFoundError):
+            problem, remedy = missing
+        else:
+            problem = f"{problem} ({describe_os_error(error)})"
+            if disk_full_remedy is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                remedy = disk_full_remedy
+        raise error_type(path, problem, remedy) from error
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the operating system's reason, such as "Permission denied", without error number and path."""
+    return error.strerror or " ".join(str(error).split()) or type(error).__name__

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
-from sas_megatron.config.errors import FileProblem, UserError
+from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
 from sas_megatron.config.run import RunConfig
 
 # What Megatron-LM's users would type -> where it is here; only ever used in hints.
@@ -97,12 +97,12 @@ def build_run_config(tree: dict[str, Any]) -> RunConfig:
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A YAML file whose top is a mapping; raises `FileProblem` otherwise."""
+    with translate_os_errors(path, problem="cannot be read", remedy="check the path"):
+        content = Path(path).read_bytes()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileProblem(path, f"is not UTF-8 text ({error})", "give a YAML file") from None
-    except OSError as error:
-        raise FileProblem(path, f"cannot be read ({error.strerror})", "check the path") from None
     try:
         tree = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError) as error:
@@ -208,3 +208,33 @@ def _attention_class(tree: dict[str, Any] | None) -> type[AttentionConfig]:
         return resolve_kind(kind) if isinstance(kind, str) else AttentionConfig
     except UserError:
         return AttentionConfig
+
+
+def find_differences(
+    configs: Sequence[RunConfig], *, ignored: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, ...]]:
+    """Dotted fields that are not equal in all `configs`, with each config's value; None where it has none.
+
+    Args:
+        configs: In the order of the values.
+        ignored: Prefixes of dotted names to leave out.
+    """
+    trees = [flatten_config(config) for config in configs]
+    names = dict.fromkeys(name for tree in trees for name in tree if not name.startswith(ignored))
+    values = {name: tuple(tree.get(name) for tree in trees) for name in names}
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
+
+
+def flatten_config(config: RunConfig) -> dict[str, Any]:
+    """The values of a config, as JSON takes them, by dotted name."""
+    return _flatten(config.model_dump(mode="json"), prefix="")
+
+
+def _flatten(tree: dict[str, Any], *, prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, prefix=f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -142,13 +142,13 @@ class ParallelConfig(Section):
         return [given.get(stage, even) for stage in range(self.pipeline)]
 
     @property
-    def microbatch_turns(self) -> int:
+    def microbatch_group_size(self) -> int:
         """Microbatches that interleaved stages take together; 1 where stages do not interleave."""
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
     def check_microbatches(self, num_microbatches: int) -> None:
         """Raises `FieldError` where interleaved stages cannot take turns over a step's microbatches."""
-        if num_microbatches % self.microbatch_turns:
+        if num_microbatches % self.microbatch_group_size:
             raise self.problem(
                 "virtual_pipeline",
                 f"interleaved stages take the microbatches in groups of parallel.pipeline={self.pipeline}, "

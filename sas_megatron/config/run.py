@@ -9,13 +9,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.data import DataConfig
-from sas_megatron.config.deepspeed import DeepSpeedConfig
 from sas_megatron.config.errors import FieldError
-from sas_megatron.config.health import HealthConfig
 from sas_megatron.config.model import ModelConfig
-from sas_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
+from sas_megatron.config.optimizer import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
 from sas_megatron.config.parallel import ParallelConfig
-from sas_megatron.config.training import CheckpointConfig, EvaluationConfig, LoggingConfig, TrainingConfig
+from sas_megatron.config.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    HealthConfig,
+    LoggingConfig,
+    TrainingConfig,
+)
 
 
 class RunConfig(BaseModel):

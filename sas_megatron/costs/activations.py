@@ -77,7 +77,7 @@ def microbatches_in_flight(
     runs ahead by (v-1)·p pieces and twice the stages behind it; backward the pieces come in reverse.
     """
     stages, pieces = config.parallel.pipeline, config.parallel.virtual_pipeline
-    turn = config.parallel.microbatch_turns
+    turn = config.parallel.microbatch_group_size
     behind = stages - 1 - stage
     ahead = behind if pieces == 1 else 2 * behind + (pieces - 1) * stages
     held = [0] * pieces

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sas_megatron.config.errors import FileProblem
-from sas_megatron.data.writing import make_folder, replace_file, write_file
+from sas_megatron.config.errors import FileProblem, translate_os_errors
+from sas_megatron.io.files import make_folder, replace_file, write_file
 
 BUILTIN_NAME = "builtin"
 SCHEMA_VERSION = 1
@@ -61,18 +61,15 @@ def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = 
         "sha256": hash_documents(paths, texts),
         "parquet_bytes": 0,
     }
-    try:
+    remedy = "set XDG_CACHE_HOME to a writable folder"
+    with translate_os_errors(path, problem="cannot be written", remedy=remedy):
         make_folder(folder)
-        with replace_file(path) as aside:
+        with replace_file(path) as temporary:
             pq.write_table(
-                pa.table({"text": texts, "path": paths}), aside, row_group_size=ROW_GROUP_DOCUMENTS
+                pa.table({"text": texts, "path": paths}), temporary, row_group_size=ROW_GROUP_DOCUMENTS
             )
-            record["parquet_bytes"] = aside.stat().st_size
+            record["parquet_bytes"] = temporary.stat().st_size
         write_file(_record_path(path), json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise FileProblem(
-            path, f"cannot be written ({error.strerror})", "set XDG_CACHE_HOME to a folder that can be"
-        ) from error
     return path
 
 

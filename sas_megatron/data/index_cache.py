@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sas_megatron.config.errors import FieldError
-from sas_megatron.data.writing import make_folder, sync
+from sas_megatron.config.errors import FieldError, translate_os_errors
 from sas_megatron.distributed.error_agreement import on_first_rank, together
 from sas_megatron.distributed.gathering import gather_from_ranks
 from sas_megatron.distributed.shared_directory import appears
+from sas_megatron.io.files import make_folder, sync
 
 # A network file system may show a folder late: then the rank gets what it would have found.
 SECONDS_UNTIL_SEEN = 3.0
@@ -147,14 +147,10 @@ def _append(aside: Path | None, name: str, content: bytes) -> None:
             file.write(content)
 
 
-@contextlib.contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FieldError(
-            "data.index_cache",
-            folder.parent,
-            f"cannot be written on {socket.gethostname()} ({error.strerror or error})",
-            "name a folder that can, with room for the sample indices",
-        ) from None
+def _written(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return translate_os_errors(
+        folder.parent,
+        problem=f"cannot be written on {socket.gethostname()}",
+        remedy="name a writable folder with enough space for the sample indices",
+        error_type=functools.partial(FieldError, "data.index_cache"),
+    )

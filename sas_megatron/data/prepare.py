@@ -8,19 +8,17 @@ that was killed goes on from the chunks it had finished; the result does not dep
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sas_megatron import __version__
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.data.chunks import CHUNK_BYTES, cut_chunks
 from sas_megatron.data.documents import empty_corpus, stream_text_batches
 from sas_megatron.data.encoding_pool import EncodingPool
@@ -101,7 +99,13 @@ def prepare_token_files(
     tokenizer = Tokenizer(tokenizer_path)
     files = find_source_files(sources)
     plan = {"tokenizer_sha256": tokenizer.sha256, "text_column": text_column, "chunk_bytes": CHUNK_BYTES}
-    with _reported_as_unwritable(prefix):
+    # Code that reads raises its own user errors, so an OSError here comes from writing.
+    with translate_os_errors(
+        prefix,
+        problem="cannot be written",
+        remedy="name another --output, or fix the permissions",
+        disk_full_remedy="free disk space and run the command again: it resumes where it stopped",
+    ):
         publish(prefix)
         complete = None if overwrite else _find_complete(prefix, files, plan)
         if complete is not None:
@@ -214,19 +218,3 @@ def _record_source(source: str | Path) -> SourceRecord:
     files = find_source_files([source])
     size_bytes = sum(file.size_bytes for file in files)
     return SourceRecord(path=str(Path(source).absolute()), num_files=len(files), size_bytes=size_bytes)
-
-
-@contextmanager
-def _reported_as_unwritable(prefix: Path) -> Iterator[None]:
-    """Reading reports its own errors: an OSError that comes up to here is one of writing."""
-    try:
-        yield
-    except OSError as error:
-        remedy = (
-            "make room and run the command again: it goes on where it stopped"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "name another --output, or mend the permissions"
-        )
-        raise FileProblem(
-            error.filename or prefix, f"cannot be written ({error.strerror or error})", remedy
-        ) from error

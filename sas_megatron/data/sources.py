@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sas_megatron.config.errors import FileProblem, UserError
+from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +110,13 @@ def _format_of(path: Path) -> tuple[DocumentFormat, str | None] | None:
 
 
 def _stat_file(path: Path, found: tuple[DocumentFormat, str | None] | None) -> SourceFile:
-    try:
+    with translate_os_errors(
+        path,
+        problem="cannot be read",
+        remedy="check its permissions",
+        missing=("there is no such file or folder", "check the path"),
+    ):
         status = path.stat()
-    except FileNotFoundError as error:
-        raise FileProblem(path, "there is no such file or folder", "check the path") from error
-    except OSError as error:
-        raise FileProblem(path, f"cannot be read ({error.strerror})", "check its permissions") from error
     if not os.access(path, os.R_OK):
         raise FileProblem(path, "cannot be read (permission denied)", "check its permissions")
     assert found is not None, "a missing file is reported before its ending"
@@ -124,9 +125,8 @@ def _stat_file(path: Path, found: tuple[DocumentFormat, str | None] | None) -> S
 
 def _files_in_folder(folder: Path) -> list[SourceFile]:
     def report(error: OSError) -> None:
-        raise FileProblem(
-            error.filename, f"cannot be read ({error.strerror})", "check its permissions"
-        ) from error
+        with translate_os_errors(error.filename, problem="cannot be read", remedy="check its permissions"):
+            raise error
 
     paths: list[Path] = []
     for parent, folder_names, file_names in os.walk(folder, onerror=report):

@@ -22,7 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.data import DataConfig
+from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
+from sas_megatron.data.tokenizer import Tokenizer
 
 SCHEMA_VERSION = 1
 INDEX_HEADER = struct.Struct("<9sQBQQ")
@@ -31,6 +33,11 @@ INDEX_VERSION = 1
 CODE_OF_DTYPE = {"int32": 4, "uint16": 8}
 BLOCK_BYTES = 1 << 22
 PREPARE_AGAIN = "prepare it again with `sas-megatron data prepare --overwrite`"
+
+
+# Up to this many bytes, a second or so, token files are read whole before a run; beyond it their
+# sizes, headers and records are compared (`sas-megatron data inspect --verify` reads them whole).
+VERIFIED_WHOLE_BYTES = 2**30
 
 
 class SourceRecord(BaseModel):
@@ -83,18 +90,18 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         FileProblem: it is missing, unreadable, or of another version.
     """
     path = token_file(prefix, ".json")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise FileProblem(
-            path,
+    with translate_os_errors(
+        path,
+        problem="cannot be read",
+        remedy=PREPARE_AGAIN,
+        missing=(
             f"there is no record of token files {prefix}",
             "prepare them with `sas-megatron data prepare`",
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileProblem(path, f"cannot be read ({error})", PREPARE_AGAIN) from error
+        ),
+    ):
+        content = path.read_bytes()
     try:
-        manifest = TokenManifest.model_validate_json(text)
+        manifest = TokenManifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"
@@ -146,6 +153,48 @@ def verify_token_files(
             "use the tokenizer that wrote it, or prepare the data with yours",
         )
     return manifest
+
+
+def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False) -> Tokenizer:
+    """Checks the token files and their tokenizer against each other and the model, and opens the latter.
+
+    Args:
+        data: Names the files.
+        vocab_size: Rows of the model's embedding that stand for tokens.
+        verify: Read files of up to `VERIFIED_WHOLE_BYTES` whole, for damage and tokens beyond the vocabulary.
+
+    Raises:
+        FieldError: the tokenizer is another than the one that wrote a token file, or larger than the model;
+            or a file is shorter than one sample.
+        FileProblem: a file is missing, damaged or holds a token the model has no row for.
+    """
+    tokenizer = Tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise FieldError(
+            "model.vocab_size",
+            vocab_size,
+            f"is less than the {tokenizer.vocab_size} pieces of {data.tokenizer}",
+            f"use {tokenizer.vocab_size}",
+        )
+    for prefix in data.prefixes:
+        manifest = load_manifest(prefix)
+        # Megatron-core would look for a sample's tokens in it for ever.
+        if manifest.num_tokens <= data.sequence_length:
+            raise FieldError(
+                "data.sequence_length",
+                data.sequence_length,
+                f"must be less than the {manifest.num_tokens} tokens of {prefix}",
+                "prepare more documents, or use a shorter one",
+            )
+        verify_token_files(prefix, vocab_size, full=verify and manifest.bin_bytes <= VERIFIED_WHOLE_BYTES)
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
+            raise FieldError(
+                "data.tokenizer",
+                data.tokenizer,
+                f"is not the tokenizer that wrote {prefix}",
+                "give that one, or prepare the data again",
+            )
+    return tokenizer
 
 
 def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.int64]:
@@ -214,21 +263,21 @@ def _token_blocks(path: Path, manifest: TokenManifest) -> Iterator[npt.NDArray[n
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:
-    try:
+    with translate_os_errors(
+        path, problem="cannot be read", remedy="check its permissions", missing=("is missing", PREPARE_AGAIN)
+    ):
         size_bytes = path.stat().st_size
-    except OSError as error:
-        raise FileProblem(path, "is missing", PREPARE_AGAIN) from error
     if size_bytes != expected_bytes:
         state = "truncated" if size_bytes < expected_bytes else "longer than was written"
         raise FileProblem(path, f"is {state}: {size_bytes} bytes of {expected_bytes}", PREPARE_AGAIN)
 
 
 def _check_index(path: Path, manifest: TokenManifest) -> None:
-    try:
-        with open(path, "rb") as stream:
-            header = stream.read(INDEX_HEADER.size)
-    except OSError as error:
-        raise FileProblem(path, f"cannot be read ({error.strerror})", "check its permissions") from error
+    with (
+        translate_os_errors(path, problem="cannot be read", remedy="check its permissions"),
+        open(path, "rb") as stream,
+    ):
+        header = stream.read(INDEX_HEADER.size)
     fields = INDEX_HEADER.unpack(header) if len(header) == INDEX_HEADER.size else (b"", 0, 0, 0, 0)
     if fields[:2] != (INDEX_MAGIC, INDEX_VERSION):
         raise FileProblem(path, "is not an index of token files", PREPARE_AGAIN)

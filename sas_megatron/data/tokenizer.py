@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
-from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.errors import FileProblem, translate_os_errors
 
 # sentencepiece writes a space as U+2581, so that its decoder makes a space of a literal U+2581.
 SPACE_MARK = "\u2581"
 SPACE_MARK_BYTES = SPACE_MARK.encode()
+TRAIN_ONE = "train one with `sas-megatron tokenizer train`"
 # What a tokenizer that normalizes its input would not give back.
 PROBE = " a  b\t\r\nc\u00a0\ufb01e\u0301\0\U0001f600 "
 
@@ -123,7 +124,7 @@ class Tokenizer:
         return np.concatenate(parts)
 
     def _check_reversible(self) -> None:
-        remedy = "train one with `sas-megatron tokenizer train`"
+        remedy = TRAIN_ONE
         if self.eos_id < 0:
             raise FileProblem(self.path, "has no token for the end of a document", remedy)
         if not all(self._processor.is_byte(token) for token in self._space_mark_ids):
@@ -140,16 +141,13 @@ class Tokenizer:
 
 
 def _read_model(path: Path) -> bytes:
-    try:
+    with translate_os_errors(
+        path,
+        problem="cannot be read",
+        remedy="name a sentencepiece .model file",
+        missing=("there is no such tokenizer", TRAIN_ONE),
+    ):
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileProblem(
-            path, "there is no such tokenizer", "train one with `sas-megatron tokenizer train`"
-        ) from error
-    except OSError as error:
-        raise FileProblem(
-            path, f"cannot be read ({error.strerror})", "name a sentencepiece .model file"
-        ) from error
 
 
 def _load_processor(path: Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -161,5 +159,5 @@ def _load_processor(path: Path, model: bytes) -> sentencepiece.SentencePieceProc
         raise FileProblem(
             path,
             "is damaged, or no sentencepiece model",
-            "copy it again, or train one with `sas-megatron tokenizer train`",
+            f"copy it again, or {TRAIN_ONE}",
         ) from error

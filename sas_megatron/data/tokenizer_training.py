@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import sentencepiece
 
-from sas_megatron.config.errors import FieldError, FileProblem, UserError
+from sas_megatron.config.errors import FieldError, FileProblem, UserError, translate_os_errors
 from sas_megatron.data.tokenizer import SPACE_MARK, Tokenizer
-from sas_megatron.data.writing import make_folder, replace_file, write_file
+from sas_megatron.io.files import make_folder, replace_file, write_file
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -86,7 +86,7 @@ def train_tokenizer(
     if not any(passage.strip("\r\n") for passage in sample.passages):
         raise UserError("documents: there is no text to train a tokenizer on; name files with text in them")
     model = _train(sample.passages, vocab_size, model_type)
-    try:
+    with translate_os_errors(model_path, problem="cannot be written", remedy="name another --output"):
         if not overwrite and model_path.exists() and model_path.read_bytes() != model:
             raise FileProblem(
                 model_path,
@@ -105,10 +105,6 @@ def train_tokenizer(
                 sample.corpus_bytes,
             )
         write_file(model_path.with_suffix(".json"), json.dumps(record_training(trained), indent=2) + "\n")
-    except OSError as error:
-        raise FileProblem(
-            model_path, f"cannot be written ({error.strerror})", "name another --output"
-        ) from error
     return trained
 
 

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.errors import FileProblem
-from sas_megatron.data.writing import make_folder, write_file
+from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.evaluation.start import FoundModel, run_directory_of
+from sas_megatron.io.files import make_folder, save_file
 
 SUMMARY = "summary.json"
 # 1 did not say which weights were evaluated.
@@ -34,12 +34,10 @@ def check_results(folder: Path, found: FoundModel) -> None:
         FileProblem: the folder cannot be written, or what is there cannot be read or is of other weights.
     """
     _read_summary(folder, found)
-    try:
+    with translate_os_errors(folder, problem="cannot be written", remedy="name a folder with --output"):
         make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise _unwritable(folder, error) from error
 
 
 def write_results(folder: Path, found: FoundModel, section: str, results: dict[str, Any]) -> Path:
@@ -60,11 +58,7 @@ def write_results(folder: Path, found: FoundModel, section: str, results: dict[s
             **results,
         },
     }
-    try:
-        make_folder(folder)
-        write_file(path, json.dumps(summary, indent=2) + "\n")
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    save_file(path, json.dumps(summary, indent=2) + "\n", remedy="name a folder with --output")
     return path
 
 
@@ -84,10 +78,6 @@ def _read_summary(folder: Path, found: FoundModel) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"is no summary of evaluations ({error!r})"
     raise FileProblem(path, problem, "take it away, or name another folder with --output")
-
-
-def _unwritable(path: Path, error: OSError) -> FileProblem:
-    return FileProblem(path, f"cannot be written ({error.strerror})", "name a folder with --output")
 
 
 def describe_loss(held_out: HeldOutLoss) -> dict[str, Any]:

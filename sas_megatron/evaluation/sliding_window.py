@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.batches import build_validation_samples
-from sas_megatron.data.opening import open_token_files
+from sas_megatron.data.token_files import open_token_files
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.evaluation.scoring import Passage, Scores, score

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
+from sas_megatron.config.loading import find_differences
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.layout_screening import (

@@ -117,7 +117,7 @@ def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int
     which takes them in rounds of p and runs at most (v+1)·p - 2 pieces ahead, at two rounds.
     """
     stages = config.parallel.pipeline
-    counts = [stages, stages + config.parallel.microbatch_turns]
+    counts = [stages, stages + config.parallel.microbatch_group_size]
     return counts if num_microbatches > counts[1] else [num_microbatches]
 
 
@@ -142,7 +142,7 @@ class Stepper:
 
     def _warm_up(self) -> None:
         """Makes the optimizer's state and the tables of rotary positions, which later steps find."""
-        turns = self.config.parallel.microbatch_turns
+        turns = self.config.parallel.microbatch_group_size
         if self.config.parallel.overlap_parameter_gather:
             # A whole step: the next one gathers the parameters that this one updates.
             self.run(turns)

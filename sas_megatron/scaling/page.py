@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron import __version__
-from sas_megatron.config.differences import find_differences
+from sas_megatron.config.loading import find_differences
 from sas_megatron.scaling.comparison import Comparison, sum_terms
 from sas_megatron.scaling.figure import draw_svg
 from sas_megatron.scaling.numbers import MISSING, format_count, format_exact, format_share

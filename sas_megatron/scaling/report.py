@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.errors import translate_os_errors
+from sas_megatron.io.files import make_folder, write_files
 from sas_megatron.scaling.comparison import AXES, Comparison, compare_runs
 from sas_megatron.scaling.figure import draw_png
 from sas_megatron.scaling.page import describe_subject, render_page
@@ -50,13 +50,9 @@ def write_report(runs: Sequence[Run], output_directory: str | Path) -> ReportFil
         files.png: draw_png(runs, comparison.verdicts, title=title),
         files.html: render_page(runs, comparison, title=title, written_at=datetime.now(UTC)).encode(),
     }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_together(contents)
-    except OSError as error:
-        raise FileProblem(
-            directory, f"cannot be written ({error.strerror})", "choose another directory"
-        ) from None
+    with translate_os_errors(directory, problem="cannot be written", remedy="choose another directory"):
+        make_folder(directory)
+        write_files(contents)
     return files
 
 
@@ -73,16 +69,3 @@ def to_json(comparison: Comparison) -> str:
         **dataclasses.asdict(comparison),
     }
     return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _write_together(contents: Mapping[Path, bytes]) -> None:
-    """Replaces files only once all the new ones are whole; readers never see a part of one."""
-    asides = {path.with_name(f".{path.name}.{os.getpid()}.part"): path for path in contents}
-    try:
-        for aside, path in asides.items():
-            aside.write_bytes(contents[path])
-        for aside, path in asides.items():
-            os.replace(aside, path)
-    finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)

@@ -16,9 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FileProblem, UserError
-from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
 
 # What a comparison varies, and what only says where files go. A resumed run is the uninterrupted

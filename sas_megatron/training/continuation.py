@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sas_megatron.checkpoint.manifest import CONFIG, find_damage, read_manifest, refuse_damage
-from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.token_files import load_manifest
 
@@ -91,7 +90,7 @@ def check_goes_on(config: RunConfig) -> None:
     remedy = "put it back, or choose another logging.run_directory"
     if (directory / "config.yaml").exists():
         old = load_run_config(directory / "config.yaml")
-        for field, (new, was) in find_differences([config, old], but=MAY_CHANGE).items():
+        for field, (new, was) in find_differences([config, old], ignored=MAY_CHANGE).items():
             raise FieldError(field, new, f"was {was} {told}", remedy)
     if (directory / "run.json").exists():
         _check_corpus(config, directory)
@@ -112,7 +111,7 @@ def find_branch(config: RunConfig) -> Branch | None:
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
     _check_schedules(config, trunk, branch)
-    for field, (new, was) in find_differences([config, trunk], but=BRANCH_MAY_CHANGE).items():
+    for field, (new, was) in find_differences([config, trunk], ignored=BRANCH_MAY_CHANGE).items():
         raise FieldError(
             field, new, f"was {was} in the run that {path} is of", "put it back, or begin a run without it"
         )

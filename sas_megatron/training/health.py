@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from sas_megatron.config.health import HealthConfig
+from sas_megatron.config.training import HealthConfig
 from sas_megatron.training.spikes import Spike, find_spike
 
 Response = Literal["record", "skip", "stop"]

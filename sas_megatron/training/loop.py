@@ -32,8 +32,7 @@ from sas_megatron.data.batches import (
     build_validation_samples,
     microbatches,
 )
-from sas_megatron.data.opening import open_token_files
-from sas_megatron.data.token_files import load_manifest
+from sas_megatron.data.token_files import load_manifest, open_token_files
 from sas_megatron.distributed.communication_counter import (
     build_communication_counter,
     gather_communication_counters,
@@ -213,7 +212,7 @@ class Run:
     def _num_microbatches(self, num_samples: int) -> int:
         """Microbatches in which each data-parallel rank goes over its part of `num_samples`."""
         by_all = self.config.training.micro_batch_size * self.topology.data_size
-        turns = self.config.parallel.microbatch_turns
+        turns = self.config.parallel.microbatch_group_size
         return math.ceil(num_samples / by_all / turns) * turns
 
     def _log_step(self, result: StepResult, seconds: float) -> None:

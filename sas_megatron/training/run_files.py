@@ -16,15 +16,15 @@ import os
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
 from sas_megatron import __version__
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.writing import write_file
+from sas_megatron.io.files import write_file
 from sas_megatron.training.continuation import Branch, check_goes_on, read_until
 from sas_megatron.training.stopping import Ending
 
@@ -89,7 +89,7 @@ class RunFiles:
 
         Of a new run that is a branch, those of the trunk until then are its own.
         """
-        with _at_hand(self.directory):
+        with _accessing(self.directory):
             self._open(config, provenance, resumed_step=resumed_step, branch=branch)
 
     def _open(
@@ -121,7 +121,7 @@ class RunFiles:
     def record(self, record: dict[str, Any]) -> None:
         """Appends one object to metrics.jsonl, at once on disk, and its losses to TensorBoard."""
         assert self._metrics is not None, "open() comes first"
-        with _at_hand(self.directory / METRICS):
+        with _accessing(self.directory / METRICS):
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
         if self._tensorboard is not None:
@@ -132,7 +132,7 @@ class RunFiles:
     def sync(self) -> None:
         """Waits until the records are on disk: a checkpoint must not outlive those before it."""
         assert self._metrics is not None, "open() comes first"
-        with _at_hand(self.directory / METRICS):
+        with _accessing(self.directory / METRICS):
             os.fsync(self._metrics.fileno())
 
     def check_is_own(self) -> None:
@@ -141,7 +141,7 @@ class RunFiles:
         A scheduler that lost sight of a node starts the run elsewhere, while its processes may go on.
         """
         path = self.directory / "run.json"
-        with _at_hand(path):
+        with _accessing(path):
             newest = json.loads(path.read_text(encoding="utf-8"))["sessions"][-1]
         if newest["session"] != self._session:
             begun = f"on {newest['host']} at {newest['started_at']}"
@@ -153,14 +153,14 @@ class RunFiles:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json and closes the other files."""
-        with _at_hand(self.directory / "summary.json"):
+        with _accessing(self.directory / "summary.json"):
             write_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.close()
 
     def write_stop(self, ending: Ending, *, step: int) -> None:
         """Writes stopped.json, which is there only while the run waits to be gone on with."""
         record = {"exit_reason": ending.reason, "exit_status": ending.exit_status, "step": step}
-        with _at_hand(self.directory / "stopped.json"):
+        with _accessing(self.directory / "stopped.json"):
             write_file(self.directory / "stopped.json", json.dumps(record) + "\n")
 
     def close(self) -> None:
@@ -196,17 +196,12 @@ class RunFiles:
         write_file(path, json.dumps(record, indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def _at_hand(path: Path) -> Iterator[None]:
-    """Turns what the file system has against reading or writing at `path` into a `FileProblem`."""
-    try:
-        yield
-    except OSError as error:
-        raise FileProblem(
-            path,
-            f"cannot be read or written ({error.strerror or error})",
-            "make room or mend the file system, then go on with checkpoint.resume=true",
-        ) from error
+def _accessing(path: Path) -> AbstractContextManager[None]:
+    return translate_os_errors(
+        path,
+        problem="cannot be read or written",
+        remedy="free disk space or fix the file system, then resume with checkpoint.resume=true",
+    )
 
 
 def describe_software() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from sas_megatron.checkpoint.manifest import find_checkpoints
 from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.opening import open_token_files
+from sas_megatron.data.token_files import open_token_files
 from sas_megatron.platform.launcher import is_first_rank, launched_world_size
 from sas_megatron.training.continuation import find_branch
 from sas_megatron.training.run_files import RunFiles

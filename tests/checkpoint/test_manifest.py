@@ -54,7 +54,7 @@ def test_the_newest_comes_first_and_what_is_unfinished_is_none(tmp_path: Path) -
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     (write(tmp_path, 3) / "weights").write_text("damaged")
     verify_checkpoint(write(tmp_path, 3))
-    remove_old(tmp_path, newest=3, keep_last=None, keeps_for_good=lambda _: False)
+    remove_old(tmp_path, newest=3, keep_last=None, is_permanent=lambda _: False)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
 
 
@@ -144,7 +144,7 @@ def test_retention_keeps_the_newest_every_so_manieth_and_those_asked_for(
     (tmp_path / "iter_0000007.partial").mkdir()
     (tmp_path / "not_ours").mkdir()
     settings = CheckpointConfig(keep_last=keep_last, keep_every=keep_every, at_steps=at_steps)
-    remove_old(tmp_path, newest=6, keep_last=keep_last, keeps_for_good=settings.keeps_for_good)
+    remove_old(tmp_path, newest=6, keep_last=keep_last, is_permanent=settings.is_permanent)
     assert steps(tmp_path) == left
     assert len(list(tmp_path.iterdir())) == len(left) + 1
 
@@ -154,10 +154,10 @@ def test_retention_does_not_count_what_is_damaged(tmp_path: Path) -> None:
         write(tmp_path, step)
     shutil.rmtree(tmp_path / "iter_0000005" / "deeper")
     (tmp_path / "iter_0000003" / "weights").write_bytes(b"cut")
-    remove_old(tmp_path, newest=5, keep_last=1, keeps_for_good=lambda _: False)
+    remove_old(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
     assert steps(tmp_path) == [5, 4]
     (tmp_path / "iter_0000004" / "manifest.json").write_text("{")
-    remove_old(tmp_path, newest=5, keep_last=1, keeps_for_good=lambda _: False)
+    remove_old(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["iter_0000005", "iter_0000004"]
 
 
@@ -167,7 +167,7 @@ def test_retention_does_not_count_what_a_run_has_gone_back_from(tmp_path: Path) 
     # Of the size that was written, as a rotten bit leaves it: only reading it all would tell.
     (tmp_path / "iter_0000009" / "weights").write_bytes(bytes(199))
     write(tmp_path, 5)
-    remove_old(tmp_path, newest=5, keep_last=1, keeps_for_good=lambda _: False)
+    remove_old(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
     assert steps(tmp_path) == [9, 5]
 
 

@@ -144,10 +144,8 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(
     config = config_with(asynchronous=asynchronous)
     said = ranks(2).run(save_on_a_full_disk, config, tmp_path, full_on, num_bytes)
     assert said[0] == said[1]
-    assert said[0].startswith(
-        f"{tmp_path / 'iter_0000002.partial'}: cannot be written ([Errno 27] File too large"
-    )
-    assert said[0].endswith("go on from the last with checkpoint.resume=true")
+    assert said[0].startswith(f"{tmp_path / 'iter_0000002.partial'}: cannot be written (File too large")
+    assert said[0].endswith("resume from the last with checkpoint.resume=true")
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
     verify_checkpoint(tmp_path / "iter_0000001")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sas_megatron.config.differences import find_differences
+from sas_megatron.config.loading import find_differences
 from tests.run_configs import small_config
 
 MHA = small_config()
@@ -20,7 +20,7 @@ def test_fields_that_only_some_have_are_among_those_that_differ() -> None:
 
 
 def test_fields_are_left_out_by_how_they_begin() -> None:
-    assert set(find_differences([GQA, MHA], but=("attention.", "training.num_ordered"))) == {
+    assert set(find_differences([GQA, MHA], ignored=("attention.", "training.num_ordered"))) == {
         "training.num_steps"
     }
     assert not find_differences([MHA, MHA])

@@ -35,7 +35,7 @@ def read_samples(config: RunConfig, saved: Path, has_locks: bool) -> str:
     import numpy
 
     from sas_megatron.data.batches import build_training_samples
-    from sas_megatron.data.opening import open_token_files
+    from sas_megatron.data.token_files import open_token_files
 
     in_layout(config.parallel)
     kept_save, kept_flock = numpy.save, fcntl.flock

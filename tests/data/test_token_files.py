@@ -84,7 +84,7 @@ def test_a_record_that_is_missing_or_wrong_is_named(prefix: Path) -> None:
     path.write_text('{"schema_version": 1')
     assert ".json: is not a record of token files (the whole file: Invalid JSON" in problem(prefix)
     path.write_bytes(b"\xff\xfe")
-    assert ".json: cannot be read" in problem(prefix)
+    assert ".json: is not a record of token files (the whole file: Invalid JSON" in problem(prefix)
     path.unlink()
     assert ".json: there is no record of token files" in problem(prefix)
 

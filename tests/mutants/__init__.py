@@ -27,6 +27,7 @@ TEST_FOLDERS: dict[str, tuple[str, ...]] = {
     "fault_tolerance": ("tests/distributed", "tests/training"),
     "model": ("tests/model", "tests/planning", "tests/training"),
     "config": ("tests/config", "tests/model", "tests/training"),
+    "io": ("tests/io", "tests/data", "tests/scaling"),
     "platform": ("tests/platform", "tests/training", "tests/end_to_end"),
     "planning": ("tests/planning", "tests/cli"),
     "training": ("tests/training", "tests/checkpoint", "tests/end_to_end"),

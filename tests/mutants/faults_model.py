@@ -152,6 +152,21 @@ MUTANTS = (
         "self.num_steps",
         "training.order_steps is ignored, so that runs of other lengths get another order of samples.",
     ),
+    # io
+    Mutant(
+        "renamed-before-synced",
+        "sas_megatron.io.files:replace_file",
+        "sync(temporary)",
+        "pass",
+        "A file gets its final name before its contents are on disk.",
+    ),
+    Mutant(
+        "temporary-file-left-behind",
+        "sas_megatron.io.files:replace_file",
+        "temporary.unlink(missing_ok=True)",
+        "pass",
+        "A write that fails leaves its temporary file in the folder.",
+    ),
     # platform
     Mutant(
         "stand-in-installed-on-cuda",

@@ -13,8 +13,8 @@ import torch
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.opening import open_token_files
 from sas_megatron.data.prepare import prepare_token_files
+from sas_megatron.data.token_files import open_token_files
 from tests.rank_pool import in_layout
 from tests.small_data import SmallData
 

@@ -19,7 +19,8 @@ def test_a_full_disk_is_told_by_the_file_that_finds_no_room(tmp_path: Path) -> N
         files.open(config, {}, resumed_step=0)
     files.open(config, {}, resumed_step=0)
     with no_file_longer_than(100):
-        with pytest.raises(FileProblem, match=r"metrics\.jsonl: cannot be .*\(File too large\); make room"):
+        message = r"metrics\.jsonl: cannot be .*\(File too large\); free disk space"
+        with pytest.raises(FileProblem, match=message):
             files.record({"kind": "train", "losses": list(range(50))})
         with pytest.raises(FileProblem, match=r"summary\.json: cannot be "):
             files.write_summary({"steps": list(range(50))})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.scaling.laws.log_sum import BoolArray, FloatArray, IntArray
 
 REQUIRED = ("params", "tokens", "loss")
@@ -156,13 +156,14 @@ def read_points(path: str | Path, *, variant: str | None = None) -> Points:
         FieldError: it holds several variants and none is chosen, or not the one that is.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with (
+            translate_os_errors(path, problem="cannot be read", remedy="name a CSV file of points"),
+            open(path, newline="", encoding="utf-8-sig") as file,
+        ):
             reader = csv.DictReader(file)
             header = [name.strip() for name in reader.fieldnames or []]
             reader.fieldnames = header
             rows = [(reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise FileProblem(path, f"cannot be read ({error.strerror})", "name a CSV file of points") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise FileProblem(path, f"is not a CSV file ({error})", "write comma-separated text") from None
     missing = [name for name in REQUIRED if name not in header]

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import UserError
+from sas_megatron.config.loading import find_differences
 from sas_megatron.costs.model_costs import count_training_flops
 from sas_megatron.scaling.numbers import format_some
 from sas_megatron.scaling.runs import Run, has_finished, load_run
@@ -68,7 +68,9 @@ def _check_as_planned(plan: Plan, found: dict[str, Run]) -> None:
         f"  {run.name}: {field} is {has}, planned {planned}"
         for run in plan.results
         if run.name in found
-        for field, (planned, has) in find_differences([run.config, found[run.name].config], but=INERT).items()
+        for field, (planned, has) in find_differences(
+            [run.config, found[run.name].config], ignored=INERT
+        ).items()
     ]
     if lines:
         raise UserError(

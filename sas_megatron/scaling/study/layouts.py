@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.differences import flatten_config
+from sas_megatron.config.loading import flatten_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.writing import write_file
+from sas_megatron.io.files import save_file
 from sas_megatron.scaling.study.study_file import Study
 
 RECORD = "layouts.json"
@@ -40,8 +40,7 @@ def write_layouts(study: Study, layouts: Layouts, *, hardware: str) -> Path:
         },
     }
     path = Path(study.directory) / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(record, indent=2) + "\n")
+    save_file(path, json.dumps(record, indent=2) + "\n", remedy="choose another directory in the study file")
     return path
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron import __version__
-from sas_megatron.config.errors import FileProblem
-from sas_megatron.data.writing import write_file
+from sas_megatron.config.errors import translate_os_errors
+from sas_megatron.io.files import make_folder, write_file
 from sas_megatron.scaling.drawing import embed_svg, render
 from sas_megatron.scaling.laws.fit_report import report_tree
 from sas_megatron.scaling.numbers import MISSING, format_fields, without_infinities
@@ -68,21 +68,17 @@ def write_study_report(table: StudyTable, folder: Path, *, num_draws: int = 1000
     page = _render_page(table, sections)
     summary = _write_markdown(table, sections)
     record = _as_dict(table, analyses)
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    with translate_os_errors(folder, problem="cannot be written", remedy="choose another --output"):
+        make_folder(folder / "figures")
         for index, section in enumerate(sections):
             for figure in section.figures:
                 stem = _figure_stem(index, section, figure)
                 for suffix in ("png", "svg"):
                     drawn = render(figure.draw, size=figure.size, file_format=suffix)
-                    (folder / "figures" / f"{stem}.{suffix}").write_bytes(drawn)
+                    write_file(folder / "figures" / f"{stem}.{suffix}", drawn)
         write_file(folder / "report.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
         write_file(folder / "summary.md", summary)
         write_file(folder / "report.html", page)
-    except OSError as error:
-        raise FileProblem(
-            folder, f"cannot be written ({error.strerror})", "choose another --output"
-        ) from None
     return folder / "report.html"
 
 

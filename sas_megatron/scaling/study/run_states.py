@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FieldError
-from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import PlannedRun
 
@@ -126,7 +125,9 @@ def check_as_planned(run: PlannedRun) -> None:
     path = run.directory / "config.yaml"
     if not path.exists():
         return
-    for field, (planned, found) in find_differences([run.config, load_run_config(path)], but=INERT).items():
+    for field, (planned, found) in find_differences(
+        [run.config, load_run_config(path)], ignored=INERT
+    ).items():
         raise FieldError(
             field,
             found,

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from sas_megatron.config.loading import dump_yaml
-from sas_megatron.data.writing import write_file
+from sas_megatron.io.files import save_file
 from sas_megatron.platform.local_launch import training_command, training_environment
 from sas_megatron.scaling.numbers import format_loss
 from sas_megatron.scaling.runs import has_finished
@@ -170,7 +170,8 @@ class StudyRunner:
                 "reason": reason,
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            write_file(failure_of(run), json.dumps(record) + "\n")
+            text = json.dumps(record) + "\n"
+            save_file(failure_of(run), text, remedy="choose another directory in the study file")
             self._say(f"{run.name}: failed with status {status}: {reason}")
 
     @contextlib.contextmanager
@@ -197,6 +198,5 @@ class StudyRunner:
 def write_config(run: PlannedRun) -> Path:
     """The run's config as a file of the study, for whatever starts it."""
     path = run.directory.parents[1] / "configs" / f"{run.name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, dump_yaml(run.config))
+    save_file(path, dump_yaml(run.config), remedy="choose another directory in the study file")
     return path

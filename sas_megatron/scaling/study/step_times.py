@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.differences import flatten_config
+from sas_megatron.config.loading import flatten_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.writing import write_file
+from sas_megatron.io.files import save_file
 from sas_megatron.scaling.numbers import format_fields, format_some
 from sas_megatron.scaling.study.plan import Cell, Plan
 
@@ -52,8 +52,7 @@ def measure_step_times(plan: Plan, measure: Measure, *, rounds: int, machine: di
         },
     }
     path = Path(plan.study.directory) / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(record, indent=2) + "\n")
+    save_file(path, json.dumps(record, indent=2) + "\n", remedy="choose another directory in the study file")
     return path
 
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sas_megatron.config.errors import FileProblem, UserError
-from sas_megatron.data.writing import write_file
+from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
+from sas_megatron.io.files import make_folder, save_file
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import check_as_planned, is_locked, is_settled, what_it_waits_for
 from sas_megatron.scaling.study.runner import write_config
@@ -118,12 +118,14 @@ class _Arrays:
         if not members:
             return
         logs = (self._folder / "logs").absolute()
-        logs.mkdir(parents=True, exist_ok=True)
         lines = [""] * max(members)
         for member, run in members.items():
             lines[member - 1] = shlex.quote(str(write_config(run)))
         listed = self._folder / "configs" / f"{name}.txt"
-        write_file(listed, "".join(f"{line}\n" for line in lines))
+        remedy = "choose another directory in the study file"
+        with translate_os_errors(logs, problem="cannot be written", remedy=remedy):
+            make_folder(logs)
+        save_file(listed, "".join(f"{line}\n" for line in lines), remedy=remedy)
         command = [
             *("sbatch", "--parsable", f"--array={','.join(map(str, sorted(members)))}{self._limit}"),
             f"--output={logs}/slurm-%A_%a.out",
@@ -137,7 +139,7 @@ class _Arrays:
             self.new[run.name] = Job(f"{array}_{member}", logs / f"slurm-{array}_{member}.out")
         self._jobs |= self.new
         record = {run: {"number": job.number, "log": str(job.log)} for run, job in self._jobs.items()}
-        write_file(self._folder / JOBS, json.dumps(record, indent=2) + "\n")
+        save_file(self._folder / JOBS, json.dumps(record, indent=2) + "\n", remedy=remedy)
 
 
 def _call(command: list[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron.config.errors import UserError
-from sas_megatron.data.writing import write_file
+from sas_megatron.io.files import save_file
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.layouts import read_layouts
 from sas_megatron.scaling.study.learning_rates import (
@@ -46,7 +46,8 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
         for run in trials:
             # Else its loss would count for another rate than it had.
             check_as_planned(run)
-        write_file(record, json.dumps(_choose_rates(plan), indent=2) + "\n")
+        text = json.dumps(_choose_rates(plan), indent=2) + "\n"
+        save_file(record, text, remedy="choose another directory in the study file")
     chosen = json.loads(record.read_text(encoding="utf-8"))
     rates = {
         (variant, size): rate for variant, sizes in chosen["rates"].items() for size, rate in sizes.items()

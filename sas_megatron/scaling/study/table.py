@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sas_megatron.config.errors import FileProblem
-from sas_megatron.data.writing import replace_file
+from sas_megatron.config.errors import FileProblem, translate_os_errors
+from sas_megatron.io.files import make_folder, replace_file
 
 SCHEMA_VERSION = 1
 
@@ -100,7 +100,11 @@ _SCHEMA = pa.schema([(item.name, _TYPES[str(item.type)]) for item in dataclasses
 
 
 def write_table(table: StudyTable, path: Path) -> None:
-    """Writes the table whole, or leaves the file that is there."""
+    """Write the table atomically.
+
+    Raises:
+        FileProblem: The file cannot be written.
+    """
     rows = [
         {name: json.dumps(value) if name in _MAPPINGS else value for name, value in _fields(row).items()}
         for row in table.rows
@@ -113,9 +117,10 @@ def write_table(table: StudyTable, path: Path) -> None:
         "remarks": table.remarks,
     }
     built = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({"study": json.dumps(about)}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as aside:
-        pq.write_table(built, aside)
+    with translate_os_errors(path, problem="cannot be written", remedy="choose another --output"):
+        make_folder(path.parent)
+        with replace_file(path) as temporary:
+            pq.write_table(built, temporary)
 
 
 def read_table(path: str | Path) -> StudyTable:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sas_megatron.data import progress as progress_module
+from sas_megatron.cli import data as data_command
+from sas_megatron.cli.data import show_progress
 from sas_megatron.data.prepare import PreparationProgress
-from sas_megatron.data.progress import show_progress
 
 STATE = PreparationProgress(
     num_documents=1234, num_tokens=5678, text_bytes=9999, source_bytes_read=30, source_bytes=120
@@ -19,7 +19,7 @@ def test_lines_come_only_after_some_seconds(
     with show_progress() as report:
         report(STATE)
         assert capsys.readouterr().err == ""
-        monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 0.0)
+        monkeypatch.setattr(data_command, "SECONDS_BETWEEN_LINES", 0.0)
         report(STATE)
     assert capsys.readouterr().err.startswith("25% 1,234 documents, 5,678 tokens, ")
 
