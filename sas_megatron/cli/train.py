@@ -39,12 +39,12 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bo
         click.echo(dump_yaml(run_config))
         print_costs({config: run_config})
         return
-    from sas_megatron.training import start
+    from sas_megatron.training import entry
 
     if only_check:
-        start.check(run_config, world_size=launched_world_size())
+        entry.check_run(run_config, world_size=launched_world_size())
         check_meeting_place()
         click.echo(os.path.abspath(run_config.logging.run_directory))
         return
     configure_logging()
-    sys.exit(start.train(run_config).exit_status)
+    sys.exit(entry.train(run_config).exit_status)

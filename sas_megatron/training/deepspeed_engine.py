@@ -57,8 +57,8 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, config: RunConfig, pieces: list[Any]) -> None:
         self.config = config
-        self.pieces = pieces
-        (self.model,) = self.pieces
+        self.model_chunks = pieces
+        (self.model,) = self.model_chunks
         self.groups = ModelParallelUnit()
         self.num_microbatches = config.training.num_microbatches(
             parallel_state.get_data_parallel_world_size()
@@ -91,7 +91,7 @@ class DeepSpeedEngine(Engine):
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(lambda gradient: sum_over(group, [gradient])[0])
 
-    def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
+    def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
         """Forward and backward; the last backward pass reduces over the data ranks."""
         assert num_microbatches == self.num_microbatches, "a step's microbatches are fixed at the start"
         step_batches = list(batches)
@@ -110,7 +110,7 @@ class DeepSpeedEngine(Engine):
                 self.engine.step()  # only counts
         return reports
 
-    def measure_gradients(self) -> float:
+    def compute_gradient_norm(self) -> float:
         """By DeepSpeed, each parameter counted once; infinite where a gradient is not finite."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
@@ -125,7 +125,7 @@ class DeepSpeedEngine(Engine):
         """One AdamW step after clipping; DeepSpeed measures the norm once more."""
         self.engine.step()
 
-    def drop_gradients(self) -> None:
+    def skip_update(self) -> None:
         """As DeepSpeed passes over a step in which something overflowed."""
         with _all_overflows(self.optimizer, stage=self.config.deepspeed.zero_stage):
             self.engine.step()
@@ -159,7 +159,7 @@ class DeepSpeedEngine(Engine):
     def shards(self) -> list[ShardedTensor]:
         """The weights, for other engines and layouts to begin with; `restore` reads its own files."""
         if self.config.deepspeed.zero_stage < 3:
-            return shard_weights(self.pieces)
+            return shard_weights(self.model_chunks)
         from deepspeed import zero
 
         # Gathered one after another; of the data ranks, which then hold the same, the first keeps them.

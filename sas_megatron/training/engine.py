@@ -1,7 +1,7 @@
 """What trains the model: the one interface that steps, evaluation and checkpoints know.
 
-    accumulate(batches) -> gradients -> measure_gradients() -> [loss and norm are judged]
-      -> update() -> weights, or drop_gradients()
+    accumulate(batches) -> gradients -> compute_gradient_norm() -> [loss and norm are judged]
+      -> update() -> weights, or skip_update()
 
 Two engines implement it: Megatron-core's own DDP and optimizers (`megatron_engine`), and DeepSpeed's
 ZeRO (`deepspeed_engine`).
@@ -18,10 +18,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from sas_megatron.checkpoint.initial_weights import load_initial_weights
 from sas_megatron.checkpoint.loading import Checkpoint
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_gpt_chunks
 from sas_megatron.model.language_loss import Batch
 
 ForwardStep = Callable[..., Any]
@@ -31,16 +29,16 @@ Reports = list[dict[str, torch.Tensor]]
 class Engine(ABC):
     """The live objects of a run on this rank.
 
-    `pieces` are this rank's parts of the model without any wrapper: one, or several where pipeline
+    `model_chunks` are this rank's parts of the model without any wrapper: one, or several where pipeline
     stages interleave.
     """
 
     config: RunConfig
-    pieces: list[Any]
+    model_chunks: list[Any]
     schedule: OptimizerParamScheduler
 
     @abstractmethod
-    def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
+    def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
         """Forward and backward over a step's microbatches, from zeroed gradients.
 
         Returns:
@@ -48,15 +46,15 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def measure_gradients(self) -> float:
+    def compute_gradient_norm(self) -> float:
         """The norm of the accumulated gradients over all ranks, before clipping; leaves weights alone."""
 
     @abstractmethod
     def update(self, gradient_norm: float) -> None:
-        """Applies the accumulated gradients, clipped by the norm that `measure_gradients` gave."""
+        """Applies the accumulated gradients, clipped by the norm that `compute_gradient_norm` gave."""
 
     @abstractmethod
-    def drop_gradients(self) -> None:
+    def skip_update(self) -> None:
         """In place of `update`: weights and optimizer stay as they are."""
 
     @abstractmethod
@@ -88,22 +86,3 @@ class Engine(ABC):
         Raises:
             FileProblem: the checkpoint is of another model, or of a layout that the engine cannot load.
         """
-
-
-def assemble(config: RunConfig, *, initial_weights: Path | None = None) -> Engine:
-    """Builds model, optimizer and schedule on this rank, by `training.engine`; its groups must exist.
-
-    Args:
-        config: The run.
-        initial_weights: What to begin with (as `checkpoint.initial_weights`) in place of drawn weights.
-    """
-    pieces = build_gpt_chunks(config)
-    if initial_weights is not None:  # before the optimizer copies them
-        load_initial_weights(initial_weights, pieces, config)
-    if config.training.engine == "deepspeed":
-        from sas_megatron.training.deepspeed_engine import DeepSpeedEngine
-
-        return DeepSpeedEngine(config, pieces)
-    from sas_megatron.training.megatron_engine import MegatronEngine
-
-    return MegatronEngine(config, pieces)

@@ -65,7 +65,7 @@ class HealthHistory:
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
-class HealthWatch:
+class HealthRules:
     """The rules of the `health` section over the steps of a run; alike on every rank."""
 
     def __init__(self, config: HealthConfig, history: HealthHistory) -> None:

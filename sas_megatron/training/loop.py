@@ -42,17 +42,18 @@ from sas_megatron.distributed.error_agreement import on_first_rank
 from sas_megatron.distributed.gathering import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
+from sas_megatron.fault_tolerance.stop_request import Ending, StopRequest
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
+from sas_megatron.training.build import build_engine
 from sas_megatron.training.console import Console
-from sas_megatron.training.continuation import Branch, find_branch
-from sas_megatron.training.engine import Engine, assemble
+from sas_megatron.training.engine import Engine
+from sas_megatron.training.health_monitor import HealthMonitor
 from sas_megatron.training.metrics import Meter, Progress
+from sas_megatron.training.resuming import Branch, find_branch
 from sas_megatron.training.run_files import RunFiles, describe_software
-from sas_megatron.training.run_health import RunHealth
 from sas_megatron.training.step import StepResult, train_step
 from sas_megatron.training.step_profiler import StepProfiler
-from sas_megatron.training.stopping import Ending, StopRequest
 
 
 class Run:
@@ -81,14 +82,14 @@ class Run:
         self.branch: Branch | None = None
         self.resumed_from = self._find_checkpoint()
         self.begins_with = self._find_initial_weights()
-        self.engine: Engine = assemble(
+        self.engine: Engine = build_engine(
             config, initial_weights=None if self.begins_with is None else self.begins_with.folder
         )
         counts = {} if self.resumed_from is None else self.resumed_from.progress["counts"]
         self.progress = Progress(**counts)
         self.last: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.health = RunHealth(
+        self.health = HealthMonitor(
             config, topology, self.progress.health, say=self.console.say, record=self._record_health
         )
         self.ledger = build_communication_counter(topology)

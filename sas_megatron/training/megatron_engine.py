@@ -32,13 +32,13 @@ class MegatronEngine(Engine):
 
     def __init__(self, config: RunConfig, pieces: list[Any]) -> None:
         self.config = config
-        self.pieces = pieces
-        self.chunks = [self._wrap(piece, is_first=index == 0) for index, piece in enumerate(self.pieces)]
+        self.model_chunks = pieces
+        self.chunks = [self._wrap(piece, is_first=index == 0) for index, piece in enumerate(pieces)]
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config, self.optimizer)
         self.run_schedule = get_forward_backward_func()
         # The schedules read the first piece's config; the layers of each read their own.
-        transformer = self.pieces[0].config
+        transformer = self.model_chunks[0].config
         transformer.grad_scale_func = self.optimizer.scale_loss
         transformer.finalize_model_grads_func = finalize_model_grads
         if config.parallel.overlap_gradient_reduce:
@@ -63,14 +63,14 @@ class MegatronEngine(Engine):
             disable_bucketing=not is_first,
         )
 
-    def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
+    def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
         """As Megatron-core's schedule for the layout runs it: plain, 1F1B or interleaved 1F1B."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(forward_step, batches, num_microbatches=num_microbatches, forward_only=False)
 
-    def measure_gradients(self) -> float:
+    def compute_gradient_norm(self) -> float:
         """By Megatron-core, each parameter counted once."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
@@ -84,7 +84,7 @@ class MegatronEngine(Engine):
             )
         self.optimizer.step_with_ready_grads()
 
-    def drop_gradients(self) -> None:
+    def skip_update(self) -> None:
         """Nothing to do: the next accumulation begins from zeroed buffers."""
 
     @torch.no_grad()
@@ -125,8 +125,8 @@ class MegatronEngine(Engine):
         """Weights, AdamW's moments, and the float32 weights that it updates where the model's are others."""
         self.sync_parameters()
         optimizers = self.optimizers()
-        return shard_weights(self.pieces) + [
-            shard for optimizer in optimizers for shard in shard_optimizer(optimizer, self.pieces)
+        return shard_weights(self.model_chunks) + [
+            shard for optimizer in optimizers for shard in shard_optimizer(optimizer, self.model_chunks)
         ]
 
     def counts(self) -> dict[str, int]:

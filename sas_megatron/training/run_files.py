@@ -25,8 +25,8 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.writing import write_file
-from sas_megatron.training.continuation import Branch, check_goes_on, read_until
-from sas_megatron.training.stopping import Ending
+from sas_megatron.fault_tolerance.stop_request import Ending
+from sas_megatron.training.resuming import Branch, check_goes_on, read_until
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")

@@ -69,8 +69,8 @@ def train_step(
         judge: Must answer alike on all ranks; it is given the same numbers on each.
         asks_to_stop: Whether this rank is asked to stop, told to the others with the loss.
     """
-    reports = engine.accumulate(batches, num_microbatches=num_microbatches)
-    own_norm = engine.measure_gradients()
+    reports = engine.forward_backward(batches, num_microbatches=num_microbatches)
+    own_norm = engine.compute_gradient_norm()
     loss, gradient_norm, stop_is_asked = _agree(reports, own_norm, topology, asks_to_stop=asks_to_stop())
     findings = judge(loss, gradient_norm)
     is_applied = all(finding.response == "record" for finding in findings)
@@ -78,7 +78,7 @@ def train_step(
         engine.schedule.step(1)
         engine.update(own_norm)
     else:
-        engine.drop_gradients()
+        engine.skip_update()
     return StepResult(
         loss=loss,
         gradient_norm=gradient_norm,

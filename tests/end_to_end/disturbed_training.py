@@ -19,7 +19,7 @@ from sas_megatron.platform.device import prepare_device
 
 if __name__ == "__main__":
     prepare_device()
-    from sas_megatron.training import loop, start
+    from sas_megatron.training import entry, loop
 
     when, target, name, config, *overrides = sys.argv[1:]
     train_step, asdict, steps = loop.train_step, loop.asdict, itertools.count(1)
@@ -41,4 +41,4 @@ if __name__ == "__main__":
         return asdict(progress)
 
     loop.train_step, loop.asdict = disturbed_step, disturbed_save
-    sys.exit(start.train(load_run_config(config, overrides)).exit_status)
+    sys.exit(entry.train(load_run_config(config, overrides)).exit_status)

@@ -68,7 +68,7 @@ class Killer:
 if __name__ == "__main__":
     record, rank, phase, number, seconds, config = sys.argv[1:]
     prepare_device()
-    from sas_megatron.training import loop, start
+    from sas_megatron.training import entry, loop
 
     if os.environ["RANK"] == rank:
         killer = Killer(record, phase=phase, number=int(number), seconds=float(seconds))
@@ -78,4 +78,4 @@ if __name__ == "__main__":
         killer.mark(loop.CheckpointSaver, "_publish", leaves="save")
         killer.mark(loop, "find_newest_complete", enters="load")
         killer.mark(loop.Run, "_resume", leaves="load")
-    start.train(load_run_config(config))
+    entry.train(load_run_config(config))

@@ -15,7 +15,7 @@ import pytest
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.fault_tolerance.failure_watchdog import GRACE_SECONDS
-from sas_megatron.training.stopping import SAME_ORDER_SECONDS, STOPPED_STATUS
+from sas_megatron.fault_tolerance.stop_request import SAME_ORDER_SECONDS, STOPPED_STATUS
 from tests.end_to_end.jobs import LAUNCHERS, Job
 from tests.small_data import SmallData
 from tests.training.test_runs import assert_end_alike, complete, records

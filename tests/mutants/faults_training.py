@@ -50,7 +50,7 @@ MUTANTS = (
     ),
     Mutant(
         "deepspeed-loss-scale-without-microbatches",
-        "sas_megatron.training.deepspeed_engine:DeepSpeedEngine.accumulate",
+        "sas_megatron.training.deepspeed_engine:DeepSpeedEngine.forward_backward",
         "scale = num_microbatches * self.groups",
         "scale = self.groups",
         "Under DeepSpeed gradients are divided by the number of microbatches once too often.",
@@ -92,7 +92,7 @@ MUTANTS = (
     ),
     Mutant(
         "metrics-at-resumed-step-lost",
-        "sas_megatron.training.continuation:_is_up_to",
+        "sas_megatron.training.resuming:_is_up_to",
         '["step"]) <= step',
         '["step"]) < step',
         "After a resume the metrics of the last step before it are missing.",
@@ -106,14 +106,14 @@ MUTANTS = (
     ),
     Mutant(
         "second-signal-ignored",
-        "sas_megatron.training.stopping:StopRequest.take",
+        "sas_megatron.fault_tolerance.stop_request:StopRequest.take",
         "return time.monotonic() - self._taken_at < SAME_ORDER_SECONDS",
         "return True",
         "A second stop signal does not end the process.",
     ),
     Mutant(
         "stopped-run-exits-with-zero",
-        "sas_megatron.training.stopping:Ending.exit_status",
+        "sas_megatron.fault_tolerance.stop_request:Ending.exit_status",
         "STOPPED_STATUS if self.goes_on else 0",
         "0",
         "A run that was stopped before its end exits with status 0.",
@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     Mutant(
         "skipped-steps-never-reset",
-        "sas_megatron.training.health:HealthWatch.count_update",
+        "sas_megatron.training.health:HealthRules.count_update",
         "self.history.skipped_in_a_row = 0",
         "pass",
         "Skipped steps that are far apart count as skipped in a row.",

@@ -64,7 +64,7 @@ def complete_with_drift(config: RunConfig, drifting_rank: int, name: str) -> Non
 
     def change_a_bit(run: Any) -> None:
         if run.progress.step == 3:
-            weights = dict(run.engine.pieces[0].named_parameters())[name].detach()
+            weights = dict(run.engine.model_chunks[0].named_parameters())[name].detach()
             weights.view(torch.int32).view(-1)[-1] ^= 1
 
     complete_disturbed(config, drifting_rank, change_a_bit)

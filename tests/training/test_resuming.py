@@ -13,7 +13,7 @@ import pytest
 from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.training import start
+from sas_megatron.training import entry
 from sas_megatron.training.run_files import RunFiles
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
@@ -58,7 +58,7 @@ def test_a_run_handed_from_layout_to_layout_is_one_run(
     for index, (world_size, sections) in enumerate(RELAY):
         training = {**sections.get("training", {}), "stop_after_steps": index + 1 + index // 3}
         leg = run("relay", **{**sections, "training": training}, checkpoint={"resume": True})
-        start.check(leg, world_size=world_size)
+        entry.check_run(leg, world_size=world_size)
         said = ranks(world_size).run(complete_and_listen, leg)
         assert [any("random states begin anew" in line for line in lines) for lines in said] == [
             index > 0
@@ -126,7 +126,7 @@ def test_a_new_run_begins_with_the_weights_of_another(
         with pytest.raises(
             FieldError, match=r"model\.rotary_base=500: is 10000 of the weights in .*0000004; set"
         ):
-            start.check(other, world_size=1)
+            entry.check_run(other, world_size=1)
     second = small_data.run(
         tmp_path / "second",
         training={"num_steps": 4, "engine": "deepspeed"},
@@ -134,7 +134,7 @@ def test_a_new_run_begins_with_the_weights_of_another(
         optimizer={"learning_rate": 1e-9},
         checkpoint={"initial_weights": str(tmp_path / "first")},
     )
-    start.check(second, world_size=2)
+    entry.check_run(second, world_size=2)
     ranks(2).run(complete, second)
     assert [record["step"] for record in records(second)] == [1, 2, 3, 4]
     assert summary(second)["final_validation_loss"] == pytest.approx(
@@ -147,7 +147,7 @@ def test_initial_weights_that_are_not_there_are_missed_before_training(
 ) -> None:
     config = small_data.run(tmp_path / "run", checkpoint={"initial_weights": str(tmp_path / "nothing")})
     with pytest.raises(FileProblem, match=r"nothing: holds neither a checkpoint nor weights"):
-        start.check(config, world_size=1)
+        entry.check_run(config, world_size=1)
 
 
 def test_deepspeeds_own_files_are_checked_and_bound_to_their_layout(
@@ -187,7 +187,7 @@ def test_what_decides_the_samples_may_not_change_with_the_layout(
         checkpoint={"resume": True},
     )
     with pytest.raises(FieldError, match=r"training\.global_batch_size=16: was 8 in the run"):
-        start.check(other, world_size=2)
+        entry.check_run(other, world_size=2)
 
 
 def begin_another_session(run: Any) -> None:

@@ -229,7 +229,7 @@ def complete_with_broken_weight(config: RunConfig, broken_rank: int) -> None:
     def poison(run: Any) -> None:
         if run.progress.step == 2:
             with torch.no_grad():
-                next(run.engine.pieces[0].parameters()).fill_(float("nan"))
+                next(run.engine.model_chunks[0].parameters()).fill_(float("nan"))
 
     complete_disturbed(config, broken_rank, poison)
 

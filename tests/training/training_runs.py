@@ -68,18 +68,18 @@ def batches_of_step(config: RunConfig, topology: Any, step: int) -> Iterator[Any
 
 def take_steps(config: RunConfig) -> Steps:
     """On a rank: `NUM_STEPS` updates."""
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
     from sas_megatron.training.step import train_step
 
     topology = in_layout(config.parallel)
-    engine = assemble(config)
+    engine = build_engine(config)
     per_rank = config.training.num_microbatches(topology.data_size)
-    initial_weights = weight_parts(engine.pieces, weight_reader(engine))
+    initial_weights = weight_parts(engine.model_chunks, weight_reader(engine))
     losses, norms, gradients = [], [], {}
     update = engine.update
 
     def first_update(gradient_norm: float) -> None:
-        gradients.update(weight_parts(engine.pieces, gradient_reader(engine)))
+        gradients.update(weight_parts(engine.model_chunks, gradient_reader(engine)))
         engine.update = update
         update(gradient_norm)
 
@@ -98,7 +98,7 @@ def take_steps(config: RunConfig) -> Steps:
         norms,
         initial_weights,
         gradients,
-        weight_parts(engine.pieces, weight_reader(engine)),
+        weight_parts(engine.model_chunks, weight_reader(engine)),
         topology.tensor_rank,
         (topology.pipeline_rank, topology.context_rank, topology.data_rank),
     )

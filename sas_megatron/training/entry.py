@@ -8,13 +8,13 @@ from sas_megatron.checkpoint.manifest import find_checkpoints
 from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
+from sas_megatron.fault_tolerance.stop_request import Ending, StopRequest
 from sas_megatron.platform.launcher import is_first_rank, launched_world_size
-from sas_megatron.training.continuation import find_branch
+from sas_megatron.training.resuming import find_branch
 from sas_megatron.training.run_files import RunFiles
-from sas_megatron.training.stopping import Ending, StopRequest
 
 
-def check(config: RunConfig, *, world_size: int) -> None:
+def check_run(config: RunConfig, *, world_size: int) -> None:
     """Finds what the user can mend, without torch, and leaves nothing on disk.
 
     Raises:
@@ -41,7 +41,7 @@ def train(config: RunConfig) -> Ending:
         UserError: as `check` does.
         TrainingFault: the loss or gradients became non-finite.
     """
-    check(config, world_size=launched_world_size())
+    check_run(config, world_size=launched_world_size())
     with StopRequest(after_seconds=config.training.stop_after_seconds) as stop:
         from sas_megatron.platform.device import prepare_device
 

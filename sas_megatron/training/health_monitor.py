@@ -20,7 +20,7 @@ from sas_megatron.training.engine import Engine
 from sas_megatron.training.health import (
     Finding,
     HealthHistory,
-    HealthWatch,
+    HealthRules,
     TrainingFault,
     describe_finding,
 )
@@ -31,7 +31,7 @@ from sas_megatron.training.stragglers import OwnTime, find_stragglers
 REMEDY = "lower optimizer.learning_rate or look at that step's samples"
 
 
-class RunHealth:
+class HealthMonitor:
     """The `health` section at work on one rank.
 
     `say` is given lines for the console, `record` the fields of an event; `history` is that of the
@@ -50,7 +50,7 @@ class RunHealth:
         self.config = config.health
         self.profile_steps = config.logging.profile_steps
         self.topology = topology
-        self.watch = HealthWatch(config.health, history)
+        self.watch = HealthRules(config.health, history)
         self._say = say
         self._record = record
         # Of this session's measured steps, own seconds and all seconds of each rank.
@@ -93,7 +93,7 @@ class RunHealth:
         if interval is None or step % interval:
             return
         engine.sync_parameters()
-        drift = find_drift(engine.pieces, self.topology)
+        drift = find_drift(engine.model_chunks, self.topology)
         if drift is not None:
             self._record(step, {"event": "drift", "differing": drift})
             raise TrainingFault(
