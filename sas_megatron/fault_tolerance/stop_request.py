@@ -1,8 +1,9 @@
-"""Stopping in good order: on a signal or after a time, at the end of a step, on all ranks.
+"""Orderly stop of a run: after a signal or a time limit, at the end of a step, on all ranks.
 
-a signal, or the time is up -> `is_asked` on this rank -> the step's sum tells all ranks -> save, leave
+signal or time limit -> `StopRequest.reason` on this rank -> the all-reduce of the step informs all ranks
+  -> save a checkpoint -> exit with STOPPED_STATUS
 
-A second signal ends the process at once, as the first would have done without this.
+A second signal ends the process at once, as the first signal would without this module.
 """
 
 from __future__ import annotations
@@ -15,90 +16,98 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# EX_TEMPFAIL of sysexits.h: what failed now may be tried again.
+# EX_TEMPFAIL of sysexits.h: the failure is temporary, and the command can be repeated.
 STOPPED_STATUS = 75
-# Of one order, torchrun and the scheduler may each hand a process a signal of its own.
-SAME_ORDER_SECONDS = 2.0
+# torchrun and the scheduler may each send a signal for the same stop; within this time they count as one.
+DUPLICATE_SIGNAL_SECONDS = 2.0
 
 STOP_AFTER_SECONDS = "stop_after_seconds"
 
 
 @dataclass(frozen=True)
-class Ending:
-    """Why a run ended in good order, and whether it is to be gone on with."""
+class RunExit:
+    """The reason why a run ended without an error, and whether it can be resumed."""
 
     reason: str
-    goes_on: bool = False
+    is_resumable: bool = False
 
     @property
     def exit_status(self) -> int:
-        """Of the process: 0, or `STOPPED_STATUS` where the run is to be gone on with."""
-        return STOPPED_STATUS if self.goes_on else 0
+        """The exit status of the process: `STOPPED_STATUS` if the run can be resumed, else 0."""
+        return STOPPED_STATUS if self.is_resumable else 0
 
 
 class StopRequest:
-    """For the length of a `with` block, what asks this rank to stop.
+    """Receives the requests to stop on this rank, for the duration of a `with` block in the main thread.
 
-    Until `arm` is called, and from the second order on, a signal does what it did before. Where a
-    roll call watches, it takes the signals and asks `take`. The main thread must enter it.
+    Before `enable` is called, and from the second signal on, a signal has its previous effect. A failure
+    watchdog, if there is one, receives the signals itself and calls `handle_signal`.
+
+    Args:
+        after_seconds: Time limit, counted from now; None for no limit.
     """
 
     def __init__(self, *, after_seconds: float | None) -> None:
         self._deadline = None if after_seconds is None else time.monotonic() + after_seconds
-        self._lock = threading.RLock()  # a signal may come while the handler runs for another
-        self._armed = False
-        self._over = False
+        # Reentrant, because a signal can arrive while the handler runs for another one.
+        self._lock = threading.RLock()
+        self._is_enabled = False
+        self._ignores_signals = False
         self._signal: signal.Signals | None = None
-        self._taken_at = 0.0
-        self._speaks = False
+        self._received_at = 0.0
+        self._logs = False
 
     def __enter__(self) -> StopRequest:
-        self._old_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._old_handlers.items():
-            # As soon as one process has ended with another status than 0, torchrun ends the others.
-            signal.signal(number, signal.SIG_IGN if self._over else handler)
+            # When the first process exits with a status other than 0, torchrun sends signals to the others.
+            signal.signal(number, signal.SIG_IGN if self._ignores_signals else handler)
 
-    def arm(self, *, speaks: bool) -> None:
-        """From now on there is something to save: the first order waits for the step's end.
+    def enable(self, *, logs: bool) -> None:
+        """Let the first signal from now on stop the run at the end of its step.
 
-        It is acknowledged where `speaks`.
+        Args:
+            logs: Whether this rank acknowledges the signal on stderr.
         """
-        self._speaks, self._armed = speaks, True
+        self._logs, self._is_enabled = logs, True
 
-    def leave(self) -> None:
-        """All is saved and the process is about to end: no signal is needed any more."""
-        self._over = True
+    def ignore_signals(self) -> None:
+        """Ignore further signals: everything is saved and the process is about to exit."""
+        self._ignores_signals = True
 
-    def take(self, number: int) -> bool:
-        """Whether a signal is taken care of; any thread may ask, once or more for each signal."""
+    def handle_signal(self, number: int) -> bool:
+        """Return whether a signal needs no further handling; the first one becomes the reason to stop.
+
+        Any thread may call it, and it may be called more than once for each signal.
+        """
         with self._lock:
-            if self._over:
+            if self._ignores_signals:
                 return True
-            if not self._armed:
+            if not self._is_enabled:
                 return False
             if self._signal is not None:
-                return time.monotonic() - self._taken_at < SAME_ORDER_SECONDS
-            self._signal, self._taken_at = signal.Signals(number), time.monotonic()
-        if self._speaks:
+                return time.monotonic() - self._received_at < DUPLICATE_SIGNAL_SECONDS
+            self._signal, self._received_at = signal.Signals(number), time.monotonic()
+        if self._logs:
             text = f"received {self._signal.name}: saving after this step; another signal ends at once"
-            os.write(2, f"{text}\n".encode())  # print may have been interrupted by this very signal
+            os.write(2, f"{text}\n".encode())  # `print` is not reentrant, and may be what was interrupted
         return True
 
     @property
     def reason(self) -> str | None:
-        """What asks this rank to stop, as `exit_reason` has it; None: nothing does."""
+        """The reason to stop, in the form of `exit_reason` in summary.json; None if there is none."""
         if self._signal is not None:
             return f"signal {self._signal.name}"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return STOP_AFTER_SECONDS
         return None
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if not self.take(number):
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self.handle_signal(number):
             signal.signal(number, self._old_handlers[signal.Signals(number)])
             signal.raise_signal(number)

@@ -1,10 +1,9 @@
-"""What trains the model: the one interface that steps, evaluation and checkpoints know.
+"""The interface through which the training loop, evaluation and checkpoints use the model.
 
-    accumulate(batches) -> gradients -> compute_gradient_norm() -> [loss and norm are judged]
-      -> update() -> weights, or skip_update()
+forward_backward(batches) -> compute_gradient_norm() -> [check] -> update() or skip_update()
 
-Two engines implement it: Megatron-core's own DDP and optimizers (`megatron_engine`), and DeepSpeed's
-ZeRO (`deepspeed_engine`).
+Two engines implement it: `megatron_engine` (Megatron-core's data parallelism and optimizers) and
+`deepspeed_engine` (DeepSpeed's ZeRO). `build` constructs the one that the config selects.
 """
 
 from __future__ import annotations
@@ -22,15 +21,18 @@ from sas_megatron.checkpoint.loading import Checkpoint
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.language_loss import Batch
 
+# Megatron-core's protocol: (batches, model) -> (output, function of the output that returns loss, number of
+# tokens and report).
 ForwardStep = Callable[..., Any]
+# One dictionary per microbatch; `loss` holds the summed loss and the number of tokens.
 Reports = list[dict[str, torch.Tensor]]
 
 
 class Engine(ABC):
-    """The live objects of a run on this rank.
+    """The model, optimizer and learning-rate schedule of this rank.
 
-    `model_chunks` are this rank's parts of the model without any wrapper: one, or several where pipeline
-    stages interleave.
+    `model_chunks` are this rank's parts of the model without data-parallel wrappers: one, or several if
+    pipeline stages interleave.
     """
 
     config: RunConfig
@@ -39,50 +41,50 @@ class Engine(ABC):
 
     @abstractmethod
     def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
-        """Forward and backward over a step's microbatches, from zeroed gradients.
+        """Zero the gradients, then run forward and backward over the microbatches of a step.
 
         Returns:
-            The report of each microbatch on the pipeline's last stage; nothing on the others.
+            The report of each microbatch on the last pipeline stage; an empty list on the other stages.
         """
 
     @abstractmethod
     def compute_gradient_norm(self) -> float:
-        """The norm of the accumulated gradients over all ranks, before clipping; leaves weights alone."""
+        """Return the norm of the accumulated gradients over all ranks, before clipping."""
 
     @abstractmethod
     def update(self, gradient_norm: float) -> None:
-        """Applies the accumulated gradients, clipped by the norm that `compute_gradient_norm` gave."""
+        """Clip the accumulated gradients by `gradient_norm` and apply one optimizer step."""
 
     @abstractmethod
     def skip_update(self) -> None:
-        """In place of `update`: weights and optimizer stay as they are."""
+        """Discard the accumulated gradients; weights and optimizer state stay unchanged."""
 
     @abstractmethod
     def sync_parameters(self) -> None:
-        """Makes this rank's weights those of the last update, where that would be left to the next step."""
+        """Finish any parameter all-gather that the last update deferred to the next forward pass."""
 
     @abstractmethod
     def forward(
         self, forward_step: ForwardStep, batches: Iterator[Batch], *, num_microbatches: int
     ) -> Reports:
-        """Runs the model without gradients and without dropout; reports as `accumulate` does."""
+        """Run the model without gradients or dropout; return reports as `forward_backward` does."""
 
     @abstractmethod
     def shards(self) -> list[ShardedTensor]:
-        """What a checkpoint needs of this rank's tensors: the weights, and what else `restore` reads."""
+        """Return this rank's shards of the tensors that a checkpoint stores."""
 
     @abstractmethod
     def counts(self) -> dict[str, int]:
-        """What it needs beside tensors, the same on every rank."""
+        """Return the counters that a checkpoint stores with the tensors; the same on every rank."""
 
     @abstractmethod
     def write_files(self, folder: Path) -> None:
-        """Writes what the engine saves in a format of its own into a checkpoint's folder; all ranks do."""
+        """Write files of the engine's own format into a checkpoint folder; every rank must call it."""
 
     @abstractmethod
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint of this engine into it, freshly assembled; every rank must call it.
+        """Load a checkpoint into this newly built engine; every rank must call it.
 
         Raises:
-            FileProblem: the checkpoint is of another model, or of a layout that the engine cannot load.
+            FileProblem: The checkpoint is of another model, or of a layout that the engine cannot load.
         """

@@ -1,16 +1,16 @@
-"""What a run makes of its health: lines on the console, records, and the faults that end it.
+"""Applies the `health` section to a run: log lines, records in metrics.jsonl, and the faults that end it.
 
-A record of kind `health` in metrics.jsonl is one event:
-    non_finite, spike   of a step's loss or gradient norm, and the response: record, skip or stop
-    own_time            seconds that each rank needed by itself for the step, and stragglers among them
-    drift               the copies of weights that differ; the run ends
+A record of kind `health` is one event:
+    non_finite, spike   a step's loss or gradient norm, and the response: record, skip or stop
+    own_time            the seconds that each rank computed in a step, and the stragglers among the ranks
+    drift               replicas of weights that differ; the run ends
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
@@ -24,70 +24,68 @@ from sas_megatron.training.health import (
     TrainingFault,
     describe_finding,
 )
+from sas_megatron.training.records import Recorder
 from sas_megatron.training.replicas import find_drift
 from sas_megatron.training.step import StepResult
-from sas_megatron.training.stragglers import OwnTime, find_stragglers
+from sas_megatron.training.stragglers import ComputeTimer, find_stragglers
 
-REMEDY = "lower optimizer.learning_rate or look at that step's samples"
+REMEDY = "lower optimizer.learning_rate or inspect the samples of that step"
 
 
 class HealthMonitor:
-    """The `health` section at work on one rank.
+    """The health checks of a run on this rank.
 
-    `say` is given lines for the console, `record` the fields of an event; `history` is that of the
-    run's progress, which counts on.
+    Args:
+        config: The run.
+        topology: This rank's place in the run.
+        history: The history in the run's progress, which this monitor updates.
+        recorder: Writes log lines and health records.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        topology: Topology,
-        history: HealthHistory,
-        *,
-        say: Callable[[str], None],
-        record: Callable[[int, dict[str, Any]], None],
+        self, config: RunConfig, topology: Topology, history: HealthHistory, *, recorder: Recorder
     ) -> None:
         self.config = config.health
         self.profile_steps = config.logging.profile_steps
         self.topology = topology
-        self.watch = HealthRules(config.health, history)
-        self._say = say
-        self._record = record
-        # Of this session's measured steps, own seconds and all seconds of each rank.
-        self._own_seconds = [0.0] * topology.world_size
+        self.rules = HealthRules(config.health, history)
+        self._recorder = recorder
+        # Sums over the measured steps of this session: compute time of each rank, and elapsed time.
+        self._compute_seconds = [0.0] * topology.world_size
         self._step_seconds = 0.0
 
-    def take(self, result: StepResult, step: int) -> None:
-        """Counts and tells what was found in a step.
+    def count_step(self, result: StepResult, step: int) -> None:
+        """Count and record the findings of a step.
 
         Raises:
-            TrainingFault: a finding asks for it, or too many steps in a row would be skipped.
+            TrainingFault: A finding has the response `stop`, or too many steps in a row would be skipped.
         """
         if result.is_applied:
-            self.watch.count_update(result.loss, result.gradient_norm)
+            self.rules.count_update(result.loss, result.gradient_norm)
         for finding in result.findings:
-            self.watch.count_finding(finding, dict.fromkeys(faulty.rank for faulty in result.faulty_losses))
-            self._tell(finding, result, step)
+            self.rules.count_finding(finding, dict.fromkeys(loss.rank for loss in result.non_finite_losses))
+            self._record_finding(finding, result, step)
         if not result.is_applied:
-            self.watch.count_skip()
+            self.rules.count_skip()
 
-    def _tell(self, finding: Finding, result: StepResult, step: int) -> None:
-        culprits = list(map(str, result.faulty_losses))
-        wrong = describe_finding(finding, loss=result.loss, culprits=culprits)
-        allowed, in_a_row = self.config.skipped_in_a_row, self.watch.history.skipped_in_a_row
+    def _record_finding(self, finding: Finding, result: StepResult, step: int) -> None:
+        microbatches = list(map(str, result.non_finite_losses))
+        problem = describe_finding(finding, loss=result.loss, microbatches=microbatches)
+        allowed, in_a_row = self.config.skipped_in_a_row, self.rules.history.skipped_in_a_row
         stops = finding.response == "stop" or (finding.response == "skip" and in_a_row >= allowed)
-        self._record(step, {**_event(finding, result), "response": "stop" if stops else finding.response})
+        response = "stop" if stops else finding.response
+        self._recorder.log_health(step, {**_describe_event(finding, result), "response": response})
         if stops:
             after = f" after {in_a_row} skipped in a row (health.skipped_in_a_row)" if in_a_row else ""
-            raise TrainingFault(f"step {step}{after}: {wrong}; {REMEDY}")
+            raise TrainingFault(f"step {step}{after}: {problem}; {REMEDY}")
         skipped = f"; skipped, {in_a_row + 1} in a row" if finding.response == "skip" else ""
-        self._say(f"step {step}: {wrong}{skipped}")
+        self._recorder.log(f"step {step}: {problem}{skipped}")
 
     def check_replicas(self, engine: Engine, step: int) -> None:
-        """Where it is due after `step`; every rank must call it.
+        """Compare the replicas of all weights if this is due after `step`; every rank must call it.
 
         Raises:
-            TrainingFault: copies of weights differ.
+            TrainingFault: Replicas of weights differ.
         """
         interval = self.config.replica_check_interval
         if interval is None or step % interval:
@@ -95,53 +93,60 @@ class HealthMonitor:
         engine.sync_parameters()
         drift = find_drift(engine.model_chunks, self.topology)
         if drift is not None:
-            self._record(step, {"event": "drift", "differing": drift})
+            self._recorder.log_health(step, {"event": "drift", "differing": drift})
             raise TrainingFault(
-                f"after step {step} copies of the same weights are not equal: {drift}; go on from an earlier "
-                "checkpoint, and look at the memory of those ranks' devices and at what sums these gradients"
+                f"after step {step} replicas of the same weights differ: {drift}; resume from an earlier "
+                "checkpoint, and check the device memory of those ranks and the reduction of these gradients"
             )
 
     @contextlib.contextmanager
     def measured(self, step: int) -> Iterator[None]:
-        """What runs within is `step`: each rank's own time is measured where it is due; all must enter it."""
+        """Measure the compute time of each rank within the block if it is due; every rank must enter it."""
         interval, profiled = self.config.straggler_interval, self.profile_steps
-        # torch has one profiler at a time.
+        # torch supports one active profiler at a time.
         if interval is None or step % interval or (profiled and profiled[0] <= step <= profiled[1]):
             yield
             return
-        own_time, begun = OwnTime(self.topology.device), time.perf_counter()
-        with own_time.measure():
+        timer, began = ComputeTimer(self.topology.device), time.perf_counter()
+        with timer.measure():
             yield
-        self._step_seconds += time.perf_counter() - begun
-        of_ranks = gather_from_ranks((own_time.seconds, self.topology.pipeline_rank))
-        self._tell_own_time([own for own, _ in of_ranks], [stage for _, stage in of_ranks], step)
-        self._own_seconds = [total + own for total, (own, _) in zip(self._own_seconds, of_ranks, strict=True)]
+        self._step_seconds += time.perf_counter() - began
+        by_rank = gather_from_ranks((timer.seconds, self.topology.pipeline_rank))
+        seconds = [seconds for seconds, _ in by_rank]
+        self._record_compute_time(seconds, [stage for _, stage in by_rank], step)
+        totals = zip(self._compute_seconds, seconds, strict=True)
+        self._compute_seconds = [total + new for total, new in totals]
 
-    def _tell_own_time(self, own_seconds: list[float], stages: list[int], step: int) -> None:
-        stragglers = find_stragglers(own_seconds, stages, excess=self.config.straggler_excess)
-        self._record(
+    def _record_compute_time(self, seconds: list[float], stages: list[int], step: int) -> None:
+        stragglers = find_stragglers(seconds, stages, excess=self.config.straggler_excess)
+        self._recorder.log_health(
             step,
             {
                 "event": "own_time",
-                "own_seconds_by_rank": own_seconds,
+                "own_seconds_by_rank": seconds,
                 "stragglers": {str(rank): ratio for rank, ratio in stragglers.items()},
             },
         )
         if stragglers:
             slowest = max(stragglers, key=lambda rank: stragglers[rank])
-            self._say(
-                f"step {step}: rank {slowest} needs {own_seconds[slowest]:.3f} s by itself, "
+            self._recorder.log(
+                f"step {step}: rank {slowest} is a straggler: it computed for {seconds[slowest]:.3f} s, "
                 f"{stragglers[slowest]:.2f} times the median of its pipeline stage"
             )
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: counts of the whole run, and each rank's own share of this session's time."""
-        shares = [own / self._step_seconds for own in self._own_seconds] if self._step_seconds else None
-        return {**self.watch.history.counts(), "own_time_share_by_rank": shares}
+        """Return the health section of summary.json.
+
+        It holds the counts of the run, and the share of the measured steps that each rank computed.
+        """
+        shares = None
+        if self._step_seconds:
+            shares = [seconds / self._step_seconds for seconds in self._compute_seconds]
+        return {**self.rules.history.counts(), "own_time_share_by_rank": shares}
 
 
-def _event(finding: Finding, result: StepResult) -> dict[str, Any]:
-    """JSON has no number that is not finite: such a value is given in words."""
+def _describe_event(finding: Finding, result: StepResult) -> dict[str, Any]:
+    """Return the event of a finding. Non-finite values are strings, because JSON has no such numbers."""
     if finding.spike is not None:
         return {
             "event": "spike",
@@ -155,6 +160,6 @@ def _event(finding: Finding, result: StepResult) -> dict[str, Any]:
         "quantity": finding.quantity,
         "value": str(finding.value),
     }
-    if result.faulty_losses:
-        event["ranks"] = list(dict.fromkeys(faulty.rank for faulty in result.faulty_losses))
+    if result.non_finite_losses:
+        event["ranks"] = list(dict.fromkeys(loss.rank for loss in result.non_finite_losses))
     return event

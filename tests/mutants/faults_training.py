@@ -64,7 +64,7 @@ MUTANTS = (
     ),
     Mutant(
         "resume-schedule-one-step-ahead",
-        "sas_megatron.training.loop:Run._resume",
+        "sas_megatron.training.loop:Run._restore",
         'checkpoint.progress["schedule_steps"]',
         'checkpoint.progress["schedule_steps"] + 1',
         "A resumed run is one step ahead in its learning-rate schedule.",
@@ -86,8 +86,8 @@ MUTANTS = (
     Mutant(
         "distributed-states-at-first-element",
         "sas_megatron.training.optimizer_states:_updated_parameters",
-        '["params"][place], run.start',
-        '["params"][place], 0',
+        '["params"][index], elements.start',
+        '["params"][index], 0',
         "A checkpoint places every shard of the distributed optimizer at the start of its parameter.",
     ),
     Mutant(
@@ -99,30 +99,30 @@ MUTANTS = (
     ),
     Mutant(
         "stop-decided-by-each-rank",
-        "sas_megatron.training.step:_agree",
+        "sas_megatron.training.step:_reduce_over_ranks",
         "totals[3].item() > 0",
-        "asks_to_stop",
+        "stop_requested",
         "Only the ranks that received the stop signal stop.",
     ),
     Mutant(
         "second-signal-ignored",
-        "sas_megatron.fault_tolerance.stop_request:StopRequest.take",
-        "return time.monotonic() - self._taken_at < SAME_ORDER_SECONDS",
+        "sas_megatron.fault_tolerance.stop_request:StopRequest.handle_signal",
+        "return time.monotonic() - self._received_at < DUPLICATE_SIGNAL_SECONDS",
         "return True",
         "A second stop signal does not end the process.",
     ),
     Mutant(
         "stopped-run-exits-with-zero",
-        "sas_megatron.fault_tolerance.stop_request:Ending.exit_status",
-        "STOPPED_STATUS if self.goes_on else 0",
+        "sas_megatron.fault_tolerance.stop_request:RunExit.exit_status",
+        "STOPPED_STATUS if self.is_resumable else 0",
         "0",
         "A run that was stopped before its end exits with status 0.",
     ),
     Mutant(
         "checksum-ignores-order",
         "sas_megatron.training.replicas:checksum",
-        "(piece * (places * _MULTIPLIER).bitwise_or_(1)).sum()",
-        "piece.sum()",
+        "(block * (indices * _MULTIPLIER).bitwise_or_(1)).sum()",
+        "block.sum()",
         "The comparison of replicas does not notice that two elements were exchanged.",
     ),
     Mutant(

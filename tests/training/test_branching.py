@@ -101,19 +101,19 @@ def test_a_run_that_could_not_have_come_to_its_branch_is_refused(
     refused(
         at_step(trunk, 4),
         FieldError,
-        rf"training\.order_steps=13: the samples of {place} are in the order of a run of 12 steps; name",
+        rf"training\.order_steps=13: the samples of {place} are in the order of a run of 12 steps; set",
         training={"order_steps": 13},
     )
     refused(
         at_step(trunk, 4),
         FieldError,
-        r"schedule\.kind=cosine: the run has another learning rate at step 4",
+        r"schedule\.kind=cosine: the learning rate of the run at step 4 depends on",
         schedule={"kind": "cosine", "warmup_steps": 2},
     )
     refused(
         at_step(trunk, 9),
         FieldError,
-        r"schedule\.decay_steps=3: the run has its learning rate fall from step 4, and they part at 9",
+        r"schedule\.decay_steps=3: the run decays its learning rate from step 4 on, before the branch",
     )
     refused(
         at_step(trunk, 4),
@@ -123,4 +123,4 @@ def test_a_run_that_could_not_have_come_to_its_branch_is_refused(
     )
     refused(at_step(trunk, 5), FileProblem, "is no folder; give a checkpoint")
     (tmp_path / "trunk" / "metrics.jsonl").unlink()
-    refused(at_step(trunk, 4), FileProblem, r"metrics\.jsonl: is missing, and a branch takes it on")
+    refused(at_step(trunk, 4), FileProblem, r"metrics\.jsonl: is missing, and a branch needs it")

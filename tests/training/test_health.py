@@ -53,7 +53,7 @@ def complete_disturbed(
 
 
 def _disturb(run: Any, steps: list[int], what: str, factor: float) -> None:
-    training_batches = run._training_batches
+    training_batches = run.data.training_batches
     *_, parameter = run.engine.model_chunks[-1].parameters()
     if what == "gradients":
         parameter.register_hook(
@@ -61,13 +61,13 @@ def _disturb(run: Any, steps: list[int], what: str, factor: float) -> None:
         )
         return
 
-    def disturbed() -> Any:
-        for index, batch in enumerate(training_batches()):
+    def disturbed(first_sample: int) -> Any:
+        for index, batch in enumerate(training_batches(first_sample)):
             if run.progress.step + 1 in steps and index == 0:
                 batch["loss_mask"] = batch["loss_mask"] * factor
             yield batch
 
-    run._training_batches = disturbed
+    run.data.training_batches = disturbed
 
 
 def _state_of(engine: Any) -> int:

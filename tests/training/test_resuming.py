@@ -26,12 +26,12 @@ def complete_and_listen(config: RunConfig) -> list[str]:
     from sas_megatron.training.console import Console
 
     said: list[str] = []
-    kept = Console.say
-    Console.say = lambda _console, text: said.append(text)  # type: ignore[method-assign]
+    kept = Console.log
+    Console.log = lambda _console, text: said.append(text)  # type: ignore[method-assign]
     try:
         complete(config)
     finally:
-        Console.say = kept  # type: ignore[method-assign]
+        Console.log = kept  # type: ignore[method-assign]
     return said
 
 
@@ -95,7 +95,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_nothing_had_been(
     broken = run("broken", checkpoint={"resume": True})
     for said in ranks(2).run(complete_and_listen, broken):
         assert said[0].startswith(f"{newest}: is damaged: __0_0.distcp has")
-        assert said[1] == f"going on from {before} at step 4"
+        assert said[1] == f"resuming from {before} at step 4"
     assert_end_alike(broken, whole)
     losses = [[record["train_loss"] for record in records(config)] for config in (broken, whole)]
     assert losses[0] == losses[1]
@@ -192,9 +192,12 @@ def test_what_decides_the_samples_may_not_change_with_the_layout(
 
 def begin_another_session(run: Any) -> None:
     """What the first rank of the same run, started elsewhere, does to the files in the fourth step."""
+    from sas_megatron.training.summary import describe_provenance
+
     if run.progress.step == 3:
+        provenance = describe_provenance(run.config, run.topology, run.start)
         elsewhere = RunFiles(run.config)
-        elsewhere.open(run.config, run._provenance(), resumed_step=0)
+        elsewhere.open(run.config, provenance, resumed_step=0)
         elsewhere.close()
 
 
@@ -210,7 +213,8 @@ def test_a_session_whose_run_was_taken_over_ends_and_leaves_the_files_alone(
     )
     with pytest.raises(AssertionError) as failure:
         ranks(2).run(complete_disturbed, config, 0, begin_another_session)
-    says = f"FileProblem: {tmp_path}/run/run.json: tells of a session that began on {socket.gethostname()} at"
+    host = socket.gethostname()
+    says = f"FileProblem: {tmp_path}/run/run.json: contains a newer session, started on {host} at"
     assert str(failure.value).count(says) == 2, "on both ranks"
     assert not list(RunFiles.checkpoints(config).glob("*"))
     assert not (tmp_path / "run" / "summary.json").exists()

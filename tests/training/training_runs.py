@@ -111,13 +111,13 @@ def complete_disturbed(config: RunConfig, rank: int, disturb: Callable[[Any], No
     topology = in_layout(config.parallel, seed=config.training.seed)
     run = Run(config, topology)
     if topology.rank == rank:
-        original = run._training_batches
+        original = run.data.training_batches
 
-        def disturbed() -> Any:
+        def disturbed(first_sample: int) -> Any:
             disturb(run)
-            return original()
+            return original(first_sample)
 
-        run._training_batches = disturbed  # type: ignore[method-assign]
+        run.data.training_batches = disturbed  # type: ignore[method-assign]
     run.complete()
 
 
@@ -143,7 +143,7 @@ def gradient_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
         stage = engine.config.deepspeed.zero_stage
         return safe_get_full_grad if stage else lambda parameter: parameter.grad
     if engine.config.optimizer.distributed:
-        for chunk in engine.chunks:
+        for chunk in engine.ddp_chunks:
             for buffer in chunk.buffers:
                 for bucket in buffer.buckets:
                     group = buffer.data_parallel_group
