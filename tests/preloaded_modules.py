@@ -19,7 +19,7 @@ MODULES = (
     "sas_megatron.training.deepspeed_engine",
     "sas_megatron.training.loop",
     "sas_megatron.training.megatron_engine",
-    "sas_megatron.training.start",
+    "sas_megatron.training.entry",
     # The first optimizer of a process imports it.
     "torch._dynamo",
     "torch.profiler",

@@ -77,7 +77,7 @@ class EngineWatch:
         self._begun: list[float] = []
         self._engine_seconds: list[float] = []
         self._batch_seconds: list[float] = []
-        accumulate = engine.accumulate
+        accumulate = engine.forward_backward
 
         def timed_accumulate(batches: Iterator[Batch], *, num_microbatches: int) -> Any:
             self._begun.append(self._now())
@@ -88,8 +88,8 @@ class EngineWatch:
             return reports
 
         # Of this one engine: the run and its helpers go on calling what they have.
-        engine.accumulate = timed_accumulate  # type: ignore[method-assign]
-        engine.measure_gradients = self._timed(engine.measure_gradients)  # type: ignore[method-assign]
+        engine.forward_backward = timed_accumulate  # type: ignore[method-assign]
+        engine.compute_gradient_norm = self._timed(engine.compute_gradient_norm)  # type: ignore[method-assign]
         engine.update = self._timed(engine.update)  # type: ignore[method-assign]
 
     def steps(self) -> list[dict[str, float]]:

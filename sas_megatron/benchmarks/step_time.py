@@ -56,19 +56,19 @@ def time_rounds(configs: list[RunConfig], rounds: int, topology: Topology) -> li
 
 
 def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> float:
-    from sas_megatron.training import engine as engines
+    from sas_megatron.training import build
 
     # An engine refers to itself in circles: the one before keeps its memory until Python looks for those.
     gc.collect()
     torch.cuda.empty_cache()
-    engine = engines.assemble(config)
+    engine = build.build_engine(config)
     num_microbatches = config.training.num_microbatches(data_size)
     seconds = []
     for _ in range(1 + TIMED_STEPS):
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        engine.accumulate(_random_batches(config, device), num_microbatches=num_microbatches)
-        engine.update(engine.measure_gradients())
+        engine.forward_backward(_random_batches(config, device), num_microbatches=num_microbatches)
+        engine.update(engine.compute_gradient_norm())
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
     # The first step makes the optimizer's states and the tables of positions.

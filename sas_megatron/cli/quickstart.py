@@ -105,7 +105,7 @@ def _train(config: RunConfig) -> None:
     from sas_megatron.io.files import save_file
     from sas_megatron.platform.local_launch import training_command, training_environment
     from sas_megatron.scaling.runs import has_finished
-    from sas_megatron.training.start import check
+    from sas_megatron.training.entry import check_run
 
     run_directory = Path(config.logging.run_directory)
     resolved = run_directory / "config.yaml"
@@ -120,7 +120,7 @@ def _train(config: RunConfig) -> None:
         _say(f"{run_directory.name}: trained already")
         return
     ranks = config.parallel.model_size
-    check(config, world_size=ranks)
+    check_run(config, world_size=ranks)
     parameters = sum(count_parameters(config).values())
     _say(
         f"{run_directory.name}: {parameters:,} parameters, {config.training.num_steps} steps, "

@@ -1,4 +1,4 @@
-"""`sas-megatron train`: one run, alone or as one rank of many."""
+"""`sas-megatron train`: train one run, in one process or as one rank of several."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from sas_megatron.cli.log_setup import configure_logging
 @click.option("--dry-run", is_flag=True, help="Print the resolved config and its costs; start nothing.")
 @click.option(
     "--check",
-    "only_check",
+    "check_only",
     is_flag=True,
     help="Check config, data, WORLD_SIZE and MASTER_ADDR, and print the run directory; start nothing.",
 )
-def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bool) -> None:
-    """Train the model that CONFIG describes; OVERRIDES read section.field=value.
+def train(config: str, overrides: tuple[str, ...], dry_run: bool, check_only: bool) -> None:
+    """Train the model that CONFIG describes. OVERRIDES have the form section.field=value.
 
-    The same command runs bare, as one process, and under torchrun, deepspeed and srun (launch/).
-    On SIGTERM, SIGINT or SIGUSR1, or after training.stop_after_seconds, it saves at the end of the step
-    and exits with status 75, to be gone on with by checkpoint.resume=true.
+    The command runs as a single process, or under torchrun, deepspeed or srun (see launch/). On SIGTERM,
+    SIGINT or SIGUSR1, or after training.stop_after_seconds, it saves a checkpoint at the end of the step and
+    exits with status 75. checkpoint.resume=true resumes the run.
     """
     from sas_megatron.config.loading import dump_yaml, load_run_config
     from sas_megatron.platform.launcher import check_meeting_place, launched_world_size, take_place
 
-    if not dry_run and not only_check:
+    if not dry_run and not check_only:
         take_place()
     run_config = load_run_config(config, list(overrides))
     if dry_run:
@@ -39,12 +39,14 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bo
         click.echo(dump_yaml(run_config))
         print_costs({config: run_config})
         return
-    from sas_megatron.training import start
+    from sas_megatron.training import entry
 
-    if only_check:
-        start.check(run_config, world_size=launched_world_size())
+    if check_only:
+        entry.check_run(run_config, world_size=launched_world_size())
         check_meeting_place()
         click.echo(os.path.abspath(run_config.logging.run_directory))
         return
+    from sas_megatron.planning.hardware_file import find_peak_flops
+
     configure_logging()
-    sys.exit(start.train(run_config).exit_status)
+    sys.exit(entry.train(run_config, find_peak_flops=find_peak_flops).exit_status)

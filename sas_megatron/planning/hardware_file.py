@@ -131,3 +131,17 @@ def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
             for problem in error.errors()
         ]
         raise UserError("\n".join(problems)) from None
+
+
+def find_peak_flops(gpu: str, dtype: str) -> float | None:
+    """Return the dense peak in FLOP/s of a GPU that has a shipped hardware file; None for any other GPU.
+
+    Args:
+        gpu: The name that `torch.cuda.get_device_name` returns.
+        dtype: The dtype of the matrix products; without a rate in the hardware file, the result is None.
+    """
+    for name in shipped_names():
+        if name.upper() in gpu.upper():
+            teraflops = load_hardware(name).matrix_teraflops.get(dtype)
+            return None if teraflops is None else 1e12 * teraflops
+    return None

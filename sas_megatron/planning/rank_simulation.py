@@ -147,7 +147,7 @@ class Stepper:
             # A whole step: the next one gathers the parameters that this one updates.
             self.run(turns)
             return
-        self.engine.update(self.engine.measure_gradients())
+        self.engine.update(self.engine.compute_gradient_norm())
         self.engine.forward(forward_step, self._batches(), num_microbatches=turns)
 
     def step(self, num_microbatches: int) -> StepTally:
@@ -166,7 +166,7 @@ class Stepper:
 
     def report(self, *, num_microbatches: int, step: StepTally) -> RankReport:
         """What the rank holds after its last step, with the tallies of one."""
-        parameters = [parameter for piece in self.engine.pieces for parameter in piece.parameters()]
+        parameters = [parameter for piece in self.engine.model_chunks for parameter in piece.parameters()]
         gradients = [parameter.main_grad for parameter in parameters]
         optimizer = [tensor for part in self.engine.optimizers() for tensor in _optimizer_tensors(part)]
         attention, parallel = self.config.attention, self.config.parallel
@@ -181,7 +181,7 @@ class Stepper:
             },
             num_layers=sum(
                 isinstance(module, TransformerLayer)
-                for piece in self.engine.pieces
+                for piece in self.engine.model_chunks
                 for module in piece.modules()
             ),
             num_heads=attention.num_attended_heads // parallel.tensor // parallel.context,
@@ -228,9 +228,9 @@ class _WatchedEngine(MegatronEngine):
         super().__init__(config, build_gpt_chunks(config))
         self._stepper = stepper
 
-    def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
+    def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
         """The engine's."""
-        reports = super().accumulate(batches, num_microbatches=num_microbatches)
+        reports = super().forward_backward(batches, num_microbatches=num_microbatches)
         self._stepper.note_microbatches()
         return reports
 

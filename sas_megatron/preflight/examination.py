@@ -98,12 +98,12 @@ def _checkpoint_bytes(config: RunConfig | None) -> int | None:
 
 
 def _check_config(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    from sas_megatron.training import start
+    from sas_megatron.training import entry
 
     # A process alone says nothing of the size of the run that is to be.
     size = world_size if world_size > 1 else config.parallel.model_size
     try:
-        start.check(config, world_size=size)
+        entry.check_run(config, world_size=size)
     except UserError as error:
         yield failure("config", str(error), "mend it as the message says")
     else:

@@ -1,4 +1,4 @@
-"""Training by DeepSpeed's ZeRO, over Megatron-core's process groups and tensor-parallel layers."""
+"""Training with DeepSpeed's ZeRO on Megatron-core's process groups and tensor-parallel layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from typing_extensions import override
 
 from sas_megatron.checkpoint.layout import describe_layout, name_differences
 from sas_megatron.checkpoint.loading import Checkpoint
@@ -24,14 +25,16 @@ from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.training.engine import Engine, ForwardStep, Reports
 from sas_megatron.training.optimizer import build_schedule, describe_parameter_groups
 
-# Its files within a checkpoint.
+# Folder of DeepSpeed's files in a checkpoint.
 FOLDER = "deepspeed"
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of Megatron's groups; it probes for more by name, and must not find it.
+    """The methods through which DeepSpeed asks for Megatron's process groups.
 
-    Gradients are averaged over the context ranks too, which see other tokens with the same weights.
+    DeepSpeed tests for other methods by name and changes its behaviour if they exist, so that only these are
+    defined. The data-parallel group includes the context ranks, which process other tokens with the same
+    weights: their gradients are averaged too.
     """
 
     get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
@@ -39,26 +42,26 @@ class ModelParallelUnit:
     get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same part of the model."""
+        """Return the group of ranks that hold the same shard of the model."""
         group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
         return group
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's place among them."""
+        """Return this rank's index in that group."""
         return self.get_data_parallel_group().rank()
 
     def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Return the size of that group."""
         return self.get_data_parallel_group().size()
 
 
 class DeepSpeedEngine(Engine):
     """ZeRO stages 0 to 3 with tensor and context parallelism; AdamW from torch."""
 
-    def __init__(self, config: RunConfig, pieces: list[Any]) -> None:
+    def __init__(self, config: RunConfig, model_chunks: list[Any]) -> None:
         self.config = config
-        self.pieces = pieces
-        (self.model,) = self.pieces
+        self.model_chunks = model_chunks
+        (self.model,) = self.model_chunks
         self.groups = ModelParallelUnit()
         self.num_microbatches = config.training.num_microbatches(
             parallel_state.get_data_parallel_world_size()
@@ -81,57 +84,63 @@ class DeepSpeedEngine(Engine):
         self.schedule = build_schedule(config, self.optimizer)
 
     def _sum_sequence_parallel_gradients(self) -> None:
-        """Adds up the gradients of norms, which each tensor rank has for its own tokens.
+        """Register hooks that sum the gradients of norms over the tensor ranks, in the backward pass.
 
-        Megatron-core's engine does this once a step (`finalize_model_grads`); DeepSpeed does not know
-        of it, so it happens in the backward pass, as the simulation's weights do it for themselves.
+        With sequence parallelism each tensor rank has the gradients of its own tokens. Megatron-core sums
+        them once per step (`finalize_model_grads`), which DeepSpeed does not call. The weights of the
+        simulation need no hook, because their layer sums their gradients.
         """
         group = parallel_state.get_tensor_model_parallel_group()
         for parameter in self.model.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(lambda gradient: sum_over(group, [gradient])[0])
 
-    def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
-        """Forward and backward; the last backward pass reduces over the data ranks."""
-        assert num_microbatches == self.num_microbatches, "a step's microbatches are fixed at the start"
+    @override
+    def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
+        """Run forward and backward; the last backward pass reduces the gradients over the data ranks."""
+        assert num_microbatches == self.num_microbatches, "the number of microbatches of a step is fixed"
         step_batches = list(batches)
         tokens = torch.stack([batch["loss_mask"].sum() for batch in step_batches]).sum()
         dist.all_reduce(tokens, group=self.groups.get_data_parallel_group())
-        # DeepSpeed means over microbatches and data ranks; the loss is a mean over tokens.
+        # DeepSpeed averages over microbatches and data ranks, but the loss is a mean over tokens.
         scale = num_microbatches * self.groups.get_data_parallel_world_size() / tokens
         reports = []
-        remaining = iter(step_batches)
+        batch_iterator = iter(step_batches)
         for microbatch in range(num_microbatches):
-            losses, total_loss = forward_step(remaining, self.engine)
+            losses, total_loss = forward_step(batch_iterator, self.engine)
             total, _, report = total_loss(losses)
             self.engine.backward(total * scale)
             reports.append(report)
             if microbatch < num_microbatches - 1:
-                self.engine.step()  # only counts
+                self.engine.step()  # only counts the microbatch
         return reports
 
-    def measure_gradients(self) -> float:
-        """By DeepSpeed, each parameter counted once; infinite where a gradient is not finite."""
+    @override
+    def compute_gradient_norm(self) -> float:
+        """Return DeepSpeed's norm, which counts each parameter once; infinite if a gradient is not finite."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         stage = self.config.deepspeed.zero_stage
-        if stage == 0:  # where it clips but tells no norm
+        if stage == 0:  # clips, but does not return the norm
             return self._gradient_norm()
         if stage == 3:
             return float(combine_grad_norm_groups(self.optimizer._get_norm_groups()))
         return float(self.optimizer.scaled_global_norm())
 
+    @override
     def update(self, gradient_norm: float) -> None:
-        """One AdamW step after clipping; DeepSpeed measures the norm once more."""
+        """Clip and update; DeepSpeed computes the norm again."""
         self.engine.step()
 
-    def drop_gradients(self) -> None:
-        """As DeepSpeed passes over a step in which something overflowed."""
-        with _all_overflows(self.optimizer, stage=self.config.deepspeed.zero_stage):
+    @override
+    def skip_update(self) -> None:
+        """Let DeepSpeed skip the step as it skips one with an overflow."""
+        with _forced_overflow(self.optimizer, stage=self.config.deepspeed.zero_stage):
             self.engine.step()
 
+    @override
     def sync_parameters(self) -> None:
-        """Nothing to do: `update` leaves nothing to the next step."""
+        """Do nothing: `update` defers nothing to the next forward pass."""
 
     def _gradient_norm(self) -> float:
         group = self.groups.get_model_parallel_group()
@@ -143,11 +152,12 @@ class DeepSpeedEngine(Engine):
         dist.all_reduce(squares, group=group)
         return squares.sqrt().item()
 
+    @override
     @torch.no_grad()
     def forward(
         self, forward_step: ForwardStep, batches: Iterator[Batch], *, num_microbatches: int
     ) -> Reports:
-        """One microbatch after another."""
+        """Run the microbatches one after another."""
         self.engine.eval()
         reports = []
         for _ in range(num_microbatches):
@@ -156,13 +166,14 @@ class DeepSpeedEngine(Engine):
         self.engine.train()
         return reports
 
+    @override
     def shards(self) -> list[ShardedTensor]:
-        """The weights, for other engines and layouts to begin with; `restore` reads its own files."""
+        """Return the weights, for other engines and layouts to start from; `restore` does not read them."""
         if self.config.deepspeed.zero_stage < 3:
-            return shard_weights(self.pieces)
+            return shard_weights(self.model_chunks)
         from deepspeed import zero
 
-        # Gathered one after another; of the data ranks, which then hold the same, the first keeps them.
+        # Parameters are gathered one at a time, and the first data rank alone keeps a copy of each.
         shards = []
         for name, parameter in self.model.named_parameters():
             with zero.GatheredParameters([parameter]):
@@ -171,43 +182,52 @@ class DeepSpeedEngine(Engine):
                     shards += shard_parameter(self.model, name, parameter, values)
         return shards
 
+    @override
     def counts(self) -> dict[str, int]:
-        """None: DeepSpeed's files have them."""
+        """Return no counters: they are in DeepSpeed's files."""
         return {}
 
+    @override
     def write_files(self, folder: Path) -> None:
-        """DeepSpeed's own checkpoint, in the folder `deepspeed`."""
+        """Write DeepSpeed's own checkpoint into the subfolder `deepspeed`."""
         self.engine.save_checkpoint(str(folder), tag=FOLDER, save_latest=False)
 
+    @override
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Exact, on the layout that saved it. DeepSpeed unpickles its files: load only your own."""
+        """Load DeepSpeed's files, which only the layout that saved them can read.
+
+        DeepSpeed unpickles these files, which can execute code: load only files that you trust.
+
+        Raises:
+            FileProblem: Another layout saved the checkpoint.
+        """
         changes = name_differences(checkpoint.manifest.layout, describe_layout(self.config))
         if changes:
             raise FileProblem(
                 checkpoint.path,
                 f"holds DeepSpeed's files for another layout ({changes})",
-                "go on with the layout that saved it, or begin another run from its weights by "
+                "resume with the layout that saved it, or start another run from its weights with "
                 "checkpoint.initial_weights",
             )
         self.engine.load_checkpoint(str(checkpoint.path), tag=FOLDER, load_lr_scheduler_states=False)
 
 
 @contextlib.contextmanager
-def _all_overflows(optimizer: Any, *, stage: int) -> Iterator[None]:
-    """Within it DeepSpeed's optimizer finds an overflow in any step; that of stage 0 does nothing.
+def _forced_overflow(optimizer: Any, *, stage: int) -> Iterator[None]:
+    """Make DeepSpeed's optimizer detect an overflow in every step; at stage 0, make its step do nothing.
 
-    Seen in 0.19.8: where an overflow is found, its `step` clears gradients and buffers and updates nothing.
+    In DeepSpeed 0.19.8, `step` clears gradients and buffers and updates nothing if it detects an overflow.
     """
 
-    def find_overflow(*_args: Any, **_options: Any) -> None:
+    def report_overflow(*_args: Any, **_options: Any) -> None:
         optimizer.overflow = True
 
     replaced: dict[str, Any] = (
         {"step": lambda *_args, **_options: None}
         if stage == 0
-        else {"_overflow_check_and_loss_scale_update": find_overflow}
+        else {"_overflow_check_and_loss_scale_update": report_overflow}
         if stage == 3
-        else {"check_overflow": find_overflow, "check_grad_overflow": True}
+        else {"check_overflow": report_overflow, "check_grad_overflow": True}
     )
     kept = {name: value for name, value in vars(optimizer).items() if name in replaced}
     vars(optimizer).update(replaced)
@@ -220,14 +240,14 @@ def _all_overflows(optimizer: Any, *, stage: int) -> Iterator[None]:
 
 
 def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration: what the run's sections decide, then `deepspeed.settings`."""
+    """Return DeepSpeed's configuration: `deepspeed.settings` and the fields of the run's sections."""
     settings = config.deepspeed.settings
     zero = {
         "stage": config.deepspeed.zero_stage,
         **settings.get("zero_optimization", {}),
     }
     return {
-        # Torch's AdamW serves as well where states are offloaded.
+        # torch's AdamW also works with offloaded states.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         **settings,
@@ -242,11 +262,11 @@ def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str,
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # DeepSpeed will not do without; only launchers set it.
+    # DeepSpeed requires this variable, which only launchers set.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
-    # Its shared-memory collectives for CPU would be compiled now, with a compiler there may not be.
+    # Prevent the compilation of its shared-memory collectives for CPU: a compiler may be missing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

@@ -1,10 +1,9 @@
-"""What trains the model: the one interface that steps, evaluation and checkpoints know.
+"""The interface through which the training loop, evaluation and checkpoints use the model.
 
-    accumulate(batches) -> gradients -> measure_gradients() -> [loss and norm are judged]
-      -> update() -> weights, or drop_gradients()
+forward_backward(batches) -> compute_gradient_norm() -> [check] -> update() or skip_update()
 
-Two engines implement it: Megatron-core's own DDP and optimizers (`megatron_engine`), and DeepSpeed's
-ZeRO (`deepspeed_engine`).
+Two engines implement it: `megatron_engine` (Megatron-core's data parallelism and optimizers) and
+`deepspeed_engine` (DeepSpeed's ZeRO). `build` constructs the one that the config selects.
 """
 
 from __future__ import annotations
@@ -18,92 +17,74 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from sas_megatron.checkpoint.initial_weights import load_initial_weights
 from sas_megatron.checkpoint.loading import Checkpoint
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_gpt_chunks
 from sas_megatron.model.language_loss import Batch
 
+# Megatron-core's protocol: (batches, model) -> (output, function of the output that returns loss, number of
+# tokens and report).
 ForwardStep = Callable[..., Any]
+# One dictionary per microbatch; `loss` holds the summed loss and the number of tokens.
 Reports = list[dict[str, torch.Tensor]]
 
 
 class Engine(ABC):
-    """The live objects of a run on this rank.
+    """The model, optimizer and learning-rate schedule of this rank.
 
-    `pieces` are this rank's parts of the model without any wrapper: one, or several where pipeline
-    stages interleave.
+    `model_chunks` are this rank's parts of the model without data-parallel wrappers: one, or several if
+    pipeline stages interleave.
     """
 
     config: RunConfig
-    pieces: list[Any]
+    model_chunks: list[Any]
     schedule: OptimizerParamScheduler
 
     @abstractmethod
-    def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
-        """Forward and backward over a step's microbatches, from zeroed gradients.
+    def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
+        """Zero the gradients, then run forward and backward over the microbatches of a step.
 
         Returns:
-            The report of each microbatch on the pipeline's last stage; nothing on the others.
+            The report of each microbatch on the last pipeline stage; an empty list on the other stages.
         """
 
     @abstractmethod
-    def measure_gradients(self) -> float:
-        """The norm of the accumulated gradients over all ranks, before clipping; leaves weights alone."""
+    def compute_gradient_norm(self) -> float:
+        """Return the norm of the accumulated gradients over all ranks, before clipping."""
 
     @abstractmethod
     def update(self, gradient_norm: float) -> None:
-        """Applies the accumulated gradients, clipped by the norm that `measure_gradients` gave."""
+        """Clip the accumulated gradients by `gradient_norm` and apply one optimizer step."""
 
     @abstractmethod
-    def drop_gradients(self) -> None:
-        """In place of `update`: weights and optimizer stay as they are."""
+    def skip_update(self) -> None:
+        """Discard the accumulated gradients; weights and optimizer state stay unchanged."""
 
     @abstractmethod
     def sync_parameters(self) -> None:
-        """Makes this rank's weights those of the last update, where that would be left to the next step."""
+        """Finish any parameter all-gather that the last update deferred to the next forward pass."""
 
     @abstractmethod
     def forward(
         self, forward_step: ForwardStep, batches: Iterator[Batch], *, num_microbatches: int
     ) -> Reports:
-        """Runs the model without gradients and without dropout; reports as `accumulate` does."""
+        """Run the model without gradients or dropout; return reports as `forward_backward` does."""
 
     @abstractmethod
     def shards(self) -> list[ShardedTensor]:
-        """What a checkpoint needs of this rank's tensors: the weights, and what else `restore` reads."""
+        """Return this rank's shards of the tensors that a checkpoint stores."""
 
     @abstractmethod
     def counts(self) -> dict[str, int]:
-        """What it needs beside tensors, the same on every rank."""
+        """Return the counters that a checkpoint stores with the tensors; the same on every rank."""
 
     @abstractmethod
     def write_files(self, folder: Path) -> None:
-        """Writes what the engine saves in a format of its own into a checkpoint's folder; all ranks do."""
+        """Write files of the engine's own format into a checkpoint folder; every rank must call it."""
 
     @abstractmethod
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint of this engine into it, freshly assembled; every rank must call it.
+        """Load a checkpoint into this newly built engine; every rank must call it.
 
         Raises:
-            FileProblem: the checkpoint is of another model, or of a layout that the engine cannot load.
+            FileProblem: The checkpoint is of another model, or of a layout that the engine cannot load.
         """
-
-
-def assemble(config: RunConfig, *, initial_weights: Path | None = None) -> Engine:
-    """Builds model, optimizer and schedule on this rank, by `training.engine`; its groups must exist.
-
-    Args:
-        config: The run.
-        initial_weights: What to begin with (as `checkpoint.initial_weights`) in place of drawn weights.
-    """
-    pieces = build_gpt_chunks(config)
-    if initial_weights is not None:  # before the optimizer copies them
-        load_initial_weights(initial_weights, pieces, config)
-    if config.training.engine == "deepspeed":
-        from sas_megatron.training.deepspeed_engine import DeepSpeedEngine
-
-        return DeepSpeedEngine(config, pieces)
-    from sas_megatron.training.megatron_engine import MegatronEngine
-
-    return MegatronEngine(config, pieces)

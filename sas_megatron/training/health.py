@@ -1,32 +1,45 @@
-"""Judges each step between its gradients and its update, and counts what was found.
+"""Rules that decide, between the gradients and the update of a step, whether the step is harmful.
 
-loss, gradient norm (agreed on by all ranks) -> findings -> update or not -> counts, records, a fault
+loss and gradient norm (the same on all ranks) -> findings -> apply or skip the update -> counts
 
-Whose samples made a loss not finite is known, as each rank has losses of its own. Of gradients it is
-not: they are sums over the data ranks by then.
+The rank that caused a non-finite loss is known, because each rank has its own losses. The rank that caused a
+non-finite gradient norm is not known, because gradients are summed over the data ranks first. No torch.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from sas_megatron.config.training import HealthConfig
-from sas_megatron.training.spikes import Spike, find_spike
 
 Response = Literal["record", "skip", "stop"]
 Quantity = Literal["loss", "gradient_norm"]
 
+# 1/Φ⁻¹(3/4): the ratio of standard deviation to median absolute deviation in a normal distribution.
+TO_STANDARD_DEVIATION = 1.4826
+# As a share of the median. Without it, any change of a nearly constant series would be a spike.
+SMALLEST_DEVIATION = 0.01
+
 
 class TrainingFault(RuntimeError):
-    """Training cannot go on, through no fault of the config's form."""
+    """Training cannot continue although the config is valid."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A value far above the median of the values before it; the excess is given in their deviations."""
+
+    median: float
+    deviations: float
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a step: a value that is not finite (`spike` is None) or far above those before."""
+    """A loss or gradient norm that is a spike, or not finite (`spike` is None), and the response to it."""
 
     quantity: Quantity
     value: float
@@ -34,19 +47,42 @@ class Finding:
     response: Response
 
 
-# Loss and gradient norm -> findings; the update is made where each of these is only to be recorded.
-Judge = Callable[[float, float], list[Finding]]
+# (loss, gradient norm) -> findings.
+StepCheck = Callable[[float, float], list[Finding]]
 
 
 def find_non_finite(loss: float, gradient_norm: float) -> list[Finding]:
-    """The first of the two that is not finite; a loss that is not makes gradients that are not."""
+    """Return a finding for the loss if it is not finite, else for a gradient norm that is not finite.
+
+    A non-finite loss always makes the gradients non-finite, so that one finding is enough.
+    """
     values: list[tuple[Quantity, float]] = [("loss", loss), ("gradient_norm", gradient_norm)]
     return [Finding(name, value, None, "skip") for name, value in values if not math.isfinite(value)][:1]
 
 
+def find_spike(value: float, previous: Sequence[float], *, threshold: float) -> Spike | None:
+    """Return the spike if `value` exceeds the median of `previous` by more than `threshold` deviations.
+
+    Medians are used because earlier spikes hardly change them. Only an increase is a spike: a loss that falls
+    fast is not. If all previous values are 0, the scale is unknown and nothing is a spike.
+
+    Args:
+        value: The value to check; finite.
+        previous: The values before it; finite, at least one.
+        threshold: The number of deviations.
+    """
+    median = statistics.median(previous)
+    spread = TO_STANDARD_DEVIATION * statistics.median(abs(earlier - median) for earlier in previous)
+    deviation = max(spread, SMALLEST_DEVIATION * abs(median))
+    excess = value - median
+    if deviation == 0 or excess <= threshold * deviation:
+        return None
+    return Spike(median, excess / deviation)
+
+
 @dataclass
 class HealthHistory:
-    """Values of the last updates, and counts since the run began; saved with its progress."""
+    """The values of the last updates, and counts since the run began; saved with the run's progress."""
 
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
@@ -56,49 +92,54 @@ class HealthHistory:
     non_finite_gradients: int = 0
     loss_spikes: int = 0
     gradient_norm_spikes: int = 0
-    # Rank, as a string -> steps in which its own loss was not finite.
+    # Rank (a string, as JSON requires) -> number of steps in which its own loss was not finite.
     non_finite_losses_by_rank: dict[str, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, Any]:
-        """For summary.json: all but the values and what is of the moment."""
-        left_out = ("losses", "gradient_norms", "skipped_in_a_row")
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+        """Return the cumulative counts, for summary.json."""
+        excluded = ("losses", "gradient_norms", "skipped_in_a_row")
+        return {name: value for name, value in asdict(self).items() if name not in excluded}
 
 
-class HealthWatch:
-    """The rules of the `health` section over the steps of a run; alike on every rank."""
+class HealthRules:
+    """The rules of the `health` section, applied to the steps of a run; identical on every rank."""
 
     def __init__(self, config: HealthConfig, history: HealthHistory) -> None:
         self.config = config
         self.history = history
 
-    def judge(self, loss: float, gradient_norm: float) -> list[Finding]:
-        """What is wrong with a step, before its update."""
-        found = find_non_finite(loss, gradient_norm)
-        if found:
-            return found
+    def check_step(self, loss: float, gradient_norm: float) -> list[Finding]:
+        """Return the findings for a step before its update."""
+        findings = find_non_finite(loss, gradient_norm)
+        if findings:
+            return findings
         history: list[tuple[Quantity, float, list[float]]] = [
             ("loss", loss, self.history.losses),
             ("gradient_norm", gradient_norm, self.history.gradient_norms),
         ]
         for quantity, value, values in history:
-            before = values[-self.config.spike_window :]
-            if len(before) < self.config.spike_window:
+            window = values[-self.config.spike_window :]
+            if len(window) < self.config.spike_window:
                 continue
-            spike = find_spike(value, before, threshold=self.config.spike_threshold)
+            spike = find_spike(value, window, threshold=self.config.spike_threshold)
             if spike is not None:
-                found.append(Finding(quantity, value, spike, self.config.spike_response))
-        return found
+                findings.append(Finding(quantity, value, spike, self.config.spike_response))
+        return findings
 
     def count_update(self, loss: float, gradient_norm: float) -> None:
-        """Remembers the values of a step whose update was made."""
+        """Append the values of a step whose update was applied."""
         for values, value in ((self.history.losses, loss), (self.history.gradient_norms, gradient_norm)):
             values.append(value)
             del values[: -self.config.spike_window]
         self.history.skipped_in_a_row = 0
 
-    def count_finding(self, finding: Finding, faulty_ranks: Iterable[int]) -> None:
-        """Adds one finding to the counts."""
+    def count_finding(self, finding: Finding, ranks: Iterable[int]) -> None:
+        """Add one finding to the counts.
+
+        Args:
+            finding: The finding.
+            ranks: For a non-finite loss, the ranks whose own loss is not finite.
+        """
         history = self.history
         if finding.spike is not None:
             history.loss_spikes += finding.quantity == "loss"
@@ -106,18 +147,24 @@ class HealthWatch:
             return
         history.non_finite_losses += finding.quantity == "loss"
         history.non_finite_gradients += finding.quantity == "gradient_norm"
-        for rank in map(str, faulty_ranks):
+        for rank in map(str, ranks):
             by_rank = history.non_finite_losses_by_rank
             by_rank[rank] = by_rank.get(rank, 0) + 1
 
     def count_skip(self) -> None:
-        """Adds one step whose update was not made."""
+        """Add one step whose update was skipped."""
         self.history.skipped_in_a_row += 1
         self.history.skipped_steps += 1
 
 
-def describe_finding(finding: Finding, *, loss: float, culprits: Sequence[str]) -> str:
-    """What is wrong, in words: `the loss is not finite on rank 1 microbatch 0 (nan)`."""
+def describe_finding(finding: Finding, *, loss: float, microbatches: Sequence[str]) -> str:
+    """Return a description such as `the loss is not finite on rank 1 microbatch 0 (nan)`.
+
+    Args:
+        finding: The finding.
+        loss: The mean loss of the step.
+        microbatches: Descriptions of the microbatches with a non-finite loss.
+    """
     name = finding.quantity.replace("_", " ")
     if finding.spike is not None:
         return (
@@ -125,8 +172,8 @@ def describe_finding(finding: Finding, *, loss: float, culprits: Sequence[str]) 
             f"the median of {finding.spike.median:.6g}"
         )
     if finding.quantity == "loss":
-        return f"the loss is not finite on {', '.join(culprits) or 'the sum over ranks alone'}"
+        return f"the loss is not finite on {', '.join(microbatches) or 'the sum over ranks alone'}"
     return (
         f"the gradient norm is {finding.value} although the loss is {loss:.6g} "
-        "(which rank's samples did it is not known of a sum over ranks)"
+        "(the rank is unknown, because gradients are summed over ranks)"
     )

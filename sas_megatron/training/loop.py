@@ -1,275 +1,186 @@
-"""A whole run: assemble or resume, step, evaluate, save, and leave a summary.
+"""The training loop of one rank.
 
-data -> engine -> [ step -> record -> (evaluate) -> (save) ]* -> summary
+`Run` prepares a run: token files -> samples (`run_data`), config -> model and optimizer (`build`), and the
+newest checkpoint, if there is one. `Run.complete` then repeats
+
+    microbatches -> `step.train_step` -> health checks -> record -> (evaluate) -> (save a checkpoint)
+
+until the last step, or until a signal or the time limit requests a stop, and writes summary.json. Every rank
+executes the same sequence. Rank 0 alone writes the run directory and the console (`records`, `run_files`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.loading import (
-    Checkpoint,
-    find_newest_complete,
-    open_checkpoint,
-    restore_random_states,
-)
+from sas_megatron.checkpoint.loading import restore_random_states
 from sas_megatron.checkpoint.saving import CheckpointSaver
-from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters, count_training_flops
-from sas_megatron.data.batches import (
-    ByteLengths,
-    build_training_samples,
-    build_validation_samples,
-    microbatches,
-)
-from sas_megatron.data.token_files import load_manifest, open_token_files
 from sas_megatron.distributed.communication_counter import (
     build_communication_counter,
     gather_communication_counters,
 )
-from sas_megatron.distributed.error_agreement import on_first_rank
 from sas_megatron.distributed.gathering import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
-from sas_megatron.model.language_loss import Batch
-from sas_megatron.platform.device import describe_machine, peak_memory_bytes
-from sas_megatron.training.console import Console
-from sas_megatron.training.continuation import Branch, find_branch
-from sas_megatron.training.engine import Engine, assemble
-from sas_megatron.training.metrics import Meter, Progress
-from sas_megatron.training.run_files import RunFiles, describe_software
-from sas_megatron.training.run_health import RunHealth
+from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
+from sas_megatron.training.build import build_engine
+from sas_megatron.training.engine import Engine
+from sas_megatron.training.health_monitor import HealthMonitor
+from sas_megatron.training.metrics import Progress
+from sas_megatron.training.records import Recorder
+from sas_megatron.training.run_data import RunData
+from sas_megatron.training.run_files import RunFiles
+from sas_megatron.training.starting_point import find_starting_point
 from sas_megatron.training.step import StepResult, train_step
 from sas_megatron.training.step_profiler import StepProfiler
-from sas_megatron.training.stopping import Ending, StopRequest
+from sas_megatron.training.summary import SessionResults
 
 
 class Run:
-    """One run on one rank."""
+    """One training run on this rank.
 
-    def __init__(self, config: RunConfig, topology: Topology, stop: StopRequest | None = None) -> None:
+    Args:
+        config: The run.
+        topology: This rank's place in the run, with its process groups.
+        stop: Requests to stop; without it, only `training.stop_after_seconds` can request one.
+        peak_flops: Peak FLOP/s of one rank's device, for the logged MFU; None if unknown.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        stop: StopRequest | None = None,
+        *,
+        peak_flops: float | None = None,
+    ) -> None:
         self.started = time.perf_counter()
         self.config = config
         self.topology = topology
         self.stop = stop or StopRequest(after_seconds=config.training.stop_after_seconds)
-        self.console = Console(config, speaks=topology.is_first)
-        self.meter = Meter(config, topology.world_size)
-        self.files = RunFiles(config) if topology.is_first else None
-        tokenizer = open_token_files(config.data, vocab_size=config.model.vocab_size)
-        self.byte_lengths = ByteLengths(tokenizer, topology.device)
-        self.training_samples = build_training_samples(
-            config.data,
-            tokenizer,
-            num_samples=config.training.num_ordered_samples,
-            seed=config.training.seed,
-        )
-        self.validation_samples = build_validation_samples(
-            config.data, tokenizer, num_samples=config.evaluation.num_sequences
-        )
+        self.recorder = Recorder(config, topology, peak_flops=peak_flops)
+        self.data = RunData(config, topology)
         self.saver = CheckpointSaver(RunFiles.checkpoints(config), config, topology)
-        self.branch: Branch | None = None
-        self.resumed_from = self._find_checkpoint()
-        self.begins_with = self._find_initial_weights()
-        self.engine: Engine = assemble(
-            config, initial_weights=None if self.begins_with is None else self.begins_with.folder
-        )
-        counts = {} if self.resumed_from is None else self.resumed_from.progress["counts"]
+        self.start = find_starting_point(config, log=self.recorder.log)
+        self.engine: Engine = build_engine(config, initial_weights=self.start.weights_folder)
+        checkpoint = self.start.checkpoint
+        counts = {} if checkpoint is None else checkpoint.progress["counts"]
         self.progress = Progress(**counts)
-        self.last: StepResult | None = None
+        self.last_step: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
-        self.health = RunHealth(
-            config, topology, self.progress.health, say=self.console.say, record=self._record_health
-        )
-        self.ledger = build_communication_counter(topology)
+        self.health = HealthMonitor(config, topology, self.progress.health, recorder=self.recorder)
+        self.communication_counter = build_communication_counter(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
-    def complete(self) -> Ending:
-        """Steps to the end, to `training.stop_after_steps`, or until asked to stop; says which it was."""
-        self._resume()
-        self._tell_finished_step()
-        last_step = min(self.config.training.num_steps, self.config.training.stop_after_steps or 2**62)
-        ending = Ending("finished" if last_step == self.config.training.num_steps else "stop_after_steps")
+    def complete(self) -> RunExit:
+        """Train to the last step, to `training.stop_after_steps`, or until a stop is requested.
+
+        Returns:
+            The reason why training ended.
+
+        Raises:
+            TrainingFault: A finding of the health checks ends the run.
+            FileProblem: A file of the run cannot be written, or another session has taken over the run.
+        """
+        training, checkpoint = self.config.training, self.config.checkpoint
+        self._restore()
+        self._report_finished_step()
+        last_step = min(training.num_steps, training.stop_after_steps or 2**62)
+        run_exit = RunExit("finished" if last_step == training.num_steps else "stop_after_steps")
         if self.progress.step >= last_step and (RunFiles(self.config).directory / "summary.json").exists():
-            self.console.say(f"finished already, at step {self.progress.step}; nothing to do")
-            return ending
-        if self.files is not None:
-            self.files.open(
-                self.config, self._provenance(), resumed_step=self.progress.step, branch=self.branch
-            )
-        self.stop.arm(speaks=self.topology.is_first)
+            self.recorder.log(f"already finished at step {self.progress.step}; nothing to do")
+            return run_exit
+        self.recorder.open(self.start, resumed_step=self.progress.step)
+        self.stop.enable(logs=self.topology.is_first)
         try:
             if self.progress.owes_evaluation:
                 self._evaluate()
             while self.progress.step < last_step:
                 step = self.progress.step + 1
                 with self.profiler.step(step), self.health.measured(step):
-                    asked = self._step().stop_is_asked
+                    stop_requested = self._step().stop_requested
                 self.health.check_replicas(self.engine, step)
-                if asked and self.progress.step < last_step:
-                    ending = self._stop()
+                if stop_requested and self.progress.step < last_step:
+                    run_exit = self._stop()
                     break
                 if self._is_due(self.config.evaluation.interval):
                     self._evaluate()
                 self.saver.finish_if_written()
-                if self.config.checkpoint.is_due(self.progress.step):
+                if checkpoint.is_due(self.progress.step):
                     self._save()
-            self._finish(ending)
+            self._finish(run_exit)
         finally:
-            self.console.close()
-            if self.files is not None:
-                self.files.close()
-        return ending
+            self.recorder.close()
+        return run_exit
 
-    def _stop(self) -> Ending:
-        """Agrees on the reason, the first rank's that has one; time is short, so an evaluation waits."""
-        reasons = [reason for reason in gather_from_ranks(self.stop.reason) if reason is not None]
-        ending = Ending(reasons[0], goes_on=True)
-        self.console.say(f"stopping after step {self.progress.step}: {ending.reason}")
-        self.progress.owes_evaluation = self._is_due(self.config.evaluation.interval)
-        self.held_out = None
-        return ending
-
-    def _find_checkpoint(self) -> Checkpoint | None:
-        if self.config.checkpoint.resume:
-            newest = find_newest_complete(RunFiles.checkpoints(self.config), say=self.console.say)
-            if newest is not None:
-                return newest
-        self.branch = on_first_rank(lambda: find_branch(self.config))
-        return None if self.branch is None else open_checkpoint(self.branch.checkpoint)
-
-    def _find_initial_weights(self) -> WeightsSource | None:
-        path = self.config.checkpoint.initial_weights
-        if path is None or self.resumed_from is not None:
-            return None
-        return on_first_rank(lambda: find_weights(Path(path), self.config))
-
-    def _resume(self) -> None:
-        checkpoint = self.resumed_from
+    def _restore(self) -> None:
+        """Restore the engine, the random states and the schedule from the checkpoint, if there is one."""
+        checkpoint = self.start.checkpoint
         if checkpoint is not None:
             self.engine.restore(checkpoint)
-            restore_random_states(checkpoint, self.config, say=self.console.say)
+            restore_random_states(checkpoint, self.config, say=self.recorder.log)
             self.engine.schedule.step(checkpoint.progress["schedule_steps"])
-            self.console.say(f"going on from {checkpoint.path} at step {self.progress.step}")
-
-    def _record_health(self, step: int, event: dict[str, Any]) -> None:
-        if self.files is not None:
-            self.files.record({"kind": "health", "step": step, **event})
+            self.recorder.log(f"resuming from {checkpoint.path} at step {self.progress.step}")
 
     def _step(self) -> StepResult:
-        training = self.config.training
+        """Run one optimizer step, check and count it, and record it if it is due."""
+        num_samples = self.config.training.global_batch_size
         self._synchronize()
-        begun = time.perf_counter()
-        with self._counted():
-            self.last = train_step(
+        began = time.perf_counter()
+        with self._counted_communication():
+            result = train_step(
                 self.engine,
-                self._training_batches(),
-                num_microbatches=self._num_microbatches(training.global_batch_size),
+                self.data.training_batches(self.progress.consumed_samples),
+                num_microbatches=self.data.num_microbatches(num_samples),
                 topology=self.topology,
-                judge=self.health.watch.judge,
-                asks_to_stop=lambda: self.stop.reason is not None,
+                check=self.health.rules.check_step,
+                stop_requested=lambda: self.stop.reason is not None,
             )
         self._synchronize()
-        seconds = time.perf_counter() - begun
-        self.health.take(self.last, self.progress.step + 1)
-        self.progress.count_step(training.global_batch_size, seconds)
-        self._tell_finished_step()
-        self.console.advance(self.progress.step)
-        # In place of a step that is not finite there is a health record.
-        if self.last.is_finite and (self.progress.step == 1 or self._is_due(self.config.logging.interval)):
-            self._log_step(self.last, seconds)
-        return self.last
+        seconds = time.perf_counter() - began
+        self.last_step = result
+        self.health.count_step(result, self.progress.step + 1)
+        self.progress.count_step(num_samples, seconds)
+        self._report_finished_step()
+        self.recorder.console.advance(self.progress.step)
+        # A step that is not finite has a health record instead.
+        if result.is_finite and (self.progress.step == 1 or self._is_due(self.config.logging.interval)):
+            self.recorder.log_step(self.progress, result, seconds)
+        return result
 
-    def _training_batches(self) -> Iterator[Batch]:
-        return self._batches(
-            self.training_samples,
-            first_sample=self.progress.consumed_samples,
-            num_samples=self.config.training.global_batch_size,
-        )
+    def _stop(self) -> RunExit:
+        """Agree on the reason to stop: that of the first rank that has one.
 
-    def _batches(self, samples: Any, *, first_sample: int, num_samples: int) -> Iterator[Batch]:
-        return microbatches(
-            samples,
-            first_sample=first_sample,
-            num_samples=num_samples,
-            num_microbatches=self._num_microbatches(num_samples),
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_rank=self.topology.data_rank,
-            data_size=self.topology.data_size,
-            device=self.topology.device,
-            context_group=self.topology.context_group,
-        )
-
-    def _num_microbatches(self, num_samples: int) -> int:
-        """Microbatches in which each data-parallel rank goes over its part of `num_samples`."""
-        by_all = self.config.training.micro_batch_size * self.topology.data_size
-        turns = self.config.parallel.microbatch_group_size
-        return math.ceil(num_samples / by_all / turns) * turns
-
-    def _log_step(self, result: StepResult, seconds: float) -> None:
-        samples = self.config.training.global_batch_size
-        record = {
-            "kind": "train",
-            **self.meter.position(self.progress),
-            "train_loss": result.loss,
-            "gradient_norm": result.gradient_norm,
-            "learning_rate": result.learning_rate,
-            "step_seconds": seconds,
-            "tokens_per_second": self.meter.tokens_per_second(samples, seconds),
-        }
-        self.console.step(record, teraflops=self.meter.teraflops_per_rank(samples, seconds))
-        if self.files is not None:
-            self.files.record(record)
+        Time is short, so an evaluation that is due now is left to the resumed run.
+        """
+        reasons = [reason for reason in gather_from_ranks(self.stop.reason) if reason is not None]
+        self.recorder.log(f"stopping after step {self.progress.step}: {reasons[0]}")
+        self.progress.owes_evaluation = self._is_due(self.config.evaluation.interval)
+        self.held_out = None
+        return RunExit(reasons[0], is_resumable=True)
 
     def _evaluate(self) -> None:
-        num_sequences = self.config.evaluation.num_sequences
-        batches = self._batches(self.validation_samples, first_sample=0, num_samples=num_sequences)
+        """Compute the validation loss and record it."""
+        num_microbatches = self.data.num_microbatches(self.config.evaluation.num_sequences)
+        batches = self.data.validation_batches()
         held_out = evaluate_held_out(
-            functools.partial(
-                self.engine.forward, batches=batches, num_microbatches=self._num_microbatches(num_sequences)
-            ),
-            byte_lengths=self.byte_lengths,
+            functools.partial(self.engine.forward, batches=batches, num_microbatches=num_microbatches),
+            byte_lengths=self.data.byte_lengths,
             topology=self.topology,
         )
         self.held_out = held_out
-        self.progress.owes_evaluation = False
-        best = self.progress.best_validation_loss
-        if math.isfinite(held_out.loss):
-            self.progress.best_validation_loss = held_out.loss if best is None else min(best, held_out.loss)
-        self.console.say(
-            f" validation loss at iteration {self.progress.step} | lm loss value: {held_out.loss:.6E} | "
-            f"lm loss PPL: {held_out.perplexity:.6E} | bits per byte: {held_out.bits_per_byte:.4f} |"
-        )
-        if self.files is not None:
-            self.files.record(
-                {
-                    "kind": "validation",
-                    **self.meter.position(self.progress),
-                    **held_out.results,
-                }
-            )
-
-    def _sync_files(self) -> None:
-        """Brings the records to disk, if the run is still this session's; every rank must call it."""
-
-        def sync() -> None:
-            if self.files is not None:
-                self.files.check_is_own()
-                self.files.sync()
-
-        on_first_rank(sync)
+        self.progress.count_evaluation(held_out.loss)
+        self.recorder.log_validation(self.progress, held_out)
 
     def _save(self) -> None:
-        self._sync_files()
+        """Save a checkpoint, after the records up to it have been synced to disk."""
+        self.recorder.sync()
         self.saver.save(
             self.progress.step,
             shards=self.engine.shards(),
@@ -281,76 +192,39 @@ class Run:
             write_files=self.engine.write_files,
         )
 
-    def _finish(self, ending: Ending) -> None:
-        if not ending.goes_on and (
-            self.held_out is None or not self._is_due(self.config.evaluation.interval)
-        ):
+    def _finish(self, run_exit: RunExit) -> None:
+        """Evaluate and save if this has not been done at the last step, then write the summary."""
+        is_resumable = run_exit.is_resumable
+        is_evaluated = self.held_out is not None and self._is_due(self.config.evaluation.interval)
+        if not is_resumable and not is_evaluated:
             self._evaluate()
-        if ending.goes_on or not self.config.checkpoint.is_due(self.progress.step):
+        if is_resumable or not self.config.checkpoint.is_due(self.progress.step):
             self._save()
         self.saver.finish()
-        self._sync_files()
+        self.recorder.sync()
         self.profiler.close()
-        wire_bytes = gather_communication_counters(self.ledger) if self.config.logging.wire_ledger else None
-        if self.files is not None:
-            self.files.write_summary(self._summary(wire_bytes, ending))
-            if ending.goes_on:
-                self.files.write_stop(ending, step=self.progress.step)
-        if ending.goes_on:
-            self.stop.leave()
+        counter, is_counted = self.communication_counter, self.config.logging.wire_ledger
+        results = SessionResults(
+            run_exit,
+            seconds=time.perf_counter() - self.started,
+            last_step=self.last_step,
+            held_out=self.held_out,
+            wire_bytes=gather_communication_counters(counter) if is_counted else None,
+            health=self.health.summary(),
+        )
+        self.recorder.write_summary(self.progress, results)
+        if is_resumable:
+            self.stop.ignore_signals()
 
-    def _summary(self, wire_bytes: list[dict[str, Any]] | None, ending: Ending) -> dict[str, Any]:
-        position = self.meter.position(self.progress)
-        held_out = {} if self.held_out is None else self.held_out.results
-        return {
-            "schema": 1,
-            "exit_reason": ending.reason,
-            "steps": self.progress.step,
-            "tokens": position["consumed_tokens"],
-            "training_flops": position["training_flops"],
-            "training_flops_per_token": count_training_flops(self.config),
-            "parameters": count_parameters(self.config),
-            "training_seconds": self.progress.training_seconds,
-            # What follows is of the last session, where a run was gone on with.
-            "total_seconds": time.perf_counter() - self.started,
-            "median_step_seconds": self.progress.median_step_seconds(),
-            "peak_memory_bytes": peak_memory_bytes(self.topology.device),
-            "final_train_loss": None if self.last is None or not self.last.is_finite else self.last.loss,
-            "final_validation_loss": held_out.get("validation_loss"),
-            "best_validation_loss": self.progress.best_validation_loss,
-            "validation_perplexity": held_out.get("validation_perplexity"),
-            "validation_bits_per_byte": held_out.get("validation_bits_per_byte"),
-            "world_size": self.topology.world_size,
-            "wire_bytes_sent": wire_bytes,
-            "health": self.health.summary(),
-        }
-
-    def _provenance(self) -> dict[str, Any]:
-        return {
-            "machine": describe_machine(self.topology.device),
-            **describe_software(),
-            "world_size": self.topology.world_size,
-            "tensor_parallel": self.config.parallel.tensor,
-            "context_parallel": self.config.parallel.context,
-            "pipeline_parallel": self.config.parallel.pipeline,
-            "data_parallel": self.topology.data_size,
-            "initial_weights": None if self.begins_with is None else self.begins_with.describe(),
-            "branched_from": None if self.branch is None else str(self.branch.checkpoint),
-            "corpus": {
-                Path(prefix).name: load_manifest(prefix).model_dump(mode="json")
-                for prefix in self.config.data.prefixes
-            },
-        }
-
-    def _tell_finished_step(self) -> None:
+    def _report_finished_step(self) -> None:
         if self.topology.roll_call is not None:
             self.topology.roll_call.finish_step(self.progress.step)
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.step % interval == 0
 
-    def _counted(self) -> contextlib.AbstractContextManager[object]:
-        return self.ledger if self.config.logging.wire_ledger else contextlib.nullcontext()
+    def _counted_communication(self) -> contextlib.AbstractContextManager[object]:
+        return self.communication_counter if self.config.logging.wire_ledger else contextlib.nullcontext()
 
     def _synchronize(self) -> None:
         if self.topology.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Training by Megatron-core's own data parallelism, optimizers and pipeline schedules."""
+"""Training with Megatron-core's data parallelism, optimizers and pipeline schedules."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from typing_extensions import override
 
 from sas_megatron.checkpoint.loading import Checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
@@ -28,30 +29,35 @@ from sas_megatron.training.optimizer_states import read_num_updates, set_num_upd
 
 
 class MegatronEngine(Engine):
-    """Gradients in float32 buffers, reduced over the data ranks; AdamW, its states sharded if asked for."""
+    """Float32 gradient buffers that are reduced over the data ranks, and AdamW.
 
-    def __init__(self, config: RunConfig, pieces: list[Any]) -> None:
+    With `optimizer.distributed`, AdamW's states are sharded over the data ranks.
+    """
+
+    def __init__(self, config: RunConfig, model_chunks: list[Any]) -> None:
         self.config = config
-        self.pieces = pieces
-        self.chunks = [self._wrap(piece, is_first=index == 0) for index, piece in enumerate(self.pieces)]
-        self.optimizer = build_optimizer(config, self.chunks)
+        self.model_chunks = model_chunks
+        self.ddp_chunks = [
+            self._wrap(chunk, is_first=index == 0) for index, chunk in enumerate(self.model_chunks)
+        ]
+        self.optimizer = build_optimizer(config, self.ddp_chunks)
         self.schedule = build_schedule(config, self.optimizer)
         self.run_schedule = get_forward_backward_func()
-        # The schedules read the first piece's config; the layers of each read their own.
-        transformer = self.pieces[0].config
+        # The pipeline schedules read the config of the first chunk; the layers of each chunk read their own.
+        transformer = self.model_chunks[0].config
         transformer.grad_scale_func = self.optimizer.scale_loss
         transformer.finalize_model_grads_func = finalize_model_grads
         if config.parallel.overlap_gradient_reduce:
-            # Only the step's last microbatch sets the reduction off.
-            no_sync = [chunk.no_sync for chunk in self.chunks]
+            # Only the last microbatch of a step starts the gradient reduction.
+            no_sync = [chunk.no_sync for chunk in self.ddp_chunks]
             transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def _wrap(self, piece: Any, *, is_first: bool) -> DistributedDataParallel:
-        piece.config.calculate_per_token_loss = True
+    def _wrap(self, chunk: Any, *, is_first: bool) -> DistributedDataParallel:
+        chunk.config.calculate_per_token_loss = True
         parallel = self.config.parallel
-        module = Float16Module(piece.config, piece) if self.config.training.precision == "bfloat16" else piece
+        module = Float16Module(chunk.config, chunk) if self.config.training.precision == "bfloat16" else chunk
         return DistributedDataParallel(
-            piece.config,
+            chunk.config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=self.config.optimizer.distributed,
@@ -59,43 +65,48 @@ class MegatronEngine(Engine):
                 overlap_param_gather=parallel.overlap_parameter_gather,
             ),
             module,
-            # Of interleaved pieces only the first one's gradients come last, with nothing to hide behind.
+            # The gradients of the first chunk are complete last, so that only their reduction can be exposed.
             disable_bucketing=not is_first,
         )
 
-    def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
-        """As Megatron-core's schedule for the layout runs it: plain, 1F1B or interleaved 1F1B."""
-        for chunk in self.chunks:
+    @override
+    def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
+        """Run Megatron-core's schedule for the layout: without pipeline, 1F1B, or interleaved 1F1B."""
+        for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(forward_step, batches, num_microbatches=num_microbatches, forward_only=False)
 
-    def measure_gradients(self) -> float:
-        """By Megatron-core, each parameter counted once."""
+    @override
+    def compute_gradient_norm(self) -> float:
+        """Return the norm that Megatron-core computes; each parameter counts once, replicas do not."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
+    @override
     def update(self, gradient_norm: float) -> None:
-        """One AdamW step after clipping, as Megatron-core's `step` has it."""
-        largest = self.config.optimizer.clip_gradient_norm
-        for optimizer in self.optimizers() if largest > 0 else []:
+        """Clip and update as Megatron-core's `step` does."""
+        max_norm = self.config.optimizer.clip_gradient_norm
+        for optimizer in self.optimizers() if max_norm > 0 else []:
             clip_grad_by_total_norm_fp32(
-                optimizer.get_parameters(), max_norm=largest, total_norm=gradient_norm
+                optimizer.get_parameters(), max_norm=max_norm, total_norm=gradient_norm
             )
         self.optimizer.step_with_ready_grads()
 
-    def drop_gradients(self) -> None:
-        """Nothing to do: the next accumulation begins from zeroed buffers."""
+    @override
+    def skip_update(self) -> None:
+        """Do nothing: the next step zeroes the gradient buffers."""
 
+    @override
     @torch.no_grad()
     def forward(
         self, forward_step: ForwardStep, batches: Iterator[Batch], *, num_microbatches: int
     ) -> Reports:
-        """By the same schedule, forward only."""
-        for chunk in self.chunks:
+        """Run the same schedule, forward only."""
+        for chunk in self.ddp_chunks:
             chunk.eval()
         reports = self._run(forward_step, batches, num_microbatches=num_microbatches, forward_only=True)
-        for chunk in self.chunks:
+        for chunk in self.ddp_chunks:
             chunk.train()
         return reports
 
@@ -107,13 +118,14 @@ class MegatronEngine(Engine):
         num_microbatches: int,
         forward_only: bool,
     ) -> Reports:
-        # Each piece of an interleaved stage goes over the same microbatches, at its own time. A tee keeps
-        # up to 57 batches alive, so a single piece does without.
-        per_chunk = itertools.tee(batches, len(self.chunks)) if len(self.chunks) > 1 else (batches,)
+        # The chunks of an interleaved stage read the same microbatches at different times. `itertools.tee`
+        # keeps up to 57 batches alive, so that it is not used for a single chunk.
+        num_chunks = len(self.ddp_chunks)
+        batches_by_chunk = itertools.tee(batches, num_chunks) if num_chunks > 1 else (batches,)
         reports: Reports = self.run_schedule(
             forward_step_func=forward_step,
-            data_iterator=list(per_chunk),
-            model=self.chunks,
+            data_iterator=list(batches_by_chunk),
+            model=self.ddp_chunks,
             num_microbatches=num_microbatches,
             seq_length=self.config.data.sequence_length,
             micro_batch_size=self.config.training.micro_batch_size,
@@ -121,40 +133,45 @@ class MegatronEngine(Engine):
         )
         return reports
 
+    @override
     def shards(self) -> list[ShardedTensor]:
-        """Weights, AdamW's moments, and the float32 weights that it updates where the model's are others."""
+        """Return the weights, AdamW's moments, and its float32 weights if the model has another dtype."""
         self.sync_parameters()
         optimizers = self.optimizers()
-        return shard_weights(self.pieces) + [
-            shard for optimizer in optimizers for shard in shard_optimizer(optimizer, self.pieces)
+        return shard_weights(self.model_chunks) + [
+            shard for optimizer in optimizers for shard in shard_optimizer(optimizer, self.model_chunks)
         ]
 
+    @override
     def counts(self) -> dict[str, int]:
-        """AdamW's updates."""
+        """Return the number of AdamW updates."""
         return {"num_updates": max(map(read_num_updates, self.optimizers()))}
 
+    @override
     def write_files(self, folder: Path) -> None:
-        """None: all is in tensors."""
+        """Do nothing: everything is in the tensors."""
 
+    @override
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Exact on the layout that saved it; on others the same numbers are shared out anew."""
+        """Load the tensors, which are resharded if the layout differs from the one that saved them."""
         restore_tensors(checkpoint, self.shards())
         for optimizer in self.optimizers():
             set_num_updates(optimizer, checkpoint.progress["engine"]["num_updates"])
 
+    @override
     def sync_parameters(self) -> None:
-        """Gathers updated parameters now, where they would be gathered in the next forward pass."""
+        """All-gather the updated parameters now, if they would be gathered in the next forward pass."""
         if self.config.parallel.overlap_parameter_gather:
-            for chunk in self.chunks:
+            for chunk in self.ddp_chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
 
     def optimizers(self) -> list[Any]:
-        """Megatron-core's optimizer, or each of those that it chains."""
+        """Return Megatron-core's optimizer, or the optimizers that it chains."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
 
 def main_parameters(optimizer: Any) -> list[torch.Tensor]:
-    """What the inner AdamW updates: the weights, their float32 copies, or this rank's shards of those."""
+    """Return the tensors that AdamW updates: weights, float32 copies of them, or this rank's shards."""
     return [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]

@@ -1,7 +1,8 @@
-"""The numbers of a run as it goes: what is counted, what is timed, and the lines they make."""
+"""Counts and rates of a run: cumulative progress, throughput, and model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,45 +14,62 @@ from sas_megatron.training.health import HealthHistory
 
 @dataclass
 class Progress:
-    """Cumulative counts; saved with checkpoints, so that a resumed run goes on counting."""
+    """Cumulative counts. They are saved with checkpoints, so that a resumed run continues them."""
 
     step: int = 0
     consumed_samples: int = 0
-    # Seconds in training steps: start-up, evaluation and saving are left out.
+    # Time in training steps, without start-up, evaluation and saving.
     training_seconds: float = 0.0
     best_validation_loss: float | None = None
-    # An evaluation that was due when the run was stopped, which had no time for it.
+    # Whether an evaluation was due at the step at which the run was stopped, and was left to the resumed run.
     owes_evaluation: bool = False
     step_seconds: list[float] = field(default_factory=list)
     health: HealthHistory = field(default_factory=HealthHistory)
 
     def __post_init__(self) -> None:
-        if isinstance(self.health, dict):  # as a checkpoint has it
+        if isinstance(self.health, dict):  # read from a checkpoint
             self.health = HealthHistory(**self.health)
 
     def count_step(self, samples: int, seconds: float) -> None:
-        """Adds one finished step."""
+        """Add one finished step."""
         self.step += 1
         self.consumed_samples += samples
         self.training_seconds += seconds
         self.step_seconds.append(seconds)
 
+    def count_evaluation(self, loss: float) -> None:
+        """Add one evaluation; a loss that is not finite is never the best one."""
+        self.owes_evaluation = False
+        if math.isfinite(loss):
+            best = self.best_validation_loss
+            self.best_validation_loss = loss if best is None else min(best, loss)
+
     def median_step_seconds(self) -> float | None:
-        """Median over the steps but the first, which warms up; None before any."""
+        """Return the median over all steps except the first, which warms up; None before any step."""
         timed = self.step_seconds[1:] or self.step_seconds
         return statistics.median(timed) if timed else None
 
 
-class Meter:
-    """Turns progress into records for `metrics.jsonl`."""
+class Throughput:
+    """Converts samples and seconds into tokens, model FLOPs and rates.
 
-    def __init__(self, config: RunConfig, world_size: int) -> None:
+    Model FLOPs follow the conventions of `costs.model_costs`: the full attention matrix is counted, not its
+    causal half, and recomputation is not counted.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks.
+        peak_flops: Peak FLOP/s of one rank's device, for the MFU; None if unknown.
+    """
+
+    def __init__(self, config: RunConfig, *, world_size: int, peak_flops: float | None = None) -> None:
         self.sequence_length = config.data.sequence_length
         self.flops_per_token = sum(count_training_flops(config).values())
         self.world_size = world_size
+        self.peak_flops = peak_flops
 
     def position(self, progress: Progress) -> dict[str, Any]:
-        """Where the run stands: on every axis that a loss can be read against."""
+        """Return the run's position on every axis against which a loss can be plotted."""
         tokens = progress.consumed_samples * self.sequence_length
         return {
             "step": progress.step,
@@ -62,9 +80,15 @@ class Meter:
         }
 
     def tokens_per_second(self, samples: int, seconds: float) -> float:
-        """Tokens of a step over its time, all ranks together."""
+        """Return the tokens per second of a step, summed over all ranks."""
         return samples * self.sequence_length / seconds
 
     def teraflops_per_rank(self, samples: int, seconds: float) -> float:
-        """Model FLOPs (conventions of `costs.model_costs`) per second and rank, in 10¹²."""
+        """Return the model FLOPs per second and rank, in units of 10¹²."""
         return self.tokens_per_second(samples, seconds) * self.flops_per_token / self.world_size / 1e12
+
+    def utilization(self, samples: int, seconds: float) -> float | None:
+        """Return the MFU, a share of `peak_flops`; None if the peak is unknown."""
+        if self.peak_flops is None:
+            return None
+        return 1e12 * self.teraflops_per_rank(samples, seconds) / self.peak_flops

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, Megatron-core's optimizer over them, and its learning-rate schedule."""
+"""AdamW's parameter groups, Megatron-core's optimizer, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sas_megatron.model.assembly import DTYPES
 
 
 def is_simulation(name: str) -> bool:
-    """Whether a parameter's name says that it is a head or feature simulation weight."""
+    """Return whether a parameter, given by its name, belongs to a head or feature simulation."""
     return ".simulation." in name
 
 
 def is_vector(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a bias or a norm's weight, which are never decayed."""
+    """Return whether a parameter is a bias or a norm's weight, to which weight decay is never applied."""
     return parameter.dim() == 1 or name.endswith("bias")
 
 
 def parameter_group(name: str, parameter: nn.Parameter) -> str:
-    """The optimizer's group of a parameter: `matrices`, `vectors`, or the same of the `simulation`."""
+    """Return a parameter's group: `matrices`, `vectors`, `simulation matrices` or `simulation vectors`."""
     kind = "vectors" if is_vector(name, parameter) else "matrices"
     return f"simulation {kind}" if is_simulation(name) else kind
 
 
 def group_overrides(config: RunConfig) -> dict[str, ParamGroupOverride]:
-    """By group of `parameter_group`, where its rate and decay differ from those of `matrices`."""
+    """Return, by group, the learning rates and weight decays that differ from those of `matrices`."""
     settings = config.optimizer
     final = config.schedule.final_fraction
     simulation_rate = settings.learning_rate * settings.simulation_learning_rate_multiplier
@@ -46,7 +46,7 @@ def group_overrides(config: RunConfig) -> dict[str, ParamGroupOverride]:
 
 
 def describe_parameter_groups(config: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """The same groups as a torch optimizer takes them, with what `build_schedule` reads of each."""
+    """Return the groups in the form of a torch optimizer, with the overrides that `build_schedule` reads."""
     members: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         members.setdefault(parameter_group(name, parameter), []).append(parameter)
@@ -55,7 +55,7 @@ def describe_parameter_groups(config: RunConfig, model: nn.Module) -> list[dict[
 
 
 def build_optimizer(config: RunConfig, model_chunks: list[Any]) -> Any:
-    """Megatron-core's AdamW over the chunks' parameters, in the groups of `parameter_group`."""
+    """Build Megatron-core's AdamW over the parameters of the chunks, in the groups of `parameter_group`."""
     settings = config.optimizer
     overrides = group_overrides(config)
     return get_megatron_optimizer(
@@ -73,11 +73,11 @@ def build_optimizer(config: RunConfig, model_chunks: list[Any]) -> Any:
             use_distributed_optimizer=settings.distributed,
         ),
         model_chunks,
-        config_overrides={_key_of_group(group): override for group, override in overrides.items()},
+        config_overrides={_group_key(group): override for group, override in overrides.items()},
     )
 
 
-def _key_of_group(group: str) -> ParamKey:
+def _group_key(group: str) -> ParamKey:
     predicate = ParamWithNamePredicate(
         name=group, fn=lambda parameter, name: parameter_group(name, parameter) == group
     )
@@ -85,7 +85,7 @@ def _key_of_group(group: str) -> ParamKey:
 
 
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """The learning rate by step; `step(1)` before an optimizer step sets that step's rate."""
+    """Build the learning-rate schedule; `step(1)` before an optimizer step sets the rate of that step."""
     schedule, peak, steps = config.schedule, config.optimizer.learning_rate, config.training.num_steps
     return OptimizerParamScheduler(
         optimizer,

@@ -1,8 +1,8 @@
-"""The state of Megatron-core's AdamW by parameter, the same for all its optimizers.
+"""The state of Megatron-core's AdamW by parameter, in one form for all of its optimizers.
 
-Plain, mixed-precision and distributed optimizers keep their moments, and float32 weights where the
-model's are bfloat16, each in another order; by parameter's name and place they are the same
-numbers, so a checkpoint of one is good for the others, at any layout.
+The plain, mixed-precision and distributed optimizers store their moments, and float32 weights if the model's
+weights are bfloat16, in different orders. Stored by parameter name and element index the values are the same,
+so that a checkpoint of one optimizer can be loaded into another, at any layout.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from sas_megatron.checkpoint.tensor_reading import OPTIMIZER_PREFIX
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def shard_optimizer(optimizer: Any, pieces: list[Any]) -> list[ShardedTensor]:
-    """Moments, and float32 weights that are not the model's own, as views.
+def shard_optimizer(optimizer: Any, model_chunks: list[Any]) -> list[ShardedTensor]:
+    """Return views of the moments, and of the float32 weights if the model's weights have another dtype.
 
-    Moments that no step has made yet are made, as zeros.
+    Moments that do not exist before the first step are created as zeros.
     """
-    places = {parameter: (piece, name) for piece in pieces for name, parameter in piece.named_parameters()}
+    names = {
+        parameter: (chunk, name) for chunk in model_chunks for name, parameter in chunk.named_parameters()
+    }
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     shards = []
     for parameter, main, first_element in _updated_parameters(optimizer):
@@ -35,7 +37,7 @@ def shard_optimizer(optimizer: Any, pieces: list[Any]) -> list[ShardedTensor]:
             values["fp32_param"] = main.detach()
         for kind, tensor in values.items():
             shards += shard_parameter(
-                *places[parameter],
+                *names[parameter],
                 parameter,
                 tensor,
                 first_element=first_element,
@@ -45,37 +47,38 @@ def shard_optimizer(optimizer: Any, pieces: list[Any]) -> list[ShardedTensor]:
 
 
 def read_num_updates(optimizer: Any) -> int:
-    """Updates that Adam's bias correction counts; the same for all parameters."""
+    """Return the number of updates that Adam's bias correction uses; it is the same for all parameters."""
     inner = optimizer.optimizer
     counts = {int(state["step"]) for state in inner.state.values() if "step" in state}
-    # The fused implementations count by group.
+    # The fused implementations store it per group.
     counts |= {int(group["step"]) for group in inner.param_groups if "step" in group}
-    assert len(counts) <= 1, f"parameters were updated {counts} times"
+    assert len(counts) <= 1, f"parameters have different numbers of updates: {counts}"
     return max(counts, default=0)
 
 
 def set_num_updates(optimizer: Any, num_updates: int) -> None:
-    """Opposite of `read_num_updates`, once the moments are there."""
+    """Set the number that `read_num_updates` returns; the moments must exist."""
     inner = optimizer.optimizer
-    if not isinstance(inner, torch.optim.Adam):  # AdamW is one
+    if not isinstance(inner, torch.optim.Adam):  # torch's AdamW is a subclass
         for group in inner.param_groups:
             group["step"] = num_updates
         return
     for state in inner.state.values():
-        # One for each parameter: torch counts them up in place.
+        # Each parameter needs its own tensor, because torch increments it in place.
         state["step"] = torch.tensor(float(num_updates))
 
 
 def _updated_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor, int]]:
-    """The model's parameters with what AdamW updates for each: itself, a copy, or a run of its elements.
+    """Yield each parameter of the model, the tensor that AdamW updates for it, and a first element.
 
-    The last is the element of the parameter that the run begins with.
+    The tensor is the parameter itself, a float32 copy, or a contiguous range of the parameter's elements. The
+    first element is the index in the parameter at which that range begins.
     """
     inner = optimizer.optimizer
     if hasattr(optimizer, "model_param_group_index_map"):  # distributed
-        for parameter, (group, place) in optimizer.model_param_group_index_map.items():
-            run = optimizer._get_model_param_range_map(parameter)["param"]
-            yield parameter, inner.param_groups[group]["params"][place], run.start
+        for parameter, (group, index) in optimizer.model_param_group_index_map.items():
+            elements = optimizer._get_model_param_range_map(parameter)["param"]
+            yield parameter, inner.param_groups[group]["params"][index], elements.start
     elif hasattr(optimizer, "float16_groups"):  # mixed precision
         for models, mains in (
             (optimizer.float16_groups, optimizer.fp32_from_float16_groups),

@@ -1,8 +1,8 @@
-"""The files of a run: what the next stage reads, in place of logs.
+"""The files in a run's directory, which later stages read instead of logs.
 
-config.yaml     the resolved config         metrics.jsonl   one object a logged step
-run.json        where it came from          summary.json    what came out
-checkpoints/    tensorboard/                stopped.json    the run is to be gone on with
+config.yaml     the resolved config         metrics.jsonl   one object per record
+run.json        the provenance of the run   summary.json    its results
+checkpoints/    tensorboard/                stopped.json    present if the run was stopped and can be resumed
 """
 
 from __future__ import annotations
@@ -24,51 +24,51 @@ from sas_megatron import __version__
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from sas_megatron.fault_tolerance.stop_request import RunExit
 from sas_megatron.io.files import write_file
-from sas_megatron.training.continuation import Branch, check_goes_on, read_until
-from sas_megatron.training.stopping import Ending
+from sas_megatron.training.resuming import Branch, check_resumable, read_metrics_until
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 
 
 class RunFiles:
-    """Writes a run's directory; only rank 0 has one.
+    """Writes a run's directory; only rank 0 creates an instance.
 
-    Every method that reads or writes there raises `FileProblem` where that cannot be done.
+    Every method that accesses a file raises `FileProblem` if the file system reports an error.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.directory = Path(config.logging.run_directory)
         self._with_tensorboard = config.logging.tensorboard
-        # Tells this session from others of the run.
+        # Distinguishes this session from others of the run.
         self._session = uuid.uuid4().hex
         self._metrics: TextIO | None = None
         self._tensorboard: Any = None
 
     @staticmethod
     def checkpoints(config: RunConfig) -> Path:
-        """The folder of a run's checkpoints."""
+        """Return the folder of a run's checkpoints."""
         return Path(config.logging.run_directory) / "checkpoints"
 
     @staticmethod
     def check_directory(config: RunConfig) -> None:
-        """Before anything is built: the run directory must be new, or be gone on with, and be writable.
+        """Check that the run directory is writable, and that it is new or holds a run that can be resumed.
 
         Raises:
-            FieldError: it holds a run and `checkpoint.resume` is off.
-            FileProblem: it cannot be written.
+            FieldError: It holds a run and `checkpoint.resume` is off, or its run has another config or data.
+            FileProblem: It cannot be written, or its run.json is damaged.
         """
         directory = Path(config.logging.run_directory)
         if (directory / METRICS).exists() and not config.checkpoint.resume:
             raise FieldError(
                 "logging.run_directory",
                 directory,
-                "holds a run already",
-                "set checkpoint.resume=true to go on with it, or choose another directory",
+                "already holds a run",
+                "set checkpoint.resume=true to resume it, or choose another directory",
             )
         if config.checkpoint.resume:
-            check_goes_on(config)
+            check_resumable(config)
         existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise FileProblem(
@@ -85,9 +85,16 @@ class RunFiles:
         resumed_step: int,
         branch: Branch | None = None,
     ) -> None:
-        """Starts or goes on with the files; records after `resumed_step` are dropped, they come again.
+        """Create the files, or reopen them and drop the records after `resumed_step`, which are repeated.
 
-        Of a new run that is a branch, those of the trunk until then are its own.
+        Args:
+            config: The run.
+            provenance: This session's entry of run.json.
+            resumed_step: The step of the restored checkpoint; 0 without one.
+            branch: The branch of a new run, which starts with the trunk's records.
+
+        Raises:
+            FileProblem: The files cannot be written.
         """
         with _accessing(self.directory):
             self._open(config, provenance, resumed_step=resumed_step, branch=branch)
@@ -96,7 +103,7 @@ class RunFiles:
         self, config: RunConfig, provenance: dict[str, Any], *, resumed_step: int, branch: Branch | None
     ) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        # They tell of a session that has ended, and this one has not.
+        # They describe the end of a session, and this session has just started.
         for name in ("stopped.json", "summary.json"):
             (self.directory / name).unlink(missing_ok=True)
         resolved = dump_yaml(config)
@@ -106,7 +113,7 @@ class RunFiles:
         if branch is not None:
             kept = branch.read_metrics(config)
         elif metrics.exists():
-            kept = read_until(metrics, resumed_step)
+            kept = read_metrics_until(metrics, resumed_step)
         else:
             kept = []
         write_file(metrics, "".join(line + "\n" for line in kept))
@@ -118,9 +125,13 @@ class RunFiles:
                 str(self.directory / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
             )
 
-    def record(self, record: dict[str, Any]) -> None:
-        """Appends one object to metrics.jsonl, at once on disk, and its losses to TensorBoard."""
-        assert self._metrics is not None, "open() comes first"
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Append one object to metrics.jsonl without buffering it, and its numbers to TensorBoard.
+
+        Raises:
+            FileProblem: The file cannot be written.
+        """
+        assert self._metrics is not None, "call open() first"
         with _accessing(self.directory / METRICS):
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
@@ -130,43 +141,58 @@ class RunFiles:
                     self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def sync(self) -> None:
-        """Waits until the records are on disk: a checkpoint must not outlive those before it."""
-        assert self._metrics is not None, "open() comes first"
+        """Wait until the records are on disk, so that no checkpoint exists without the records before it.
+
+        Raises:
+            FileProblem: The file cannot be synced.
+        """
+        assert self._metrics is not None, "call open() first"
         with _accessing(self.directory / METRICS):
             os.fsync(self._metrics.fileno())
 
-    def check_is_own(self) -> None:
-        """Raises `FileProblem` where another session of the run has begun since, whose files these are then.
+    def check_session(self) -> None:
+        """Check that no other session of the run has started since; that session would own the files.
 
-        A scheduler that lost sight of a node starts the run elsewhere, while its processes may go on.
+        This happens if a scheduler loses contact with a node and restarts the run elsewhere while the
+        processes on that node still run.
+
+        Raises:
+            FileProblem: Another session has started, or run.json cannot be read.
         """
         path = self.directory / "run.json"
         with _accessing(path):
             newest = json.loads(path.read_text(encoding="utf-8"))["sessions"][-1]
         if newest["session"] != self._session:
-            begun = f"on {newest['host']} at {newest['started_at']}"
             raise FileProblem(
                 path,
-                f"tells of a session that began {begun}, after this one",
-                "leave the run to it, or stop it and go on with checkpoint.resume=true",
+                f"contains a newer session, started on {newest['host']} at {newest['started_at']}",
+                "let that session continue, or stop it and resume with checkpoint.resume=true",
             )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json and closes the other files."""
+        """Write summary.json and close the other files.
+
+        Raises:
+            FileProblem: The file cannot be written.
+        """
         with _accessing(self.directory / "summary.json"):
             write_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.close()
 
-    def write_stop(self, ending: Ending, *, step: int) -> None:
-        """Writes stopped.json, which is there only while the run waits to be gone on with."""
-        record = {"exit_reason": ending.reason, "exit_status": ending.exit_status, "step": step}
+    def write_stop(self, run_exit: RunExit, *, step: int) -> None:
+        """Write stopped.json, which exists only until the run is resumed.
+
+        Raises:
+            FileProblem: The file cannot be written.
+        """
+        record = {"exit_reason": run_exit.reason, "exit_status": run_exit.exit_status, "step": step}
         with _accessing(self.directory / "stopped.json"):
             write_file(self.directory / "stopped.json", json.dumps(record) + "\n")
 
     def close(self) -> None:
-        """Closes what is open."""
+        """Close metrics.jsonl and TensorBoard."""
         if self._metrics is not None:
-            with contextlib.suppress(OSError):  # what could not be written was told when it was to be
+            with contextlib.suppress(OSError):  # already raised when the record was written
                 self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -184,12 +210,14 @@ class RunFiles:
                 **provenance,
             }
         )
-        # Each that began anew: the last of those is what the run has come from.
-        begun_with = [session.get("initial_weights") for session in sessions if session["from_step"] == 0]
+        # The initial weights are those of the last session that started at step 0.
+        initial_weights = [
+            session.get("initial_weights") for session in sessions if session["from_step"] == 0
+        ]
         record = {
             **sessions[-1],
             "started_at": sessions[0]["started_at"],
-            "initial_weights": begun_with[-1] if begun_with else None,
+            "initial_weights": initial_weights[-1] if initial_weights else None,
             "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
             "sessions": sessions,
         }
@@ -197,6 +225,7 @@ class RunFiles:
 
 
 def _accessing(path: Path) -> AbstractContextManager[None]:
+    """Translate an error of the file system in the block into a `FileProblem` of `path`."""
     return translate_os_errors(
         path,
         problem="cannot be read or written",
@@ -205,7 +234,7 @@ def _accessing(path: Path) -> AbstractContextManager[None]:
 
 
 def describe_software() -> dict[str, Any]:
-    """Versions of the packages that decide results, and the state of the source tree."""
+    """Return the versions of the packages that affect results, and the commit of the source tree."""
     versions: dict[str, str | None] = {"sas-megatron": __version__}
     for name in PACKAGES:
         try:
@@ -216,7 +245,7 @@ def describe_software() -> dict[str, Any]:
 
 
 def _describe_git() -> str | None:
-    """Commit of the package's source, marked where it was changed; None outside a checkout."""
+    """Return the commit of the package's source, marked if it is modified; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,6 +1,9 @@
-"""One optimizer step: forward and backward over the microbatches, the judgement, the update.
+"""One optimizer step on all ranks.
 
-gradients -> their norm -> one sum over all ranks: loss, norm, who asks to stop -> judge -> update or not
+microbatches -> forward and backward -> gradient norm -> one all-reduce -> check -> update, or skip
+
+The all-reduce gives every rank the same mean loss, gradient norm and stop request, bit for bit. All ranks
+therefore make the same decision about the update without further communication.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from sas_megatron.distributed.gathering import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.training.engine import Engine, Reports
-from sas_megatron.training.health import Finding, Judge, find_non_finite
+from sas_megatron.training.health import Finding, StepCheck, find_non_finite
 
 
 @dataclass(frozen=True)
-class FaultyLoss:
+class NonFiniteLoss:
     """A microbatch whose loss is not finite."""
 
     rank: int
@@ -32,25 +35,27 @@ class FaultyLoss:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured, the same on every rank.
+    """The measurements of one step, the same on every rank.
 
-    The loss is the mean over the step's tokens, and the gradient norm that before clipping; both are of
-    before the update, which `is_applied` says was made.
+    Loss and gradient norm are those before the update.
     """
 
+    # Mean over the tokens of the step.
     loss: float
+    # Before clipping.
     gradient_norm: float
     learning_rate: float
+    # Whether the update was applied.
     is_applied: bool
     findings: list[Finding]
-    # Where the loss is not finite.
-    faulty_losses: list[FaultyLoss]
+    # Empty if the mean loss is finite.
+    non_finite_losses: list[NonFiniteLoss]
     # Whether any rank was asked to stop.
-    stop_is_asked: bool
+    stop_requested: bool
 
     @property
     def is_finite(self) -> bool:
-        """Whether loss and gradient norm are numbers to record."""
+        """Whether both loss and gradient norm are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
@@ -60,60 +65,67 @@ def train_step(
     *,
     num_microbatches: int,
     topology: Topology,
-    judge: Judge = find_non_finite,
-    asks_to_stop: Callable[[], bool] = lambda: False,
+    check: StepCheck = find_non_finite,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Runs a step; weights, optimizer and schedule stay as they are where `judge` finds it harmful.
+    """Run one optimizer step; every rank must call it.
 
     Args:
-        judge: Must answer alike on all ranks; it is given the same numbers on each.
-        asks_to_stop: Whether this rank is asked to stop, told to the others with the loss.
+        engine: Holds model, optimizer and schedule.
+        batches: This rank's microbatches; the step reads `num_microbatches` of them.
+        num_microbatches: Microbatches of this rank.
+        topology: This rank's process groups.
+        check: Returns the findings for a loss and a gradient norm. The update is applied only if all findings
+            have the response `record`. It must be deterministic, because every rank calls it.
+        stop_requested: Returns whether this rank was asked to stop; called after the backward pass.
     """
-    reports = engine.accumulate(batches, num_microbatches=num_microbatches)
-    own_norm = engine.measure_gradients()
-    loss, gradient_norm, stop_is_asked = _agree(reports, own_norm, topology, asks_to_stop=asks_to_stop())
-    findings = judge(loss, gradient_norm)
+    reports = engine.forward_backward(batches, num_microbatches=num_microbatches)
+    local_norm = engine.compute_gradient_norm()
+    loss, gradient_norm, any_stop_requested = _reduce_over_ranks(
+        reports, local_norm, topology, stop_requested=stop_requested()
+    )
+    findings = check(loss, gradient_norm)
     is_applied = all(finding.response == "record" for finding in findings)
     if is_applied:
         engine.schedule.step(1)
-        engine.update(own_norm)
+        engine.update(local_norm)
     else:
-        engine.drop_gradients()
+        engine.skip_update()
     return StepResult(
         loss=loss,
         gradient_norm=gradient_norm,
         learning_rate=engine.schedule.get_lr({}),
         is_applied=is_applied,
         findings=findings,
-        faulty_losses=[] if math.isfinite(loss) else _find_faulty_losses(reports),
-        stop_is_asked=stop_is_asked,
+        non_finite_losses=[] if math.isfinite(loss) else _gather_non_finite_losses(reports),
+        stop_requested=any_stop_requested,
     )
 
 
-def _agree(
-    reports: Reports, gradient_norm: float, topology: Topology, *, asks_to_stop: bool
+def _reduce_over_ranks(
+    reports: Reports, gradient_norm: float, topology: Topology, *, stop_requested: bool
 ) -> tuple[float, float, bool]:
-    """Mean loss by token over all samples, gradient norm, and whether any rank is asked to stop.
+    """Return the mean loss per token, the gradient norm, and whether any rank was asked to stop.
 
-    They are the same on every rank, to the bit: ranks that decided differently would wait for each other.
+    The results are bit-identical on all ranks: ranks that decided differently would deadlock.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=topology.device)
     for report in reports:
-        totals[:2] += report["loss"]
-    # Of equal norms in float32 the mean is exact.
+        totals[:2] += report["loss"]  # summed loss, number of tokens
+    # The norm is the same float32 number on every rank, so that its mean in float64 is exact.
     totals[2] = gradient_norm
-    totals[3] = asks_to_stop
+    totals[3] = stop_requested
     topology.sum_over_all(totals)
-    norm = totals[2].item() / topology.world_size
-    return (totals[0] / totals[1]).item(), norm, totals[3].item() > 0
+    mean_norm = totals[2].item() / topology.world_size
+    return (totals[0] / totals[1]).item(), mean_norm, totals[3].item() > 0
 
 
-def _find_faulty_losses(reports: Reports) -> list[FaultyLoss]:
-    """Those of all ranks; all must call it."""
-    own = [report["loss"][0].item() for report in reports]
+def _gather_non_finite_losses(reports: Reports) -> list[NonFiniteLoss]:
+    """Return the non-finite losses of all ranks; every rank must call it."""
+    local_losses = [report["loss"][0].item() for report in reports]
     return [
-        FaultyLoss(rank, microbatch, loss)
-        for rank, losses in enumerate(gather_from_ranks(own))
+        NonFiniteLoss(rank, microbatch, loss)
+        for rank, losses in enumerate(gather_from_ranks(local_losses))
         for microbatch, loss in enumerate(losses)
         if not math.isfinite(loss)
     ]

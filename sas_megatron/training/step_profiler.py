@@ -1,4 +1,4 @@
-"""Traces of chosen steps for Perfetto: one file a rank, in the `profile` folder of the run."""
+"""Writes profiler traces of chosen steps for Perfetto: one file per rank, in the run's `profile` folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from sas_megatron.config.training import LoggingConfig
 
 
 class StepProfiler:
-    """Records the steps of `logging.profile_steps` on this rank: processor, and GPU where there is one.
+    """Profiles the steps of `logging.profile_steps` on this rank: the CPU, and the GPU if the run uses one.
 
-    Recording is continuous from the first step to the last: evaluations and saves between them are in
-    the trace too. Each step is one range of its name.
+    Profiling is continuous from the first of these steps to the last, so that the trace also contains the
+    evaluations and saves between them. Each step is one named range.
+
+    Args:
+        config: The `logging` section.
+        rank: This rank, for the name of the trace.
+        device: This rank's device.
     """
 
     def __init__(self, config: LoggingConfig, *, rank: int, device: torch.device) -> None:
@@ -27,11 +32,11 @@ class StepProfiler:
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
         self._profile: profile | None = None
-        self._recorded: list[int] = []
+        self._profiled_steps: list[int] = []
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """What runs within is step `number`: recorded where it is asked for."""
+        """Profile the block as step `number`, if this step was chosen."""
         if self._steps is None or not self._steps[0] <= number <= self._steps[1]:
             yield
             return
@@ -40,20 +45,20 @@ class StepProfiler:
             self._profile.start()
         with record_function(f"step {number}"):
             yield
-        self._recorded.append(number)
+        self._profiled_steps.append(number)
         if number == self._steps[1]:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace, if one is being recorded: a run may stop before the last step asked for."""
+        """Write the trace, if profiling is active; a run may stop before the last chosen step."""
         if self._profile is None:
             return
         self._profile.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Named for what it holds: a run that is gone on with writes the rest beside it.
-        steps = f"steps_{self._recorded[0]}_to_{self._recorded[-1]}"
+        # The steps are in the name, because a resumed run writes the remaining steps to another file.
+        steps = f"steps_{self._profiled_steps[0]}_to_{self._profiled_steps[-1]}"
         path = self._folder / f"rank_{self._rank:05d}_{steps}.json.gz"
-        partial = path.with_name(f"partial_{path.name}")  # torch compresses by the end of the name
+        partial = path.with_name(f"partial_{path.name}")  # torch compresses if the name ends in .gz
         self._profile.export_chrome_trace(str(partial))
         partial.replace(path)
-        self._profile, self._recorded = None, []
+        self._profile, self._profiled_steps = None, []

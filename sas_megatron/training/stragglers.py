@@ -1,9 +1,9 @@
-"""How long each rank needs for a step by itself, and which one holds up the others.
+"""Measures the compute time of each rank in a step and finds the ranks that delay the others.
 
-In a collective all wait for the last, so that every rank's step takes as long as the slowest's. What is
-measured is therefore this rank's own time: on a CPU, what its main thread ran or was ready to run (the
-kernel's /proc/thread-self/schedstat); on a GPU, what kernels ran that are not NCCL's. Not in it is what
-holds a rank up while it sleeps, such as a slow disk.
+In a collective all ranks wait for the last one, so that the step takes the same elapsed time on every rank.
+The compute time excludes this waiting. On a CPU it is the time that the main thread ran or was ready to run
+(the kernel's /proc/thread-self/schedstat); on a GPU it is the time of all kernels except NCCL's. It also
+excludes delays during which the thread sleeps, such as those of a slow disk.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
-class OwnTime:
-    """Measures the own seconds of what runs within `measure`, on this rank's device."""
+class ComputeTimer:
+    """Measures the compute time of a block on this rank's device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,11 +28,11 @@ class OwnTime:
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
-        """`seconds` is that of the block, once it is left; what it sets off on a GPU must be done by then."""
+        """Set `seconds` when the block ends; all GPU work that it launches must be complete by then."""
         if self._device.type == "cpu":
-            before = _scheduled_seconds()
+            before = _read_scheduled_seconds()
             yield
-            self.seconds = _scheduled_seconds() - before
+            self.seconds = _read_scheduled_seconds() - before
             return
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             yield
@@ -45,30 +45,30 @@ class OwnTime:
         )
 
 
-def _scheduled_seconds() -> float:
-    """Of this thread, on a processor and in the queue for one."""
+def _read_scheduled_seconds() -> float:
+    """Return the time that this thread ran on a processor or waited in a run queue."""
     running, waiting, _ = Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()
     return 1e-9 * (int(running) + int(waiting))
 
 
 def find_stragglers(
-    own_seconds: Sequence[float], stages: Sequence[int], *, excess: float
+    compute_seconds: Sequence[float], stages: Sequence[int], *, excess: float
 ) -> dict[int, float]:
-    """Rank -> its own time over the median of its stage, where that exceeds 1 by more than `excess`.
+    """Return, by rank, the ratios of compute time to the stage's median that exceed 1 + `excess`.
 
     Args:
-        own_seconds: By rank.
-        stages: By rank, its pipeline stage; stages have different work, the ranks of one the same.
-        excess: As `health.straggler_excess`.
+        compute_seconds: The compute time of each rank.
+        stages: The pipeline stage of each rank; only ranks of the same stage have equal work.
+        excess: The share that `health.straggler_excess` allows.
     """
-    of_stage: dict[int, list[float]] = defaultdict(list)
-    for stage, seconds in zip(stages, own_seconds, strict=True):
-        of_stage[stage].append(seconds)
-    # Of an even number the lower one: of two ranks the faster.
-    medians = {stage: statistics.median_low(values) for stage, values in of_stage.items()}
+    by_stage: dict[int, list[float]] = defaultdict(list)
+    for stage, seconds in zip(stages, compute_seconds, strict=True):
+        by_stage[stage].append(seconds)
+    # The lower median, so that the slower of two ranks is compared with the faster.
+    medians = {stage: statistics.median_low(values) for stage, values in by_stage.items()}
     ratios = {
         rank: seconds / medians[stage]
-        for rank, (stage, seconds) in enumerate(zip(stages, own_seconds, strict=True))
+        for rank, (stage, seconds) in enumerate(zip(stages, compute_seconds, strict=True))
         if medians[stage] > 0
     }
     return {rank: ratio for rank, ratio in ratios.items() if ratio > 1 + excess}

@@ -17,11 +17,11 @@ from tests.run_configs import small_config
 class _SlowEngine:
     """Takes 30 ms for each of a step's three calls, and reads two batches."""
 
-    def accumulate(self, batches: Any, *, num_microbatches: int) -> list[Any]:
+    def forward_backward(self, batches: Any, *, num_microbatches: int) -> list[Any]:
         time.sleep(0.03)
         return [next(batches) for _ in range(num_microbatches)]
 
-    def measure_gradients(self) -> float:
+    def compute_gradient_norm(self) -> float:
         time.sleep(0.03)
         return 1.5
 
@@ -40,8 +40,8 @@ def test_time_between_the_engines_calls_is_the_loops() -> None:
     engine: Any = _SlowEngine()
     watch = EngineWatch(engine, torch.device("cpu"))
     for _step in range(3):
-        assert engine.accumulate(batches(), num_microbatches=2) == ["batch", "batch"]
-        engine.update(engine.measure_gradients())
+        assert engine.forward_backward(batches(), num_microbatches=2) == ["batch", "batch"]
+        engine.update(engine.compute_gradient_norm())
         time.sleep(0.05)
     steps = watch.steps()
     assert len(steps) == 2

@@ -37,7 +37,7 @@ STEP_SECONDS = (1.0, 7.0, 3.0, 2.0)
 
 def seconds_by_a_made_up_clock(configs: list[RunConfig]) -> list[list[float]]:
     """On a rank: the rounds of engines that move the clock on by known seconds."""
-    from sas_megatron.training import engine as engines
+    from sas_megatron.training import build
 
     clock = SimpleNamespace(now=0.0)
 
@@ -48,12 +48,12 @@ def seconds_by_a_made_up_clock(configs: list[RunConfig]) -> list[list[float]]:
             factor = 10.0 if config.model.num_layers == 3 else 1.0
             self.seconds = iter([factor * seconds for seconds in STEP_SECONDS])
 
-        def accumulate(self, batches: Any, *, num_microbatches: int) -> None:
+        def forward_backward(self, batches: Any, *, num_microbatches: int) -> None:
             assert num_microbatches == 2
             self.step = next(self.seconds)
             clock.now += 0.25 * self.step
 
-        def measure_gradients(self) -> float:
+        def compute_gradient_norm(self) -> float:
             return 1.5
 
         def update(self, gradient_norm: float) -> None:
@@ -62,7 +62,7 @@ def seconds_by_a_made_up_clock(configs: list[RunConfig]) -> list[list[float]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_time, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-        patch.setattr(engines, "assemble", MadeUpEngine)
+        patch.setattr(build, "build_engine", MadeUpEngine)
         return step_time.time_rounds(configs, 2, in_layout(ParallelConfig()))
 
 
@@ -92,15 +92,15 @@ def engines_held(configs: list[RunConfig]) -> list[int]:
     import pytest
 
     from sas_megatron.benchmarks.step_time import time_rounds
-    from sas_megatron.training import engine as engines
+    from sas_megatron.training import build
 
     made: list[weakref.ref[Any]] = []
     held: list[int] = []
-    assemble = engines.assemble
+    build_engine = build.build_engine
 
     def noted(config: RunConfig) -> Any:
         held.append(sum(engine() is not None for engine in made))
-        engine = assemble(config)
+        engine = build_engine(config)
         made.append(weakref.ref(engine))
         return engine
 
@@ -108,7 +108,7 @@ def engines_held(configs: list[RunConfig]) -> list[int]:
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engines, "assemble", noted)
+            patch.setattr(build, "build_engine", noted)
             time_rounds(configs, 2, topology)
     finally:
         gc.enable()

@@ -66,12 +66,12 @@ def main(folder: Path) -> None:
     from sas_megatron.checkpoint.loading import open_checkpoint
     from sas_megatron.checkpoint.manifest import find_checkpoints
     from sas_megatron.distributed.topology import joined_topology
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
     from tests.checkpoint.saved_runs import take_steps_from
 
     config = config_of(asynchronous=False)
     with joined_topology(config.parallel, device=device, seed=1, timeout_minutes=1) as topology:
-        engine = assemble(config)
+        engine = build_engine(config)
         take_steps_from(engine, topology, 0, 1)
         # What any save does for the first time.
         save(engine, topology, folder, 1, asynchronous=False)

@@ -44,23 +44,23 @@ def train_and_save(
     config: RunConfig, folder: Path, num_steps: int
 ) -> tuple[list[float], dict[str, WeightPart]]:
     """On a rank: losses of the steps, and its part of the weights as they were saved."""
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
     from tests.training.training_runs import weight_reader
 
     topology = in_layout(config.parallel)
-    engine = assemble(config)
+    engine = build_engine(config)
     losses = take_steps_from(engine, topology, 0, num_steps)
     save(engine, topology, folder, num_steps)
-    return losses, weight_parts(engine.pieces, weight_reader(engine))
+    return losses, weight_parts(engine.model_chunks, weight_reader(engine))
 
 
 def resume(config: RunConfig, path: Path, first_step: int, num_steps: int, again: Path | None) -> list[float]:
     """On a rank: saves what it has loaded into `again`, and returns the losses of further steps."""
     from sas_megatron.checkpoint.loading import open_checkpoint
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
 
     topology = in_layout(config.parallel)
-    engine = assemble(config)
+    engine = build_engine(config)
     checkpoint = open_checkpoint(path)
     engine.restore(checkpoint)
     engine.schedule.step(checkpoint.progress["schedule_steps"])
@@ -71,12 +71,12 @@ def resume(config: RunConfig, path: Path, first_step: int, num_steps: int, again
 
 def begin_with_weights(config: RunConfig, path: Path) -> tuple[dict[str, WeightPart], list[float]]:
     """On a rank: its part of the weights that a run with initial weights begins with, and losses."""
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
     from tests.training.training_runs import weight_reader
 
     topology = in_layout(config.parallel)
-    engine = assemble(config, initial_weights=path)
-    weights = weight_parts(engine.pieces, weight_reader(engine))
+    engine = build_engine(config, initial_weights=path)
+    weights = weight_parts(engine.model_chunks, weight_reader(engine))
     return weights, take_steps_from(engine, topology, 0, 2)
 
 

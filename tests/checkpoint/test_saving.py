@@ -110,10 +110,10 @@ def test_a_newer_version_is_refused_on_every_rank(ranks: Any, two_checkpoints: P
 
 def save_on_a_full_disk(config: RunConfig, folder: Path, full_on: int, num_bytes: int) -> str:
     """On a rank: what is said of a second checkpoint that one rank cannot write."""
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
 
     topology = in_layout(config.parallel)
-    engine = assemble(config)
+    engine = build_engine(config)
     take_steps_from(engine, topology, 0, 1)
     save(engine, topology, folder, 1)
     take_steps_from(engine, topology, 1, 1)
@@ -159,10 +159,10 @@ def test_a_folder_that_cannot_be_made_is_said_on_every_rank(ranks: Any, tmp_path
 def save_and_go_on(config: RunConfig, folder: Path) -> list[float]:
     """On a rank: steps while the first checkpoint is being written."""
     from sas_megatron.checkpoint.saving import CheckpointSaver
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
 
     topology = in_layout(config.parallel)
-    engine = assemble(config)
+    engine = build_engine(config)
     saver = CheckpointSaver(folder, config, topology)
     losses = []
     for step in range(1, 4):
@@ -174,10 +174,10 @@ def save_and_go_on(config: RunConfig, folder: Path) -> list[float]:
             write_files=engine.write_files,
         )
         with torch.no_grad():  # what is done to the weights now must not reach the files
-            for parameter in engine.pieces[0].parameters():
+            for parameter in engine.model_chunks[0].parameters():
                 parameter.add_(1.0)
             saver.finish_if_written()
-            for parameter in engine.pieces[0].parameters():
+            for parameter in engine.model_chunks[0].parameters():
                 parameter.sub_(1.0)
     saver.finish()
     return losses
@@ -197,14 +197,14 @@ def test_asynchronous_checkpoints_hold_what_was_when_they_were_begun(ranks: Any,
 def save_while_memory_runs_out(config: RunConfig, folder: Path) -> None:
     """On a rank: on the second of which the writing thread fails."""
     from sas_megatron.checkpoint.tensor_writing import TensorWriter
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
 
     topology = in_layout(config.parallel)
     kept = TensorWriter.write
     if topology.rank == 1:
         TensorWriter.write = raise_memory_error  # type: ignore[method-assign]
     try:
-        save(assemble(config), topology, folder, 1)
+        save(build_engine(config), topology, folder, 1)
     finally:
         TensorWriter.write = kept  # type: ignore[method-assign]
 
@@ -278,7 +278,7 @@ def test_files_of_another_model_are_refused_by_name_and_shape(ranks: Any, two_ch
 def restore_from(config: RunConfig, path: Path) -> None:
     """On a rank."""
     from sas_megatron.checkpoint.loading import open_checkpoint
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
 
     in_layout(config.parallel)
-    assemble(config).restore(open_checkpoint(path))
+    build_engine(config).restore(open_checkpoint(path))

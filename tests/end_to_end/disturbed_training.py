@@ -19,7 +19,7 @@ from sas_megatron.platform.device import prepare_device
 
 if __name__ == "__main__":
     prepare_device()
-    from sas_megatron.training import loop, start
+    from sas_megatron.training import entry, loop
 
     when, target, name, config, *overrides = sys.argv[1:]
     train_step, asdict, steps = loop.train_step, loop.asdict, itertools.count(1)
@@ -27,13 +27,13 @@ if __name__ == "__main__":
     def send() -> None:
         os.kill(os.getppid() if target == "launcher" else os.getpid(), signal.Signals[name])
 
-    def disturbed_step(*args: Any, asks_to_stop: Any, **kwargs: Any) -> Any:
+    def disturbed_step(*args: Any, stop_requested: Any, **kwargs: Any) -> Any:
         if next(steps) == 4 and os.environ["RANK"] == "1" and when != "save":
             send()
             deadline = time.monotonic() + 60
-            while when == "forever" or (not asks_to_stop() and time.monotonic() < deadline):
+            while when == "forever" or (not stop_requested() and time.monotonic() < deadline):
                 time.sleep(0.01)
-        return train_step(*args, asks_to_stop=asks_to_stop, **kwargs)
+        return train_step(*args, stop_requested=stop_requested, **kwargs)
 
     def disturbed_save(progress: Any) -> Any:
         if progress.step == 3 and os.environ["RANK"] == "1" and when == "save":
@@ -41,4 +41,4 @@ if __name__ == "__main__":
         return asdict(progress)
 
     loop.train_step, loop.asdict = disturbed_step, disturbed_save
-    sys.exit(start.train(load_run_config(config, overrides)).exit_status)
+    sys.exit(entry.train(load_run_config(config, overrides)).exit_status)

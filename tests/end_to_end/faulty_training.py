@@ -26,7 +26,7 @@ def loop_for_ever() -> None:
 
 if __name__ == "__main__":
     prepare_device()
-    from sas_megatron.training import loop, start
+    from sas_megatron.training import entry, loop
 
     fault, train_step, steps = globals()[sys.argv[1]], loop.train_step, itertools.count(1)
 
@@ -36,4 +36,4 @@ if __name__ == "__main__":
         return train_step(*args, **kwargs)
 
     loop.train_step = faulty_step
-    start.train(load_run_config(sys.argv[2]))
+    entry.train(load_run_config(sys.argv[2]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -22,6 +23,10 @@ from tests.fork_server import ForkedCommand
 FORKED, TORCHRUN = "forked", "torchrun"
 # What a test of ranks claims holds under both: torchrun starts an interpreter for each rank.
 LAUNCHERS = (FORKED, pytest.param(TORCHRUN, marks=pytest.mark.exhaustive))
+
+
+# The beginning of a line that reports a step.
+MEGATRON_LINE = re.compile(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +\d+/ +\d+ \|")
 
 
 class Job:

@@ -68,7 +68,7 @@ class Killer:
 if __name__ == "__main__":
     record, rank, phase, number, seconds, config = sys.argv[1:]
     prepare_device()
-    from sas_megatron.training import loop, start
+    from sas_megatron.training import entry, loop, starting_point
 
     if os.environ["RANK"] == rank:
         killer = Killer(record, phase=phase, number=int(number), seconds=float(seconds))
@@ -76,6 +76,6 @@ if __name__ == "__main__":
         # Of an asynchronous save also what happens beside the training.
         killer.mark(loop.CheckpointSaver, "_begin", enters="save")
         killer.mark(loop.CheckpointSaver, "_publish", leaves="save")
-        killer.mark(loop, "find_newest_complete", enters="load")
-        killer.mark(loop.Run, "_resume", leaves="load")
-    start.train(load_run_config(config))
+        killer.mark(starting_point, "find_newest_complete", enters="load")
+        killer.mark(loop.Run, "_restore", leaves="load")
+    entry.train(load_run_config(config))

@@ -42,7 +42,7 @@ if __name__ == "__main__":
     prepare_device()
     import torch.distributed as dist
 
-    from sas_megatron.training import loop, start
+    from sas_megatron.training import entry, loop
 
     train_step, readings, finished_steps = loop.train_step, list[int](), 0
 
@@ -61,5 +61,5 @@ if __name__ == "__main__":
         return result
 
     loop.train_step = measured_step
-    start.train(load_run_config(config))
+    entry.train(load_run_config(config))
     Path(f"{path}-{os.environ['RANK']}").write_text(f"{readings[1] - readings[0]}\n")

@@ -18,7 +18,7 @@ from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
-from tests.end_to_end.jobs import LAUNCHERS, TORCHRUN
+from tests.end_to_end.jobs import LAUNCHERS, MEGATRON_LINE, TORCHRUN
 from tests.end_to_end.started_processes import environment_with
 from tests.fork_server import ForkedCommand, run_command
 from tests.small_data import SmallData
@@ -227,7 +227,7 @@ def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
     assert "training stopped after step 2" in "".join(logs.values())
     lines = [line for line in done.stdout.splitlines() if "lm loss:" in line]
     assert lines
-    assert all(line.startswith(" iteration") for line in lines), "Megatron's form, with nothing in front"
+    assert all(MEGATRON_LINE.match(line) for line in lines), "Megatron's form, without a launcher's prefix"
 
 
 @pytest.mark.parametrize(

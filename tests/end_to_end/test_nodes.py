@@ -80,7 +80,7 @@ def test_torchrun_restarts_a_killed_rank_on_two_nodes_from_the_checkpoint(
     os.kill(victim, signal.SIGKILL)
     assert nodes.wait() == [0, 0], nodes.output()
     assert not nodes.processes()
-    assert re.search(r"going on from \S+ at step [1-9]\d*", nodes.output()), nodes.output()
+    assert re.search(r"resuming from \S+ at step [1-9]\d*", nodes.output()), nodes.output()
     assert steps(run_directory) == list(range(1, 101)), "each step once"
     # A log for each attempt of each process; of the node that lost none torch does not count the second.
     kept = {path.relative_to(logs).parts for path in logs.rglob("stderr.log")}

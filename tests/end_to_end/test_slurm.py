@@ -174,7 +174,7 @@ def test_a_cancelled_job_leaves_a_checkpoint_to_go_on_from_and_no_process(
         f"training.stop_after_steps={finished + 2}",
     )
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert len(losses(tmp_path / "run")) == finished + 2
 
 
@@ -200,7 +200,7 @@ def test_a_run_out_of_time_is_queued_again_and_ends_as_if_it_had_not_been(
     assert slurm.wait_for(job, "FAILED", seconds=JOB_SECONDS) == "FAILED"
     said = output.read_text()
     assert "turn 1 ended with" in said
-    assert "going on from" in said
+    assert "resuming from" in said
     assert "MAX_REQUEUES" in said
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == sorted(steps)

@@ -15,8 +15,8 @@ import pytest
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.fault_tolerance.failure_watchdog import GRACE_SECONDS
-from sas_megatron.training.stopping import SAME_ORDER_SECONDS, STOPPED_STATUS
-from tests.end_to_end.jobs import LAUNCHERS, Job
+from sas_megatron.fault_tolerance.stop_request import DUPLICATE_SIGNAL_SECONDS, STOPPED_STATUS
+from tests.end_to_end.jobs import LAUNCHERS, MEGATRON_LINE, Job
 from tests.small_data import SmallData
 from tests.training.test_runs import assert_end_alike, complete, records
 
@@ -75,7 +75,7 @@ def check_goes_on(job: Job, small_data: SmallData, whole: RunConfig) -> None:
     """The resumed job ends as the undisturbed run did, bit for bit."""
     job.start_ranks(2, "train", str(job.config), "checkpoint.resume=true")
     assert job.wait(240) == 0, job.output()
-    assert f"going on from {job.run_directory}/checkpoints/iter_{STOPPED_AFTER:07d}" in job.output()
+    assert f"resuming from {job.run_directory}/checkpoints/iter_{STOPPED_AFTER:07d}" in job.output()
     assert not (job.run_directory / "stopped.json").exists()
     assert read(job, "summary.json")["exit_reason"] == "finished"
     rest = config_of(small_data, job.run_directory)
@@ -121,7 +121,7 @@ def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     job.wait_for_record(4)  # records: three steps and an evaluation
     job.signal_rank(0, signal.SIGTERM)
     job.wait_for_output("received SIGTERM: saving after this step", MARGIN_SECONDS)
-    time.sleep(1.1 * SAME_ORDER_SECONDS)
+    time.sleep(1.1 * DUPLICATE_SIGNAL_SECONDS)
     job.signal_rank(0, signal.SIGTERM)
     assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
@@ -154,13 +154,14 @@ def test_the_torchrun_script_trains_logs_and_hands_the_signal_on(
         job.kill()
     assert read(job, "summary.json")["world_size"] == 2
     lines = [line for line in job.output().splitlines() if "lm loss:" in line]
-    assert all(line.startswith(" iteration") for line in lines), "Megatron's form, with nothing in front"
+    assert all(MEGATRON_LINE.match(line) for line in lines), "Megatron's form, without a launcher's prefix"
     steps = [int(re.findall(r"iteration +(\d+)/", line)[0]) for line in lines]
     assert steps[:4] == [1, 2, 4, 6], "every second step, on one rank only"
     for text in (
         "consumed samples:",
         "elapsed time per iteration (ms):",
-        "throughput per GPU (TFLOP/s/GPU):",
+        "throughput per GPU (TFLOP/s/GPU, model FLOPs, full attention matrix):",
+        "peak memory of rank 0 (GiB):",
     ):
         assert text in lines[0]
     printed = {path.parts[-2]: path.read_text() for path in logs.rglob("stdout.log")}

@@ -131,7 +131,7 @@ def _meter_of(pieces: list[Any], *, fused: bool) -> KeptMeter:
 def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) -> dict[str, int]:
     """In a process that is in no group: the most that `rank` keeps in a step of the real engine."""
     from sas_megatron.planning.fake_world import fake_world
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
 
     def batches(meter: KeptMeter) -> Iterator[Batch]:
         while True:
@@ -142,8 +142,8 @@ def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) ->
 
     world_size = config.parallel.model_size
     with fake_world(config.parallel, rank=rank, world_size=world_size), undrawn_weights():
-        engine = assemble(config)
-        with _meter_of(engine.pieces, fused=_is_fused(config)) as meter:
-            engine.accumulate(batches(meter), num_microbatches=num_microbatches)
+        engine = build_engine(config)
+        with _meter_of(engine.model_chunks, fused=_is_fused(config)) as meter:
+            engine.forward_backward(batches(meter), num_microbatches=num_microbatches)
         assert not meter.terms.total(), "something is kept of a step that is done"
         return {name: size for name, size in meter.peak.items() if size}

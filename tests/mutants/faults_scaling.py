@@ -220,8 +220,8 @@ MUTANTS = (
     Mutant(
         "train-exit-status-lost",
         "sas_megatron.cli.train:train",
-        "sys.exit(start.train(run_config).exit_status)",
-        "start.train(run_config)",
+        "sys.exit(entry.train(run_config, find_peak_flops=find_peak_flops).exit_status)",
+        "entry.train(run_config, find_peak_flops=find_peak_flops)",
         "`train` exits with status 0 when the run was stopped before its end.",
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Files written by earlier versions can still be read: run directories, study records and collected tables."""
+"""Files written by earlier versions can be read: run directories, study records and collected tables."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.training import start
+from sas_megatron.training import entry
 from tests.selection import cases
 from tests.small_data import SmallData
 from tests.training.test_runs import assert_end_alike, complete, records
@@ -67,12 +67,12 @@ def test_a_branch_is_the_run_that_took_all_its_steps_itself(
         training={**training, "stop_after_steps": num_steps - 1},
         checkpoint={"branch_from": at_step(trunk, num_steps - 3), "resume": True},
     )
-    start.check(branched, world_size=2)
+    entry.check_run(branched, world_size=2)
     ranks(2).run(complete, branched)
     # It goes on from its own checkpoints, with the trunk gone.
     (tmp_path / "trunk").rename(tmp_path / "elsewhere")
     whole = branched.replaced({"training.stop_after_steps": None})
-    start.check(whole, world_size=2)
+    entry.check_run(whole, world_size=2)
     ranks(2).run(complete, whole)
     assert_end_alike(whole, alone)
     assert without_times(whole, "train") == without_times(alone, "train")
@@ -93,7 +93,7 @@ def test_a_run_that_could_not_have_come_to_its_branch_is_refused(
     def refused(place: str, error: type[Exception], says: str, **sections: dict[str, Any]) -> None:
         config = run(small_data, tmp_path / "new", checkpoint={"branch_from": place}, **sections)
         with pytest.raises(error, match=says):
-            start.check(config, world_size=1)
+            entry.check_run(config, world_size=1)
         assert not (tmp_path / "new").exists()
 
     place = re.escape(at_step(trunk, 4))
@@ -101,19 +101,19 @@ def test_a_run_that_could_not_have_come_to_its_branch_is_refused(
     refused(
         at_step(trunk, 4),
         FieldError,
-        rf"training\.order_steps=13: the samples of {place} are in the order of a run of 12 steps; name",
+        rf"training\.order_steps=13: the samples of {place} are in the order of a run of 12 steps; set",
         training={"order_steps": 13},
     )
     refused(
         at_step(trunk, 4),
         FieldError,
-        r"schedule\.kind=cosine: the run has another learning rate at step 4",
+        r"schedule\.kind=cosine: the learning rate of the run at step 4 depends on",
         schedule={"kind": "cosine", "warmup_steps": 2},
     )
     refused(
         at_step(trunk, 9),
         FieldError,
-        r"schedule\.decay_steps=3: the run has its learning rate fall from step 4, and they part at 9",
+        r"schedule\.decay_steps=3: the run decays its learning rate from step 4 on, before the branch",
     )
     refused(
         at_step(trunk, 4),
@@ -123,4 +123,4 @@ def test_a_run_that_could_not_have_come_to_its_branch_is_refused(
     )
     refused(at_step(trunk, 5), FileProblem, "is no folder; give a checkpoint")
     (tmp_path / "trunk" / "metrics.jsonl").unlink()
-    refused(at_step(trunk, 4), FileProblem, r"metrics\.jsonl: is missing, and a branch takes it on")
+    refused(at_step(trunk, 4), FileProblem, r"metrics\.jsonl: is missing, and a branch needs it")

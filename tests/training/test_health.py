@@ -53,28 +53,28 @@ def complete_disturbed(
 
 
 def _disturb(run: Any, steps: list[int], what: str, factor: float) -> None:
-    training_batches = run._training_batches
-    *_, parameter = run.engine.pieces[-1].parameters()
+    training_batches = run.data.training_batches
+    *_, parameter = run.engine.model_chunks[-1].parameters()
     if what == "gradients":
         parameter.register_hook(
             lambda gradient: gradient * (factor if run.progress.step + 1 in steps else 1.0)
         )
         return
 
-    def disturbed() -> Any:
-        for index, batch in enumerate(training_batches()):
+    def disturbed(first_sample: int) -> Any:
+        for index, batch in enumerate(training_batches(first_sample)):
             if run.progress.step + 1 in steps and index == 0:
                 batch["loss_mask"] = batch["loss_mask"] * factor
             yield batch
 
-    run._training_batches = disturbed
+    run.data.training_batches = disturbed
 
 
 def _state_of(engine: Any) -> int:
     from sas_megatron.training.replicas import checksum
 
     engine.sync_parameters()
-    weights = [getattr(p, "ds_tensor", p) for piece in engine.pieces for p in piece.parameters()]
+    weights = [getattr(p, "ds_tensor", p) for piece in engine.model_chunks for p in piece.parameters()]
     megatron = engine.config.training.engine == "megatron"
     optimizers = engine.optimizers() if megatron else [engine.optimizer]
     moments = [

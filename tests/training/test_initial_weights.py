@@ -16,7 +16,7 @@ from sas_megatron.checkpoint.manifest import find_checkpoints
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
-from sas_megatron.training import start
+from sas_megatron.training import entry
 from tests.small_data import SmallData
 from tests.tolerances import BFLOAT16_LOSS, LOSS_AFTER_FIVE_STEPS
 from tests.training.test_runs import complete, records
@@ -178,7 +178,7 @@ def test_a_run_tells_which_checkpoint_it_began_with(continued: Continued, ranks:
 def test_weights_of_another_model_are_found_out_before_anything_starts(continued: Continued) -> None:
     config = continued.of(SAS, "refused", checkpoint={"initial_weights": str(continued.folder / "mha")})
     with pytest.raises(FieldError, match=r"attention.kind=sas: is mha of the weights in .*; set attention"):
-        start.check(config, world_size=1)
+        entry.check_run(config, world_size=1)
 
 
 @torch.no_grad()

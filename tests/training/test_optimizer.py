@@ -35,13 +35,13 @@ def config_of(**changes: Any) -> RunConfig:
 
 def _rates_and_decays(config: RunConfig, step: int) -> dict[str, tuple[float, float]]:
     """On a rank: learning rate and weight decay of every parameter at one step, by name."""
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
 
     in_layout(config.parallel)
-    engine = assemble(config)
+    engine = build_engine(config)
     for _ in range(step):
         engine.schedule.step(1)
-    names = {id(parameter): name for name, parameter in engine.pieces[0].named_parameters()}
+    names = {id(parameter): name for name, parameter in engine.model_chunks[0].named_parameters()}
     found: dict[str, tuple[float, float]] = {}
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
@@ -53,10 +53,10 @@ def _rates_and_decays(config: RunConfig, step: int) -> dict[str, tuple[float, fl
 
 def _elements_by_group(config: RunConfig) -> dict[tuple[float, float], int]:
     """On a rank: how many numbers are optimized at each rate and decay, in whatever copies."""
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
 
     in_layout(config.parallel)
-    engine = assemble(config)
+    engine = build_engine(config)
     for _ in range(WARMUP):
         engine.schedule.step(1)
     counted: dict[tuple[float, float], int] = {}

@@ -44,7 +44,7 @@ def test_a_checksum_does_not_depend_on_how_many_elements_are_summed_at_once(
 ) -> None:
     tensor = torch.randn(7, 11, generator=torch.Generator().manual_seed(3))
     whole = checksum(tensor)
-    monkeypatch.setattr(replicas, "_ELEMENTS_AT_ONCE", 10)
+    monkeypatch.setattr(replicas, "_ELEMENTS_PER_BLOCK", 10)
     assert checksum(tensor) == whole
     assert checksum(tensor.t().contiguous().t()) == whole, "strides are not values"
 
@@ -56,7 +56,7 @@ def test_the_ranks_that_differ_are_named_by_tensor() -> None:
     assert describe_drift(of_ranks) == (
         f"{NORM} differs between ranks 0-1, 3 and rank 2; {PROJECTION} differs between rank 1 and rank 3"
     )
-    assert describe_drift(of_ranks, most=1).endswith("; and 1 more")
+    assert describe_drift(of_ranks, max_names=1).endswith("; and 1 more")
 
 
 def complete_with_drift(config: RunConfig, drifting_rank: int, name: str) -> None:
@@ -64,7 +64,7 @@ def complete_with_drift(config: RunConfig, drifting_rank: int, name: str) -> Non
 
     def change_a_bit(run: Any) -> None:
         if run.progress.step == 3:
-            weights = dict(run.engine.pieces[0].named_parameters())[name].detach()
+            weights = dict(run.engine.model_chunks[0].named_parameters())[name].detach()
             weights.view(torch.int32).view(-1)[-1] ^= 1
 
     complete_disturbed(config, drifting_rank, change_a_bit)
@@ -82,7 +82,7 @@ def test_a_copy_that_drifts_ends_the_run_and_is_named(
         training={"num_steps": 8, "micro_batch_size": 2},
         health={"replica_check_interval": 2},
     )
-    expected = rf"after step 4 copies of the same weights are not equal: .*{name} differs between rank 0 and"
+    expected = rf"after step 4 replicas of the same weights differ: .*{name} differs between rank 0 and"
     with pytest.raises(AssertionError, match=expected):
         ranks(2).run(complete_with_drift, config, 1, name)
     assert [(record["step"], record["event"]) for record in records(config, "health")] == [(4, "drift")]

@@ -13,7 +13,7 @@ import pytest
 from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.training import start
+from sas_megatron.training import entry
 from sas_megatron.training.run_files import RunFiles
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
@@ -26,12 +26,12 @@ def complete_and_listen(config: RunConfig) -> list[str]:
     from sas_megatron.training.console import Console
 
     said: list[str] = []
-    kept = Console.say
-    Console.say = lambda _console, text: said.append(text)  # type: ignore[method-assign]
+    kept = Console.log
+    Console.log = lambda _console, text: said.append(text)  # type: ignore[method-assign]
     try:
         complete(config)
     finally:
-        Console.say = kept  # type: ignore[method-assign]
+        Console.log = kept  # type: ignore[method-assign]
     return said
 
 
@@ -58,7 +58,7 @@ def test_a_run_handed_from_layout_to_layout_is_one_run(
     for index, (world_size, sections) in enumerate(RELAY):
         training = {**sections.get("training", {}), "stop_after_steps": index + 1 + index // 3}
         leg = run("relay", **{**sections, "training": training}, checkpoint={"resume": True})
-        start.check(leg, world_size=world_size)
+        entry.check_run(leg, world_size=world_size)
         said = ranks(world_size).run(complete_and_listen, leg)
         assert [any("random states begin anew" in line for line in lines) for lines in said] == [
             index > 0
@@ -95,7 +95,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_nothing_had_been(
     broken = run("broken", checkpoint={"resume": True})
     for said in ranks(2).run(complete_and_listen, broken):
         assert said[0].startswith(f"{newest}: is damaged: __0_0.distcp has")
-        assert said[1] == f"going on from {before} at step 4"
+        assert said[1] == f"resuming from {before} at step 4"
     assert_end_alike(broken, whole)
     losses = [[record["train_loss"] for record in records(config)] for config in (broken, whole)]
     assert losses[0] == losses[1]
@@ -126,7 +126,7 @@ def test_a_new_run_begins_with_the_weights_of_another(
         with pytest.raises(
             FieldError, match=r"model\.rotary_base=500: is 10000 of the weights in .*0000004; set"
         ):
-            start.check(other, world_size=1)
+            entry.check_run(other, world_size=1)
     second = small_data.run(
         tmp_path / "second",
         training={"num_steps": 4, "engine": "deepspeed"},
@@ -134,7 +134,7 @@ def test_a_new_run_begins_with_the_weights_of_another(
         optimizer={"learning_rate": 1e-9},
         checkpoint={"initial_weights": str(tmp_path / "first")},
     )
-    start.check(second, world_size=2)
+    entry.check_run(second, world_size=2)
     ranks(2).run(complete, second)
     assert [record["step"] for record in records(second)] == [1, 2, 3, 4]
     assert summary(second)["final_validation_loss"] == pytest.approx(
@@ -147,7 +147,7 @@ def test_initial_weights_that_are_not_there_are_missed_before_training(
 ) -> None:
     config = small_data.run(tmp_path / "run", checkpoint={"initial_weights": str(tmp_path / "nothing")})
     with pytest.raises(FileProblem, match=r"nothing: holds neither a checkpoint nor weights"):
-        start.check(config, world_size=1)
+        entry.check_run(config, world_size=1)
 
 
 def test_deepspeeds_own_files_are_checked_and_bound_to_their_layout(
@@ -187,14 +187,17 @@ def test_what_decides_the_samples_may_not_change_with_the_layout(
         checkpoint={"resume": True},
     )
     with pytest.raises(FieldError, match=r"training\.global_batch_size=16: was 8 in the run"):
-        start.check(other, world_size=2)
+        entry.check_run(other, world_size=2)
 
 
 def begin_another_session(run: Any) -> None:
     """What the first rank of the same run, started elsewhere, does to the files in the fourth step."""
+    from sas_megatron.training.summary import describe_provenance
+
     if run.progress.step == 3:
+        provenance = describe_provenance(run.config, run.topology, run.start)
         elsewhere = RunFiles(run.config)
-        elsewhere.open(run.config, run._provenance(), resumed_step=0)
+        elsewhere.open(run.config, provenance, resumed_step=0)
         elsewhere.close()
 
 
@@ -210,7 +213,8 @@ def test_a_session_whose_run_was_taken_over_ends_and_leaves_the_files_alone(
     )
     with pytest.raises(AssertionError) as failure:
         ranks(2).run(complete_disturbed, config, 0, begin_another_session)
-    says = f"FileProblem: {tmp_path}/run/run.json: tells of a session that began on {socket.gethostname()} at"
+    host = socket.gethostname()
+    says = f"FileProblem: {tmp_path}/run/run.json: contains a newer session, started on {host} at"
     assert str(failure.value).count(says) == 2, "on both ranks"
     assert not list(RunFiles.checkpoints(config).glob("*"))
     assert not (tmp_path / "run" / "summary.json").exists()

@@ -19,9 +19,8 @@ def test_a_full_disk_is_told_by_the_file_that_finds_no_room(tmp_path: Path) -> N
         files.open(config, {}, resumed_step=0)
     files.open(config, {}, resumed_step=0)
     with no_file_longer_than(100):
-        message = r"metrics\.jsonl: cannot be .*\(File too large\); free disk space"
-        with pytest.raises(FileProblem, match=message):
-            files.record({"kind": "train", "losses": list(range(50))})
+        with pytest.raises(FileProblem, match=r"metrics\.jsonl: cannot be .*\(File too large\); free disk"):
+            files.write_record({"kind": "train", "losses": list(range(50))})
         with pytest.raises(FileProblem, match=r"summary\.json: cannot be "):
             files.write_summary({"steps": list(range(50))})
         files.close()  # which has the same trouble, and nothing to add
@@ -31,10 +30,10 @@ def test_a_run_directory_that_vanishes_is_told(tmp_path: Path) -> None:
     config = small_config(logging={"run_directory": str(tmp_path / "run"), "tensorboard": False})
     files = RunFiles(config)
     files.open(config, {}, resumed_step=0)
-    files.check_is_own()
+    files.check_session()
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     with pytest.raises(FileProblem, match=r"run\.json: cannot be read or written \(No such file"):
-        files.check_is_own()
+        files.check_session()
 
 
 def test_a_run_json_that_is_damaged_is_told_before_the_run_goes_on(tmp_path: Path) -> None:
@@ -44,5 +43,5 @@ def test_a_run_json_that_is_damaged_is_told_before_the_run_goes_on(tmp_path: Pat
     RunFiles(config).open(config, {"corpus": {}}, resumed_step=0)
     for text in ('{"sessions": [', "[]", '{"corpus": {"text": {}}}'):
         (tmp_path / "run.json").write_text(text)
-        with pytest.raises(FileProblem, match=r"run\.json: is damaged \(.*\); put it back from a copy, or"):
+        with pytest.raises(FileProblem, match=r"run\.json: is damaged \(.*\); restore it from a copy, or"):
             RunFiles.check_directory(config)

@@ -229,7 +229,7 @@ def complete_with_broken_weight(config: RunConfig, broken_rank: int) -> None:
     def poison(run: Any) -> None:
         if run.progress.step == 2:
             with torch.no_grad():
-                next(run.engine.pieces[0].parameters()).fill_(float("nan"))
+                next(run.engine.model_chunks[0].parameters()).fill_(float("nan"))
 
     complete_disturbed(config, broken_rank, poison)
 
@@ -249,14 +249,14 @@ def test_a_non_finite_loss_stops_the_run_naming_step_and_rank(
 def test_a_run_directory_is_not_written_over(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     config = small_data.run(tmp_path / "run", training={"num_steps": 4})
     ranks(1).run(complete, config)
-    with pytest.raises(FieldError, match=r"holds a run already; set checkpoint\.resume=true"):
+    with pytest.raises(FieldError, match=r"already holds a run; set checkpoint\.resume=true"):
         RunFiles.check_directory(config)
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"training": {"seed": 2}}, r"training\.seed=2: was 1234 in the run that is to be gone on with"),
+        ({"training": {"seed": 2}}, r"training\.seed=2: was 1234 in the run to resume"),
         ({"optimizer": {"learning_rate": 1e-4}}, r"optimizer\.learning_rate=0\.0001: was 0\.003"),
         ({"model": {"ffn_hidden_size": 96}}, r"model\.ffn_hidden_size=96: was 64"),
     ],

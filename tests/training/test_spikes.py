@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sas_megatron.training.spikes import SMALLEST_DEVIATION, TO_STANDARD_DEVIATION, find_spike
+from sas_megatron.training.health import SMALLEST_DEVIATION, TO_STANDARD_DEVIATION, find_spike
 
 near_one = st.floats(1.0, 1.1)
 series = st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=40)

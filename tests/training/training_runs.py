@@ -68,18 +68,18 @@ def batches_of_step(config: RunConfig, topology: Any, step: int) -> Iterator[Any
 
 def take_steps(config: RunConfig) -> Steps:
     """On a rank: `NUM_STEPS` updates."""
-    from sas_megatron.training.engine import assemble
+    from sas_megatron.training.build import build_engine
     from sas_megatron.training.step import train_step
 
     topology = in_layout(config.parallel)
-    engine = assemble(config)
+    engine = build_engine(config)
     per_rank = config.training.num_microbatches(topology.data_size)
-    initial_weights = weight_parts(engine.pieces, weight_reader(engine))
+    initial_weights = weight_parts(engine.model_chunks, weight_reader(engine))
     losses, norms, gradients = [], [], {}
     update = engine.update
 
     def first_update(gradient_norm: float) -> None:
-        gradients.update(weight_parts(engine.pieces, gradient_reader(engine)))
+        gradients.update(weight_parts(engine.model_chunks, gradient_reader(engine)))
         engine.update = update
         update(gradient_norm)
 
@@ -98,7 +98,7 @@ def take_steps(config: RunConfig) -> Steps:
         norms,
         initial_weights,
         gradients,
-        weight_parts(engine.pieces, weight_reader(engine)),
+        weight_parts(engine.model_chunks, weight_reader(engine)),
         topology.tensor_rank,
         (topology.pipeline_rank, topology.context_rank, topology.data_rank),
     )
@@ -111,13 +111,13 @@ def complete_disturbed(config: RunConfig, rank: int, disturb: Callable[[Any], No
     topology = in_layout(config.parallel, seed=config.training.seed)
     run = Run(config, topology)
     if topology.rank == rank:
-        original = run._training_batches
+        original = run.data.training_batches
 
-        def disturbed() -> Any:
+        def disturbed(first_sample: int) -> Any:
             disturb(run)
-            return original()
+            return original(first_sample)
 
-        run._training_batches = disturbed  # type: ignore[method-assign]
+        run.data.training_batches = disturbed  # type: ignore[method-assign]
     run.complete()
 
 
@@ -143,7 +143,7 @@ def gradient_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
         stage = engine.config.deepspeed.zero_stage
         return safe_get_full_grad if stage else lambda parameter: parameter.grad
     if engine.config.optimizer.distributed:
-        for chunk in engine.chunks:
+        for chunk in engine.ddp_chunks:
             for buffer in chunk.buffers:
                 for bucket in buffer.buckets:
                     group = buffer.data_parallel_group

@@ -1,7 +1,7 @@
-"""What a run may go on from: its own last checkpoint, or a trunk's; no torch.
+"""Checks whether a run can be resumed, or branched from a checkpoint of another run; no torch.
 
-Trunk and branches: runs of one learning rate that differ in length share their steps until the first
-begins to decay (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395, section 4).
+Trunk and branches: runs with the same learning rate and different lengths share their steps until the
+shortest begins to decay (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395, section 4).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.token_files import load_manifest
 
-# What may change when a run is gone on with: nothing that decides samples, weights or losses, but for
-# what is done about steps that would do harm.
-MAY_CHANGE = (
+# Fields that may change when a run is resumed. They do not affect samples, weights or losses, except that
+# `health` decides whether harmful steps are skipped.
+RESUME_MAY_CHANGE = (
     "health.",
     "logging.",
     "evaluation.",
@@ -33,9 +33,9 @@ MAY_CHANGE = (
     "training.stop_after_seconds",
     "training.collective_timeout_minutes",
 )
-# What a branch may differ in beside: its length, given the order of samples, and how its rate falls.
+# A branch may also have another length, with the same order of samples, and another decay.
 BRANCH_MAY_CHANGE = (
-    *MAY_CHANGE,
+    *RESUME_MAY_CHANGE,
     "training.num_steps",
     "training.order_steps",
     "schedule.kind",
@@ -46,24 +46,25 @@ BRANCH_MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Branch:
-    """Where a run branches off."""
+    """The checkpoint of another run, the trunk, from which a run starts, and its step."""
 
     checkpoint: Path
     step: int
 
     @property
     def trunk(self) -> Path:
-        """The directory of the run that saved it."""
+        """The run directory of the trunk."""
         return self.checkpoint.parents[1]
 
     def read_metrics(self, config: RunConfig) -> list[str]:
-        """Lines of the trunk's metrics that are the branch's as well: those until it parts.
+        """Return the lines of the trunk's metrics.jsonl that the branch shares: those up to its first step.
 
-        An evaluation at the trunk's own end is not: the trunk may not have come to it yet.
+        An evaluation that the trunk made only because it ended there is left out, because a trunk that is
+        still running has not made it.
         """
         interval = config.evaluation.interval
         lines = []
-        for line in read_until(self.trunk / "metrics.jsonl", self.step):
+        for line in read_metrics_until(self.trunk / "metrics.jsonl", self.step):
             record = json.loads(line)
             is_due = interval is not None and record["step"] % interval == 0
             if record["kind"] != "validation" or is_due:
@@ -71,8 +72,8 @@ class Branch:
         return lines
 
 
-def read_until(metrics: Path, step: int) -> list[str]:
-    """The lines of a metrics.jsonl up to a step."""
+def read_metrics_until(metrics: Path, step: int) -> list[str]:
+    """Return the lines of a metrics.jsonl up to and including a step."""
     return [line for line in metrics.read_text(encoding="utf-8").splitlines() if _is_up_to(line, step)]
 
 
@@ -80,40 +81,47 @@ def _is_up_to(line: str, step: int) -> bool:
     try:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError):
-        return False  # a line cut short by a crash
+        return False  # a crash left an incomplete line
 
 
-def check_goes_on(config: RunConfig) -> None:
-    """Raises `FieldError` where the run directory's run had another config or other data."""
+def check_resumable(config: RunConfig) -> None:
+    """Check that the run directory, if it holds a run, holds one of the same config and data.
+
+    Raises:
+        FieldError: The config or the data differ in a field that must not change.
+        FileProblem: run.json is damaged.
+    """
     directory = Path(config.logging.run_directory)
-    told = f"in the run that is to be gone on with ({directory})"
-    remedy = "put it back, or choose another logging.run_directory"
+    remedy = "restore the old value, or choose another logging.run_directory"
     if (directory / "config.yaml").exists():
         old = load_run_config(directory / "config.yaml")
-        for field, (new, was) in find_differences([config, old], ignored=MAY_CHANGE).items():
-            raise FieldError(field, new, f"was {was} {told}", remedy)
+        for field, (new, previous) in find_differences([config, old], ignored=RESUME_MAY_CHANGE).items():
+            raise FieldError(field, new, f"was {previous} in the run to resume ({directory})", remedy)
     if (directory / "run.json").exists():
         _check_corpus(config, directory)
 
 
 def find_branch(config: RunConfig) -> Branch | None:
-    """Where the run branches off by `checkpoint.branch_from`, if it is to; its tensors are not looked at.
+    """Return the checkpoint that `checkpoint.branch_from` names, if it is set; its tensors are not verified.
 
     Raises:
-        UserError: there is no such checkpoint, or the run could not have come to it by itself.
+        UserError: There is no such checkpoint, or the run itself would have other weights at that step.
     """
     if config.checkpoint.branch_from is None:
         return None
     path = Path(config.checkpoint.branch_from)
-    # Kept as a text by run.json of later sessions, and found from any folder.
     manifest = read_manifest(path)
     refuse_damage(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
+    # The path is absolute, because run.json keeps it for later sessions, which may start in another folder.
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
     _check_schedules(config, trunk, branch)
-    for field, (new, was) in find_differences([config, trunk], ignored=BRANCH_MAY_CHANGE).items():
+    for field, (new, previous) in find_differences([config, trunk], ignored=BRANCH_MAY_CHANGE).items():
         raise FieldError(
-            field, new, f"was {was} in the run that {path} is of", "put it back, or begin a run without it"
+            field,
+            new,
+            f"was {previous} in the run that saved {path}",
+            "restore the old value, or remove checkpoint.branch_from",
         )
     if config.training.num_ordered_samples != trunk.training.num_ordered_samples:
         raise FieldError(
@@ -121,26 +129,28 @@ def find_branch(config: RunConfig) -> Branch | None:
             config.training.order_steps,
             f"the samples of {path} are in the order of a run of "
             f"{trunk.training.order_steps or trunk.training.num_steps} steps",
-            "name the steps of the longest run, the same in all",
+            "set the number of steps of the longest run, the same in all runs",
         )
     for name in ("run.json", "metrics.jsonl"):
         if not (branch.trunk / name).is_file():
             raise FileProblem(
-                branch.trunk / name, "is missing, and a branch takes it on", "give a checkpoint in its run"
+                branch.trunk / name,
+                "is missing, and a branch needs it",
+                "name a checkpoint in the directory of its run",
             )
     _check_corpus(config, branch.trunk)
     return branch
 
 
 def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> None:
-    """Until the branch, both must have the learning rate at its peak, or warming up to it alike."""
+    """Check that up to the branch both runs have the same warm-up and then the peak learning rate."""
     for name, run in (("the run", config), (f"the run of {branch.checkpoint}", trunk)):
         kind = run.schedule.kind
         if kind not in ("constant", "warmup_stable_decay"):
             raise FieldError(
                 "schedule.kind",
                 kind,
-                f"{name} has another learning rate at step {branch.step} than a run of another length",
+                f"the learning rate of {name} at step {branch.step} depends on the length of the run",
                 "use warmup_stable_decay for the branch and constant for the trunk",
             )
         stable_until = run.training.num_steps - (run.schedule.decay_steps or 0)
@@ -148,8 +158,9 @@ def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> Non
             raise FieldError(
                 "schedule.decay_steps",
                 run.schedule.decay_steps,
-                f"{name} has its learning rate fall from step {stable_until}, and they part at {branch.step}",
-                "branch off earlier, or decay over fewer steps",
+                f"{name} decays its learning rate from step {stable_until} on, before the branch at step "
+                f"{branch.step}",
+                "branch from an earlier checkpoint, or decay over fewer steps",
             )
 
 
@@ -159,15 +170,13 @@ def _check_corpus(config: RunConfig, directory: Path) -> None:
         corpus = json.loads(path.read_text(encoding="utf-8"))["corpus"]
         recorded_sha256 = {name: files["bin_sha256"] for name, files in corpus.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileProblem(
-            path, f"is damaged ({error!r})", "put it back from a copy, or take it away"
-        ) from None
+        raise FileProblem(path, f"is damaged ({error!r})", "restore it from a copy, or remove it") from None
     for prefix in config.data.prefixes:
         recorded = recorded_sha256.get(Path(prefix).name)
         if recorded != load_manifest(prefix).bin_sha256:
             raise FieldError(
                 "data.prefixes",
                 prefix,
-                f"holds other tokens than the run in {directory} began with",
-                "give those, or choose another logging.run_directory",
+                f"holds other tokens than those that the run in {directory} started with",
+                "use those, or choose another logging.run_directory",
             )

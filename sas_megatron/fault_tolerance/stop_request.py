@@ -1,0 +1,113 @@
+"""Orderly stop of a run: after a signal or a time limit, at the end of a step, on all ranks.
+
+signal or time limit -> `StopRequest.reason` on this rank -> the all-reduce of the step informs all ranks
+  -> save a checkpoint -> exit with STOPPED_STATUS
+
+A second signal ends the process at once, as the first signal would without this module.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# EX_TEMPFAIL of sysexits.h: the failure is temporary, and the command can be repeated.
+STOPPED_STATUS = 75
+# torchrun and the scheduler may each send a signal for the same stop; within this time they count as one.
+DUPLICATE_SIGNAL_SECONDS = 2.0
+
+STOP_AFTER_SECONDS = "stop_after_seconds"
+
+
+@dataclass(frozen=True)
+class RunExit:
+    """The reason why a run ended without an error, and whether it can be resumed."""
+
+    reason: str
+    is_resumable: bool = False
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of the process: `STOPPED_STATUS` if the run can be resumed, else 0."""
+        return STOPPED_STATUS if self.is_resumable else 0
+
+
+class StopRequest:
+    """Receives the requests to stop on this rank, for the duration of a `with` block in the main thread.
+
+    Before `enable` is called, and from the second signal on, a signal has its previous effect. A failure
+    watchdog, if there is one, receives the signals itself and calls `handle_signal`.
+
+    Args:
+        after_seconds: Time limit, counted from now; None for no limit.
+    """
+
+    def __init__(self, *, after_seconds: float | None) -> None:
+        self._deadline = None if after_seconds is None else time.monotonic() + after_seconds
+        # Reentrant, because a signal can arrive while the handler runs for another one.
+        self._lock = threading.RLock()
+        self._is_enabled = False
+        self._ignores_signals = False
+        self._signal: signal.Signals | None = None
+        self._received_at = 0.0
+        self._logs = False
+
+    def __enter__(self) -> StopRequest:
+        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old_handlers.items():
+            # When the first process exits with a status other than 0, torchrun sends signals to the others.
+            signal.signal(number, signal.SIG_IGN if self._ignores_signals else handler)
+
+    def enable(self, *, logs: bool) -> None:
+        """Let the first signal from now on stop the run at the end of its step.
+
+        Args:
+            logs: Whether this rank acknowledges the signal on stderr.
+        """
+        self._logs, self._is_enabled = logs, True
+
+    def ignore_signals(self) -> None:
+        """Ignore further signals: everything is saved and the process is about to exit."""
+        self._ignores_signals = True
+
+    def handle_signal(self, number: int) -> bool:
+        """Return whether a signal needs no further handling; the first one becomes the reason to stop.
+
+        Any thread may call it, and it may be called more than once for each signal.
+        """
+        with self._lock:
+            if self._ignores_signals:
+                return True
+            if not self._is_enabled:
+                return False
+            if self._signal is not None:
+                return time.monotonic() - self._received_at < DUPLICATE_SIGNAL_SECONDS
+            self._signal, self._received_at = signal.Signals(number), time.monotonic()
+        if self._logs:
+            text = f"received {self._signal.name}: saving after this step; another signal ends at once"
+            os.write(2, f"{text}\n".encode())  # `print` is not reentrant, and may be what was interrupted
+        return True
+
+    @property
+    def reason(self) -> str | None:
+        """The reason to stop, in the form of `exit_reason` in summary.json; None if there is none."""
+        if self._signal is not None:
+            return f"signal {self._signal.name}"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return STOP_AFTER_SECONDS
+        return None
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self.handle_signal(number):
+            signal.signal(number, self._old_handlers[signal.Signals(number)])
+            signal.raise_signal(number)

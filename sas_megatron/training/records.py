@@ -1,0 +1,132 @@
+"""Writes the records of a run on rank 0: objects in metrics.jsonl, lines on the console, summary.json.
+
+A record has a `kind`: `train` for a logged step, `validation` for an evaluation, `health` for an event that
+`health_monitor` describes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.distributed.error_agreement import on_first_rank
+from sas_megatron.distributed.topology import Topology
+from sas_megatron.evaluation.held_out import HeldOutLoss
+from sas_megatron.platform.device import peak_memory_bytes
+from sas_megatron.training.console import Console
+from sas_megatron.training.metrics import Progress, Throughput
+from sas_megatron.training.run_files import RunFiles
+from sas_megatron.training.starting_point import StartingPoint
+from sas_megatron.training.step import StepResult
+from sas_megatron.training.summary import SessionResults, build_summary, describe_provenance
+
+
+class Recorder:
+    """Writes the records of a run on rank 0; does nothing on the other ranks.
+
+    Args:
+        config: The run.
+        topology: This rank's place in the run.
+        peak_flops: Peak FLOP/s of one rank's device; None if unknown, and no MFU is logged then.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology, *, peak_flops: float | None = None) -> None:
+        self.throughput = Throughput(config, world_size=topology.world_size, peak_flops=peak_flops)
+        self.console = Console(config, is_rank0=topology.is_first)
+        self._files = RunFiles(config) if topology.is_first else None
+        self._config = config
+        self._topology = topology
+
+    def open(self, start: StartingPoint, *, resumed_step: int) -> None:
+        """Create the run directory, or reopen it and drop the records after `resumed_step`.
+
+        Raises:
+            FileProblem: The files cannot be written.
+        """
+        if self._files is not None:
+            provenance = describe_provenance(self._config, self._topology, start)
+            self._files.open(self._config, provenance, resumed_step=resumed_step, branch=start.branch)
+
+    def log(self, text: str) -> None:
+        """Print one line."""
+        self.console.log(text)
+
+    def log_step(self, progress: Progress, result: StepResult, seconds: float) -> None:
+        """Record a finished step with a finite loss."""
+        samples = self._config.training.global_batch_size
+        record = {
+            "kind": "train",
+            **self.throughput.position(progress),
+            "train_loss": result.loss,
+            "gradient_norm": result.gradient_norm,
+            "learning_rate": result.learning_rate,
+            "step_seconds": seconds,
+            "tokens_per_second": self.throughput.tokens_per_second(samples, seconds),
+        }
+        self.console.log_step(self._format_step(record), loss=result.loss)
+        self._write(record)
+
+    def log_validation(self, progress: Progress, held_out: HeldOutLoss) -> None:
+        """Record an evaluation."""
+        self.log(
+            f"validation loss at iteration {progress.step} | lm loss value: {held_out.loss:.6E} | "
+            f"lm loss PPL: {held_out.perplexity:.6E} | bits per byte: {held_out.bits_per_byte:.4f} |"
+        )
+        self._write({"kind": "validation", **self.throughput.position(progress), **held_out.results})
+
+    def log_health(self, step: int, event: dict[str, Any]) -> None:
+        """Record an event of the run's health, without a line on the console."""
+        self._write({"kind": "health", "step": step, **event})
+
+    def sync(self) -> None:
+        """Sync the records to disk, if this session still owns the run directory; every rank must call it.
+
+        Raises:
+            FileProblem: Another session of the run has started since, or the files cannot be written.
+        """
+
+        def check_and_sync() -> None:
+            if self._files is not None:
+                self._files.check_session()
+                self._files.sync()
+
+        on_first_rank(check_and_sync)
+
+    def write_summary(self, progress: Progress, results: SessionResults) -> None:
+        """Write summary.json, and stopped.json if the run can be resumed.
+
+        Raises:
+            FileProblem: The files cannot be written.
+        """
+        if self._files is not None:
+            self._files.write_summary(build_summary(self._config, self._topology, progress, results))
+            if results.run_exit.is_resumable:
+                self._files.write_stop(results.run_exit, step=progress.step)
+
+    def close(self) -> None:
+        """Close the console and the files."""
+        self.console.close()
+        if self._files is not None:
+            self._files.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._files is not None:
+            self._files.write_record(record)
+
+    def _format_step(self, record: dict[str, Any]) -> str:
+        """Return the line of a step in the form of Megatron's `training_log`."""
+        training, seconds = self._config.training, record["step_seconds"]
+        teraflops = self.throughput.teraflops_per_rank(training.global_batch_size, seconds)
+        utilization = self.throughput.utilization(training.global_batch_size, seconds)
+        memory = peak_memory_bytes(self._topology.device) / 2**30
+        mfu = "" if utilization is None else f"MFU: {utilization:.1%} | "
+        return (
+            f"iteration {record['step']:8d}/{training.num_steps:8d} | "
+            f"consumed samples: {record['consumed_samples']:12d} | "
+            f"elapsed time per iteration (ms): {seconds * 1000:.1f} | "
+            f"throughput per GPU (TFLOP/s/GPU, model FLOPs, full attention matrix): {teraflops:.3f} | "
+            f"{mfu}peak memory of rank 0 (GiB): {memory:.2f} | "
+            f"learning rate: {record['learning_rate']:.6E} | "
+            f"global batch size: {training.global_batch_size:5d} | "
+            f"lm loss: {record['train_loss']:.6E} | grad norm: {record['gradient_norm']:.3f} |"
+        )

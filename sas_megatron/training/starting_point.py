@@ -1,0 +1,56 @@
+"""Finds what a run starts from: its own newest checkpoint, a checkpoint of another run, or initial weights.
+
+The order of precedence is: own checkpoint (`checkpoint.resume`), branch (`checkpoint.branch_from`), weights
+alone (`checkpoint.initial_weights`), random initial weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sas_megatron.checkpoint.loading import Checkpoint, find_newest_complete, open_checkpoint
+from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
+from sas_megatron.config.run import RunConfig
+from sas_megatron.distributed.error_agreement import on_first_rank
+from sas_megatron.training.resuming import Branch, find_branch
+from sas_megatron.training.run_files import RunFiles
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a run starts from; all fields are None if it starts from random weights."""
+
+    # The checkpoint to restore: the run's own, or that of `branch`.
+    checkpoint: Checkpoint | None
+    branch: Branch | None
+    initial_weights: WeightsSource | None
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder of the initial weights; None without any."""
+        return None if self.initial_weights is None else self.initial_weights.folder
+
+
+def find_starting_point(config: RunConfig, *, log: Callable[[str], None]) -> StartingPoint:
+    """Find and verify what the run starts from; every rank must call it.
+
+    Args:
+        config: The run.
+        log: Called with a line for each damaged checkpoint that is skipped.
+
+    Raises:
+        UserError: The checkpoint or the weights are missing, damaged, or do not fit the config.
+    """
+    if config.checkpoint.resume:
+        newest = find_newest_complete(RunFiles.checkpoints(config), say=log)
+        if newest is not None:
+            return StartingPoint(newest, None, None)
+    branch = on_first_rank(lambda: find_branch(config))
+    if branch is not None:
+        return StartingPoint(open_checkpoint(branch.checkpoint), branch, None)
+    path = config.checkpoint.initial_weights
+    if path is None:
+        return StartingPoint(None, None, None)
+    return StartingPoint(None, None, on_first_rank(lambda: find_weights(Path(path), config)))

@@ -1,0 +1,88 @@
+"""The contents of run.json (where a run came from) and summary.json (its results)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.model_costs import count_parameters, count_training_flops
+from sas_megatron.data.token_files import load_manifest
+from sas_megatron.distributed.topology import Topology
+from sas_megatron.evaluation.held_out import HeldOutLoss
+from sas_megatron.fault_tolerance.stop_request import RunExit
+from sas_megatron.platform.device import describe_machine, peak_memory_bytes
+from sas_megatron.training.metrics import Progress, Throughput
+from sas_megatron.training.run_files import describe_software
+from sas_megatron.training.starting_point import StartingPoint
+from sas_megatron.training.step import StepResult
+
+
+def describe_provenance(config: RunConfig, topology: Topology, start: StartingPoint) -> dict[str, Any]:
+    """Return this session's entry of run.json: machine, software, layout, initial weights and corpus.
+
+    Raises:
+        FileProblem: The manifest of the token files cannot be read.
+    """
+    return {
+        "machine": describe_machine(topology.device),
+        **describe_software(),
+        "world_size": topology.world_size,
+        "tensor_parallel": config.parallel.tensor,
+        "context_parallel": config.parallel.context,
+        "pipeline_parallel": config.parallel.pipeline,
+        "data_parallel": topology.data_size,
+        "initial_weights": None if start.initial_weights is None else start.initial_weights.describe(),
+        "branched_from": None if start.branch is None else str(start.branch.checkpoint),
+        "corpus": {
+            Path(prefix).name: load_manifest(prefix).model_dump(mode="json")
+            for prefix in config.data.prefixes
+        },
+    }
+
+
+@dataclass(frozen=True)
+class SessionResults:
+    """The results of this session: the part of a run from its start, or from a resume, to its end."""
+
+    run_exit: RunExit
+    seconds: float
+    # The last step; None if the session made none.
+    last_step: StepResult | None
+    # The evaluation after the last step; None if it is left to the resumed run.
+    held_out: HeldOutLoss | None
+    # One entry for each group of ranks that sent the same; None if it was not counted.
+    wire_bytes: list[dict[str, Any]] | None
+    health: dict[str, Any]
+
+
+def build_summary(
+    config: RunConfig, topology: Topology, progress: Progress, results: SessionResults
+) -> dict[str, Any]:
+    """Return the contents of summary.json."""
+    position = Throughput(config, world_size=topology.world_size).position(progress)
+    held_out = {} if results.held_out is None else results.held_out.results
+    last_step = results.last_step
+    return {
+        "schema": 1,
+        "exit_reason": results.run_exit.reason,
+        "steps": progress.step,
+        "tokens": position["consumed_tokens"],
+        "training_flops": position["training_flops"],
+        "training_flops_per_token": count_training_flops(config),
+        "parameters": count_parameters(config),
+        "training_seconds": progress.training_seconds,
+        # From here on, the values of a resumed run are those of its last results.
+        "total_seconds": results.seconds,
+        "median_step_seconds": progress.median_step_seconds(),
+        "peak_memory_bytes": peak_memory_bytes(topology.device),
+        "final_train_loss": None if last_step is None or not last_step.is_finite else last_step.loss,
+        "final_validation_loss": held_out.get("validation_loss"),
+        "best_validation_loss": progress.best_validation_loss,
+        "validation_perplexity": held_out.get("validation_perplexity"),
+        "validation_bits_per_byte": held_out.get("validation_bits_per_byte"),
+        "world_size": topology.world_size,
+        "wire_bytes_sent": results.wire_bytes,
+        "health": results.health,
+    }
