@@ -16,7 +16,7 @@ SHIPPED = Path(__file__).parent / "hardware"
 BYTES_PER_GIB = 2**30
 
 
-class WireFigures(Section):
+class LinkFigures(Section):
     """One way between two devices."""
 
     section_name: ClassVar[str] = "wire"
@@ -25,7 +25,7 @@ class WireFigures(Section):
     latency_microseconds: float = Field(description="Of one message between neighbours.")
 
     @model_validator(mode="after")
-    def _check(self) -> WireFigures:
+    def _check(self) -> LinkFigures:
         self.require_positive("gigabytes_per_second", "latency_microseconds")
         return self
 
@@ -57,8 +57,8 @@ class Hardware(Section):
     memory_gib: float = Field(description="Of one device; on CPU, of one process.")
     matrix_teraflops: dict[str, float] = Field(description="Dense peak by dtype, 10¹² FLOP/s.")
     memory_gigabytes_per_second: float = Field(description="Peak, read and write together.")
-    node_wire: WireFigures | None = Field(description="Within a node; null: there is no other device.")
-    network_wire: WireFigures | None = Field(description="Between nodes; null: there is one node.")
+    node_wire: LinkFigures | None = Field(description="Within a node; null: there is no other device.")
+    network_wire: LinkFigures | None = Field(description="Between nodes; null: there is one node.")
     devices_per_node: int = Field(description="Ranks that node_wire joins.")
     reserved_gib: float = Field(description="What is not for tensors: context, libraries, buffers.")
     fragmentation: float = Field(description="What the allocator loses, as a share of what tensors hold.")
@@ -85,7 +85,7 @@ class Hardware(Section):
             )
         return 1e12 * self.matrix_teraflops[dtype]
 
-    def wire_between(self, ranks: list[int]) -> WireFigures:
+    def link_between(self, ranks: list[int]) -> LinkFigures:
         """The slowest wire that joins `ranks`, which are numbered node by node."""
         nodes = {rank // self.devices_per_node for rank in ranks}
         wire = self.node_wire if len(nodes) == 1 else self.network_wire

@@ -134,7 +134,7 @@ def _seconds_over(ranks: int, num_bytes: float, stride: int, hardware: Hardware)
     """`num_bytes` passed round `ranks` ranks that stand `stride` apart."""
     if ranks == 1:
         return 0.0
-    wire = hardware.wire_between([0, (ranks - 1) * stride])
+    wire = hardware.link_between([0, (ranks - 1) * stride])
     return (ranks - 1) / ranks * num_bytes / (1e9 * wire.gigabytes_per_second * hardware.attainable.wire)
 
 

@@ -28,10 +28,10 @@ from sas_megatron.planning.layout_screening import (
     weights_fit,
     with_layout,
 )
-from sas_megatron.planning.rank_simulation import RankReport, simulate_rank
-from sas_megatron.planning.simulation import for_hardware, stage_ranks
+from sas_megatron.planning.rank_estimate import RankReport, estimate_rank
+from sas_megatron.planning.run_estimate import adapt_to_hardware, stage_ranks
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
-from sas_megatron.planning.tally import Tally
+from sas_megatron.planning.workload import Workload
 from sas_megatron.platform.device import prepare_device
 
 # Depths, in layers a chunk, that the line is drawn through.
@@ -146,7 +146,7 @@ def _alone_cost(config: RunConfig, hardware: Hardware) -> AloneCost:
         },
         world_size=1,
     )
-    report = simulate_shallow(for_hardware(alone, hardware), rank=0, world_size=1)
+    report = extrapolate_rank(adapt_to_hardware(alone, hardware), rank=0, world_size=1)
     step = estimate_step(alone, [report], hardware=hardware, world_size=1)
     operations = sum(report.microbatches.operations.values())
     return AloneCost(step.terms_seconds["compute"] / step.tokens, operations)
@@ -187,14 +187,14 @@ def _simulate_families(
     return found, num_tried
 
 
-def simulate_shallow(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
-    """`simulate_rank` from one and two layers a pipeline chunk: all that is counted is a line in depth."""
+def extrapolate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
+    """`estimate_rank` from one and two layers a pipeline chunk: all that is counted is a line in depth."""
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     depth = config.model.num_layers / chunks
     if depth <= max(SHALLOW_LAYERS):
-        return simulate_rank(config, rank=rank, world_size=world_size)
+        return estimate_rank(config, rank=rank, world_size=world_size)
     near, far = (
-        simulate_rank(_at_depth(config, chunks * layers), rank=rank, world_size=world_size)
+        estimate_rank(_at_depth(config, chunks * layers), rank=rank, world_size=world_size)
         for layers in SHALLOW_LAYERS
     )
     return extrapolate_depth(
@@ -207,7 +207,7 @@ def extrapolate_depth(near: RankReport, far: RankReport, *, beyond: float) -> Ra
     values: dict[str, Any] = {}
     for field in fields(RankReport):
         first, second = getattr(near, field.name), getattr(far, field.name)
-        if isinstance(first, Tally):
+        if isinstance(first, Workload):
             values[field.name] = first + (second + first * -1) * beyond
         elif isinstance(first, int):
             values[field.name] = round(first + (second - first) * beyond)
@@ -238,9 +238,9 @@ def _try_family(family: Family, world_size: int, hardware: Hardware) -> list[Lay
 
 def _try(candidate: RunConfig, world_size: int, hardware: Hardware) -> Layout | None:
     """The layout simulated, or None where it does not fit."""
-    simulated = for_hardware(candidate, hardware)
+    simulated = adapt_to_hardware(candidate, hardware)
     ends = {stage_ranks(candidate, world_size)[place] for place in (0, -1)}
-    reports = [simulate_shallow(simulated, rank=rank, world_size=world_size) for rank in sorted(ends)]
+    reports = [extrapolate_rank(simulated, rank=rank, world_size=world_size) for rank in sorted(ends)]
     peak_bytes = max(report.peak_bytes for report in reports)
     if not hardware.fits(peak_bytes):
         return None

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from sas_megatron.config.loading import build_run_config
-from sas_megatron.planning.hardware_file import BYTES_PER_GIB, AttainableShares, Hardware, WireFigures
+from sas_megatron.planning.hardware_file import BYTES_PER_GIB, AttainableShares, Hardware, LinkFigures
 from sas_megatron.planning.rank_processes import run_on_ranks
 from sas_megatron.platform.machine import describe_processor, read_memory_bytes
 
@@ -31,7 +31,7 @@ def hardware_from(by_rank: list[dict[str, float]], *, num_processes: int) -> Har
     mean = {name: statistics.fmean(measured[name] for measured in by_rank) for name in by_rank[0]}
     wire = None
     if num_processes > 1:
-        wire = WireFigures(
+        wire = LinkFigures(
             gigabytes_per_second=mean["wire_bytes_per_second"] / 1e9,
             latency_microseconds=mean["wire_latency_seconds"] * 1e6,
         )
@@ -132,11 +132,11 @@ def _operation_seconds() -> float:
     from sas_megatron.config.parallel import ParallelConfig
     from sas_megatron.distributed.topology import joined_groups
     from sas_megatron.planning.memory_meter import MemoryMeter
-    from sas_megatron.planning.rank_simulation import Stepper
+    from sas_megatron.planning.rank_estimate import StepProfiler
 
     config = build_run_config(_TINY)
     with joined_groups(ParallelConfig(), device=torch.device("cpu"), seed=1) as topology:
-        stepper = Stepper(config, topology, MemoryMeter())
+        stepper = StepProfiler(config, topology, MemoryMeter())
         # Many microbatches for each exchange of gradients, and for its sake as many steps on every rank.
         num_microbatches, num_steps = 8, 5
         stepper.run(num_microbatches)

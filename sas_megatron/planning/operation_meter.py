@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from sas_megatron.planning.tally import Kind, Operation
+from sas_megatron.planning.workload import Kind, Operation
 
 aten = torch.ops.aten
 

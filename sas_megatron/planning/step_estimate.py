@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.model_costs import count_training_flops
 from sas_megatron.planning.hardware_file import Hardware
-from sas_megatron.planning.tally import Operation, Tally
+from sas_megatron.planning.workload import Operation, Workload
 
 if TYPE_CHECKING:
-    from sas_megatron.planning.rank_simulation import RankReport
+    from sas_megatron.planning.rank_estimate import RankReport
 
 
 # What a microbatch sends; the other groups speak once a step.
@@ -70,7 +70,7 @@ def estimate_step(
     terms["data"] = _data_seconds(slowest, config, hardware, per_microbatch_seconds=per_microbatch)
     terms["update"] = _compute_seconds(slowest.update, hardware, by_tensor=hardware.device == "cpu")
     for tally in (slowest.microbatches, slowest.update):
-        for group in tally.wire_bytes:
+        for group in tally.bytes_sent:
             if group != "data" and (group not in PIPELINED_GROUPS or tally is slowest.update):
                 terms[group] = terms.get(group, 0.0) + _group_seconds(slowest, tally, group, hardware)
     tokens = config.training.global_batch_size * config.data.sequence_length
@@ -91,7 +91,7 @@ def _pipelined_seconds(report: RankReport, hardware: Hardware) -> dict[str, floa
         **{
             group: _group_seconds(report, report.microbatches, group, hardware)
             for group in PIPELINED_GROUPS
-            if group in report.microbatches.wire_bytes
+            if group in report.microbatches.bytes_sent
         },
     }
 
@@ -106,7 +106,7 @@ def _data_seconds(
     """
     seconds = {"gather": 0.0, "reduce": 0.0}
     for tally in (report.microbatches, report.update):
-        for operation in tally.wire_bytes.get("data", {}):
+        for operation in tally.bytes_sent.get("data", {}):
             kind = "gather" if operation.startswith("allgather") else "reduce"
             seconds[kind] += _wire_seconds(report, tally, "data", operation, hardware)
     if config.parallel.overlap_gradient_reduce:
@@ -116,7 +116,7 @@ def _data_seconds(
     return sum(seconds.values())
 
 
-def _compute_seconds(tally: Tally, hardware: Hardware, *, by_tensor: bool = True) -> float:
+def _compute_seconds(tally: Workload, hardware: Hardware, *, by_tensor: bool = True) -> float:
     """Of all operations; `by_tensor` where each is started by itself, and not for many tensors together.
 
     torch's AdamW goes tensor by tensor on CPU and over lists of tensors on a GPU.
@@ -140,17 +140,19 @@ def working_seconds(operation: Operation, hardware: Hardware) -> float:
     return max(moving, operation.executed_flops / (hardware.matrix_rate(operation.dtype) * share))
 
 
-def _group_seconds(report: RankReport, tally: Tally, group: str, hardware: Hardware) -> float:
+def _group_seconds(report: RankReport, tally: Workload, group: str, hardware: Hardware) -> float:
     return sum(
-        _wire_seconds(report, tally, group, operation, hardware) for operation in tally.wire_bytes[group]
+        _wire_seconds(report, tally, group, operation, hardware) for operation in tally.bytes_sent[group]
     )
 
 
-def _wire_seconds(report: RankReport, tally: Tally, group: str, operation: str, hardware: Hardware) -> float:
+def _wire_seconds(
+    report: RankReport, tally: Workload, group: str, operation: str, hardware: Hardware
+) -> float:
     """Bytes over the wire's rate, and in each call a latency for each doubling of the ranks."""
     ranks = report.group_ranks.get(group, report.group_ranks["other"])
-    wire = hardware.wire_between(ranks)
+    wire = hardware.link_between(ranks)
     rate = 1e9 * wire.gigabytes_per_second * hardware.attainable.wire
     hops = 1 if operation == "send" else math.ceil(math.log2(max(2, len(ranks))))
-    calls = tally.wire_calls[group][operation]
-    return tally.wire_bytes[group][operation] / rate + 1e-6 * wire.latency_microseconds * hops * calls
+    calls = tally.collective_calls[group][operation]
+    return tally.bytes_sent[group][operation] / rate + 1e-6 * wire.latency_microseconds * hops * calls

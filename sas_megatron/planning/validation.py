@@ -19,8 +19,8 @@ from sas_megatron.distributed.topology import joined_groups
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.machine_measurement import hardware_from, measure_here
 from sas_megatron.planning.memory_meter import MemoryMeter
+from sas_megatron.planning.rank_estimate import StepProfiler, estimate_rank
 from sas_megatron.planning.rank_processes import run_on_ranks
-from sas_megatron.planning.rank_simulation import Stepper, simulate_rank
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
 from sas_megatron.platform.machine import read_memory_bytes
 
@@ -37,16 +37,16 @@ class RankComparison:
     """One rank, estimated and measured."""
 
     rank: int
-    estimated_wire_bytes: Bytes
-    measured_wire_bytes: Bytes
+    estimated_bytes_sent: Bytes
+    measured_bytes_sent: Bytes
     # The most that tensors hold, and the growth of the process's resident memory.
     estimated_peak_bytes: int
     measured_peak_bytes: int
 
     @property
-    def wire_is_equal(self) -> bool:
+    def communication_is_equal(self) -> bool:
         """Whether each operation of each group sends what was estimated, to the byte."""
-        return self.estimated_wire_bytes == self.measured_wire_bytes
+        return self.estimated_bytes_sent == self.measured_bytes_sent
 
     @property
     def memory_error(self) -> float:
@@ -85,14 +85,14 @@ def validate_estimate(config: RunConfig, *, world_size: int) -> Validation:
         )
     by_rank = run_on_ranks(_measure_rank, config, world_size=world_size)
     hardware = hardware_from([measured["machine"] for measured in by_rank], num_processes=world_size)
-    reports = [simulate_rank(config, rank=rank, world_size=world_size) for rank in range(world_size)]
+    reports = [estimate_rank(config, rank=rank, world_size=world_size) for rank in range(world_size)]
     return Validation(
         hardware=hardware,
         ranks=[
             RankComparison(
                 rank=report.rank,
-                estimated_wire_bytes=report.step.rounded_wire_bytes(),
-                measured_wire_bytes=measured["wire_bytes"],
+                estimated_bytes_sent=report.step.rounded_bytes_sent(),
+                measured_bytes_sent=measured["bytes_sent"],
                 estimated_peak_bytes=report.peak_bytes,
                 measured_peak_bytes=measured["peak_bytes"],
             )
@@ -112,7 +112,7 @@ def _measure_rank(config: RunConfig) -> dict[str, Any]:
     before, files_before = _resident_bytes("VmRSS"), _resident_bytes("RssFile")
     with joined_groups(config.parallel, device=torch.device("cpu"), seed=config.training.seed) as topology:
         num_microbatches = config.training.num_microbatches(topology.data_size)
-        stepper = Stepper(config, topology, MemoryMeter())
+        stepper = StepProfiler(config, topology, MemoryMeter())
         stepper.run(num_microbatches)
         ledger = build_communication_counter(topology)
         with ledger:
@@ -133,7 +133,7 @@ def _measure_rank(config: RunConfig) -> dict[str, Any]:
             seconds.append(time.perf_counter() - begun)
     return {
         "machine": machine,
-        "wire_bytes": ledger.as_dict(),
+        "bytes_sent": ledger.as_dict(),
         "peak_bytes": min(peaks),
         "step_seconds": statistics.median(seconds),
     }

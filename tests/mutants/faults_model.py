@@ -198,7 +198,7 @@ MUTANTS = (
     ),
     Mutant(
         "extrapolation-from-zero-microbatches",
-        "sas_megatron.planning.rank_simulation:_extrapolated",
+        "sas_megatron.planning.rank_estimate:_extrapolated",
         "per_microbatch * (wanted - counts[0])",
         "per_microbatch * wanted",
         "The estimate of a step counts the measured microbatches twice.",

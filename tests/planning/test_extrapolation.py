@@ -47,28 +47,28 @@ def _config(layout: str, *, num_layers: int, num_microbatches: int) -> tuple[int
 
 def _few_and_all_microbatches(few: tuple[int, RunConfig], microbatches: int) -> tuple[Any, Any]:
     """In a simulating process: the extrapolated report and the one of every microbatch stepped through."""
-    from sas_megatron.planning import rank_simulation
+    from sas_megatron.planning import rank_estimate
 
     world_size, config = few
-    kept = rank_simulation._measured_microbatches
-    short = rank_simulation.simulate_rank(config, rank=world_size - 1, world_size=world_size)
-    rank_simulation._measured_microbatches = lambda _config, count: [count]
+    kept = rank_estimate._measured_microbatches
+    short = rank_estimate.estimate_rank(config, rank=world_size - 1, world_size=world_size)
+    rank_estimate._measured_microbatches = lambda _config, count: [count]
     try:
-        whole = rank_simulation.simulate_rank(config, rank=world_size - 1, world_size=world_size)
+        whole = rank_estimate.estimate_rank(config, rank=world_size - 1, world_size=world_size)
     finally:
-        rank_simulation._measured_microbatches = kept
+        rank_estimate._measured_microbatches = kept
     assert whole.num_microbatches == microbatches
     return short, whole
 
 
 def _shallow_and_whole(case: tuple[int, RunConfig]) -> tuple[Any, Any]:
-    from sas_megatron.planning.layout_search import simulate_shallow
-    from sas_megatron.planning.rank_simulation import simulate_rank
+    from sas_megatron.planning.layout_search import extrapolate_rank
+    from sas_megatron.planning.rank_estimate import estimate_rank
 
     world_size, config = case
     return (
-        simulate_shallow(config, rank=0, world_size=world_size),
-        simulate_rank(config, rank=0, world_size=world_size),
+        extrapolate_rank(config, rank=0, world_size=world_size),
+        estimate_rank(config, rank=0, world_size=world_size),
     )
 
 
@@ -90,10 +90,10 @@ def _assert_same(extrapolated: Any, whole: Any, *, peak_slack_bytes: int, paddin
             assert short_sums == pytest.approx(full_sums, rel=SHARDED_STATE)
         else:
             assert short_sums == pytest.approx(full_sums, rel=padding), phase
-        short_bytes, full_bytes = short.rounded_wire_bytes(), full.rounded_wire_bytes()
+        short_bytes, full_bytes = short.rounded_bytes_sent(), full.rounded_bytes_sent()
         assert short_bytes.pop("data", {}) == pytest.approx(full_bytes.pop("data", {}), rel=padding), phase
         assert short_bytes == full_bytes, phase
-        assert short.wire_calls == full.wire_calls, phase
+        assert short.collective_calls == full.collective_calls, phase
     for field in ("num_layers", "num_parameters", "parameter_bytes", "gradient_bytes"):
         assert getattr(extrapolated, field) == pytest.approx(getattr(whole, field), rel=padding), field
     sharded = SHARDED_STATE if padding else 0.0
@@ -105,15 +105,15 @@ def _assert_same(extrapolated: Any, whole: Any, *, peak_slack_bytes: int, paddin
 
 
 @pytest.mark.parametrize("layout", cases(LAYOUTS, default=("tensor-data",)))
-def test_two_short_steps_tell_a_long_one(simulator: Any, layout: str) -> None:
+def test_two_short_steps_tell_a_long_one(separate_process: Any, layout: str) -> None:
     microbatches = 5
     case = _config(layout, num_layers=2, num_microbatches=microbatches)
-    short, whole = simulator(_few_and_all_microbatches, case, microbatches)
+    short, whole = separate_process(_few_and_all_microbatches, case, microbatches)
     # The report of each microbatch, two float32 numbers, stays until the end of the step.
     _assert_same(short, whole, peak_slack_bytes=64 * microbatches)
 
 
 @pytest.mark.parametrize("layout", cases(LAYOUTS, default=("context-data",)))
-def test_two_shallow_models_tell_a_deep_one(simulator: Any, layout: str) -> None:
-    shallow, whole = simulator(_shallow_and_whole, _config(layout, num_layers=5, num_microbatches=1))
+def test_two_shallow_models_tell_a_deep_one(separate_process: Any, layout: str) -> None:
+    shallow, whole = separate_process(_shallow_and_whole, _config(layout, num_layers=5, num_microbatches=1))
     _assert_same(shallow, whole, peak_slack_bytes=2048, padding=PADDING if layout == "tensor-data" else 0.0)

@@ -22,8 +22,8 @@ def test_a_shipped_file_loads_and_states_its_origin(name: str) -> None:
 
 def test_groups_within_a_node_use_its_wire_and_others_the_network() -> None:
     hardware = load_hardware("h100")
-    assert hardware.wire_between([0, 7]) == hardware.node_wire
-    assert hardware.wire_between([7, 8]) == hardware.network_wire
+    assert hardware.link_between([0, 7]) == hardware.node_wire
+    assert hardware.link_between([7, 8]) == hardware.network_wire
 
 
 def test_a_wrong_file_is_named_with_its_wrong_field(tmp_path: Path) -> None:

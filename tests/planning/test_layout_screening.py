@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sas_megatron.costs.model_costs import count_parameters
-from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
+from sas_megatron.planning.hardware_file import AttainableShares, Hardware, LinkFigures
 from sas_megatron.planning.layout_screening import AloneCost, rough_seconds, weights_fit, with_layout
 from tests.run_configs import small_config
 
@@ -17,8 +17,8 @@ HARDWARE = Hardware(
     memory_gib=1.0,
     matrix_teraflops={"float32": 1.0},
     memory_gigabytes_per_second=1.0,
-    node_wire=WireFigures(gigabytes_per_second=0.002, latency_microseconds=1.0),
-    network_wire=WireFigures(gigabytes_per_second=0.0005, latency_microseconds=1.0),
+    node_wire=LinkFigures(gigabytes_per_second=0.002, latency_microseconds=1.0),
+    network_wire=LinkFigures(gigabytes_per_second=0.0005, latency_microseconds=1.0),
     devices_per_node=4,
     reserved_gib=0.0,
     fragmentation=0.0,

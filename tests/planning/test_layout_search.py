@@ -78,27 +78,27 @@ def _assert_tensor_parallelism_wins(search: Any) -> None:
     assert search.num_simulated_families <= search.num_families <= search.num_legal
 
 
-def test_where_activations_are_small_tensor_parallelism_wins(simulator: Any) -> None:
-    search = simulator(functools.partial(_search, recomputes=False, batch_size=2))
+def test_where_activations_are_small_tensor_parallelism_wins(separate_process: Any) -> None:
+    search = separate_process(functools.partial(_search, recomputes=False, batch_size=2))
     _assert_tensor_parallelism_wins(search)
     # Context, tensor and data parallelism; by its rough cost the last cannot win.
     assert search.num_families == 3
     assert search.num_simulated_families == 2
 
 
-def test_where_activations_outweigh_gradients_data_parallelism_wins(simulator: Any) -> None:
-    search = simulator(_search_by_a_pool, 192)
+def test_where_activations_outweigh_gradients_data_parallelism_wins(separate_process: Any) -> None:
+    search = separate_process(_search_by_a_pool, 192)
     assert not any(override.startswith("parallel.") for override in search.overrides(search.ranked[0]))
     # What the others send alone exceeds it, so they are left out.
     assert search.num_simulated_families < search.num_families
 
 
 @exhaustive
-def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any) -> None:
-    short = simulator(_search)
+def test_without_room_for_the_fastest_the_fastest_that_fits_wins(separate_process: Any) -> None:
+    short = separate_process(_search)
     _assert_tensor_parallelism_wins(short)
     room = short.ranked[0].peak_bytes - 1
-    tight = simulator(functools.partial(_search, memory_gib=room / 2**30))
+    tight = separate_process(functools.partial(_search, memory_gib=room / 2**30))
     assert tight.ranked
     assert all(layout.peak_bytes <= room for layout in tight.ranked)
     fitting = [layout.config for layout in short.ranked if layout.peak_bytes <= room]

@@ -16,7 +16,7 @@ SECONDS = 60.0
 def _simulate_1024() -> tuple[float, Any]:
     from sas_megatron.config.loading import read_yaml
     from sas_megatron.planning.hardware_file import load_hardware
-    from sas_megatron.planning.simulation import estimate_run
+    from sas_megatron.planning.run_estimate import estimate_run
 
     tree = read_yaml(ROOT / "configs" / "125m" / "sas.yaml")
     tree["model"] |= {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008}
@@ -30,8 +30,8 @@ def _simulate_1024() -> tuple[float, Any]:
 
 
 @pytest.mark.exhaustive  # and a busy machine's processors are slower, too
-def test_1024_ranks_take_less_than_a_minute(simulator: Any) -> None:
-    seconds, estimate = simulator(_simulate_1024)
+def test_1024_ranks_take_less_than_a_minute(separate_process: Any) -> None:
+    seconds, estimate = separate_process(_simulate_1024)
     assert seconds < SECONDS
     # First, second and last of eight stages; 1,024 ranks in 16 copies of the model.
     assert [report.rank for report in estimate.reports] == [0, 128, 896]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from sas_megatron.costs.model_costs import count_training_flops
-from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
+from sas_megatron.planning.hardware_file import AttainableShares, Hardware, LinkFigures
 from sas_megatron.planning.step_estimate import estimate_step, working_seconds
-from sas_megatron.planning.tally import Operation, Tally
+from sas_megatron.planning.workload import Operation, Workload
 from tests.run_configs import small_config
 
 HARDWARE = Hardware(
@@ -19,8 +19,8 @@ HARDWARE = Hardware(
     memory_gib=1.0,
     matrix_teraflops={"float32": 2.0, "bfloat16": 5.0},
     memory_gigabytes_per_second=100.0,
-    node_wire=WireFigures(gigabytes_per_second=10.0, latency_microseconds=3.0),
-    network_wire=WireFigures(gigabytes_per_second=2.0, latency_microseconds=7.0),
+    node_wire=LinkFigures(gigabytes_per_second=10.0, latency_microseconds=3.0),
+    network_wire=LinkFigures(gigabytes_per_second=2.0, latency_microseconds=7.0),
     devices_per_node=4,
     reserved_gib=0.0,
     fragmentation=0.0,
@@ -34,19 +34,19 @@ def _operation(kind: Any, *, flops: int = 0, executed: int = 0, traffic: int = 0
     return Operation(kind, kind, "float32", flops, executed, traffic)
 
 
-def _report(*, microbatches: Tally, update: Tally | None = None, num_microbatches: int = 3) -> Any:
+def _report(*, microbatches: Workload, update: Workload | None = None, num_microbatches: int = 3) -> Any:
     """The part of a `RankReport` that the estimate reads."""
     groups = {"tensor": [0, 1], "pipeline": [0, 8, 16], "data": [0, 2, 4], "other": list(range(24))}
     return SimpleNamespace(
         group_ranks=groups,
         microbatches=microbatches,
-        update=update or Tally(),
+        update=update or Workload(),
         num_microbatches=num_microbatches,
     )
 
 
 # 4 s: 4e12 FLOPs at half of 2 TFLOP/s.
-FOUR_SECONDS = Tally({_operation("matrix", flops=1, executed=4 * 10**12): 1.0})
+FOUR_SECONDS = Workload({_operation("matrix", flops=1, executed=4 * 10**12): 1.0})
 
 
 def _estimate(report: Any, *others: Any, hardware: Hardware = HARDWARE, **parallel: Any) -> Any:
@@ -70,13 +70,13 @@ def test_an_operation_takes_the_longer_of_computing_and_moving(operation: Operat
 
 
 def test_a_gpu_starts_operations_while_it_works_and_a_cpu_does_not() -> None:
-    many = Tally({_operation("elementwise", traffic=8_000_000): 1000.0})  # 0.1 ms each
-    few = Tally({_operation("elementwise", traffic=80): 1000.0})
+    many = Workload({_operation("elementwise", traffic=8_000_000): 1000.0})  # 0.1 ms each
+    few = Workload({_operation("elementwise", traffic=80): 1000.0})
     for hardware, of_many, of_few in ((HARDWARE, 0.1, 0.011), (CPU, 0.111, 0.011001)):
         of = _estimate(_report(microbatches=many), hardware=hardware).terms_seconds
         assert of == {"compute": pytest.approx(of_many)}
         assert _estimate(_report(microbatches=few), hardware=hardware).seconds == pytest.approx(of_few)
-    update = _report(microbatches=Tally(), update=few)
+    update = _report(microbatches=Workload(), update=few)
     # A GPU updates lists of tensors, a CPU tensor by tensor.
     assert _estimate(update).terms_seconds == {"update": pytest.approx(1e-6)}
     assert _estimate(update, hardware=CPU).terms_seconds == {"update": pytest.approx(0.011001)}
@@ -102,19 +102,21 @@ def test_the_models_flops_are_set_against_the_peak_of_all_devices() -> None:
 
 
 def test_each_group_takes_its_bytes_and_a_latency_for_each_doubling() -> None:
-    microbatches = Tally(
-        wire_bytes={
+    microbatches = Workload(
+        bytes_sent={
             "tensor": {"allreduce": 10e9, "allgather": 5e9},
             "pipeline": {"send": 3e9},
             "other": {"allreduce": 1e9},
         },
-        wire_calls={
+        collective_calls={
             "tensor": {"allreduce": 1000.0, "allgather": 2000.0},
             "pipeline": {"send": 5000.0},
             "other": {"allreduce": 1000.0},
         },
     )
-    update = Tally(wire_bytes={"tensor": {"allreduce": 5e9}}, wire_calls={"tensor": {"allreduce": 1000.0}})
+    update = Workload(
+        bytes_sent={"tensor": {"allreduce": 5e9}}, collective_calls={"tensor": {"allreduce": 1000.0}}
+    )
     report = _report(microbatches=microbatches, update=update)
     assert _estimate(report).terms_seconds == {
         # Two ranks of a node, one hop of 3 µs in 3,000 calls, and in 1,000 of the update.
@@ -141,7 +143,7 @@ DATA = {"allreduce": 8e9, "reducescatter": 1e9, "allgather": 6e9}
     ids=["none", "reduction", "both"],
 )
 def test_an_overlap_hides_a_share_of_the_last_microbatch(parallel: dict[str, Any], seconds: float) -> None:
-    tally = Tally(wire_bytes={"data": DATA}, wire_calls={"data": dict.fromkeys(DATA, 1000.0)})
+    tally = Workload(bytes_sent={"data": DATA}, collective_calls={"data": dict.fromkeys(DATA, 1000.0)})
     report = _report(microbatches=FOUR_SECONDS * 4.5 + tally)
     config = small_config(parallel=parallel, optimizer={"learning_rate": 0.01, "distributed": True})
     estimate = estimate_step(config, [report], hardware=HARDWARE, world_size=24)
@@ -149,13 +151,17 @@ def test_an_overlap_hides_a_share_of_the_last_microbatch(parallel: dict[str, Any
 
 
 def test_an_overlap_hides_behind_a_microbatch_without_the_bubble() -> None:
-    tally = Tally(wire_bytes={"data": {"reducescatter": 9e9}}, wire_calls={"data": {"reducescatter": 1.0}})
+    tally = Workload(
+        bytes_sent={"data": {"reducescatter": 9e9}}, collective_calls={"data": {"reducescatter": 1.0}}
+    )
     report = _report(microbatches=FOUR_SECONDS * 4.5 + tally)
     estimate = _estimate(report, pipeline=2, overlap_gradient_reduce=True)
     assert estimate.terms_seconds["data"] == pytest.approx(9 - 4, rel=1e-4)
 
 
 def test_an_overlap_hides_no_more_than_the_exchange() -> None:
-    tally = Tally(wire_bytes={"data": {"reducescatter": 1e9}}, wire_calls={"data": {"reducescatter": 1.0}})
+    tally = Workload(
+        bytes_sent={"data": {"reducescatter": 1e9}}, collective_calls={"data": {"reducescatter": 1.0}}
+    )
     estimate = _estimate(_report(microbatches=FOUR_SECONDS * 3 + tally), overlap_gradient_reduce=True)
     assert estimate.terms_seconds == {"compute": pytest.approx(12)}

@@ -71,15 +71,15 @@ def measured() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def validation(simulator: Any, measured: list[dict[str, Any]]) -> Any:
-    return simulator(_validate, SMALL, 2, measured)
+def validation(separate_process: Any, measured: list[dict[str, Any]]) -> Any:
+    return separate_process(_validate, SMALL, 2, measured)
 
 
 def test_bytes_on_the_wire_are_equal(validation: Any) -> None:
     assert len(validation.ranks) == 2
     for rank in validation.ranks:
-        assert rank.measured_wire_bytes["tensor"]
-        assert rank.wire_is_equal
+        assert rank.measured_bytes_sent["tensor"]
+        assert rank.communication_is_equal
 
 
 def test_peak_memory_is_compared_with_the_growth_of_the_process(validation: Any) -> None:
@@ -90,9 +90,9 @@ def test_peak_memory_is_compared_with_the_growth_of_the_process(validation: Any)
 
 # Beside other load what is resident is more than the tensors held, by about a tenth.
 @exhaustive
-def test_peak_memory_is_near_the_growth_of_the_process(simulator: Any) -> None:
-    for rank in simulator(_validate, LARGE, 2).ranks:
-        assert rank.wire_is_equal
+def test_peak_memory_is_near_the_growth_of_the_process(separate_process: Any) -> None:
+    for rank in separate_process(_validate, LARGE, 2).ranks:
+        assert rank.communication_is_equal
         assert rank.measured_peak_bytes > 200 * 2**20
         assert abs(rank.memory_error) < MEMORY_ERROR, f"rank {rank.rank}: {rank.memory_error:+.1%}"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
+from sas_megatron.planning.hardware_file import AttainableShares, Hardware, LinkFigures
 
 
 def toy_machine(*, memory_gib: float, wire_gigabytes_per_second: float) -> Hardware:
     """Eight GPUs a node, all of whose figures are attained."""
-    wire = WireFigures(gigabytes_per_second=wire_gigabytes_per_second, latency_microseconds=0.001)
+    wire = LinkFigures(gigabytes_per_second=wire_gigabytes_per_second, latency_microseconds=0.001)
     return Hardware(
         name="a toy",
         device="gpu",

@@ -16,14 +16,14 @@ PEAKS = ("microbatches_peak_bytes", "update_peak_bytes")
 def real_report(config: RunConfig) -> Any:
     """On a rank: what a step does and holds, after the first step."""
     from sas_megatron.planning.memory_meter import MemoryMeter
-    from sas_megatron.planning.rank_simulation import Stepper
+    from sas_megatron.planning.rank_estimate import StepProfiler
 
     topology = in_layout(config.parallel)
     num_microbatches = (
         config.training.global_batch_size // config.training.micro_batch_size // topology.data_size
     )
     with MemoryMeter() as memory:
-        stepper = Stepper(config, topology, memory)
+        stepper = StepProfiler(config, topology, memory)
         # The first step's own, such as parameters that are gathered for the next.
         stepper.step(num_microbatches)
         reports = [
@@ -36,6 +36,6 @@ def real_report(config: RunConfig) -> Any:
 
 def simulated_reports(config: RunConfig, ranks: list[int], world_size: int) -> list[Any]:
     """In a process that is in no group: the reports of `ranks`."""
-    from sas_megatron.planning.rank_simulation import simulate_rank
+    from sas_megatron.planning.rank_estimate import estimate_rank
 
-    return [simulate_rank(config, rank=rank, world_size=world_size) for rank in ranks]
+    return [estimate_rank(config, rank=rank, world_size=world_size) for rank in ranks]

@@ -10,7 +10,7 @@ import pytest
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.activations import count_peak_activation_bytes
 from sas_megatron.costs.weights import chunk_weights
-from tests.planning.simulated_ranks import real_report, simulated_reports
+from tests.planning.estimated_ranks import real_report, simulated_reports
 from tests.run_configs import small_config
 from tests.selection import exhaustive
 from tests.training.layouts import ATTENTIONS, LAYOUTS, OVERLAP, SHARDED, TIED
@@ -122,10 +122,10 @@ def case(request: Any) -> Case:
 
 
 @pytest.fixture(scope="module")
-def reports(case: Case, ranks: Any, simulator: Any) -> list[tuple[Any, Any]]:
+def reports(case: Case, ranks: Any, separate_process: Any) -> list[tuple[Any, Any]]:
     """Real and simulated report of each rank of the case that is simulated."""
     real = ranks(case.world_size).run(real_report, case.config)
-    simulated = simulator(simulated_reports, case.config, case.simulated_ranks, case.world_size)
+    simulated = separate_process(simulated_reports, case.config, case.simulated_ranks, case.world_size)
     return [(real[rank], report) for rank, report in zip(case.simulated_ranks, simulated, strict=True)]
 
 
@@ -139,8 +139,8 @@ def test_a_simulated_rank_has_the_place_of_the_real_one(reports: list[tuple[Any,
 
 def test_bytes_and_calls_on_the_wire_are_those_of_gloo_ranks(reports: list[tuple[Any, Any]]) -> None:
     for real, simulated in reports:
-        assert simulated.step.rounded_wire_bytes() == real.step.rounded_wire_bytes(), f"rank {real.rank}"
-        assert simulated.step.wire_calls == real.step.wire_calls, f"rank {real.rank}"
+        assert simulated.step.rounded_bytes_sent() == real.step.rounded_bytes_sent(), f"rank {real.rank}"
+        assert simulated.step.collective_calls == real.step.collective_calls, f"rank {real.rank}"
 
 
 def test_products_are_those_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:

@@ -27,18 +27,18 @@ from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.planning.fake_world import fake_world
 from sas_megatron.planning.memory_meter import MemoryMeter, distinct_bytes
 from sas_megatron.planning.operation_meter import OperationMeter
-from sas_megatron.planning.tally import Tally
+from sas_megatron.planning.workload import Workload
 from sas_megatron.training.engine import Reports
 from sas_megatron.training.megatron_engine import MegatronEngine, main_parameters
 from sas_megatron.training.step import train_step
 
 
 @dataclass(frozen=True)
-class StepTally:
+class StepWorkload:
     """One step: forward and backward passes with the reduction of gradients at their end; then the update."""
 
-    microbatches: Tally
-    update: Tally
+    microbatches: Workload
+    update: Workload
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class RankReport:
     update_peak_bytes: int
     num_microbatches: int
     # Forward and backward passes with the reduction of gradients at their end; then the rest of the step.
-    microbatches: Tally
-    update: Tally
+    microbatches: Workload
+    update: Workload
 
     @property
     def static_bytes(self) -> int:
@@ -78,12 +78,12 @@ class RankReport:
         return self.peak_bytes - self.static_bytes
 
     @property
-    def step(self) -> Tally:
+    def step(self) -> Workload:
         """The whole step."""
         return self.microbatches + self.update
 
 
-def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
+def estimate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
     """Builds and steps the real model as `rank` of `world_size`; see `fake_world` for what it needs.
 
     Raises:
@@ -92,17 +92,17 @@ def simulate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankRepor
     data_parallel = config.check_world_size(world_size)
     num_microbatches = config.training.num_microbatches(data_parallel)
     with fake_world(config.parallel, rank=rank, world_size=world_size) as topology, MemoryMeter() as memory:
-        stepper = Stepper(config, topology, memory)
+        stepper = StepProfiler(config, topology, memory)
         counts = _measured_microbatches(config, num_microbatches)
         steps = [stepper.step(count) for count in counts]
         phases = [
             _extrapolated(phase, counts, num_microbatches)
             for phase in ([step.microbatches for step in steps], [step.update for step in steps])
         ]
-        return stepper.report(num_microbatches=num_microbatches, step=StepTally(*phases))
+        return stepper.report(num_microbatches=num_microbatches, step=StepWorkload(*phases))
 
 
-def _extrapolated(measured: list[Tally], counts: list[int], wanted: int) -> Tally:
+def _extrapolated(measured: list[Workload], counts: list[int], wanted: int) -> Workload:
     """Of `wanted` microbatches: on the line through those of two counts, or the only one."""
     if len(counts) == 1:
         return measured[0]
@@ -121,7 +121,7 @@ def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int
     return counts if num_microbatches > counts[1] else [num_microbatches]
 
 
-class Stepper:
+class StepProfiler:
     """A training engine on made-up batches that counts what each of its steps does.
 
     It works on real ranks as on simulated ones.
@@ -135,7 +135,7 @@ class Stepper:
         self.memory = memory
         self.engine = _WatchedEngine(config, self)
         self._meters = _Meters(topology)
-        self._microbatches = Tally()
+        self._microbatches = Workload()
         self._warm_up()
         self.microbatches_peak_bytes = 0
         self.update_peak_bytes = 0
@@ -150,7 +150,7 @@ class Stepper:
         self.engine.update(self.engine.measure_gradients())
         self.engine.forward(forward_step, self._batches(), num_microbatches=turns)
 
-    def step(self, num_microbatches: int) -> StepTally:
+    def step(self, num_microbatches: int) -> StepWorkload:
         """One optimizer step, counted."""
         self._meters = _Meters(self.topology)
         with _without_garbage(), self._meters:
@@ -158,13 +158,13 @@ class Stepper:
             self.run(num_microbatches)
         self.update_peak_bytes = self.memory.peak_bytes
         whole = self._meters.tally()
-        return StepTally(self._microbatches, whole + self._microbatches * -1)
+        return StepWorkload(self._microbatches, whole + self._microbatches * -1)
 
     def run(self, num_microbatches: int) -> None:
         """One optimizer step, uncounted but for the memory."""
         train_step(self.engine, self._batches(), num_microbatches=num_microbatches, topology=self.topology)
 
-    def report(self, *, num_microbatches: int, step: StepTally) -> RankReport:
+    def report(self, *, num_microbatches: int, step: StepWorkload) -> RankReport:
         """What the rank holds after its last step, with the tallies of one."""
         parameters = [parameter for piece in self.engine.pieces for parameter in piece.parameters()]
         gradients = [parameter.main_grad for parameter in parameters]
@@ -204,10 +204,10 @@ class Stepper:
 
     def _batches(self) -> Iterator[Batch]:
         while True:
-            yield made_up_batch(self.config, torch.device("cpu"))
+            yield synthetic_batch(self.config, torch.device("cpu"))
 
 
-def made_up_batch(config: RunConfig, device: torch.device) -> Batch:
+def synthetic_batch(config: RunConfig, device: torch.device) -> Batch:
     """A microbatch shaped as `data.batches.microbatches` gives them; all tokens are the first."""
     data, batch_size = config.data, config.training.micro_batch_size
     length = data.sequence_length
@@ -224,7 +224,7 @@ def made_up_batch(config: RunConfig, device: torch.device) -> Batch:
 class _WatchedEngine(MegatronEngine):
     """The engine as it is, but that it says when a step's microbatches are done."""
 
-    def __init__(self, config: RunConfig, stepper: Stepper) -> None:
+    def __init__(self, config: RunConfig, stepper: StepProfiler) -> None:
         super().__init__(config, build_gpt_chunks(config))
         self._stepper = stepper
 
@@ -249,11 +249,11 @@ class _Meters(contextlib.ExitStack):
         self.enter_context(self.ledger)
         return self
 
-    def tally(self) -> Tally:
+    def tally(self) -> Workload:
         """What was counted so far."""
         plain: list[Any] = [self.ledger.bytes_sent, self.ledger.calls]
         by_group = ({group: dict(counts) for group, counts in part.items()} for part in plain)
-        return Tally(dict(self.operations.calls), *by_group)
+        return Workload(dict(self.operations.calls), *by_group)
 
 
 @contextlib.contextmanager

@@ -27,27 +27,27 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Tally:
+class Workload:
     """Operations computed, and bytes and calls of collectives, by one rank."""
 
     operations: dict[Operation, float] = field(default_factory=dict)
-    wire_bytes: ByGroup = field(default_factory=dict)
-    wire_calls: ByGroup = field(default_factory=dict)
+    bytes_sent: ByGroup = field(default_factory=dict)
+    collective_calls: ByGroup = field(default_factory=dict)
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: Workload) -> Workload:
         """Both together."""
-        return Tally(
+        return Workload(
             _added(self.operations, other.operations),
-            _added_by_group(self.wire_bytes, other.wire_bytes),
-            _added_by_group(self.wire_calls, other.wire_calls),
+            _added_by_group(self.bytes_sent, other.bytes_sent),
+            _added_by_group(self.collective_calls, other.collective_calls),
         )
 
-    def __mul__(self, times: float) -> Tally:
+    def __mul__(self, times: float) -> Workload:
         """The same, `times` times over."""
-        return Tally(
+        return Workload(
             {operation: times * calls for operation, calls in self.operations.items()},
-            _scaled_by_group(self.wire_bytes, times),
-            _scaled_by_group(self.wire_calls, times),
+            _scaled_by_group(self.bytes_sent, times),
+            _scaled_by_group(self.collective_calls, times),
         )
 
     @property
@@ -57,13 +57,13 @@ class Tally:
 
     def group_bytes(self, group: str) -> float:
         """Bytes sent in one group, over all operations."""
-        return sum(self.wire_bytes.get(group, {}).values())
+        return sum(self.bytes_sent.get(group, {}).values())
 
-    def rounded_wire_bytes(self) -> dict[str, dict[str, int]]:
+    def rounded_bytes_sent(self) -> dict[str, dict[str, int]]:
         """As `CommunicationCounter.as_dict` gives them."""
         return {
             group: {name: round(count) for name, count in operations.items()}
-            for group, operations in self.wire_bytes.items()
+            for group, operations in self.bytes_sent.items()
         }
 
 

@@ -8,7 +8,7 @@ from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
-from sas_megatron.planning.rank_simulation import RankReport, simulate_rank
+from sas_megatron.planning.rank_estimate import RankReport, estimate_rank
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
 
 
@@ -40,9 +40,9 @@ def estimate_run(
     data_parallel = config.check_world_size(world_size)
     if rank is not None and not 0 <= rank < world_size:
         raise FieldError("rank", rank, f"must be one of {world_size} ranks", f"use 0 to {world_size - 1}")
-    config = for_hardware(config, hardware)
+    config = adapt_to_hardware(config, hardware)
     ranks = stage_ranks(config, world_size) if rank is None else [rank]
-    reports = [simulate_rank(config, rank=place, world_size=world_size) for place in ranks]
+    reports = [estimate_rank(config, rank=place, world_size=world_size) for place in ranks]
     step = estimate_step(config, reports, hardware=hardware, world_size=world_size)
     return RunEstimate(world_size, data_parallel, hardware, reports, step)
 
@@ -58,7 +58,7 @@ def stage_ranks(config: RunConfig, world_size: int) -> list[int]:
     return [stage * per_stage for stage in sorted({0, min(1, stages - 1), stages - 1})]
 
 
-def for_hardware(config: RunConfig, hardware: Hardware) -> RunConfig:
+def adapt_to_hardware(config: RunConfig, hardware: Hardware) -> RunConfig:
     """The config with the attention kernel that the hardware would run, and a simulation that can be counted.
 
     The simulation's tensors say they are the CPU's. On a GPU `auto` is torch's fused kernel, which keeps
