@@ -108,7 +108,7 @@ def _search(config: RunConfig, world_size: int, hardware: Hardware, top: int) ->
     from sas_megatron.cli.estimate_tables import search_as_dict, show_search
     from sas_megatron.planning.layout_search import search_layouts
 
-    result = search_layouts(config, world_size=world_size, hardware=hardware, announce=_announce)
+    result = search_layouts(config, world_size=world_size, hardware=hardware, report_progress=_announce)
     return search_as_dict(result, top), show_search
 
 

@@ -174,7 +174,7 @@ def search_as_dict(search: LayoutSearch, top: int) -> dict[str, Any]:
         "memory_bytes": round(search.hardware.memory_gib * 2**30),
         "legal_layouts": search.num_legal,
         "families": search.num_families,
-        "simulated_families": search.num_simulated_families,
+        "simulated_families": search.num_estimated_families,
         "layouts": [
             {
                 "overrides": search.overrides(layout),

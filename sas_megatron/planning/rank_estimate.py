@@ -1,10 +1,11 @@
-"""One rank of a run, simulated: what it holds, computes and sends in a step of the real training code.
+"""Estimate one rank of a run: the memory, the operations and the communication of a real training step.
 
-    config, rank -> fake world -> the engine -> an update and a forward pass, for what is made once
-      -> two steps of few microbatches, counted -> the step of all microbatches, by their difference
+    config, rank -> fake world -> training engine
+      -> an update and a forward pass, which create the tensors that last over all steps
+      -> two counted steps of few microbatches -> the step of all microbatches, extrapolated from these two
 
-A step is a fixed part and a part for each microbatch, once there are enough of them to fill the
-pipeline; so two short steps tell all longer ones exactly.
+The work of a step has a fixed part and a part per microbatch, once there are enough microbatches to fill
+the pipeline. So two short steps determine every longer one exactly.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from typing_extensions import override
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.communication_counter import build_communication_counter
@@ -35,18 +37,20 @@ from sas_megatron.training.step import train_step
 
 @dataclass(frozen=True)
 class StepWorkload:
-    """One step: forward and backward passes with the reduction of gradients at their end; then the update."""
+    """Work of one step in two phases."""
 
+    # Forward and backward passes of all microbatches, with the reduction of the gradients at their end.
     microbatches: Workload
+    # The rest of the step: gradient norm and optimizer.
     update: Workload
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank holds, and does in one optimizer step."""
+    """Memory of one rank, and its work in one optimizer step."""
 
     rank: int
-    # The ranks of its groups, by the ledger's names.
+    # Ranks of each of its process groups, by the group names of the communication counter.
     group_ranks: dict[str, list[int]]
     num_layers: int
     num_heads: int
@@ -54,67 +58,69 @@ class RankReport:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    # The most held at once, all the above included: while microbatches run, and while weights are updated.
+    # Peak memory of all tensors, parameters and optimizer state included, in each phase of the step.
     microbatches_peak_bytes: int
     update_peak_bytes: int
     num_microbatches: int
-    # Forward and backward passes with the reduction of gradients at their end; then the rest of the step.
+    # The two phases of the step, as in `StepWorkload`.
     microbatches: Workload
     update: Workload
 
     @property
     def static_bytes(self) -> int:
-        """Parameters, gradients and optimizer state."""
+        """Bytes of parameters, gradients and optimizer state."""
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """The most held at once in a step."""
+        """Peak memory of all tensors in a step."""
         return max(self.microbatches_peak_bytes, self.update_peak_bytes)
 
     @property
     def activation_bytes(self) -> int:
-        """The most that activations and temporaries hold beside parameters, gradients and optimizer state."""
+        """Peak memory of activations and temporaries: the peak without the static bytes."""
         return self.peak_bytes - self.static_bytes
 
     @property
     def step(self) -> Workload:
-        """The whole step."""
+        """Work of the complete step."""
         return self.microbatches + self.update
 
 
 def estimate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
-    """Builds and steps the real model as `rank` of `world_size`; see `fake_world` for what it needs.
+    """Build the real model and run its training step as `rank` of `world_size`, on tensors without storage.
+
+    `fake_world` states what the process must satisfy.
 
     Raises:
-        UserError: the layout does not fit the world size.
+        UserError: The layout does not fit the world size.
     """
     data_parallel = config.check_world_size(world_size)
     num_microbatches = config.training.num_microbatches(data_parallel)
     with fake_world(config.parallel, rank=rank, world_size=world_size) as topology, MemoryMeter() as memory:
-        stepper = StepProfiler(config, topology, memory)
-        counts = _measured_microbatches(config, num_microbatches)
-        steps = [stepper.step(count) for count in counts]
+        profiler = StepProfiler(config, topology, memory)
+        counts = _profiled_microbatches(config, num_microbatches)
+        steps = [profiler.profile_step(count) for count in counts]
         phases = [
-            _extrapolated(phase, counts, num_microbatches)
+            _extrapolate(phase, counts, num_microbatches)
             for phase in ([step.microbatches for step in steps], [step.update for step in steps])
         ]
-        return stepper.report(num_microbatches=num_microbatches, step=StepWorkload(*phases))
+        return profiler.report(num_microbatches=num_microbatches, step=StepWorkload(*phases))
 
 
-def _extrapolated(measured: list[Workload], counts: list[int], wanted: int) -> Workload:
-    """Of `wanted` microbatches: on the line through those of two counts, or the only one."""
+def _extrapolate(profiled: list[Workload], counts: list[int], num_microbatches: int) -> Workload:
+    """Return the workload of `num_microbatches`, on the line through the two profiled workloads."""
     if len(counts) == 1:
-        return measured[0]
-    per_microbatch = (measured[1] + measured[0] * -1) * (1 / (counts[1] - counts[0]))
-    return measured[0] + per_microbatch * (wanted - counts[0])
+        return profiled[0]
+    per_microbatch = (profiled[1] + profiled[0] * -1) * (1 / (counts[1] - counts[0]))
+    return profiled[0] + per_microbatch * (num_microbatches - counts[0])
 
 
-def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int]:
-    """How many microbatches to step with: two numbers to tell the others by, or the one that is wanted.
+def _profiled_microbatches(config: RunConfig, num_microbatches: int) -> list[int]:
+    """Return the two numbers of microbatches to profile, or only `num_microbatches` if it is small.
 
-    A pipeline of p stages holds what it will ever hold at p microbatches; its interleaved schedule,
-    which takes them in rounds of p and runs at most (v+1)·p - 2 pieces ahead, at two rounds.
+    A pipeline of p stages reaches its largest memory at p microbatches. The interleaved schedule takes
+    microbatches in rounds of p and runs at most (v+1)·p - 2 model chunks ahead, so it needs two rounds.
     """
     stages = config.parallel.pipeline
     counts = [stages, stages + config.parallel.microbatch_turns]
@@ -122,18 +128,17 @@ def _measured_microbatches(config: RunConfig, num_microbatches: int) -> list[int
 
 
 class StepProfiler:
-    """A training engine on made-up batches that counts what each of its steps does.
+    """A training engine on synthetic batches that counts the work and the memory of its steps.
 
-    It works on real ranks as on simulated ones.
-
-    `memory` must be entered before this is built, and through all steps.
+    It works both on real ranks and in a fake world. Its memory counts are valid only if the memory meter is
+    entered before the profiler is built and stays entered during all steps.
     """
 
     def __init__(self, config: RunConfig, topology: Topology, memory: MemoryMeter) -> None:
         self.config = config
         self.topology = topology
         self.memory = memory
-        self.engine = _WatchedEngine(config, self)
+        self.engine = _ObservedEngine(config, self)
         self._meters = _Meters(topology)
         self._microbatches = Workload()
         self._warm_up()
@@ -141,34 +146,36 @@ class StepProfiler:
         self.update_peak_bytes = 0
 
     def _warm_up(self) -> None:
-        """Makes the optimizer's state and the tables of rotary positions, which later steps find."""
-        turns = self.config.parallel.microbatch_turns
+        """Create the optimizer state and the tables of rotary embeddings, which all later steps reuse."""
+        num_microbatches = self.config.parallel.microbatch_turns
         if self.config.parallel.overlap_parameter_gather:
-            # A whole step: the next one gathers the parameters that this one updates.
-            self.run(turns)
+            # A complete step, since the next step gathers the parameters that this one updates.
+            self.run_step(num_microbatches)
             return
         self.engine.update(self.engine.measure_gradients())
-        self.engine.forward(forward_step, self._batches(), num_microbatches=turns)
+        self.engine.forward(forward_step, self._batches(), num_microbatches=num_microbatches)
 
-    def step(self, num_microbatches: int) -> StepWorkload:
-        """One optimizer step, counted."""
+    def profile_step(self, num_microbatches: int) -> StepWorkload:
+        """Run one optimizer step and return its work."""
         self._meters = _Meters(self.topology)
-        with _without_garbage(), self._meters:
+        with _garbage_collection_disabled(), self._meters:
             self.memory.reset_peak()
-            self.run(num_microbatches)
+            self.run_step(num_microbatches)
         self.update_peak_bytes = self.memory.peak_bytes
-        whole = self._meters.tally()
-        return StepWorkload(self._microbatches, whole + self._microbatches * -1)
+        total = self._meters.workload()
+        return StepWorkload(self._microbatches, total + self._microbatches * -1)
 
-    def run(self, num_microbatches: int) -> None:
-        """One optimizer step, uncounted but for the memory."""
+    def run_step(self, num_microbatches: int) -> None:
+        """Run one optimizer step without counting its work."""
         train_step(self.engine, self._batches(), num_microbatches=num_microbatches, topology=self.topology)
 
     def report(self, *, num_microbatches: int, step: StepWorkload) -> RankReport:
-        """What the rank holds after its last step, with the tallies of one."""
-        parameters = [parameter for piece in self.engine.pieces for parameter in piece.parameters()]
+        """Return the memory of the rank after its last step, together with the work of `step`."""
+        parameters = [parameter for chunk in self.engine.pieces for parameter in chunk.parameters()]
         gradients = [parameter.main_grad for parameter in parameters]
-        optimizer = [tensor for part in self.engine.optimizers() for tensor in _optimizer_tensors(part)]
+        optimizer_state = [
+            tensor for optimizer in self.engine.optimizers() for tensor in _optimizer_tensors(optimizer)
+        ]
         attention, parallel = self.config.attention, self.config.parallel
         return RankReport(
             rank=self.topology.rank,
@@ -181,14 +188,14 @@ class StepProfiler:
             },
             num_layers=sum(
                 isinstance(module, TransformerLayer)
-                for piece in self.engine.pieces
-                for module in piece.modules()
+                for chunk in self.engine.pieces
+                for module in chunk.modules()
             ),
             num_heads=attention.num_attended_heads // parallel.tensor // parallel.context,
             num_parameters=sum(parameter.numel() for parameter in parameters),
             parameter_bytes=distinct_bytes(parameters),
             gradient_bytes=distinct_bytes(gradients),
-            optimizer_bytes=distinct_bytes(optimizer, without=[*parameters, *gradients]),
+            optimizer_bytes=distinct_bytes(optimizer_state, without=[*parameters, *gradients]),
             microbatches_peak_bytes=self.microbatches_peak_bytes,
             update_peak_bytes=self.update_peak_bytes,
             num_microbatches=num_microbatches,
@@ -196,9 +203,9 @@ class StepProfiler:
             update=step.update,
         )
 
-    def note_microbatches(self) -> None:
-        """To be called between the microbatches and the update: what was counted so far is theirs."""
-        self._microbatches = self._meters.tally()
+    def end_microbatches(self) -> None:
+        """Record the counts of the first phase, before the engine starts the update."""
+        self._microbatches = self._meters.workload()
         self.microbatches_peak_bytes = self.memory.peak_bytes
         self.memory.reset_peak()
 
@@ -208,7 +215,7 @@ class StepProfiler:
 
 
 def synthetic_batch(config: RunConfig, device: torch.device) -> Batch:
-    """A microbatch shaped as `data.batches.microbatches` gives them; all tokens are the first."""
+    """Return a microbatch with the shapes of `data.batches.microbatches`, in which all tokens are zero."""
     data, batch_size = config.data, config.training.micro_batch_size
     length = data.sequence_length
     shape = (batch_size, length // config.parallel.context)
@@ -221,44 +228,44 @@ def synthetic_batch(config: RunConfig, device: torch.device) -> Batch:
     return batch
 
 
-class _WatchedEngine(MegatronEngine):
-    """The engine as it is, but that it says when a step's microbatches are done."""
+class _ObservedEngine(MegatronEngine):
+    """The Megatron engine, which notifies the profiler when the microbatches of a step are finished."""
 
-    def __init__(self, config: RunConfig, stepper: StepProfiler) -> None:
+    def __init__(self, config: RunConfig, profiler: StepProfiler) -> None:
         super().__init__(config, build_gpt_chunks(config))
-        self._stepper = stepper
+        self._profiler = profiler
 
+    @override
     def accumulate(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:
-        """The engine's."""
         reports = super().accumulate(batches, num_microbatches=num_microbatches)
-        self._stepper.note_microbatches()
+        self._profiler.end_microbatches()
         return reports
 
 
 class _Meters(contextlib.ExitStack):
-    """The operation meter and the wire ledger, entered together and read as one tally."""
+    """The operation meter and the communication counter, entered together and read as one workload."""
 
     def __init__(self, topology: Topology) -> None:
         super().__init__()
         self.operations = OperationMeter()
-        self.ledger = build_communication_counter(topology)
+        self.communication = build_communication_counter(topology)
 
     def __enter__(self) -> _Meters:
         super().__enter__()
         self.enter_context(self.operations)
-        self.enter_context(self.ledger)
+        self.enter_context(self.communication)
         return self
 
-    def tally(self) -> Workload:
-        """What was counted so far."""
-        plain: list[Any] = [self.ledger.bytes_sent, self.ledger.calls]
-        by_group = ({group: dict(counts) for group, counts in part.items()} for part in plain)
+    def workload(self) -> Workload:
+        """Return the work counted so far."""
+        counters: list[Any] = [self.communication.bytes_sent, self.communication.calls]
+        by_group = ({group: dict(counts) for group, counts in counter.items()} for counter in counters)
         return Workload(dict(self.operations.calls), *by_group)
 
 
 @contextlib.contextmanager
-def _without_garbage() -> Iterator[None]:
-    """Collects cycles before and none within, so that the peak does not depend on when Python does."""
+def _garbage_collection_disabled() -> Iterator[None]:
+    """Collect reference cycles before the block and not within, so that the peak memory is reproducible."""
     gc.collect()
     gc.disable()
     try:
@@ -268,7 +275,7 @@ def _without_garbage() -> Iterator[None]:
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Moments and full-precision weights of one of Megatron-core's optimizers."""
+    """Yield the moments and the full-precision weights of one of Megatron-core's optimizers."""
     yield from main_parameters(optimizer)
     for state in optimizer.optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))

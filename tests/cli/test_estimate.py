@@ -17,8 +17,8 @@ from tests.fork_server import run_command
     [
         (
             ["--world-size", 2, "--hardware", "h900"],
-            "hardware 'h900': neither shipped nor a file; use a100, h100, h200, this-machine, or a path to "
-            "a file like those",
+            "hardware 'h900': is neither a shipped name nor a file; use a100, h100, h200, this-machine, or "
+            "the path of a hardware file",
         ),
         (["--world-size", 0], "world size=0: must be positive; use 1 or more"),
         (
