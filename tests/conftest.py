@@ -118,10 +118,10 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
 
 @pytest.fixture(scope="session")
-def simulator() -> Iterator[Callable[..., Any]]:
-    """A process that is in no process group, to simulate ranks in.
+def separate_process() -> Iterator[Callable[..., Any]]:
+    """A process that has joined no process group, for estimates of ranks.
 
-    `simulator(function, *args)` is what the function returns there.
+    Calling `separate_process(function, *args)` returns the result of the function in that process.
     """
     with concurrent.futures.ProcessPoolExecutor(1, fork_context()) as pool:
         yield lambda function, *args: pool.submit(function, *args).result()

@@ -15,7 +15,7 @@ MODULES = (
     "sas_megatron.cli.main",
     "sas_megatron.evaluation.start",
     "sas_megatron.evaluation.trained_model",
-    "sas_megatron.planning.rank_simulation",
+    "sas_megatron.planning.rank_estimate",
     "sas_megatron.training.deepspeed_engine",
     "sas_megatron.training.loop",
     "sas_megatron.training.megatron_engine",

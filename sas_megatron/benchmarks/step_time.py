@@ -77,9 +77,9 @@ def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> floa
 
 def _random_batches(config: RunConfig, device: torch.device) -> Iterator[Batch]:
     """The same random tokens again and again: gradients of one table row alone would take another time."""
-    from sas_megatron.planning.rank_simulation import made_up_batch
+    from sas_megatron.planning.rank_estimate import synthetic_batch
 
-    batch = made_up_batch(config, device)
+    batch = synthetic_batch(config, device)
     for name in ("tokens", "labels"):
         batch[name].random_(config.model.vocab_size)
     return itertools.repeat(batch)

@@ -14,7 +14,7 @@ from sas_megatron.cli.bench_options import (
     THREADS_OPTION,
     shape_options,
 )
-from sas_megatron.cli.measurements import best_tiles, draw, place, share, show, stamp
+from sas_megatron.cli.bench_tables import best_tiles, draw, place, share, show, stamp
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +160,7 @@ def step(
     configs = {path: load_run_config(path, list(overrides)) for path in (base, other)}
     device = _prepare(None)
 
-    from sas_megatron.benchmarks.steps import measure_steps, with_microbatches
+    from sas_megatron.benchmarks.step_comparison import measure_steps, with_microbatches
 
     result = measure_steps(
         {path: with_microbatches(config, microbatches) for path, config in configs.items()},

@@ -1,4 +1,4 @@
-"""`sas-megatron simulate`: what a run would hold, compute, send and take, on ranks that are not there."""
+"""`sas-megatron estimate`: what a run would hold, compute, send and take, on ranks that are not there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ THIS_MACHINE = "this-machine"
 )
 @click.option("--validate", is_flag=True, help="Run that many processes here, and compare; 8 at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
-def simulate(
+def estimate(
     config: str,
     overrides: tuple[str, ...],
     *,
@@ -87,7 +87,7 @@ def simulate(
 def _estimate(config: RunConfig, world_size: int, hardware: Hardware, rank: int | None) -> tuple[Any, Any]:
     _compute_on_cpu()
     from sas_megatron.cli.estimate_tables import estimate_as_dict, show_estimate
-    from sas_megatron.planning.simulation import estimate_run
+    from sas_megatron.planning.run_estimate import estimate_run
 
     return (
         estimate_as_dict(estimate_run(config, world_size=world_size, hardware=hardware, rank=rank)),
@@ -108,7 +108,7 @@ def _search(config: RunConfig, world_size: int, hardware: Hardware, top: int) ->
     from sas_megatron.cli.estimate_tables import search_as_dict, show_search
     from sas_megatron.planning.layout_search import search_layouts
 
-    result = search_layouts(config, world_size=world_size, hardware=hardware, announce=_announce)
+    result = search_layouts(config, world_size=world_size, hardware=hardware, report_progress=_announce)
     return search_as_dict(result, top), show_search
 
 

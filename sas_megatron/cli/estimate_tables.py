@@ -1,4 +1,4 @@
-"""What `sas-megatron simulate` prints: estimates, validations and searches, as objects and as tables."""
+"""What `sas-megatron estimate` prints: estimates, validations and searches, as objects and as tables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from sas_megatron.planning.layout_search import LayoutSearch
-    from sas_megatron.planning.rank_simulation import RankReport
-    from sas_megatron.planning.simulation import RunEstimate
+    from sas_megatron.planning.rank_estimate import RankReport
+    from sas_megatron.planning.run_estimate import RunEstimate
     from sas_megatron.planning.step_estimate import StepEstimate
     from sas_megatron.planning.validation import Validation
 
@@ -44,7 +44,7 @@ def _rank_as_dict(report: RankReport) -> dict[str, Any]:
         "peak_bytes": report.peak_bytes,
         "microbatches": report.num_microbatches,
         "flops": round(report.step.flops),
-        "wire_bytes_sent": report.step.rounded_wire_bytes(),
+        "communication_bytes_sent": report.step.rounded_bytes_sent(),
     }
 
 
@@ -83,13 +83,13 @@ def show_estimate(result: dict[str, Any]) -> None:
     sent = {
         (group, operation): None
         for rank in ranks
-        for group, operations in rank["wire_bytes_sent"].items()
+        for group, operations in rank["communication_bytes_sent"].items()
         for operation in operations
     }
     if sent:
         table = _table("bytes sent in a step", [f"rank {rank['rank']}" for rank in ranks])
         for group, operation in sent:
-            counts = (rank["wire_bytes_sent"].get(group, {}).get(operation, 0) for rank in ranks)
+            counts = (rank["communication_bytes_sent"].get(group, {}).get(operation, 0) for rank in ranks)
             table.add_row(f"{group} {operation}", *(f"{count:,}" for count in counts))
         console.print(table)
     _show_step(console, result["step"])
@@ -127,10 +127,10 @@ def validation_as_dict(validation: Validation) -> dict[str, Any]:
         "ranks": [
             {
                 "rank": rank.rank,
-                "wire_is_equal": rank.wire_is_equal,
-                "wire_bytes_sent": {
-                    "estimated": rank.estimated_wire_bytes,
-                    "measured": rank.measured_wire_bytes,
+                "communication_is_equal": rank.communication_is_equal,
+                "communication_bytes_sent": {
+                    "estimated": rank.estimated_bytes_sent,
+                    "measured": rank.measured_bytes_sent,
                 },
                 "peak_bytes": {
                     "estimated": rank.estimated_peak_bytes,
@@ -153,7 +153,7 @@ def show_validation(result: dict[str, Any]) -> None:
     """One table: wire by group, peak memory by rank, and the step's time."""
     table = _table("estimate against this machine", ["estimated", "measured", "error"])
     for rank in result["ranks"]:
-        name, sent, peak = f"rank {rank['rank']}", rank["wire_bytes_sent"], rank["peak_bytes"]
+        name, sent, peak = f"rank {rank['rank']}", rank["communication_bytes_sent"], rank["peak_bytes"]
         for group in dict.fromkeys([*sent["estimated"], *sent["measured"]]):
             estimated, measured = (
                 sum(sent[side].get(group, {}).values()) for side in ("estimated", "measured")
@@ -174,7 +174,7 @@ def search_as_dict(search: LayoutSearch, top: int) -> dict[str, Any]:
         "memory_bytes": round(search.hardware.memory_gib * 2**30),
         "legal_layouts": search.num_legal,
         "families": search.num_families,
-        "simulated_families": search.num_simulated_families,
+        "simulated_families": search.num_estimated_families,
         "layouts": [
             {
                 "overrides": search.overrides(layout),

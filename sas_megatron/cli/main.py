@@ -42,9 +42,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Solve attention variants' dimensions until they cost what a base costs.",
     ),
     "study": ("sas_megatron.cli.study:study", "Plan, run and compare many runs that one file describes."),
-    "simulate": (
-        "sas_megatron.cli.estimate:simulate",
-        "Estimate memory, traffic and time of a run on any number of ranks, without them.",
+    "estimate": (
+        "sas_megatron.cli.estimate:estimate",
+        "Estimate memory, communication and step time of a run on any number of ranks.",
     ),
     "fit": ("sas_megatron.cli.fit:fit", "Fit a scaling law to a table of runs."),
     "doctor": (
@@ -53,6 +53,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench": ("sas_megatron.cli.bench:bench", "Measure speed and memory on this machine."),
 }
+
+# old name -> present name
+RENAMED_COMMANDS = {"simulate": "estimate"}
 
 
 class LazyGroup(click.Group):
@@ -63,7 +66,14 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, its file imported now; None: there is no such command."""
+        """The command of that name, its file imported now; None: there is no such command.
+
+        Raises:
+            UserError: The command has been renamed.
+        """
+        if cmd_name in RENAMED_COMMANDS:
+            new_name = RENAMED_COMMANDS[cmd_name]
+            raise UserError(f"command {cmd_name}: has been renamed; use sas-megatron {new_name}")
         if cmd_name not in COMMANDS:
             return None
         module_name, attribute = COMMANDS[cmd_name][0].split(":")

@@ -44,7 +44,7 @@ def plan(study: Path, *, as_json: bool) -> None:
 
 @study.command()
 @_study_file
-@click.option("--hardware", required=True, help="h100, h200, a100, or a hardware file (see `simulate`).")
+@click.option("--hardware", required=True, help="h100, h200, a100, or a hardware file (see `estimate`).")
 def layout(study: Path, *, hardware: str) -> None:
     """Search the fastest layout of every variant and size on machine.processes devices, by simulation.
 

@@ -1,1 +1,1 @@
-"""What a run would cost on ranks that are not there: the real code on tensors without storage."""
+"""Estimate the memory, the operations, the communication and the step time of a run without its cluster."""

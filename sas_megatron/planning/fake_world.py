@@ -1,12 +1,12 @@
-"""One process that believes itself to be one rank of many, on tensors that have shapes and no storage.
+"""Run one process as one rank of many, on tensors that have a shape but no storage.
 
-    torch.distributed's "fake" back end: groups of any size, collectives that return at once
-      -> Megatron-core's groups of the layout, by the project's own `joined_groups`
-      -> torch's FakeTensorMode: every operation computes shapes alone
-      -> what the code reads out of a tensor (`.item()`) is answered with a one
+    torch.distributed's "fake" backend: groups of any size, collectives that return immediately
+      -> Megatron-core's process groups of the layout, created by `joined_groups`
+      -> torch's FakeTensorMode: every operation computes only the shape of its result
+      -> reading a value out of a tensor (`.item()`) returns one
 
-So the real engine and the real training step run unchanged, and what they allocate, compute and
-send is what is counted.
+The training engine and the training step run unchanged, so that their allocations, operations and
+collectives can be counted.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.distributed.topology import Topology, joined_groups
 
 
-class _NothingHappens(TorchDispatchMode):
-    """Answers what needs values: collectives are done at once, and `.item()` gives one.
+class _FakeResults(TorchDispatchMode):
+    """Complete collectives immediately, and return one from `.item()`.
 
-    One is finite, so that the checks of loss and gradient norm pass.
+    One is finite, so the checks of the loss and of the gradient norm pass.
     """
 
     def __torch_dispatch__(
@@ -42,7 +42,8 @@ class _NothingHappens(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func.namespace == "c10d":
-            # Outputs come first among the arguments, in place, and among the results, before the work.
+            # The output tensors are the first argument, which is modified in place. An operation that also
+            # returns them puts them before its work handle.
             work = FakeWork().boxed()
             return work if len(func._schema.returns) == 1 else (args[0], work)
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -51,8 +52,8 @@ class _NothingHappens(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _TensorsOfMadeUpScalars(TorchFunctionMode):
-    """Makes a tensor of lists of scalar tensors, which torch would read below every dispatch mode."""
+class _TensorFromScalars(TorchFunctionMode):
+    """Convert scalar tensors to numbers in `torch.tensor([...])`, which no dispatch mode would see."""
 
     def __torch_function__(
         self,
@@ -68,19 +69,19 @@ class _TensorsOfMadeUpScalars(TorchFunctionMode):
 
 @contextlib.contextmanager
 def fake_world(config: ParallelConfig, *, rank: int, world_size: int) -> Iterator[Topology]:
-    """This process as rank `rank` of `world_size`, its new tensors without storage, for a `with` block.
+    """Run a `with` block as rank `rank` of `world_size`, whose new tensors have no storage.
 
-    The process must not be part of a process group, and `prepare_device` must have found the CPU:
-    the tensors say they are the CPU's, whatever hardware is asked about.
+    The process must not have joined a process group. `prepare_device` must have chosen the CPU, since
+    the tensors report the CPU as their device, whichever hardware the estimate is for.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         with (
-            _replaced(_stand_ins()),
+            _replace_attributes(_stand_ins()),
             joined_groups(config, device=torch.device("cpu"), seed=1) as topology,
             FakeTensorMode(allow_non_fake_inputs=True),
-            _NothingHappens(),
-            _TensorsOfMadeUpScalars(),
+            _FakeResults(),
+            _TensorFromScalars(),
         ):
             yield topology
     finally:
@@ -88,16 +89,16 @@ def fake_world(config: ParallelConfig, *, rank: int, world_size: int) -> Iterato
 
 
 def _stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """What must be answered without tensors: (module, name, answer)."""
+    """Return the functions that need real tensors or peers: (module, attribute name, replacement)."""
     new_group, get_rng_state = dist.new_group, torch.get_rng_state
 
     def new_fake_group(ranks: list[int], **options: Any) -> Any:
-        # Megatron-core makes gloo groups beside the others; gloo would look for its peers.
+        # Megatron-core also creates gloo groups, and gloo would wait for its peers.
         return new_group(ranks, **{**options, "backend": "fake"})
 
-    def gather_own_object(gathered: list[Any], own: Any, group: Any = None) -> None:
-        # All ranks would say the same, or the answer is used for messages alone.
-        gathered[:] = [own] * len(gathered)
+    def gather_local_object(gathered: list[Any], local: Any, group: Any = None) -> None:
+        # All ranks would contribute an equal object, or only messages depend on the result.
+        gathered[:] = [local] * len(gathered)
 
     def real_random_state(*_args: Any) -> torch.Tensor:
         with _disable_current_modes():
@@ -105,29 +106,36 @@ def _stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
 
     return [
         (dist, "new_group", new_fake_group),
-        (dist, "all_gather_object", gather_own_object),
-        (torch.nn.Module, "bfloat16", _already_bfloat16),
+        (dist, "all_gather_object", gather_local_object),
+        (torch.nn.Module, "bfloat16", _check_bfloat16),
         (torch, "get_rng_state", real_random_state),
-        # No operation draws a number here.
+        # No operation draws random numbers on fake tensors.
         (torch, "set_rng_state", lambda *_args: None),
     ]
 
 
-def _already_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
-    """The module, whose parameters must be in bfloat16; torch cannot convert parameters without storage."""
+def _check_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module unchanged if all its parameters are in bfloat16.
+
+    Raises:
+        NotImplementedError: A parameter has another dtype; torch cannot convert it without its storage.
+    """
     for name, parameter in module.named_parameters():
         if parameter.dtype != torch.bfloat16:
-            raise NotImplementedError(f"{name} is built in {parameter.dtype}, to be converted to bfloat16")
+            raise NotImplementedError(
+                f"parameter {name}: dtype {parameter.dtype} cannot be converted without storage; "
+                "build the model in bfloat16"
+            )
     return module
 
 
 @contextlib.contextmanager
-def _replaced(stand_ins: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
-    kept = [(module, name, getattr(module, name)) for module, name, _ in stand_ins]
+def _replace_attributes(stand_ins: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    originals = [(module, name, getattr(module, name)) for module, name, _ in stand_ins]
     for module, name, stand_in in stand_ins:
         setattr(module, name, stand_in)
     try:
         yield
     finally:
-        for module, name, original in kept:
+        for module, name, original in originals:
             setattr(module, name, original)

@@ -1,4 +1,4 @@
-"""What one device can do, as a hardware file states it: peak figures, and the shares attained."""
+"""Hardware files: peak figures of one device and its links, and the shares of them that training attains."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ SHIPPED = Path(__file__).parent / "hardware"
 BYTES_PER_GIB = 2**30
 
 
-class WireFigures(Section):
-    """One way between two devices."""
+class LinkFigures(Section):
+    """Bandwidth and latency of a link between two devices."""
 
     section_name: ClassVar[str] = "wire"
 
-    gigabytes_per_second: float = Field(description="Of one device, in one direction; 1 GB is 10⁹ bytes.")
-    latency_microseconds: float = Field(description="Of one message between neighbours.")
+    gigabytes_per_second: float = Field(
+        description="Bandwidth of one device in one direction; 1 GB is 10⁹ bytes."
+    )
+    latency_microseconds: float = Field(description="Latency of one message between neighbours.")
 
     @model_validator(mode="after")
-    def _check(self) -> WireFigures:
+    def _check(self) -> LinkFigures:
         self.require_positive("gigabytes_per_second", "latency_microseconds")
         return self
 
@@ -35,11 +37,13 @@ class AttainableShares(Section):
 
     section_name: ClassVar[str] = "attainable"
 
-    matrix: float = Field(description="Matrix products, of matrix_teraflops.")
-    convolution: float = Field(description="Convolutions over few channels, of matrix_teraflops.")
-    attention: float = Field(description="Fused attention, of matrix_teraflops; the hidden half is skipped.")
-    memory: float = Field(description="Of memory_gigabytes_per_second.")
-    wire: float = Field(description="Of gigabytes_per_second of both wires.")
+    matrix: float = Field(description="Share of matrix_teraflops in matrix products.")
+    convolution: float = Field(description="Share of matrix_teraflops in convolutions over few channels.")
+    attention: float = Field(
+        description="Share of matrix_teraflops in fused attention, which skips the masked half of the scores."
+    )
+    memory: float = Field(description="Share of memory_gigabytes_per_second.")
+    wire: float = Field(description="Share of gigabytes_per_second of both links.")
 
     @model_validator(mode="after")
     def _check(self) -> AttainableShares:
@@ -48,22 +52,24 @@ class AttainableShares(Section):
 
 
 class Hardware(Section):
-    """One device, and the wires to others."""
+    """One device and its links to other devices."""
 
     section_name: ClassVar[str] = "hardware"
 
-    name: str = Field(description="What is meant, for readers.")
-    device: Literal["gpu", "cpu"] = Field(description="Decides which attention kernels are simulated.")
-    memory_gib: float = Field(description="Of one device; on CPU, of one process.")
+    name: str = Field(description="Name of the device, for reports.")
+    device: Literal["gpu", "cpu"] = Field(description="Selects the attention kernels that are estimated.")
+    memory_gib: float = Field(description="Memory of one device; on CPU, of one process.")
     matrix_teraflops: dict[str, float] = Field(description="Dense peak by dtype, 10¹² FLOP/s.")
-    memory_gigabytes_per_second: float = Field(description="Peak, read and write together.")
-    node_wire: WireFigures | None = Field(description="Within a node; null: there is no other device.")
-    network_wire: WireFigures | None = Field(description="Between nodes; null: there is one node.")
-    devices_per_node: int = Field(description="Ranks that node_wire joins.")
-    reserved_gib: float = Field(description="What is not for tensors: context, libraries, buffers.")
-    fragmentation: float = Field(description="What the allocator loses, as a share of what tensors hold.")
+    memory_gigabytes_per_second: float = Field(description="Peak of reading and writing together.")
+    node_wire: LinkFigures | None = Field(description="Link within a node; null for a single device.")
+    network_wire: LinkFigures | None = Field(description="Link between nodes; null for a single node.")
+    devices_per_node: int = Field(description="Ranks that node_wire connects.")
+    reserved_gib: float = Field(description="Memory reserved for the context, libraries and buffers.")
+    fragmentation: float = Field(
+        description="Memory lost by the allocator, as a share of the memory of all tensors."
+    )
     operation_microseconds: float = Field(
-        description="To start one operation of the training code, on the host."
+        description="Time on the host to launch one operation of the training code."
     )
     attainable: AttainableShares
 
@@ -78,50 +84,58 @@ class Hardware(Section):
         return self
 
     def matrix_rate(self, dtype: str) -> float:
-        """Peak FLOP/s of a dtype; raises `FieldError` where the file does not state it."""
+        """Return the peak FLOP/s of a dtype.
+
+        Raises:
+            FieldError: The hardware file has no rate for the dtype.
+        """
         if dtype not in self.matrix_teraflops:
             raise self.problem(
-                "matrix_teraflops", f"has no rate for {dtype}", f"add one to {self.name}'s file"
+                "matrix_teraflops", f"has no rate for {dtype}", f"add it to the file of {self.name}"
             )
         return 1e12 * self.matrix_teraflops[dtype]
 
-    def wire_between(self, ranks: list[int]) -> WireFigures:
-        """The slowest wire that joins `ranks`, which are numbered node by node."""
+    def link_between(self, ranks: list[int]) -> LinkFigures:
+        """Return the slowest link between `ranks`, which are numbered node by node.
+
+        Raises:
+            UserError: The hardware file has no such link.
+        """
         nodes = {rank // self.devices_per_node for rank in ranks}
-        wire = self.node_wire if len(nodes) == 1 else self.network_wire
-        if wire is None:
-            place = "within a node" if len(nodes) == 1 else "between nodes"
-            raise UserError(
-                f"{self.name}: its hardware file states no wire {place}, which {len(ranks)} ranks need"
+        field = "node_wire" if len(nodes) == 1 else "network_wire"
+        link: LinkFigures | None = getattr(self, field)
+        if link is None:
+            raise self.problem(
+                field, f"must be given for {len(ranks)} ranks", f"add it to the file of {self.name}"
             )
-        return wire
+        return link
 
     def needed_bytes(self, peak_bytes: float) -> float:
-        """What a rank takes of the device's memory when its tensors hold `peak_bytes` at the most."""
+        """Return the device memory that a rank needs if its tensors take `peak_bytes` at their peak."""
         return peak_bytes * (1 + self.fragmentation) + self.reserved_gib * BYTES_PER_GIB
 
     def fits(self, peak_bytes: float) -> bool:
-        """Whether that is there."""
+        """Return whether the device has that much memory."""
         return self.needed_bytes(peak_bytes) <= self.memory_gib * BYTES_PER_GIB
 
 
 def shipped_names() -> list[str]:
-    """Names of the hardware files that come with the package."""
+    """Return the names of the hardware files that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
-    """A shipped hardware file by its name, or any by its path.
+    """Load a shipped hardware file by its name, or another one by its path.
 
     Raises:
-        UserError: there is no such file, or it does not fit; the message names the wrong fields.
+        UserError: The file does not exist, or has wrong fields, which the message names.
     """
     shipped = SHIPPED / f"{name_or_path}.yaml"
     path = shipped if str(name_or_path) in shipped_names() else Path(name_or_path)
     if not path.exists():
         raise UserError(
-            f"hardware {str(name_or_path)!r}: neither shipped nor a file; use {', '.join(shipped_names())}, "
-            "this-machine, or a path to a file like those"
+            f"hardware {str(name_or_path)!r}: is neither a shipped name nor a file; "
+            f"use {', '.join(shipped_names())}, this-machine, or the path of a hardware file"
         )
     try:
         return Hardware.model_validate(read_yaml(path))

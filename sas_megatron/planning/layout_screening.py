@@ -1,7 +1,7 @@
-"""Which layouts are worth a simulation: the legal ones, and a rough cost of each from counts alone.
+"""Enumerate the legal layouts of a run, and rank them by a rough cost before they are estimated.
 
-The rough cost ranks, it is never shown: the time that one device would compute for, shared out, with the
-pipeline's bubble and what is computed again, and the large messages of each group over its wire.
+The rough cost is never shown. It is the compute time of the run on one device divided among the ranks,
+with the pipeline bubble and the recomputation, plus the time of the large messages of each group.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from sas_megatron.config.section import divisors
 from sas_megatron.costs.model_costs import count_parameters
 from sas_megatron.planning.hardware_file import Hardware
 
-# Of forward and backward: a second forward pass, and that of the attention's core.
+# Recomputed share of the forward and backward time: all of the forward pass, or that of the core attention.
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.08, "full": 1 / 3}
 VIRTUAL_PIPELINES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
-class AloneCost:
-    """Forward and backward on one device that holds the whole model, whether there is one or not."""
+class SingleDeviceCost:
+    """Cost of forward and backward on one device with the full model, whether or not it fits there."""
 
     seconds_per_token: float
     operations_per_microbatch: float
 
 
 def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> Iterator[RunConfig]:
-    """Every combination of degrees that the config's rules allow; small micro batches before large ones.
+    """Yield every combination of degrees that the config's rules allow, small micro batches first.
 
-    Sequence parallelism goes with tensor parallelism, and the distributed optimizer with data
-    parallelism: each sends the same bytes and holds less. Tensor groups stay within a node, stages
-    are even, and `training.recompute` takes its defaults.
+    Tensor parallelism implies sequence parallelism, and data parallelism implies the distributed
+    optimizer: both send the same number of bytes and need less memory. Tensor groups stay within a node,
+    all stages have equally many layers, and the options of `training.recompute` have their defaults.
     """
     degrees = divisors(world_size)
     axes: dict[str, list[Any]] = {
@@ -47,8 +47,8 @@ def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> 
         "training.recompute": list(RECOMPUTED_SHARE),
         "training.micro_batch_size": divisors(config.training.global_batch_size),
     }
-    for place in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, place, strict=True))
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
         if not _may_be_legal(config, chosen, world_size):
             continue
         try:
@@ -60,7 +60,7 @@ def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> 
 
 
 def _may_be_legal(config: RunConfig, chosen: dict[str, Any], world_size: int) -> bool:
-    """What rules most combinations out, before a config is built for them."""
+    """Check two rules that exclude most combinations, before a config is built for them."""
     ranks = chosen["parallel.tensor"] * chosen["parallel.context"] * chosen["parallel.pipeline"]
     if world_size % ranks:
         return False
@@ -70,74 +70,95 @@ def _may_be_legal(config: RunConfig, chosen: dict[str, Any], world_size: int) ->
 
 
 def with_layout(config: RunConfig, chosen: dict[str, Any], *, world_size: int) -> RunConfig:
-    """The config at the degrees chosen, with what follows; raises `UserError` as the config does."""
+    """Return the config with the chosen fields, and with the fields that follow from them.
+
+    Args:
+        config: The run.
+        chosen: Values by dotted field name; the other degrees stay as they are in `config`.
+        world_size: Number of ranks.
+
+    Raises:
+        UserError: The layout breaks a rule of the config.
+    """
     degrees = ("tensor", "context", "pipeline")
     tensor, context, pipeline = (
         chosen.get(f"parallel.{name}", getattr(config.parallel, name)) for name in degrees
     )
-    shares_data = world_size > tensor * context * pipeline
+    is_data_parallel = world_size > tensor * context * pipeline
     changes = {
         "parallel.first_stage_layers": None,
         "parallel.last_stage_layers": None,
         "parallel.sequence": tensor > 1,
         "training.recompute_modules": None,
         "training.recompute_layers": None,
-        "optimizer.distributed": shares_data,
+        "optimizer.distributed": is_data_parallel,
     }
-    if not shares_data:
+    if not is_data_parallel:
         changes |= {"parallel.overlap_gradient_reduce": False, "parallel.overlap_parameter_gather": False}
     return config.replaced(changes | chosen)
 
 
 def weights_fit(config: RunConfig, hardware: Hardware) -> bool:
-    """Whether parameters and float32 gradients alone fit, evenly shared; the rest is simulated."""
+    """Return whether the evenly sharded parameters and their float32 gradients fit into memory.
+
+    This is a lower bound of the memory; the estimate counts the rest.
+    """
     per_parameter = config.training.element_bytes + 4
-    return hardware.fits(_parameters_of_rank(config) * per_parameter)
+    return hardware.fits(_parameters_per_rank(config) * per_parameter)
 
 
-def rough_seconds(config: RunConfig, *, alone: AloneCost, world_size: int, hardware: Hardware) -> float:
-    """The rough cost of a step, in seconds that are only good to compare.
+def rough_seconds(
+    config: RunConfig, *, single_device: SingleDeviceCost, world_size: int, hardware: Hardware
+) -> float:
+    """Return the rough cost of a step, in seconds that are only good for comparing layouts.
 
     Args:
-        config: a layout.
-        alone: what it is shared out of.
-        world_size: devices.
-        hardware: their figures.
+        config: The run in one layout.
+        single_device: Cost of the run on one device.
+        world_size: Number of devices.
+        hardware: Figures of the devices.
     """
     parallel, training = config.parallel, config.training
     data_parallel = world_size // parallel.model_size
     tokens = training.global_batch_size * config.data.sequence_length
     microbatches = training.num_microbatches(data_parallel)
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / microbatches
-    again = 1 + RECOMPUTED_SHARE[training.recompute]
+    recompute_factor = 1 + RECOMPUTED_SHARE[training.recompute]
     layers = config.model.num_layers / parallel.pipeline
-    operations = alone.operations_per_microbatch * microbatches / parallel.pipeline
-    starting = 1e-6 * hardware.operation_microseconds * operations
-    seconds = max(alone.seconds_per_token * tokens / world_size, starting) * again
+    operations = single_device.operations_per_microbatch * microbatches / parallel.pipeline
+    launch_seconds = 1e-6 * hardware.operation_microseconds * operations
+    compute_seconds = single_device.seconds_per_token * tokens / world_size
+    seconds = max(compute_seconds, launch_seconds) * recompute_factor
 
-    # Large messages alone, not by `costs.communication`: its count takes eight times as long (2.4 s for 4,500
-    # layouts), and comes so near to the simulated time that runners-up would be left out of the ranking.
+    # Only the large messages are counted here. `costs.communication` takes eight times as long (2.4 s for
+    # 4,500 layouts). It is also so close to the estimated time that the search would stop before it has
+    # estimated the runners-up.
     element_bytes = training.element_bytes
-    hidden = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes
-    # Two blocks a layer, into and out of each, forward and twice backward as far as weights' inputs go.
-    seconds += _seconds_over(parallel.tensor, 8 * again * layers * hidden, 1, hardware)
-    heads = hidden * config.attention.num_attended_heads * config.attention.query_key_dim
-    traded = heads / config.model.hidden_size / parallel.tensor
-    # Query, key, value and the result, forward and backward.
-    seconds += _seconds_over(parallel.context, 8 * again * layers * traded, parallel.tensor, hardware)
-    inner = parallel.tensor * parallel.context
-    update = _parameters_of_rank(config) * (4 + element_bytes)
-    return seconds * (1 + bubble) + _seconds_over(data_parallel, update, inner, hardware)
+    hidden_bytes = tokens / data_parallel / parallel.context * config.model.hidden_size * element_bytes
+    # Tensor parallelism: a message before and after each of the two blocks of a layer, forward and backward.
+    # The inputs that sequence parallelism gathers again for the gradients of the weights are left out.
+    messages = 8 * recompute_factor * layers
+    seconds += _transfer_seconds(parallel.tensor, messages * hidden_bytes, stride=1, hardware=hardware)
+    head_bytes = hidden_bytes * config.attention.num_attended_heads * config.attention.query_key_dim
+    exchanged = head_bytes / config.model.hidden_size / parallel.tensor
+    # Context parallelism: query, key, value and the attention output, forward and backward.
+    seconds += _transfer_seconds(
+        parallel.context, messages * exchanged, stride=parallel.tensor, hardware=hardware
+    )
+    inner_ranks = parallel.tensor * parallel.context
+    update_bytes = _parameters_per_rank(config) * (4 + element_bytes)
+    data_seconds = _transfer_seconds(data_parallel, update_bytes, stride=inner_ranks, hardware=hardware)
+    return seconds * (1 + bubble) + data_seconds
 
 
-def _seconds_over(ranks: int, num_bytes: float, stride: int, hardware: Hardware) -> float:
-    """`num_bytes` passed round `ranks` ranks that stand `stride` apart."""
+def _transfer_seconds(ranks: int, num_bytes: float, *, stride: int, hardware: Hardware) -> float:
+    """Return the seconds of a ring exchange of `num_bytes` between `ranks` ranks, each `stride` apart."""
     if ranks == 1:
         return 0.0
-    wire = hardware.wire_between([0, (ranks - 1) * stride])
-    return (ranks - 1) / ranks * num_bytes / (1e9 * wire.gigabytes_per_second * hardware.attainable.wire)
+    link = hardware.link_between([0, (ranks - 1) * stride])
+    return (ranks - 1) / ranks * num_bytes / (1e9 * link.gigabytes_per_second * hardware.attainable.wire)
 
 
-def _parameters_of_rank(config: RunConfig) -> float:
+def _parameters_per_rank(config: RunConfig) -> float:
     parallel: ParallelConfig = config.parallel
     return sum(count_parameters(config).values()) / parallel.tensor / parallel.pipeline

@@ -1,8 +1,8 @@
-"""Which layout of a model on so many devices takes the least time, of those that fit into their memory.
+"""Find the fastest layouts of a model on a number of devices, among the layouts that fit into memory.
 
-every combination of degrees -> the config's own rules -> weights that fit by count alone
-  -> by a rough cost (`layout_screening`), until that alone exceeds the best found
-  -> simulated with one and two layers a pipeline chunk, from which the depth follows on a line
+every combination of degrees -> the rules of the config -> weights that fit by their number alone
+  -> in order of a rough cost (`layout_screening`), until it exceeds the time of the best layout found
+  -> estimated with one and two layers per pipeline chunk, and extrapolated linearly to all layers
   -> ranked by time
 """
 
@@ -17,64 +17,63 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sas_megatron.config.errors import UserError
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import find_differences
 from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.layout_screening import (
-    AloneCost,
+    SingleDeviceCost,
     legal_layouts,
     rough_seconds,
     weights_fit,
     with_layout,
 )
-from sas_megatron.planning.rank_simulation import RankReport, simulate_rank
-from sas_megatron.planning.simulation import for_hardware, stage_ranks
+from sas_megatron.planning.rank_estimate import RankReport, estimate_rank
+from sas_megatron.planning.run_estimate import adapt_to_hardware, stage_ranks
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
-from sas_megatron.planning.tally import Tally
+from sas_megatron.planning.workload import Workload
 from sas_megatron.platform.device import prepare_device
 
-# Depths, in layers a chunk, that the line is drawn through.
+# Layers per pipeline chunk of the two models from which the full depth is extrapolated.
 SHALLOW_LAYERS = (1, 2)
-# Where the rough cost is a poor bound.
-MOST_FAMILIES_THAT_FIT = 16
-# A micro batch whose rough cost is so near to its family's least is large enough.
-ENOUGH = 1.02
-# Of the step's seconds: what a layout may take longer in a term without a word about it.
+# The search stops after this many families that fit, since the rough cost can be a loose bound.
+MAX_FITTING_FAMILIES = 16
+# A micro batch is large enough if its rough cost is within this factor of the least of its family.
+LARGE_ENOUGH_FACTOR = 1.02
+# Differences in a term below this share of the step time are not reported.
 NEGLIGIBLE_SHARE = 1e-4
 
-
-# Layouts that differ in their micro batch alone, smallest first, with their rough seconds.
+# Layouts that differ only in their micro batch, smallest first, with their rough seconds.
 Family = list[tuple[RunConfig, float]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One legal layout that fits, and its estimate."""
+    """One legal layout that fits into memory, and its estimate."""
 
     config: RunConfig
     peak_bytes: int
     step: StepEstimate
-    # Where it takes longer than the first, largest first; None: it is the first.
+    # Terms that take longer than in the fastest layout, largest first; None for the fastest layout.
     loses_by: str | None = None
 
 
 @dataclass(frozen=True)
 class LayoutSearch:
-    """What a search found."""
+    """Result of a search."""
 
-    # As it was given.
+    # The config as given to the search.
     config: RunConfig
     hardware: Hardware
     # Fastest first.
     ranked: list[Layout]
     num_legal: int
-    # Families differ in more than their micro batch; the most promising ones were simulated.
+    # The layouts of a family differ only in their micro batch. The most promising families are estimated.
     num_families: int
-    num_simulated_families: int
+    num_estimated_families: int
 
     def overrides(self, layout: Layout) -> list[str]:
-        """What a layout differs in from the config given, as the command line takes it."""
+        """Return the fields of a layout that differ from the given config, as command-line overrides."""
         changed = find_differences([self.config, layout.config])
         return [f"{name}={str(value).lower()}" for name, (_, value) in changed.items()] or [
             f"parallel.tensor={layout.config.parallel.tensor}"
@@ -86,32 +85,34 @@ def search_layouts(
     *,
     world_size: int,
     hardware: Hardware,
-    announce: Callable[[str], None] = lambda _text: None,
+    report_progress: Callable[[str], None] = lambda _text: None,
 ) -> LayoutSearch:
-    """Ranks the layouts of `config` on `world_size` devices; the layout that it states is not favoured.
+    """Rank the layouts of `config` on `world_size` devices. The layout in `config` gets no preference.
 
     Args:
-        config: the run.
-        world_size: number of devices.
-        hardware: what they are.
-        announce: is told how far the search is, now and then.
+        config: The run.
+        world_size: Number of devices.
+        hardware: Figures of the devices.
+        report_progress: Called with a line of text after each batch of estimates.
 
     Raises:
-        UserError: no layout is legal, or the hardware file lacks a figure.
+        UserError: No layout is legal, or the hardware file lacks a figure.
     """
     legal = list(legal_layouts(config, world_size=world_size, hardware=hardware))
     if not legal:
-        raise UserError(
-            f"world size={world_size}: no layout of this model and batch is legal on so many ranks; "
-            "use another number, or another training.global_batch_size"
+        raise FieldError(
+            "world size",
+            world_size,
+            "no layout of this model and batch is legal on this number of ranks",
+            "use another number, or another training.global_batch_size",
         )
     families: dict[tuple[Any, ...], list[RunConfig]] = {}
     for candidate in legal:
         if weights_fit(candidate, hardware):
-            families.setdefault(_family(candidate), []).append(candidate)
+            families.setdefault(_family_key(candidate), []).append(candidate)
     rough = functools.partial(
         rough_seconds,
-        alone=_alone_cost(config, hardware),
+        single_device=_estimate_single_device(config, hardware),
         world_size=world_size,
         hardware=hardware,
     )
@@ -119,22 +120,22 @@ def search_layouts(
         ([(candidate, rough(candidate)) for candidate in family] for family in families.values()),
         key=lambda family: min(seconds for _, seconds in family),
     )
-    found, num_simulated = _simulate_families(
-        promising, world_size=world_size, hardware=hardware, announce=announce
+    found, num_estimated = _estimate_families(
+        promising, world_size=world_size, hardware=hardware, report_progress=report_progress
     )
     ranked = sorted(found, key=lambda layout: layout.step.seconds)
     return LayoutSearch(
         config=config,
         hardware=hardware,
-        ranked=[replace(layout, loses_by=_loss(layout.step, ranked[0].step)) for layout in ranked],
+        ranked=[replace(layout, loses_by=_slower_terms(layout.step, ranked[0].step)) for layout in ranked],
         num_legal=len(legal),
-        num_families=len({_family(candidate) for candidate in legal}),
-        num_simulated_families=num_simulated,
+        num_families=len({_family_key(candidate) for candidate in legal}),
+        num_estimated_families=num_estimated,
     )
 
 
-def _alone_cost(config: RunConfig, hardware: Hardware) -> AloneCost:
-    alone = with_layout(
+def _estimate_single_device(config: RunConfig, hardware: Hardware) -> SingleDeviceCost:
+    single = with_layout(
         config,
         {
             "parallel.tensor": 1,
@@ -146,101 +147,106 @@ def _alone_cost(config: RunConfig, hardware: Hardware) -> AloneCost:
         },
         world_size=1,
     )
-    report = simulate_shallow(for_hardware(alone, hardware), rank=0, world_size=1)
-    step = estimate_step(alone, [report], hardware=hardware, world_size=1)
+    report = extrapolate_rank(adapt_to_hardware(single, hardware), rank=0, world_size=1)
+    step = estimate_step(single, [report], hardware=hardware, world_size=1)
     operations = sum(report.microbatches.operations.values())
-    return AloneCost(step.terms_seconds["compute"] / step.tokens, operations)
+    return SingleDeviceCost(step.terms_seconds["compute"] / step.tokens, operations)
 
 
-def _simulate_families(
+def _estimate_families(
     families: list[Family],
     *,
     world_size: int,
     hardware: Hardware,
-    announce: Callable[[str], None],
+    report_progress: Callable[[str], None],
 ) -> tuple[list[Layout], int]:
-    """Layouts of the families that may hold the fastest, and how many families were tried.
+    """Return the layouts of the families that may contain the fastest one, and the number of these families.
 
-    The rough cost leaves much out, so a family with more of it than the best layout found cannot win.
+    The rough cost leaves out several terms, so a family whose rough cost exceeds the time of the best layout
+    found so far cannot contain a faster one.
     """
-    workers = max(1, min(len(families), os.cpu_count() or 1))
+    num_workers = max(1, min(len(families), os.cpu_count() or 1))
     found: list[Layout] = []
-    num_tried = num_fitting = 0
+    num_estimated = num_fitting = 0
     with concurrent.futures.ProcessPoolExecutor(
-        # By itself the first thing that a worker imports: Megatron-core must find the CPU's stand-in.
-        workers,
+        num_workers,
         multiprocessing.get_context("spawn"),
+        # It must run before Megatron-core is imported, so that the stand-in for CUDA on CPU is installed.
         initializer=prepare_device,
     ) as pool:
-        while num_tried < len(families) and num_fitting < MOST_FAMILIES_THAT_FIT:
+        while num_estimated < len(families) and num_fitting < MAX_FITTING_FAMILIES:
             best_seconds = min((layout.step.seconds for layout in found), default=math.inf)
-            if min(seconds for _, seconds in families[num_tried]) > best_seconds:
+            if min(seconds for _, seconds in families[num_estimated]) > best_seconds:
                 break
-            batch = families[num_tried : num_tried + workers]
-            jobs = [pool.submit(_try_family, family, world_size, hardware) for family in batch]
-            num_tried += len(batch)
+            batch = families[num_estimated : num_estimated + num_workers]
+            jobs = [pool.submit(_estimate_family, family, world_size, hardware) for family in batch]
+            num_estimated += len(batch)
             for job in jobs:
                 layouts = job.result()
                 found.extend(layouts)
                 num_fitting += bool(layouts)
-            announce(f"simulated {num_tried} kinds of layouts, {num_fitting} of them fit")
-    return found, num_tried
+            report_progress(f"estimated {num_estimated} families of layouts, {num_fitting} of them fit")
+    return found, num_estimated
 
 
-def simulate_shallow(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
-    """`simulate_rank` from one and two layers a pipeline chunk: all that is counted is a line in depth."""
+def extrapolate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
+    """Return the report of `estimate_rank`, extrapolated from one and two layers per pipeline chunk.
+
+    All counts are linear in the number of layers.
+    """
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     depth = config.model.num_layers / chunks
     if depth <= max(SHALLOW_LAYERS):
-        return simulate_rank(config, rank=rank, world_size=world_size)
-    near, far = (
-        simulate_rank(_at_depth(config, chunks * layers), rank=rank, world_size=world_size)
+        return estimate_rank(config, rank=rank, world_size=world_size)
+    first, second = (
+        estimate_rank(_with_num_layers(config, chunks * layers), rank=rank, world_size=world_size)
         for layers in SHALLOW_LAYERS
     )
-    return extrapolate_depth(
-        near, far, beyond=(depth - SHALLOW_LAYERS[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
-    )
+    factor = (depth - SHALLOW_LAYERS[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
+    return extrapolate_depth(first, second, factor=factor)
 
 
-def extrapolate_depth(near: RankReport, far: RankReport, *, beyond: float) -> RankReport:
-    """The report `beyond` times the difference of the two from the first."""
+def extrapolate_depth(first: RankReport, second: RankReport, *, factor: float) -> RankReport:
+    """Return first + factor · (second − first), field by field."""
     values: dict[str, Any] = {}
     for field in fields(RankReport):
-        first, second = getattr(near, field.name), getattr(far, field.name)
-        if isinstance(first, Tally):
-            values[field.name] = first + (second + first * -1) * beyond
-        elif isinstance(first, int):
-            values[field.name] = round(first + (second - first) * beyond)
+        start, end = getattr(first, field.name), getattr(second, field.name)
+        if isinstance(start, Workload):
+            values[field.name] = start + (end + start * -1) * factor
+        elif isinstance(start, int):
+            values[field.name] = round(start + (end - start) * factor)
         else:
-            values[field.name] = first
+            values[field.name] = start
     return RankReport(**values)
 
 
-def _at_depth(config: RunConfig, num_layers: int) -> RunConfig:
+def _with_num_layers(config: RunConfig, num_layers: int) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": num_layers})})
 
 
-def _try_family(family: Family, world_size: int, hardware: Hardware) -> list[Layout]:
-    """Of equal degrees: the micro batch that should be large enough, and the next, or one that fits."""
+def _estimate_family(family: Family, world_size: int, hardware: Hardware) -> list[Layout]:
+    """Estimate the smallest micro batch that is large enough and the next one; else the largest that fits."""
     least = min(seconds for _, seconds in family)
-    enough = next(place for place, (_, seconds) in enumerate(family) if seconds <= ENOUGH * least)
+    large_enough = next(
+        index for index, (_, seconds) in enumerate(family) if seconds <= LARGE_ENOUGH_FACTOR * least
+    )
     found: list[Layout] = []
-    for place in (enough, enough + 1):
-        if place < len(family) and (layout := _try(family[place][0], world_size, hardware)):
+    for index in (large_enough, large_enough + 1):
+        if index < len(family) and (layout := _estimate_layout(family[index][0], world_size, hardware)):
             found.append(layout)
-    smaller = enough - 1
+    smaller = large_enough - 1
     while not found and smaller >= 0:
-        if layout := _try(family[smaller][0], world_size, hardware):
+        if layout := _estimate_layout(family[smaller][0], world_size, hardware):
             found.append(layout)
         smaller -= 1
     return found
 
 
-def _try(candidate: RunConfig, world_size: int, hardware: Hardware) -> Layout | None:
-    """The layout simulated, or None where it does not fit."""
-    simulated = for_hardware(candidate, hardware)
-    ends = {stage_ranks(candidate, world_size)[place] for place in (0, -1)}
-    reports = [simulate_shallow(simulated, rank=rank, world_size=world_size) for rank in sorted(ends)]
+def _estimate_layout(candidate: RunConfig, world_size: int, hardware: Hardware) -> Layout | None:
+    """Return the estimate of a layout, or None if it does not fit into memory."""
+    adapted = adapt_to_hardware(candidate, hardware)
+    end_ranks = {stage_ranks(candidate, world_size)[stage] for stage in (0, -1)}
+    reports = [extrapolate_rank(adapted, rank=rank, world_size=world_size) for rank in sorted(end_ranks)]
     peak_bytes = max(report.peak_bytes for report in reports)
     if not hardware.fits(peak_bytes):
         return None
@@ -248,17 +254,19 @@ def _try(candidate: RunConfig, world_size: int, hardware: Hardware) -> Layout | 
     return Layout(candidate, peak_bytes, step)
 
 
-def _family(config: RunConfig) -> tuple[Any, ...]:
-    """What layouts have in common that differ in their micro batch alone."""
+def _family_key(config: RunConfig) -> tuple[Any, ...]:
+    """Return the fields that layouts which differ only in their micro batch have in common."""
     return (*config.parallel.model_dump().values(), config.training.recompute)
 
 
-def _loss(step: StepEstimate, first: StepEstimate) -> str | None:
-    """The two terms in which a layout takes longest beyond the first, in milliseconds."""
-    if step is first:
+def _slower_terms(step: StepEstimate, fastest: StepEstimate) -> str | None:
+    """Return the two terms that exceed the fastest layout's by most, in milliseconds."""
+    if step is fastest:
         return None
-    names = dict.fromkeys([*step.terms_seconds, *first.terms_seconds])
-    more = {name: step.terms_seconds.get(name, 0.0) - first.terms_seconds.get(name, 0.0) for name in names}
-    visible = NEGLIGIBLE_SHARE * first.seconds
-    worst = sorted((name for name in more if more[name] > visible), key=lambda name: -more[name])[:2]
-    return ", ".join(f"{name} +{1e3 * more[name]:.3g} ms" for name in worst)
+    names = dict.fromkeys([*step.terms_seconds, *fastest.terms_seconds])
+    excess = {
+        name: step.terms_seconds.get(name, 0.0) - fastest.terms_seconds.get(name, 0.0) for name in names
+    }
+    visible = NEGLIGIBLE_SHARE * fastest.seconds
+    worst = sorted((name for name in excess if excess[name] > visible), key=lambda name: -excess[name])[:2]
+    return ", ".join(f"{name} +{1e3 * excess[name]:.3g} ms" for name in worst)

@@ -1,4 +1,4 @@
-"""Counts what this process computes: FLOPs and memory traffic of every operation, as torch dispatches it."""
+"""Count the FLOPs and the memory traffic of every operation that torch dispatches in this process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from sas_megatron.planning.tally import Kind, Operation
+from sas_megatron.planning.workload import Kind, Operation
 
 aten = torch.ops.aten
 
-# FLOPs of a call by operation: torch's formulas, and those that its registry lacks.
+# FLOPs of a call by operation: torch's formulas, and the formulas that its registry lacks.
 FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten.baddbmm_: flop_registry[aten.baddbmm],
@@ -26,8 +26,8 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     ],
 }
 
-# They make room, read out one number, or are views by another name; no tensor moves.
-_FREE = {
+# Operations that move no tensor data: they allocate, read out one number, or return a view.
+_NO_DATA = {
     aten.empty,
     aten.empty_like,
     aten.empty_strided,
@@ -37,13 +37,14 @@ _FREE = {
     aten._unsafe_view,
 }
 
-# They read and write as much of their first operand as the result, or what is put, has.
-_ROWS_OF_RESULT = {aten.index, aten.index_select, aten.embedding, aten.gather}
-_ROWS_PUT = {aten.index_put_}
+# Operations that read only those elements of their first operand that appear in the result.
+_INDEXED_READS = {aten.index, aten.index_select, aten.embedding, aten.gather}
+# Operations that write only those elements of their first operand that the other operands supply.
+_INDEXED_WRITES = {aten.index_put_}
 
 
 class OperationMeter(TorchDispatchMode):
-    """While entered, counts calls by `Operation`."""
+    """Count the calls of each `Operation` while the context is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,8 +85,8 @@ class OperationMeter(TorchDispatchMode):
 
 @functools.cache
 def _is_counted(func: Any) -> bool:
-    """Whether a call computes or moves anything here: views, shape questions and collectives do not."""
-    if func.namespace in ("c10d", "prim") or func.overloadpacket in _FREE:
+    """Return whether a call computes or moves data; views, shape queries and collectives do not."""
+    if func.namespace in ("c10d", "prim") or func.overloadpacket in _NO_DATA:
         return False
     schema = func._schema
     views = any(result.alias_info is not None for result in schema.returns) and not schema.is_mutable
@@ -108,20 +109,20 @@ def _count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
 
 
 def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    for place, argument in enumerate(func._schema.arguments):
+    for index, argument in enumerate(func._schema.arguments):
         if argument.name == name:
-            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
+            return args[index] if index < len(args) else kwargs.get(name, argument.default_value)
     return None
 
 
 def _traffic_bytes(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
-    if func.overloadpacket in _ROWS_OF_RESULT:
+    if func.overloadpacket in _INDEXED_READS:
         return sum(2 * _touched_bytes(tensor) for tensor in outputs)
-    if func.overloadpacket in _ROWS_PUT:
+    if func.overloadpacket in _INDEXED_WRITES:
         return sum(2 * _touched_bytes(tensor) for tensor in inputs[1:])
     return sum(_touched_bytes(tensor) for tensor in (*inputs, *outputs))
 
 
 def _touched_bytes(tensor: torch.Tensor) -> int:
-    # An expanded tensor says more elements than are there.
+    # An expanded tensor reports more elements than its storage has.
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

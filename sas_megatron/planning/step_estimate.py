@@ -1,12 +1,12 @@
-"""Seconds of an optimizer step, from what its ranks do and what the hardware can. No torch.
+"""Estimate the time of an optimizer step from the work of its ranks and the hardware figures. No torch.
 
-An operation takes the longer of computing and moving (roofline: Williams, Waterman, Patterson 2009),
-and has to be started. A step of m microbatches on p stages of v chunks takes
+An operation takes the longer of its compute time and its memory time (roofline: Williams, Waterman,
+Patterson 2009), and a launch time. A step of m microbatches on p stages of v chunks takes
 
-    (m + (p-1)/v) · [compute + tensor + context + pipeline of the slowest stage] + data + update
+    (m + (p-1)/v) · [compute + tensor + context + pipeline] + data + update
 
-(pipeline bubble: Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Nothing is taken to overlap but
-what `parallel.overlap_*` asks for.
+where the bracket is the time of one microbatch on the slowest stage (pipeline bubble: Narayanan et al. 2021,
+arXiv 2104.04473, section 2.2). Communication overlaps with computation only as `parallel.overlap_*` states.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from typing import TYPE_CHECKING
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.model_costs import count_training_flops
 from sas_megatron.planning.hardware_file import Hardware
-from sas_megatron.planning.tally import Operation, Tally
+from sas_megatron.planning.workload import Operation, Workload
 
 if TYPE_CHECKING:
-    from sas_megatron.planning.rank_simulation import RankReport
+    from sas_megatron.planning.rank_estimate import RankReport
 
 
-# What a microbatch sends; the other groups speak once a step.
+# Groups that communicate in every microbatch; the other groups communicate once per step.
 PIPELINED_GROUPS = ("tensor", "context", "pipeline")
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Seconds of one optimizer step by term, and what they come to."""
+    """Time of one optimizer step by term."""
 
-    # compute, bubble, update, and the exposed time of each group of ranks
+    # compute, bubble, update, and the exposed communication time of each group of ranks
     terms_seconds: dict[str, float]
-    # Idle over busy time of the pipeline: (p-1)/(v·m).
+    # Idle time over busy time of the pipeline: (p-1)/(v·m).
     bubble: float
     tokens: int
-    # Share of the devices' peak that the model's FLOPs use (as costs.py counts them, without recompute).
+    # Model FLOPs, as `costs` counts them without recomputation, over the peak FLOPs of all devices.
     model_flops_utilization: float
 
     @property
     def seconds(self) -> float:
-        """The whole step."""
+        """Seconds of the complete step."""
         return sum(self.terms_seconds.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Throughput of all ranks together."""
         return self.tokens / self.seconds
 
 
 def estimate_step(
     config: RunConfig, reports: list[RankReport], *, hardware: Hardware, world_size: int
 ) -> StepEstimate:
-    """The step's time from reports of its slowest stages (any, in any order).
+    """Estimate the time of a step from reports that include its slowest stage, in any order.
 
     Raises:
-        UserError: the hardware file lacks a figure that is needed.
+        UserError: The hardware file lacks a figure that is needed.
     """
     parallel = config.parallel
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
@@ -68,11 +68,11 @@ def estimate_step(
         terms["bubble"] = bubble * sum(terms.values())
     per_microbatch = sum(terms.values()) / slowest.num_microbatches / (1 + bubble)
     terms["data"] = _data_seconds(slowest, config, hardware, per_microbatch_seconds=per_microbatch)
-    terms["update"] = _compute_seconds(slowest.update, hardware, by_tensor=hardware.device == "cpu")
-    for tally in (slowest.microbatches, slowest.update):
-        for group in tally.wire_bytes:
-            if group != "data" and (group not in PIPELINED_GROUPS or tally is slowest.update):
-                terms[group] = terms.get(group, 0.0) + _group_seconds(slowest, tally, group, hardware)
+    terms["update"] = _compute_seconds(slowest.update, hardware, launch_each=hardware.device == "cpu")
+    for workload in (slowest.microbatches, slowest.update):
+        for group in workload.bytes_sent:
+            if group != "data" and (group not in PIPELINED_GROUPS or workload is slowest.update):
+                terms[group] = terms.get(group, 0.0) + _group_seconds(slowest, workload, group, hardware)
     tokens = config.training.global_batch_size * config.data.sequence_length
     peak = hardware.matrix_rate(config.training.precision) * world_size
     model_flops = tokens * sum(count_training_flops(config).values())
@@ -85,13 +85,13 @@ def estimate_step(
 
 
 def _pipelined_seconds(report: RankReport, hardware: Hardware) -> dict[str, float]:
-    """By term, what all microbatches take of the slowest stage, and a pipeline's ends wait for."""
+    """Return the time of all microbatches on one stage, by term."""
     return {
         "compute": _compute_seconds(report.microbatches, hardware),
         **{
             group: _group_seconds(report, report.microbatches, group, hardware)
             for group in PIPELINED_GROUPS
-            if group in report.microbatches.wire_bytes
+            if group in report.microbatches.bytes_sent
         },
     }
 
@@ -99,16 +99,17 @@ def _pipelined_seconds(report: RankReport, hardware: Hardware) -> dict[str, floa
 def _data_seconds(
     report: RankReport, config: RunConfig, hardware: Hardware, *, per_microbatch_seconds: float
 ) -> float:
-    """What the data-parallel ranks' exchange adds to the step, beyond what an overlap hides.
+    """Return the time of the data-parallel communication that does not overlap with computation.
 
-    The gradients' reduction hides behind the last microbatch's backward pass, two thirds of its time,
-    and the parameters' gathering behind the next step's first forward pass, a third.
+    The reduction of the gradients overlaps with the backward pass of the last microbatch, which takes two
+    thirds of the time of a microbatch. The all-gather of the parameters overlaps with the first forward pass
+    of the next step, which takes one third.
     """
     seconds = {"gather": 0.0, "reduce": 0.0}
-    for tally in (report.microbatches, report.update):
-        for operation in tally.wire_bytes.get("data", {}):
+    for workload in (report.microbatches, report.update):
+        for operation in workload.bytes_sent.get("data", {}):
             kind = "gather" if operation.startswith("allgather") else "reduce"
-            seconds[kind] += _wire_seconds(report, tally, "data", operation, hardware)
+            seconds[kind] += _communication_seconds(report, workload, "data", operation, hardware)
     if config.parallel.overlap_gradient_reduce:
         seconds["reduce"] = max(0.0, seconds["reduce"] - per_microbatch_seconds * 2 / 3)
     if config.parallel.overlap_parameter_gather:
@@ -116,41 +117,48 @@ def _data_seconds(
     return sum(seconds.values())
 
 
-def _compute_seconds(tally: Tally, hardware: Hardware, *, by_tensor: bool = True) -> float:
-    """Of all operations; `by_tensor` where each is started by itself, and not for many tensors together.
+def _compute_seconds(workload: Workload, hardware: Hardware, *, launch_each: bool = True) -> float:
+    """Return the time of all operations.
 
-    torch's AdamW goes tensor by tensor on CPU and over lists of tensors on a GPU.
+    Args:
+        workload: The operations.
+        hardware: Figures of the device.
+        launch_each: Whether each operation has a launch of its own. torch's AdamW launches operations tensor
+            by tensor on CPU, and on lists of tensors on a GPU.
     """
-    working = sum(
-        calls * working_seconds(operation, hardware) for operation, calls in tally.operations.items()
+    executing = sum(
+        calls * execution_seconds(operation, hardware) for operation, calls in workload.operations.items()
     )
-    starts = sum(tally.operations.values()) if by_tensor else 0.0
-    starting = 1e-6 * hardware.operation_microseconds * starts
-    # A GPU works while the next operations are started; a CPU does one after the other.
-    return max(working, starting) if hardware.device == "gpu" else working + starting
+    num_launches = sum(workload.operations.values()) if launch_each else 0.0
+    launching = 1e-6 * hardware.operation_microseconds * num_launches
+    # A GPU executes operations while the host launches the next ones; a CPU does one after the other.
+    return max(executing, launching) if hardware.device == "gpu" else executing + launching
 
 
-def working_seconds(operation: Operation, hardware: Hardware) -> float:
-    """The longer of computing and moving."""
+def execution_seconds(operation: Operation, hardware: Hardware) -> float:
+    """Return the longer of the compute time and the memory time of an operation."""
     shares = hardware.attainable
-    moving = operation.traffic_bytes / (1e9 * hardware.memory_gigabytes_per_second * shares.memory)
+    memory = operation.traffic_bytes / (1e9 * hardware.memory_gigabytes_per_second * shares.memory)
     if operation.kind == "elementwise":
-        return moving
+        return memory
     share: float = getattr(shares, operation.kind)
-    return max(moving, operation.executed_flops / (hardware.matrix_rate(operation.dtype) * share))
+    return max(memory, operation.executed_flops / (hardware.matrix_rate(operation.dtype) * share))
 
 
-def _group_seconds(report: RankReport, tally: Tally, group: str, hardware: Hardware) -> float:
+def _group_seconds(report: RankReport, workload: Workload, group: str, hardware: Hardware) -> float:
     return sum(
-        _wire_seconds(report, tally, group, operation, hardware) for operation in tally.wire_bytes[group]
+        _communication_seconds(report, workload, group, operation, hardware)
+        for operation in workload.bytes_sent[group]
     )
 
 
-def _wire_seconds(report: RankReport, tally: Tally, group: str, operation: str, hardware: Hardware) -> float:
-    """Bytes over the wire's rate, and in each call a latency for each doubling of the ranks."""
+def _communication_seconds(
+    report: RankReport, workload: Workload, group: str, operation: str, hardware: Hardware
+) -> float:
+    """Return the bytes over the bandwidth, plus ⌈log₂ ranks⌉ latencies per collective call."""
     ranks = report.group_ranks.get(group, report.group_ranks["other"])
-    wire = hardware.wire_between(ranks)
-    rate = 1e9 * wire.gigabytes_per_second * hardware.attainable.wire
+    link = hardware.link_between(ranks)
+    bandwidth = 1e9 * link.gigabytes_per_second * hardware.attainable.wire
     hops = 1 if operation == "send" else math.ceil(math.log2(max(2, len(ranks))))
-    calls = tally.wire_calls[group][operation]
-    return tally.wire_bytes[group][operation] / rate + 1e-6 * wire.latency_microseconds * hops * calls
+    calls = workload.collective_calls[group][operation]
+    return workload.bytes_sent[group][operation] / bandwidth + 1e-6 * link.latency_microseconds * hops * calls

@@ -39,7 +39,7 @@ WITHOUT_TORCH = [
     ),
     *(
         PACKAGE / "planning" / name
-        for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "tally.py")
+        for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "workload.py")
     ),
     *(
         PACKAGE / "attention" / name

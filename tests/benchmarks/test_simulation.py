@@ -98,7 +98,7 @@ def test_a_sweep_times_each_kernel_with_each_tile(ranks: Any) -> None:
 def refused_by_the_compiler() -> Any:
     """A sweep with a kernel that no tile can be compiled for, and what the command makes of it."""
     from sas_megatron.attention.sas.fused import feature_kernels
-    from sas_megatron.cli.measurements import best_tiles
+    from sas_megatron.cli.bench_tables import best_tiles
 
     class Refusing:
         arg_names = ()

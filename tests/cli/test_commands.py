@@ -101,8 +101,8 @@ def test_help_imports_neither_torch_nor_pydantic(arguments: list[str]) -> None:
         ["fit", "points.csv", "--hold-out", "1.5"],
         ["fit", "points.csv", "--seed", "-1"],
         ["match", "base.yaml", "--variants", "sas", "--equal", "params", "--tolerance", "-1"],
-        ["simulate", "run.yaml", "--world-size", "2", "--search", "--memory-gib", "-1"],
-        ["simulate", "run.yaml", "--world-size", "2", "--search", "--top", "0"],
+        ["estimate", "run.yaml", "--world-size", "2", "--search", "--memory-gib", "-1"],
+        ["estimate", "run.yaml", "--world-size", "2", "--search", "--top", "0"],
     ],
     ids=" ".join,
 )

@@ -28,12 +28,12 @@ from tests.tolerances import RELATIVE_ERROR
 
 
 @pytest.fixture(scope="module")
-def windows_of(simulator: Any) -> Any:
+def windows_of(separate_process: Any) -> Any:
     """`windows_of(settings, number of tokens)`: tokens and predictions of each window.
 
     In another process, since Megatron-core is not to be imported here without its stand-in.
     """
-    return lambda *arguments: simulator(cut, *arguments)
+    return lambda *arguments: separate_process(cut, *arguments)
 
 
 def cut(cases: list[tuple[int, int, int]]) -> list[list[tuple[list[int], int]]]:

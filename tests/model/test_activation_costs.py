@@ -94,8 +94,10 @@ def test_fused_kernels_are_counted_where_auto_takes_them() -> None:
 
 @sweep(40)
 @given(config=shared_runs())
-def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(simulator: Any, config: RunConfig) -> None:
-    assert simulator(simulated_kept_bytes, config) == count_activation_bytes(config, device="cpu")
+def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(
+    separate_process: Any, config: RunConfig
+) -> None:
+    assert separate_process(simulated_kept_bytes, config) == count_activation_bytes(config, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -111,20 +113,20 @@ def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(simulator: Any, co
     ids=str,
 )
 def test_a_step_keeps_at_most_what_is_in_flight(
-    simulator: Any, parallel: dict[str, int], num_microbatches: int
+    separate_process: Any, parallel: dict[str, int], num_microbatches: int
 ) -> None:
     config = small_config(attention=ATTENTIONS["gqa"], model={"num_layers": 4}, parallel=parallel)
     for stage in range(config.parallel.pipeline):
         rank = stage * config.parallel.tensor
-        kept = _peak(simulator, config, rank, num_microbatches)
+        kept = _peak(separate_process, config, rank, num_microbatches)
         counted = count_peak_activation_bytes(
             config, device="cpu", num_microbatches=num_microbatches, stage=stage
         )
         assert kept == counted, f"stage {stage}"
 
 
-def _peak(simulator: Any, config: RunConfig, rank: int, num_microbatches: int) -> dict[str, int]:
-    kept: dict[str, int] = simulator(simulated_peak_bytes, config, rank, num_microbatches)
+def _peak(separate_process: Any, config: RunConfig, rank: int, num_microbatches: int) -> dict[str, int]:
+    kept: dict[str, int] = separate_process(simulated_peak_bytes, config, rank, num_microbatches)
     # The factor that the sum of losses is multiplied by.
     assert kept.pop("loss", 0) <= 4
     return kept

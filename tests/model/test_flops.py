@@ -116,7 +116,7 @@ def test_dropped_weights_are_kept_and_not_made_again(ranks: Any, name: str) -> N
 )
 @pytest.mark.parametrize("layers", [None, 1])
 def test_stages_together_run_what_is_counted(
-    simulator: Any, parallel: dict[str, int], layers: int | None
+    separate_process: Any, parallel: dict[str, int], layers: int | None
 ) -> None:
     config = small_config(
         attention={**ATTENTIONS["sas-gather"], "backend": "unfused"},
@@ -124,7 +124,7 @@ def test_stages_together_run_what_is_counted(
         parallel=parallel,
         training={"recompute": "full", "recompute_layers": layers},
     )
-    stages = simulator(simulated_flops_of_stages, config)
+    stages = separate_process(simulated_flops_of_stages, config)
     for name, counted in counted_flops(config).items():
         assert _in_all(stage[name] for stage in stages) == _in_all([counted]), name
 

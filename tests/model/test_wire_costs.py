@@ -173,23 +173,23 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, dict[str, 
 
 def _sent(config: RunConfig, world_size: int, stage: int) -> dict[str, float]:
     """In a process that is in no group: bytes by group that a rank of the stage sends in a step."""
-    from sas_megatron.planning.rank_simulation import simulate_rank
+    from sas_megatron.planning.rank_estimate import estimate_rank
 
     of_stage = world_size // config.parallel.pipeline
     length = config.data.sequence_length // config.parallel.context
     # The count is the first rank's, and every rank's where tokens can be shared evenly.
     is_even = config.training.micro_batch_size * length % config.parallel.tensor == 0
     rank = stage * of_stage + (of_stage - 1 if is_even else 0)
-    step = simulate_rank(config, rank=rank, world_size=world_size).step
-    return {group: step.group_bytes(group) for group in step.wire_bytes}
+    step = estimate_rank(config, rank=rank, world_size=world_size).step
+    return {group: step.group_bytes(group) for group in step.bytes_sent}
 
 
 # Of a rank's share, which need not be a whole number of bytes: what rounding leaves, and float64.
 HALF_A_BYTE = 0.5 + 1e-6
 
 
-def _assert_counted(simulator: Any, config: RunConfig, world_size: int, stage: int) -> None:
-    sent = simulator(_sent, config, world_size, stage)
+def _assert_counted(separate_process: Any, config: RunConfig, world_size: int, stage: int) -> None:
+    sent = separate_process(_sent, config, world_size, stage)
     terms = count_communication_bytes(config, world_size=world_size, stage=stage)
     counted = {group: sum(of_group.values()) for group, of_group in terms.items()}
     assert counted.keys() == sent.keys()
@@ -214,12 +214,12 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("case", cases(CASES, default=CASES.keys() - REPEATED))
-def test_the_bytes_of_each_group_are_those_of_a_simulated_rank(simulator: Any, case: str) -> None:
+def test_the_bytes_of_each_group_are_those_of_a_simulated_rank(separate_process: Any, case: str) -> None:
     world_size, attention, parallel, sections = CASES[case]
     model = {"num_layers": 1, **sections.get("model", {})}
     config = small_config(attention=attention, parallel=parallel, **{**sections, "model": model})
     for stage in range(config.parallel.pipeline):
-        _assert_counted(simulator, config, world_size, stage)
+        _assert_counted(separate_process, config, world_size, stage)
 
 
 @exhaustive
@@ -229,10 +229,10 @@ def test_the_bytes_of_each_group_are_those_of_a_simulated_rank(simulator: Any, c
 )
 @given(run=laid_out_runs())
 def test_the_bytes_of_any_run_are_those_of_a_simulated_rank(
-    simulator: Any, run: tuple[RunConfig, int, int]
+    separate_process: Any, run: tuple[RunConfig, int, int]
 ) -> None:
     config, world_size, stage = run
-    _assert_counted(simulator, config, world_size, stage)
+    _assert_counted(separate_process, config, world_size, stage)
 
 
 def test_each_term_is_what_its_part_sends() -> None:

@@ -213,9 +213,9 @@ MUTANTS = (
     ),
     Mutant(
         "extrapolation-from-zero-microbatches",
-        "sas_megatron.planning.rank_simulation:_extrapolated",
-        "per_microbatch * (wanted - counts[0])",
-        "per_microbatch * wanted",
+        "sas_megatron.planning.rank_estimate:_extrapolate",
+        "per_microbatch * (num_microbatches - counts[0])",
+        "per_microbatch * num_microbatches",
         "The estimate of a step counts the measured microbatches twice.",
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Ranks of `planning.rank_processes`, forked where a test is not about how they start."""
+"""Fork the processes of `planning.rank_processes`, for tests that do not concern how they start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hardware files: the shipped ones load, and what is wrong in another is named."""
+"""The shipped hardware files load, and errors of a file name the wrong field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sas_megatron.planning.hardware_file import SHIPPED, load_hardware, shipped_
 
 
 @pytest.mark.parametrize("name", ["a100", "h100", "h200"])
-def test_a_shipped_file_loads_and_states_its_origin(name: str) -> None:
+def test_a_shipped_file_loads_and_states_its_sources(name: str) -> None:
     assert name in shipped_names()
     hardware = load_hardware(name)
     assert hardware.matrix_rate("bfloat16") > hardware.matrix_rate("float32")
@@ -20,13 +20,13 @@ def test_a_shipped_file_loads_and_states_its_origin(name: str) -> None:
     assert "Assumptions" in text
 
 
-def test_groups_within_a_node_use_its_wire_and_others_the_network() -> None:
+def test_groups_within_a_node_use_its_link_and_other_groups_the_network() -> None:
     hardware = load_hardware("h100")
-    assert hardware.wire_between([0, 7]) == hardware.node_wire
-    assert hardware.wire_between([7, 8]) == hardware.network_wire
+    assert hardware.link_between([0, 7]) == hardware.node_wire
+    assert hardware.link_between([7, 8]) == hardware.network_wire
 
 
-def test_a_wrong_file_is_named_with_its_wrong_field(tmp_path: Path) -> None:
+def test_the_error_names_the_file_and_its_wrong_field(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     text = (SHIPPED / "h100.yaml").read_text(encoding="utf-8")
     path.write_text(text.replace("memory_gib: 79.6", "memory_gib: lots"), encoding="utf-8")
@@ -39,13 +39,21 @@ def test_a_wrong_file_is_named_with_its_wrong_field(tmp_path: Path) -> None:
         load_hardware("h900")
 
 
-def test_memory_counts_the_allocator_and_the_reserve() -> None:
+def test_needed_memory_includes_fragmentation_and_reserve() -> None:
     hardware = load_hardware("h100")
-    room = (hardware.memory_gib - hardware.reserved_gib) * 2**30 / (1 + hardware.fragmentation)
-    assert hardware.fits(room - 2**20)
-    assert not hardware.fits(room + 2**20)
+    available = (hardware.memory_gib - hardware.reserved_gib) * 2**30 / (1 + hardware.fragmentation)
+    assert hardware.fits(available - 2**20)
+    assert not hardware.fits(available + 2**20)
 
 
-def test_a_missing_rate_is_said() -> None:
+def test_a_missing_rate_is_reported() -> None:
     with pytest.raises(UserError, match="no rate for float8"):
         load_hardware("h100").matrix_rate("float8")
+
+
+def test_a_missing_link_is_reported() -> None:
+    single_node = load_hardware("h100").model_copy(update={"network_wire": None})
+    with pytest.raises(
+        UserError, match=r"hardware\.network_wire=None: must be given for 2 ranks; add it to the"
+    ):
+        single_node.link_between([7, 8])

@@ -1,4 +1,4 @@
-"""The search finds the layout that a made-up machine was made for, and says why the others lose."""
+"""The search finds the layout that suits a made-up machine best, and reports why the others lose."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _config(*, sequence_length: int = 12, batch_size: int = 4) -> Any:
 
 
 class _InThisProcess(concurrent.futures.Executor):
-    """In place of a pool of processes: runs each job where it is submitted."""
+    """Stand in for a pool of processes: run each job in the process that submits it."""
 
     def __init__(self, _workers: int, _context: Any, *, initializer: Callable[[], Any]) -> None:
         assert initializer is prepare_device
@@ -46,10 +46,13 @@ class _InThisProcess(concurrent.futures.Executor):
 
 
 def _search(*, memory_gib: float = 1.0, recomputes: bool = True, **sizes: int) -> Any:
-    """In a process that is in no group: the search with slow wires, so that what is sent decides."""
+    """Search on a machine with slow links, so that communication decides.
+
+    The process must not have joined a process group.
+    """
     from sas_megatron.planning import layout_screening, layout_search
 
-    machine = toy_machine(memory_gib=memory_gib, wire_gigabytes_per_second=1.0)
+    machine = toy_machine(memory_gib=memory_gib)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(concurrent.futures, "ProcessPoolExecutor", _InThisProcess)
         patch.setattr(os, "cpu_count", lambda: 1)
@@ -58,14 +61,13 @@ def _search(*, memory_gib: float = 1.0, recomputes: bool = True, **sizes: int) -
         return layout_search.search_layouts(_config(**sizes), world_size=2, hardware=machine)
 
 
-def _search_by_a_pool(sequence_length: int) -> Any:
-    """The same with a real pool, of one process."""
+def _search_with_a_pool(sequence_length: int) -> Any:
+    """Search with a real pool of one process."""
     from sas_megatron.planning.layout_search import search_layouts
 
-    machine = toy_machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 1)
-        return search_layouts(_config(sequence_length=sequence_length), world_size=2, hardware=machine)
+        return search_layouts(_config(sequence_length=sequence_length), world_size=2, hardware=toy_machine())
 
 
 def _assert_tensor_parallelism_wins(search: Any) -> None:
@@ -75,56 +77,61 @@ def _assert_tensor_parallelism_wins(search: Any) -> None:
     assert any("data +" in layout.loses_by for layout in search.ranked[1:])
     seconds = [layout.step.seconds for layout in search.ranked]
     assert seconds == sorted(seconds)
-    assert search.num_simulated_families <= search.num_families <= search.num_legal
+    assert search.num_estimated_families <= search.num_families <= search.num_legal
 
 
-def test_where_activations_are_small_tensor_parallelism_wins(simulator: Any) -> None:
-    search = simulator(functools.partial(_search, recomputes=False, batch_size=2))
+def test_where_activations_are_small_tensor_parallelism_wins(separate_process: Any) -> None:
+    search = separate_process(functools.partial(_search, recomputes=False, batch_size=2))
     _assert_tensor_parallelism_wins(search)
-    # Context, tensor and data parallelism; by its rough cost the last cannot win.
+    # Context, tensor and data parallelism; the rough cost of the last exceeds the best time.
     assert search.num_families == 3
-    assert search.num_simulated_families == 2
+    assert search.num_estimated_families == 2
 
 
-def test_where_activations_outweigh_gradients_data_parallelism_wins(simulator: Any) -> None:
-    search = simulator(_search_by_a_pool, 192)
+def test_where_activations_outweigh_gradients_data_parallelism_wins(separate_process: Any) -> None:
+    search = separate_process(_search_with_a_pool, 192)
     assert not any(override.startswith("parallel.") for override in search.overrides(search.ranked[0]))
-    # What the others send alone exceeds it, so they are left out.
-    assert search.num_simulated_families < search.num_families
+    # The communication of the others alone takes longer, so they are not estimated.
+    assert search.num_estimated_families < search.num_families
 
 
 @exhaustive
-def test_without_room_for_the_fastest_the_fastest_that_fits_wins(simulator: Any) -> None:
-    short = simulator(_search)
-    _assert_tensor_parallelism_wins(short)
-    room = short.ranked[0].peak_bytes - 1
-    tight = simulator(functools.partial(_search, memory_gib=room / 2**30))
+def test_if_the_fastest_layout_does_not_fit_the_fastest_that_fits_wins(separate_process: Any) -> None:
+    unlimited = separate_process(_search)
+    _assert_tensor_parallelism_wins(unlimited)
+    limit = unlimited.ranked[0].peak_bytes - 1
+    tight = separate_process(functools.partial(_search, memory_gib=limit / 2**30))
     assert tight.ranked
-    assert all(layout.peak_bytes <= room for layout in tight.ranked)
-    fitting = [layout.config for layout in short.ranked if layout.peak_bytes <= room]
+    assert all(layout.peak_bytes <= limit for layout in tight.ranked)
+    fitting = [layout.config for layout in unlimited.ranked if layout.peak_bytes <= limit]
     assert tight.ranked[0].config == fitting[0]
-    assert tight.ranked[0].config != short.ranked[0].config
+    assert tight.ranked[0].config != unlimited.ranked[0].config
 
 
 def test_every_legal_layout_is_considered_once() -> None:
     from sas_megatron.planning.layout_screening import legal_layouts
 
-    machine = toy_machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
-    layouts = list(legal_layouts(_config(), world_size=8, hardware=machine))
-    places = [
+    layouts = list(legal_layouts(_config(), world_size=8, hardware=toy_machine()))
+    degrees = [
         (x.parallel.tensor, x.parallel.context, x.parallel.pipeline, x.training.micro_batch_size)
         for x in layouts
         if x.training.recompute == "none"
     ]
-    assert len(set(places)) == len(places)
-    # Four heads, four samples, twelve tokens, three layers: eight ranks in these ways alone.
-    assert set(places) == {(2, 1, 1, 1), (4, 1, 1, 1), (4, 1, 1, 2), (1, 2, 1, 1), (2, 2, 1, 1), (2, 2, 1, 2)}
+    assert len(set(degrees)) == len(degrees)
+    # Four heads, four samples, twelve tokens and three layers allow only these layouts on eight ranks.
+    assert set(degrees) == {
+        (2, 1, 1, 1),
+        (4, 1, 1, 1),
+        (4, 1, 1, 2),
+        (1, 2, 1, 1),
+        (2, 2, 1, 1),
+        (2, 2, 1, 2),
+    }
     assert {x.training.recompute for x in layouts} == {"none", "selective", "full"}
 
 
-def test_no_legal_layout_is_said() -> None:
+def test_the_lack_of_a_legal_layout_is_an_error() -> None:
     from sas_megatron.planning.layout_search import search_layouts
 
-    machine = toy_machine(memory_gib=1.0, wire_gigabytes_per_second=1.0)
     with pytest.raises(UserError, match="no layout of this model and batch is legal"):
-        search_layouts(_config(), world_size=7, hardware=machine)
+        search_layouts(_config(), world_size=7, hardware=toy_machine())

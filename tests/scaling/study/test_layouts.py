@@ -19,7 +19,7 @@ from tests.planning.toy_machines import toy_machine
 from tests.scaling.conftest import build_tree
 from tests.scaling.study.studies import write_study
 
-TOY = toy_machine(memory_gib=4.0, wire_gigabytes_per_second=1000.0)
+TOY = toy_machine(memory_gib=4.0, link_gigabytes_per_second=1000.0)
 
 
 def test_plans_take_the_layouts_that_a_search_found_and_their_hours(
@@ -28,7 +28,7 @@ def test_plans_take_the_layouts_that_a_search_found_and_their_hours(
     context = fork_context()
     monkeypatch.setattr(layout_search.multiprocessing, "get_context", lambda _method: context)
     # Which layouts a search tries is tested in tests/planning.
-    monkeypatch.setattr(layout_search, "MOST_FAMILIES_THAT_FIT", 1)
+    monkeypatch.setattr(layout_search, "MAX_FITTING_FAMILIES", 1)
     monkeypatch.setattr(layout_search.os, "cpu_count", lambda: 1)
     base = build_tree(training__global_batch_size=4, training__micro_batch_size=4, data__sequence_length=48)
     sizes = {"small": {"model.hidden_size": 24, "attention.num_heads": 4}}

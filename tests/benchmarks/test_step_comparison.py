@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sas_megatron.benchmarks.steps import measure_steps, with_microbatches
+from sas_megatron.benchmarks.step_comparison import measure_steps, with_microbatches
 from sas_megatron.costs.model_costs import causal_half, count_parameters, count_training_flops
 from tests import small_attentions as small
 from tests.benchmarks.small_ceilings import shrink_ceilings

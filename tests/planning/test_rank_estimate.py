@@ -1,4 +1,4 @@
-"""A simulated rank counts what the real one does: bytes on the wire, products, memory."""
+"""An estimated rank counts the bytes sent, the matrix products and the memory of the real rank."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.activations import count_peak_activation_bytes
 from sas_megatron.costs.weights import chunk_weights
-from tests.planning.simulated_ranks import real_report, simulated_reports
+from tests.planning.estimated_ranks import estimated_reports, real_report
 from tests.run_configs import small_config
 from tests.selection import exhaustive
 from tests.training.layouts import ATTENTIONS, LAYOUTS, OVERLAP, SHARDED, TIED
 
-# Small models, whose last rank of each stage is simulated: each kind of parallelism once.
+# Small models that cover each kind of parallelism once. The last rank of each stage is estimated.
 SMALL: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "selective recompute": (
         1,
@@ -62,7 +62,8 @@ SMALL: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         },
     ),
 }
-# Of the table of layouts, every rank simulated: each kind of parallelism with each attention it concerns.
+# Entries of the table of layouts: each kind of parallelism with each attention that it concerns. All their
+# ranks are estimated.
 LARGE: list[tuple[str, str]] = [
     ("one rank, selective recompute", "sas-gather"),
     ("tensor 2", "mha"),
@@ -84,11 +85,11 @@ LARGE: list[tuple[str, str]] = [
 
 @dataclass(frozen=True)
 class Case:
-    """A run on `world_size` ranks, of which some are simulated."""
+    """A run on `world_size` ranks, some of which are estimated."""
 
     config: RunConfig
     world_size: int
-    simulated_ranks: list[int]
+    estimated_ranks: list[int]
 
     @property
     def data_parallel(self) -> int:
@@ -122,30 +123,30 @@ def case(request: Any) -> Case:
 
 
 @pytest.fixture(scope="module")
-def reports(case: Case, ranks: Any, simulator: Any) -> list[tuple[Any, Any]]:
-    """Real and simulated report of each rank of the case that is simulated."""
+def reports(case: Case, ranks: Any, separate_process: Any) -> list[tuple[Any, Any]]:
+    """Real and estimated report of each estimated rank of the case."""
     real = ranks(case.world_size).run(real_report, case.config)
-    simulated = simulator(simulated_reports, case.config, case.simulated_ranks, case.world_size)
-    return [(real[rank], report) for rank, report in zip(case.simulated_ranks, simulated, strict=True)]
+    estimated = separate_process(estimated_reports, case.config, case.estimated_ranks, case.world_size)
+    return [(real[rank], report) for rank, report in zip(case.estimated_ranks, estimated, strict=True)]
 
 
-def test_a_simulated_rank_has_the_place_of_the_real_one(reports: list[tuple[Any, Any]]) -> None:
-    for real, simulated in reports:
-        assert simulated.rank == real.rank
-        assert simulated.group_ranks == real.group_ranks, f"rank {real.rank}"
-        assert simulated.num_heads == real.num_heads, f"rank {real.rank}"
-        assert simulated.num_microbatches == real.num_microbatches, f"rank {real.rank}"
+def test_an_estimated_rank_has_the_groups_and_heads_of_the_real_one(reports: list[tuple[Any, Any]]) -> None:
+    for real, estimated in reports:
+        assert estimated.rank == real.rank
+        assert estimated.group_ranks == real.group_ranks, f"rank {real.rank}"
+        assert estimated.num_heads == real.num_heads, f"rank {real.rank}"
+        assert estimated.num_microbatches == real.num_microbatches, f"rank {real.rank}"
 
 
-def test_bytes_and_calls_on_the_wire_are_those_of_gloo_ranks(reports: list[tuple[Any, Any]]) -> None:
-    for real, simulated in reports:
-        assert simulated.step.rounded_wire_bytes() == real.step.rounded_wire_bytes(), f"rank {real.rank}"
-        assert simulated.step.wire_calls == real.step.wire_calls, f"rank {real.rank}"
+def test_communication_equals_that_of_gloo_ranks(reports: list[tuple[Any, Any]]) -> None:
+    for real, estimated in reports:
+        assert estimated.step.rounded_bytes_sent() == real.step.rounded_bytes_sent(), f"rank {real.rank}"
+        assert estimated.step.collective_calls == real.step.collective_calls, f"rank {real.rank}"
 
 
-def test_products_are_those_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:
-    for real, simulated in reports:
-        assert _products(simulated) == _products(real), f"rank {real.rank}"
+def test_matrix_products_equal_those_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:
+    for real, estimated in reports:
+        assert _products(estimated) == _products(real), f"rank {real.rank}"
 
 
 def _products(report: Any) -> dict[Any, float]:
@@ -156,56 +157,56 @@ def _products(report: Any) -> dict[Any, float]:
     }
 
 
-# Where something was added in place to a view (in the feature simulation), the gradient of real tensors
-# passes through one copy more than that of fake ones.
+# After an addition in place to a view (in the feature simulation), torch copies the gradient of real tensors
+# once more than the gradient of fake tensors.
 VIEW_COPIES = 0.06
 
 
-def test_memory_traffic_is_that_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:
-    for real, simulated in reports:
-        of_real, of_simulated = (
+def test_memory_traffic_is_near_that_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:
+    for real, estimated in reports:
+        real_bytes, estimated_bytes = (
             sum(operation.traffic_bytes * calls for operation, calls in report.step.operations.items())
-            for report in (real, simulated)
+            for report in (real, estimated)
         )
-        assert of_simulated == pytest.approx(of_real, rel=VIEW_COPIES), f"rank {real.rank}"
+        assert estimated_bytes == pytest.approx(real_bytes, rel=VIEW_COPIES), f"rank {real.rank}"
 
 
-# Small, and alive at the peak or not: losses reported so far, parts of the norm, token orders.
+# Small tensors that may or may not be live at the peak: reported losses, partial norms, orders of tokens.
 SCALAR_BYTES = 256
-# Interleaved pieces share an iterator that keeps batches, and gloo keeps a message to the next stage until
-# it has left; these models are small beside both.
+# The model chunks of an interleaved stage share an iterator that keeps batches, and gloo keeps a message to
+# the next stage until it is sent. Compared with both, these models are small.
 IN_TRANSIT_SHARE = 0.03
 
 
-def test_memory_is_that_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:
+def test_memory_equals_that_of_real_tensors(reports: list[tuple[Any, Any]]) -> None:
     exact = ("num_layers", "num_parameters", "parameter_bytes", "gradient_bytes", "optimizer_bytes")
-    for real, simulated in reports:
+    for real, estimated in reports:
         for field in exact:
-            assert getattr(simulated, field) == getattr(real, field), f"rank {real.rank}: {field}"
+            assert getattr(estimated, field) == getattr(real, field), f"rank {real.rank}: {field}"
         for field in ("microbatches_peak_bytes", "update_peak_bytes"):
-            difference = getattr(simulated, field) - getattr(real, field)
+            difference = getattr(estimated, field) - getattr(real, field)
             allowed = SCALAR_BYTES + IN_TRANSIT_SHARE * getattr(real, field)
             assert abs(difference) <= allowed, f"rank {real.rank}: {field} differs by {difference}"
 
 
-# The distributed optimizer's buffers end at multiples that are large beside these models, and a rank's
-# share of them is not that of the weights.
+# The padding of the distributed optimizer's buffers is large compared with these models, and a rank does not
+# hold an equal share of the weights.
 PADDING = 0.6
 
 
-def test_memory_is_that_of_the_counted_weights_and_activations(
+def test_memory_contains_the_counted_weights_and_activations(
     case: Case, reports: list[tuple[Any, Any]]
 ) -> None:
     config, parallel = case.config, case.config.parallel
     sharded_by = case.data_parallel * parallel.context if config.optimizer.distributed else 1
-    # Beside two moments a half-precision weight has a copy in float32.
+    # In addition to two moments, a half-precision weight has a copy in float32.
     state_bytes = 8 if config.training.precision == "float32" else 12
     for _, report in reports:
         stage = case.stage_of(report.rank)
         weights = [
             weight.elements_of_rank(parallel.tensor)
-            for piece in range(parallel.virtual_pipeline)
-            for weight in chunk_weights(config, stage=stage, piece=piece)
+            for chunk in range(parallel.virtual_pipeline)
+            for weight in chunk_weights(config, stage=stage, piece=chunk)
         ]
         assert report.num_layers == parallel.layers_of_stages(config.model.num_layers)[stage]
         assert report.num_parameters == sum(weights)
@@ -213,7 +214,7 @@ def test_memory_is_that_of_the_counted_weights_and_activations(
         for held, element_bytes in (
             (report.parameter_bytes, config.training.element_bytes),
             (report.gradient_bytes, 4),
-            # AdamW counts steps in a scalar of each weight.
+            # AdamW has a step counter, a scalar, for each weight.
             (report.optimizer_bytes - 4 * len(weights) / sharded_by, state_bytes / sharded_by),
         ):
             assert held == pytest.approx(element_bytes * sum(weights), rel=padding), f"rank {report.rank}"

@@ -1,4 +1,4 @@
-"""`sas-megatron simulate` as a user meets it."""
+"""`sas-megatron estimate` as a user meets it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.fork_server import run_command
     [
         (
             ["--world-size", 2, "--hardware", "h900"],
-            "hardware 'h900': neither shipped nor a file; use a100, h100, h200, this-machine, or a path to "
-            "a file like those",
+            "hardware 'h900': is neither a shipped name nor a file; use a100, h100, h200, this-machine, or "
+            "the path of a hardware file",
         ),
         (["--world-size", 0], "world size=0: must be positive; use 1 or more"),
         (
@@ -32,11 +32,11 @@ from tests.fork_server import run_command
     ],
 )
 def test_what_cannot_be_simulated_is_refused(arguments: list[Any], message: str, tmp_path: Path) -> None:
-    refused(run_command("simulate", QUICKSTART, *arguments, cwd=tmp_path), message, tmp_path)
+    refused(run_command("estimate", QUICKSTART, *arguments, cwd=tmp_path), message, tmp_path)
 
 
 def test_a_world_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    done = run_command("simulate", QUICKSTART, "--world-size", 3, cwd=tmp_path)
+    done = run_command("estimate", QUICKSTART, "--world-size", 3, cwd=tmp_path)
     assert done.returncode == 2
     assert "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2)" in done.stderr
 
@@ -48,7 +48,7 @@ def _terms_sum(step: dict[str, Any]) -> float:
 def test_the_estimate_is_an_object_and_a_table(tmp_path: Path) -> None:
     # No file of the config's data section is there.
     small = ["model.num_layers=2", "parallel.pipeline=2", "--world-size", 4]
-    done = run_command("simulate", QUICKSTART, *small, "--json", cwd=tmp_path)
+    done = run_command("estimate", QUICKSTART, *small, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     estimate = json.loads(done.stdout)
     assert [rank["rank"] for rank in estimate["ranks"]] == [0, 2]
@@ -57,14 +57,14 @@ def test_the_estimate_is_an_object_and_a_table(tmp_path: Path) -> None:
         assert rank["attended_heads"] == 4
         held = sum(rank[f"{part}_bytes"] for part in ("parameter", "gradient", "optimizer"))
         assert rank["peak_bytes"] == held + rank["peak_activation_bytes"]
-        assert {"tensor", "pipeline"} <= set(rank["wire_bytes_sent"])
+        assert {"tensor", "pipeline"} <= set(rank["communication_bytes_sent"])
     step = estimate["step"]
     assert step["seconds"] == pytest.approx(_terms_sum(step))
     assert {"compute", "tensor", "pipeline", "bubble"} <= set(step["seconds_by_term"])
     assert step["pipeline_bubble"] == 1.0  # two stages, one microbatch
     assert estimate["fits"] is True
 
-    table = run_command("simulate", QUICKSTART, *small, "--rank", 3, "--memory-gib", 2.5, cwd=tmp_path)
+    table = run_command("estimate", QUICKSTART, *small, "--rank", 3, "--memory-gib", 2.5, cwd=tmp_path)
     assert table.returncode == 0, table.stderr
     assert "rank 3" in table.stdout
     assert "does not fit" in table.stdout
