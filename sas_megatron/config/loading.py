@@ -6,7 +6,6 @@ import difflib
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.run import RunConfig
+from sas_megatron.config.shipped_configs import find_config
 
 # What Megatron-LM's users would type -> where it is here; only ever used in hints.
 MEGATRON_ALIASES: dict[str, str] = {
@@ -98,7 +98,7 @@ def build_run_config(tree: dict[str, Any]) -> RunConfig:
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A YAML file whose top is a mapping; raises `FileProblem` otherwise."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_config(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileProblem(path, f"is not UTF-8 text ({error})", "give a YAML file") from None
     except OSError as error:
