@@ -116,7 +116,7 @@ def test_the_installed_command_runs_quickstart_benchmarks_and_a_study_in_an_empt
     installed: Path, tmp_path: Path
 ) -> None:
     command = installed / "sas-megatron"
-    options = ["--corpus-bytes", "400000", "training.num_steps=20", "schedule.warmup_steps=5"]
+    options = ["--corpus-bytes", "4000000", "training.num_steps=20", "schedule.warmup_steps=5"]
     run(command, "quickstart", *options, cwd=tmp_path, seconds=300)
     assert (tmp_path / "quickstart" / "comparison.html").is_file()
 
