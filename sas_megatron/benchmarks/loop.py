@@ -38,7 +38,8 @@ def on_made_up_data(config: RunConfig, folder: Path, *, num_steps: int) -> RunCo
     prepare_token_files([corpus], tokenizer_path=tokenizer, prefix=prefix, num_workers=1)
     steps = WARM_UP_STEPS + num_steps
     sections: dict[str, dict[str, Any]] = {
-        "data": {"prefixes": [str(prefix)], "tokenizer": str(tokenizer)},
+        # Half for validation, since a smaller share of so few documents can be shorter than one sample.
+        "data": {"prefixes": [str(prefix)], "tokenizer": str(tokenizer), "split": [0.5, 0.5]},
         # Saving at the end cannot be left out, and is not measured.
         "schedule": {"warmup_steps": 1},
         "training": {"num_steps": steps, "stop_after_steps": None},

@@ -301,12 +301,12 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
     device = prepare_device()
 
     from sas_megatron.benchmarks.checkpointing import measure_checkpointing
-    from sas_megatron.cli.quickstart import CONFIGS
     from sas_megatron.config.loading import load_run_config
+    from sas_megatron.config.shipped_configs import shipped_configs
     from sas_megatron.distributed.topology import joined_topology
 
     # Any run of one process: it says how to save, and is written into the checkpoint.
-    config = load_run_config(CONFIGS / "quickstart_mha.yaml", ["parallel.tensor=1"])
+    config = load_run_config(shipped_configs() / "quickstart_mha.yaml", ["parallel.tensor=1"])
     with (
         tempfile.TemporaryDirectory(dir=directory, prefix="bench_checkpoint_") as folder,
         joined_topology(config.parallel, device=device, seed=1, timeout_minutes=10) as topology,
@@ -346,11 +346,11 @@ def scoring(
     import torch
 
     from sas_megatron.benchmarks.scoring import measure_scoring
-    from sas_megatron.cli.quickstart import CONFIGS
     from sas_megatron.config.loading import load_run_config
+    from sas_megatron.config.shipped_configs import shipped_configs
     from sas_megatron.distributed.topology import joined_topology
 
-    run = load_run_config(config or CONFIGS / "quickstart_sas.yaml", ["parallel.tensor=1"])
+    run = load_run_config(config or shipped_configs() / "quickstart_sas.yaml", ["parallel.tensor=1"])
     with joined_topology(run.parallel, device=device, seed=1, timeout_minutes=10) as topology:
         result = measure_scoring(
             run, topology, num_tokens=num_tokens, batch_tokens=batch_tokens, repeats=repeats

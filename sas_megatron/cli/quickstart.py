@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sas_megatron.config.shipped_configs import shipped_configs
+
 if TYPE_CHECKING:
     from sas_megatron.config.run import RunConfig
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @click.command()
@@ -24,8 +24,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
     show_default=True,
     help="Everything goes here; what is there already is not made again.",
 )
-@click.option("--baseline", type=click.Path(path_type=Path), default=CONFIGS / "quickstart_mha.yaml")
-@click.option("--candidate", type=click.Path(path_type=Path), default=CONFIGS / "quickstart_sas.yaml")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), default=shipped_configs() / "quickstart_mha.yaml"
+)
+@click.option(
+    "--candidate", type=click.Path(path_type=Path), default=shipped_configs() / "quickstart_sas.yaml"
+)
 @click.option("--corpus-bytes", type=int, default=None, help="Take only so much of the built-in corpus.")
 def quickstart(
     overrides: tuple[str, ...], directory: Path, baseline: Path, candidate: Path, corpus_bytes: int | None

@@ -6,7 +6,6 @@ import difflib
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
 from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
 from sas_megatron.config.run import RunConfig
+from sas_megatron.config.shipped_configs import find_config
 
 # What Megatron-LM's users would type -> where it is here; only ever used in hints.
 MEGATRON_ALIASES: dict[str, str] = {
@@ -98,7 +98,7 @@ def build_run_config(tree: dict[str, Any]) -> RunConfig:
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A YAML file whose top is a mapping; raises `FileProblem` otherwise."""
     with translate_os_errors(path, problem="cannot be read", remedy="check the path"):
-        content = Path(path).read_bytes()
+        content = find_config(path).read_bytes()
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -19,9 +19,9 @@ from sas_megatron.attention.sas.simulation_kernels import (
     build_simulation_kernels,
     check_kernel,
 )
-from sas_megatron.cli.quickstart import CONFIGS
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.shipped_configs import shipped_configs
 
 
 def sas(**fields: Any) -> SimulatedAttentionConfig:
@@ -44,7 +44,7 @@ def test_auto_fuses_in_bfloat16_on_a_gpu_and_nowhere_else() -> None:
 
 
 def test_the_configs_that_we_ship_fit_on_chip() -> None:
-    shipped = [load_run_config(path).attention for path in sorted(CONFIGS.rglob("sas*.yaml"))]
+    shipped = [load_run_config(path).attention for path in sorted(shipped_configs().rglob("sas*.yaml"))]
     assert len(shipped) > 4
     for attention in shipped:
         assert isinstance(attention, SimulatedAttentionConfig)
