@@ -28,10 +28,14 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bo
     and exits with status 75, to be gone on with by checkpoint.resume=true.
     """
     from sas_megatron.config.loading import dump_yaml, load_run_config
-    from sas_megatron.platform.launcher import check_meeting_place, launched_world_size, take_place
+    from sas_megatron.platform.launcher import (
+        check_rendezvous_address,
+        launched_world_size,
+        set_rank_from_slurm,
+    )
 
     if not dry_run and not only_check:
-        take_place()
+        set_rank_from_slurm()
     run_config = load_run_config(config, list(overrides))
     if dry_run:
         from sas_megatron.cli.costs import print_costs
@@ -43,7 +47,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, only_check: bo
 
     if only_check:
         start.check(run_config, world_size=launched_world_size())
-        check_meeting_place()
+        check_rendezvous_address()
         click.echo(os.path.abspath(run_config.logging.run_directory))
         return
     configure_logging()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.planning.hardware_file import BYTES_PER_GIB, AttainableShares, Hardware, WireFigures
 from sas_megatron.planning.rank_processes import run_on_ranks
-from sas_megatron.platform.machine import describe_processor, read_memory_bytes
+from sas_megatron.platform.local_machine import describe_processor, read_memory_bytes
 
 # For each figure: many turns of the processor's scheduler.
 MEASURED_SECONDS = 0.4

@@ -34,13 +34,9 @@ from sas_megatron.data.batches import (
 )
 from sas_megatron.data.opening import open_token_files
 from sas_megatron.data.token_files import load_manifest
-from sas_megatron.distributed.communication_counter import (
-    build_communication_counter,
-    gather_communication_counters,
-)
-from sas_megatron.distributed.error_agreement import on_first_rank
-from sas_megatron.distributed.gathering import gather_from_ranks
-from sas_megatron.distributed.topology import Topology
+from sas_megatron.distributed.communication_counter import gather_communication_counters
+from sas_megatron.distributed.object_collectives import gather_from_ranks, run_on_rank0
+from sas_megatron.distributed.topology import Topology, build_communication_counter
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.platform.device import describe_machine, peak_memory_bytes
@@ -63,9 +59,9 @@ class Run:
         self.config = config
         self.topology = topology
         self.stop = stop or StopRequest(after_seconds=config.training.stop_after_seconds)
-        self.console = Console(config, speaks=topology.is_first)
+        self.console = Console(config, speaks=topology.is_rank0)
         self.meter = Meter(config, topology.world_size)
-        self.files = RunFiles(config) if topology.is_first else None
+        self.files = RunFiles(config) if topology.is_rank0 else None
         tokenizer = open_token_files(config.data, vocab_size=config.model.vocab_size)
         self.byte_lengths = ByteLengths(tokenizer, topology.device)
         self.training_samples = build_training_samples(
@@ -107,7 +103,7 @@ class Run:
             self.files.open(
                 self.config, self._provenance(), resumed_step=self.progress.step, branch=self.branch
             )
-        self.stop.arm(speaks=self.topology.is_first)
+        self.stop.arm(speaks=self.topology.is_rank0)
         try:
             if self.progress.owes_evaluation:
                 self._evaluate()
@@ -145,14 +141,14 @@ class Run:
             newest = find_newest_complete(RunFiles.checkpoints(self.config), say=self.console.say)
             if newest is not None:
                 return newest
-        self.branch = on_first_rank(lambda: find_branch(self.config))
+        self.branch = run_on_rank0(lambda: find_branch(self.config))
         return None if self.branch is None else open_checkpoint(self.branch.checkpoint)
 
     def _find_initial_weights(self) -> WeightsSource | None:
         path = self.config.checkpoint.initial_weights
         if path is None or self.resumed_from is not None:
             return None
-        return on_first_rank(lambda: find_weights(Path(path), self.config))
+        return run_on_rank0(lambda: find_weights(Path(path), self.config))
 
     def _resume(self) -> None:
         checkpoint = self.resumed_from
@@ -267,7 +263,7 @@ class Run:
                 self.files.check_is_own()
                 self.files.sync()
 
-        on_first_rank(sync)
+        run_on_rank0(sync)
 
     def _save(self) -> None:
         self._sync_files()
@@ -344,8 +340,8 @@ class Run:
         }
 
     def _tell_finished_step(self) -> None:
-        if self.topology.roll_call is not None:
-            self.topology.roll_call.finish_step(self.progress.step)
+        if self.topology.failure_watchdog is not None:
+            self.topology.failure_watchdog.finish_step(self.progress.step)
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.step % interval == 0

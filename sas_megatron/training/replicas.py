@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.fault_tolerance.final_report import join_ranges
 from sas_megatron.model.initialization import global_name
@@ -57,7 +57,7 @@ def find_drift(pieces: Sequence[Any], topology: Topology) -> str | None:
     differing = _differ_over(topology.data_group, sums)
     differing += _differ_over(topology.tensor_group, sums[~torch.tensor(is_shared, device=sums.device)])
     total = torch.tensor(float(differing), device=topology.device)
-    topology.sum_over_all(total)
+    topology.sum_over_all_ranks(total)
     if not total.item():
         return None
     own: dict[_Copy, int] = {

@@ -8,7 +8,7 @@ from sas_megatron.checkpoint.manifest import find_checkpoints
 from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.opening import open_token_files
-from sas_megatron.platform.launcher import is_first_rank, launched_world_size
+from sas_megatron.platform.launcher import is_rank0, launched_world_size
 from sas_megatron.training.continuation import find_branch
 from sas_megatron.training.run_files import RunFiles
 from sas_megatron.training.stopping import Ending, StopRequest
@@ -21,7 +21,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
         UserError: something in config, data, layout or run directory does not fit.
     """
     config.check_world_size(world_size)
-    open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_rank())
+    open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_rank0())
     RunFiles.check_directory(config)
     goes_on = config.checkpoint.resume and find_checkpoints(RunFiles.checkpoints(config))
     if goes_on:
@@ -57,7 +57,7 @@ def train(config: RunConfig) -> Ending:
             device=device,
             seed=config.training.seed,
             timeout_minutes=config.training.collective_timeout_minutes,
-            takes_signal=stop.take,
+            handles_signal=stop.take,
             flight_records=RunFiles(config).directory / "flight_recorder",
         ) as topology:
             check_directory_is_shared(Path(config.logging.run_directory))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.training.engine import Engine, Reports
@@ -103,7 +103,7 @@ def _agree(
     # Of equal norms in float32 the mean is exact.
     totals[2] = gradient_norm
     totals[3] = asks_to_stop
-    topology.sum_over_all(totals)
+    topology.sum_over_all_ranks(totals)
     norm = totals[2].item() / topology.world_size
     return (totals[0] / totals[1]).item(), norm, totals[3].item() > 0
 

@@ -125,7 +125,7 @@ def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     job.signal_rank(0, signal.SIGTERM)
     assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
-    assert re.search(rf"after step 3: rank 0 on {HOST} .* received SIGTERM; go on", job.report())
+    assert re.search(rf"after step 3: rank 0 on {HOST} .* received SIGTERM; resume", job.report())
     assert not (job.run_directory / "stopped.json").exists()
 
 
