@@ -87,7 +87,7 @@ class Run:
         self.health = RunHealth(
             config, topology, self.progress.health, say=self.console.say, record=self._record_health
         )
-        self.ledger = build_communication_counter(topology)
+        self.communication_counter = build_communication_counter(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
 
     def complete(self) -> Ending:
@@ -288,19 +288,21 @@ class Run:
         self.saver.finish()
         self._sync_files()
         self.profiler.close()
-        wire_bytes = gather_communication_counters(self.ledger) if self.config.logging.wire_ledger else None
+        counts = self.config.logging.communication_counter
+        bytes_sent = gather_communication_counters(self.communication_counter) if counts else None
         if self.files is not None:
-            self.files.write_summary(self._summary(wire_bytes, ending))
+            self.files.write_summary(self._summary(bytes_sent, ending))
             if ending.goes_on:
                 self.files.write_stop(ending, step=self.progress.step)
         if ending.goes_on:
             self.stop.leave()
 
-    def _summary(self, wire_bytes: list[dict[str, Any]] | None, ending: Ending) -> dict[str, Any]:
+    def _summary(self, bytes_sent: list[dict[str, Any]] | None, ending: Ending) -> dict[str, Any]:
         position = self.meter.position(self.progress)
         held_out = {} if self.held_out is None else self.held_out.results
         return {
-            "schema": 1,
+            # 2: `wire_bytes_sent` was renamed to `communication_bytes_sent`.
+            "schema": 2,
             "exit_reason": ending.reason,
             "steps": self.progress.step,
             "tokens": position["consumed_tokens"],
@@ -318,7 +320,7 @@ class Run:
             "validation_perplexity": held_out.get("validation_perplexity"),
             "validation_bits_per_byte": held_out.get("validation_bits_per_byte"),
             "world_size": self.topology.world_size,
-            "wire_bytes_sent": wire_bytes,
+            "communication_bytes_sent": bytes_sent,
             "health": self.health.summary(),
         }
 
@@ -347,7 +349,8 @@ class Run:
         return interval is not None and self.progress.step % interval == 0
 
     def _counted(self) -> contextlib.AbstractContextManager[object]:
-        return self.ledger if self.config.logging.wire_ledger else contextlib.nullcontext()
+        counts = self.config.logging.communication_counter
+        return self.communication_counter if counts else contextlib.nullcontext()
 
     def _synchronize(self) -> None:
         if self.topology.device.type == "cuda":

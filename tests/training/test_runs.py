@@ -297,7 +297,9 @@ def test_the_run_directory_says_where_the_run_came_from(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(
-        tmp_path / "run", training={"num_steps": 4}, logging={"tensorboard": True, "wire_ledger": True}
+        tmp_path / "run",
+        training={"num_steps": 4},
+        logging={"tensorboard": True, "communication_counter": True},
     )
     ranks(2).run(complete, config)
     from sas_megatron.config.loading import load_run_config
@@ -312,7 +314,7 @@ def test_the_run_directory_says_where_the_run_came_from(
     assert result["exit_reason"] == "finished"
     assert result["tokens"] == 4 * 8 * 40
     assert result["training_flops"] == result["tokens"] * sum(result["training_flops_per_token"].values())
-    (sent,) = result["wire_bytes_sent"]
+    (sent,) = result["communication_bytes_sent"]
     assert sent["ranks"] == [0, 1], "data-parallel ranks send the same"
     assert sent["sent"]["data"]["allreduce"] > 0
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
