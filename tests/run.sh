@@ -81,7 +81,8 @@ enter_environment test
 python -c 'import megatron.core, torch; print("megatron-core", megatron.core.__version__, "torch", torch.__version__)' 2>/dev/null
 if [ ${#arguments[@]} = 0 ]; then
   run_tests --all --part "$part" \
-    tests/attention tests/distributed tests/platform tests/model tests/data tests/training tests/evaluation
+    tests/attention tests/distributed tests/fault_tolerance tests/platform tests/model tests/data \
+    tests/training tests/evaluation
 else
   run_tests --all --part "$part"
 fi

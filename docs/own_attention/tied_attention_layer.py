@@ -12,7 +12,7 @@ from tied_attention import TiedAttentionConfig
 
 from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.kv_cache import CachingSelfAttention
-from sas_megatron.platform.rotary import rotate_halves
+from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
 
 class TiedSelfAttention(CachingSelfAttention):
@@ -42,12 +42,12 @@ class TiedSelfAttention(CachingSelfAttention):
         (Without this and `expand` it would keep turned keys and values, and decode as well.)
         """
         query, key, _ = self.get_query_key_value_tensors(hidden_states)
-        return rotate_halves(query, angles), key
+        return apply_rope(query, angles), key
 
     def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens."""
         (key,) = kept
-        return rotate_halves(key, angles), self.gain * key
+        return apply_rope(key, angles), self.gain * key
 
 
 def build_tied_spec(attention: TiedAttentionConfig) -> ModuleSpec:

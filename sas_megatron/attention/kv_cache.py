@@ -21,7 +21,7 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from sas_megatron.platform.rotary import rotate_halves
+from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
 
 class KeyValueCache:
@@ -136,7 +136,7 @@ class CachingAttention:
     def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The queries [S, B, M, E] of new tokens, turned by `angles`, and what is kept, each [S, B, ..]."""
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        return rotate_halves(query, angles), rotate_halves(key, angles), value
+        return apply_rope(query, angles), apply_rope(key, angles), value
 
     def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is kept of all tokens -> keys [T, B, G, E], turned, and values [T, B, G, D]."""

@@ -24,7 +24,7 @@ from sas_megatron.benchmarks.block_shape import BlockShape
 from sas_megatron.benchmarks.ceilings import Ceilings, measure_ceilings
 from sas_megatron.benchmarks.roofline import Point
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
-from sas_megatron.platform.rotary import rotate_halves
+from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
 PASSES = ("forward", "backward")
 
@@ -69,7 +69,7 @@ class SimulationCase:
             )
             if not kernels.turns:
                 sequences = results[place].unflatten(0, (self.shape.sequence_length, -1))
-                results[place] = rotate_halves(sequences, self.angles).flatten(0, 1)
+                results[place] = apply_rope(sequences, self.angles).flatten(0, 1)
         return results
 
     def passes(self, kernels: SimulationKernels) -> dict[str, Preparation]:

@@ -17,8 +17,7 @@ from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.model_costs import EMBEDDING_TERMS, count_parameters
-from sas_megatron.distributed.error_agreement import on_first_rank, together
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks, raise_on_all_ranks, run_on_rank0
 from sas_megatron.model.initialization import global_name, tensor_parallel_part, whole_shape
 
 
@@ -30,12 +29,12 @@ def load_initial_weights(path: Path, pieces: list[Any], config: RunConfig) -> No
     Raises:
         UserError: the weights are absent, damaged, or of another model; the same on every rank.
     """
-    source = on_first_rank(lambda: find_weights(path, config))
+    source = run_on_rank0(lambda: find_weights(path, config))
     if source.is_checkpoint:
         restore_tensors(open_checkpoint(source.folder), shard_weights(pieces))
     else:
         _check_contents(source.folder)
-        together(lambda: _fill_from_whole_weights(source.folder, pieces, config))
+        raise_on_all_ranks(lambda: _fill_from_whole_weights(source.folder, pieces, config))
 
 
 def _check_contents(folder: Path) -> None:
@@ -48,7 +47,7 @@ def _check_contents(folder: Path) -> None:
             digest.add(name, stored[name])
         return digest.lines
 
-    by_rank = gather_from_ranks(together(digest_own_share))
+    by_rank = gather_from_ranks(raise_on_all_ranks(digest_own_share))
     found = WeightsDigest([line for lines in by_rank for line in lines]).value()
     if found != read_record(folder).weights_sha256:
         raise FileProblem(

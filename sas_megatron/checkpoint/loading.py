@@ -22,8 +22,7 @@ from sas_megatron.checkpoint.sharded_tensors import by_name
 from sas_megatron.checkpoint.tensor_reading import TensorReader
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.error_agreement import on_first_rank, together
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks, raise_on_all_ranks, run_on_rank0
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def find_newest_complete(folder: Path, *, say: Callable[[str], None]) -> Checkpo
     Raises:
         FileProblem: all are damaged, or the newest is of another version.
     """
-    paths: list[Path] = on_first_rank(lambda: manifest.find_checkpoints(folder))
+    paths: list[Path] = run_on_rank0(lambda: manifest.find_checkpoints(folder))
     for path in paths:
         try:
             return open_checkpoint(path)
@@ -65,17 +64,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         DamagedCheckpoint: names the damaged files; the same on every rank.
         FileProblem: its format is of another version.
     """
-    found = together(lambda: manifest.read_manifest(path))
+    found = raise_on_all_ranks(lambda: manifest.read_manifest(path))
     share = manifest.find_own_share(found.files, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     by_rank = gather_from_ranks(manifest.find_damage(path, share))
     manifest.refuse_damage(path, (line for lines in by_rank for line in lines))
-    progress = together(lambda: json.loads((path / manifest.PROGRESS).read_text(encoding="utf-8")))
+    progress = raise_on_all_ranks(lambda: json.loads((path / manifest.PROGRESS).read_text(encoding="utf-8")))
     return Checkpoint(path, found, progress)
 
 
 def restore_tensors(checkpoint: Checkpoint, shards: list[ShardedTensor]) -> None:
     """Fills this rank's tensors, in place, from a checkpoint of any layout; every rank must call it."""
-    together(lambda: _read_tensors(checkpoint.path, shards))
+    raise_on_all_ranks(lambda: _read_tensors(checkpoint.path, shards))
 
 
 def restore_random_states(checkpoint: Checkpoint, config: RunConfig, *, say: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter,
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.error_agreement import on_first_rank, together
+from sas_megatron.distributed.object_collectives import raise_on_all_ranks, run_on_rank0
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.io.files import sync
 
@@ -114,7 +114,7 @@ class CheckpointSaver:
                 )
                 self._pending.thread.start()
                 return
-            together(_writing(self._pending.partial, self._pending.write))
+            raise_on_all_ranks(_writing(self._pending.partial, self._pending.write))
         except FileProblem:
             self._give_up(step)
             raise
@@ -144,7 +144,7 @@ class CheckpointSaver:
                 "look at the file system; the checkpoints before are whole",
             )
         try:
-            together(pending.tell)
+            raise_on_all_ranks(pending.tell)
         except FileProblem:
             self._give_up(pending.step)
             raise
@@ -163,9 +163,9 @@ class CheckpointSaver:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-        on_first_rank(_writing(partial, make_folder))
-        together(_writing(partial, lambda: write_files(partial)))
-        others = on_first_rank(lambda: sorted(path for path in partial.rglob("*") if path.is_file()))
+        run_on_rank0(_writing(partial, make_folder))
+        raise_on_all_ranks(_writing(partial, lambda: write_files(partial)))
+        others = run_on_rank0(lambda: sorted(path for path in partial.rglob("*") if path.is_file()))
         random = shard_random_states(read_random_states())
         return _Pending(
             step=step,
@@ -181,9 +181,9 @@ class CheckpointSaver:
         self._pending = None
         written = (pending.results, pending.records)
         by_rank = [written] * self._topology.world_size
-        dist.gather_object(written, by_rank if self._topology.is_first else None)
+        dist.gather_object(written, by_rank if self._topology.is_rank0 else None)
         try:
-            on_first_rank(_writing(pending.partial, lambda: self._complete(pending, by_rank)))
+            run_on_rank0(_writing(pending.partial, lambda: self._complete(pending, by_rank)))
         except FileProblem:
             self._give_up(pending.step)
             raise
@@ -197,7 +197,7 @@ class CheckpointSaver:
                 is_permanent=settings.is_permanent,
             )
 
-        on_first_rank(_writing(self._folder, remove))
+        run_on_rank0(_writing(self._folder, remove))
 
     def _complete(
         self, pending: _Pending, by_rank: list[tuple[list[WriteResult], dict[str, FileRecord]]]
@@ -224,7 +224,7 @@ class CheckpointSaver:
     def _give_up(self, step: int) -> None:
         """Leaves nothing of the checkpoint, whose space may be what is missing."""
         self._pending = None
-        if self._topology.is_first:
+        if self._topology.is_rank0:
             shutil.rmtree(manifest.partial_folder(self._folder, step), ignore_errors=True)
 
 

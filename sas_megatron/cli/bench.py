@@ -250,7 +250,7 @@ def data(
     from sas_megatron.data.corpus import builtin_corpus
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.tokenizer_training import train_tokenizer
-    from sas_megatron.platform.machine import describe_processor
+    from sas_megatron.platform.local_machine import describe_processor
 
     source = source or builtin_corpus()
     with tempfile.TemporaryDirectory() as folder:

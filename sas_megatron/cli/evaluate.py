@@ -100,9 +100,9 @@ def evaluate(
     sas_megatron evaluate … parallel.tensor=2. Results go to summary.json, and those of the harness also to
     its own files beside it.
     """
-    from sas_megatron.platform.launcher import take_place
+    from sas_megatron.platform.launcher import set_rank_from_slurm
 
-    take_place()
+    set_rank_from_slurm()
     configure_logging()
     from sas_megatron.evaluation.start import find_model
 
@@ -227,7 +227,7 @@ def _measure_loss(
 
         domains = _file_domains(model, sources, text_column) if files else _validation_domain(model)
         results = measure_held_out(model, domains, settings)
-        return "files" if files else "validation", results if model.topology.is_first else None
+        return "files" if files else "validation", results if model.topology.is_rank0 else None
 
 
 def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:

@@ -65,9 +65,9 @@ def generate(
     OVERRIDES read section.field=value: attention.kv_cache=simulated, of SAS, or the layout of several
     processes, as in torchrun --standalone --nproc-per-node 2 -m sas_megatron generate … parallel.tensor=2.
     """
-    from sas_megatron.platform.launcher import take_place
+    from sas_megatron.platform.launcher import set_rank_from_slurm
 
-    take_place()
+    set_rank_from_slurm()
     configure_logging()
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.evaluation.generation_settings import GenerationSettings, Sampling, encode_prompts
@@ -88,7 +88,7 @@ def generate(
         begun = time.perf_counter()
         generated = generate_texts(model, encoded, settings)
         seconds = time.perf_counter() - begun
-        if model.topology.is_first:
+        if model.topology.is_rank0:
             result = _as_dict(model, texts, generated, seconds=seconds)
             if as_json:
                 click.echo(json.dumps(result, indent=2))

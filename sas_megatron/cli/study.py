@@ -104,7 +104,7 @@ def time(study: Path, *, rounds: int) -> None:
     Models are built and stepped, without data; a quiet machine gives better figures.
     """
     from sas_megatron.benchmarks.step_time import measure_step_seconds
-    from sas_megatron.platform.machine import describe_processor
+    from sas_megatron.platform.local_machine import describe_processor
     from sas_megatron.scaling.study.step_times import measure_step_times
 
     planned = _plan_of(study)()

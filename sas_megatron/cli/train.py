@@ -28,10 +28,14 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, check_only: bo
     exits with status 75. checkpoint.resume=true resumes the run.
     """
     from sas_megatron.config.loading import dump_yaml, load_run_config
-    from sas_megatron.platform.launcher import check_meeting_place, launched_world_size, take_place
+    from sas_megatron.platform.launcher import (
+        check_rendezvous_address,
+        launched_world_size,
+        set_rank_from_slurm,
+    )
 
     if not dry_run and not check_only:
-        take_place()
+        set_rank_from_slurm()
     run_config = load_run_config(config, list(overrides))
     if dry_run:
         from sas_megatron.cli.costs import print_costs
@@ -43,7 +47,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, check_only: bo
 
     if check_only:
         entry.check_run(run_config, world_size=launched_world_size())
-        check_meeting_place()
+        check_rendezvous_address()
         click.echo(os.path.abspath(run_config.logging.run_directory))
         return
     from sas_megatron.planning.hardware_file import find_peak_flops

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from sas_megatron.config.section import Section
 
@@ -242,8 +242,10 @@ class LoggingConfig(Section):
         default=10, description="Steps between logged ones; each is one line of metrics.jsonl."
     )
     tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
-    wire_ledger: bool = Field(
+    communication_counter: bool = Field(
         default=False,
+        # The second name is the one in configs written before it was renamed.
+        validation_alias=AliasChoices("communication_counter", "wire_ledger"),
         description="Count the bytes that each rank sends in collectives, by group, into summary.json.",
     )
     profile_steps: list[int] | None = Field(

@@ -57,7 +57,7 @@ def count_communication_bytes(
         raise config.training.problem(
             "engine",
             "sends what DeepSpeed decides, which is not counted from the config",
-            "set training.engine=megatron, or measure with logging.wire_ledger=true",
+            "set training.engine=megatron, or measure with logging.communication_counter=true",
         )
     step = _Step(config, data_parallel, stage)
     groups = {

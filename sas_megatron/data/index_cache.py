@@ -19,9 +19,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sas_megatron.config.errors import FieldError, translate_os_errors
-from sas_megatron.distributed.error_agreement import on_first_rank, together
-from sas_megatron.distributed.gathering import gather_from_ranks
-from sas_megatron.distributed.shared_directory import appears
+from sas_megatron.distributed.object_collectives import gather_from_ranks, raise_on_all_ranks, run_on_rank0
+from sas_megatron.distributed.shared_directory import wait_until_visible
 from sas_megatron.io.files import make_folder, sync
 
 # A network file system may show a folder late: then the rank gets what it would have found.
@@ -42,10 +41,10 @@ def provide_folder(folder: Path, build: Callable[[Path], object]) -> None:
         FieldError: it cannot be written, or some rank does not see it; the same on every rank.
     """
     with contextlib.ExitStack() as turn:
-        aside = on_first_rank(lambda: _begin(folder, turn))
+        aside = run_on_rank0(lambda: _begin(folder, turn))
         if aside is not None:
             build(aside)
-            on_first_rank(lambda: _publish(aside, folder))
+            run_on_rank0(lambda: _publish(aside, folder))
     _hand_out(folder)
 
 
@@ -107,15 +106,15 @@ def _publish(aside: Path, folder: Path) -> None:
 def _hand_out(folder: Path) -> None:
     """Gives rank 0's files to the nodes that have none."""
     host, rank = socket.gethostname(), dist.get_rank()
-    blind = gather_from_ranks(None if appears(folder, seconds=SECONDS_UNTIL_SEEN) else host)
+    blind = gather_from_ranks(None if wait_until_visible(folder, seconds=SECONDS_UNTIL_SEEN) else host)
     if not any(blind):
         return
     is_writer = blind[rank] is not None and blind.index(host) == rank
-    aside = together(lambda: _begin_copy(folder) if is_writer else None)
+    aside = raise_on_all_ranks(lambda: _begin_copy(folder) if is_writer else None)
     pieces = _pieces(folder)
-    while (piece := on_first_rank(lambda: next(pieces, None))) is not None:
-        together(functools.partial(_append, aside, *piece))
-    together(lambda: _publish(aside, folder) if aside is not None else None)
+    while (piece := run_on_rank0(lambda: next(pieces, None))) is not None:
+        raise_on_all_ranks(functools.partial(_append, aside, *piece))
+    raise_on_all_ranks(lambda: _publish(aside, folder) if aside is not None else None)
     unseen = [place for place in gather_from_ranks(None if folder.is_dir() else host) if place is not None]
     if unseen:
         raise FieldError(

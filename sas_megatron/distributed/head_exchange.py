@@ -1,17 +1,17 @@
-"""How the head simulation, which reads every head, gets them when each tensor rank owns a few.
+"""The exchange that gives the SAS head simulation, which reads every head, the heads of all tensor ranks.
 
-    projected [T, C/P]                 all tokens, my columns (what the column-parallel QKV leaves)
-      -> `all_columns` [T', C]         T' tokens with the columns of every rank
-      -> simulate heads (replicated weights, no communication)
-      -> `my_heads` [T, m/P, D] each all tokens, my simulated heads
+    projected [T, C/P]                    all tokens, local columns (the output of the column-parallel QKV)
+      -> `gather_columns` [T', C]         T' tokens, columns of all ranks
+      -> simulate heads                   replicated weights, no communication
+      -> `scatter_heads` [T, m/P, D]      all tokens, local simulated heads (one tensor each for q, k and v)
 
-Two strategies send different bytes. **gather** keeps all tokens (T' = T): every rank repeats the
-first convolution for all heads, and computes its own simulated heads in the second. **all_to_all**
-keeps a P-th of the tokens (T' = T/P) and all heads, and sends the simulated heads back: nothing is
-computed twice, which works because the simulation is per token.
+Here C counts columns and m simulated heads. Two strategies send different numbers of bytes. **gather** keeps
+all tokens (T' = T): every rank repeats the first convolution for all heads, and computes only its local heads
+in the second. **all_to_all** keeps 1/P of the tokens (T' = T/P) and all heads, and sends the simulated heads
+back: nothing is computed twice, which is possible because the simulation works on each token separately.
 
-Elements sent per token and rank, forward (backward the same; ring convention):
-gather (P-1)/P·C; all_to_all (P-1)/P²·(C + width of all simulated heads sent back).
+Elements sent per token and rank in forward (the same in backward; ring convention):
+gather (P-1)/P·C; all_to_all (P-1)/P²·(C + the width of all simulated heads sent back).
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
     all_to_all,
 )
+from typing_extensions import override
 
 
 class HeadExchange(ABC):
-    """Moves projected columns to where heads are simulated, and simulated heads to where they attend."""
+    """An exchange of projected columns before the head simulation, and of simulated heads after it."""
 
-    # Whether `my_heads` brings what other ranks computed.
+    # Whether `scatter_heads` communicates.
     sends_heads: ClassVar[bool] = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -40,96 +41,116 @@ class HeadExchange(ABC):
         self.rank = group.rank()
 
     @abstractmethod
-    def all_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
-        """[T, C/P] on each rank -> [T', C], the columns in rank order."""
+    def gather_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
+        """Return the columns of all ranks in rank order, [T, C/P] -> [T', C]."""
 
-    def base_heads_here(self, num_heads: int) -> slice:
-        """Base heads whose simulated copies are computed between the exchanges: all, if not overridden."""
+    def base_heads_to_simulate(self, num_heads: int) -> slice:
+        """Return the base heads whose simulated copies this rank computes: all of `num_heads` by default."""
         return slice(0, num_heads)
 
     @abstractmethod
-    def my_heads(
+    def scatter_heads(
         self, simulated: Sequence[torch.Tensor], *, num_blocks: Sequence[int], num_tokens: int
     ) -> list[torch.Tensor]:
-        """Simulated heads, each [T', r·n, D] in block-major order -> [T, r·n_local, D] of this rank.
+        """Return the local simulated heads of all tokens, [T', r·n, D] -> [T, r·n_local, D] for each tensor.
 
         Args:
-            simulated: One tensor for each of query, key and value; head g·n + i is base head i of block g.
-            num_blocks: r, the copies of the base heads, of each tensor.
-            num_tokens: T, all tokens.
+            simulated: One tensor each for query, key and value, in block-major order: head g·n + i is base
+                head i of block g.
+            num_blocks: r of each tensor, the number of simulated copies of the base heads.
+            num_tokens: T, the number of all tokens.
         """
 
-    def own_base_heads(self, num_heads: int) -> slice:
-        """Base heads this rank attends with: a P-th, or one that it shares where P exceeds them."""
+    def local_base_heads(self, num_heads: int) -> slice:
+        """Return the base heads that this rank attends with: n/P, or one shared head if P exceeds n."""
         first = self.rank * num_heads // self.num_ranks
         return slice(first, first + max(1, num_heads // self.num_ranks))
 
 
 class SingleRank(HeadExchange):
-    """One rank owns all heads; nothing moves."""
+    """The exchange of a single rank, which has all heads: identity in forward and backward."""
 
-    def all_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
-        """The input."""
+    @override
+    def gather_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
         return columns_TC_local
 
-    def my_heads(
+    @override
+    def scatter_heads(
         self, simulated: Sequence[torch.Tensor], *, num_blocks: Sequence[int], num_tokens: int
     ) -> list[torch.Tensor]:
-        """The input."""
         return list(simulated)
 
 
 class GatherExchange(HeadExchange):
-    """All-gather over columns, whose backward is a reduce-scatter: the gathered gradients are partial."""
+    """An all-gather of columns; each rank then computes only its local simulated heads."""
 
-    def all_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
-        """[T, C/P] -> [T, C]."""
+    @override
+    def gather_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
+        """Return the columns of all ranks, [T, C/P] -> [T, C].
+
+        All-gather in forward, reduce-scatter in backward, because the gradient of the gathered columns is a
+        partial sum on each rank.
+        """
         gathered: torch.Tensor = all_gather_last_dim_from_tensor_parallel_region(columns_TC_local, self.group)
         return gathered
 
-    def base_heads_here(self, num_heads: int) -> slice:
-        """This rank's own."""
-        return self.own_base_heads(num_heads)
+    @override
+    def base_heads_to_simulate(self, num_heads: int) -> slice:
+        return self.local_base_heads(num_heads)
 
-    def my_heads(
+    @override
+    def scatter_heads(
         self, simulated: Sequence[torch.Tensor], *, num_blocks: Sequence[int], num_tokens: int
     ) -> list[torch.Tensor]:
-        """The input: only this rank's heads were computed."""
+        """Return the argument: it holds only local heads."""
         return list(simulated)
 
 
 class AllToAllExchange(HeadExchange):
-    """Trades tokens for columns, and simulated heads for tokens; one may have more than another, or none."""
+    """An all-to-all of tokens for columns, and one of simulated heads for tokens.
+
+    Ranks may hold different numbers of tokens, including none, if P does not divide T.
+    """
 
     sends_heads = True
 
-    def all_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
-        """[T, C/P] -> [T/P, C]."""
-        tokens_of = self._tokens_of_ranks(columns_TC_local.shape[0])
-        mine = tokens_of[self.rank]
-        received: torch.Tensor = all_to_all(self.group, columns_TC_local, [mine] * self.num_ranks, tokens_of)
-        by_token: torch.Tensor = received.unflatten(0, (self.num_ranks, mine)).transpose(0, 1)
+    @override
+    def gather_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
+        """Return all columns of the local tokens, [T, C/P] -> [T/P, C].
+
+        All-to-all in forward and backward.
+        """
+        tokens_per_rank = self._tokens_per_rank(columns_TC_local.shape[0])
+        num_local = tokens_per_rank[self.rank]
+        received: torch.Tensor = all_to_all(
+            self.group, columns_TC_local, [num_local] * self.num_ranks, tokens_per_rank
+        )
+        by_token: torch.Tensor = received.unflatten(0, (self.num_ranks, num_local)).transpose(0, 1)
         return by_token.flatten(1)
 
-    def my_heads(
+    @override
+    def scatter_heads(
         self, simulated: Sequence[torch.Tensor], *, num_blocks: Sequence[int], num_tokens: int
     ) -> list[torch.Tensor]:
-        """Each [T/P, r·n, D] -> [T, r·n_local, D], all in one exchange."""
-        mine = simulated[0].shape[0]
+        """Return the local heads of all tokens, [T/P, r·n, D] -> [T, r·n_local, D] for each tensor.
+
+        One all-to-all for all tensors in forward, and one in backward.
+        """
+        num_local = simulated[0].shape[0]
         by_rank = [
             self._split_by_rank(heads, blocks) for heads, blocks in zip(simulated, num_blocks, strict=True)
         ]
-        widths = [part.shape[-1] for part in by_rank]
+        widths = [split.shape[-1] for split in by_rank]
         outgoing = torch.cat(by_rank, dim=-1).flatten(0, 1)
-        tokens_of = self._tokens_of_ranks(num_tokens)
-        received = all_to_all(self.group, outgoing, tokens_of, [mine] * self.num_ranks)
+        tokens_per_rank = self._tokens_per_rank(num_tokens)
+        received = all_to_all(self.group, outgoing, tokens_per_rank, [num_local] * self.num_ranks)
         return [
-            part.unflatten(-1, (-1, heads.shape[-1]))
-            for part, heads in zip(received.split(widths, dim=-1), simulated, strict=True)
+            columns.unflatten(-1, (-1, heads.shape[-1]))
+            for columns, heads in zip(received.split(widths, dim=-1), simulated, strict=True)
         ]
 
     def _split_by_rank(self, heads_TMD: torch.Tensor, blocks: int) -> torch.Tensor:
-        """[T/P, m, D] -> [P, T/P, m_local·D]; a head that several ranks attend with goes to each."""
+        """Split [T/P, m, D] into [P, T/P, m_local·D]; a head that several ranks share goes to each."""
         tokens, simulated, features = heads_TMD.shape
         base = simulated // blocks
         grouped = heads_TMD.view(tokens, blocks, base, features)
@@ -138,14 +159,14 @@ class AllToAllExchange(HeadExchange):
         by_rank: torch.Tensor = grouped.unflatten(2, (self.num_ranks, -1)).permute(2, 0, 1, 3, 4)
         return by_rank.flatten(2)
 
-    def _tokens_of_ranks(self, tokens: int) -> list[int]:
-        share, rest = divmod(tokens, self.num_ranks)
-        return [share + (rank < rest) for rank in range(self.num_ranks)]
+    def _tokens_per_rank(self, num_tokens: int) -> list[int]:
+        share, remainder = divmod(num_tokens, self.num_ranks)
+        return [share + (rank < remainder) for rank in range(self.num_ranks)]
 
 
 EXCHANGES: dict[str, type[HeadExchange]] = {"gather": GatherExchange, "all_to_all": AllToAllExchange}
 
 
 def build_head_exchange(strategy: str, group: dist.ProcessGroup) -> HeadExchange:
-    """The exchange for a strategy of `EXCHANGES` over the tensor group; none is needed for one rank."""
+    """Return the exchange of a strategy in `EXCHANGES`, or `SingleRank` for a group of one rank."""
     return SingleRank(group) if group.size() == 1 else EXCHANGES[strategy](group)

@@ -1,4 +1,4 @@
-"""Whether all ranks see the directory that the run writes to: checkpoints lie there, a part a rank."""
+"""A check that all ranks see the same run directory, to which each writes its checkpoint shards."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks
 
-# A network file system may show a new file late to those that looked before it was there.
-SECONDS_UNTIL_SEEN = 10.0
+# A network file system may show a new file late to hosts that have looked for it before it existed.
+SECONDS_UNTIL_VISIBLE = 10.0
 
 
 def check_directory_is_shared(directory: Path) -> None:
-    """Rank 0 leaves a file there, and all look for it. Collective, in a joined world.
+    """Check that a file which rank 0 creates in `directory` is visible to all ranks; every rank must call it.
 
     Raises:
-        FieldError: on all ranks alike, if one or more do not find it.
+        FieldError: one or more ranks do not see the file. All ranks raise it.
     """
     rank = dist.get_rank()
     if dist.get_world_size() == 1:
         return
     name = [f".seen-by-all-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
-    mark = directory / name[0]
+    marker = directory / name[0]
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        marker.touch()
     dist.barrier()
-    blind = gather_from_ranks(None if appears(mark) else socket.gethostname())
+    hosts_without_it = gather_from_ranks(None if wait_until_visible(marker) else socket.gethostname())
     if rank == 0:
-        mark.unlink()
-    hosts = [f"rank {number} on {host}" for number, host in enumerate(blind) if host is not None]
-    if hosts:
-        more = f" and {len(hosts) - 1} more" if hosts[1:] else ""
+        marker.unlink()
+    missing = [f"rank {number} on {host}" for number, host in enumerate(hosts_without_it) if host is not None]
+    if missing:
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
         error = FieldError(
             "logging.run_directory",
             directory,
-            f"is another folder to {hosts[0]}{more} than to rank 0",
-            "put it on a file system that all nodes share",
+            f"is a different directory for {missing[0]}{others} than for rank 0",
+            "use a directory on a file system that all nodes share",
         )
         error.raised_on_all_ranks = True
         raise error
 
 
-def appears(path: Path, *, seconds: float = SECONDS_UNTIL_SEEN) -> bool:
-    """Whether a path that another rank has made is there, or comes within so long."""
+def wait_until_visible(path: Path, *, seconds: float = SECONDS_UNTIL_VISIBLE) -> bool:
+    """Return whether a path that another rank has created becomes visible here within `seconds`."""
     deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.2)
         if path.parent.is_dir():
-            os.listdir(path.parent)  # makes a network file system look again
+            os.listdir(path.parent)  # makes a network file system refresh its view
     return True

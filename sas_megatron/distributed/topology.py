@@ -1,4 +1,4 @@
-"""Process groups of a run: who this rank is, from whatever launcher started it, and a clean end."""
+"""The process groups of a run: initialization under any launcher, this rank's position, shutdown."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.distributed.communication_counter import CommunicationCounter
 from sas_megatron.fault_tolerance.failure_watchdog import FailureWatchdog
 from sas_megatron.fault_tolerance.flight_recorder import FlightRecorder
-from sas_megatron.fault_tolerance.rendezvous import meet
+from sas_megatron.fault_tolerance.rendezvous import connect_to_store
 from sas_megatron.platform.device import process_group_backend
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the run."""
+    """The position of this rank in the run, and its process groups."""
 
     rank: int
     world_size: int
@@ -31,22 +32,22 @@ class Topology:
     tensor_group: dist.ProcessGroup
     data_rank: int
     data_size: int
-    # With the context ranks: what losses and token counts are summed over.
+    # Includes the context ranks: losses and token counts are summed over it.
     data_group: dist.ProcessGroup
     context_rank: int
     context_group: dist.ProcessGroup
     pipeline_rank: int
     pipeline_group: dist.ProcessGroup
-    # None in a world that was joined elsewhere.
-    roll_call: FailureWatchdog | None = None
+    # None if the world was initialized by other code.
+    failure_watchdog: FailureWatchdog | None = None
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, the one that writes the run's files."""
+    def is_rank0(self) -> bool:
+        """Whether this is rank 0, which writes the files of the run."""
         return self.rank == 0
 
     def groups(self) -> dict[str, dist.ProcessGroup]:
-        """The groups that collectives run in, by the names that reports use."""
+        """Return the groups that collectives run in, by the names that reports use."""
         return {
             "tensor": self.tensor_group,
             "context": self.context_group,
@@ -54,21 +55,31 @@ class Topology:
             "data": self.data_group,
         }
 
-    def sum_reports(self, totals: torch.Tensor) -> None:
-        """Adds up, in place, what the pipelines' last stages report of their samples and tokens.
+    def sum_over_data_and_pipeline(self, totals: torch.Tensor) -> None:
+        """Sum totals of samples or tokens in place, over the data, context and pipeline ranks.
 
-        The other stages give zeros; all ranks end with the same.
+        The last pipeline stages have the values, and the other stages pass zeros. All ranks get the same
+        sums.
         """
         dist.all_reduce(totals, group=self.data_group)
         dist.all_reduce(totals, group=self.pipeline_group)
 
-    def sum_over_all(self, totals: torch.Tensor) -> None:
-        """Adds up, in place, what all ranks tell; reports of samples count once for each tensor rank.
+    def sum_over_all_ranks(self, totals: torch.Tensor) -> None:
+        """Sum totals in place over all ranks; totals of samples are counted once per tensor rank.
 
-        All ranks end with the same to the bit, so that they can decide alike.
+        All ranks get bit-identical sums, so that decisions based on them are the same everywhere.
         """
-        self.sum_reports(totals)
+        self.sum_over_data_and_pipeline(totals)
         dist.all_reduce(totals, group=self.tensor_group)
+
+
+def build_communication_counter(topology: Topology) -> CommunicationCounter:
+    """Return the communication counter of a training run.
+
+    Megatron-core sends activations between pipeline stages over the world group, so point-to-point messages
+    count as "pipeline". The group of the gradient norm and any others count as "other".
+    """
+    return CommunicationCounter(topology.groups(), point_to_point="pipeline")
 
 
 @contextlib.contextmanager
@@ -78,16 +89,23 @@ def joined_topology(
     device: torch.device,
     seed: int,
     timeout_minutes: float,
-    takes_signal: Callable[[int], bool] = lambda _number: False,
+    handles_signal: Callable[[int], bool] = lambda _number: False,
     flight_records: Path | None = None,
 ) -> Iterator[Topology]:
-    """Joins the world and its groups for the length of a `with` block, and leaves in good order.
+    """Initialize the world and its groups, yield the topology, and destroy them on exit.
 
-    In a world of several ranks an error or a signal within ends the process: see `FailureWatchdog`.
-    Ranks that hang leave their last collectives in the folder `flight_records`.
+    With more than one rank, an error or a signal inside the block ends the process: see `FailureWatchdog`.
+
+    Args:
+        config: Sizes of the groups.
+        device: The device of this rank, which determines the backend.
+        seed: Seed of dropout, the same on all ranks.
+        timeout_minutes: Timeout of collectives in every group.
+        handles_signal: Whether the application handles a signal itself.
+        flight_records: Directory for each rank's last collectives if the run hangs.
     """
     timeout = timedelta(minutes=timeout_minutes)
-    store, rank, world_size = meet(timeout)
+    store, rank, world_size = connect_to_store(timeout)
     backend = process_group_backend(device)
     recorder = FlightRecorder(flight_records, rank=rank) if flight_records is not None else None
     if recorder is not None:
@@ -106,14 +124,14 @@ def joined_topology(
                 rank=rank,
                 world_size=world_size,
                 timeout_minutes=timeout_minutes,
-                takes_signal=takes_signal,
+                handles_signal=handles_signal,
                 flight_recorder=recorder,
-            ) as roll_call,
+            ) as watchdog,
             joined_groups(config, device=device, seed=seed, timeout_minutes=timeout_minutes) as topology,
         ):
-            yield replace(topology, roll_call=roll_call)
-            # Without it about one two-rank gloo run in six aborts at exit. After an error the other
-            # ranks may never come here, so then it is left out.
+            yield replace(topology, failure_watchdog=watchdog)
+            # Without this barrier about one two-rank gloo run in six aborts at exit. It is skipped after an
+            # error, when the other ranks may never reach it.
             dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -123,13 +141,14 @@ def joined_topology(
 def joined_groups(
     config: ParallelConfig, *, device: torch.device, seed: int, timeout_minutes: float = 10.0
 ) -> Iterator[Topology]:
-    """Megatron-core's groups of one layout, within a world that is joined already; seeds randomness too."""
+    """Initialize Megatron-core's groups in an existing world, seed dropout, and destroy them on exit."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(config),
         context_parallel_size=config.context,
-        # Its groups do not inherit the world's timeout. A fraction is fine, though annotated as int.
+        # Megatron-core's groups do not inherit the world's timeout. It accepts a float, though annotated as
+        # int.
         distributed_timeout_minutes=timeout_minutes,
     )
     try:
@@ -156,17 +175,17 @@ def joined_groups(
 
 
 def virtual_pipeline_size(config: ParallelConfig) -> int | None:
-    """Pieces of each stage as Megatron-core takes them: None where stages do not interleave."""
+    """Return the model chunks per pipeline stage for Megatron-core; None without interleaved stages."""
     return config.virtual_pipeline if config.virtual_pipeline > 1 else None
 
 
 def seed_randomness(seed: int, sample_rank: int, pipeline_rank: int) -> None:
-    """Seeds dropout: equal over the tensor group outside tensor-parallel regions, different inside them.
+    """Seed dropout: equal on all tensor ranks outside tensor-parallel regions, different inside them.
 
-    It differs over the data and context groups as well, whose ranks (`sample_rank`) see other tokens,
-    and over the pipeline, whose ranks have other layers. (Megatron-core adds the tensor rank and a
-    large constant by itself inside tensor-parallel regions.)
+    It also differs between data and context ranks (`sample_rank`), which process different tokens, and
+    between pipeline ranks, which hold different layers. Inside tensor-parallel regions Megatron-core adds the
+    tensor rank and a large constant to the seed.
     """
-    own = seed + 100 * sample_rank + 100_003 * pipeline_rank
-    torch.manual_seed(own)
-    model_parallel_cuda_manual_seed(own)
+    rank_seed = seed + 100 * sample_rank + 100_003 * pipeline_rank
+    torch.manual_seed(rank_seed)
+    model_parallel_cuda_manual_seed(rank_seed)

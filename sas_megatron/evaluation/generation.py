@@ -14,7 +14,7 @@ import torch
 
 from sas_megatron.attention.kv_cache import KeyValueCache
 from sas_megatron.data.tokenizer import Tokenizer
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.evaluation.generation_settings import GenerationSettings, Sampling
 from sas_megatron.evaluation.sampling import build_generator, choose_tokens
 from sas_megatron.evaluation.trained_model import TrainedModel

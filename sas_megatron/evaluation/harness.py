@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.costs.model_costs import count_parameters
-from sas_megatron.distributed.rank0_driver import Call
+from sas_megatron.distributed.object_collectives import Call
 from sas_megatron.evaluation.generation import Completion
 from sas_megatron.evaluation.generation_settings import GenerationSettings, Sampling
 from sas_megatron.evaluation.scoring import Passage, Scores

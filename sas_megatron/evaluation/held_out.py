@@ -57,7 +57,7 @@ def evaluate_held_out(
     totals = torch.zeros(3, dtype=torch.float64, device=topology.device)
     for report in run_forward(functools.partial(_held_out_step, byte_lengths=byte_lengths)):
         totals += report["totals"]
-    topology.sum_reports(totals)
+    topology.sum_over_data_and_pipeline(totals)
     total_loss, num_tokens, num_bytes = totals.tolist()
     return HeldOutLoss(total_loss / num_tokens, int(num_tokens), int(num_bytes))
 

@@ -80,7 +80,7 @@ def loaded(
 
     device = prepare_device()  # before Megatron-core is imported
 
-    from sas_megatron.distributed.error_agreement import on_first_rank
+    from sas_megatron.distributed.object_collectives import run_on_rank0
     from sas_megatron.distributed.topology import joined_topology
     from sas_megatron.evaluation.trained_model import load_trained_model
 
@@ -91,7 +91,7 @@ def loaded(
         seed=training.seed,
         timeout_minutes=timeout_minutes or training.collective_timeout_minutes,
     ) as topology:
-        on_first_rank(check_first)
+        run_on_rank0(check_first)
         yield load_trained_model(found.checkpoint, found.config, found.tokenizer, topology)
 
 

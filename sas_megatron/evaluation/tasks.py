@@ -17,7 +17,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.distributed.rank0_driver import Call, lead
+from sas_megatron.distributed.object_collectives import Call, drive_from_rank0
 from sas_megatron.evaluation.generation import generate
 from sas_megatron.evaluation.harness import HarnessModel
 from sas_megatron.evaluation.scoring import score
@@ -139,7 +139,7 @@ def evaluate_tasks(
         assert tasks is not None, "rank 0 has the tasks"
         return _run_harness(HarnessModel(model, call), tasks, settings, folder=folder, cache=cache)
 
-    return lead(run, functions)
+    return drive_from_rank0(run, functions)
 
 
 @contextlib.contextmanager

@@ -1,26 +1,29 @@
-"""Who is still there when a run stops: every rank leaves notes in the store through which all met.
+"""A watchdog that ends all ranks after a failure on any of them, with one final report.
 
-a step is done         -> store["step/3"]
-something goes wrong   -> store["called"]; an exception or a signal here, or another rank's call
-each rank that lives   -> store["answer/3"]: an error of its own, a lost peer, or where it stands
-after a short grace    -> the lowest that answered prints one report; every process ends with status 1
+A failure, an exception or a signal:
 
-a signal that is taken care of elsewhere, as an order to stop -> store["muster"]
-each rank that lives   -> store["present/3"]
-after the same grace   -> all are there, or it was no order: torchrun also sends signals when a rank died
+    the failing rank       -> requests a stop in the store that all ranks share (`status_store`)
+    every rank alive       -> writes a status report: an error, a lost connection, or its current line of code
+    after a grace period   -> the lowest rank with a report prints the final report; all exit with status 1
 
-A thread watches, since the main thread may be inside a collective, which neither an exception nor a
-signal handler of Python can interrupt.
+A signal that the application handles, such as a request to save and stop. torchrun also sends such signals to
+the remaining ranks after one rank has died, so the watchdog must find out which case it is:
 
-With NCCL a collective that is over time is ended by NCCL's watchdog, which aborts the process
-(SIGABRT, -6 in torchrun's table) with a message that names the collective. Ranks so ended do not
-answer; those that torchrun then stops still report, and list them with the ones that hung.
+    the rank that got it   -> requests an alive check in the store
+    every rank alive       -> confirms
+    after a grace period   -> all ranks have confirmed: training continues; otherwise: as after a failure
+
+The watchdog runs in a thread of its own, because the main thread may be inside a collective, which neither an
+exception nor a Python signal handler can interrupt.
+
+With NCCL, NCCL's own watchdog aborts a process whose collective timed out (SIGABRT, -6 in torchrun's table)
+and prints a message that names the collective. Such a rank reports no status. The ranks that torchrun then
+stops still report, and list it together with the ranks that hung.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -29,41 +32,49 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.fault_tolerance.final_report import (
-    Answer,
-    AnswerKind,
-    Standing,
+    StatusKind,
+    StatusReport,
     describe_lost_store,
     describe_stop,
     is_hang,
 )
 from sas_megatron.fault_tolerance.flight_recorder import FlightRecorder
+from sas_megatron.fault_tolerance.status_store import StatusStore
 
-# How long ranks wait for each other's answers: some looks, and well under the 30 s after which
-# torchrun kills what has not ended.
+# How long ranks wait for each other's status: several polls, and well below the 30 s after which torchrun
+# kills processes that have not ended.
 GRACE_SECONDS = 5.0
-SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_BETWEEN_COUNTS = 0.1
-EXIT_STATUS = 1  # 2 is for what the user can mend
+POLL_SECONDS = 1.0
+COUNTER_POLL_SECONDS = 0.1
+EXIT_STATUS = 1  # user errors exit with 2
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class FailureWatchdog:
-    """For the length of a `with` block an error on any rank ends the process on all, with one report.
+    """A context manager in which a failure on any rank ends all ranks, with one final report.
 
-    Inside it SIGTERM, SIGINT and SIGUSR1 end all ranks, each after its answer, but for a signal that
-    `takes_signal` says is taken care of. A `UserError` passes, as every rank is expected to meet it
-    alike. In a world of one nothing is watched and errors pass as they are. The main thread must
-    enter it.
+    SIGTERM, SIGINT and SIGUSR1 end all ranks as well, unless `handles_signal` returns True. A `UserError`
+    passes through, because all ranks are expected to raise it. In a world of one rank nothing is watched, and
+    all errors pass through. The main thread must enter it.
+
+    Args:
+        store: The store of the rendezvous.
+        rank: This rank.
+        world_size: The number of ranks.
+        timeout_minutes: The timeout of collectives, for the final report.
+        handles_signal: Called in the watchdog's thread with a signal number; returns whether the application
+            handles the signal.
+        flight_recorder: Writes the last collectives of this rank if the run hangs.
     """
 
     def __init__(
@@ -73,52 +84,49 @@ class FailureWatchdog:
         rank: int,
         world_size: int,
         timeout_minutes: float,
-        takes_signal: Callable[[int], bool] = lambda _number: False,
+        handles_signal: Callable[[int], bool] = lambda _number: False,
         flight_recorder: FlightRecorder | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._timeout_minutes = timeout_minutes
-        self._takes_signal = takes_signal
+        self._handles_signal = handles_signal
         self._flight_recorder = flight_recorder
-        self._base = store
-        self._store = PrefixStore("roll_call", store)
-        self._leaves_notes = world_size > 1
+        self._status = StatusStore(store, rank=rank, world_size=world_size)
+        self._records_steps = world_size > 1
         self._last_step: int | None = None
-        self._answer: Answer | None = None
+        self._error_report: StatusReport | None = None
         self._traceback: str | None = None
-        self._left = threading.Event()
-        self._is_present = False
-        # When all must have answered the muster, and the signal that it was held for.
-        self._muster: tuple[float, signal.Signals] | None = None
+        self._exited = threading.Event()
+        self._is_confirmed_alive = False
+        # The deadline of the alive check that this rank has requested, and the signal that caused it.
+        self._alive_check: tuple[float, signal.Signals] | None = None
 
     def __enter__(self) -> FailureWatchdog:
         if self.world_size == 1:
             return self
-        self._store.set(f"host/{self.rank}", socket.gethostname())
-        # A connection of its own: one client serves one thread at a time, and may be held for long.
-        connection = self._base.clone()  # type: ignore[attr-defined]  # its stubs do not have it
-        self._watchers_store = PrefixStore("roll_call", connection)
+        self._status.write_host()
+        self._thread_status = self._status.clone()
         self._main_thread = threading.get_ident()
         self._launcher = os.getppid()
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
-        # The number of a signal is written there at once, whatever the main thread is doing.
+        # Python writes the number of a signal here at once, whatever the main thread is doing.
         self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, _leave_it_to_the_watcher) for number in _SIGNALS}
-        self._watcher = threading.Thread(target=self._watch, name="roll call", daemon=True)
-        self._watcher.start()
+        self._old_handlers = {number: signal.signal(number, _ignore_signal) for number in _SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="failure watchdog", daemon=True)
+        self._thread.start()
         return self
 
     def finish_step(self, step: int) -> None:
-        """Notes that this rank has finished `step` (0: it is about to begin the first)."""
+        """Record that this rank has finished `step` (0: it is about to start the first step)."""
         self._last_step = step
-        if not self._leaves_notes:
+        if not self._records_steps:
             return
         try:
-            self._store.set(f"step/{self.rank}", str(step))
+            self._status.write_step(step)
         except dist.DistError:
-            self._leaves_notes = False  # a lost store hurts nobody until something else goes wrong
+            self._records_steps = False  # a lost store does no harm until something else fails
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -128,202 +136,196 @@ class FailureWatchdog:
         if error is None or isinstance(error, UserError):
             if error is not None:
                 with contextlib.suppress(dist.DistError):
-                    _put_answer(self._store, self.rank, Answer(AnswerKind.FAILED, _one_line(error)))
-            self._leave()
+                    self._status.write_report(StatusReport(StatusKind.FAILED, _first_line(error)))
+            self._stop_watching()
             if error is None:
-                self._see_all_leave()
+                self._wait_until_all_exit()
             return
-        answer = _answer_of(error)
-        if answer.kind == AnswerKind.FAILED:
+        report = _report_of_error(error)
+        if report.kind == StatusKind.FAILED:
             self._traceback = "".join(traceback.format_exception(error))
-        self._answer = answer
+        self._error_report = report
         self._wake.send(b"\0")
-        # The watcher ends the process. If it cannot, the host of the store went dark without closing
-        # its connections.
+        # The watchdog's thread ends the process, unless it is blocked: the host of the store may be
+        # unreachable without having closed its connections.
         time.sleep(2 * GRACE_SECONDS)
         self._end_without_store()
 
-    def _leave(self) -> None:
+    def _stop_watching(self) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
-        self._left.set()
+        self._exited.set()
         self._wake.send(b"\0")
-        self._watcher.join(timeout=GRACE_SECONDS)
+        self._thread.join(timeout=GRACE_SECONDS)
         self._wake.close()
         self._woken.close()
 
-    def _see_all_leave(self) -> None:
-        """Keeps rank 0, which may host the store, until the watchers of all have looked for the last time."""
+    def _wait_until_all_exit(self) -> None:
+        """Keep rank 0, which may host the store, until all watchdogs have polled for the last time."""
         deadline = time.monotonic() + GRACE_SECONDS
         with contextlib.suppress(dist.DistError):
-            num_left = self._store.add("left", 1)
-            while self.rank == 0 and num_left < self.world_size and time.monotonic() < deadline:
-                time.sleep(SECONDS_BETWEEN_COUNTS)
-                num_left = self._store.add("left", 0)
+            num_exited = self._status.increment("num_exited")
+            while self.rank == 0 and num_exited < self.world_size and time.monotonic() < deadline:
+                time.sleep(COUNTER_POLL_SECONDS)
+                num_exited = self._status.count("num_exited")
 
-    # What follows runs on the watching thread.
+    # The methods below run in the watchdog's thread.
 
     def _watch(self) -> None:
-        looks_at_store = True
-        while not self._left.is_set():
-            received = self._wait_for_wake(SECONDS_BETWEEN_LOOKS)
-            if self._left.is_set():
+        status, is_store_reachable = self._thread_status, True
+        while not self._exited.is_set():
+            received = self._wait_for_signals(POLL_SECONDS)
+            if self._exited.is_set():
                 return
-            told = self._order_to_end(received)
+            termination = self._find_termination(received)
             try:
-                called = looks_at_store and self._watchers_store.check(["called"])
-                if looks_at_store:
-                    told = self._attend_muster() or told
+                is_stop_requested = is_store_reachable and status.is_stop_requested()
+                if is_store_reachable:
+                    termination = self._check_alive(status) or termination
             except dist.DistError:
-                called = looks_at_store = False
-            if told is not None or called or self._answer is not None:
-                self._conclude(told or self._place())
+                is_stop_requested = is_store_reachable = False
+            if termination is not None or is_stop_requested or self._error_report is not None:
+                self._end_run(termination or self._report_current_line())
                 return
 
-    def _wait_for_wake(self, seconds: float) -> bytes:
+    def _wait_for_signals(self, seconds: float) -> bytes:
         ready, _, _ = select.select([self._woken], [], [], seconds)
         return self._woken.recv(64) if ready else b""
 
-    def _order_to_end(self, received: bytes) -> Answer | None:
+    def _find_termination(self, received: bytes) -> StatusReport | None:
+        """Return a report if a signal or the end of the launcher terminates this rank.
+
+        A signal that the application handles starts an alive check instead.
+        """
         for number in _SIGNALS:
             if number in received:
-                if not self._takes_signal(number):
-                    return Answer(AnswerKind.TOLD, f"received {number.name}")
-                self._muster = self._muster or (time.monotonic() + GRACE_SECONDS, number)
-        # torchrun does not take its processes with it when it is killed.
+                if not self._handles_signal(number):
+                    return StatusReport(StatusKind.TERMINATED, f"received {number.name}")
+                self._alive_check = self._alive_check or (time.monotonic() + GRACE_SECONDS, number)
+        # If torchrun is killed, its processes stay alive.
         if dist.is_torchelastic_launched() and os.getppid() != self._launcher:
-            return Answer(AnswerKind.TOLD, "lost torchrun, which was killed")
+            return StatusReport(StatusKind.TERMINATED, "lost torchrun, which was killed")
         return None
 
-    def _attend_muster(self) -> Answer | None:
-        """Holds the muster where this rank took a signal, answers one; gives word where a rank is absent."""
-        store = self._watchers_store
-        if self._muster is not None:
-            store.set("muster", "")
-        if not self._is_present and store.check(["muster"]):
-            store.set(f"present/{self.rank}", "")
-            self._is_present = True
-        if self._muster is None or time.monotonic() < self._muster[0]:
+    def _check_alive(self, status: StatusStore) -> StatusReport | None:
+        """Request and answer alive checks; return a report if the check of this rank failed."""
+        if self._alive_check is not None:
+            status.request_alive_check()
+        if not self._is_confirmed_alive and status.is_alive_check_requested():
+            status.confirm_alive()
+            self._is_confirmed_alive = True
+        if self._alive_check is None or time.monotonic() < self._alive_check[0]:
             return None
-        _, number = self._muster
-        if all(store.check([f"present/{rank}"]) for rank in range(self.world_size)):
-            self._muster = None
+        _, number = self._alive_check
+        if status.are_all_alive():
+            self._alive_check = None
             return None
-        return Answer(AnswerKind.TOLD, f"received {number.name}")
+        return StatusReport(StatusKind.TERMINATED, f"received {number.name}")
 
-    def _place(self) -> Answer:
-        """The line that the main thread is at."""
+    def _report_current_line(self) -> StatusReport:
+        """Return a report with the line of code that the main thread executes."""
         frame = sys._current_frames().get(self._main_thread)
-        return Answer(AnswerKind.STANDS, "an unknown place" if frame is None else _describe_frame(frame))
+        return StatusReport(
+            StatusKind.RUNNING, "an unknown line" if frame is None else _describe_frame(frame)
+        )
 
-    def _conclude(self, first: Answer) -> None:
-        """Answers, waits for the others' answers, reports where that falls to this rank, ends the process."""
-        store, deadline = self._watchers_store, time.monotonic() + GRACE_SECONDS
+    def _end_run(self, report: StatusReport) -> None:
+        """Write this rank's report, wait for the others, print the final report on one rank, and exit."""
+        status, deadline = self._thread_status, time.monotonic() + GRACE_SECONDS
         try:
-            store.set("called", "")
-            store.add("answers", 1)
-            _put_answer(store, self.rank, first)
-            while time.monotonic() < deadline and store.add("last_words", 0) < self.world_size:
-                if self._left.is_set():
+            status.request_stop()
+            status.increment("num_reports")
+            status.write_report(report)
+            while time.monotonic() < deadline and status.count("num_error_reports") < self.world_size:
+                if self._exited.is_set():
                     return
-                self._give_last_word(store)
-                time.sleep(SECONDS_BETWEEN_COUNTS)
-            self._report(store)
-            self._end_with_the_others(store)
+                self._write_error_report(status)
+                time.sleep(COUNTER_POLL_SECONDS)
+            self._print_report(status)
+            self._wait_for_reporting_ranks(status)
         except dist.DistError:
             time.sleep(max(0.0, deadline - time.monotonic()))
-            if self._left.is_set():
+            if self._exited.is_set():
                 return
             self._end_without_store()
         _end_process()
 
-    def _end_with_the_others(self, store: Store) -> None:
-        """Waits shortly for those whose grace began later: this host may keep the store that they use."""
-        deadline = time.monotonic() + 2 * SECONDS_BETWEEN_LOOKS
+    def _wait_for_reporting_ranks(self, status: StatusStore) -> None:
+        """Wait briefly for ranks whose grace period began later, which may use a store on this host."""
+        deadline = time.monotonic() + 2 * POLL_SECONDS
 
         def wait_until(counter: str, *, short_of_all: int) -> None:
             while time.monotonic() < deadline:
-                if store.add(counter, 0) >= store.add("answers", 0) - short_of_all:
+                if status.count(counter) >= status.count("num_reports") - short_of_all:
                     return
-                time.sleep(SECONDS_BETWEEN_COUNTS)
+                time.sleep(COUNTER_POLL_SECONDS)
 
         with contextlib.suppress(dist.DistError):
-            store.add("reported", 1)
-            wait_until("reported", short_of_all=0)
+            status.increment("num_done")
+            wait_until("num_done", short_of_all=0)
             if self.rank != 0:
-                store.add("ended", 1)
-            else:  # without torchrun's agent it hosts the store itself
-                wait_until("ended", short_of_all=1)
+                status.increment("num_ended")
+            else:  # without torchrun's agent, rank 0 hosts the store
+                wait_until("num_ended", short_of_all=1)
 
-    def _give_last_word(self, store: Store) -> None:
-        """Replaces the first answer once the main thread's error is known, which is better knowledge."""
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            _put_answer(store, self.rank, answer)
-            store.add("last_words", 1)
+    def _write_error_report(self, status: StatusStore) -> None:
+        """Replace the first report once the main thread has raised an error, which explains more."""
+        report, self._error_report = self._error_report, None
+        if report is not None:
+            status.write_report(report)
+            status.increment("num_error_reports")
 
-    def _report(self, store: Store) -> None:
-        standings = list(self._read_standings(store))
+    def _print_report(self, status: StatusStore) -> None:
+        statuses = status.read_statuses()
         records = None
-        if self._flight_recorder is not None and is_hang(standings):
+        if self._flight_recorder is not None and is_hang(statuses):
             self._flight_recorder.write()
             records = self._flight_recorder.folder
-        lowest = next(rank for rank in range(self.world_size) if store.check([f"answer/{rank}"]))
-        reports = lowest == self.rank and store.add("reports", 1) == 1
-        if not reports and self._traceback is None:
+        is_printer = status.lowest_reporting_rank() == self.rank and status.increment("num_printers") == 1
+        if not is_printer and self._traceback is None:
             return
-        alike = [s.rank for s in standings if s.answer == standings[self.rank].answer]
-        # An error that many ranks met alike is shown once.
-        if self._traceback is not None and alike[0] == self.rank:
-            self._say(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
-        if reports:
-            self._say(describe_stop(standings, timeout_minutes=self._timeout_minutes, flight_records=records))
-
-    def _read_standings(self, store: Store) -> Iterator[Standing]:
-        def read(key: str) -> str | None:
-            return store.get(key).decode() if store.check([key]) else None
-
-        for rank in range(self.world_size):
-            step, answer = read(f"step/{rank}"), read(f"answer/{rank}")
-            yield Standing(
-                rank,
-                host=read(f"host/{rank}"),
-                last_step=None if step is None else int(step),
-                answer=None if answer is None else _parse_answer(answer),
+        same_error = [s.rank for s in statuses if s.report == statuses[self.rank].report]
+        # The traceback of an error that many ranks raised is printed once.
+        if self._traceback is not None and same_error[0] == self.rank:
+            _print_error(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
+        if is_printer:
+            _print_error(
+                describe_stop(statuses, timeout_minutes=self._timeout_minutes, flight_records=records)
             )
 
     def _end_without_store(self) -> NoReturn:
         if self._traceback is not None:
-            self._say(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
-        # Nobody can be agreed on as the one to speak: it is the first of each host.
+            _print_error(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
+        # Ranks cannot agree on one that prints, so the first rank of each host does.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            self._say(describe_lost_store(os.environ.get("MASTER_ADDR", "rank 0"), self._last_step))
+            _print_error(describe_lost_store(os.environ.get("MASTER_ADDR", "rank 0"), self._last_step))
         _end_process()
 
-    @staticmethod
-    def _say(text: str) -> None:
-        print(f"sas-megatron: {text}", file=sys.stderr, flush=True)
+
+def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing: Python has written the signal to the socket that wakes the watchdog's thread."""
 
 
-def _leave_it_to_the_watcher(_number: int, _frame: FrameType | None) -> None:
-    """What Python calls for the signals; the watcher has been woken by then."""
+def _print_error(text: str) -> None:
+    print(f"sas-megatron: {text}", file=sys.stderr, flush=True)
 
 
 def _end_process() -> NoReturn:
-    # Not by unwinding: a main thread in a collective cannot be, and destroying groups that other ranks
-    # have left may wait for them.
+    # Without unwinding the stack: a main thread in a collective cannot be interrupted, and destroying process
+    # groups that other ranks have left may block.
     sys.stdout.flush()
     os._exit(EXIT_STATUS)
 
 
-def _answer_of(error: BaseException) -> Answer:
-    # gloo raises plain RuntimeErrors that name its source file; NCCL and the store have their own types.
+def _report_of_error(error: BaseException) -> StatusReport:
+    # gloo raises plain RuntimeErrors that name its source file; NCCL and the store have error types of their
+    # own.
     is_lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    return Answer(AnswerKind.LOST if is_lost else AnswerKind.FAILED, _one_line(error))
+    return StatusReport(StatusKind.CONNECTION_LOST if is_lost else StatusKind.FAILED, _first_line(error))
 
 
-def _one_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -331,12 +333,3 @@ def _one_line(error: BaseException) -> str:
 def _describe_frame(frame: FrameType) -> str:
     file = "/".join(frame.f_code.co_filename.split("/")[-2:])
     return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _put_answer(store: Store, rank: int, answer: Answer) -> None:
-    store.set(f"answer/{rank}", json.dumps([answer.kind, answer.text]))
-
-
-def _parse_answer(text: str) -> Answer:
-    kind, words = json.loads(text)
-    return Answer(AnswerKind(kind), words)

@@ -1,4 +1,4 @@
-"""What is said when a run stops: which ranks are at fault, where, and after which step."""
+"""The final report of a run that stopped: which ranks failed, where, and after which step."""
 
 from __future__ import annotations
 
@@ -8,130 +8,130 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-# What gloo and the store write when a wait is over; the first letter differs.
+# Part of the messages of gloo and of the store after a timeout; they differ in the first letter.
 TIMED_OUT = "imed out"
 
 
-class AnswerKind(StrEnum):
-    """What a rank tells of itself at a roll call."""
+class StatusKind(StrEnum):
+    """The kinds of status that a rank reports after a failure."""
 
-    FAILED = "failed"  # an error of its own
-    LOST = "lost"  # a collective that another rank broke or never joined
-    TOLD = "told"  # to end, by the launcher or a person; the text says how
-    STANDS = "stands"  # alive; the text is the line of code it is at
+    FAILED = "failed"  # raised an error of its own
+    CONNECTION_LOST = "lost"  # in a collective that another rank broke or never joined
+    TERMINATED = "terminated"  # by a signal or the end of its launcher; the text states which
+    RUNNING = "running"  # alive; the text is the line of code that it executes
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a rank tells of itself; `text` is one line."""
+class StatusReport:
+    """The status that a rank reports; `text` is one line."""
 
-    kind: AnswerKind
+    kind: StatusKind
     text: str
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What is known of one rank; None where it left no word."""
+class RankStatus:
+    """Everything known about one rank; None for what it has not reported."""
 
     rank: int
     host: str | None
     last_step: int | None
-    answer: Answer | None
+    report: StatusReport | None
 
 
-def is_hang(standings: Sequence[Standing]) -> bool:
-    """Whether ranks waited in vain: for others in a collective, or for an answer."""
-    lost = _answered(standings, AnswerKind.LOST)
-    return any(TIMED_OUT in text for text in lost) or any(rank.answer is None for rank in standings)
+def is_hang(statuses: Sequence[RankStatus]) -> bool:
+    """Return whether a collective timed out or a rank reported no status."""
+    lost = _texts_of_kind(statuses, StatusKind.CONNECTION_LOST)
+    return any(TIMED_OUT in text for text in lost) or any(status.report is None for status in statuses)
 
 
 def describe_stop(
-    standings: Sequence[Standing], *, timeout_minutes: float, flight_records: Path | None = None
+    statuses: Sequence[RankStatus], *, timeout_minutes: float, flight_records: Path | None = None
 ) -> str:
-    """One line for the end of a run: after which step, the ranks at fault, the reason, the remedy.
+    """Return one line about the end of a run: the last step, the failed ranks, the reason and the remedy.
 
     Args:
-        standings: All ranks, or as many as could be asked.
+        statuses: The status of each rank.
         timeout_minutes: `training.collective_timeout_minutes`.
-        flight_records: Where ranks that hung left their flight recorder's entries.
+        flight_records: The directory to which ranks that hung wrote their flight records.
     """
-    steps = [standing.last_step for standing in standings if standing.last_step is not None]
-    begin = f"training stopped after step {max(steps)}" if steps else "training stopped while starting"
-    findings = _name_failed(standings) + _name_absent(standings)
-    timed_out = any(TIMED_OUT in text for text in _answered(standings, AnswerKind.LOST))
+    steps = [status.last_step for status in statuses if status.last_step is not None]
+    begin = f"training stopped after step {max(steps)}" if steps else "training stopped during startup"
+    findings = _describe_failed(statuses) + _describe_silent(statuses)
+    timed_out = any(TIMED_OUT in text for text in _texts_of_kind(statuses, StatusKind.CONNECTION_LOST))
     if timed_out and not findings:
-        findings = _name_stragglers(standings)
+        findings = _describe_stragglers(statuses)
     if timed_out:
         findings.append(
             f"the others waited {timeout_minutes:g} minutes in a collective "
             "(training.collective_timeout_minutes)"
         )
-    findings = findings or _name_told(standings) or _name_lost(standings)
-    if flight_records is not None and is_hang(standings):
+    findings = findings or _describe_terminated(statuses) or _describe_lost(statuses)
+    if flight_records is not None and is_hang(statuses):
         findings.append(f"each rank's last collectives are in {flight_records}")
-    return f"{begin}: {'; '.join(findings)}; go on from the last checkpoint with checkpoint.resume=true"
+    return f"{begin}: {'; '.join(findings)}; resume from the last checkpoint with checkpoint.resume=true"
 
 
 def describe_lost_store(address: str, last_step: int | None) -> str:
-    """The line where no rank can be asked, as the store itself is gone."""
-    step = "while starting" if last_step is None else f"after step {last_step}"
+    """Return the line to print if the store itself is lost, so that no status of other ranks can be read."""
+    step = "during startup" if last_step is None else f"after step {last_step}"
     return (
-        f"training stopped {step}: the store of this run at {address} is gone, so no rank can be asked; "
-        "rank 0, its launcher or its host ended first: look there"
+        f"training stopped {step}: the store of this run at {address} cannot be reached, so the other ranks' "
+        "status is unknown; rank 0, its launcher or its host ended first: check their logs"
     )
 
 
-def _name_failed(standings: Sequence[Standing]) -> list[str]:
-    failed = _answered(standings, AnswerKind.FAILED)
-    return [f"{_name(alike)} failed: {text}" for text, alike in failed.items()]
+def _describe_failed(statuses: Sequence[RankStatus]) -> list[str]:
+    failed = _texts_of_kind(statuses, StatusKind.FAILED)
+    return [f"{_name_ranks(ranks)} failed: {text}" for text, ranks in failed.items()]
 
 
-def _name_absent(standings: Sequence[Standing]) -> list[str]:
-    absent = [standing for standing in standings if standing.answer is None]
-    return [f"{_name(absent)} did not answer, being dead or hung"] if absent else []
+def _describe_silent(statuses: Sequence[RankStatus]) -> list[str]:
+    silent = [status for status in statuses if status.report is None]
+    return [f"{_name_ranks(silent)} reported no status (dead or hung)"] if silent else []
 
 
-def _name_stragglers(standings: Sequence[Standing]) -> list[str]:
-    """Those alive that have not given up waiting: they never came to where the others waited."""
-    stragglers = _answered(standings, AnswerKind.STANDS)
-    return [f"{_name(alike)} stayed at {place}" for place, alike in stragglers.items()] or [
-        "no rank is missing, so they wait in different collectives or for a slow network"
+def _describe_stragglers(statuses: Sequence[RankStatus]) -> list[str]:
+    """Name the running ranks, which have not reached the collective that timed out on the others."""
+    stragglers = _texts_of_kind(statuses, StatusKind.RUNNING)
+    return [f"{_name_ranks(ranks)} was still at {line}" for line, ranks in stragglers.items()] or [
+        "every rank waits in a collective: either in different ones, or for a slow network"
     ]
 
 
-def _name_told(standings: Sequence[Standing]) -> list[str]:
-    told = _answered(standings, AnswerKind.TOLD)
-    return [f"{_name(alike)} {how}" for how, alike in told.items()]
+def _describe_terminated(statuses: Sequence[RankStatus]) -> list[str]:
+    terminated = _texts_of_kind(statuses, StatusKind.TERMINATED)
+    return [f"{_name_ranks(ranks)} {reason}" for reason, ranks in terminated.items()]
 
 
-def _name_lost(standings: Sequence[Standing]) -> list[str]:
-    lost = _answered(standings, AnswerKind.LOST)
-    return [f"{_name(alike)} lost a connection: {text}" for text, alike in lost.items()]
+def _describe_lost(statuses: Sequence[RankStatus]) -> list[str]:
+    lost = _texts_of_kind(statuses, StatusKind.CONNECTION_LOST)
+    return [f"{_name_ranks(ranks)} lost a connection: {text}" for text, ranks in lost.items()]
 
 
-def _answered(standings: Sequence[Standing], kind: AnswerKind) -> dict[str, list[Standing]]:
-    """Text -> the ranks that answered with it."""
-    by_text: dict[str, list[Standing]] = defaultdict(list)
-    for standing in standings:
-        if standing.answer is not None and standing.answer.kind == kind:
-            by_text[standing.answer.text].append(standing)
+def _texts_of_kind(statuses: Sequence[RankStatus], kind: StatusKind) -> dict[str, list[RankStatus]]:
+    """Return the ranks that reported a status of this kind, by its text."""
+    by_text: dict[str, list[RankStatus]] = defaultdict(list)
+    for status in statuses:
+        if status.report is not None and status.report.kind == kind:
+            by_text[status.report.text].append(status)
     return by_text
 
 
-def _name(standings: Sequence[Standing]) -> str:
-    """`rank 3 on node07 (last finished step 17)`, neighbours of a host and step together."""
-    places: dict[tuple[str | None, int | None], list[int]] = defaultdict(list)
-    for standing in standings:
-        places[standing.host, standing.last_step].append(standing.rank)
+def _name_ranks(statuses: Sequence[RankStatus]) -> str:
+    """Return `rank 3 on node07 (last finished step 17)`, with ranks of the same host and step joined."""
+    groups: dict[tuple[str | None, int | None], list[int]] = defaultdict(list)
+    for status in statuses:
+        groups[status.host, status.last_step].append(status.rank)
     return ", ".join(
-        f"{'ranks' if len(ranks) > 1 else 'rank'} {join_ranges(ranks)} "
-        f"on {host or 'an unknown host'} ({'no step' if step is None else f'last finished step {step}'})"
-        for (host, step), ranks in places.items()
+        f"{'ranks' if len(ranks) > 1 else 'rank'} {join_ranges(ranks)} on {host or 'an unknown host'} "
+        f"({'no finished step' if step is None else f'last finished step {step}'})"
+        for (host, step), ranks in groups.items()
     )
 
 
 def join_ranges(ranks: Iterable[int]) -> str:
-    """Ascending ranks in short: `0-3, 6`."""
+    """Return ascending ranks as text with ranges, such as `0-3, 6`."""
     ranges: list[list[int]] = []
     for rank in ranks:
         if ranges and ranges[-1][-1] == rank - 1:

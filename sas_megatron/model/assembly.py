@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.topology import virtual_pipeline_size
 from sas_megatron.model.initialization import initialize_weights
-from sas_megatron.platform.norm import ReplicatedNorm
+from sas_megatron.platform.transformer_engine_fallbacks import ReplicatedNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

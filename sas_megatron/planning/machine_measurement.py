@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.planning.hardware_file import BYTES_PER_GIB, AttainableShares, Hardware, LinkFigures
 from sas_megatron.planning.rank_processes import run_on_ranks
-from sas_megatron.platform.machine import describe_processor, read_memory_bytes
+from sas_megatron.platform.local_machine import describe_processor, read_memory_bytes
 
 # Duration of each measurement: many time slices of the operating system's scheduler.
 MEASURED_SECONDS = 0.4

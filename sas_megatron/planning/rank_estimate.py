@@ -22,8 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from typing_extensions import override
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.communication_counter import build_communication_counter
-from sas_megatron.distributed.topology import Topology
+from sas_megatron.distributed.topology import Topology, build_communication_counter
 from sas_megatron.model.assembly import build_gpt_chunks
 from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.planning.fake_world import fake_world

@@ -14,15 +14,14 @@ import torch
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.communication_counter import build_communication_counter
-from sas_megatron.distributed.topology import joined_groups
+from sas_megatron.distributed.topology import build_communication_counter, joined_groups
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.machine_measurement import build_hardware, measure_rank
 from sas_megatron.planning.memory_meter import MemoryMeter
 from sas_megatron.planning.rank_estimate import StepProfiler, estimate_rank
 from sas_megatron.planning.rank_processes import run_on_ranks
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
-from sas_megatron.platform.machine import read_memory_bytes
+from sas_megatron.platform.local_machine import read_memory_bytes
 
 MAX_RANKS = 8
 TIMED_STEPS = 5

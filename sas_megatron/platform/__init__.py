@@ -1,1 +1,1 @@
-"""What it runs on: device, process-group backend, and the CPU stand-in for Megatron-core's CUDA calls."""
+"""Device, process-group backend, launcher variables, and the CPU stand-in for Megatron-core's CUDA calls."""

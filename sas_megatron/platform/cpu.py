@@ -1,8 +1,8 @@
-"""A stand-in for the CUDA calls that Megatron-core makes unasked, so that it trains on CPU with gloo.
+"""A CPU stand-in for the CUDA calls of Megatron-core, so that it trains on CPU with gloo.
 
-Megatron-core asks `torch.cuda` for the current device, streams, events, profiler ranges and random
-states, and writes `device="cuda"` and `'torch.cuda.FloatTensor'` in its code. `install()` answers
-those questions for the CPU. It does nothing where there is an accelerator.
+Megatron-core calls `torch.cuda` for the current device, streams, events, profiler ranges and random states,
+and its code contains `device="cuda"` and `'torch.cuda.FloatTensor'`. `install()` replaces those calls with
+CPU equivalents. It changes nothing on a machine with CUDA.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _installed = False
 
 
 class _CpuStream:
-    """A CUDA stream or event on a device whose work is done when the call returns."""
+    """A replacement for CUDA streams and events on the CPU, where work has finished when the call returns."""
 
     def __init__(self, *_args: object, **_options: object) -> None: ...
 
-    def _nothing(self, *_args: object, **_options: object) -> None:
+    def _do_nothing(self, *_args: object, **_options: object) -> None:
         return None
 
-    synchronize = wait_stream = wait_event = record = wait = _nothing
+    synchronize = wait_stream = wait_event = record = wait = _do_nothing
 
     def record_event(self, event: _CpuStream | None = None) -> _CpuStream:
         return event or _CpuStream()
@@ -35,8 +35,8 @@ class _CpuStream:
         return True
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Reads a CUDA device in a torch call as the CPU, and names CPU tensor types as CUDA ones."""
+class _CudaToCpu(TorchFunctionMode):
+    """Replaces CUDA devices in torch calls with the CPU, and reports CPU tensor types as CUDA types."""
 
     def __torch_function__(
         self,
@@ -48,12 +48,12 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron-core sorts parameters by 'torch.cuda.FloatTensor' and its like.
+            # Megatron-core groups parameters by type names such as 'torch.cuda.FloatTensor'.
             return str(func(*args)).replace("torch.", "torch.cuda.", 1)
         if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
         if kwargs and kwargs.get("pin_memory"):
-            # Pinning is for copies to a GPU, and fails without one.
+            # Pinned memory is for copies to a GPU, and requesting it fails without one.
             kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
@@ -65,13 +65,13 @@ def _is_cuda(device: object) -> bool:
 
 
 def _stand_ins() -> dict[str, Any]:
-    """Names in `torch.cuda` and what answers for them on CPU.
+    """Return the replacements for attributes of `torch.cuda`, by name.
 
-    Each is an object of its own: torch's compiler keeps a table of these functions and refuses one
-    that stands under two names.
+    Each is a separate object: torch's compiler keeps a table of these functions and rejects one with two
+    names.
     """
     return {
-        # A torch.device, because factory calls take what current_device() returns as their device.
+        # A torch.device rather than an index, because factory functions take the result as their `device`.
         "current_device": lambda: torch.device("cpu"),
         "set_device": lambda _device: None,
         "synchronize": lambda _device=None: None,
@@ -90,10 +90,10 @@ def _stand_ins() -> dict[str, Any]:
 
 
 def _import_megatron_uncompiled() -> None:
-    """Imports Megatron-core with its small fused functions left plain.
+    """Import Megatron-core without compiling its small fused functions.
 
-    Compiling them needs a C++ compiler at run time and gains nothing measurable on CPU; leaving
-    torch's compiler out of the import also saves its seconds.
+    Compilation needs a C++ compiler at run time and gains nothing measurable on CPU. Not importing torch's
+    compiler also saves seconds.
     """
     compile_function = torch.compile
     torch.compile = lambda function, **_options: function  # type: ignore[assignment]
@@ -105,10 +105,10 @@ def _import_megatron_uncompiled() -> None:
 
 
 def install() -> bool:
-    """Installs the stand-in where there is no accelerator; call before importing megatron.core.
+    """Install the stand-in unless CUDA is available; call it before importing megatron.core.
 
     Returns:
-        Whether it is installed now: False on a machine with CUDA, which is left untouched.
+        Whether the stand-in is installed; False on a machine with CUDA, where nothing is changed.
     """
     global _installed
     if torch.cuda.is_available():
@@ -120,11 +120,12 @@ def install() -> bool:
         setattr(torch.cuda, name, stand_in)
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, lambda *_args: None)
-    _CudaMeansCpu().__enter__()
+    _CudaToCpu().__enter__()
 
     from megatron.core.tensor_parallel import random as megatron_random
 
-    # On CPU the two random states that its tracker compares are one, so it would warn at each use.
+    # Its tracker compares the random states of CPU and GPU. Here they are the same, so it would warn at each
+    # use.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = lambda *_args, **_options: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_args, **_options: torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""The device this process computes on, and the process-group back end that goes with it."""
+"""The device of this process, and the process-group backend that goes with it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ import torch
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.platform import cpu
-from sas_megatron.platform.machine import describe_processor, read_memory_bytes
-from sas_megatron.platform.rotary import offer_fused_rotary
+from sas_megatron.platform.local_machine import describe_processor, read_memory_bytes
+from sas_megatron.platform.transformer_engine_fallbacks import install_fused_rope
 
 
 def prepare_device() -> torch.device:
-    """Chooses this process's device, and readies Megatron-core for it.
+    """Select the device of this process and prepare Megatron-core for it; call it before importing that.
 
     Returns:
-        The CUDA device numbered LOCAL_RANK, or the CPU (with the stand-in installed) where torch
-        finds no CUDA device.
+        The CUDA device with number LOCAL_RANK, or the CPU (with the stand-in installed) if torch finds no
+        CUDA device.
+
+    Raises:
+        FieldError: LOCAL_RANK is not below the number of GPUs of this node.
     """
-    # Megatron-core warns, on every rank, of each optional package that is absent, and calls collectives
-    # by names that newer torch calls deprecated; a user can mend neither.
+    # On every rank Megatron-core warns about optional packages that are not installed, and calls collectives
+    # by names that newer versions of torch deprecate. Users can change neither.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*` is deprecated")
     on_cpu = cpu.install()
-    offer_fused_rotary()
+    install_fused_rope()
     if on_cpu:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -33,8 +36,8 @@ def prepare_device() -> torch.device:
         raise FieldError(
             "LOCAL_RANK",
             local_rank,
-            f"is beyond the {torch.cuda.device_count()} GPUs of this node",
-            "start one process a GPU, or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
+            f"must be below the number of GPUs of this node, {torch.cuda.device_count()}",
+            "start one process per GPU, or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -42,20 +45,20 @@ def prepare_device() -> torch.device:
 
 
 def process_group_backend(device: torch.device) -> str:
-    """NCCL for CUDA tensors, gloo for those of the CPU."""
+    """Return the backend for tensors on a device: "nccl" for CUDA, "gloo" for the CPU."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held at once so far: allocated on a GPU, resident for a CPU process."""
+    """Return the peak memory of this process: allocated memory on a GPU, resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage: its figure starts at what the parent held when it started this process.
+    # Not getrusage, whose peak starts at the memory of the parent when it started this process.
     return read_memory_bytes("/proc/self/status", "VmHWM")
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
-    """Device type, GPU and processor, and how many of each."""
+    """Return the device type, the models of GPU and processor, and their numbers."""
     description: dict[str, object] = {"device": device.type, **describe_processor()}
     if device.type == "cuda":
         description["gpu"] = torch.cuda.get_device_name(device)

@@ -1,8 +1,8 @@
-"""What the launcher tells a process of its place, before torch is imported.
+"""The environment variables of launchers: rank, world size and rendezvous address. Imports no torch.
 
-torchrun, deepspeed -> RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torch reads them
-bare srun           -> SLURM_*, from which `take_place` makes those
-a bare process      -> nothing: a world of one
+torchrun, deepspeed   set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torch reads
+plain srun            sets SLURM_*, from which `set_rank_from_slurm` derives those
+a single process      has none of them: a world of one rank
 """
 
 from __future__ import annotations
@@ -17,67 +17,75 @@ from collections.abc import Mapping
 
 from sas_megatron.config.errors import FieldError
 
-# Below those that the kernel gives to outgoing connections (32768 and up).
+# Below the ports that the kernel assigns to outgoing connections (32768 and up).
 FIRST_PORT, NUM_PORTS = 20000, 10000
 
 
 def launched_world_size() -> int:
-    """Ranks of this run, as the launcher's environment tells before any process group exists.
+    """Return the number of ranks that the launcher has set, before any process group exists.
 
     Raises:
-        FieldError: it tells no number of ranks.
+        FieldError: WORLD_SIZE is not a positive integer.
     """
-    return _read_whole_number("WORLD_SIZE", "1", most=2**31)
+    return _read_positive_integer("WORLD_SIZE", "1", maximum=2**31)
 
 
 def master_port() -> int:
-    """The port at which the first node listens; raises `FieldError` where MASTER_PORT is none."""
-    return _read_whole_number("MASTER_PORT", "29500", most=2**16 - 1)
+    """Return the port on which the first node listens.
+
+    Raises:
+        FieldError: MASTER_PORT is not a port number.
+    """
+    return _read_positive_integer("MASTER_PORT", "29500", maximum=2**16 - 1)
 
 
-def _read_whole_number(name: str, default: str, *, most: int) -> int:
+def _read_positive_integer(name: str, default: str, *, maximum: int) -> int:
     value = os.environ.get(name, default)
-    if value.isdecimal() and 1 <= int(value) <= most:
+    if value.isdecimal() and 1 <= int(value) <= maximum:
         return int(value)
     raise FieldError(
-        name, value, f"must be a whole number from 1 to {most}", "set it, or leave it to the launcher"
+        name,
+        value,
+        f"must be a positive integer, at most {maximum}",
+        "correct it, or leave it to the launcher",
     )
 
 
-def is_first_rank() -> bool:
-    """Whether this is rank 0, or a process alone."""
+def is_rank0() -> bool:
+    """Return whether this process is rank 0; a single process is."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def take_place() -> None:
-    """Finds this process's place under bare srun, and puts it where torch looks for it.
+def set_rank_from_slurm() -> None:
+    """Under plain srun, set the variables from which torch reads the rank and the rendezvous address.
 
-    Under another launcher, and in a process alone, nothing is changed.
+    Under another launcher, and in a single process, nothing is changed.
 
     Raises:
-        FieldError: SLURM cannot tell where rank 0 is, this host does not know it, or rank 0 cannot be there.
+        FieldError: SLURM does not know the address of rank 0, this host cannot resolve it, or rank 0 cannot
+            listen on its port.
     """
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
-    os.environ.update(_place_in_step(os.environ))
-    resolve(os.environ["MASTER_ADDR"])
-    if is_first_rank():
+    os.environ.update(_torch_variables(os.environ))
+    resolve_address(os.environ["MASTER_ADDR"])
+    if is_rank0():
         check_port_is_free(master_port())
 
 
-def check_meeting_place() -> None:
-    """What launch/torchrun.sh and launch/deepspeed.sh ask on each node before they start processes.
+def check_rendezvous_address() -> None:
+    """Check MASTER_ADDR and MASTER_PORT on this node, which launch/torchrun.sh and deepspeed.sh do first.
 
-    The first node must be free to listen at MASTER_ADDR:MASTER_PORT; the others must reach it within
-    JOIN_SECONDS. Where no NODE_RANK tells which it is, only the name is looked up.
+    The first node must be able to listen on MASTER_PORT, and the other nodes must reach it within
+    JOIN_SECONDS. Without NODE_RANK only the address is resolved.
 
     Raises:
-        FieldError: it is not so.
+        FieldError: the address or the port cannot be used.
     """
     if "MASTER_ADDR" not in os.environ or "RANK" in os.environ:
         return
     address, port = os.environ["MASTER_ADDR"], master_port()
-    resolve(address)
+    resolve_address(address)
     node_rank = os.environ.get("NODE_RANK", "")
     if node_rank == "0":
         check_port_is_free(port)
@@ -86,23 +94,23 @@ def check_meeting_place() -> None:
 
 
 def join_seconds() -> float:
-    """How long nodes wait for each other: JOIN_SECONDS, by default below a minute.
+    """Return JOIN_SECONDS, how long nodes wait for each other (50 by default).
 
     Raises:
-        FieldError: it is no time.
+        FieldError: JOIN_SECONDS is not a positive number.
     """
     value = os.environ.get("JOIN_SECONDS", "50")
     with contextlib.suppress(ValueError):
         if 0 < float(value) < float("inf"):
             return float(value)
-    raise FieldError("JOIN_SECONDS", value, "must be a number above 0", "use 50, say")
+    raise FieldError("JOIN_SECONDS", value, "must be a number above 0", "use 50, for example")
 
 
-def resolve(address: str) -> str:
-    """The IP address of a host.
+def resolve_address(address: str) -> str:
+    """Return the IP address of a host.
 
     Raises:
-        FieldError: this host cannot find it.
+        FieldError: this host cannot resolve it.
     """
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
@@ -110,16 +118,20 @@ def resolve(address: str) -> str:
         raise FieldError(
             "MASTER_ADDR",
             address,
-            f"is not known on {socket.gethostname()} ({error.strerror})",
-            "give the first node's address, or a name that every node resolves",
+            f"cannot be resolved on {socket.gethostname()} ({error.strerror})",
+            "set it to the first node's IP address, or to a name that every node can resolve",
         ) from None
     return str(found[0][4][0])
 
 
 def check_port_is_free(port: int) -> None:
-    """Raises `FieldError` where another process of this host listens at `port`."""
+    """Check that this host can listen on `port`.
+
+    Raises:
+        FieldError: it cannot, usually because another process listens there.
+    """
     with socket.socket() as probe:
-        # As torch's store does: what an ended run left in TIME_WAIT is no obstacle.
+        # As torch's store does: connections of an ended run in TIME_WAIT do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -127,13 +139,17 @@ def check_port_is_free(port: int) -> None:
             raise FieldError(
                 "MASTER_PORT",
                 port,
-                f"cannot be listened at on {socket.gethostname()} ({error.strerror})",
-                "choose another, the same on all nodes, or end the process that has it",
+                f"is not available on {socket.gethostname()} ({error.strerror})",
+                "set another port, the same on all nodes, or end the process that uses it",
             ) from None
 
 
 def wait_for_listener(address: str, port: int, *, seconds: float) -> None:
-    """Raises `FieldError` where nothing at `address` answers at `port` for so long."""
+    """Wait until a process listens on `port` of `address`.
+
+    Raises:
+        FieldError: none does within `seconds`.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -144,40 +160,40 @@ def wait_for_listener(address: str, port: int, *, seconds: float) -> None:
                 raise FieldError(
                     "MASTER_ADDR",
                     address,
-                    f"did not answer {socket.gethostname()} at MASTER_PORT={port} within {seconds:g} s "
-                    f"({error.strerror or error})",
-                    "start the first node too, open the port between the nodes, or raise JOIN_SECONDS",
+                    f"accepted no connection from {socket.gethostname()} on MASTER_PORT={port} "
+                    f"within {seconds:g} s ({error.strerror or error})",
+                    "start the first node as well, open the port between the nodes, or raise JOIN_SECONDS",
                 ) from None
             time.sleep(0.2)
 
 
-def _place_in_step(slurm: Mapping[str, str]) -> dict[str, str]:
-    """torch's variables for one task of a job step."""
+def _torch_variables(slurm: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that torch reads, for one task of a SLURM job step."""
     return {
         "RANK": slurm["SLURM_PROCID"],
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
         "MASTER_ADDR": slurm.get("MASTER_ADDR") or _address_of_first_node(slurm["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": slurm.get("MASTER_PORT") or str(port_of_job(slurm)),
+        "MASTER_PORT": slurm.get("MASTER_PORT") or str(slurm_job_port(slurm)),
     }
 
 
-def port_of_job(slurm: Mapping[str, str]) -> int:
-    """A port that jobs, and the steps of one, are unlikely to share on a node."""
+def slurm_job_port(slurm: Mapping[str, str]) -> int:
+    """Return a port for a job step that other jobs and steps on the same node are unlikely to use."""
     number = int(slurm["SLURM_JOB_ID"]) * 7 + int(slurm.get("SLURM_STEP_ID", "0"))
     return FIRST_PORT + number % NUM_PORTS
 
 
 def _address_of_first_node(nodes: str) -> str:
-    """Node names of SLURM need not resolve: its controller knows the addresses."""
+    """Return the address of the first node from SLURM's controller; its node names may not be resolvable."""
     first = _scontrol("show", "hostnames", nodes).split()[0]
-    found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", first))
-    return found[1] if found else first
+    match = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", first))
+    return match[1] if match else first
 
 
 def _scontrol(*arguments: str) -> str:
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["scontrol", *arguments], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
@@ -185,7 +201,7 @@ def _scontrol(*arguments: str) -> str:
         raise FieldError(
             "MASTER_ADDR",
             None,
-            f"cannot be had from SLURM ({str(detail).strip()})",
+            f"is not set, and SLURM does not report the address ({str(detail).strip()})",
             "set it to the first node's address, with MASTER_PORT",
         ) from None
-    return done.stdout
+    return completed.stdout

@@ -1,1 +1,1 @@
-"""What is looked at before a run: this node, and all ranks together."""
+"""Checks before a run: of this node, and of all ranks of an allocation."""

@@ -1,4 +1,4 @@
-"""What a check found: in one line, with the remedy."""
+"""The result of one check: a verdict, what was observed, and a remedy."""
 
 from __future__ import annotations
 
@@ -7,44 +7,52 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Verdict(StrEnum):
-    """How a finding bears on training."""
+class Severity(StrEnum):
+    """What a finding means for training, in increasing order of severity."""
 
     FINE = "fine"
-    WARNING = "warning"  # training would go, but slowly or at risk
+    WARNING = "warning"  # training would work, but slowly or at risk
     FAILURE = "failure"  # training would fail
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check on one node, or on all ranks; `remedy` is empty only where all is fine."""
+    """The result of one check on one node, or on all ranks.
+
+    Attributes:
+        check: Name of the check.
+        verdict: Its severity.
+        observed: What was found, in one line.
+        remedy: What to do about it; empty only if the verdict is fine.
+        place: The host, or empty for a check of all ranks.
+    """
 
     check: str
-    verdict: Verdict
+    verdict: Severity
     observed: str
     remedy: str = ""
     place: str = ""
 
     def __post_init__(self) -> None:
-        assert self.remedy or self.verdict == Verdict.FINE, f"{self.check}: a finding names its remedy"
+        assert self.remedy or self.verdict == Severity.FINE, f"{self.check}: a problem must have a remedy"
 
 
 def fine(check: str, observed: str) -> Finding:
-    """Nothing to mend."""
-    return Finding(check, Verdict.FINE, observed)
+    """Return a finding without a problem."""
+    return Finding(check, Severity.FINE, observed)
 
 
 def warning(check: str, observed: str, remedy: str) -> Finding:
-    """Training would go, but slowly or at risk."""
-    return Finding(check, Verdict.WARNING, observed, remedy)
+    """Return a finding with which training would work, but slowly or at risk."""
+    return Finding(check, Severity.WARNING, observed, remedy)
 
 
 def failure(check: str, observed: str, remedy: str) -> Finding:
-    """Training would fail."""
-    return Finding(check, Verdict.FAILURE, observed, remedy)
+    """Return a finding with which training would fail."""
+    return Finding(check, Severity.FAILURE, observed, remedy)
 
 
-def worst(findings: Iterable[Finding]) -> Verdict:
-    """The gravest verdict; fine where there is none."""
-    order = list(Verdict)
-    return max((finding.verdict for finding in findings), key=order.index, default=Verdict.FINE)
+def worst(findings: Iterable[Finding]) -> Severity:
+    """Return the highest severity; fine without findings."""
+    order = list(Severity)
+    return max((finding.verdict for finding in findings), key=order.index, default=Severity.FINE)

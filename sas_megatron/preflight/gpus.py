@@ -1,4 +1,4 @@
-"""GPUs of a node: seen by torch as by the driver, idle, without errors."""
+"""Checks of the GPUs of a node: usable by torch, idle, and without memory errors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch
 from sas_megatron.preflight.finding import Finding, failure, fine, warning
 
 MIB = 2**20
+# A GPU with less memory in use counts as idle: drivers and display servers hold some.
 IDLE_BYTES = 1024 * MIB
 QUERY = "index,name,driver_version,memory.used,ecc.errors.uncorrected.volatile.total"
 
 
 def check_gpus() -> Iterator[Finding]:
-    """What nvidia-smi lists against what torch can use; on a node without GPUs, that it has none."""
+    """Compare the GPUs of nvidia-smi with those that torch can use; check memory use and ECC errors."""
     listed = _list_gpus()
     if not listed and not torch.cuda.is_available():
-        yield fine("GPUs", "none; training computes on the CPU, in processes that gloo connects")
+        yield fine("GPUs", "no GPUs; training runs on the CPU with gloo")
         return
     if not torch.cuda.is_available():
         yield failure(
             "GPUs",
-            f"the driver {listed[0][2]} lists {len(listed)}, and torch {torch.__version__} cannot use them",
-            "install a torch whose CUDA the driver supports, or update the driver (nvidia-smi shows which)",
+            f"the driver {listed[0][2]} lists {len(listed)}, but torch {torch.__version__} cannot use them",
+            "install torch for a CUDA version that the driver supports (see nvidia-smi), or a newer driver",
         )
         return
     names = sorted({torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())})
@@ -36,7 +37,7 @@ def check_gpus() -> Iterator[Finding]:
             yield warning(
                 "GPUs",
                 f"GPU {index} has {used} MiB in use already",
-                f"end what uses it: nvidia-smi -i {index} lists the processes",
+                f"end the processes that use it: nvidia-smi -i {index} lists them",
             )
         if errors.isdigit() and int(errors) > 0:
             yield failure(
@@ -51,7 +52,7 @@ def _list_gpus() -> list[list[str]]:
         return []
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return []  # the tool is there without a driver
-    return [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines() if line]
+        return []  # nvidia-smi is installed, but no driver is loaded
+    return [[field.strip() for field in line.split(",")] for line in completed.stdout.splitlines() if line]

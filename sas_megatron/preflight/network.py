@@ -1,4 +1,4 @@
-"""Names, interfaces and ports, as one node sees them. No torch."""
+"""Checks of host names, interfaces and ports on one node. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import socket
 from collections.abc import Iterator, Mapping
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.platform.launcher import check_meeting_place, check_port_is_free, resolve
+from sas_megatron.platform.launcher import check_port_is_free, check_rendezvous_address, resolve_address
 from sas_megatron.preflight.finding import Finding, failure, fine, warning
 
 
-def check_own_name(environment: Mapping[str, str]) -> Finding:
-    """gloo takes the address that this host's name stands for, unless told an interface."""
+def check_host_name(environment: Mapping[str, str]) -> Finding:
+    """Check the address that this host's name resolves to, which gloo uses unless an interface is set."""
     name = socket.gethostname()
     try:
         address = str(socket.getaddrinfo(name, None)[0][4][0])
     except OSError as error:
         return warning(
-            "own name",
+            "host name",
             f"{name} does not resolve ({error.strerror})",
-            f"add {name} to /etc/hosts, or name the interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
+            f"add {name} to /etc/hosts, or set the interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
         )
-    return judge_own_name(name, address, environment)
+    return judge_host_name(name, address, environment)
 
 
-def judge_own_name(name: str, address: str, environment: Mapping[str, str]) -> Finding:
-    """Whether other nodes, where there are some, can reach what the name stands for."""
+def judge_host_name(name: str, address: str, environment: Mapping[str, str]) -> Finding:
+    """Judge whether other nodes of the run, if any, can reach the address of this host's name."""
     master = environment.get("MASTER_ADDR", "localhost")
-    is_alone = master in ("localhost", name) or _is_loopback(master)
-    if _is_loopback(address) and not is_alone and "GLOO_SOCKET_IFNAME" not in environment:
+    is_single_node = master in ("localhost", name) or _is_loopback(master)
+    if _is_loopback(address) and not is_single_node and "GLOO_SOCKET_IFNAME" not in environment:
         return warning(
-            "own name",
-            f"{name} is {address}, which other nodes cannot reach, and gloo would give it to them",
-            f"give {name} its outer address in /etc/hosts, or set GLOO_SOCKET_IFNAME",
+            "host name",
+            f"{name} resolves to {address}, which gloo would use and other nodes cannot reach",
+            f"set the external address of {name} in /etc/hosts, or set GLOO_SOCKET_IFNAME",
         )
-    return fine("own name", f"{name} is {address}")
+    return fine("host name", f"{name} is {address}")
 
 
 def _is_loopback(address: str) -> bool:
@@ -42,38 +42,38 @@ def _is_loopback(address: str) -> bool:
 
 
 def check_interfaces(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """The interfaces that gloo and NCCL are told to use must be there."""
+    """Check that the network interfaces set for gloo and NCCL exist."""
     present = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        told = environment.get(variable, "")
-        if not told or told.startswith("^"):
-            continue  # NCCL's way to say: none of these
-        exact = told.startswith("=") or variable == "GLOO_SOCKET_IFNAME"
-        wanted = told.removeprefix("=").split(",")
+        value = environment.get(variable, "")
+        if not value or value.startswith("^"):
+            continue  # NCCL excludes the interfaces after ^
+        exact = value.startswith("=") or variable == "GLOO_SOCKET_IFNAME"
+        wanted = value.removeprefix("=").split(",")
         if not any(
             name == want or (not exact and name.startswith(want)) for name in present for want in wanted
         ):
             yield failure(
                 "interfaces",
-                f"{variable}={told} is not among {', '.join(present)}",
-                f"set {variable} to one of them (ip address shows which reaches the other nodes)",
+                f"{variable}={value} is not among {', '.join(present)}",
+                f"set {variable} to the one that reaches the other nodes (see `ip address`)",
             )
         else:
-            yield fine("interfaces", f"{variable}={told}")
+            yield fine("interfaces", f"{variable}={value}")
 
 
-def check_meeting(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """MASTER_ADDR and MASTER_PORT: known here, free where rank 0 will listen, reachable from elsewhere."""
+def check_rendezvous(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Check that MASTER_ADDR resolves, and that MASTER_PORT is free on rank 0 and reachable elsewhere."""
     if "MASTER_ADDR" not in environment:
         return
     address, port = environment["MASTER_ADDR"], environment.get("MASTER_PORT", "29500")
     try:
-        resolve(address)
-        check_meeting_place()
-        # A launcher that has started this process listens there itself.
+        resolve_address(address)
+        check_rendezvous_address()
+        # If torchrun has started this process, its agent listens on the port.
         if environment.get("RANK") == "0" and "TORCHELASTIC_RUN_ID" not in environment:
             check_port_is_free(int(port))
     except FieldError as error:
-        yield failure("meeting place", f"{error.field}={error.value}: {error.rule}", error.remedy)
+        yield failure("rendezvous", f"{error.field}={error.value}: {error.rule}", error.remedy)
     else:
-        yield fine("meeting place", f"{address}, port {port}")
+        yield fine("rendezvous", f"{address}, port {port}")

@@ -1,4 +1,4 @@
-"""Versions: within the tested range, compiled for each other, and equal on all nodes."""
+"""Checks of software versions: supported, compiled for the installed torch, and equal on all nodes."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from packaging.requirements import Requirement
 
 from sas_megatron.preflight.finding import Finding, failure, fine, warning
 
-# Compiled for one torch: with another they fail on import, and Megatron-core then does without them,
-# or fails, depending on which.
+# These packages are compiled for one version of torch and cannot be imported with another. Depending on the
+# package, Megatron-core then fails or continues without it.
 COMPILED_PACKAGES = ("transformer_engine", "flash_attn", "apex")
-# What must be equal on all nodes for ranks to compute and exchange alike.
-DECISIVE = ("python", "torch", "cuda", "nccl", "megatron-core", "deepspeed", "numpy", "sas-megatron")
+# Their versions must be equal on all nodes, so that ranks compute and communicate identically.
+COMPARED_PACKAGES = ("python", "torch", "cuda", "nccl", "megatron-core", "deepspeed", "numpy", "sas-megatron")
 
 
 def check_software() -> Iterator[Finding]:
-    """The installed packages against what this one asks for."""
+    """Check the installed packages against the requirements of this one, and import the compiled packages."""
     yield _check_requirements()
     for package in COMPILED_PACKAGES:
         yield from _check_compiled(package)
 
 
 def describe_versions() -> dict[str, str]:
-    """By name, as far as installed; torch's CUDA and NCCL with them."""
+    """Return the versions of Python, torch, its CUDA and NCCL, and the installed packages, by name."""
     import torch
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -42,19 +42,19 @@ def describe_versions() -> dict[str, str]:
     return versions
 
 
-def compare_versions(by_place: Mapping[str, Mapping[str, str]]) -> Finding:
-    """Whether nodes run the same software."""
-    places = list(by_place)
-    for name in DECISIVE:
-        for place in places[1:]:
-            ours, theirs = by_place[places[0]].get(name), by_place[place].get(name)
-            if ours != theirs:
+def compare_versions(by_host: Mapping[str, Mapping[str, str]]) -> Finding:
+    """Compare the software versions of all hosts, each from `describe_versions`."""
+    hosts = list(by_host)
+    for name in COMPARED_PACKAGES:
+        for host in hosts[1:]:
+            first, other = by_host[hosts[0]].get(name), by_host[host].get(name)
+            if first != other:
                 return failure(
                     "equal software",
-                    f"{name} is {ours} on {places[0]} and {theirs} on {place}",
-                    "install the same on all nodes: one environment or image that they share",
+                    f"{name} is {first} on {hosts[0]} and {other} on {host}",
+                    "use one environment or image for all nodes",
                 )
-    return fine("equal software", "the same on all nodes")
+    return fine("equal software", "equal versions on all nodes")
 
 
 def _check_requirements() -> Finding:
@@ -71,7 +71,11 @@ def _check_requirements() -> Finding:
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
     if wrong:
-        return failure("versions", "; ".join(wrong), "pip install sas-megatron's requirements again")
+        return failure(
+            "versions",
+            "; ".join(wrong),
+            "install sas-megatron again with pip, which installs its requirements",
+        )
     versions = describe_versions()
     names = ("python", "torch", "cuda", "nccl", "megatron-core", "deepspeed")
     return fine("versions", ", ".join(f"{name} {versions[name]}" for name in names if name in versions))
@@ -82,16 +86,16 @@ def _check_compiled(package: str) -> Iterator[Finding]:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name == package:
-            return  # not installed, which is fine
+            return  # not installed: it is optional
         yield _unusable(package, error)
-    except Exception as error:  # whatever a mismatched binary raises
+    except Exception as error:  # a binary for another torch raises many types
         yield _unusable(package, error)
 
 
 def _unusable(package: str, error: Exception) -> Finding:
-    first = re.sub(r"\s+", " ", str(error))[:160]
+    message = re.sub(r"\s+", " ", str(error))[:160]
     return warning(
         "compiled packages",
-        f"{package} is installed and cannot be imported ({type(error).__name__}: {first})",
-        f"rebuild {package} for the torch that is installed, or uninstall it",
+        f"{package} is installed but cannot be imported ({type(error).__name__}: {message})",
+        f"rebuild {package} for the installed torch, or uninstall it",
     )

@@ -20,7 +20,7 @@ from sas_megatron.checkpoint.loading import Checkpoint
 from sas_megatron.checkpoint.sharded_tensors import shard_parameter, shard_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.gradient_sums import sum_over
+from sas_megatron.distributed.gradient_sums import all_reduce_gradients
 from sas_megatron.model.language_loss import Batch, forward_step
 from sas_megatron.training.engine import Engine, ForwardStep, Reports
 from sas_megatron.training.optimizer import build_schedule, describe_parameter_groups
@@ -93,7 +93,7 @@ class DeepSpeedEngine(Engine):
         group = parallel_state.get_tensor_model_parallel_group()
         for parameter in self.model.parameters():
             if getattr(parameter, "sequence_parallel", False):
-                parameter.register_hook(lambda gradient: sum_over(group, [gradient])[0])
+                parameter.register_hook(lambda gradient: all_reduce_gradients(group, [gradient])[0])
 
     @override
     def forward_backward(self, batches: Iterator[Batch], *, num_microbatches: int) -> Reports:

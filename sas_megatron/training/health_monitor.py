@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.training.engine import Engine
 from sas_megatron.training.health import (

@@ -21,12 +21,9 @@ import torch
 from sas_megatron.checkpoint.loading import restore_random_states
 from sas_megatron.checkpoint.saving import CheckpointSaver
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.communication_counter import (
-    build_communication_counter,
-    gather_communication_counters,
-)
-from sas_megatron.distributed.gathering import gather_from_ranks
-from sas_megatron.distributed.topology import Topology
+from sas_megatron.distributed.communication_counter import gather_communication_counters
+from sas_megatron.distributed.object_collectives import gather_from_ranks
+from sas_megatron.distributed.topology import Topology, build_communication_counter
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
 from sas_megatron.training.build import build_engine
@@ -97,7 +94,7 @@ class Run:
             self.recorder.log(f"already finished at step {self.progress.step}; nothing to do")
             return run_exit
         self.recorder.open(self.start, resumed_step=self.progress.step)
-        self.stop.enable(logs=self.topology.is_first)
+        self.stop.enable(logs=self.topology.is_rank0)
         try:
             if self.progress.owes_evaluation:
                 self._evaluate()
@@ -203,13 +200,13 @@ class Run:
         self.saver.finish()
         self.recorder.sync()
         self.profiler.close()
-        counter, is_counted = self.communication_counter, self.config.logging.wire_ledger
+        counter, is_counted = self.communication_counter, self.config.logging.communication_counter
         results = SessionResults(
             run_exit,
             seconds=time.perf_counter() - self.started,
             last_step=self.last_step,
             held_out=self.held_out,
-            wire_bytes=gather_communication_counters(counter) if is_counted else None,
+            bytes_sent=gather_communication_counters(counter) if is_counted else None,
             health=self.health.summary(),
         )
         self.recorder.write_summary(self.progress, results)
@@ -217,14 +214,18 @@ class Run:
             self.stop.ignore_signals()
 
     def _report_finished_step(self) -> None:
-        if self.topology.roll_call is not None:
-            self.topology.roll_call.finish_step(self.progress.step)
+        if self.topology.failure_watchdog is not None:
+            self.topology.failure_watchdog.finish_step(self.progress.step)
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.step % interval == 0
 
     def _counted_communication(self) -> contextlib.AbstractContextManager[object]:
-        return self.communication_counter if self.config.logging.wire_ledger else contextlib.nullcontext()
+        return (
+            self.communication_counter
+            if self.config.logging.communication_counter
+            else contextlib.nullcontext()
+        )
 
     def _synchronize(self) -> None:
         if self.topology.device.type == "cuda":

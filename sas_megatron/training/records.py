@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.error_agreement import on_first_rank
+from sas_megatron.distributed.object_collectives import run_on_rank0
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.platform.device import peak_memory_bytes
@@ -32,8 +32,8 @@ class Recorder:
 
     def __init__(self, config: RunConfig, topology: Topology, *, peak_flops: float | None = None) -> None:
         self.throughput = Throughput(config, world_size=topology.world_size, peak_flops=peak_flops)
-        self.console = Console(config, is_rank0=topology.is_first)
-        self._files = RunFiles(config) if topology.is_first else None
+        self.console = Console(config, is_rank0=topology.is_rank0)
+        self._files = RunFiles(config) if topology.is_rank0 else None
         self._config = config
         self._topology = topology
 
@@ -90,7 +90,7 @@ class Recorder:
                 self._files.check_session()
                 self._files.sync()
 
-        on_first_rank(check_and_sync)
+        run_on_rank0(check_and_sync)
 
     def write_summary(self, progress: Progress, results: SessionResults) -> None:
         """Write summary.json, and stopped.json if the run can be resumed.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.fault_tolerance.final_report import join_ranges
 from sas_megatron.model.initialization import global_name
@@ -61,7 +61,7 @@ def find_drift(model_chunks: Sequence[Any], topology: Topology) -> str | None:
     replicated = ~torch.tensor(is_sharded, device=sums.device)
     num_differing += _count_differing(topology.tensor_group, sums[replicated])
     total = torch.tensor(float(num_differing), device=topology.device)
-    topology.sum_over_all(total)
+    topology.sum_over_all_ranks(total)
     if not total.item():
         return None
     local_sums: dict[_ReplicaKey, int] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from sas_megatron.checkpoint.loading import Checkpoint, find_newest_complete, open_checkpoint
 from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
-from sas_megatron.distributed.error_agreement import on_first_rank
+from sas_megatron.distributed.object_collectives import run_on_rank0
 from sas_megatron.training.resuming import Branch, find_branch
 from sas_megatron.training.run_files import RunFiles
 
@@ -47,10 +47,10 @@ def find_starting_point(config: RunConfig, *, log: Callable[[str], None]) -> Sta
         newest = find_newest_complete(RunFiles.checkpoints(config), say=log)
         if newest is not None:
             return StartingPoint(newest, None, None)
-    branch = on_first_rank(lambda: find_branch(config))
+    branch = run_on_rank0(lambda: find_branch(config))
     if branch is not None:
         return StartingPoint(open_checkpoint(branch.checkpoint), branch, None)
     path = config.checkpoint.initial_weights
     if path is None:
         return StartingPoint(None, None, None)
-    return StartingPoint(None, None, on_first_rank(lambda: find_weights(Path(path), config)))
+    return StartingPoint(None, None, run_on_rank0(lambda: find_weights(Path(path), config)))

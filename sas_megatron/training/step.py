@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sas_megatron.distributed.gathering import gather_from_ranks
+from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import Batch
 from sas_megatron.training.engine import Engine, Reports
@@ -115,7 +115,7 @@ def _reduce_over_ranks(
     # The norm is the same float32 number on every rank, so that its mean in float64 is exact.
     totals[2] = gradient_norm
     totals[3] = stop_requested
-    topology.sum_over_all(totals)
+    topology.sum_over_all_ranks(totals)
     mean_norm = totals[2].item() / topology.world_size
     return (totals[0] / totals[1]).item(), mean_norm, totals[3].item() > 0
 

@@ -53,7 +53,7 @@ class SessionResults:
     # The evaluation after the last step; None if it is left to the resumed run.
     held_out: HeldOutLoss | None
     # One entry for each group of ranks that sent the same; None if it was not counted.
-    wire_bytes: list[dict[str, Any]] | None
+    bytes_sent: list[dict[str, Any]] | None
     health: dict[str, Any]
 
 
@@ -65,7 +65,8 @@ def build_summary(
     held_out = {} if results.held_out is None else results.held_out.results
     last_step = results.last_step
     return {
-        "schema": 1,
+        # Schema 2 renamed `wire_bytes_sent` to `communication_bytes_sent`.
+        "schema": 2,
         "exit_reason": results.run_exit.reason,
         "steps": progress.step,
         "tokens": position["consumed_tokens"],
@@ -83,6 +84,6 @@ def build_summary(
         "validation_perplexity": held_out.get("validation_perplexity"),
         "validation_bits_per_byte": held_out.get("validation_bits_per_byte"),
         "world_size": topology.world_size,
-        "wire_bytes_sent": results.wire_bytes,
+        "communication_bytes_sent": results.bytes_sent,
         "health": results.health,
     }

@@ -73,18 +73,18 @@ def test_lower_precision_stays_within_the_table(
 
 
 def _without(missing: str, case: LayerCase, tensor: int) -> Any:
-    from sas_megatron.distributed import shared_columns
+    from sas_megatron.distributed import gradient_sums
 
-    kept = getattr(shared_columns, missing)
+    kept = getattr(gradient_sums, missing)
     without = {
         "sum_gradients_over": lambda _group, weights: tuple(weights),
         "copy_to_tensor_model_parallel_region": lambda columns, **_options: columns,
     }
-    setattr(shared_columns, missing, without[missing])
+    setattr(gradient_sums, missing, without[missing])
     try:
         return layer_case.on_rank(case, tensor)
     finally:
-        setattr(shared_columns, missing, kept)
+        setattr(gradient_sums, missing, kept)
 
 
 @pytest.mark.parametrize("operator", ["tpa", "mfa"])

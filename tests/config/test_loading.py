@@ -55,6 +55,16 @@ def test_text_that_looks_like_something_else_comes_back_as_text(name: str, tmp_p
     assert load_run_config(again) == config
 
 
+def test_the_former_name_of_the_communication_counter_loads(tmp_path: Path) -> None:
+    former = tmp_path / "former.yaml"
+    former.write_text(SMALL.replace("{run_directory: run}", "{run_directory: run, wire_ledger: true}"))
+    config = load_run_config(former)
+    assert config.logging.communication_counter
+    assert "wire_ledger" not in dump_yaml(config)
+    with pytest.raises(UserError, match=r"^logging\.wire_ledger=True: no such key"):
+        load_run_config(former, ["logging.communication_counter=false"])
+
+
 def test_numbers_read_as_people_write_them(small_file: Path) -> None:
     assert load_run_config(small_file).optimizer.learning_rate == 0.001
     for text, number in {"6e-4": 6e-4, "1E-3": 1e-3, "1": 1.0, ".5": 0.5, "+2.5e+0": 2.5}.items():

@@ -1,4 +1,4 @@
-"""Who a rank is, how its randomness is seeded, and that the world is left in good order."""
+"""The position of a rank, the seeds of its dropout, and the clean shutdown of the process groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sas_megatron.config.parallel import ParallelConfig
 from tests.conftest import ROOT
 from tests.rank_pool import in_layout
 
-BARE_PROCESS = """
+SINGLE_PROCESS = """
 import torch.distributed as dist
 from sas_megatron.platform.device import prepare_device
 device = prepare_device()
@@ -22,7 +22,7 @@ from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.distributed.topology import joined_topology
 settings = {"device": device, "seed": 1, "timeout_minutes": 1.5}
 with joined_topology(ParallelConfig(), **settings) as topology:
-    print(topology.rank, topology.world_size, topology.is_first, topology.data_size, topology.tensor_rank)
+    print(topology.rank, topology.world_size, topology.is_rank0, topology.data_size, topology.tensor_rank)
     print(dist.get_backend(), topology.tensor_group.size(), topology.data_group.size())
     for group in (dist.group.WORLD, *topology.groups().values()):
         print(group._get_backend(device).options._timeout)
@@ -36,23 +36,23 @@ print(dist.is_initialized(), parallel_state.model_parallel_is_initialized())
 """
 
 
-def test_a_bare_process_is_a_world_of_one_and_leaves_in_good_order() -> None:
+def test_a_single_process_is_a_world_of_one_rank_and_shuts_down_cleanly() -> None:
     without_launcher = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
     }
-    done = subprocess.run(
-        [sys.executable, "-c", BARE_PROCESS],
+    completed = subprocess.run(
+        [sys.executable, "-c", SINGLE_PROCESS],
         capture_output=True,
         text=True,
         timeout=120,
         cwd=ROOT,
         env=without_launcher,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.splitlines() == [
         "0 1 True 1 0",
         "gloo 1 1",
-        # The timeout holds in every group, not in the world's alone.
+        # The timeout applies to every group, not only to the world.
         *["0:01:30"] * 5,
         "False False",
         "'within'",
@@ -60,7 +60,7 @@ def test_a_bare_process_is_a_world_of_one_and_leaves_in_good_order() -> None:
     ]
 
 
-def _place_and_draws(tensor: int) -> dict[str, Any]:
+def _position_and_draws(tensor: int) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     topology = in_layout(ParallelConfig(tensor=tensor))
@@ -68,26 +68,26 @@ def _place_and_draws(tensor: int) -> dict[str, Any]:
     with get_cuda_rng_tracker().fork():
         inside = torch.rand(3).tolist()
     return {
-        "place": (topology.rank, topology.tensor_rank, topology.data_rank, topology.is_first),
+        "position": (topology.rank, topology.tensor_rank, topology.data_rank, topology.is_rank0),
         "sizes": (topology.world_size, topology.tensor_group.size(), topology.data_size),
         "outside": outside,
         "inside": inside,
     }
 
 
-def test_neighbours_share_a_model_and_strangers_share_the_data(ranks: Any) -> None:
-    by_rank = ranks(4).run(_place_and_draws, 2)
-    assert [told["place"] for told in by_rank] == [
+def test_consecutive_ranks_form_a_tensor_group_and_the_others_a_data_group(ranks: Any) -> None:
+    by_rank = ranks(4).run(_position_and_draws, 2)
+    assert [reported["position"] for reported in by_rank] == [
         (0, 0, 0, True),
         (1, 1, 0, False),
         (2, 0, 1, False),
         (3, 1, 1, False),
     ]
-    assert {told["sizes"] for told in by_rank} == {(4, 2, 2)}
+    assert {reported["sizes"] for reported in by_rank} == {(4, 2, 2)}
 
 
-def test_dropout_is_shared_outside_tensor_parallel_regions_alone(ranks: Any) -> None:
-    by_rank = ranks(4).run(_place_and_draws, 2)
-    outside, inside = ([told[place] for told in by_rank] for place in ("outside", "inside"))
+def test_dropout_is_equal_on_tensor_ranks_only_outside_tensor_parallel_regions(ranks: Any) -> None:
+    by_rank = ranks(4).run(_position_and_draws, 2)
+    outside, inside = ([reported[where] for reported in by_rank] for where in ("outside", "inside"))
     assert outside[0] == outside[1] != outside[2] == outside[3]
     assert len({tuple(draws) for draws in (*inside, outside[0], outside[2])}) == 6

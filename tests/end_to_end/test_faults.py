@@ -54,8 +54,8 @@ def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(job: Job, number: s
     report = job.report()
     named = re.fullmatch(
         rf"sas-megatron: training stopped after step (\d+): rank 3 on {HOST} \(last finished step (\d+)\) "
-        r"did not answer, being dead or hung; (the others waited .*; )?"
-        r"each rank's last collectives are in \S+; go on from the last checkpoint .*",
+        r"reported no status \(dead or hung\); (the others waited .*; )?"
+        r"each rank's last collectives are in \S+; resume from the last checkpoint .*",
         report,
     )
     assert named, report
@@ -79,7 +79,7 @@ def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
     assert not job.processes()
     assert (
         f"training stopped after step 3: rank 3 on {HOST} (last finished step 3) failed: "
-        "ValueError: this sample is no good; go on" in job.report()
+        "ValueError: this sample is no good; resume" in job.report()
     )
     output = _without_torchrun(job.output())
     assert output.count("Traceback") == 1
@@ -92,8 +92,8 @@ def test_a_rank_that_loops_is_named_with_the_place_where_it_loops(job: Job) -> N
     assert job.wait(TIMEOUT_SECONDS + GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
     assert re.search(
-        rf"after step 3: rank 3 on {HOST} \(last finished step 3\) stayed at \S*faulty_training\.py:\d+ in "
-        rf"loop_for_ever; the others waited {TIMEOUT} minutes",
+        rf"after step 3: rank 3 on {HOST} \(last finished step 3\) was still at \S*faulty_training\.py:\d+ "
+        rf"in loop_for_ever; the others waited {TIMEOUT} minutes",
         job.report(),
     )
     assert "Traceback" not in _without_torchrun(job.output())
@@ -108,7 +108,10 @@ def test_a_launcher_that_is_killed_leaves_no_process_behind(job: Job) -> None:
     while job.processes():
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.2)
-    assert "is gone, so no rank can be asked; rank 0, its launcher or its host ended first" in job.report()
+    assert (
+        "cannot be reached, so the other ranks' status is unknown; "
+        "rank 0, its launcher or its host ended first" in job.report()
+    )
 
 
 def _without_torchrun(output: str) -> str:

@@ -160,7 +160,7 @@ def test_a_first_node_that_nobody_knows_is_named(
     begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
     nodes.start(script, "1", config, NNODES="2", NODE_RANK=rank, MASTER_ADDR="no-such-host.invalid")
     (error,) = said_in_time(nodes, begun)
-    assert error.startswith(f"MASTER_ADDR=no-such-host.invalid: is not known on {HOST}")
+    assert error.startswith(f"MASTER_ADDR=no-such-host.invalid: cannot be resolved on {HOST}")
     assert not (tmp_path / "run").exists()
 
 
@@ -172,7 +172,7 @@ def test_a_first_node_that_does_not_answer_is_named(
     place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes.start(script, "1", config, **place, JOIN_SECONDS="2")
     (error,) = said_in_time(nodes, begun)
-    assert f"did not answer {HOST} at MASTER_PORT={place['MASTER_PORT']} within 2 s" in error
+    assert f"accepted no connection from {HOST} on MASTER_PORT={place['MASTER_PORT']} within 2 s" in error
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -185,7 +185,7 @@ def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Pa
         place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         nodes.start(script, "1", config, **place)
         (error,) = said_in_time(nodes, begun)
-    assert error.startswith(f"MASTER_PORT={port}: cannot be listened at on {HOST} (Address already in use)")
+    assert error.startswith(f"MASTER_PORT={port}: is not available on {HOST} (Address already in use)")
 
 
 @pytest.mark.exhaustive
@@ -201,7 +201,7 @@ def test_a_first_node_that_stays_alone_ends(
     if script == "launch/deepspeed.sh":
         (error,) = errors
         address = f"127.0.0.1:{place['MASTER_PORT']}"
-        assert error.startswith(f"WORLD_SIZE=2: not all ranks came to {address} within 3 s (")
+        assert error.startswith(f"WORLD_SIZE=2: not all ranks connected to {address} within 3 s (")
     else:
         assert not errors, "torchrun says it"
 
@@ -217,7 +217,7 @@ def test_hosts_do_not_wait_long_for_one_that_ssh_does_not_know(
     nodes.start("launch/deepspeed.sh", config, **place)
     assert not said_in_time(nodes, begun), "pdsh puts the host before it"
     assert "Could not resolve hostname no-such-host.invalid" in nodes.output()
-    assert nodes.output().count("sas-megatron: error: WORLD_SIZE=2: not all ranks came to") == 1
+    assert nodes.output().count("sas-megatron: error: WORLD_SIZE=2: not all ranks connected to") == 1
 
 
 def test_a_rank_whose_others_do_not_come_ends_in_time(small_data: SmallData, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_rank_whose_others_do_not_come_ends_in_time(small_data: SmallData, tmp
     finally:
         rank.kill()
     (error,) = re.findall(r"^sas-megatron: error: (.*)$", rank.errors(), re.MULTILINE)
-    assert error.startswith(f"WORLD_SIZE=2: not all ranks came to 127.0.0.1:{port} within 3 s (")
+    assert error.startswith(f"WORLD_SIZE=2: not all ranks connected to 127.0.0.1:{port} within 3 s (")
 
 
 def task_of_step(rank: int, **environment: str) -> dict[str, str]:
@@ -272,11 +272,11 @@ def test_a_slurm_step_that_cannot_start_reports_it(small_data: SmallData, tmp_pa
         port = str(taken.getsockname()[1])
         done = run_command("train", config, environment=task_of_step(0, MASTER_PORT=port))
     assert done.returncode == 2
-    assert f"error: MASTER_PORT={port}: cannot be listened at on {HOST}" in done.stderr
+    assert f"error: MASTER_PORT={port}: is not available on {HOST}" in done.stderr
     environment = task_of_step(0, MASTER_ADDR="no-such.invalid")
     done = run_command("train", config, environment=environment)
     assert done.returncode == 2
-    assert "error: MASTER_ADDR=no-such.invalid: is not known" in done.stderr
+    assert "error: MASTER_ADDR=no-such.invalid: cannot be resolved" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -303,5 +303,5 @@ def test_a_run_directory_that_nodes_do_not_share_is_refused_by_one_rank(
             rank.kill()
     output = "".join(rank.errors() for rank in ranks)
     (error,) = re.findall(r"^sas-megatron: error: (.*)$", output, re.MULTILINE)
-    assert f"is another folder to rank 1 on {HOST} than to rank 0" in error
+    assert f"is a different directory for rank 1 on {HOST} than for rank 0" in error
     assert not list(folder.iterdir())

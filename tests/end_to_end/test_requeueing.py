@@ -15,7 +15,7 @@ from tests.end_to_end.nodes import steps
 from tests.end_to_end.slurm_cluster import SlurmCluster, lacking_for_slurm, running_cluster
 from tests.end_to_end.test_slurm import JOB_SECONDS, TWO_NODES, submit
 from tests.small_data import SmallData
-from tests.training.test_runs import assert_end_alike, complete, records
+from tests.training.test_runs import assert_same_final_state, complete, records
 
 pytestmark = pytest.mark.system_packages("slurmctld", "slurmd", "slurm-client", "munge")
 PREEMPTIONS = 10
@@ -98,7 +98,7 @@ def check_that_it_ends_as(alone: RunConfig, job: Job, *, restarts: int) -> None:
     last = alone.training.stop_after_steps
     assert last is not None
     ended = config_of(job.small_data, job.run_directory, stop_after_steps=last)
-    assert_end_alike(ended, alone)
+    assert_same_final_state(ended, alone)
     assert steps(job.run_directory) == list(range(1, last + 1))
     timeless = ("train_loss", "gradient_norm")
     assert [[record[key] for key in timeless] for record in records(ended)] == [

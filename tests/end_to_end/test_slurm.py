@@ -105,7 +105,7 @@ def test_what_bare_srun_cannot_start_is_said_once_and_in_time(
     # Of the addresses that are reserved for documentation.
     unreachable = {"MASTER_ADDR": "192.0.2.1", "JOIN_SECONDS": "5"}
     variables, override, says = {
-        "a taken port": ({"MASTER_PORT": taken_port}, "", f"MASTER_PORT={taken_port}: cannot be listened at"),
+        "a taken port": ({"MASTER_PORT": taken_port}, "", f"MASTER_PORT={taken_port}: is not available"),
         "a world size that does not fit": ({}, "parallel.context=2", "world size=2: must be a multiple of 4"),
         "an unknown host": (
             {"MASTER_ADDR": "no-such.invalid"},

@@ -18,7 +18,7 @@ from sas_megatron.fault_tolerance.failure_watchdog import GRACE_SECONDS
 from sas_megatron.fault_tolerance.stop_request import DUPLICATE_SIGNAL_SECONDS, STOPPED_STATUS
 from tests.end_to_end.jobs import LAUNCHERS, MEGATRON_LINE, Job
 from tests.small_data import SmallData
-from tests.training.test_runs import assert_end_alike, complete, records
+from tests.training.test_runs import assert_same_final_state, complete, records
 
 MARGIN_SECONDS = 60  # for a busy machine
 HOST = socket.gethostname()
@@ -79,7 +79,7 @@ def check_goes_on(job: Job, small_data: SmallData, whole: RunConfig) -> None:
     assert not (job.run_directory / "stopped.json").exists()
     assert read(job, "summary.json")["exit_reason"] == "finished"
     rest = config_of(small_data, job.run_directory)
-    assert_end_alike(rest, whole)
+    assert_same_final_state(rest, whole)
     for kind, keys in (
         ("train", ("step", "train_loss", "gradient_norm")),
         ("validation", ("step", "validation_loss")),
@@ -125,7 +125,7 @@ def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     job.signal_rank(0, signal.SIGTERM)
     assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
-    assert re.search(rf"after step 3: rank 0 on {HOST} .* received SIGTERM; go on", job.report())
+    assert re.search(rf"after step 3: rank 0 on {HOST} .* received SIGTERM; resume", job.report())
     assert not (job.run_directory / "stopped.json").exists()
 
 

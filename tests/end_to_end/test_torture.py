@@ -13,7 +13,7 @@ from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.run import RunConfig
 from tests.end_to_end.jobs import FORKED, TORCHRUN, Job
 from tests.small_data import SmallData
-from tests.training.test_runs import assert_end_alike, complete, records, summary
+from tests.training.test_runs import assert_same_final_state, complete, records, summary
 
 NUM_KILLS = 5
 NUM_RANKS = 2
@@ -54,7 +54,7 @@ def test_a_run_whose_ranks_are_killed_ends_as_the_undisturbed_one(
     finally:
         job.kill()
 
-    assert_end_alike(tortured, undisturbed)
+    assert_same_final_state(tortured, undisturbed)
     timeless = ("step", "consumed_samples", "train_loss", "gradient_norm", "learning_rate")
     assert [[record[key] for key in timeless] for record in records(tortured)] == [
         [record[key] for key in timeless] for record in records(undisturbed)

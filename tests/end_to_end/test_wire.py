@@ -1,4 +1,4 @@
-"""What a run's wire ledger says that a rank sends is what leaves its host's network interface."""
+"""A run's communication counter equals the bytes that leave the network interface of a rank's host."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2, "sequence": True}},
     "data": {"parallel": {}, "optimizer": {"distributed": True}},
 }
-# The convention of the ledger is that of a ring; for a reduce-scatter gloo reduces everything to every
-# rank, and each drops what is not its own.
+# The counter follows the ring convention. For a reduce-scatter gloo reduces the entire tensor on every rank,
+# and each rank discards the other ranks' shards.
 GLOO_REDUCE_SCATTER = 2
 # Ethernet 14, IP 20 and TCP with time stamps 32 bytes before each 1,448 at most (a packet of 1,500), and
 # as many in answer to each packet of the other side, which sends as much. Most are far larger until they
 # reach a real card, and many are answered at once.
 MOST_OVERHEAD = 2 * 66 / 1448
-# The roll call and the run's notes in the store, over some seconds.
+# Messages of the failure watchdog and of the run to the store, in a few seconds.
 STORE_BYTES = 200_000
 
 
 @pytest.mark.system_packages("iproute2")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_interface_sends_what_the_ledger_says(layout: str, small_data: SmallData, tmp_path: Path) -> None:
+def test_the_interface_sends_the_counted_bytes(layout: str, small_data: SmallData, tmp_path: Path) -> None:
     if reason := lacking_for_namespaces():
         pytest.skip(reason)
     config = write_config(
@@ -43,7 +43,7 @@ def test_the_interface_sends_what_the_ledger_says(layout: str, small_data: Small
         model={"hidden_size": 192, "ffn_hidden_size": 256},
         training={"num_steps": NUM_STEPS},
         evaluation={"interval": None},
-        logging={"wire_ledger": True},
+        logging={"communication_counter": True},
         **LAYOUTS[layout],
     )
     with two_namespaces() as names:
@@ -61,15 +61,15 @@ def test_the_interface_sends_what_the_ledger_says(layout: str, small_data: Small
         finally:
             for rank in ranks:
                 rank.kill()
-    ledgers = json.loads((tmp_path / "run" / "summary.json").read_text())["wire_bytes_sent"]
+    entries = json.loads((tmp_path / "run" / "summary.json").read_text())["communication_bytes_sent"]
     for rank in range(2):
-        (ledger,) = (entry["sent"] for entry in ledgers if rank in entry["ranks"])
+        (counts,) = (entry["sent"] for entry in entries if rank in entry["ranks"])
         expected = sum(
             num_bytes * (GLOO_REDUCE_SCATTER if operation.startswith("reduce_scatter") else 1)
-            for group in ledger.values()
+            for group in counts.values()
             for operation, num_bytes in group.items()
         )
         sent = int((tmp_path / f"sent-{rank}").read_text())
-        print(f"{layout}, rank {rank}: {sent:,} bytes, {sent / expected:.4f} of the ledger's")
+        print(f"{layout}, rank {rank}: {sent:,} bytes, {sent / expected:.4f} of those counted")
         assert expected > 50 * STORE_BYTES
-        assert expected <= sent <= expected * (1 + MOST_OVERHEAD) + STORE_BYTES, ledger
+        assert expected <= sent <= expected * (1 + MOST_OVERHEAD) + STORE_BYTES, counts

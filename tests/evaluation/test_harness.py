@@ -97,7 +97,7 @@ def evaluate_on_rank(
 
     model, _ = load_on_rank(directory, overrides)
     chosen = TaskSettings(tuple(NAMES), bootstrap_iterations=0, batch_tokens=150, **settings)
-    loaded = load_tasks(chosen.names, [tasks]) if model.topology.is_first else None
+    loaded = load_tasks(chosen.names, [tasks]) if model.topology.is_rank0 else None
     return evaluate_tasks(model, loaded, chosen, folder=folder, cache=None)
 
 

@@ -32,7 +32,7 @@ TERM_OF_FUNCTION = {
     "simulate_heads": "head_simulation",
     "simulate_features": "feature_simulation",
     "combine_factors": "factor_products",
-    "rotate_halves": "rotary",
+    "apply_rope": "rotary",
     "_apply_rotary_pos_emb_bshd": "rotary",
     "Attention._checkpointed_attention_forward": "attention",
     "SimulatedSelfAttention.get_query_key_value_tensors": "qkv",

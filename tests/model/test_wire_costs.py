@@ -311,7 +311,7 @@ def test_what_cannot_be_counted_is_said() -> None:
         count_communication_bytes(config, world_size=2, stage=2)
     with pytest.raises(FieldError, match="world size=3: must be a multiple of 2"):
         count_communication_bytes(config, world_size=3)
-    with pytest.raises(FieldError, match=r"training\.engine=deepspeed: .*; .*logging\.wire_ledger"):
+    with pytest.raises(FieldError, match=r"training\.engine=deepspeed: .*; .*logging\.communication_counter"):
         count_communication_bytes(small_config(training={"engine": "deepspeed"}), world_size=1)
 
 

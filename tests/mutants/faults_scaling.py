@@ -198,8 +198,8 @@ MUTANTS = (
     Mutant(
         "second-node-software-not-compared",
         "sas_megatron.preflight.software:compare_versions",
-        "for place in places[1:]:",
-        "for place in places[2:]:",
+        "for host in hosts[1:]:",
+        "for host in hosts[2:]:",
         "Software versions of the second node are not compared.",
     ),
     Mutant(
@@ -234,8 +234,8 @@ MUTANTS = (
     Mutant(
         "doctor-exits-with-zero",
         "sas_megatron.cli.doctor:doctor",
-        "sys.exit(worst(examination.findings) == Verdict.FAILURE)",
-        "sys.exit(worst(examination.findings) == Verdict.FINE)",
+        "sys.exit(worst(report.findings) == Severity.FAILURE)",
+        "sys.exit(worst(report.findings) == Severity.FINE)",
         "`doctor` exits with status 0 when training would fail, and with 1 when all is fine.",
     ),
     # launch

@@ -37,7 +37,7 @@ MUTANTS = (
     Mutant(
         "deepspeed-norm-gradients-not-summed",
         "sas_megatron.training.deepspeed_engine:DeepSpeedEngine._sum_sequence_parallel_gradients",
-        "parameter.register_hook(lambda gradient: sum_over(group, [gradient])[0])",
+        "parameter.register_hook(lambda gradient: all_reduce_gradients(group, [gradient])[0])",
         "pass",
         "Under DeepSpeed and sequence parallelism the gradients of norms are not all-reduced.",
     ),

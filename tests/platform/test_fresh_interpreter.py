@@ -1,4 +1,4 @@
-"""What the platform does in an interpreter that has imported nothing of Megatron-core."""
+"""The platform in an interpreter that has not imported Megatron-core."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ LAUNCHER_BYTES = 700 * MEBIBYTE
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    """By name, the results of the functions of `tests.platform.fresh_interpreter`."""
-    held = b"\1" * LAUNCHER_BYTES  # resident, as zeros would not be
+    """Return the results of the functions in `tests.platform.fresh_interpreter`, by name."""
+    allocated = b"\1" * LAUNCHER_BYTES  # not zeros, which would not become resident
     command = [sys.executable, "-m", "tests.platform.fresh_interpreter"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    del held
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    del allocated
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout)
 
 
-def test_peak_memory_leaves_out_what_the_launcher_held(results: dict[str, Any]) -> None:
+def test_peak_memory_excludes_the_memory_of_the_launcher(results: dict[str, Any]) -> None:
     assert 50 * MEBIBYTE < results["peak_memory"] < LAUNCHER_BYTES
 
 
-def test_a_machine_with_cuda_is_left_untouched(results: dict[str, Any]) -> None:
-    assert results["install_beside_cuda"] == {
+def test_install_changes_nothing_on_a_machine_with_cuda(results: dict[str, Any]) -> None:
+    assert results["install_with_cuda"] == {
         "installed": False,
         "unknown": [],
         "changed": [],
@@ -44,6 +44,8 @@ def test_a_rank_uses_the_gpu_of_its_local_rank(results: dict[str, Any]) -> None:
     assert results["last_gpu"] == ["cuda:3", "cuda:3", "nccl"]
 
 
-def test_a_rank_beyond_the_gpus_of_its_node_is_refused(results: dict[str, Any]) -> None:
+def test_a_local_rank_beyond_the_gpus_of_its_node_is_rejected(results: dict[str, Any]) -> None:
     (error,) = results["beyond_the_gpus"]
-    assert error.startswith("LOCAL_RANK=4: is beyond the 4 GPUs of this node; start one process a GPU")
+    assert error.startswith(
+        "LOCAL_RANK=4: must be below the number of GPUs of this node, 4; start one process per GPU"
+    )

@@ -14,7 +14,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.training import entry
 from tests.selection import cases
 from tests.small_data import SmallData
-from tests.training.test_runs import assert_end_alike, complete, records
+from tests.training.test_runs import assert_same_final_state, complete, records
 
 DECAYS = {"kind": "warmup_stable_decay", "warmup_steps": 2, "decay_steps": 3, "final_fraction": 0.0}
 
@@ -74,7 +74,7 @@ def test_a_branch_is_the_run_that_took_all_its_steps_itself(
     whole = branched.replaced({"training.stop_after_steps": None})
     entry.check_run(whole, world_size=2)
     ranks(2).run(complete, whole)
-    assert_end_alike(whole, alone)
+    assert_same_final_state(whole, alone)
     assert without_times(whole, "train") == without_times(alone, "train")
     # A run evaluates where it ends, as well: the trunk did, and the branch before it was gone on with.
     expected = {record["step"]: record for record in without_times(alone, "validation")}

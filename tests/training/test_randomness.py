@@ -15,7 +15,7 @@ from tests.run_configs import small_config
 from tests.selection import cases
 from tests.small_data import SmallData
 from tests.training.layouts import ATTENTIONS
-from tests.training.test_runs import assert_end_alike, complete, records
+from tests.training.test_runs import assert_same_final_state, complete, records
 
 
 def config_of(**parallel: Any) -> RunConfig:
@@ -95,7 +95,7 @@ def test_a_run_repeats_to_the_bit(ranks: Any, small_data: SmallData, tmp_path: P
     for config in runs:
         ranks(world_size).run(complete, config)
     once, again = runs
-    assert_end_alike(again, once)
+    assert_same_final_state(again, once)
     losses = [[record["train_loss"] for record in records(config)] for config in runs]
     assert losses[0] == losses[1]
 

@@ -17,7 +17,7 @@ from sas_megatron.training import entry
 from sas_megatron.training.run_files import RunFiles
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
-from tests.training.test_runs import assert_end_alike, complete, records, summary
+from tests.training.test_runs import assert_same_final_state, complete, records, summary
 from tests.training.training_runs import complete_disturbed
 
 
@@ -96,7 +96,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_nothing_had_been(
     for said in ranks(2).run(complete_and_listen, broken):
         assert said[0].startswith(f"{newest}: is damaged: __0_0.distcp has")
         assert said[1] == f"resuming from {before} at step 4"
-    assert_end_alike(broken, whole)
+    assert_same_final_state(broken, whole)
     losses = [[record["train_loss"] for record in records(config)] for config in (broken, whole)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6

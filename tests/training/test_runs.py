@@ -59,7 +59,7 @@ def final_counts(config: RunConfig) -> dict[str, Any]:
     return progress
 
 
-def assert_end_alike(actual: RunConfig, expected: RunConfig) -> None:
+def assert_same_final_state(actual: RunConfig, expected: RunConfig) -> None:
     """To the bit: weights, optimizer and random states of each rank, and every count."""
     found, tensors = final_tensors(actual), final_tensors(expected)
     assert {"random.cpu", "embedding.word_embeddings.weight"} < tensors.keys()
@@ -158,7 +158,7 @@ def test_three_steps_and_two_more_equal_five_bit_for_bit(
     rest = run("parts", checkpoint={"resume": True})
     ranks(world_size).run(complete, rest)
 
-    assert_end_alike(rest, whole)
+    assert_same_final_state(rest, whole)
     assert "optimizer.state.exp_avg.embedding.word_embeddings.weight" in final_tensors(rest)
     timeless = ("step", "consumed_tokens", "training_flops", "train_loss", "gradient_norm", "learning_rate")
     assert [[record[key] for key in timeless] for record in records(rest)] == [
@@ -297,7 +297,9 @@ def test_the_run_directory_says_where_the_run_came_from(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(
-        tmp_path / "run", training={"num_steps": 4}, logging={"tensorboard": True, "wire_ledger": True}
+        tmp_path / "run",
+        training={"num_steps": 4},
+        logging={"tensorboard": True, "communication_counter": True},
     )
     ranks(2).run(complete, config)
     from sas_megatron.config.loading import load_run_config
@@ -312,7 +314,7 @@ def test_the_run_directory_says_where_the_run_came_from(
     assert result["exit_reason"] == "finished"
     assert result["tokens"] == 4 * 8 * 40
     assert result["training_flops"] == result["tokens"] * sum(result["training_flops_per_token"].values())
-    (sent,) = result["wire_bytes_sent"]
+    (sent,) = result["communication_bytes_sent"]
     assert sent["ranks"] == [0, 1], "data-parallel ranks send the same"
     assert sent["sent"]["data"]["allreduce"] > 0
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

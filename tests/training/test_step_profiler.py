@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.small_data import SmallData
-from tests.training.test_runs import assert_end_alike, complete
+from tests.training.test_runs import assert_same_final_state, complete
 
 
 def traced_steps(path: Path) -> set[str]:
@@ -47,4 +47,4 @@ def test_every_rank_leaves_a_trace_of_these_steps_alone_and_the_run_is_the_same(
         "rank_00001_steps_4_to_5.json.gz": {"step 4", "step 5"},
     }
     assert not (tmp_path / "plain" / "profile").exists()
-    assert_end_alike(rest, plain)
+    assert_same_final_state(rest, plain)

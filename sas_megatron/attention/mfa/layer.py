@@ -25,7 +25,7 @@ from torch import nn
 from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.kv_cache import CachingSelfAttention
 from sas_megatron.attention.mfa.config import FactorizedAttentionConfig
-from sas_megatron.distributed.shared_columns import hand_to_heads, weights_for_own_tokens
+from sas_megatron.distributed.gradient_sums import gather_shared_columns, sum_gradients_over_tokens
 
 
 class SharedProjection(nn.Module):
@@ -58,11 +58,11 @@ class SharedProjection(nn.Module):
         """[S, B, H], or [S/P, B, H] under sequence parallelism -> the query's columns, for the same tokens
         [.., B, C], normalized by their root mean square; key and value side by side, for all [S, B, 2D].
         """
-        weight, norm = weights_for_own_tokens((self.weight, self.query_norm), **self.layout)
+        weight, norm = sum_gradients_over_tokens((self.weight, self.query_norm), **self.layout)
         columns = F.linear(hidden_states, weight)
         query, key_value = columns.split([self.query_rank, len(weight) - self.query_rank], dim=-1)
         normalized = F.rms_norm(query, (self.query_rank,), norm, self.epsilon)
-        return normalized, hand_to_heads(key_value.contiguous(), **self.layout)
+        return normalized, gather_shared_columns(key_value.contiguous(), **self.layout)
 
 
 class FactorizedSelfAttention(CachingSelfAttention):

@@ -35,9 +35,11 @@ from sas_megatron.attention.core import CoreAttention, check_backend
 from sas_megatron.attention.kv_cache import CachingAttention, KeyValueCache
 from sas_megatron.attention.mla.config import LatentAttentionConfig
 from sas_megatron.distributed.gradient_sums import sum_gradients_over
-from sas_megatron.platform.latent_attention import admit_absent_transformer_engine
-from sas_megatron.platform.norm import ReplicatedNorm
-from sas_megatron.platform.rotary import rotate_halves
+from sas_megatron.platform.transformer_engine_fallbacks import (
+    ReplicatedNorm,
+    allow_mla_without_transformer_engine,
+    apply_rope,
+)
 
 
 class DownProjection(MegatronModule):
@@ -198,7 +200,7 @@ class LatentSelfAttention(CachingAttention, MLASelfAttention):
 
 def _rotate_neighbours(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Turns the pairs (2i, 2i + 1), and lays them out as two halves, as Megatron-core does for this layer."""
-    return rotate_halves(torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1), angles)
+    return apply_rope(torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1), angles)
 
 
 def build_latent_attention_spec(variant: LatentAttentionConfig) -> ModuleSpec:
@@ -208,7 +210,7 @@ def build_latent_attention_spec(variant: LatentAttentionConfig) -> ModuleSpec:
         FieldError: the back end cannot run here.
     """
     check_backend(variant)
-    admit_absent_transformer_engine()
+    allow_mla_without_transformer_engine()
     return ModuleSpec(
         module=LatentSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

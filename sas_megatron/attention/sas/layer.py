@@ -32,7 +32,7 @@ from sas_megatron.attention.sas.residual_map import ResidualMap
 from sas_megatron.attention.sas.simulation_kernels import NAMES, HeadSource, build_simulation_kernels
 from sas_megatron.distributed.gradient_sums import sum_gradients_over
 from sas_megatron.distributed.head_exchange import build_head_exchange
-from sas_megatron.platform.rotary import rotate_halves
+from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
 # What makes a pass another than that over whole sequences, whose positions the parent knows better.
 NOT_TURNED_BY_KERNELS = ("inference_context", "inference_params", "packed_seq_params", "key_value_states")
@@ -178,11 +178,11 @@ class SimulatedSelfAttention(CachingSelfAttention):
         self, projected_TC: torch.Tensor, weights: dict[str, ResidualMapWeights]
     ) -> tuple[list[torch.Tensor], HeadSource | None]:
         """Query, key and value [T, heads of this rank, D], all copies of simulated ones; and their source."""
-        columns_TC = self.exchange.all_columns(projected_TC)
-        here = self.exchange.base_heads_here
+        columns_TC = self.exchange.gather_columns(projected_TC)
+        here = self.exchange.base_heads_to_simulate
         simulated = self.kernels.heads(columns_TC, weights, here)
         num_blocks = [self.attention.head_expansion if f"heads.{name}" in weights else 1 for name in NAMES]
-        own = self.exchange.my_heads(simulated, num_blocks=num_blocks, num_tokens=projected_TC.shape[0])
+        own = self.exchange.scatter_heads(simulated, num_blocks=num_blocks, num_tokens=projected_TC.shape[0])
         return own, None if self.exchange.sends_heads else HeadSource(columns_TC, here)
 
     def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -192,9 +192,9 @@ class SimulatedSelfAttention(CachingSelfAttention):
         gather those of all tokens before at every step would be to send the cache each time.
         """
         columns, _ = self.linear_qkv(hidden_states)
-        heads = self.kernels.split_columns(self.gathering.all_columns(columns.flatten(0, 1)))
+        heads = self.kernels.split_columns(self.gathering.gather_columns(columns.flatten(0, 1)))
         query, *kept = (part.unflatten(0, columns.shape[:2]) for part in heads)
-        query = rotate_halves(self._simulate_own("query", query), angles)
+        query = apply_rope(self._simulate_own("query", query), angles)
         if self.attention.kv_cache == "simulated":
             return query, *self._simulate_key_value(kept, angles)
         return query, *kept
@@ -209,13 +209,13 @@ class SimulatedSelfAttention(CachingSelfAttention):
         self, base: list[torch.Tensor], angles: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = base
-        return rotate_halves(self._simulate_own("key", key), angles), self._simulate_own("value", value)
+        return apply_rope(self._simulate_own("key", key), angles), self._simulate_own("value", value)
 
     def _simulate_own(self, name: str, heads_SBCD: torch.Tensor) -> torch.Tensor:
         """All base heads of the query, key or value -> this rank's simulated ones [S, B, r·C/P, E or D]."""
         maps: Any = self.simulation.heads
         features: Any = self.simulation.features
-        own = self.gathering.own_base_heads(heads_SBCD.shape[2])
+        own = self.gathering.local_base_heads(heads_SBCD.shape[2])
         if name in maps:
             simulated = simulate_heads(heads_SBCD.flatten(0, 1), maps[name].weights(), base_heads=own)
             heads = simulated.unflatten(0, heads_SBCD.shape[:2])

@@ -34,7 +34,7 @@ class HeadSource(NamedTuple):
     """What a rank computed heads from, all on its own, so that it can again."""
 
     columns: torch.Tensor
-    base_heads_here: Callable[[int], slice]
+    base_heads_to_simulate: Callable[[int], slice]
 
 
 class SimulationKernels(ABC):
@@ -59,11 +59,11 @@ class SimulationKernels(ABC):
         self,
         columns_TC: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
-        base_heads_here: Callable[[int], slice],
+        base_heads_to_simulate: Callable[[int], slice],
     ) -> list[torch.Tensor]:
         """Projected columns [T, (N+2G)·D] -> query, key and value [T, heads, D].
 
-        Each with the copies of those base heads that `base_heads_here` says, of how many there are; r
+        Each with the copies of those base heads that `base_heads_to_simulate` says, of how many there are; r
         copies where its heads are simulated, otherwise one.
         """
 
@@ -97,12 +97,12 @@ class PlainKernels(SimulationKernels):
         self,
         columns_TC: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
-        base_heads_here: Callable[[int], slice],
+        base_heads_to_simulate: Callable[[int], slice],
     ) -> list[torch.Tensor]:
         """As the base class says."""
         simulated = []
         for name, heads_TCD in zip(NAMES, self.split_columns(columns_TC), strict=True):
-            here, own = base_heads_here(heads_TCD.shape[1]), weights.get(f"heads.{name}")
+            here, own = base_heads_to_simulate(heads_TCD.shape[1]), weights.get(f"heads.{name}")
             simulated.append(
                 heads_TCD[:, here] if own is None else simulate_heads(heads_TCD, own, base_heads=here)
             )
@@ -139,10 +139,10 @@ class FusedKernels(SimulationKernels):
         self,
         columns_TC: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
-        base_heads_here: Callable[[int], slice],
+        base_heads_to_simulate: Callable[[int], slice],
     ) -> list[torch.Tensor]:
         """As the base class says."""
-        parts = [self._part(name, weights.get(f"heads.{name}"), base_heads_here) for name in NAMES]
+        parts = [self._part(name, weights.get(f"heads.{name}"), base_heads_to_simulate) for name in NAMES]
         return list(self._heads.simulate_heads(columns_TC, parts, tiling=self.tiling))
 
     def features(
@@ -165,7 +165,7 @@ class FusedKernels(SimulationKernels):
         return simulated
 
     def _part(
-        self, name: str, weights: ResidualMapWeights | None, base_heads_here: Callable[[int], slice]
+        self, name: str, weights: ResidualMapWeights | None, base_heads_to_simulate: Callable[[int], slice]
     ) -> HeadPart:
         attention, width = self.attention, self.attention.head_dim
         groups = attention.num_key_value_heads
@@ -174,7 +174,7 @@ class FusedKernels(SimulationKernels):
         first = {"query": 0, "key": queries, "value": queries + 1}[name] * width
         per_group = queries if name == "query" else 1
         columns = HeadColumns(first, groups * per_group, per_group, (queries + 2) * width, width)
-        return HeadPart(columns, weights, base_heads_here(columns.num_heads))
+        return HeadPart(columns, weights, base_heads_to_simulate(columns.num_heads))
 
     def _recomputation(
         self, name: str, source: HeadSource, weights: Mapping[str, ResidualMapWeights]
@@ -182,7 +182,9 @@ class FusedKernels(SimulationKernels):
         own = weights.get(f"heads.{name}")
 
         def compute(columns_TC: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
-            part = self._part(name, ResidualMapWeights(*kept) if kept else None, source.base_heads_here)
+            part = self._part(
+                name, ResidualMapWeights(*kept) if kept else None, source.base_heads_to_simulate
+            )
             heads: torch.Tensor = self._heads.compute_heads(columns_TC, part, self.tiling)
             return heads if kept else heads.repeat(1, self.attention.head_expansion, 1)
 

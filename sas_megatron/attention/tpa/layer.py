@@ -29,8 +29,8 @@ from torch import nn
 from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.kv_cache import CachingSelfAttention
 from sas_megatron.attention.tpa.config import TensorProductAttentionConfig
-from sas_megatron.distributed.shared_columns import hand_to_heads, weights_for_own_tokens
-from sas_megatron.platform.rotary import rotate_halves
+from sas_megatron.distributed.gradient_sums import gather_shared_columns, sum_gradients_over_tokens
+from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
 Factors = dict[str, torch.Tensor]
 
@@ -99,8 +99,8 @@ class FeatureFactors(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> Factors:
         """[S, B, H], or [S/P, B, H] under sequence parallelism -> [S, B, R, D] by name."""
-        weights = weights_for_own_tokens([self.get_parameter(name) for name in self.ranks], **self.layout)
-        columns = hand_to_heads(F.linear(hidden_states, torch.cat(weights)), **self.layout)
+        weights = sum_gradients_over_tokens([self.get_parameter(name) for name in self.ranks], **self.layout)
+        columns = gather_shared_columns(F.linear(hidden_states, torch.cat(weights)), **self.layout)
         parts = columns.split([rank * self.head_dim for rank in self.ranks.values()], dim=-1)
         return {
             name: part.unflatten(-1, (rank, self.head_dim))
@@ -158,8 +158,8 @@ class TensorProductSelfAttention(CachingSelfAttention):
         """Queries, and both factors of keys and of values; turning a key's features turns all its heads."""
         heads, features = self.linear_qkv(hidden_states)
         query = combine_factors(heads["query"], features["query"]) if "query" in features else heads["query"]
-        key = heads["key"], rotate_halves(features["key"], angles)
-        return rotate_halves(query, angles), *key, heads["value"], features["value"]
+        key = heads["key"], apply_rope(features["key"], angles)
+        return apply_rope(query, angles), *key, heads["value"], features["value"]
 
     def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The heads of the kept factors."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.io.files import save_file
-from sas_megatron.platform.local_launch import training_command, training_environment
+from sas_megatron.platform.local_machine import training_command, training_environment
 from sas_megatron.scaling.numbers import format_loss
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
@@ -129,7 +129,7 @@ class StudyRunner:
             offset = log.tell()
             process = subprocess.Popen(
                 training_command(config, ranks=ranks),
-                env=training_environment(ranks=ranks, side_by_side=self._jobs),
+                env=training_environment(ranks=ranks, num_concurrent_runs=self._jobs),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

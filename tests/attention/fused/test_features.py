@@ -9,7 +9,7 @@ import torch
 from sas_megatron.attention.sas.feature_simulation import simulate_features as simulate_plainly
 from sas_megatron.attention.sas.fused.features import Recomputation, pair_order, simulate_features, turns_of
 from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
-from sas_megatron.platform.rotary import rotate_halves
+from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 from tests.attention.fused.simulation_case import (
     DEVICE,
     Draws,
@@ -70,7 +70,7 @@ def plain(heads: torch.Tensor, weights: object, case: Case) -> list[torch.Tensor
     simulated = simulate_plainly(heads, weights)  # type: ignore[arg-type]
     if not case.rotary:
         return [simulated]
-    turned = rotate_halves(simulated.unflatten(0, (case.length, case.batch)), case.angles().double())
+    turned = apply_rope(simulated.unflatten(0, (case.length, case.batch)), case.angles().double())
     return [turned.flatten(0, 1)[..., pair_order(case.wide, case.rotary).to(DEVICE)]]
 
 

@@ -1,4 +1,4 @@
-"""The stand-in answers for the CPU what Megatron-core asks of CUDA, and touches nothing where CUDA is."""
+"""The CPU stand-in for the CUDA calls of Megatron-core."""
 
 from __future__ import annotations
 
@@ -68,16 +68,18 @@ def _random_states() -> None:
     torch.manual_seed(7)
     with get_cuda_rng_tracker().fork():
         inside = torch.rand(5)
-    assert torch.equal(torch.rand(5), first), "a fork must leave the outer random state as it was"
+    assert torch.equal(torch.rand(5), first), "a fork must restore the outer random state"
     with get_cuda_rng_tracker().fork():
-        assert not torch.equal(torch.rand(5), inside), "a fork must go on where the last one ended"
+        assert not torch.equal(torch.rand(5), inside), (
+            "a fork must continue from the state of the previous one"
+        )
 
 
 def _factories() -> None:
     import torch
 
-    some = torch.arange(3.0)
-    for made in (
+    tensor = torch.arange(3.0)
+    for created in (
         torch.zeros(2, device="cuda"),
         torch.empty(2, 3, device="cuda:0"),
         torch.ones(2, device=torch.device("cuda", 1)),
@@ -86,32 +88,32 @@ def _factories() -> None:
         torch.full((2,), 3.0, device="cuda"),
         torch.randn(2, device="cuda"),
         torch.as_tensor([1, 2], device="cuda"),
-        torch.zeros_like(some, device="cuda"),
-        some.new_zeros(2, device="cuda"),
+        torch.zeros_like(tensor, device="cuda"),
+        tensor.new_zeros(2, device="cuda"),
     ):
-        assert made.device.type == "cpu"
+        assert created.device.type == "cpu"
     assert torch.zeros(2, device="meta").device.type == "meta"
 
 
 def _moves() -> None:
     import torch
 
-    some = torch.arange(3.0)
-    assert some.cuda() is some
+    tensor = torch.arange(3.0)
+    assert tensor.cuda() is tensor
     for moved in (
-        some.to("cuda"),
-        some.to("cuda:0", torch.float64),
-        some.to(torch.device("cuda")),
-        some.to(device="cuda", dtype=torch.float64),
-        some.cuda(0),
-        some.cuda(non_blocking=True),
+        tensor.to("cuda"),
+        tensor.to("cuda:0", torch.float64),
+        tensor.to(torch.device("cuda")),
+        tensor.to(device="cuda", dtype=torch.float64),
+        tensor.cuda(0),
+        tensor.cuda(non_blocking=True),
     ):
         assert moved.device.type == "cpu"
-        assert moved.tolist() == some.tolist()
-    assert some.to("cuda:0", torch.float64).dtype == torch.float64
-    assert some.to(torch.int64).dtype == torch.int64
-    assert some.to("meta").device.type == "meta"
-    assert some.to(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+        assert moved.tolist() == tensor.tolist()
+    assert tensor.to("cuda:0", torch.float64).dtype == torch.float64
+    assert tensor.to(torch.int64).dtype == torch.int64
+    assert tensor.to("meta").device.type == "meta"
+    assert tensor.to(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     for module in (torch.nn.Linear(2, 3).cuda(), torch.nn.Linear(2, 3).to("cuda")):
         assert module.weight.device.type == "cpu"
         assert isinstance(module.weight, torch.nn.Parameter)
@@ -120,7 +122,7 @@ def _moves() -> None:
 def _type_names() -> None:
     import torch
 
-    # Megatron-core sorts parameters by these names.
+    # Megatron-core groups parameters by these names.
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
     assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
     assert torch.nn.Parameter(torch.zeros(1)).type() == "torch.cuda.FloatTensor"
@@ -154,7 +156,7 @@ def _install_again() -> None:
     ],
     ids=lambda check: check.__name__.removeprefix("_"),
 )
-def test_the_cpu_answers_for_cuda(ranks: Any, check: Callable[[], None]) -> None:
+def test_cuda_calls_work_on_the_cpu(ranks: Any, check: Callable[[], None]) -> None:
     ranks(1).run(check)
 
 
@@ -166,6 +168,6 @@ def _compile() -> list[Any]:
     return [compiled(torch.tensor([-1.0, 2.0])).tolist(), torch._dynamo.utils.counters["frames"]["ok"]]
 
 
-def test_torch_compiles_beside_the_stand_in() -> None:
+def test_torch_compile_works_with_the_stand_in() -> None:
     with ProcessPoolExecutor(1, fork_context()) as process:
         assert process.submit(_compile).result() == [[1.0, 3.0], 1]

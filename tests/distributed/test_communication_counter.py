@@ -1,4 +1,4 @@
-"""The ledger counts each collective by the ring convention, under the name of its group."""
+"""The communication counter counts each collective by the ring convention, under the name of its group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sas_megatron.config.parallel import ParallelConfig
 from tests.rank_pool import in_layout
 
-ROWS, WIDTH = 3, 7  # of a float32 tensor: 84 bytes
+ROWS, WIDTH = 3, 7  # a float32 tensor of this shape has 84 bytes
 
 
 def _all_reduce(group: dist.ProcessGroup) -> None:
@@ -28,8 +28,8 @@ def _all_gather(group: dist.ProcessGroup) -> None:
 
 
 def _all_gather_list(group: dist.ProcessGroup) -> None:
-    parts = [torch.empty(ROWS, WIDTH) for _ in range(group.size())]
-    dist.all_gather(parts, torch.ones(ROWS, WIDTH), group=group)
+    gathered = [torch.empty(ROWS, WIDTH) for _ in range(group.size())]
+    dist.all_gather(gathered, torch.ones(ROWS, WIDTH), group=group)
 
 
 def _reduce_scatter(group: dist.ProcessGroup) -> None:
@@ -42,10 +42,11 @@ def _all_to_all(group: dist.ProcessGroup) -> None:
 
 
 def _all_to_all_uneven(group: dist.ProcessGroup) -> None:
-    # Each rank sends one row to rank 0, two to rank 1 and so on, itself included.
-    sizes, mine = list(range(1, group.size() + 1)), group.rank() + 1
-    received = torch.empty(mine * group.size(), WIDTH)
-    dist.all_to_all_single(received, torch.ones(sum(sizes), WIDTH), [mine] * group.size(), sizes, group=group)
+    # Each rank sends one row to rank 0, two rows to rank 1, and so on, including itself.
+    sizes, num_local = list(range(1, group.size() + 1)), group.rank() + 1
+    received = torch.empty(num_local * group.size(), WIDTH)
+    sent = torch.ones(sum(sizes), WIDTH)
+    dist.all_to_all_single(received, sent, [num_local] * group.size(), sizes, group=group)
 
 
 def _broadcast(group: dist.ProcessGroup) -> None:
@@ -61,15 +62,15 @@ def _send_to_the_next(group: dist.ProcessGroup) -> None:
 
 
 def _counted(collective: Callable[[dist.ProcessGroup], None], tensor: int, named: bool) -> dict[str, Any]:
-    """On a rank: what the ledger holds after one collective over the tensor group."""
+    """On a rank: return the counts after one collective over the tensor group."""
     from sas_megatron.distributed.communication_counter import CommunicationCounter
 
     group = in_layout(ParallelConfig(tensor=tensor)).tensor_group
-    with CommunicationCounter({"tensor": group} if named else {}) as ledger:
+    with CommunicationCounter({"tensor": group} if named else {}) as counter:
         collective(group)
-    collective(group)  # outside, uncounted
-    counted = ledger.as_dict()
-    assert ledger.total("tensor" if named else "other") == sum(
+    collective(group)  # not counted, because the counter is not entered
+    counted = counter.as_dict()
+    assert counter.total("tensor" if named else "other") == sum(
         sum(kind.values()) for kind in counted.values()
     )
     return counted
@@ -77,7 +78,7 @@ def _counted(collective: Callable[[dist.ProcessGroup], None], tensor: int, named
 
 TENSOR_BYTES = ROWS * WIDTH * 4
 
-# Collective -> its name in the ledger, and the bytes that rank r of n sends.
+# Collective -> its name in the counts, and the bytes that rank r of n sends.
 BYTES: dict[Callable[[dist.ProcessGroup], None], tuple[str, Callable[[int, int], float]]] = {
     _all_reduce: ("allreduce", lambda _rank, size: 2 * (size - 1) / size * TENSOR_BYTES),
     _all_reduce_half: ("allreduce", lambda _rank, size: (size - 1) / size * TENSOR_BYTES),
@@ -103,33 +104,33 @@ def test_a_collective_counts_by_the_ring_convention(ranks: Any, collective: Any,
     ]
 
 
-def test_groups_without_a_name_count_as_other(ranks: Any) -> None:
+def test_unnamed_groups_count_as_other(ranks: Any) -> None:
     assert ranks(2).run(_counted, _all_reduce, 2, False) == [{"other": {"allreduce": TENSOR_BYTES}}] * 2
 
 
-def test_a_group_of_one_sends_nothing(ranks: Any) -> None:
+def test_a_group_of_one_rank_sends_nothing(ranks: Any) -> None:
     assert ranks(1).run(_counted, _all_reduce, 1, True) == [{}]
 
 
-def _gathered() -> Any:
+def _gather_counters() -> Any:
     from sas_megatron.distributed.communication_counter import (
         CommunicationCounter,
         gather_communication_counters,
     )
 
     topology = in_layout(ParallelConfig(tensor=2))
-    with CommunicationCounter(topology.groups()) as ledger:
+    with CommunicationCounter(topology.groups()) as counter:
         _all_to_all_uneven(topology.tensor_group)
         _all_reduce(topology.data_group)
         _all_reduce(topology.context_group)
-    return gather_communication_counters(ledger)
+    return gather_communication_counters(counter)
 
 
-def test_ranks_that_sent_the_same_are_reported_together(ranks: Any) -> None:
-    on_first, *on_others = ranks(4).run(_gathered)
+def test_ranks_with_equal_counts_share_one_entry(ranks: Any) -> None:
+    on_rank0, *on_others = ranks(4).run(_gather_counters)
     data = {"allreduce": TENSOR_BYTES}
     row = WIDTH * 4
-    assert on_first == [
+    assert on_rank0 == [
         {"ranks": [0, 2], "sent": {"tensor": {"alltoall_base": 2 * row}, "data": data}},
         {"ranks": [1, 3], "sent": {"tensor": {"alltoall_base": row}, "data": data}},
     ]
@@ -142,16 +143,16 @@ def _backward_bytes() -> tuple[dict[str, Any], dict[str, Any]]:
     from sas_megatron.distributed.communication_counter import CommunicationCounter
 
     group = in_layout(ParallelConfig(tensor=2)).tensor_group
-    part = torch.ones(ROWS, WIDTH, requires_grad=True)
+    local = torch.ones(ROWS, WIDTH, requires_grad=True)
     forward, backward = CommunicationCounter({"tensor": group}), CommunicationCounter({"tensor": group})
     with forward:
-        whole = all_gather_last_dim_from_tensor_parallel_region(part, group)
+        gathered = all_gather_last_dim_from_tensor_parallel_region(local, group)
     with backward:
-        whole.sum().backward()
+        gathered.sum().backward()
     return forward.as_dict(), backward.as_dict()
 
 
-def test_collectives_of_the_backward_pass_count_too(ranks: Any) -> None:
+def test_collectives_of_the_backward_pass_are_counted(ranks: Any) -> None:
     for forward, backward in ranks(2).run(_backward_bytes):
         assert forward == {"tensor": {"allgather_base": TENSOR_BYTES}}
         assert backward == {"tensor": {"reduce_scatter_base": TENSOR_BYTES}}

@@ -1,7 +1,8 @@
-"""What one SAS layer sends, forward and backward, against formulas in the operator's letters.
+"""Bytes sent by one SAS layer in forward and backward, compared with the formulas of the operator.
 
-The layer's own linear projections send what those of multi-head attention do; measured alone and
-subtracted, the rest is the exchange of heads and the sum of the simulation's weight gradients.
+The linear projections of the layer send as many bytes as those of multi-head attention. Those are measured
+separately and subtracted, which leaves the exchange of heads and the sum of the simulation's weight
+gradients.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Letters:
-    """N, G, D, r, E of a case; `simulated` says which of query, key and value have r times the heads."""
+    """The sizes N, G, D, r, E of a case; `simulated` names the tensors with r times the heads."""
 
     N: int
     G: int
@@ -61,7 +62,7 @@ class Letters:
     simulated: frozenset[str]
 
     @staticmethod
-    def of(operator: str) -> Letters:
+    def of_operator(operator: str) -> Letters:
         fields = OPERATORS[operator]
         config = SimulatedAttentionConfig(**fields)
         return Letters(
@@ -74,14 +75,14 @@ class Letters:
         )
 
     def columns(self) -> int:
-        """(N+2G)·D, what the projection makes of a token."""
+        """Return (N+2G)·D, the columns of the projection per token."""
         return (self.N + 2 * self.G) * self.D
 
-    def sent_home(self, ranks: int) -> int:
-        """r·(N+2G)·D where all heads are simulated and P divides G.
+    def scattered_elements(self, ranks: int) -> int:
+        """Return the elements of `scatter_heads` per token: r·(N+2G)·D if P divides G and all is simulated.
 
-        Without the factor r for what is not simulated; P in place of G heads a block where G < P, for
-        every rank gets a copy of the head it shares.
+        Tensors that are not simulated have no factor r. If G < P, a block has P heads instead of G, because
+        every rank gets a copy of the head that it shares.
         """
         heads = {"query": self.N, "key": max(self.G, ranks), "value": max(self.G, ranks)}
         return sum(
@@ -90,21 +91,21 @@ class Letters:
 
 
 def elements(operator: str, exchange: str, ranks: int) -> float:
-    """Elements that a rank sends for a token, forward; backward the same."""
-    letters, columns = Letters.of(operator), Letters.of(operator).columns()
+    """Return the elements that a rank sends per token in forward; the number in backward is the same."""
+    letters, columns = Letters.of_operator(operator), Letters.of_operator(operator).columns()
     if exchange == "gather":
         return (ranks - 1) / ranks * columns
-    return (ranks - 1) / ranks**2 * (columns + letters.sent_home(ranks))
+    return (ranks - 1) / ranks**2 * (columns + letters.scattered_elements(ranks))
 
 
 def _sent(case: LayerCase, tensor: int, length: int) -> tuple[dict[str, float], dict[str, float], int]:
-    """On a rank: bytes by operation, forward and backward, and the simulation's parameters."""
+    """On a rank: return the bytes by operation in forward and backward, and the simulation's parameters."""
     from sas_megatron.distributed.communication_counter import CommunicationCounter
 
     topology = in_layout(ParallelConfig(tensor=tensor, sequence=case.sequence_parallel))
     layer = layer_case.build_layer(case, tensor)
-    mine = length // tensor if case.sequence_parallel else length
-    hidden = torch.randn(mine, BATCH, layer_case.HIDDEN_SIZE, dtype=case.dtype, requires_grad=True)
+    num_local = length // tensor if case.sequence_parallel else length
+    hidden = torch.randn(num_local, BATCH, layer_case.HIDDEN_SIZE, dtype=case.dtype, requires_grad=True)
     angles = layer_case.rotary_angles(case.config())[:length]
     forward, backward = (CommunicationCounter({"tensor": topology.tensor_group}) for _ in range(2))
     with forward:
@@ -121,20 +122,20 @@ _sent_by_projections: dict[tuple[LayerCase, int, int], list[Any]] = {}
 def measured(
     ranks: Any, attention: dict[str, Any], tensor: int, *, length: int = 8, **layout: Any
 ) -> list[tuple[Counter[str], Counter[str], int]]:
-    """By rank: bytes of the layer beyond those of a multi-head layer's linear projections."""
+    """Return by rank the bytes of the layer minus those of a multi-head layer's linear projections."""
     case = LayerCase.of(dtype=torch.float32, **layout, **attention)
     plain = {"kind": "mha", "num_heads": attention["num_heads"], "head_dim": attention["head_dim"]}
-    of_plain = LayerCase.of(dtype=torch.float32, **layout, **plain), tensor, length
-    if of_plain not in _sent_by_projections:
-        _sent_by_projections[of_plain] = ranks(tensor).run(_sent, *of_plain)
-    base = _sent_by_projections[of_plain]
+    plain_case = LayerCase.of(dtype=torch.float32, **layout, **plain), tensor, length
+    if plain_case not in _sent_by_projections:
+        _sent_by_projections[plain_case] = ranks(tensor).run(_sent, *plain_case)
+    base = _sent_by_projections[plain_case]
     results = []
-    for whole, linears in zip(ranks(tensor).run(_sent, case, tensor, length), base, strict=True):
-        beyond = [Counter(sent) for sent in whole[:2]]
-        for sent, of_linears in zip(beyond, linears[:2], strict=True):
-            sent.subtract(of_linears)
-        kept = [Counter({name: count for name, count in sent.items() if count}) for sent in beyond]
-        results.append((kept[0], kept[1], whole[2]))
+    for layer, projections in zip(ranks(tensor).run(_sent, case, tensor, length), base, strict=True):
+        differences = [Counter(sent) for sent in layer[:2]]
+        for difference, projection in zip(differences, projections[:2], strict=True):
+            difference.subtract(projection)
+        kept = [Counter({name: count for name, count in sent.items() if count}) for sent in differences]
+        results.append((kept[0], kept[1], layer[2]))
     return results
 
 
@@ -157,7 +158,7 @@ SEQUENCE_PARALLEL = [
     ("operator", "exchange", "tensor", "sequence"),
     [pytest.param(*case, False, id="-".join(map(str, case))) for case in OPERATOR_CASES] + SEQUENCE_PARALLEL,
 )
-def test_a_layer_sends_what_the_formulas_say(
+def test_a_layer_sends_the_bytes_of_the_formulas(
     ranks: Any, operator: str, exchange: str, tensor: int, sequence: bool
 ) -> None:
     attention = {**OPERATORS[operator], "exchange": exchange}
@@ -165,20 +166,20 @@ def test_a_layer_sends_what_the_formulas_say(
     for forward, backward, parameters in measured(ranks, attention, tensor, sequence_parallel=sequence):
         one_way = elements(operator, exchange, tensor) * tokens * ELEMENT_BYTES
         weight_gradients = 2 * (tensor - 1) / tensor * parameters * 4
-        of_forward, of_backward = COLLECTIVES[exchange]
-        assert forward == pytest.approx({of_forward: one_way})
-        assert backward == pytest.approx({of_backward: one_way, "allreduce": weight_gradients})
+        in_forward, in_backward = COLLECTIVES[exchange]
+        assert forward == pytest.approx({in_forward: one_way})
+        assert backward == pytest.approx({in_backward: one_way, "allreduce": weight_gradients})
 
 
 @pytest.mark.parametrize(("operator", "exchange", "tensor"), OPERATOR_CASES)
-def test_the_estimate_behind_the_choice_counts_what_is_sent(
+def test_the_estimate_for_choosing_an_exchange_equals_the_formula(
     operator: str, exchange: str, tensor: int
 ) -> None:
     costs = exchange_costs(SimulatedAttentionConfig(**OPERATORS[operator]), tensor_parallel=tensor)
     assert costs[exchange].wire_elements == pytest.approx(elements(operator, exchange, tensor))
 
 
-def test_uneven_tokens_send_the_formula_on_average(ranks: Any) -> None:
+def test_uneven_tokens_send_the_bytes_of_the_formula_on_average(ranks: Any) -> None:
     attention = {**OPERATORS["grouped"], "exchange": "all_to_all"}
     by_rank = measured(ranks, attention, 4, length=7)  # 21 tokens: 6, 5, 5 and 5
     sent = [forward["alltoall_base"] for forward, _, _ in by_rank]
@@ -187,10 +188,10 @@ def test_uneven_tokens_send_the_formula_on_average(ranks: Any) -> None:
 
 
 @pytest.mark.parametrize(("operator", "tensor"), [("multi-head", 2), ("multi-head", 4), ("grouped", 2)])
-def test_simulating_features_at_home_sends_less_than_sending_wide_heads(
+def test_simulating_features_after_the_exchange_sends_less_than_before_it(
     ranks: Any, operator: str, tensor: int
 ) -> None:
-    letters = Letters.of(operator)
+    letters = Letters.of_operator(operator)
     n, g, d, r, e = letters.N, letters.G, letters.D, letters.r, letters.E
     wide = (tensor - 1) / tensor**2 * (letters.columns() + r * (n + g) * e + r * g * d)
     attention = {**OPERATORS[operator], "exchange": "all_to_all"}
@@ -200,9 +201,9 @@ def test_simulating_features_at_home_sends_less_than_sending_wide_heads(
         assert sent < 0.85 * wide
 
 
-def test_gathering_sends_less_only_up_to_as_many_ranks_as_copies_and_one(ranks: Any) -> None:
-    letters = Letters.of("multi-head")
-    assert letters.r == 2  # so the two are even at P = 3
+def test_gather_sends_less_than_all_to_all_only_for_few_ranks(ranks: Any) -> None:
+    letters = Letters.of_operator("multi-head")
+    assert letters.r == 2  # both send the same at P = r + 1 = 3
     sent = {
         (tensor, exchange): sum(measured(ranks, {**sas(), "exchange": exchange}, tensor)[0][0].values())
         for tensor in (2, 4)

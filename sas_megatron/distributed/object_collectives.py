@@ -1,0 +1,124 @@
+"""Collectives on Python objects: gather values, raise errors on all ranks, drive ranks from rank 0.
+
+Each function must be called by all ranks of the world; the objects that it sends must be picklable.
+
+`drive_from_rank0` serves code that only rank 0 can run, such as a library that decides which batch to score
+next:
+
+    rank 0        action(call) -> call("score", ...) -> broadcast -> score(...) ... -> the action's result
+    other ranks   wait for a call -> score(...) -> wait for the next call ... -> until rank 0 has finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from sas_megatron.config.errors import UserError
+
+T = TypeVar("T")
+Call = Callable[..., Any]
+
+
+def gather_from_ranks(value: T) -> list[T]:
+    """Return the values of all ranks of the world, in rank order, on every rank."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def raise_on_all_ranks(action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result on this rank.
+
+    Raises:
+        UserError: `action` raised one on some rank. All ranks raise the error of the lowest such rank.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except UserError as raised:
+        error = raised
+    for rank_error in gather_from_ranks(error):
+        if rank_error is not None:
+            raise _mark_as_raised_on_all_ranks(rank_error)
+    return result  # type: ignore[return-value]  # None only if the action returned None
+
+
+def run_on_rank0(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 only and return its result on every rank.
+
+    Raises:
+        UserError: `action` raised one on rank 0. All ranks raise it.
+    """
+    outcome: list[T | UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    (result,) = outcome
+    if isinstance(result, UserError):
+        raise _mark_as_raised_on_all_ranks(result)
+    return result  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A message from rank 0: the function to call, or, without a name, the end of the action."""
+
+    name: str | None = None
+    arguments: tuple[Any, ...] = ()
+    error: UserError | None = None
+
+
+def drive_from_rank0(action: Callable[[Call], T], functions: Mapping[str, Callable[..., Any]]) -> T | None:
+    """Run `action` on rank 0, which can call functions on all ranks; return its result on rank 0, else None.
+
+    Args:
+        action: Runs on rank 0. It receives `call(name, *arguments)`, which calls one of `functions` on every
+            rank at the same time and returns the result of rank 0.
+        functions: The functions by name, the same on every rank. They may use collectives.
+
+    Raises:
+        UserError: `action` or a function raised one on rank 0. All ranks raise it.
+    """
+
+    def call(name: str, *arguments: Any) -> Any:
+        _broadcast_command(_Command(name, arguments))
+        return functions[name](*arguments)
+
+    if dist.get_rank() == 0:
+        try:
+            result = action(call)
+        except UserError as error:
+            _broadcast_command(_Command(error=error))
+            raise
+        _broadcast_command(_Command())
+        return result
+    while (command := _broadcast_command(None)).name is not None:
+        # If the function raises the same error on all ranks, rank 0 sends it with its last command.
+        with contextlib.suppress(UserError):
+            functions[command.name](*command.arguments)
+    if command.error is not None:
+        raise command.error
+    return None
+
+
+def _broadcast_command(command: _Command | None) -> _Command:
+    """Return the command of rank 0 on every rank; the other ranks pass None."""
+    received = [command]
+    dist.broadcast_object_list(received, src=0)
+    (found,) = received
+    assert found is not None, "rank 0 broadcasts a command, never None"
+    return found
+
+
+def _mark_as_raised_on_all_ranks(error: UserError) -> UserError:
+    """Mark the error so that only one rank prints it."""
+    error.raised_on_all_ranks = True
+    return error
