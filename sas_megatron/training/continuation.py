@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sas_megatron.checkpoint.manifest import CONFIG, find_damage, read_manifest, refuse_damage
+from sas_megatron.checkpoint.manifest import CONFIG, find_damage, raise_if_damaged, read_manifest
 from sas_megatron.config.differences import find_differences
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import load_run_config
@@ -108,7 +108,7 @@ def find_branch(config: RunConfig) -> Branch | None:
     path = Path(config.checkpoint.branch_from)
     # Kept as a text by run.json of later sessions, and found from any folder.
     manifest = read_manifest(path)
-    refuse_damage(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
+    raise_if_damaged(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
     _check_schedules(config, trunk, branch)

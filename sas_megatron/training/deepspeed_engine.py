@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from sas_megatron.checkpoint.layout import describe_layout, name_differences
-from sas_megatron.checkpoint.loading import Checkpoint
+from sas_megatron.checkpoint.rank_layout import describe_layout, describe_layout_changes
+from sas_megatron.checkpoint.restoring import Checkpoint
 from sas_megatron.checkpoint.sharded_tensors import shard_parameter, shard_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
@@ -181,7 +181,7 @@ class DeepSpeedEngine(Engine):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Exact, on the layout that saved it. DeepSpeed unpickles its files: load only your own."""
-        changes = name_differences(checkpoint.manifest.layout, describe_layout(self.config))
+        changes = describe_layout_changes(checkpoint.manifest.layout, describe_layout(self.config))
         if changes:
             raise FileProblem(
                 checkpoint.path,

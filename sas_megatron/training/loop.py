@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.loading import (
+from sas_megatron.checkpoint.restoring import (
     Checkpoint,
     find_newest_complete,
     open_checkpoint,
@@ -142,7 +142,7 @@ class Run:
 
     def _find_checkpoint(self) -> Checkpoint | None:
         if self.config.checkpoint.resume:
-            newest = find_newest_complete(RunFiles.checkpoints(self.config), say=self.console.say)
+            newest = find_newest_complete(RunFiles.checkpoints(self.config), log=self.console.say)
             if newest is not None:
                 return newest
         self.branch = on_first_rank(lambda: find_branch(self.config))
@@ -158,7 +158,7 @@ class Run:
         checkpoint = self.resumed_from
         if checkpoint is not None:
             self.engine.restore(checkpoint)
-            restore_random_states(checkpoint, self.config, say=self.console.say)
+            restore_random_states(checkpoint, self.config, log=self.console.say)
             self.engine.schedule.step(checkpoint.progress["schedule_steps"])
             self.console.say(f"going on from {checkpoint.path} at step {self.progress.step}")
 
