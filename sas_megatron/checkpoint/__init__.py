@@ -1,1 +1,1 @@
-"""Saving and loading a run."""
+"""Checkpoints: save, verify and load them on any layout; Hugging Face export and import; upcycling."""

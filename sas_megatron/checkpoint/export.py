@@ -1,7 +1,7 @@
-"""A trained model as a folder that transformers loads: weights, config, code, tokenizer, and its origin.
+"""Export a model to a folder that transformers loads: weights, config, code, tokenizer and model card.
 
-A plain Llama where the model is one, which loads without code from the folder; otherwise with the code
-in `remote_code`, under the names that weights have in training.
+A model that the Llama format can express becomes a Llama, which needs no code from the folder. Other models
+keep the native names of their weights and include the code in `remote_code`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from typing import Any
 
 import torch
 
+from sas_megatron.checkpoint.hf_config import native_config
 from sas_megatron.checkpoint.llama import find_obstacle, llama_config, to_llama
 from sas_megatron.checkpoint.model_card import Export, write_card
-from sas_megatron.checkpoint.native_format import native_config
-from sas_megatron.checkpoint.tensor_files import SHARD_BYTES, TABLES, NamedTensors, new_folder, write_tensors
+from sas_megatron.checkpoint.tensor_files import (
+    EMBEDDING_NAMES,
+    SHARD_BYTES,
+    NamedTensors,
+    new_folder,
+    write_tensors,
+)
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
@@ -39,24 +45,24 @@ def export_model(
     origin: str = "weights in memory",
     shard_bytes: int = SHARD_BYTES,
 ) -> Export:
-    """Writes a model for transformers; beside `weights`, memory holds one shard.
+    """Export a model. In addition to `weights`, memory holds one file of weights at a time.
 
-    The rows that pad the tables beyond the vocabulary are left out.
+    Rows that pad the vocabulary are removed.
 
     Args:
-        weights: All whole weights by global name; each is read once.
-        config: Of the run that trained them; its tokenizer's file must be there.
-        folder: New.
-        dtype: Of the written weights; None: as they are.
-        origin: Where the weights are from, for the model card.
-        shard_bytes: Of each file of weights at most.
+        weights: All full weights by global name. Each is read once.
+        config: Config of the run that trained them. Its tokenizer file must exist.
+        folder: New folder.
+        dtype: Type of the written weights; None keeps their type.
+        origin: Location of the weights, for the model card.
+        shard_bytes: Largest size of a file of weights.
 
     Raises:
-        UserError: the weights are not those of the config, or a file cannot be read or written.
+        UserError: The weights do not match the config, or a file cannot be read or written.
     """
     tokenizer = _open_tokenizer(config)
     obstacle = find_obstacle(config.model, config.attention)
-    tensors = _whole_tensors(weights, config, dtype)
+    tensors = _remove_padding(weights, config, dtype)
     if obstacle is None:
         fields = llama_config(config.model, config.attention)
         tensors = to_llama(tensors, config.attention)
@@ -69,7 +75,7 @@ def export_model(
             "max_position_embeddings": config.data.sequence_length,
             "torch_dtype": str(written).removeprefix("torch."),
             "use_cache": True,
-            # Documents end with this token, and begin with none.
+            # Documents end with this token. No token precedes them.
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.eos_id,
@@ -103,27 +109,32 @@ def _open_tokenizer(config: RunConfig) -> Tokenizer:
         raise FieldError(
             "data.tokenizer",
             config.data.tokenizer,
-            f"has {tokenizer.vocab_size} tokens, and model.vocab_size={config.model.vocab_size}",
-            "name the tokenizer that the model was trained with",
+            f"has {tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}",
+            "name the tokenizer with which the model was trained",
         )
     return tokenizer
 
 
-def _whole_tensors(
+def _remove_padding(
     weights: Mapping[str, torch.Tensor], config: RunConfig, dtype: torch.dtype | None
 ) -> NamedTensors:
-    """The weights without padding rows, as `dtype`; all must be there."""
+    """Yield the weights as `dtype`, without padding rows.
+
+    Raises:
+        UserError: The number of parameters differs from that of the config.
+    """
     total = 0
     for name in weights:
         tensor = weights[name]
         total += tensor.numel()
-        if name in TABLES:
+        if name in EMBEDDING_NAMES:
             tensor = tensor[: config.model.vocab_size]
         yield name, tensor if dtype is None else tensor.to(dtype)
     expected = sum(count_parameters(config).values())
     if total != expected:
         raise UserError(
-            f"weights: {total:,} parameters, and the config describes {expected:,}; give those of this config"
+            f"weights: have {total:,} parameters, but the config describes {expected:,}; use the config of "
+            "the run that trained them"
         )
 
 
@@ -138,7 +149,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> N
             "auto_map": {"AutoTokenizer": ["tokenization_sas_megatron.SASMegatronTokenizer", None]},
             "model_max_length": config.data.sequence_length,
             "eos_token": end_of_document,
-            # Ends of documents serve as padding: there is no token for that.
+            # There is no padding token, so the end of document is used instead.
             "pad_token": end_of_document,
             "padding_side": "left",
             "split_special_tokens": True,

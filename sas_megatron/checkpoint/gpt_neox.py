@@ -1,7 +1,7 @@
-"""The GPT-NeoX format of transformers, as our multi-head model.
+"""Conversion of models in the GPT-NeoX format of transformers to multi-head models.
 
-Its fused projection is Megatron-core's of as many groups as heads: each head's query, key and value rows
-together; and its rotary positions are the same too, on the first features of a head.
+The fused projection of GPT-NeoX equals that of Megatron-core with one group per head: the query, key and
+value rows of a head are adjacent. Both apply the same rotary embeddings to the first features of a head.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ _LAYER_NAMES = {
 
 
 def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A GPT-NeoX's config as our sections `model` and `attention`.
+    """Convert the config of a GPT-NeoX to the sections `model` and `attention`.
 
     Raises:
-        FieldError: our model cannot express a field.
+        FieldError: The native model cannot express a field.
+        FileProblem: A field is missing.
     """
-    # Attention and MLP of the same input; ours are one after the other.
-    config.refuse_unless("use_parallel_residual", False, default=True)
-    config.refuse_unless("hidden_act", "gelu")
-    # Its MLP always has biases, and model.linear_bias is one switch for both.
-    config.refuse_unless("attention_bias", True)
-    rotary_base, rotary_share = config.rotary_positions(
-        "rotary_emb_base", share_field="rotary_pct", share=0.25
+    # With a parallel residual, attention and MLP read the same input; the native MLP follows the attention.
+    config.require("use_parallel_residual", False, default=True)
+    config.require("hidden_act", "gelu")
+    # The MLP of GPT-NeoX always has biases, and model.linear_bias applies to attention and MLP.
+    config.require("attention_bias", True)
+    rotary_base, rotary_fraction = config.read_rotary_embedding(
+        "rotary_emb_base", fraction_field="rotary_pct", default_fraction=0.25
     )
     head_dim = config.get("hidden_size") // config.get("num_attention_heads")
     model = {
-        **config.sizes(),
+        **config.read_sizes(),
         "activation": "gelu",
         "normalization": "layernorm",
         "norm_epsilon": float(config.get("layer_norm_eps", 1e-5)),
@@ -60,7 +61,7 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "kind": "mha",
         "num_heads": config.get("num_attention_heads"),
         "head_dim": head_dim,
-        "rotary_dim": int(head_dim * rotary_share),
+        "rotary_dim": int(head_dim * rotary_fraction),
         "dropout": float(config.get("attention_dropout", 0.0)),
     }
     return model, attention
@@ -69,12 +70,12 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 def from_neox(
     weights: Mapping[str, torch.Tensor], model: ModelConfig, _attention: AttentionConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A GPT-NeoX's weights under our names."""
-    for ours, theirs in _NAMES.items():
-        if not (model.tie_embeddings and ours.startswith("output_layer")):
-            yield ours, weights[theirs]
+    """Convert GPT-NeoX weights to full native weights."""
+    for native, neox in _NAMES.items():
+        if not (model.tie_embeddings and native.startswith("output_layer")):
+            yield native, weights[neox]
     for layer in range(model.num_layers):
-        for ours, theirs in _LAYER_NAMES.items():
+        for native, neox in _LAYER_NAMES.items():
             for kind in ("weight", "bias"):
-                tensor = weights[f"gpt_neox.layers.{layer}.{theirs}.{kind}"]
-                yield f"decoder.layers.{layer}.{ours}.{kind}", tensor
+                tensor = weights[f"gpt_neox.layers.{layer}.{neox}.{kind}"]
+                yield f"decoder.layers.{layer}.{native}.{kind}", tensor

@@ -1,4 +1,7 @@
-"""The config.json of a transformers model, read field by field, in the spelling of transformers 4 or 5."""
+"""The config.json of Hugging Face models, including models that this package exports with its own code.
+
+Fields are read in the spelling of transformers 4 or 5.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sas_megatron.attention.sas.config import SimulatedAttentionConfig
+from sas_megatron.checkpoint.weights_source import describe_architecture
+from sas_megatron.config.attention import KINDS, AttentionConfig
 from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.model import ModelConfig
 
 _REQUIRED = object()
 
+# Fields of the section `model` -> fields of `SASMegatronConfig`.
+_NATIVE_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "activation": "activation",
+    "normalization": "normalization",
+    "norm_epsilon": "norm_epsilon",
+    "linear_bias": "linear_bias",
+    "rotary_base": "rotary_base",
+    "init_std": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
 
 class HFConfig:
-    """Fields by name; what our model cannot express is refused by name.
+    """The fields of a config.json by name.
 
     Raises:
-        FileProblem: the folder has no config.json that can be read.
+        FileProblem: The folder has no config.json, or it cannot be read.
+        FieldError: The model is quantized.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,31 +47,45 @@ class HFConfig:
             self.fields: dict[str, Any] = dict(json.loads(self.path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise FileProblem(
-                self.path, f"cannot be read ({error})", "give the folder of a transformers model"
+                self.path, f"cannot be read ({error})", "name the folder of a Hugging Face model"
             ) from None
-        self.refuse_unless("quantization_config", None)
+        self.require("quantization_config", None)
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A field's value; without a default it must be there."""
+        """Return the value of a field.
+
+        Raises:
+            FileProblem: The field is missing and there is no default.
+        """
         if name in self.fields:
             return self.fields[name]
         if default is _REQUIRED:
-            raise FileProblem(self.path, f"has no field {name}", "give the folder of a whole model")
+            raise FileProblem(
+                self.path, f"has no field {name}", "name the folder of a complete Hugging Face model"
+            )
         return default
 
-    def refuse_unless(self, name: str, expected: Any, *, default: Any = _REQUIRED) -> None:
-        """Raises `FieldError` where a field is other than `expected`; absent, it is `default` or expected."""
+    def require(self, name: str, expected: Any, *, default: Any = _REQUIRED) -> None:
+        """Check that a field has the expected value, the only one that the native model can express.
+
+        Args:
+            name: The field.
+            expected: The expected value.
+            default: Value of a missing field; if not given, a missing field is accepted.
+
+        Raises:
+            FieldError: The field has another value.
+        """
         value = self.get(name, expected if default is _REQUIRED else default)
         if value != expected:
-            raise FieldError(
-                f"{self.path}: {name}",
-                value,
-                f"cannot be expressed by this package's model, which needs {expected}",
-                "take another model",
-            )
+            raise self._not_supported(name, value, expected)
 
-    def sizes(self) -> dict[str, int]:
-        """The fields of our section `model` that most formats spell the same."""
+    def read_sizes(self) -> dict[str, int]:
+        """Return the sizes of the section `model`, whose fields have the same names in most formats.
+
+        Raises:
+            FileProblem: A field is missing.
+        """
         return {
             "num_layers": self.get("num_hidden_layers"),
             "hidden_size": self.get("hidden_size"),
@@ -56,34 +93,79 @@ class HFConfig:
             "vocab_size": self.get("vocab_size"),
         }
 
-    def rotary_positions(
-        self, base_field: str, *, share_field: str | None = None, share: float = 1.0
+    def read_rotary_embedding(
+        self, base_field: str, *, fraction_field: str | None = None, default_fraction: float = 1.0
     ) -> tuple[int, float]:
-        """θ, and the share of a head's features that turn.
+        """Return the rotary base θ and the fraction of a head's features that are rotated.
 
         Args:
-            base_field: Where transformers 4 keeps θ; 5 has `rope_parameters` with all of it.
-            share_field: Where transformers 4 keeps the share, if the format has one.
-            share: What it is where no field says so.
+            base_field: Field for θ in transformers 4; transformers 5 uses `rope_parameters` instead.
+            fraction_field: Field for the fraction in transformers 4, if the format has one.
+            default_fraction: The fraction if no field contains it.
+
+        Raises:
+            FieldError: The native model cannot express the rotary embedding.
         """
-        self.refuse_unless("rope_scaling", None)
+        self.require("rope_scaling", None)
         parameters = self.get("rope_parameters", None) or {}
         kind = parameters.get("rope_type", "default")
         if kind != "default":
-            raise FieldError(
-                f"{self.path}: rope_parameters.rope_type",
-                kind,
-                "cannot be expressed by this package's model, which needs default",
-                "take another model",
-            )
+            raise self._not_supported("rope_parameters.rope_type", kind, "default")
         base = parameters.get("rope_theta", self.get(base_field, 10000))
         if base != int(base):
             raise FieldError(
                 f"{self.path}: {base_field}",
                 base,
-                "must be a whole number for model.rotary_base",
-                "take another model",
+                "must be an integer, as model.rotary_base is",
+                "import another model",
             )
-        if share_field is not None:
-            share = parameters.get("partial_rotary_factor", self.get(share_field, share))
-        return int(base), share
+        fraction = default_fraction
+        if fraction_field is not None:
+            fraction = parameters.get("partial_rotary_factor", self.get(fraction_field, default_fraction))
+        return int(base), fraction
+
+    def _not_supported(self, name: str, value: object, expected: object) -> FieldError:
+        return FieldError(
+            f"{self.path}: {name}",
+            value,
+            f"must be {expected}: the models of this package support no other value",
+            "import another model",
+        )
+
+
+def native_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+    """Return the fields of `SASMegatronConfig`, including the locations of its code.
+
+    Raises:
+        FieldError: The attention comes from another package, so an export does not contain its code.
+    """
+    if attention.kind not in KINDS:
+        raise FieldError(
+            "attention.kind",
+            attention.kind,
+            "comes from another package, whose code an export does not include",
+            f"export one of {', '.join(KINDS)}",
+        )
+    return {
+        "architectures": ["SASMegatronForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_sas_megatron.SASMegatronConfig",
+            "AutoModelForCausalLM": "modeling_sas_megatron.SASMegatronForCausalLM",
+        },
+        "model_type": "sas_megatron",
+        **{hf_name: getattr(model, name) for name, hf_name in _NATIVE_FIELDS.items()},
+        "num_attention_heads": attention.num_heads,
+        "attention": describe_architecture(model, attention)["attention"],
+        "cache_simulated_heads": isinstance(attention, SimulatedAttentionConfig)
+        and attention.kv_cache == "simulated",
+    }
+
+
+def read_native_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Convert the config of an exported native model to the sections `model` and `attention`.
+
+    Raises:
+        FileProblem: A field is missing.
+    """
+    model = {name: config.get(hf_name) for name, hf_name in _NATIVE_FIELDS.items()}
+    return model, config.get("attention")

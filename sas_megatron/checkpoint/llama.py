@@ -1,24 +1,24 @@
-"""The Llama format of transformers: our multi-head and grouped-query models in it, and those in it as ours.
+"""Conversion of multi-head and grouped-query models to and from the Llama format of transformers.
 
-Rotary positions are the same in both: pairs half a head apart.
+Both formats apply rotary embeddings to the same pairs of features, which are half a head apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sas_megatron.checkpoint.hf_config import HFConfig
-from sas_megatron.checkpoint.projections import fuse_projections, split_projection
 from sas_megatron.checkpoint.tensor_files import NamedTensors
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.model import ModelConfig
 
 Weights = Mapping[str, torch.Tensor]
 
-# Ours -> theirs, where the tensor is the same; of layers, what follows the layer's own prefix.
+# Native names -> Llama names of modules whose tensors are equal. Names of layers' modules follow the layer's
+# prefix.
 _NAMES = {
     "embedding.word_embeddings": "model.embed_tokens",
     "decoder.final_layernorm": "model.norm",
@@ -37,20 +37,20 @@ _GATED_PARTS = ["mlp.gate_proj", "mlp.up_proj"]
 
 
 def find_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | None:
-    """The first field, with its value, that keeps a model from being a Llama; None: it is one."""
+    """Return the first field, with its value, that the Llama format cannot express; None if there is none."""
     checks = {
         "attention.kind": (attention.kind, attention.kind in ("mha", "gqa", "mqa")),
         "attention.rotary_dim": (attention.rotary_dim, attention.rotary_width == attention.head_dim),
         "model.normalization": (model.normalization, model.normalization == "rmsnorm"),
         "model.activation": (model.activation, model.activation == "swiglu"),
-        # transformers 5 refuses others, although it does not need it.
+        # transformers 5 rejects other sizes, although it does not depend on this.
         "model.hidden_size": (model.hidden_size, model.hidden_size % attention.num_heads == 0),
     }
     return next((f"{field}={value}" for field, (value, fits) in checks.items() if not fits), None)
 
 
 def llama_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
-    """The fields of `LlamaConfig`, for a model without `find_obstacle`."""
+    """Return the fields of `LlamaConfig` for a model for which `find_obstacle` returns None."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -72,39 +72,40 @@ def llama_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
 
 
 def to_llama(tensors: NamedTensors, attention: AttentionConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our whole weights under Llama's names."""
+    """Convert full native weights to Llama weights."""
     for name, tensor in tensors:
         module, _, kind = name.rpartition(".")
         if module in _NAMES:
             yield f"{_NAMES[module]}.{kind}", tensor
             continue
-        layer, own = module.removeprefix("decoder.layers.").split(".", 1)
+        layer, layer_module = module.removeprefix("decoder.layers.").split(".", 1)
         prefix = f"model.layers.{layer}."
-        if own in _LAYER_NAMES:
-            yield f"{prefix}{_LAYER_NAMES[own]}.{kind}", tensor
-        elif own == _FUSED:
+        if layer_module in _LAYER_NAMES:
+            yield f"{prefix}{_LAYER_NAMES[layer_module]}.{kind}", tensor
+        elif layer_module == _FUSED:
             for part, rows in zip(_FUSED_PARTS, split_projection(tensor, attention), strict=True):
                 yield f"{prefix}{part}.{kind}", rows
-        elif own == _GATED:
+        elif layer_module == _GATED:
             for part, rows in zip(_GATED_PARTS, tensor.chunk(2), strict=True):
                 yield f"{prefix}{part}.{kind}", rows
         else:
-            raise AssertionError(f"{name} is no weight of a model that is a Llama")
+            raise AssertionError(f"{name} has no counterpart in the Llama format")
 
 
 def read_llama_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A Llama's config as our sections `model` and `attention`.
+    """Convert the config of a Llama to the sections `model` and `attention`.
 
     Raises:
-        FieldError: our model cannot express a field.
+        FieldError: The native model cannot express a field.
+        FileProblem: A field is missing.
     """
-    config.refuse_unless("hidden_act", "silu")
-    config.refuse_unless("mlp_bias", config.get("attention_bias", False), default=False)
-    rotary_base, _ = config.rotary_positions("rope_theta")
+    config.require("hidden_act", "silu")
+    config.require("mlp_bias", config.get("attention_bias", False), default=False)
+    rotary_base, _ = config.read_rotary_embedding("rope_theta")
     heads = config.get("num_attention_heads")
     groups = config.get("num_key_value_heads", None) or heads
     model = {
-        **config.sizes(),
+        **config.read_sizes(),
         "activation": "swiglu",
         "normalization": "rmsnorm",
         "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
@@ -125,18 +126,41 @@ def read_llama_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]
 def from_llama(
     weights: Weights, model: ModelConfig, attention: AttentionConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A Llama's weights under our names."""
+    """Convert Llama weights to full native weights."""
     kinds = ["weight", "bias"] if model.linear_bias else ["weight"]
-    for ours, theirs in _NAMES.items():
-        if not (model.tie_embeddings and ours == "output_layer"):
-            yield f"{ours}.weight", weights[f"{theirs}.weight"]
+    for native, llama in _NAMES.items():
+        if not (model.tie_embeddings and native == "output_layer"):
+            yield f"{native}.weight", weights[f"{llama}.weight"]
     for layer in range(model.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for own, other in _LAYER_NAMES.items():
-            for kind in ["weight"] if "norm" in own else kinds:
-                yield f"{ours}{own}.{kind}", weights[f"{theirs}{other}.{kind}"]
+        prefix, llama_prefix = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        for native, llama in _LAYER_NAMES.items():
+            for kind in ["weight"] if "norm" in native else kinds:
+                yield f"{prefix}{native}.{kind}", weights[f"{llama_prefix}{llama}.{kind}"]
         for kind in kinds:
-            parts = [weights[f"{theirs}{part}.{kind}"] for part in _FUSED_PARTS]
-            yield f"{ours}{_FUSED}.{kind}", fuse_projections(parts, attention)
-            gated = [weights[f"{theirs}{part}.{kind}"] for part in _GATED_PARTS]
-            yield f"{ours}{_GATED}.{kind}", torch.cat(gated)
+            parts = [weights[f"{llama_prefix}{part}.{kind}"] for part in _FUSED_PARTS]
+            yield f"{prefix}{_FUSED}.{kind}", fuse_projections(parts, attention)
+            gated = [weights[f"{llama_prefix}{part}.{kind}"] for part in _GATED_PARTS]
+            yield f"{prefix}{_GATED}.{kind}", torch.cat(gated)
+
+
+def split_projection(fused: torch.Tensor, attention: AttentionConfig) -> list[torch.Tensor]:
+    """Split Megatron-core's fused query, key and value projection into three projections.
+
+    Args:
+        fused: [(N + 2G)·D, …], whose rows are grouped: the queries of a group, its key and its value.
+        attention: Config with N, G and D.
+
+    Returns:
+        Query [N·D, …], key [G·D, …] and value [G·D, …].
+    """
+    num_groups = attention.num_key_value_heads
+    queries_per_group = attention.num_heads // num_groups
+    by_group = fused.unflatten(0, (num_groups, queries_per_group + 2, attention.head_dim))
+    return [part.flatten(0, 2) for part in by_group.split([queries_per_group, 1, 1], dim=1)]
+
+
+def fuse_projections(parts: Sequence[torch.Tensor], attention: AttentionConfig) -> torch.Tensor:
+    """Fuse the query, key and value projections. This is the inverse of `split_projection`."""
+    num_groups, head_dim = attention.num_key_value_heads, attention.head_dim
+    by_group = [part.unflatten(0, (num_groups, -1, head_dim)) for part in parts]
+    return torch.cat(by_group, dim=1).flatten(0, 2)

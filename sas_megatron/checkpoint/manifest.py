@@ -1,12 +1,12 @@
-"""What makes a folder a checkpoint: its final name, and a manifest with size and checksum of each file.
+"""The folder of a checkpoint and its manifest, which records the size and checksum of each file; no torch.
 
     checkpoints/iter_0001000/  __0_0.distcp …   tensors of each rank, in torch's distributed format
-                               .metadata        where each tensor's parts lie in them
-                               progress.json    step, samples, schedule     config.yaml   the run's config
-                               manifest.json    all of the above            manifest.sha256   its checksum
+                               .metadata        positions of the shards of each tensor in these files
+                               progress.json    step, samples, schedule     config.yaml   config of the run
+                               manifest.json    all files above             manifest.sha256   its checksum
 
-Everything is written, and synced to disk, in `iter_0001000.partial`, which is then renamed: what has
-its final name is complete. Nothing here needs torch.
+All files are written to `iter_0001000.partial` and synced to disk. The folder is then renamed, so a
+checkpoint with its final name is complete.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from typing import Any
 from sas_megatron.config.errors import FileProblem, describe_os_error, translate_os_errors
 from sas_megatron.io.files import sync
 
-# 1 and 2 were one file a rank.
+# Formats 1 and 2 held one file per rank.
 SCHEMA = 3
 MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.sha256"
-# What was counted, and the config of the run.
 PROGRESS, CONFIG = "progress.json", "config.yaml"
-GO_BACK = "put it back from a copy, or go on from the one before with checkpoint.resume=true"
-UNREADABLE = f"is damaged: it has no readable {MANIFEST}"
+UNREADABLE = f"is damaged: {MANIFEST} cannot be read"
+DAMAGE_REMEDY = "restore it from a copy, or resume from the previous checkpoint with checkpoint.resume=true"
 _NAME = re.compile(r"iter_(\d{7,})")
-_LEFT_OVER = re.compile(r"iter_\d{7,}\.(partial|replaced)")
+_TEMPORARY_NAME = re.compile(r"iter_\d{7,}\.(partial|replaced)")
 
 
 class DamagedCheckpoint(FileProblem):
-    """Files of a checkpoint are not what was written; an earlier checkpoint may serve."""
+    """Files of a checkpoint differ from what was written. An earlier checkpoint may be intact."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was when the checkpoint was published."""
+    """Size and checksum of a file at the time when the checkpoint was published."""
 
     size_bytes: int
     sha256: str
@@ -48,67 +47,73 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`layout` is of the ranks that saved; `files` are relative to the checkpoint's folder."""
+    """The contents of manifest.json."""
 
     step: int
     engine: str
+    # Layout of the ranks that saved the checkpoint (`describe_layout`).
     layout: dict[str, Any]
+    # By path relative to the folder of the checkpoint.
     files: dict[str, FileRecord]
 
 
 def describe_file(path: Path) -> FileRecord:
-    """Reads the file once."""
+    """Return the size and SHA-256 of a file. The file is read once."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(file.tell(), digest)
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder's name of the checkpoint after `step` steps."""
+    """Return the folder name of the checkpoint after `step` steps."""
     return f"iter_{step:07d}"
 
 
 def partial_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it gets its name."""
+    """Return the temporary folder in which the checkpoint after `step` steps is written."""
     return folder / f"{checkpoint_name(step)}.partial"
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints within `folder`, the one with the most steps first."""
+    """Return the complete checkpoints in `folder`, those with more steps first."""
     if not folder.is_dir():
         return []
     complete = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
     return sorted(complete, key=_step_of, reverse=True)
 
 
-def checkpoints_of(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, by its directory or its `checkpoints`, the newest first."""
+def find_run_checkpoints(run: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, the newest first.
+
+    Args:
+        run: The run directory or its `checkpoints` folder.
+    """
     return find_checkpoints(run / "checkpoints") or find_checkpoints(run)
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """`path`, if it is a checkpoint, else the newest of the run that is there; None if there is none."""
+    """Return `path` if it is a checkpoint, otherwise the newest checkpoint of the run at `path`, if any."""
     if _NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         return path
-    return next(iter(checkpoints_of(path)), None)
+    return next(iter(find_run_checkpoints(path)), None)
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a file and waits until it is on disk."""
+    """Write a file and sync it to disk."""
     path.write_text(text, encoding="utf-8")
     sync(path)
 
 
 def publish(partial: Path, manifest: Manifest) -> Path:
-    """Writes the manifest into a finished folder and gives it its final name, in one step."""
+    """Write the manifest into a complete temporary folder and rename the folder to its final name."""
     write_synced(partial / MANIFEST, json.dumps({"schema": SCHEMA, **asdict(manifest)}, indent=2) + "\n")
     checksum = describe_file(partial / MANIFEST).sha256
-    # In the form that `sha256sum -c` takes.
+    # In the format that `sha256sum -c` reads.
     write_synced(partial / MANIFEST_CHECKSUM, f"{checksum}  {MANIFEST}\n")
     for folder in {partial, *(path.parent for path in partial.rglob("*"))}:
         sync(folder)
     final = partial.with_suffix("")
-    if final.exists():  # saved again, after going on from an earlier one
+    if final.exists():  # The run resumed from an earlier checkpoint.
         replaced = final.with_suffix(".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -118,30 +123,34 @@ def publish(partial: Path, manifest: Manifest) -> Path:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`; the files that it lists are not looked at.
+    """Read the manifest of the checkpoint at `path`, without the files that it lists.
 
     Raises:
-        DamagedCheckpoint: it is missing or not what was written.
-        FileProblem: its format is of another version.
+        DamagedCheckpoint: The manifest is missing, or its checksum does not match.
+        FileProblem: `path` is not a folder, or this version does not read the checkpoint's format.
     """
     if not path.is_dir():
-        raise FileProblem(path, "is no folder", "give a checkpoint, such as run/checkpoints/iter_0001000")
+        raise FileProblem(
+            path, "is not a folder", "name a checkpoint, for example run/checkpoints/iter_0001000"
+        )
     checksum = path / MANIFEST_CHECKSUM
-    with translate_os_errors(path, problem=UNREADABLE, remedy=GO_BACK, error_type=DamagedCheckpoint):
+    with translate_os_errors(path, problem=UNREADABLE, remedy=DAMAGE_REMEDY, error_type=DamagedCheckpoint):
         text = (path / MANIFEST).read_bytes()
-        # The manifests of formats 1 and 2 have none.
-        told = checksum.read_bytes() if checksum.exists() else None
-    if told not in (None, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()):
-        raise DamagedCheckpoint(path, f"is damaged: {MANIFEST} or {MANIFEST_CHECKSUM} has changed", GO_BACK)
+        # Formats 1 and 2 have no checksum of the manifest.
+        recorded = checksum.read_bytes() if checksum.exists() else None
+    if recorded not in (None, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()):
+        raise DamagedCheckpoint(
+            path, f"is damaged: {MANIFEST} or {MANIFEST_CHECKSUM} was modified", DAMAGE_REMEDY
+        )
     try:
         tree = json.loads(text)
         _check_schema(path, int(tree["schema"]))
-        if told is None:
-            raise DamagedCheckpoint(path, f"is damaged: {MANIFEST_CHECKSUM} is missing", GO_BACK)
+        if recorded is None:
+            raise DamagedCheckpoint(path, f"is damaged: {MANIFEST_CHECKSUM} is missing", DAMAGE_REMEDY)
         files = {name: FileRecord(**record) for name, record in tree["files"].items()}
         return Manifest(tree["step"], tree["engine"], tree["layout"], files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(path, f"{UNREADABLE} ({error!r})", GO_BACK) from None
+        raise DamagedCheckpoint(path, f"{UNREADABLE} ({error!r})", DAMAGE_REMEDY) from None
 
 
 def _check_schema(path: Path, schema: int) -> None:
@@ -149,12 +158,15 @@ def _check_schema(path: Path, schema: int) -> None:
         raise FileProblem(path, f"has format {schema}, newer than {SCHEMA}", "update the package")
     if schema < SCHEMA:
         raise FileProblem(
-            path, f"has format {schema}, older than {SCHEMA}", "go on with the version that wrote it"
+            path, f"has format {schema}, older than {SCHEMA}", "resume with the version that wrote it"
         )
 
 
 def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
-    """What is wrong with those files of the checkpoint at `path`, a line each; reads each of them once."""
+    """Compare files of the checkpoint at `path` with their records; return one line per damaged file.
+
+    Each file is read once.
+    """
     return [
         f"{name} {damage}"
         for name, record in files.items()
@@ -166,9 +178,9 @@ def _damage(path: Path, record: FileRecord) -> str | None:
     try:
         size = path.stat().st_size
         if size != record.size_bytes:
-            return f"has {size:,} bytes, {record.size_bytes:,} were written"
+            return f"has {size:,} bytes, but {record.size_bytes:,} were written"
         if describe_file(path).sha256 != record.sha256:
-            return "has other contents than were written"
+            return "has contents that differ from what was written"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -176,47 +188,55 @@ def _damage(path: Path, record: FileRecord) -> str | None:
     return None
 
 
-def refuse_damage(path: Path, damage: Iterable[str]) -> None:
-    """Raises `DamagedCheckpoint` if there is any."""
+def raise_if_damaged(path: Path, damage: Iterable[str]) -> None:
+    """Raise an error that lists the damaged files of the checkpoint at `path`, if there are any.
+
+    Args:
+        path: Folder of the checkpoint.
+        damage: Lines from `find_damage`.
+
+    Raises:
+        DamagedCheckpoint: `damage` is not empty.
+    """
     if found := sorted(damage):
-        raise DamagedCheckpoint(path, f"is damaged: {'; '.join(found)}", GO_BACK)
+        raise DamagedCheckpoint(path, f"is damaged: {'; '.join(found)}", DAMAGE_REMEDY)
 
 
 def verify_checkpoint(path: Path) -> Manifest:
-    """Reads every file of the checkpoint at `path` in this process.
+    """Read every file of the checkpoint at `path` in this process and compare it with the manifest.
 
     Raises:
-        DamagedCheckpoint: some are not what was written; it names each.
-        FileProblem: its format is of another version.
+        DamagedCheckpoint: Files differ from the manifest. The message names each of them.
+        FileProblem: `path` is not a folder, or this version does not read the checkpoint's format.
     """
     manifest = read_manifest(path)
-    refuse_damage(path, find_damage(path, manifest.files))
+    raise_if_damaged(path, find_damage(path, manifest.files))
     return manifest
 
 
-def remove_old(
+def remove_old_checkpoints(
     folder: Path, *, newest: int, keep_last: int | None, is_permanent: Callable[[int], bool]
 ) -> list[Path]:
-    """Removes what is not to be kept, and what interrupted saves and removals have left.
+    """Remove old checkpoints, and temporary folders of interrupted saves and removals.
 
     Args:
-        folder: The run's `checkpoints` folder; nothing is being written there.
-        newest: The step whose checkpoint was just published. Those of more steps, which the run has gone
-            back from, are let alone and do not count.
-        keep_last: How many of the newest stay; None: all. Those with missing or cut files do not count,
-            so that of the sound ones the last always stays.
-        is_permanent: Those of whose step it is true stay too.
+        folder: The `checkpoints` folder of the run. No process may be writing to it.
+        newest: Step of the checkpoint that was just published. Checkpoints after later steps, which exist if
+            the run resumed from an earlier checkpoint, are kept and not counted.
+        keep_last: Number of the newest checkpoints to keep; None keeps all. Checkpoints with missing or
+            truncated files are not counted, so the newest intact checkpoint is always kept.
+        is_permanent: Returns True for steps whose checkpoints are always kept.
 
     Returns:
-        The checkpoints removed.
+        The removed checkpoints.
     """
     for path in folder.iterdir():
-        if _LEFT_OVER.fullmatch(path.name):
+        if _TEMPORARY_NAME.fullmatch(path.name):
             shutil.rmtree(path)
     if keep_last is None:
         return []
     checkpoints = [path for path in find_checkpoints(folder) if _step_of(path) <= newest]
-    kept = [path for path in checkpoints if _looks_whole(path)][:keep_last]
+    kept = [path for path in checkpoints if _has_all_files(path)][:keep_last]
     if len(kept) < keep_last:
         return []
     removed = []
@@ -228,13 +248,13 @@ def remove_old(
 
 
 def _remove(path: Path) -> None:
-    """First the name, so that what a crash leaves half removed is not taken for a checkpoint."""
-    doomed = path.with_suffix(".replaced")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    """Rename a checkpoint, then remove it, so that a crash leaves no incomplete folder with a final name."""
+    renamed = path.with_suffix(".replaced")
+    path.rename(renamed)
+    shutil.rmtree(renamed)
 
 
-def _looks_whole(path: Path) -> bool:
+def _has_all_files(path: Path) -> bool:
     try:
         manifest = read_manifest(path)
         return all((path / name).stat().st_size == file.size_bytes for name, file in manifest.files.items())
@@ -244,11 +264,11 @@ def _looks_whole(path: Path) -> bool:
 
 def _step_of(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
-    assert found is not None, f"{path} is not named as a checkpoint is"
+    assert found is not None, f"{path} is not the name of a checkpoint"
     return int(found[1])
 
 
-def find_own_share(files: dict[str, FileRecord], *, rank: int, num_ranks: int) -> dict[str, FileRecord]:
-    """Files that one of several ranks is to read, so that all together read each once, in like shares."""
+def select_files_of_rank(files: dict[str, FileRecord], *, rank: int, num_ranks: int) -> dict[str, FileRecord]:
+    """Return the files that `rank` reads if all ranks together read each file once, in similar amounts."""
     by_size: Sequence[str] = sorted(files, key=lambda name: (-files[name].size_bytes, name))
     return {name: files[name] for name in by_size[rank::num_ranks]}

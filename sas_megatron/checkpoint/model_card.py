@@ -1,4 +1,4 @@
-"""The README of an exported model: how to load it, and where it is from."""
+"""The model card (README.md) of an exported model: how to load it, and its origin."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sas_megatron.costs.model_costs import count_parameters
 
 @dataclass(frozen=True)
 class Export:
-    """What was written where, and by what it is known again."""
+    """Properties of an exported model, including the checksums that identify it."""
 
     folder: Path
     model_class: str
-    # The field that keeps it from being a plain Llama; None where it is one.
+    # The field, with its value, that the Llama format cannot express; None if the model is a Llama.
     obstacle: str | None
-    # Where the weights are from.
+    # Location of the weights.
     origin: str
     weights_sha256: str
     config_sha256: str
@@ -39,34 +39,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
-prompt = tokenizer("Text that goes on", return_tensors="pt")
+prompt = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 
 - {code}
-- The tokenizer is code in this folder on the sentencepiece model `tokenizer.model`: the same ids as in
-  training for every text. Nothing is put before a text; documents end with `eos_token`.
-- Logits are those of the training model, for the {vocab_size:,} tokens of the vocabulary; rows that only
-  pad its tables are left out. Dropout is left out too.
+- The tokenizer uses code in this folder and the sentencepiece model `tokenizer.model`. It gives the same ids
+as
+  in training for every text. It adds no token before a text; documents end with `eos_token`.
+- The logits equal those of the training model for the {vocab_size:,} tokens of the vocabulary. Rows that pad
+  the vocabulary are removed, and so is dropout.
 
-## Where it is from
+## Origin
 
 | | |
 | --- | --- |
 | weights | {origin} |
-| sha256 of the weights (names, types, shapes, values; in no order) | `{weights_sha256}` |
-| sha256 of the config, `training_config.yaml` | `{config_sha256}` |
-| sha256 of the tokenizer | `{tokenizer_sha256}` |
+| SHA-256 of the weights (names, types, shapes and values, independent of their order) | `{weights_sha256}` |
+| SHA-256 of the config, `training_config.yaml` | `{config_sha256}` |
+| SHA-256 of the tokenizer | `{tokenizer_sha256}` |
 """
 
 
 def write_card(path: Path, export: Export, config: RunConfig) -> None:
-    """Writes the README of an exported model."""
+    """Write the model card of an exported model to `path`."""
     if export.obstacle is None:
-        trust, code = "", "The model is a plain Llama: no code from this folder is needed for it."
+        trust, code = "", "The model is a Llama and needs no code from this folder."
     else:
         trust = ", trust_remote_code=True"
-        code = f"The model's code is in this folder, since `{export.obstacle}` is not of the Llama format."
+        code = f"The code of the model is in this folder: the Llama format has no `{export.obstacle}`."
     parameters = sum(count_parameters(config).values())
     path.write_text(
         _CARD.format(

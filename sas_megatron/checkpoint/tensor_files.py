@@ -1,6 +1,6 @@
-"""Whole tensors in safetensors files, as transformers lays them out; never a whole model at once.
+"""Read and write unsharded tensors in safetensors files, which are named as in transformers.
 
-STEM.safetensors, or beyond a size STEM-00001-of-00003.safetensors …, STEM.safetensors.index.json
+STEM.safetensors, or for large models STEM-00001-of-00003.safetensors …, STEM.safetensors.index.json
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from sas_megatron.io.files import make_folder, sync
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
-# Of whole weights, those whose rows beyond the vocabulary only pad them.
-TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
-# What is held in memory beside the source while it is written.
+# Tensors with one row per token. Rows beyond the vocabulary are padding.
+EMBEDDING_NAMES = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Largest size of a file, which is held in memory in addition to the source while it is written.
 SHARD_BYTES = 2_000_000_000
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a folder by name; each is read when it is asked for.
+    """The tensors in a folder of safetensors files by name. Each tensor is read when it is accessed.
 
     Raises:
-        FileProblem: the folder holds no such files, or one of them is damaged or absent.
+        FileProblem: A file is missing or damaged, or the accessed tensor does not exist.
     """
 
     def __init__(self, folder: Path, *, stem: str) -> None:
@@ -54,74 +54,84 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         return len(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read."""
+        """Return the shape of a tensor without reading the tensor.
+
+        Raises:
+            FileProblem: The tensor does not exist.
+        """
         return tuple(self._file(name).get_slice(name).get_shape())
 
     def _file(self, name: str) -> Any:
         if name not in self._file_of:
-            raise FileProblem(self.folder, f"has no tensor {name}", "make it again, whole")
+            raise FileProblem(self.folder, f"has no tensor {name}", "name a folder with all weights")
         return self._file_of[name]
 
 
 @dataclass
 class WeightsDigest:
-    """A sha256 of named tensors that depends neither on their order nor on how files hold them.
+    """A SHA-256 of named tensors that depends neither on their order nor on their division into files.
 
-    `lines` are of those that were counted in: ranks that each read a share can put theirs together.
+    Ranks that each read some of the tensors can concatenate their `lines`, one per tensor.
     """
 
     lines: list[str] = field(default_factory=list)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Counts a tensor in, on the CPU."""
+        """Add a CPU tensor."""
         content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        own = hashlib.sha256(content.data).hexdigest()
-        self.lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {own}")
+        tensor_sha256 = hashlib.sha256(content.data).hexdigest()
+        self.lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_sha256}")
 
     def value(self) -> str:
-        """Of all tensors that were counted in."""
+        """Return the digest of all added tensors."""
         return hashlib.sha256("\n".join(sorted(self.lines)).encode()).hexdigest()
 
 
 def write_tensors(folder: Path, tensors: NamedTensors, *, stem: str, shard_bytes: int = SHARD_BYTES) -> str:
-    """Writes tensors as they come, in files of at most `shard_bytes` each (a larger tensor has its own).
+    """Write tensors in the given order to one or more safetensors files.
+
+    Args:
+        folder: Existing folder.
+        tensors: Names and tensors.
+        stem: First part of the file names.
+        shard_bytes: Largest total size of the tensors in a file. A larger tensor gets its own file.
 
     Returns:
-        Their `WeightsDigest`.
+        The value of their `WeightsDigest`.
 
     Raises:
-        FileProblem: they cannot be written.
+        FileProblem: A file cannot be written.
     """
     save_file = _import_safetensors("safetensors.torch").save_file
-    refusal = _import_safetensors("safetensors").SafetensorError
+    safetensors_error = _import_safetensors("safetensors").SafetensorError
     digest = WeightsDigest()
-    shards: list[dict[str, int]] = []  # sizes by name
-    held: dict[str, torch.Tensor] = {}
+    shards: list[dict[str, int]] = []  # bytes by tensor name
+    pending: dict[str, torch.Tensor] = {}
 
-    def write_held() -> None:
+    def write_pending() -> None:
         path = folder / f"{stem}-{len(shards)}.partial"
         try:
-            save_file(held, path, metadata={"format": "pt"})
-        except refusal as error:  # also of the file system's refusals
+            save_file(pending, path, metadata={"format": "pt"})
+        except safetensors_error as error:  # also raised for errors of the file system
             raise FileProblem(
-                path, f"cannot be written ({error})", "make room, or name another folder"
+                path, f"cannot be written ({error})", "free space, or name another folder"
             ) from None
-        shards.append({name: tensor.nbytes for name, tensor in held.items()})
-        held.clear()
+        shards.append({name: tensor.nbytes for name, tensor in pending.items()})
+        pending.clear()
 
     for name, tensor in tensors:
-        own = tensor.detach().cpu().contiguous()
-        if held and sum(other.nbytes for other in held.values()) + own.nbytes > shard_bytes:
-            write_held()
-        digest.add(name, own)
-        held[name] = own
-    write_held()
-    _name_shards(folder, stem, shards)
+        on_cpu = tensor.detach().cpu().contiguous()
+        if pending and sum(other.nbytes for other in pending.values()) + on_cpu.nbytes > shard_bytes:
+            write_pending()
+        digest.add(name, on_cpu)
+        pending[name] = on_cpu
+    write_pending()
+    _rename_shards(folder, stem, shards)
     return digest.value()
 
 
-def _name_shards(folder: Path, stem: str, shards: list[dict[str, int]]) -> None:
-    """Their number is known only when all are written."""
+def _rename_shards(folder: Path, stem: str, shards: list[dict[str, int]]) -> None:
+    """Give the files their final names, which contain the number of files, and write the index."""
     names = [f"{stem}.safetensors"]
     if len(shards) > 1:
         names = [
@@ -142,13 +152,13 @@ def _name_shards(folder: Path, stem: str, shards: list[dict[str, int]]) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into; renamed to it when the block ends well, removed otherwise.
+    """Create a temporary folder, and rename it to `folder` at the end of the block, or remove it on an error.
 
     Raises:
-        FileProblem: `folder` is there already, or cannot be made.
+        FileProblem: `folder` exists already, or cannot be created.
     """
     if folder.exists():
-        raise FileProblem(folder, "is there already", "name a new folder, or remove that one")
+        raise FileProblem(folder, "exists already", "name a new folder, or remove this one")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         with translate_os_errors(folder, problem="cannot be written", remedy="name another folder"):
@@ -169,7 +179,9 @@ def _find_files(folder: Path, stem: str) -> list[Path]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FileProblem(index, f"is no index of safetensors files ({error!r})", "copy it again") from None
+        raise FileProblem(
+            index, f"is not an index of safetensors files ({error!r})", "copy it again"
+        ) from None
     return [folder / name for name in dict.fromkeys(names)]
 
 
@@ -179,10 +191,10 @@ def _open_file(path: Path) -> Any:
         return safetensors.safe_open(path, framework="pt")
     except FileNotFoundError:
         raise FileProblem(
-            path, "there is no such file", "give a folder whose weights are in safetensors files"
+            path, "does not exist", "name a folder whose weights are in safetensors files"
         ) from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise FileProblem(path, f"is damaged, or no safetensors file ({error})", "copy it again") from None
+        raise FileProblem(path, f"is damaged, or not a safetensors file ({error})", "copy it again") from None
 
 
 def _import_safetensors(module: str) -> Any:

@@ -1,4 +1,4 @@
-"""Tensors in torch's distributed format, read by one process alone, without running code from the files."""
+"""Read tensors in torch's distributed format, in a single process and without running code from the files."""
 
 from __future__ import annotations
 
@@ -19,34 +19,37 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from sas_megatron.checkpoint.manifest import DamagedCheckpoint
 
 METADATA = ".metadata"
-# Weights go by their global names; optimizer states by those behind this and their own name, as
-# Megatron-core's do.
+# Weights are stored under their global names, optimizer states under this prefix, the name of the state and
+# the global name, as in Megatron-core.
 OPTIMIZER_PREFIX = "optimizer.state."
 RANDOM_PREFIX = "random."
 
 
 class TensorReader:
-    """Reads tensors of one checkpoint, without any other rank."""
+    """Reads tensors of one checkpoint in this process.
+
+    Its methods raise `DamagedCheckpoint` if the files cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._reader = _Reader(folder)
 
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the whole tensors by name."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the full tensors by name."""
         return {name: tuple(tensor.size) for name, tensor in self._tensors().items()}
 
-    def whole(self, name: str) -> torch.Tensor:
-        """One whole tensor."""
-        described = self._tensors()[name]
-        tensor = torch.empty(described.size, dtype=described.properties.dtype)
-        self.fill({name: tensor})
+    def read(self, name: str) -> torch.Tensor:
+        """Return a full tensor."""
+        metadata = self._tensors()[name]
+        tensor = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        self.read_into({name: tensor})
         return tensor
 
-    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Reads into `tensors`."""
+    def read_into(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Read into `tensors`, in place. The values are full tensors or containers of local shards."""
 
-        def read() -> None:
+        def load_tensors() -> None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 load(
@@ -56,13 +59,13 @@ class TensorReader:
                     no_dist=True,
                 )
 
-        self._reading(read)
+        self._translate_errors(load_tensors)
 
     def _tensors(self) -> dict[str, Any]:
-        metadata: Metadata = self._reading(self._reader.read_metadata)
+        metadata: Metadata = self._translate_errors(self._reader.read_metadata)
         return dict(metadata.state_dict_metadata)
 
-    def _reading(self, action: Callable[[], Any]) -> Any:
+    def _translate_errors(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
@@ -73,14 +76,14 @@ class TensorReader:
 
 
 class _Reader(FileSystemReader):
-    """The default, but that reading runs no code from the file; it reads the metadata once."""
+    """The default reader, except that it unpickles the metadata once and without running code."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Where the tensors lie."""
+        """Return the shapes of the tensors and the positions of their shards in the files."""
         if self._metadata is None:
             data = (Path(self.path) / METADATA).read_bytes()
             try:
@@ -88,32 +91,32 @@ class _Reader(FileSystemReader):
             except (pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError) as error:
                 raise ValueError(f"{METADATA}: {error}") from error
             if not isinstance(self._metadata, Metadata):
-                raise ValueError(f"{METADATA}: describes no tensors")
+                raise ValueError(f"{METADATA}: does not contain tensor metadata")
         return self._metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds torch's descriptions of tensors and nothing else. (Tensors torch loads weights-only.)"""
+    """Unpickles torch's tensor metadata and nothing else. (Torch loads the tensors with `weights_only`.)"""
 
     def find_class(self, module: str, name: str) -> Any:
-        # A name with dots would lead on from what is named to whatever that can reach.
-        if (module, name) in _DESCRIBING:
+        # Only complete names are allowed: a dotted name could reach any attribute of an allowed class.
+        if (module, name) in _METADATA_CLASSES:
             return super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise pickle.UnpicklingError(f"names {module}.{name}, which is no description of a tensor")
+        raise pickle.UnpicklingError(f"refers to {module}.{name}, which is not tensor metadata")
 
 
-_OF_TORCH = "torch.distributed.checkpoint.metadata"
-# Not among them: what describes bytes, which torch would unpickle whatever they are (2.13).
-_DESCRIBING = {
-    (_OF_TORCH, "Metadata"),
-    (_OF_TORCH, "MetadataIndex"),
-    (_OF_TORCH, "StorageMeta"),
-    (_OF_TORCH, "TensorStorageMetadata"),
-    (_OF_TORCH, "ChunkStorageMetadata"),
-    (_OF_TORCH, "TensorProperties"),
-    (_OF_TORCH, "_MEM_FORMAT_ENCODING"),
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+# BytesStorageMetadata is not among them: torch would unpickle any object in such entries (2.13).
+_METADATA_CLASSES = {
+    (_METADATA_MODULE, "Metadata"),
+    (_METADATA_MODULE, "MetadataIndex"),
+    (_METADATA_MODULE, "StorageMeta"),
+    (_METADATA_MODULE, "TensorStorageMetadata"),
+    (_METADATA_MODULE, "ChunkStorageMetadata"),
+    (_METADATA_MODULE, "TensorProperties"),
+    (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"),
     ("torch", "Size"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),

@@ -1,7 +1,8 @@
-"""Tensors in torch's distributed format, written by this process and its own threads.
+"""Write tensors in torch's distributed format, in this process and its threads.
 
-Megatron-core's own writer for this format spawns a process that imports the entry script again, and
-forks more. The files are the same: Megatron-core's `dist_checkpointing.load_plain_tensors` reads them.
+Megatron-core's writer for this format starts processes: it spawns one that imports the entry script again,
+and forks others. The files have the same format: Megatron-core's `dist_checkpointing.load_plain_tensors`
+reads them.
 """
 
 from __future__ import annotations
@@ -20,27 +21,33 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageIn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
+from typing_extensions import override
 
-from sas_megatron.checkpoint.sharded_tensors import by_name
+from sas_megatron.checkpoint.sharded_tensors import group_by_name
 
-# What Megatron-core reads beside them: the name of the format, and what is common to all ranks (nothing).
+# Files that Megatron-core also reads: the name of the format, and the state common to all ranks (empty).
 FORMAT, COMMON = "metadata.json", "common.pt"
 
 
 class TensorWriter:
-    """Writes one checkpoint's tensors, each part of a tensor by one of the ranks that hold it.
+    """Writes the tensors of one checkpoint. One of the ranks that hold a shard writes it.
 
-    TensorWriter(…) on all ranks -> write() on each, in any thread -> finish(…) on rank 0
+    TensorWriter(…) on all ranks -> write() on each rank, in any thread -> finish(…) on rank 0
     """
 
     def __init__(self, folder: Path, shards: Iterable[ShardedTensor]) -> None:
-        """Agrees with the other ranks on who writes what; the folder must exist."""
+        """Plan with the other ranks which rank writes which shard.
+
+        Args:
+            folder: Existing folder of the checkpoint.
+            shards: The local shards of this rank.
+        """
         is_first = dist.get_rank() == 0
         self._folder = folder
         self._planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
         self._metadata: Metadata | None = None
-        self._planner.set_up_planner(by_name(shards), None, is_first)
+        self._planner.set_up_planner(group_by_name(shards), None, is_first)
         self._writer.set_up_storage_writer(is_first)
         local = self._writer.prepare_local_plan(self._planner.create_local_plan())
         plans: list[SavePlan] = [local] * dist.get_world_size()
@@ -48,19 +55,19 @@ class TensorWriter:
         if is_first:
             plans, self._metadata = self._planner.create_global_plan(plans)
             plans = self._writer.prepare_global_plan(plans)
-        mine: list[SavePlan] = [local]
-        dist.scatter_object_list(mine, plans if is_first else None)
-        self._plan = self._planner.finish_plan(mine[0])
+        received: list[SavePlan] = [local]
+        dist.scatter_object_list(received, plans if is_first else None)
+        self._plan = self._planner.finish_plan(received[0])
 
     def copy(self) -> None:
-        """Copies what this rank is to write, so that training may go on while it does."""
+        """Copy the shards that this rank writes to the CPU, so that training can continue during `write`."""
         self._planner.copy()
 
     def write(self) -> list[WriteResult]:
-        """Writes this rank's share into a file, one tensor held at a time, and waits until it is on disk.
+        """Write this rank's shards into one file, one shard at a time, and sync the file to disk.
 
-        Torch's own writer keeps all copies that it made, of views and of a GPU's tensors, until the file
-        is complete (2.13).
+        Torch's writer would keep all its copies, of views and of GPU tensors, until the file is complete
+        (2.13).
         """
         if not self._plan.items:
             return []
@@ -69,44 +76,49 @@ class TensorWriter:
         with (self._folder / name).open("wb") as file:
             for item in self._plan.items:
                 begin = file.tell()
-                torch.save(_alone(self._planner.lookup_object(item.index)), file)
-                place = _StorageInfo(name, begin, file.tell() - begin)
-                results.append(WriteResult(item.index, place.length, place))
+                torch.save(_compact_on_cpu(self._planner.lookup_object(item.index)), file)
+                position = _StorageInfo(name, begin, file.tell() - begin)
+                results.append(WriteResult(item.index, position.length, position))
             file.flush()
             os.fsync(file.fileno())
         return results
 
     def finish(self, results: list[list[WriteResult]]) -> None:
-        """Writes where everything lies, from what `write` returned on each rank."""
-        assert self._metadata is not None, "rank 0 does this"
+        """Write the metadata with the positions of all shards.
+
+        Args:
+            results: What `write` returned on each rank.
+        """
+        assert self._metadata is not None, "only rank 0 has the metadata of the global plan"
         self._writer.finish(self._metadata, results)
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
         torch.save({}, self._folder / COMMON)
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, with no more memory behind it than its own: torch.save writes all that there is."""
-    own = tensor.detach().cpu()
-    return own if own.untyped_storage().size() == own.nbytes else own.clone()
+def _compact_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to the CPU with a storage of its size, because torch.save writes the entire storage."""
+    on_cpu = tensor.detach().cpu()
+    return on_cpu if on_cpu.untyped_storage().size() == on_cpu.nbytes else on_cpu.clone()
 
 
-def files_of(results: list[WriteResult]) -> set[str]:
-    """Names of the files that a rank has written."""
+def get_written_files(results: list[WriteResult]) -> set[str]:
+    """Return the names of the files that a rank has written."""
     return {result.storage_data.relative_path for result in results}
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """The default, with copies of this rank's share on demand."""
+    """The default planner, which can also copy this rank's shards."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._copies: dict[MetadataIndex, torch.Tensor] = {}
 
     def copy(self) -> None:
+        """Copy the shards in this rank's plan to the CPU."""
         for item in self.plan.items:
             self._copies[item.index] = self.lookup_object(item.index).detach().to("cpu", copy=True)
 
+    @override
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The copy, if there is one."""
         copy = self._copies.get(index)
         return super().lookup_object(index) if copy is None else copy

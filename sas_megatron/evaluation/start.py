@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sas_megatron.checkpoint.architecture import check_equal, describe_architecture
 from sas_megatron.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
     checkpoint_name,
-    checkpoints_of,
     describe_file,
     find_checkpoint,
+    find_run_checkpoints,
 )
-from sas_megatron.checkpoint.weights_source import read_checkpoint_config
+from sas_megatron.checkpoint.weights_source import (
+    describe_architecture,
+    raise_if_architectures_differ,
+    read_checkpoint_config,
+)
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import apply_overrides, build_run_config, read_yaml
 from sas_megatron.config.run import RunConfig
@@ -108,7 +111,7 @@ def find_run_checkpoint(source: Path, *, iteration: int | None) -> Path:
         if newest is None:
             raise FileProblem(source, "holds no checkpoint", remedy)
         return newest
-    within = checkpoints_of(source)
+    within = find_run_checkpoints(source)
     if not within:
         raise FileProblem(source, "holds no checkpoints", "name a run's directory with --iteration")
     for path in within:
@@ -147,7 +150,7 @@ def evaluation_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
     tree["optimizer"].pop("distributed", None)
     apply_overrides(tree, overrides)
     config = build_run_config(tree)
-    check_equal(
+    raise_if_architectures_differ(
         describe_architecture(saved.model, saved.attention),
         describe_architecture(config.model, config.attention),
         origin=checkpoint,

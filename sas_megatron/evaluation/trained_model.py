@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from sas_megatron.attention.kv_cache import CachingAttention, KeyValueCache
-from sas_megatron.checkpoint.loading import open_checkpoint, restore_tensors
+from sas_megatron.checkpoint.restoring import open_checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig

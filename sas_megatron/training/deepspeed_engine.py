@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from typing_extensions import override
 
-from sas_megatron.checkpoint.layout import describe_layout, name_differences
-from sas_megatron.checkpoint.loading import Checkpoint
+from sas_megatron.checkpoint.rank_layout import describe_layout, describe_layout_changes
+from sas_megatron.checkpoint.restoring import Checkpoint
 from sas_megatron.checkpoint.sharded_tensors import shard_parameter, shard_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
@@ -201,7 +201,7 @@ class DeepSpeedEngine(Engine):
         Raises:
             FileProblem: Another layout saved the checkpoint.
         """
-        changes = name_differences(checkpoint.manifest.layout, describe_layout(self.config))
+        changes = describe_layout_changes(checkpoint.manifest.layout, describe_layout(self.config))
         if changes:
             raise FileProblem(
                 checkpoint.path,

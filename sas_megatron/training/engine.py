@@ -17,7 +17,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from sas_megatron.checkpoint.loading import Checkpoint
+from sas_megatron.checkpoint.restoring import Checkpoint
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.language_loss import Batch
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 import torch
 
-from sas_megatron.checkpoint.loading import restore_random_states
+from sas_megatron.checkpoint.restoring import restore_random_states
 from sas_megatron.checkpoint.saving import CheckpointSaver
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.communication_counter import gather_communication_counters
@@ -121,7 +121,7 @@ class Run:
         checkpoint = self.start.checkpoint
         if checkpoint is not None:
             self.engine.restore(checkpoint)
-            restore_random_states(checkpoint, self.config, say=self.recorder.log)
+            restore_random_states(checkpoint, self.config, log=self.recorder.log)
             self.engine.schedule.step(checkpoint.progress["schedule_steps"])
             self.recorder.log(f"resuming from {checkpoint.path} at step {self.progress.step}")
 

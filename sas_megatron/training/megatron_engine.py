@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from typing_extensions import override
 
-from sas_megatron.checkpoint.loading import Checkpoint, restore_tensors
+from sas_megatron.checkpoint.restoring import Checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.model.language_loss import Batch, forward_step

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sas_megatron.checkpoint.manifest import CONFIG, find_damage, read_manifest, refuse_damage
+from sas_megatron.checkpoint.manifest import CONFIG, find_damage, raise_if_damaged, read_manifest
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
@@ -111,7 +111,7 @@ def find_branch(config: RunConfig) -> Branch | None:
         return None
     path = Path(config.checkpoint.branch_from)
     manifest = read_manifest(path)
-    refuse_damage(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
+    raise_if_damaged(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
     # The path is absolute, because run.json keeps it for later sessions, which may start in another folder.
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)

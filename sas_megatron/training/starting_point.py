@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sas_megatron.checkpoint.loading import Checkpoint, find_newest_complete, open_checkpoint
+from sas_megatron.checkpoint.restoring import Checkpoint, find_newest_complete, open_checkpoint
 from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.object_collectives import run_on_rank0
@@ -44,7 +44,7 @@ def find_starting_point(config: RunConfig, *, log: Callable[[str], None]) -> Sta
         UserError: The checkpoint or the weights are missing, damaged, or do not fit the config.
     """
     if config.checkpoint.resume:
-        newest = find_newest_complete(RunFiles.checkpoints(config), say=log)
+        newest = find_newest_complete(RunFiles.checkpoints(config), log=log)
         if newest is not None:
             return StartingPoint(newest, None, None)
     branch = run_on_rank0(lambda: find_branch(config))

@@ -21,9 +21,7 @@ WITHOUT_TORCH = [
         PACKAGE / "checkpoint" / name
         for name in (
             "__init__.py",
-            "architecture.py",
             "manifest.py",
-            "weights_record.py",
             "weights_source.py",
         )
     ),

@@ -1,4 +1,4 @@
-"""Saves and loads weights and optimizer states of 195 MB in a folder; prints what each took beside them."""
+"""Save and load weights and optimizer states of 195 MB; print the memory that each step allocates."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 
 def config_of(*, asynchronous: bool) -> RunConfig:
+    """Return a config whose weights and optimizer states have 195 MB."""
     return small_config(
         attention={"kind": "mha", "num_heads": 8, "head_dim": 64},
         model={
@@ -26,17 +27,17 @@ def config_of(*, asynchronous: bool) -> RunConfig:
             "vocab_multiple": 1,
         },
         data={"sequence_length": 8},
-        # All its states are views of larger buffers.
+        # All states of the distributed optimizer are views of larger buffers.
         optimizer={"distributed": True},
         checkpoint={"asynchronous": asynchronous},
     )
 
 
-def grown_by(action: Callable[[], object]) -> int:
-    """Bytes by which this process was at most larger than it is now."""
+def measure_growth(action: Callable[[], object]) -> int:
+    """Return the largest increase of resident memory during `action`, in bytes."""
     from sas_megatron.platform.device import read_memory_bytes
 
-    # Lets the peak start anew from what is resident: proc(5).
+    # Reset the peak (VmHWM) to the resident memory; see proc(5).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = read_memory_bytes("/proc/self/status", "VmRSS")
     action()
@@ -44,6 +45,7 @@ def grown_by(action: Callable[[], object]) -> int:
 
 
 def save(engine: Any, topology: Any, folder: Path, step: int, *, asynchronous: bool) -> None:
+    """Save a checkpoint and wait until it is published."""
     from sas_megatron.checkpoint.saving import CheckpointSaver
 
     saver = CheckpointSaver(folder, config_of(asynchronous=asynchronous), topology)
@@ -57,14 +59,14 @@ def save(engine: Any, topology: Any, folder: Path, step: int, *, asynchronous: b
 
 
 def main(folder: Path) -> None:
-    """Prints bytes by name."""
-    # Memory that is freed is given back at once, so that what is resident is what is held.
-    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536)
+    """Print the numbers of bytes as JSON."""
+    # Freed memory is returned to the system immediately, so that resident memory equals allocated memory.
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536), "mallopt failed"
     from sas_megatron.platform.device import prepare_device
 
     device = prepare_device()
-    from sas_megatron.checkpoint.loading import open_checkpoint
     from sas_megatron.checkpoint.manifest import find_checkpoints
+    from sas_megatron.checkpoint.restoring import open_checkpoint
     from sas_megatron.distributed.topology import joined_topology
     from sas_megatron.training.build import build_engine
     from tests.checkpoint.saved_runs import take_steps_from
@@ -73,14 +75,14 @@ def main(folder: Path) -> None:
     with joined_topology(config.parallel, device=device, seed=1, timeout_minutes=1) as topology:
         engine = build_engine(config)
         take_steps_from(engine, topology, 0, 1)
-        # What any save does for the first time.
+        # The first save also allocates memory that is kept.
         save(engine, topology, folder, 1, asynchronous=False)
         (path,) = find_checkpoints(folder)
         found = {
             "states": sum(shard.data.nbytes for shard in engine.shards()),
-            "save": grown_by(lambda: save(engine, topology, folder, 2, asynchronous=False)),
-            "asynchronous_save": grown_by(lambda: save(engine, topology, folder, 3, asynchronous=True)),
-            "load": grown_by(lambda: engine.restore(open_checkpoint(path))),
+            "save": measure_growth(lambda: save(engine, topology, folder, 2, asynchronous=False)),
+            "asynchronous_save": measure_growth(lambda: save(engine, topology, folder, 3, asynchronous=True)),
+            "load": measure_growth(lambda: engine.restore(open_checkpoint(path))),
         }
     print(json.dumps(found))
 

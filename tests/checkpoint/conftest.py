@@ -1,4 +1,4 @@
-"""transformers without network, its cache in a folder of its own."""
+"""Run transformers without a network and with an empty cache folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def offline_transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Set before transformers is first imported: it reads them then."""
+    """Set the environment variables that transformers reads when it is imported."""
     home = tmp_path_factory.mktemp("hugging_face")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")

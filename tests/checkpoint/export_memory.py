@@ -1,4 +1,4 @@
-"""Exports a model of 128 MB to the folder named; prints its bytes, and by how many the process grew."""
+"""Export a model of 128 MB; print its size and the growth of the peak memory, both in bytes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.run_configs import small_config
 NUM_LAYERS, WIDTH, MLP_WIDTH, VOCAB_SIZE = 12, 512, 1024, 512
 
 
-def made_weights() -> dict[str, torch.Tensor]:
-    """Whole weights by global name."""
+def build_weights() -> dict[str, torch.Tensor]:
+    """Return full weights by global name."""
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.word_embeddings": (VOCAB_SIZE, WIDTH),
         "decoder.final_layernorm": (WIDTH,),
@@ -34,7 +34,7 @@ def made_weights() -> dict[str, torch.Tensor]:
 
 
 def main(tokenizer: str, folder: str) -> None:
-    """Prints both numbers."""
+    """Export a model to `folder`."""
     config = small_config(
         attention={"kind": "mha", "num_heads": 8, "head_dim": 64},
         model={
@@ -45,11 +45,11 @@ def main(tokenizer: str, folder: str) -> None:
         },
         data={"tokenizer": tokenizer},
     )
-    weights = made_weights()
+    weights = build_weights()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     export_model(weights, config, folder=Path(folder), shard_bytes=8_000_000)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(sum(tensor.nbytes for tensor in weights.values()), 1024 * grown)
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(sum(tensor.nbytes for tensor in weights.values()), 1024 * growth)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""On ranks: a few steps, a checkpoint, and resuming from it with any layout."""
+"""Functions for ranks: train a few steps, save a checkpoint, and resume from it with any layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.training.training_runs import batches_of_step
 
 
 def take_steps_from(engine: Any, topology: Any, first_step: int, num_steps: int) -> list[float]:
-    """The losses of so many steps."""
+    """Train `num_steps` steps and return their losses."""
     from sas_megatron.training.step import train_step
 
     num_microbatches = engine.config.training.num_microbatches(topology.data_size)
@@ -27,7 +27,7 @@ def take_steps_from(engine: Any, topology: Any, first_step: int, num_steps: int)
 
 
 def save(engine: Any, topology: Any, folder: Path, step: int) -> None:
-    """Save a checkpoint as a run does."""
+    """Save a checkpoint in the way of the training loop."""
     from sas_megatron.checkpoint.saving import CheckpointSaver
 
     saver = CheckpointSaver(folder, engine.config, topology)
@@ -43,7 +43,7 @@ def save(engine: Any, topology: Any, folder: Path, step: int) -> None:
 def train_and_save(
     config: RunConfig, folder: Path, num_steps: int
 ) -> tuple[list[float], dict[str, WeightPart]]:
-    """On a rank: losses of the steps, and its part of the weights as they were saved."""
+    """Train from step 0 and save; return the losses and the local weights at the time of saving."""
     from sas_megatron.training.build import build_engine
     from tests.training.training_runs import weight_reader
 
@@ -55,8 +55,8 @@ def train_and_save(
 
 
 def resume(config: RunConfig, path: Path, first_step: int, num_steps: int, again: Path | None) -> list[float]:
-    """On a rank: saves what it has loaded into `again`, and returns the losses of further steps."""
-    from sas_megatron.checkpoint.loading import open_checkpoint
+    """Load a checkpoint, save it again to `again`, and return the losses of further steps."""
+    from sas_megatron.checkpoint.restoring import open_checkpoint
     from sas_megatron.training.build import build_engine
 
     topology = in_layout(config.parallel)
@@ -69,8 +69,8 @@ def resume(config: RunConfig, path: Path, first_step: int, num_steps: int, again
     return take_steps_from(engine, topology, first_step, num_steps)
 
 
-def begin_with_weights(config: RunConfig, path: Path) -> tuple[dict[str, WeightPart], list[float]]:
-    """On a rank: its part of the weights that a run with initial weights begins with, and losses."""
+def train_with_initial_weights(config: RunConfig, path: Path) -> tuple[dict[str, WeightPart], list[float]]:
+    """Return the local weights after loading initial weights, and the losses of two steps."""
     from sas_megatron.training.build import build_engine
     from tests.training.training_runs import weight_reader
 
@@ -80,9 +80,9 @@ def begin_with_weights(config: RunConfig, path: Path) -> tuple[dict[str, WeightP
     return weights, take_steps_from(engine, topology, 0, 2)
 
 
-def whole_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer states of a checkpoint, whole."""
+def read_unsharded_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read the unsharded weights and optimizer states of a checkpoint."""
     from sas_megatron.checkpoint.tensor_reading import RANDOM_PREFIX, TensorReader
 
     reader = TensorReader(path)
-    return {name: reader.whole(name) for name in reader.sizes() if not name.startswith(RANDOM_PREFIX)}
+    return {name: reader.read(name) for name in reader.shapes() if not name.startswith(RANDOM_PREFIX)}

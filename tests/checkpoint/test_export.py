@@ -1,4 +1,4 @@
-"""Exported models: transformers gives our logits, with its cache and without, and our tokens."""
+"""Exported models: transformers computes the same logits and tokens, with and without its cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
-from tests.checkpoint.whole_models import ATTENTIONS, PARTS, logits_of, whole_weights
+from tests.checkpoint.unsharded_models import ATTENTIONS, PARTS, build_unsharded_weights, compute_logits
 from tests.fork_server import ForkedCommand
 from tests.full_disk import no_file_longer_than
 from tests.model.model_parts import random_tokens
@@ -28,7 +28,7 @@ LLAMAS = ["mha", "gqa", "mqa"]
 
 
 def config_of(attention: str, parts: str, small_data: SmallData) -> RunConfig:
-    # The vocabulary is that of the tokenizer; 516 rows hold it.
+    """Return a config with the vocabulary of the tokenizer, 512 tokens, padded to 516 rows."""
     return small_config(
         attention=ATTENTIONS[attention],
         model={**PARTS[parts], "vocab_size": 512, "vocab_multiple": 12},
@@ -37,6 +37,7 @@ def config_of(attention: str, parts: str, small_data: SmallData) -> RunConfig:
 
 
 def load(folder: Path, **options: Any) -> Any:
+    """Load an exported model with transformers."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
@@ -44,14 +45,14 @@ def load(folder: Path, **options: Any) -> Any:
 
 @pytest.fixture
 def exported(ranks: Any, small_data: SmallData, tmp_path: Path) -> Any:
-    """Exports the model of an attention; gives its folder, its config and our logits."""
+    """Return a function that exports a model and returns its folder, its config and the native logits."""
 
     def export(attention: str, parts: str, dtype: torch.dtype) -> tuple[Path, RunConfig, torch.Tensor]:
         config = config_of(attention, parts, small_data)
-        (weights,) = ranks(1).run(whole_weights, config, dtype)
-        (logits,) = ranks(1).run(logits_of, weights, config)
-        done = export_model(weights, config, folder=tmp_path / "model", shard_bytes=40_000)
-        return done.folder, config, logits
+        (weights,) = ranks(1).run(build_unsharded_weights, config, dtype)
+        (logits,) = ranks(1).run(compute_logits, weights, config)
+        result = export_model(weights, config, folder=tmp_path / "model", shard_bytes=40_000)
+        return result.folder, config, logits
 
     return export
 
@@ -59,20 +60,20 @@ def exported(ranks: Any, small_data: SmallData, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
-def test_logits_are_ours(exported: Any, attention: str, parts: str) -> None:
-    # A plain Llama's norms work in float32, whatever the model's type.
+def test_transformers_computes_the_native_logits(exported: Any, attention: str, parts: str) -> None:
+    # The norms of transformers' Llama compute in float32 for models of any type.
     dtype = torch.float32 if attention in LLAMAS and parts == "plain" else torch.float64
     folder, config, logits = exported(attention, parts, dtype)
     model = load(folder, dtype=dtype, trust_remote_code=True)
-    theirs = model(random_tokens(config)).logits
-    assert theirs.dtype == dtype
-    assert theirs.shape[-1] == 512
-    assert_near(theirs, logits[..., :512], dtype, "logits")
+    found = model(random_tokens(config)).logits
+    assert found.dtype == dtype
+    assert found.shape[-1] == 512
+    assert_near(found, logits[..., :512], dtype, "logits")
     assert logits.std() > 0.05
 
 
 @pytest.mark.parametrize("attention", LLAMAS)
-def test_plain_models_are_llamas_that_need_no_code_of_ours(exported: Any, attention: str) -> None:
+def test_llamas_are_exported_without_model_code(exported: Any, attention: str) -> None:
     from transformers import LlamaForCausalLM
 
     folder, _, _ = exported(attention, "plain", torch.float32)
@@ -80,7 +81,7 @@ def test_plain_models_are_llamas_that_need_no_code_of_ours(exported: Any, attent
     assert [path.name for path in folder.glob("*.py")] == ["tokenization_sas_megatron.py"]
 
 
-# SAS can keep its simulated heads too.
+# The cache of SAS can hold base heads or simulated heads.
 CACHES = [(name, False) for name in ATTENTIONS] + [
     (name, True) for name in ATTENTIONS if name.startswith("sas")
 ]
@@ -92,7 +93,7 @@ def test_generation_with_and_without_the_cache_agrees(exported: Any, attention: 
     options = {"cache_simulated_heads": True} if simulated else {}
     model = load(folder, dtype=torch.float64, trust_remote_code=True, **options)
     tokens = random_tokens(config)[:, :7]
-    # The second prompt is shorter: it begins with padding.
+    # The second prompt is shorter and is padded on the left.
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
     by_cache = [
@@ -116,18 +117,19 @@ def test_generation_with_and_without_the_cache_agrees(exported: Any, attention: 
 
 
 @torch.no_grad()
-def test_sas_keeps_what_it_is_told_to(exported: Any) -> None:
+def test_the_cache_of_sas_holds_base_or_simulated_heads(exported: Any) -> None:
     folder, config, _ = exported("sas-grouped", "plain", torch.float64)
-    kept = []
+    cached_shapes = []
     for simulated in (False, True):
         model = load(folder, dtype=torch.float64, trust_remote_code=True, cache_simulated_heads=simulated)
         cache = model(random_tokens(config), use_cache=True).past_key_values
-        kept.append([tuple(part.shape) for part in (cache.layers[0].keys, cache.layers[0].values)])
-    # Base: G = 2 of D = 6 and 6 features. Simulated: r·G = 4 of E = 10 and D = 6.
-    assert kept == [[(2, 2, 12, 6), (2, 2, 12, 6)], [(2, 4, 12, 10), (2, 4, 12, 6)]]
+        cached_shapes.append([tuple(part.shape) for part in (cache.layers[0].keys, cache.layers[0].values)])
+    # Base: G = 2 heads with D = 6 features. Simulated: rG = 4 heads with E = 10 features, and D = 6 of
+    # values.
+    assert cached_shapes == [[(2, 2, 12, 6), (2, 2, 12, 6)], [(2, 4, 12, 10), (2, 4, 12, 6)]]
 
 
-def test_the_loss_is_that_of_the_logits(exported: Any) -> None:
+def test_the_loss_agrees_with_the_logits(exported: Any) -> None:
     folder, config, _ = exported("sas", "plain", torch.float64)
     model = load(folder, dtype=torch.float64, trust_remote_code=True)
     tokens = random_tokens(config)
@@ -147,31 +149,39 @@ REAL_TEXT = [
 ]
 
 
-def test_the_tokenizer_gives_our_ids_and_gives_back_the_text(
+def test_the_exported_tokenizer_gives_the_native_ids_and_decodes_to_the_text(
     exported: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
-    ours = Tokenizer(small_data.tokenizer)
+    native = Tokenizer(small_data.tokenizer)
     folder, _, _ = exported("mqa", "plain", torch.float32)
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    theirs.save_pretrained(tmp_path / "again")
-    for tokenizer in (theirs, AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)):
+    exported_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    exported_tokenizer.save_pretrained(tmp_path / "again")
+    for tokenizer in (
+        exported_tokenizer,
+        AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True),
+    ):
         for text in REAL_TEXT:
             ids = tokenizer(text)["input_ids"]
-            assert ids == ours.encode(text)
+            assert ids == native.encode(text)
             assert tokenizer.decode(ids) == text
-    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.eos_id)
-    assert len(theirs) == theirs.vocab_size == ours.vocab_size
-    assert theirs.decode([*ours.encode("end"), ours.eos_id], skip_special_tokens=True) == "end"
-    batch = theirs(["a", "longer text"], padding=True)
-    assert batch["attention_mask"][0][0] == 0, "padding goes before"
+    assert (exported_tokenizer.eos_token_id, exported_tokenizer.pad_token_id) == (
+        native.eos_id,
+        native.eos_id,
+    )
+    assert len(exported_tokenizer) == exported_tokenizer.vocab_size == native.vocab_size
+    assert (
+        exported_tokenizer.decode([*native.encode("end"), native.eos_id], skip_special_tokens=True) == "end"
+    )
+    batch = exported_tokenizer(["a", "longer text"], padding=True)
+    assert batch["attention_mask"][0][0] == 0, "padding is on the left"
 
 
-def test_the_card_and_the_config_say_where_a_model_is_from(exported: Any) -> None:
+def test_the_model_card_contains_the_checksums(exported: Any) -> None:
     folder, config, _ = exported("sas", "plain", torch.float32)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "attention.kind=sas` is not of the Llama format" in card
+    assert "the Llama format has no `attention.kind=sas`" in card
     assert load_run_config(folder / "training_config.yaml") == config
     for file, digest in (("training_config.yaml", "config"), ("tokenizer.model", "tokenizer")):
         content = hashlib.sha256((folder / file).read_bytes()).hexdigest()
@@ -184,32 +194,36 @@ def test_the_card_and_the_config_say_where_a_model_is_from(exported: Any) -> Non
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
 
 
-def test_weights_of_another_config_are_refused(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_config_are_rejected(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
     config = config_of("mha", "plain", small_data)
-    (weights,) = ranks(1).run(whole_weights, config, torch.float32)
+    (weights,) = ranks(1).run(build_unsharded_weights, config, torch.float32)
     weights.pop("decoder.layers.1.mlp.linear_fc2.weight")
-    with pytest.raises(UserError, match=r"weights: 27,380 parameters, and the config describes 27,940; give"):
+    with pytest.raises(
+        UserError, match=r"weights: have 27,380 parameters, but the config describes 27,940; use"
+    ):
         export_model(weights, config, folder=tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
     other = small_config(data={"tokenizer": str(small_data.tokenizer)})
-    with pytest.raises(FieldError, match=r"data.tokenizer=.*: has 512 tokens, and model.vocab_size=45; name"):
+    with pytest.raises(FieldError, match=r"data.tokenizer=.*: has 512 tokens, but model.vocab_size=45; name"):
         export_model(weights, other, folder=tmp_path / "model")
-    with pytest.raises(FileProblem, match="is there already; name a new folder"):
+    with pytest.raises(FileProblem, match="exists already; name a new folder"):
         export_model(weights, config, folder=tmp_path)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path: Path) -> None:
     weights = {"some": torch.ones(7), "more": torch.ones(999)}
     with (
         no_file_longer_than(900),
-        pytest.raises(FileProblem, match=r"cannot be written \(.*File too large.*\); make room"),
+        pytest.raises(FileProblem, match=r"cannot be written \(.*File too large.*\); free space"),
         new_folder(tmp_path / "model") as folder,
     ):
         write_tensors(folder, weights.items(), stem="model", shard_bytes=100)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_is_not_held_twice(small_data: SmallData, tmp_path: Path) -> None:
+def test_exporting_does_not_copy_the_model_in_memory(small_data: SmallData, tmp_path: Path) -> None:
     process = ForkedCommand(
         *(small_data.tokenizer, tmp_path / "model"), module="tests.checkpoint.export_memory"
     )
@@ -217,7 +231,7 @@ def test_a_model_is_not_held_twice(small_data: SmallData, tmp_path: Path) -> Non
         assert process.wait(timeout=200) == 0, process.errors()
     finally:
         process.kill()
-    model_bytes, grown = map(int, process.output().split())
+    model_bytes, growth = map(int, process.output().split())
     assert model_bytes > 120_000_000
-    # A shard of 8 MB, and what importing and Python take.
-    assert grown < 40_000_000, f"{grown:,} bytes beside the model's {model_bytes:,}"
+    # A file of 8 MB, and allocations of Python and imports.
+    assert growth < 40_000_000, f"{growth:,} bytes in addition to the model's {model_bytes:,}"

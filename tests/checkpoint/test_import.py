@@ -1,4 +1,4 @@
-"""Models of transformers come in with their logits; what our model cannot express is refused by name."""
+"""Imported models have the logits of transformers; models that cannot be expressed are rejected by field."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.checkpoint.architecture import describe_architecture
 from sas_megatron.checkpoint.export import export_model
-from sas_megatron.checkpoint.importing import UnshardedModel, open_model, write_model
+from sas_megatron.checkpoint.importing import open_model, write_model
 from sas_megatron.checkpoint.tensor_files import StoredTensors
+from sas_megatron.checkpoint.weights_source import describe_architecture
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import read_yaml
 from sas_megatron.config.run import RunConfig
-from tests.checkpoint.whole_models import ATTENTIONS, PARTS, logits_of, whole_weights
+from tests.checkpoint.unsharded_models import ATTENTIONS, PARTS, build_unsharded_weights, compute_logits
 from tests.model.model_parts import random_tokens
 from tests.run_configs import small_config
 from tests.small_data import SmallData
@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 28,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    # Roughened: so that scores and gates leave their linear range.
+    # Large, so that scores and gates leave their linear range.
     "initializer_range": 0.3,
     "eos_token_id": 1,
     "bos_token_id": None,
@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, one group": ("Llama", {**SIZES, "num_key_value_heads": 1}),
     "llama, other rotary base": (
         "Llama",
-        # As transformers 4 has it; 5 takes it, and saves it in `rope_parameters`.
+        # A field of transformers 4, which transformers 5 accepts and saves in `rope_parameters`.
         {**SIZES, "rope_theta": 500.0},
     ),
     "neox": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0}),
@@ -59,19 +59,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "neox, tied": ("GPTNeoX", {**NEOX, "rotary_pct": 0.7, "tie_word_embeddings": True}),
 }
 
-
-# Where not all 6 features turn: ⌊0.7·6⌋.
+# ⌊0.7·6⌋ of the 6 features are rotated.
 ROTARY_WIDTHS = {"neox, partly rotary": 4, "neox, tied": 4}
 
 
 @torch.no_grad()
-def saved(name: str, folder: Path) -> torch.Tensor:
-    """Saves a random model of transformers in float64; returns its logits of `random_tokens`."""
+def save_random_model(name: str, folder: Path) -> torch.Tensor:
+    """Save a random transformers model in float64 and return its logits for `random_tokens`."""
     import transformers
 
     family, fields = MODELS[name]
     torch.manual_seed(3)
-    # Its own copy: transformers fills in what is absent, in place.
+    # A copy, because transformers sets missing fields in place.
     config = getattr(transformers, f"{family}Config")(**copy.deepcopy(fields))
     model = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
     for parameter in model.parameters():
@@ -79,7 +78,7 @@ def saved(name: str, folder: Path) -> torch.Tensor:
             parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size="20KB")
     for module in model.modules():
-        # Llama's own works in float32 whatever the type of the model.
+        # The norm of transformers' Llama computes in float32 for models of any type.
         if type(module).__name__ == "LlamaRMSNorm":
             module.forward = torch.nn.RMSNorm(24, eps=module.variance_epsilon).double().forward
             module.forward.__self__.weight = module.weight
@@ -88,44 +87,45 @@ def saved(name: str, folder: Path) -> torch.Tensor:
 
 
 def config_of_vocabulary() -> RunConfig:
+    """Return a config with the vocabulary of `SIZES`."""
     return small_config(model={"vocab_size": 46, "vocab_multiple": 2})
 
 
 def config_of(folder: Path, **sections: Any) -> RunConfig:
-    """A run with the sections that an import wrote."""
+    """Return a config with the sections that an import wrote."""
     written = read_yaml(folder / "model.yaml")
     return small_config(**{**written, **sections})
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(ranks: Any, tmp_path: Path, name: str) -> None:
-    expected = saved(name, tmp_path / "theirs")
-    write_model(open_model(tmp_path / "theirs"), tmp_path / "ours", shard_bytes=30_000)
-    assert len(list((tmp_path / "ours").glob("weights-*.safetensors"))) > 1
-    config = config_of(tmp_path / "ours")
+def test_imported_models_have_the_logits_of_transformers(ranks: Any, tmp_path: Path, name: str) -> None:
+    expected = save_random_model(name, tmp_path / "source")
+    write_model(open_model(tmp_path / "source"), tmp_path / "imported", shard_bytes=30_000)
+    assert len(list((tmp_path / "imported").glob("weights-*.safetensors"))) > 1
+    config = config_of(tmp_path / "imported")
     assert config.attention.kind == ("gqa" if "group" in name else "mha")
     assert config.attention.rotary_width == ROTARY_WIDTHS.get(name, config.attention.head_dim)
-    assert config.model.padded_vocab_size == 46, "nothing is padded that need not be"
-    weights = dict(StoredTensors(tmp_path / "ours", stem="weights"))
-    (logits,) = ranks(1).run(logits_of, weights, config)
+    assert config.model.padded_vocab_size == 46, "no padding is needed"
+    weights = dict(StoredTensors(tmp_path / "imported", stem="weights"))
+    (logits,) = ranks(1).run(compute_logits, weights, config)
     assert_near(logits, expected, torch.float64, "logits")
     assert expected.std() > 0.05
 
 
-def test_tables_are_padded_where_that_is_asked_for(ranks: Any, tmp_path: Path) -> None:
-    expected = saved("llama", tmp_path / "theirs")
-    write_model(open_model(tmp_path / "theirs", vocab_multiple=16), tmp_path / "ours")
-    config = config_of(tmp_path / "ours")
+def test_embeddings_are_padded_to_the_requested_multiple(ranks: Any, tmp_path: Path) -> None:
+    expected = save_random_model("llama", tmp_path / "source")
+    write_model(open_model(tmp_path / "source", vocab_multiple=16), tmp_path / "imported")
+    config = config_of(tmp_path / "imported")
     assert config.model.padded_vocab_size == 48
-    weights = dict(StoredTensors(tmp_path / "ours", stem="weights"))
-    (logits,) = ranks(1).run(logits_of, weights, config)
+    weights = dict(StoredTensors(tmp_path / "imported", stem="weights"))
+    (logits,) = ranks(1).run(compute_logits, weights, config)
     assert_near(logits[..., :46], expected, torch.float64, "logits")
     assert not logits[..., 46:].any()
 
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_what_is_exported_comes_back_to_the_bit(
+def test_importing_an_export_gives_bit_identical_weights(
     ranks: Any, small_data: SmallData, tmp_path: Path, attention: str, parts: str
 ) -> None:
     config = small_config(
@@ -133,94 +133,94 @@ def test_what_is_exported_comes_back_to_the_bit(
         model={**PARTS[parts], "vocab_size": 512},
         data={"tokenizer": str(small_data.tokenizer)},
     )
-    (weights,) = ranks(1).run(whole_weights, config, torch.float32)
-    export_model(weights, config, folder=tmp_path / "theirs")
-    whole: UnshardedModel = open_model(tmp_path / "theirs")
-    again = dict(whole.tensors)
-    assert again.keys() == weights.keys()
-    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
-    found, expected = (describe_architecture(part.model, part.attention) for part in (whole, config))
-    # A Llama does not say whether its one group is of mqa or of gqa.
+    (weights,) = ranks(1).run(build_unsharded_weights, config, torch.float32)
+    export_model(weights, config, folder=tmp_path / "source")
+    imported = open_model(tmp_path / "source")
+    tensors = dict(imported.tensors)
+    assert tensors.keys() == weights.keys()
+    assert all(torch.equal(tensors[name], weight) for name, weight in weights.items())
+    found, expected = (describe_architecture(part.model, part.attention) for part in (imported, config))
+    # The Llama format does not distinguish mqa from gqa with one group.
     assert found["attention"].pop("kind") in (expected["attention"].pop("kind"), "gqa")
     assert found == expected
 
 
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+REJECTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "model_type": (
         "llama",
         {"model_type": "mamba"},
-        r"model_type=mamba: is no format .*; use one of",
+        r"model_type=mamba: is not a supported format; import a model with one of",
     ),
     "parallel": (
         "neox",
         {"use_parallel_residual": True},
-        r"use_parallel_residual=True: cannot be expressed by this package's model, which needs False; take",
+        r"use_parallel_residual=True: must be False: the models of this package .* no other value; import",
     ),
-    "activation": ("neox", {"hidden_act": "gelu_new"}, r"hidden_act=gelu_new: cannot .* needs gelu;"),
-    "gate": ("llama", {"hidden_act": "gelu"}, r"hidden_act=gelu: cannot .* needs silu;"),
-    "one bias": ("llama", {"attention_bias": True}, r"mlp_bias=False: cannot .* needs True;"),
+    "activation": ("neox", {"hidden_act": "gelu_new"}, r"hidden_act=gelu_new: must be gelu: .*;"),
+    "gate": ("llama", {"hidden_act": "gelu"}, r"hidden_act=gelu: must be silu: .*;"),
+    "one bias": ("llama", {"attention_bias": True}, r"mlp_bias=False: must be True: .*;"),
     "scaling": (
         "llama",
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
-        r"rope_parameters.rope_type=linear: cannot .* needs default;",
+        r"rope_parameters.rope_type=linear: must be default: .*;",
     ),
     "old scaling": (
         "llama",
         {"rope_scaling": {"rope_type": "llama3"}},
-        r"rope_scaling=\{'rope_type': 'llama3'\}: cannot .* needs None;",
+        r"rope_scaling=\{'rope_type': 'llama3'\}: must be None: .*;",
     ),
     "broken base": (
         "llama",
         {"rope_parameters": {"rope_theta": 0.5}},
-        r"rope_theta=0.5: must be a whole number for model.rotary_base;",
+        r"rope_theta=0.5: must be an integer, as model.rotary_base is;",
     ),
     "quantized": (
         "llama",
         {"quantization_config": {"bits": 4}},
-        r"quantization_config=.*: cannot",
+        r"quantization_config=.*: must be None",
     ),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_our_model_cannot_express_is_refused_by_name(tmp_path: Path, case: str) -> None:
-    name, changes, message = REFUSED[case]
-    saved(name, tmp_path)
+@pytest.mark.parametrize("case", REJECTED)
+def test_models_that_cannot_be_expressed_are_rejected_by_field(tmp_path: Path, case: str) -> None:
+    name, changes, message = REJECTED[case]
+    save_random_model(name, tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}))
     with pytest.raises(FieldError, match=message):
         open_model(tmp_path)
 
 
-def test_the_spelling_of_transformers_4_is_read_too(tmp_path: Path) -> None:
+def test_fields_of_transformers_4_are_read(tmp_path: Path) -> None:
     for name in ("llama, other rotary base", "neox, partly rotary"):
-        saved(name, tmp_path / name)
+        save_random_model(name, tmp_path / name)
         fields = json.loads((tmp_path / name / "config.json").read_text())
         fields.pop("rope_parameters", None)
         is_llama = name.startswith("llama")
         older = {"rope_theta": 500.0} if is_llama else {"rotary_emb_base": 500, "rotary_pct": 0.7}
         (tmp_path / name / "config.json").write_text(json.dumps({**fields, **older, "rope_scaling": None}))
-        whole = open_model(tmp_path / name)
-        assert whole.model.rotary_base == 500
-        assert whole.attention.rotary_width == (6 if is_llama else 4)
+        imported = open_model(tmp_path / name)
+        assert imported.model.rotary_base == 500
+        assert imported.attention.rotary_width == (6 if is_llama else 4)
 
 
-def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileProblem, match=r"config.json: cannot be read \(.*\); give the folder of"):
+def test_incomplete_and_damaged_files_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(FileProblem, match=r"config.json: cannot be read \(.*\); name the folder of"):
         open_model(tmp_path)
-    saved("llama", tmp_path)
+    save_random_model("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    with pytest.raises(FileProblem, match=r"holds 9 tensors that its config does not speak of \(model"):
-        write_model(open_model(tmp_path), tmp_path / "ours")
+    with pytest.raises(FileProblem, match=r"contains 9 tensors that its config does not describe \(model"):
+        write_model(open_model(tmp_path), tmp_path / "imported")
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(FileProblem, match=r"has no tensor model.layers.2.input_layernorm.weight; make"):
-        write_model(open_model(tmp_path), tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
+    with pytest.raises(FileProblem, match=r"has no tensor model.layers.2.input_layernorm.weight; name"):
+        write_model(open_model(tmp_path), tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
     first = min(tmp_path.glob("*.safetensors"))
     first.write_bytes(first.read_bytes()[:-8])
-    with pytest.raises(FileProblem, match=r"model-00001.*: is damaged, or no safetensors file"):
+    with pytest.raises(FileProblem, match=r"model-00001.*: is damaged, or not a safetensors file"):
         open_model(tmp_path)
     first.unlink()
-    with pytest.raises(FileProblem, match=r"model-00001.*: there is no such file; give a folder"):
+    with pytest.raises(FileProblem, match=r"model-00001.*: does not exist; name a folder"):
         open_model(tmp_path)

@@ -1,4 +1,4 @@
-"""What is taken for a checkpoint, what is found in it, and what goes when there are too many."""
+"""Manifest: which folders are checkpoints, how damage is found, and which checkpoints are removed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sas_megatron.checkpoint.manifest import (
     Manifest,
     describe_file,
     find_checkpoints,
-    find_own_share,
     partial_folder,
     publish,
     read_manifest,
-    remove_old,
+    remove_old_checkpoints,
+    select_files_of_rank,
     verify_checkpoint,
 )
 from sas_megatron.config.errors import FileProblem
@@ -29,6 +29,7 @@ from sas_megatron.config.training import CheckpointConfig
 
 
 def write(folder: Path, step: int) -> Path:
+    """Publish a checkpoint of two small files and return its folder."""
     partial = partial_folder(folder, step)
     (partial / "deeper").mkdir(parents=True)
     paths = [partial / "weights", partial / "deeper" / "more"]
@@ -39,26 +40,27 @@ def write(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, the newest first."""
     return [read_manifest(path).step for path in find_checkpoints(folder)]
 
 
-def test_the_newest_comes_first_and_what_is_unfinished_is_none(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted_by_step_and_incomplete_ones_are_ignored(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path / "none") == []
     for step in (9, 10_000_000, 10):
         write(tmp_path, step)
-    for unfinished in ("iter_0000011.partial", "iter_0000012.replaced", "iter_00000x3", "other"):
-        (tmp_path / unfinished).mkdir()
+    for incomplete in ("iter_0000011.partial", "iter_0000012.replaced", "iter_00000x3", "other"):
+        (tmp_path / incomplete).mkdir()
     assert steps(tmp_path) == [10_000_000, 10, 9]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_publishing_a_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
     (write(tmp_path, 3) / "weights").write_text("damaged")
     verify_checkpoint(write(tmp_path, 3))
-    remove_old(tmp_path, newest=3, keep_last=None, is_permanent=lambda _: False)
+    remove_old_checkpoints(tmp_path, newest=3, keep_last=None, is_permanent=lambda _: False)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
 
 
-def test_the_checksums_are_those_of_other_tools(tmp_path: Path) -> None:
+def test_checksums_agree_with_sha256sum_and_hashlib(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     subprocess.run(["sha256sum", "--check", "--strict", "manifest.sha256"], cwd=path, check=True, timeout=20)
     record = json.loads((path / "manifest.json").read_text())["files"]["deeper/more"]
@@ -67,7 +69,7 @@ def test_the_checksums_are_those_of_other_tools(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights", "deeper/more", "manifest.json", "manifest.sha256"])
-def test_any_bit_and_any_byte_that_is_missing_shows(tmp_path: Path, name: str) -> None:
+def test_changed_bits_and_missing_bytes_are_detected(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, 3)
     content = (path / name).read_bytes()
     damaged = [content[:-1], content + b"\n", b""]
@@ -81,23 +83,23 @@ def test_any_bit_and_any_byte_that_is_missing_shows(tmp_path: Path, name: str) -
         with pytest.raises(DamagedCheckpoint, match=name.replace(".", r"\.")):
             verify_checkpoint(path)
     (path / name).unlink()
-    with pytest.raises(DamagedCheckpoint, match=r"missing|no readable"):
+    with pytest.raises(DamagedCheckpoint, match=r"missing|cannot be read"):
         verify_checkpoint(path)
-    (path / name).mkdir()  # cannot be read, whoever tries
-    with pytest.raises(DamagedCheckpoint, match=r"no readable|bytes|cannot be read"):
+    (path / name).mkdir()  # A folder cannot be read as a file, even by root.
+    with pytest.raises(DamagedCheckpoint, match=r"bytes|cannot be read"):
         verify_checkpoint(path)
     (path / name).rmdir()
     (path / name).write_bytes(content)
     verify_checkpoint(path)
 
 
-def test_every_damaged_file_is_named_at_once(tmp_path: Path) -> None:
+def test_one_message_names_all_damaged_files(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     (path / "weights").unlink()
     (path / "deeper/more").write_bytes(b"")
     with pytest.raises(
         DamagedCheckpoint,
-        match=r"is damaged: deeper/more has 0 bytes, 198 were written; weights is missing; put it back from",
+        match=r"is damaged: deeper/more has 0 bytes, but 198 were written; weights is missing; restore it",
     ):
         verify_checkpoint(path)
 
@@ -106,27 +108,27 @@ def test_every_damaged_file_is_named_at_once(tmp_path: Path) -> None:
     ("schema", "message"),
     [
         (SCHEMA + 1, rf"has format {SCHEMA + 1}, newer than {SCHEMA}; update the package"),
-        (2, r"has format 2, older than 3; go on with the version that wrote it"),
-        (1, r"has format 1, older than 3; go on with the version that wrote it"),
+        (2, r"has format 2, older than 3; resume with the version that wrote it"),
+        (1, r"has format 1, older than 3; resume with the version that wrote it"),
     ],
 )
-def test_other_versions_are_refused_and_not_taken_for_damage(
+def test_other_formats_are_rejected_without_being_reported_as_damage(
     tmp_path: Path, schema: int, message: str
 ) -> None:
     path = write(tmp_path, 3)
     text = json.dumps({**json.loads((path / "manifest.json").read_text()), "schema": schema})
     (path / "manifest.json").write_text(text)
-    (path / "manifest.sha256").unlink()  # older ones have none, and newer ones may not
-    with pytest.raises(FileProblem, match=message) as refusal:
+    (path / "manifest.sha256").unlink()  # Older formats have no checksum, and newer ones may not.
+    with pytest.raises(FileProblem, match=message) as raised:
         verify_checkpoint(path)
-    assert not isinstance(refusal.value, DamagedCheckpoint)
+    assert not isinstance(raised.value, DamagedCheckpoint)
     (path / "manifest.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
     with pytest.raises(FileProblem, match=message):
         verify_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "at_steps", "left"),
+    ("keep_last", "keep_every", "at_steps", "kept"),
     [
         (None, None, None, [6, 5, 4, 3, 2, 1]),
         (2, None, None, [6, 5]),
@@ -136,44 +138,44 @@ def test_other_versions_are_refused_and_not_taken_for_damage(
         (1, None, [2, 3], [6, 3, 2]),
     ],
 )
-def test_retention_keeps_the_newest_every_so_manieth_and_those_asked_for(
-    tmp_path: Path, keep_last: int | None, keep_every: int | None, at_steps: list[int] | None, left: list[int]
+def test_retention_keeps_the_newest_regular_and_requested_checkpoints(
+    tmp_path: Path, keep_last: int | None, keep_every: int | None, at_steps: list[int] | None, kept: list[int]
 ) -> None:
     for step in range(1, 7):
         write(tmp_path, step)
     (tmp_path / "iter_0000007.partial").mkdir()
     (tmp_path / "not_ours").mkdir()
     settings = CheckpointConfig(keep_last=keep_last, keep_every=keep_every, at_steps=at_steps)
-    remove_old(tmp_path, newest=6, keep_last=keep_last, is_permanent=settings.is_permanent)
-    assert steps(tmp_path) == left
-    assert len(list(tmp_path.iterdir())) == len(left) + 1
+    remove_old_checkpoints(tmp_path, newest=6, keep_last=keep_last, is_permanent=settings.is_permanent)
+    assert steps(tmp_path) == kept
+    assert len(list(tmp_path.iterdir())) == len(kept) + 1
 
 
-def test_retention_does_not_count_what_is_damaged(tmp_path: Path) -> None:
+def test_retention_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
     for step in range(1, 6):
         write(tmp_path, step)
     shutil.rmtree(tmp_path / "iter_0000005" / "deeper")
     (tmp_path / "iter_0000003" / "weights").write_bytes(b"cut")
-    remove_old(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
+    remove_old_checkpoints(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
     assert steps(tmp_path) == [5, 4]
     (tmp_path / "iter_0000004" / "manifest.json").write_text("{")
-    remove_old(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
+    remove_old_checkpoints(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["iter_0000005", "iter_0000004"]
 
 
-def test_retention_does_not_count_what_a_run_has_gone_back_from(tmp_path: Path) -> None:
+def test_retention_does_not_count_checkpoints_after_the_resumed_step(tmp_path: Path) -> None:
     for step in (2, 4, 9):
         write(tmp_path, step)
-    # Of the size that was written, as a rotten bit leaves it: only reading it all would tell.
+    # The size is unchanged, so the damage shows only in the checksum.
     (tmp_path / "iter_0000009" / "weights").write_bytes(bytes(199))
     write(tmp_path, 5)
-    remove_old(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
+    remove_old_checkpoints(tmp_path, newest=5, keep_last=1, is_permanent=lambda _: False)
     assert steps(tmp_path) == [9, 5]
 
 
-def test_ranks_share_out_the_reading() -> None:
+def test_ranks_together_read_each_file_once() -> None:
     files = {f"file {size}": FileRecord(size, "") for size in (5, 70, 6, 90, 80)}
-    shares = [find_own_share(files, rank=rank, num_ranks=2) for rank in range(2)]
-    assert [sum(file.size_bytes for file in share.values()) for share in shares] == [165, 86]
-    assert shares[0] | shares[1] == files
-    assert not set(shares[0]) & set(shares[1])
+    files_by_rank = [select_files_of_rank(files, rank=rank, num_ranks=2) for rank in range(2)]
+    assert [sum(file.size_bytes for file in share.values()) for share in files_by_rank] == [165, 86]
+    assert files_by_rank[0] | files_by_rank[1] == files
+    assert not set(files_by_rank[0]) & set(files_by_rank[1])

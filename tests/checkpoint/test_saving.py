@@ -1,4 +1,4 @@
-"""Damage is found and gone back from, faults while saving harm nothing, and training need not wait."""
+"""Saving and resuming: damaged checkpoints, failed writes, asynchronous saves, and unsafe metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
-from tests.checkpoint.saved_runs import save, take_steps_from, train_and_save, whole_tensors
+from tests.checkpoint.saved_runs import read_unsharded_tensors, save, take_steps_from, train_and_save
 from tests.full_disk import no_file_longer_than
 from tests.rank_pool import in_layout
 from tests.selection import cases
@@ -27,42 +27,43 @@ TWO = Layout(2, optimizer=SHARDED)
 
 
 def config_with(layout: Layout = TWO, **checkpoint: Any) -> RunConfig:
+    """Return a SAS config with fields of the section `checkpoint`."""
     from sas_megatron.config.loading import build_run_config
 
     return build_run_config({**layout.config("sas-gather").model_dump(mode="json"), "checkpoint": checkpoint})
 
 
-def look_for_newest(folder: Path) -> tuple[str, list[str]]:
-    """On a rank: the newest whole checkpoint, or the problem; and what was said on the way."""
-    from sas_megatron.checkpoint.loading import find_newest_complete
+def find_newest(folder: Path) -> tuple[str, list[str]]:
+    """Return the name of the newest intact checkpoint, or the error message, and the logged messages."""
+    from sas_megatron.checkpoint.restoring import find_newest_complete
 
     in_layout(TWO.config("mha").parallel)
-    said: list[str] = []
+    logged: list[str] = []
     try:
-        checkpoint = find_newest_complete(folder, say=said.append)
+        checkpoint = find_newest_complete(folder, log=logged.append)
     except FileProblem as problem:
-        return str(problem), said
-    return "none" if checkpoint is None else checkpoint.path.name, said
+        return str(problem), logged
+    return "none" if checkpoint is None else checkpoint.path.name, logged
 
 
 @pytest.fixture(scope="module")
 def two_checkpoints(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """After one step and after two."""
+    """Save a checkpoint after one step and another after two."""
     folder = tmp_path_factory.mktemp("two")
     for step in (1, 2):
         ranks(2).run(train_and_save, config_with(), folder, step)
     return folder
 
 
-def test_without_checkpoints_there_is_none(ranks: Any, tmp_path: Path) -> None:
-    assert ranks(2).run(look_for_newest, tmp_path / "missing") == [("none", [])] * 2
+def test_a_missing_folder_contains_no_checkpoint(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2).run(find_newest, tmp_path / "missing") == [("none", [])] * 2
 
 
-def test_every_damaged_file_is_said_and_the_checkpoint_before_taken(
+def test_every_damaged_file_is_logged_and_the_previous_checkpoint_is_used(
     ranks: Any, two_checkpoints: Path
 ) -> None:
     newest, before = find_checkpoints(two_checkpoints)
-    assert ranks(2).run(look_for_newest, two_checkpoints) == [(newest.name, [])] * 2
+    assert ranks(2).run(find_newest, two_checkpoints) == [(newest.name, [])] * 2
     files = [path for path in newest.rglob("*") if path.is_file()]
     assert {path.name for path in files} == {
         *("__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json", "common.pt"),
@@ -76,40 +77,40 @@ def test_every_damaged_file_is_said_and_the_checkpoint_before_taken(
         flipped[offset] ^= 1 << draw.randrange(8)
         for damaged in (content[:-1], bytes(flipped), None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
-            for found, said in ranks(2).run(look_for_newest, two_checkpoints):
+            for found, logged in ranks(2).run(find_newest, two_checkpoints):
                 assert found == before.name, (path.name, offset)
-                (line,) = said
+                (line,) = logged
                 assert line.startswith(f"{newest}: is damaged: ")
                 assert path.name in line
-                assert line.endswith("; going back to the checkpoint before")
+                assert line.endswith("; trying the previous checkpoint")
         path.write_bytes(content)
     verify_checkpoint(newest)
 
 
-def test_where_all_are_damaged_the_run_does_not_begin_anew(
+def test_an_error_is_raised_if_all_checkpoints_are_damaged(
     ranks: Any, two_checkpoints: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(two_checkpoints, folder)
     for path in find_checkpoints(folder):
         (path / "__1_0.distcp").unlink()
-    for found, said in ranks(2).run(look_for_newest, folder):
-        assert found.startswith(f"{folder}: holds no checkpoint that is whole: 2 are damaged; put one back")
-        assert len(said) == 2
+    for found, logged in ranks(2).run(find_newest, folder):
+        assert found.startswith(f"{folder}: contains no intact checkpoint: 2 are damaged; restore one")
+        assert len(logged) == 2
 
 
-def test_a_newer_version_is_refused_on_every_rank(ranks: Any, two_checkpoints: Path, tmp_path: Path) -> None:
+def test_a_newer_format_is_rejected_on_every_rank(ranks: Any, two_checkpoints: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(two_checkpoints, folder)
     manifest = find_checkpoints(folder)[0] / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": 99}))
     (manifest.parent / "manifest.sha256").unlink()
-    for found, _ in ranks(2).run(look_for_newest, folder):
+    for found, _ in ranks(2).run(find_newest, folder):
         assert found == f"{manifest.parent}: has format 99, newer than 3; update the package"
 
 
 def save_on_a_full_disk(config: RunConfig, folder: Path, full_on: int, num_bytes: int) -> str:
-    """On a rank: what is said of a second checkpoint that one rank cannot write."""
+    """Return the error message of a second checkpoint, which one rank cannot write."""
     from sas_megatron.training.build import build_engine
 
     topology = in_layout(config.parallel)
@@ -134,30 +135,32 @@ def save_on_a_full_disk(config: RunConfig, folder: Path, full_on: int, num_bytes
             for full in ((0, 20_000), (1, 20_000), (0, 200), (1, 0))
             for asynchronous in (False, True)
         ],
-        # On each rank, of each way to write: within the tensors, and within the first file that is written.
+        # On each rank and for both kinds of saves: in the tensors, and in the first file.
         default=[(0, 20_000, False), (1, 20_000, True), (0, 200, True), (1, 0, False)],
     ),
 )
-def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(
+def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(
     ranks: Any, tmp_path: Path, full_on: int, num_bytes: int, asynchronous: bool
 ) -> None:
     config = config_with(asynchronous=asynchronous)
-    said = ranks(2).run(save_on_a_full_disk, config, tmp_path, full_on, num_bytes)
-    assert said[0] == said[1]
-    assert said[0].startswith(f"{tmp_path / 'iter_0000002.partial'}: cannot be written (File too large")
-    assert said[0].endswith("resume from the last with checkpoint.resume=true")
+    messages = ranks(2).run(save_on_a_full_disk, config, tmp_path, full_on, num_bytes)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(
+        f"{tmp_path / 'iter_0000002.partial'}: cannot be written ([Errno 27] File too large"
+    )
+    assert messages[0].endswith("resume from the last one with checkpoint.resume=true")
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
     verify_checkpoint(tmp_path / "iter_0000001")
 
 
-def test_a_folder_that_cannot_be_made_is_said_on_every_rank(ranks: Any, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("in the way")
+def test_a_folder_that_cannot_be_created_is_reported_on_every_rank(ranks: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file instead of the folder")
     with pytest.raises(AssertionError, match=r"rank 1:(.|\n)*partial: cannot be written \("):
         ranks(2).run(train_and_save, config_with(), tmp_path / "checkpoints", 1)
 
 
-def save_and_go_on(config: RunConfig, folder: Path) -> list[float]:
-    """On a rank: steps while the first checkpoint is being written."""
+def save_while_training(config: RunConfig, folder: Path) -> list[float]:
+    """Train while checkpoints are being written."""
     from sas_megatron.checkpoint.saving import CheckpointSaver
     from sas_megatron.training.build import build_engine
 
@@ -173,7 +176,7 @@ def save_and_go_on(config: RunConfig, folder: Path) -> list[float]:
             progress={"engine": engine.counts()},
             write_files=engine.write_files,
         )
-        with torch.no_grad():  # what is done to the weights now must not reach the files
+        with torch.no_grad():  # Changes of the weights during the save must not reach the files.
             for parameter in engine.model_chunks[0].parameters():
                 parameter.add_(1.0)
             saver.finish_if_written()
@@ -183,101 +186,108 @@ def save_and_go_on(config: RunConfig, folder: Path) -> list[float]:
     return losses
 
 
-def test_asynchronous_checkpoints_hold_what_was_when_they_were_begun(ranks: Any, tmp_path: Path) -> None:
-    ranks(2).run(save_and_go_on, config_with(), tmp_path / "at once")
-    ranks(2).run(save_and_go_on, config_with(asynchronous=True, keep_last=2), tmp_path / "behind")
-    assert [path.name for path in find_checkpoints(tmp_path / "behind")] == ["iter_0000003", "iter_0000002"]
-    for path in find_checkpoints(tmp_path / "behind"):
+def test_asynchronous_checkpoints_contain_the_weights_at_the_call_of_save(ranks: Any, tmp_path: Path) -> None:
+    ranks(2).run(save_while_training, config_with(), tmp_path / "synchronous")
+    ranks(2).run(save_while_training, config_with(asynchronous=True, keep_last=2), tmp_path / "asynchronous")
+    assert [path.name for path in find_checkpoints(tmp_path / "asynchronous")] == [
+        "iter_0000003",
+        "iter_0000002",
+    ]
+    for path in find_checkpoints(tmp_path / "asynchronous"):
         verify_checkpoint(path)
-        expected = whole_tensors(tmp_path / "at once" / path.name)
-        for name, tensor in whole_tensors(path).items():
+        expected = read_unsharded_tensors(tmp_path / "synchronous" / path.name)
+        for name, tensor in read_unsharded_tensors(path).items():
             assert torch.equal(tensor, expected[name]), name
 
 
-def save_while_memory_runs_out(config: RunConfig, folder: Path) -> None:
-    """On a rank: on the second of which the writing thread fails."""
+def save_with_failing_thread(config: RunConfig, folder: Path) -> None:
+    """Save a checkpoint whose writing thread fails on rank 1."""
     from sas_megatron.checkpoint.tensor_writing import TensorWriter
     from sas_megatron.training.build import build_engine
 
     topology = in_layout(config.parallel)
-    kept = TensorWriter.write
+    original_write = TensorWriter.write
     if topology.rank == 1:
         TensorWriter.write = raise_memory_error  # type: ignore[method-assign]
     try:
         save(build_engine(config), topology, folder, 1)
     finally:
-        TensorWriter.write = kept  # type: ignore[method-assign]
+        TensorWriter.write = original_write  # type: ignore[method-assign]
 
 
 def raise_memory_error(_writer: Any) -> Any:
     raise MemoryError
 
 
-def test_whatever_ends_the_writing_thread_nothing_incomplete_is_published(ranks: Any, tmp_path: Path) -> None:
+def test_no_checkpoint_is_published_if_a_writing_thread_fails(ranks: Any, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"rank 0:(.|\n)*partial: was not written \(MemoryError\(\)\)"):
-        ranks(2).run(save_while_memory_runs_out, config_with(asynchronous=True), tmp_path)
+        ranks(2).run(save_with_failing_thread, config_with(asynchronous=True), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def named(name: str) -> bytes:
-    """Pickled: what torch's descriptions of tensors have under a name."""
+def pickle_class(name: str) -> bytes:
+    """Return the pickle of a name in the module of torch's tensor metadata."""
     parts = (b"torch.distributed.checkpoint.metadata", name.encode())
     return b"".join(b"\x8c" + bytes([len(part)]) + part for part in parts) + b"\x93"
 
 
-def text(value: str) -> bytes:
-    """Pickled: a string."""
+def pickle_string(value: str) -> bytes:
+    """Return the pickle of a string."""
     return b"\x8c" + bytes([len(value)]) + value.encode()
 
 
-def calls_a_function(code: str) -> bytes:
-    return b"cbuiltins\nexec\n(" + text(code) + b"tR."
+def pickle_call_of_builtin(code: str) -> bytes:
+    """Return a pickle that calls `exec`."""
+    return b"cbuiltins\nexec\n(" + pickle_string(code) + b"tR."
 
 
-def leads_on_from_a_description(code: str) -> bytes:
-    """By the module that a method was defined in to what all modules have."""
-    of_module = "MetadataIndex.__init__.__globals__"
-    builtins = named(f"{of_module}.get") + text("__builtins__") + b"\x85R"
-    run = named(f"{of_module}.__class__.get") + builtins + text("exec") + b"\x86R"
-    return b"\x80\x04" + run + text(code) + b"\x85R."
+def pickle_call_through_attributes(code: str) -> bytes:
+    """Return a pickle that reaches `exec` through the globals of a method of an allowed class."""
+    globals_of_method = "MetadataIndex.__init__.__globals__"
+    builtins = pickle_class(f"{globals_of_method}.get") + pickle_string("__builtins__") + b"\x85R"
+    run = pickle_class(f"{globals_of_method}.__class__.get") + builtins + pickle_string("exec") + b"\x86R"
+    return b"\x80\x04" + run + pickle_string(code) + b"\x85R."
 
 
-def describes_bytes(_code: str) -> bytes:
-    """Torch unpickles them when they are read."""
-    return b"\x80\x04" + named("BytesStorageMetadata") + b")\x81."
+def pickle_bytes_metadata(_code: str) -> bytes:
+    """Return metadata of bytes, which torch would unpickle when it reads them."""
+    return b"\x80\x04" + pickle_class("BytesStorageMetadata") + b")\x81."
 
 
 @pytest.mark.parametrize(
-    ("index", "name"),
+    ("pickled", "name"),
     [
-        (calls_a_function, "builtins.exec"),
-        (leads_on_from_a_description, "torch.distributed.checkpoint.metadata.MetadataIndex.__init__."),
-        (describes_bytes, "torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
+        (pickle_call_of_builtin, "builtins.exec"),
+        (pickle_call_through_attributes, "torch.distributed.checkpoint.metadata.MetadataIndex.__init__."),
+        (pickle_bytes_metadata, "torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
     ],
 )
-def test_loading_runs_no_code_from_the_index(
-    tmp_path: Path, index: Callable[[str], bytes], name: str
+def test_loading_runs_no_code_from_the_metadata(
+    tmp_path: Path, pickled: Callable[[str], bytes], name: str
 ) -> None:
     from sas_megatron.checkpoint.tensor_reading import TensorReader
 
     mark = tmp_path / "ran"
-    (tmp_path / ".metadata").write_bytes(index(f"open({str(mark)!r}, 'w')"))
-    with pytest.raises(FileProblem, match=rf"\.metadata: names {re.escape(name)}"):
-        TensorReader(tmp_path).sizes()
+    (tmp_path / ".metadata").write_bytes(pickled(f"open({str(mark)!r}, 'w')"))
+    with pytest.raises(FileProblem, match=rf"\.metadata: refers to {re.escape(name)}"):
+        TensorReader(tmp_path).shapes()
     assert not mark.exists()
 
 
-def test_files_of_another_model_are_refused_by_name_and_shape(ranks: Any, two_checkpoints: Path) -> None:
+def test_a_checkpoint_of_another_model_is_rejected_with_name_and_shape(
+    ranks: Any, two_checkpoints: Path
+) -> None:
     other = config_with(Layout(2, model={"ffn_hidden_size": 36}))
     with pytest.raises(
-        AssertionError, match=r"has another shape, \[56, 20\], of .*linear_fc1\.weight, which is \[72, 20\]"
+        AssertionError,
+        match=r"has shape \[56, 20\] for .*linear_fc1\.weight, whose shape in this run is \[72, 20\]",
     ):
         ranks(2).run(restore_from, other, find_checkpoints(two_checkpoints)[0])
 
 
 def restore_from(config: RunConfig, path: Path) -> None:
-    """On a rank."""
-    from sas_megatron.checkpoint.loading import open_checkpoint
+    """Restore a checkpoint on a rank."""
+    from sas_megatron.checkpoint.restoring import open_checkpoint
     from sas_megatron.training.build import build_engine
 
     in_layout(config.parallel)

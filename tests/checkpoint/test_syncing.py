@@ -1,4 +1,4 @@
-"""A checkpoint gets its name only once its contents are on disk: a power cut leaves it complete or absent."""
+"""A checkpoint is published only after its contents are on disk."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from tests.training.layouts import SHARDED, Layout
 
 
 def save_and_record(config: RunConfig, folder: Path) -> dict[str, int]:
-    """On a rank: what was synced before the checkpoint got its name, with the size that it had then."""
+    """Save a checkpoint on a rank; return the sizes of the files synced before its folder was renamed."""
     synced: dict[str, int] = {}
     fsync, rename, is_published = os.fsync, Path.rename, False
 
-    def record_sync(descriptor: int) -> None:
+    def recording_fsync(descriptor: int) -> None:
         fsync(descriptor)
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if not is_published:
             synced[path.name] = path.stat().st_size
 
-    def record_rename(path: Path, target: Path) -> Path:
+    def recording_rename(path: Path, target: Path) -> Path:
         nonlocal is_published
         is_published = is_published or path.suffix == ".partial"
         return rename(path, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", record_sync)
-        patch.setattr(Path, "rename", record_rename)
+        patch.setattr(os, "fsync", recording_fsync)
+        patch.setattr(Path, "rename", recording_rename)
         train_and_save(config, folder, 1)
     return synced
 
@@ -45,4 +45,4 @@ def test_every_file_is_synced_in_full_before_the_checkpoint_is_published(ranks: 
     for path in checkpoint.rglob("*"):
         if path.is_file():
             assert synced.get(path.name) == path.stat().st_size, path.name
-    assert f"{checkpoint.name}.partial" in synced, "the names in the folder"
+    assert f"{checkpoint.name}.partial" in synced, "the folder, which contains the file names, is synced"

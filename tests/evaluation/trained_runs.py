@@ -29,7 +29,7 @@ def complete(config: RunConfig) -> None:
 def export(directory: Path, folder: Path) -> None:
     """On the one rank of a pool: its newest checkpoint for transformers."""
     from sas_megatron.checkpoint.export import export_model
-    from sas_megatron.checkpoint.run_weights import open_run_weights
+    from sas_megatron.checkpoint.unsharded_weights import open_run_weights
 
     trained = open_run_weights(directory)
     export_model(trained.weights, trained.config, folder=folder)

@@ -156,21 +156,21 @@ MUTANTS = (
     ),
     Mutant(
         "damage-known-to-one-rank",
-        "sas_megatron.checkpoint.loading:open_checkpoint",
-        "gather_from_ranks(manifest.find_damage(path, share))",
-        "[manifest.find_damage(path, share)]",
+        "sas_megatron.checkpoint.restoring:open_checkpoint",
+        "gather_from_ranks(manifest.find_damage(path, local_files))",
+        "[manifest.find_damage(path, local_files)]",
         "Damage of a checkpoint is known only to the rank that reads the file.",
     ),
     Mutant(
         "resharding-swaps-gate-and-up",
-        "sas_megatron.checkpoint.sharded_tensors:_boxes_in_whole",
-        "(piece * ranks + rank) * length",
-        "(rank * stride + piece) * length",
+        "sas_megatron.checkpoint.sharded_tensors:_blocks_of_full_parameter",
+        "(section * num_ranks + rank) * length",
+        "(rank * stride + section) * length",
         "Loading a checkpoint at another tensor-parallel size mixes the MLP's gate and up projections.",
     ),
     Mutant(
         "random-states-not-restored",
-        "sas_megatron.checkpoint.loading:restore_random_states",
+        "sas_megatron.checkpoint.restoring:restore_random_states",
         "set_random_states(states)",
         "pass",
         "A resumed run draws other dropout than the uninterrupted run.",
@@ -184,7 +184,7 @@ MUTANTS = (
     ),
     Mutant(
         "one-checkpoint-too-many-kept",
-        "sas_megatron.checkpoint.manifest:remove_old",
+        "sas_megatron.checkpoint.manifest:remove_old_checkpoints",
         "[:keep_last]",
         "[: keep_last + 1]",
         "One checkpoint more than checkpoint.keep_last is kept.",
@@ -192,13 +192,13 @@ MUTANTS = (
     Mutant(
         "metadata-names-any-torch-object",
         "sas_megatron.checkpoint.tensor_reading:_MetadataUnpickler.find_class",
-        "if (module, name) in _DESCRIBING:",
+        "if (module, name) in _METADATA_CLASSES:",
         'if module.startswith(("torch", "collections", "pathlib")):',
         "The metadata of a checkpoint may name any function of torch, which unpickling then calls.",
     ),
     Mutant(
         "imported-projections-not-grouped",
-        "sas_megatron.checkpoint.projections:fuse_projections",
+        "sas_megatron.checkpoint.llama:fuse_projections",
         "torch.cat(by_group, dim=1).flatten(0, 2)",
         "torch.cat(list(parts))",
         "Imported query, key and value rows are concatenated instead of grouped.",
@@ -212,7 +212,7 @@ MUTANTS = (
     ),
     Mutant(
         "imported-vocabulary-shifted",
-        "sas_megatron.checkpoint.importing:_all_of",
+        "sas_megatron.checkpoint.importing:_pad_embeddings",
         "F.pad(tensor, (0, 0, 0, added_rows))",
         "F.pad(tensor, (0, 0, added_rows, 0))",
         "Padding rows of an imported table come before the vocabulary instead of after it.",
@@ -284,7 +284,7 @@ MUTANTS = (
     # evaluation
     Mutant(
         "top-p-leaves-out-last-token",
-        "sas_megatron.evaluation.sampling:choose_tokens",
+        "sas_megatron.evaluation.generation:choose_tokens",
         "before = shares.cumsum(dim=-1) - shares",
         "before = shares.cumsum(dim=-1)",
         "Top-p sampling leaves out the token with which the probability reaches p.",
@@ -305,14 +305,14 @@ MUTANTS = (
     ),
     Mutant(
         "padding-columns-share-probability",
-        "sas_megatron.evaluation.scoring:VocabularyPart.logits",
+        "sas_megatron.evaluation.scoring:VocabularyShard.logits",
         "logits[:, self._used :] = -torch.inf",
         "pass",
         "The columns that pad the vocabulary take a share of the scored probabilities.",
     ),
     Mutant(
         "target-logits-not-reduced",
-        "sas_megatron.evaluation.scoring:VocabularyPart.logits_of",
+        "sas_megatron.evaluation.scoring:VocabularyShard.logits_of",
         "self._reduce(found, dist.ReduceOp.SUM)",
         "pass",
         "The logit of a scored token is zero on the tensor ranks that do not hold it.",

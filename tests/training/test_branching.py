@@ -121,6 +121,6 @@ def test_a_run_that_could_not_have_come_to_its_branch_is_refused(
         r"schedule\.warmup_steps=1: was 2 in the run",
         schedule={**DECAYS, "warmup_steps": 1},
     )
-    refused(at_step(trunk, 5), FileProblem, "is no folder; give a checkpoint")
+    refused(at_step(trunk, 5), FileProblem, "is not a folder; name a checkpoint")
     (tmp_path / "trunk" / "metrics.jsonl").unlink()
     refused(at_step(trunk, 4), FileProblem, r"metrics\.jsonl: is missing, and a branch needs it")

@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_goes_nowhere(
     content[len(content) // 2] ^= 1
     (path / "__0_0.distcp").write_bytes(content)
     with pytest.raises(
-        AssertionError, match=r"is damaged: __0_0\.distcp has other contents than were written"
+        AssertionError, match=r"is damaged: __0_0\.distcp has contents that differ from what was written"
     ):
         ranks(1).run(checkpoint_command, name, str(tmp_path / "base"), "--output", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()

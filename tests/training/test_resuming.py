@@ -60,7 +60,7 @@ def test_a_run_handed_from_layout_to_layout_is_one_run(
         leg = run("relay", **{**sections, "training": training}, checkpoint={"resume": True})
         entry.check_run(leg, world_size=world_size)
         said = ranks(world_size).run(complete_and_listen, leg)
-        assert [any("random states begin anew" in line for line in lines) for lines in said] == [
+        assert [any("random states are not restored" in line for line in lines) for lines in said] == [
             index > 0
         ] * world_size
     assert [record["step"] for record in records(leg)] == list(range(1, steps + 1))
@@ -146,7 +146,7 @@ def test_initial_weights_that_are_not_there_are_missed_before_training(
     small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(tmp_path / "run", checkpoint={"initial_weights": str(tmp_path / "nothing")})
-    with pytest.raises(FileProblem, match=r"nothing: holds neither a checkpoint nor weights"):
+    with pytest.raises(FileProblem, match=r"nothing: contains neither a checkpoint nor weights"):
         entry.check_run(config, world_size=1)
 
 
@@ -170,7 +170,7 @@ def test_deepspeeds_own_files_are_checked_and_bound_to_their_layout(
         damaged = bytearray(content)
         damaged[len(content) // 2] ^= 1 << number
         (path / name).write_bytes(damaged)
-        with pytest.raises(FileProblem, match=f"is damaged: {name} has other contents"):
+        with pytest.raises(FileProblem, match=f"is damaged: {name} has contents that differ"):
             verify_checkpoint(path)
         (path / name).write_bytes(content)
     assert json.loads((path / "progress.json").read_text())["counts"]["consumed_samples"] == 16

@@ -48,7 +48,7 @@ def final_checkpoint(config: RunConfig) -> Path:
 def final_tensors(config: RunConfig) -> dict[str, torch.Tensor]:
     """What was saved last: weights, optimizer states, and the random states of each rank."""
     reader = TensorReader(final_checkpoint(config))
-    return {name: reader.whole(name) for name in reader.sizes()}
+    return {name: reader.read(name) for name in reader.shapes()}
 
 
 def final_counts(config: RunConfig) -> dict[str, Any]:

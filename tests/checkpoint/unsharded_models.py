@@ -1,4 +1,4 @@
-"""Whole models for tests of checkpoints: their weights by global name, and their logits."""
+"""Unsharded models for tests of checkpoints: their weights by global name, and their logits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ATTENTIONS: dict[str, small.Attention] = {
     },
     "sas-partly": {**small.SAS, "simulate_key_heads": False, "simulate_features": False},
 }
-# The rest of the model: of the first, mha, gqa and mqa are plain Llamas.
+# Settings of the rest of the model. With the first, the Llama format can express mha, gqa and mqa.
 PARTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "biased": {
@@ -44,20 +44,20 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def whole_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """On the one rank of a pool: roughened weights of the freshly built model."""
+def build_unsharded_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return full weights of a newly built model after `roughen_weights`. Runs on a pool of one rank."""
     from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
-    pieces = build_gpt_chunks(config, dtype=dtype)
-    for piece in pieces:
-        roughen_weights(piece)
-    return {name: part.tensor for name, part in weight_parts(pieces).items()}
+    model_chunks = build_gpt_chunks(config, dtype=dtype)
+    for model_chunk in model_chunks:
+        roughen_weights(model_chunk)
+    return {name: part.tensor for name, part in weight_parts(model_chunks).items()}
 
 
 @torch.no_grad()
-def logits_of(weights: dict[str, torch.Tensor], config: RunConfig) -> torch.Tensor:
-    """On the one rank of a pool: the logits [B, S, V], padding included, of these whole weights."""
+def compute_logits(weights: dict[str, torch.Tensor], config: RunConfig) -> torch.Tensor:
+    """Return the logits [B, S, V] of full weights, with the padded vocabulary. Runs on a pool of one rank."""
     from sas_megatron.model.assembly import build_gpt_chunks
     from sas_megatron.model.initialization import global_name
 
