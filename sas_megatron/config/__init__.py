@@ -1,1 +1,1 @@
-"""What a run is: typed sections, YAML with dotted overrides, errors a user can mend. No torch here."""
+"""The config of a run: typed sections, YAML with dotted overrides, and user errors; imports no torch."""

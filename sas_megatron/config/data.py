@@ -1,4 +1,4 @@
-"""The `data` section: which token files, in what windows."""
+"""The `data` section: the token files, and how samples are cut from them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from sas_megatron.config.section import Section
 
 
 class DataConfig(Section):
-    """Token files written by `sas-megatron data prepare`, and how samples are cut from them."""
+    """Token files written by `sas-megatron data prepare`, and the samples drawn from them."""
 
     section_name: ClassVar[str] = "data"
 
-    prefixes: list[str] = Field(description="Token files, each without its .bin/.idx ending.")
+    prefixes: list[str] = Field(description="Paths of the token files, without the .bin and .idx endings.")
     weights: list[float] | None = Field(
-        default=None, description="Share of samples from each prefix; null draws by size."
+        default=None,
+        description="Relative share of the samples drawn from each prefix. null: in proportion to size.",
     )
-    tokenizer: str = Field(description="The sentencepiece .model file that wrote the token files.")
+    tokenizer: str = Field(description="The sentencepiece .model file that encoded the token files.")
     split: list[float] = Field(
-        default=[0.97, 0.03], description="Shares of the documents for training and validation."
+        default=[0.97, 0.03], description="Shares of the documents used for training and for validation."
     )
-    sequence_length: int = Field(description="S, tokens of a sample.")
+    sequence_length: int = Field(description="S, the number of tokens of a sample.")
     reset_at_document_ends: bool = Field(
         default=False,
-        description="Restart positions and hide earlier documents from attention at each end of document.",
+        description="At each end of document, restart the positions and mask attention to earlier documents.",
     )
     index_cache: str | None = Field(
-        default=None, description="Folder for the sample indices; null: index_cache beside the first prefix."
+        default=None,
+        description="Folder for the sample indices. null: index_cache in the folder of the first prefix.",
     )
 
     @model_validator(mode="after")
@@ -40,10 +42,12 @@ class DataConfig(Section):
             raise self.problem(
                 "weights",
                 f"has {len(self.weights)} entries for {len(self.prefixes)} prefixes",
-                "give one each",
+                "give one weight for each prefix",
             )
         if self.weights is not None and min(self.weights) <= 0:
-            raise self.problem("weights", "must be positive", "leave out what is not to be drawn from")
+            raise self.problem(
+                "weights", "must be positive", "remove the prefixes that should not be sampled"
+            )
         if len(self.split) != 2 or min(self.split) <= 0:
             raise self.problem(
                 "split",

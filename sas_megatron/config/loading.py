@@ -1,4 +1,7 @@
-"""YAML file + dotted overrides -> `RunConfig`, or one `UserError` that says what to mend."""
+"""Load, override, dump and compare run configs.
+
+YAML file + dotted overrides -> nested mappings -> `RunConfig`, or a `UserError` that lists every wrong field
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from sas_megatron.config.errors import FileProblem, UserError, translate_os_erro
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.shipped_configs import find_config
 
-# What Megatron-LM's users would type -> where it is here; only ever used in hints.
+# Options of Megatron-LM -> the fields of this config, for hints in error messages.
 MEGATRON_ALIASES: dict[str, str] = {
     "num_attention_heads": "attention.num_heads",
     "num_query_groups": "attention.num_kv_heads",
@@ -71,16 +74,28 @@ MEGATRON_ALIASES: dict[str, str] = {
     "tensorboard_dir": "logging.tensorboard",
 }
 
+# Types of pydantic's errors -> the remedy.
+TYPE_REMEDIES: dict[str, str] = {
+    "int_type": "write a whole number, such as 4",
+    "float_type": "write a number, such as 0.1",
+    "finite_number": "write a number, such as 0.1",
+    "bool_type": "write true or false",
+    "string_type": "write text, in quotes if it looks like a number or a date",
+    "list_type": "write a list, such as [a, b]",
+    "dict_type": "write a mapping, such as {name: value}",
+    "model_type": "write the section's fields as a mapping",
+}
+
 
 def load_run_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
-    """Reads a run's config.
+    """Load a run's config from a YAML file.
 
     Args:
         path: YAML file with the sections of `RunConfig`.
-        overrides: `section.field=value`, the value in YAML; later ones win.
+        overrides: Entries `section.field=value` with the value in YAML; later entries override earlier ones.
 
     Raises:
-        UserError: the file or an override cannot be used; the message names the wrong fields.
+        UserError: The file or an override is invalid; the message names the wrong fields.
     """
     tree = read_yaml(path)
     apply_overrides(tree, overrides or [])
@@ -88,7 +103,11 @@ def load_run_config(path: str | os.PathLike[str], overrides: list[str] | None = 
 
 
 def build_run_config(tree: dict[str, Any]) -> RunConfig:
-    """`RunConfig` from plain nested mappings; raises `UserError` as `load_run_config` does."""
+    """Build a `RunConfig` from nested mappings.
+
+    Raises:
+        UserError: A field is missing, unknown or invalid; the message names the wrong fields.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -96,7 +115,11 @@ def build_run_config(tree: dict[str, Any]) -> RunConfig:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML file whose top is a mapping; raises `FileProblem` otherwise."""
+    """Read a YAML file whose top level is a mapping.
+
+    Raises:
+        FileProblem: The file cannot be read, is not YAML, or its top level is not a mapping.
+    """
     with translate_os_errors(path, problem="cannot be read", remedy="check the path"):
         content = find_config(path).read_bytes()
     try:
@@ -106,20 +129,20 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         tree = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError) as error:
-        # ValueError: a scalar that only looks like a date or number, such as 2020-13-45.
-        raise FileProblem(path, f"is not YAML ({' '.join(str(error).split())})", "mend the syntax") from None
+        # ruamel raises ValueError for an invalid date or number, such as 2020-13-45.
+        raise FileProblem(path, f"is not YAML ({' '.join(str(error).split())})", "fix the syntax") from None
     if not isinstance(tree, dict):
-        raise FileProblem(path, "holds no sections", "start from one of the files in configs/")
+        raise FileProblem(path, "has no sections", "start from one of the files in configs/")
     return tree
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_run_config` reads back to the same config."""
+    """Return the resolved config as YAML, from which `load_run_config` builds an equal config."""
     return dump_tree(config.model_dump(mode="json"))
 
 
 def dump_tree(tree: dict[str, Any]) -> str:
-    """Plain nested mappings as YAML, in their own order."""
+    """Return nested mappings as YAML, with the keys in their original order."""
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
@@ -129,10 +152,10 @@ def dump_tree(tree: dict[str, Any]) -> str:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Puts `section.field=value`, the value in YAML, into plain nested mappings; later ones win.
+    """Set `section.field=value` entries, with the value in YAML, in nested mappings; later entries win.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: An entry is malformed.
     """
     for override in overrides:
         _apply_override(tree, override)
@@ -143,7 +166,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         raise UserError(
-            f"override {override!r}: must read section.field=value; write model.num_layers=4, say"
+            f"override {override!r}: must have the form section.field=value; write model.num_layers=4, "
+            "for example"
         )
     try:
         value = YAML(typ="safe", pure=True).load(text)
@@ -158,7 +182,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _describe(problem: Any, tree: dict[str, Any]) -> str:
-    """One pydantic error in the project's form: field, value, rule, remedy."""
+    """Return the message for one pydantic error: field, value, rule, remedy."""
     path = ".".join(str(part) for part in problem["loc"])
     kind = problem["type"]
     if kind == "extra_forbidden":
@@ -168,7 +192,7 @@ def _describe(problem: Any, tree: dict[str, Any]) -> str:
     if kind == "literal_error":
         return f"{path}={problem['input']!r}: is not one of the choices; use {problem['ctx']['expected']}"
     expected = problem["msg"].removeprefix("Input should be ")
-    return f"{path}={problem['input']!r}: must be {expected}; change it"
+    return f"{path}={problem['input']!r}: must be {expected}; {TYPE_REMEDIES.get(kind, f'use {expected}')}"
 
 
 def _hint(path: str, tree: dict[str, Any] | None = None) -> str:
@@ -177,7 +201,7 @@ def _hint(path: str, tree: dict[str, Any] | None = None) -> str:
         return f"did you mean {MEGATRON_ALIASES[name]}?"
     kinds = [kind for kind in KINDS if path in known_keys({"attention": {"kind": kind}})]
     if kinds:
-        return f"it goes with attention.kind={' or '.join(kinds)}"
+        return f"it belongs to attention.kind={' or '.join(kinds)}"
     known = known_keys(tree)
     nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not nearest:
@@ -189,7 +213,7 @@ def _hint(path: str, tree: dict[str, Any] | None = None) -> str:
 
 
 def known_keys(tree: dict[str, Any] | None = None) -> list[str]:
-    """Every dotted key a config may hold; the attention's by the kind that `tree` names."""
+    """Return every valid dotted key; those of the attention section depend on the kind that `tree` names."""
     keys: list[str] = []
     for section, field in RunConfig.model_fields.items():
         section_class: Any = field.annotation
@@ -213,11 +237,14 @@ def _attention_class(tree: dict[str, Any] | None) -> type[AttentionConfig]:
 def find_differences(
     configs: Sequence[RunConfig], *, ignored: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, ...]]:
-    """Dotted fields that are not equal in all `configs`, with each config's value; None where it has none.
+    """Return the dotted fields that are not equal in all `configs`.
 
     Args:
-        configs: In the order of the values.
+        configs: The configs to compare.
         ignored: Prefixes of dotted names to leave out.
+
+    Returns:
+        The value in each config, in the order of `configs`, by field; None in a config without the field.
     """
     trees = [flatten_config(config) for config in configs]
     names = dict.fromkeys(name for tree in trees for name in tree if not name.startswith(ignored))
@@ -226,7 +253,7 @@ def find_differences(
 
 
 def flatten_config(config: RunConfig) -> dict[str, Any]:
-    """The values of a config, as JSON takes them, by dotted name."""
+    """Return the values of a config by dotted name, as JSON types."""
     return _flatten(config.model_dump(mode="json"), prefix="")
 
 

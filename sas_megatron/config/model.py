@@ -1,4 +1,4 @@
-"""The `model` section: the transformer around the attention."""
+"""The `model` section: the sizes and layers that every attention variant shares."""
 
 from __future__ import annotations
 
@@ -11,28 +11,44 @@ from sas_megatron.config.section import Section
 
 
 class ModelConfig(Section):
-    """Sizes and parts of the GPT that every attention variant shares."""
+    """Sizes of the GPT, and its layers other than attention."""
 
     section_name: ClassVar[str] = "model"
 
-    num_layers: int = Field(description="Transformer layers.")
+    num_layers: int = Field(description="Number of transformer layers.")
     hidden_size: int = Field(description="H, the width of the residual stream.")
-    ffn_hidden_size: int = Field(description="Width of the MLP (of each half for swiglu).")
-    vocab_size: int = Field(description="Pieces of the tokenizer; the tables are padded to vocab_multiple.")
+    ffn_hidden_size: int = Field(
+        description="Width of the MLP; for swiglu, the width of the gate and of the up projection."
+    )
+    vocab_size: int = Field(
+        description="Number of tokens of the tokenizer; embedding tables are padded to vocab_multiple."
+    )
     vocab_multiple: int = Field(
         default=128,
-        description="The embedding's rows are rounded up to a multiple of this, whatever the layout.",
+        description="The number of embedding rows is rounded up to a multiple of this, on every layout.",
     )
-    activation: Literal["swiglu", "gelu"] = Field(default="swiglu", description="Of the MLP.")
+    activation: Literal["swiglu", "gelu"] = Field(
+        default="swiglu", description="Activation function of the MLP."
+    )
     normalization: Literal["rmsnorm", "layernorm"] = Field(
-        default="rmsnorm", description="Before each block."
+        default="rmsnorm", description="Normalization before each attention and MLP block."
     )
-    norm_epsilon: float = Field(default=1e-5, description="Added to the variance in each norm.")
-    linear_bias: bool = Field(default=False, description="Biases in the MLP and attention projections.")
-    tie_embeddings: bool = Field(default=False, description="One table for input and output embedding.")
-    hidden_dropout: float = Field(default=0.0, description="Dropout on the residual branches and embedding.")
-    rotary_base: int = Field(default=10000, description="θ of the rotary positions.")
-    init_std: float = Field(default=0.02, description="σ of N(0, σ); output projections use σ/√(2·layers).")
+    norm_epsilon: float = Field(
+        default=1e-5, description="Epsilon added to the variance in each normalization."
+    )
+    linear_bias: bool = Field(
+        default=False, description="Add biases to the MLP and the attention projections."
+    )
+    tie_embeddings: bool = Field(
+        default=False, description="Share one table between the input embedding and the output layer."
+    )
+    hidden_dropout: float = Field(
+        default=0.0, description="Dropout probability on the residual branches and the embedding."
+    )
+    rotary_base: int = Field(default=10000, description="θ, the base of the rotary embeddings.")
+    init_std: float = Field(
+        default=0.02, description="σ of the N(0, σ) initialization; output projections use σ/√(2·layers)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -45,5 +61,5 @@ class ModelConfig(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table: vocab_size rounded up to vocab_multiple, the same at every layout."""
+        """Rows of the embedding table: vocab_size rounded up to vocab_multiple, the same on every layout."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple

@@ -1,4 +1,4 @@
-"""The `optimizer` and `schedule` sections."""
+"""The `optimizer`, `schedule` and `deepspeed` sections."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from sas_megatron.config.section import Section
 
-# Keys of DeepSpeed's own configuration -> the field of ours that decides them.
-DECIDED_ELSEWHERE = {
+# Keys of DeepSpeed's own configuration -> the field of this config that sets them.
+SET_BY_OTHER_FIELDS = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size",
@@ -23,26 +23,31 @@ DECIDED_ELSEWHERE = {
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay; norms and biases are never decayed."""
+    """AdamW with decoupled weight decay; weight decay is not applied to normalization weights and biases."""
 
     section_name: ClassVar[str] = "optimizer"
 
     learning_rate: float = Field(description="Peak learning rate.")
-    weight_decay: float = Field(default=0.1, description="Decoupled decay of matrices.")
-    beta1: float = Field(default=0.9, description="Decay of the first moment.")
-    beta2: float = Field(default=0.95, description="Decay of the second moment.")
-    epsilon: float = Field(default=1e-8, description="Added to the root of the second moment.")
+    weight_decay: float = Field(default=0.1, description="Decoupled weight decay of matrices.")
+    beta1: float = Field(default=0.9, description="Exponential decay rate of the first moment.")
+    beta2: float = Field(default=0.95, description="Exponential decay rate of the second moment.")
+    epsilon: float = Field(default=1e-8, description="Epsilon added to the square root of the second moment.")
     clip_gradient_norm: float = Field(
-        default=1.0, description="Largest global gradient norm; 0 switches it off."
+        default=1.0, description="Maximum global gradient norm; 0 disables gradient clipping."
     )
     distributed: bool = Field(
-        default=False, description="Shard optimizer states over the data-parallel ranks (Megatron-core)."
+        default=False,
+        description="Shard the optimizer states over the data-parallel ranks (Megatron-core's distributed "
+        "optimizer).",
     )
     simulation_learning_rate_multiplier: float = Field(
-        default=1.0, description="Times learning_rate, for the head and feature simulation weights."
+        default=1.0,
+        description="Factor on learning_rate for the weights of the head and feature simulation of SAS.",
     )
     simulation_weight_decay_multiplier: float = Field(
-        default=1.0, description="Times weight_decay, for the simulation's matrices (their biases: never)."
+        default=1.0,
+        description="Factor on weight_decay for the matrices of the head and feature simulation of SAS; "
+        "their biases have no weight decay.",
     )
 
     @model_validator(mode="after")
@@ -55,58 +60,61 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the steps: linear warm-up, then the chosen shape."""
+    """Learning rate schedule: linear warm-up, then the selected shape."""
 
     section_name: ClassVar[str] = "schedule"
 
     kind: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = Field(
-        default="cosine", description="Shape."
+        default="cosine", description="Shape of the schedule after the warm-up."
     )
-    warmup_steps: int = Field(default=0, description="Steps of linear warm-up from zero.")
+    warmup_steps: int = Field(default=0, description="Number of steps of linear warm-up from zero.")
     decay_steps: int | None = Field(
         default=None,
-        description="Steps of the final linear decay; warmup_stable_decay only, which must state it.",
+        description="Number of steps of the final linear decay; required by warmup_stable_decay, and not "
+        "allowed for other kinds.",
     )
-    final_fraction: float = Field(default=0.1, description="Last learning rate over the peak.")
+    final_fraction: float = Field(
+        default=0.1, description="Final learning rate as a fraction of the peak learning rate."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
         self.require_between(0, float("inf"), "warmup_steps")
         self.require_positive("decay_steps")
         if not 0.0 <= self.final_fraction <= 1.0:
-            raise self.problem("final_fraction", "must lie between 0 and 1", "use 0.1, for example")
+            raise self.problem("final_fraction", "must be between 0 and 1", "use 0.1, for example")
         if (self.kind == "warmup_stable_decay") != (self.decay_steps is not None):
             raise self.problem(
                 "decay_steps",
-                "belongs to schedule.kind=warmup_stable_decay and to no other",
+                "must be set if and only if schedule.kind=warmup_stable_decay",
                 "set both or neither",
             )
         return self
 
 
 class DeepSpeedConfig(Section):
-    """Used with `training.engine=deepspeed` only."""
+    """Settings of the DeepSpeed engine, used with `training.engine=deepspeed` only."""
 
     section_name: ClassVar[str] = "deepspeed"
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
-        description="What is sharded over the data ranks: 0 nothing, 1 optimizer states, 2 gradients too, "
-        "3 parameters too.",
+        description="ZeRO stage: 0 shards nothing over the data-parallel ranks, 1 the optimizer states, 2 "
+        "also the gradients, 3 also the parameters.",
     )
     settings: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further entries of DeepSpeed's own configuration, passed on as they are: "
-        "zero_optimization.offload_optimizer, zero_optimization.offload_param, overlap_comm and so on.",
+        description="Further entries of DeepSpeed's own configuration, passed on unchanged, such as "
+        "zero_optimization.offload_optimizer, zero_optimization.offload_param and overlap_comm.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:
-        for key, owner in DECIDED_ELSEWHERE.items():
+        for key, owner in SET_BY_OTHER_FIELDS.items():
             section, _, name = key.rpartition(".")
             entries = self.settings.get(section, {}) if section else self.settings
             if isinstance(entries, dict) and name in entries:
                 raise self.problem(
-                    "settings", f"{key} is decided by {owner}, so it must not stand here too", "take it out"
+                    "settings", f"{key} is set by {owner} and must not be repeated here", "remove it"
                 )
         return self

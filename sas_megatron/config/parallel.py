@@ -1,4 +1,4 @@
-"""The `parallel` section: how many ranks share one model, and how."""
+"""The `parallel` section: the degrees of tensor, context, pipeline and sequence parallelism."""
 
 from __future__ import annotations
 
@@ -11,36 +11,50 @@ from sas_megatron.config.section import Section, divisors
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism; the data-parallel degree is what the world size leaves over."""
+    """Degrees of model parallelism; the data-parallel degree is the world size divided by their product."""
 
     section_name: ClassVar[str] = "parallel"
 
-    tensor: int = Field(default=1, description="P, ranks that share each layer's heads and MLP columns.")
+    tensor: int = Field(
+        default=1,
+        description="P, tensor-parallel degree: ranks that shard each layer's heads and MLP columns.",
+    )
     sequence: bool = Field(
-        default=False, description="Shard norms and residuals over tokens within the tensor group."
+        default=False,
+        description="Sequence parallelism: shard normalizations and residuals over tokens within the tensor "
+        "group.",
     )
     context: int = Field(
-        default=1, description="C, ranks that share each sequence; attention trades tokens for heads."
+        default=1,
+        description="C, context-parallel degree: ranks that shard each sequence; attention exchanges tokens "
+        "for heads.",
     )
-    pipeline: int = Field(default=1, description="Stages, ranks that share the layers.")
+    pipeline: int = Field(
+        default=1, description="Pipeline-parallel degree: number of stages that the layers are divided into."
+    )
     virtual_pipeline: int = Field(
         default=1,
-        description="Pieces into which each stage's layers are cut, so that the stages interleave: "
-        "1/virtual_pipeline of the bubble for as many times the sends.",
+        description="Model chunks per pipeline stage, for the interleaved schedule: divides the pipeline "
+        "bubble by this number and multiplies the sends between stages by it.",
     )
     first_stage_layers: int | None = Field(
-        default=None, description="Layers of the first stage, which embeds too; null: as many as the others."
+        default=None,
+        description="Layers of the first stage, which also holds the embedding. null: as on the other stages."
+        "",
     )
     last_stage_layers: int | None = Field(
         default=None,
-        description="Layers of the last stage, which has the output layer; null: as many as the others.",
+        description="Layers of the last stage, which also holds the output layer. null: as on the other "
+        "stages.",
     )
     overlap_gradient_reduce: bool = Field(
-        default=False, description="Reduce gradients over the data ranks while the backward pass goes on."
+        default=False,
+        description="Overlap the reduction of gradients over the data-parallel ranks with the backward pass.",
     )
     overlap_parameter_gather: bool = Field(
         default=False,
-        description="Gather updated parameters during the next forward pass; distributed optimizer only.",
+        description="Overlap the all-gather of updated parameters with the next forward pass; requires the "
+        "distributed optimizer.",
     )
 
     @model_validator(mode="after")
@@ -50,35 +64,35 @@ class ParallelConfig(Section):
         if self.sequence and self.tensor == 1:
             raise self.problem(
                 "sequence",
-                "sequence parallelism shards over the tensor group, which has one rank here",
+                "sequence parallelism shards over the tensor group, which has only one rank",
                 "set parallel.tensor to 2 or more, or parallel.sequence=false",
             )
         for field in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
             if self.pipeline == 1 and getattr(self, field) not in (None, 1):
                 raise self.problem(
                     field,
-                    "concerns the stages of a pipeline, and parallel.pipeline=1 has one",
-                    "set parallel.pipeline to 2 or more, or leave it out",
+                    "requires pipeline parallelism, and parallel.pipeline=1",
+                    f"set parallel.pipeline to 2 or more, or remove parallel.{field}",
                 )
         if self.overlap_parameter_gather and not self.overlap_gradient_reduce:
             raise self.problem(
                 "overlap_parameter_gather",
-                "needs parallel.overlap_gradient_reduce=true, whose buckets it gathers",
+                "requires parallel.overlap_gradient_reduce=true, whose buckets it gathers",
                 "set both or neither",
             )
         return self
 
     @property
     def model_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """The number of ranks that hold one copy of the model."""
         return self.tensor * self.context * self.pipeline
 
     def describe_model_ranks(self) -> str:
-        """The degrees that make up `model_size`, for messages."""
+        """Return the degrees whose product is `model_size`, for messages."""
         return self._describe("tensor", "context", "pipeline")
 
     def describe_sequence_ranks(self) -> str:
-        """The degrees that share a sequence's tokens under sequence parallelism, for messages."""
+        """Return the degrees that shard a sequence's tokens under sequence parallelism, for messages."""
         return self._describe("tensor", "context")
 
     def _describe(self, first: str, *others: str) -> str:
@@ -87,34 +101,40 @@ class ParallelConfig(Section):
         return " × ".join(degrees)
 
     def check_layers(self, num_layers: int) -> None:
-        """Raises `FieldError` where the stages cannot share `num_layers` layers."""
+        """Check that `num_layers` layers can be divided over the pipeline stages.
+
+        Raises:
+            FieldError: A stage would get no layer, or a stage's layers do not divide into its model chunks.
+        """
         given = {
             field: getattr(self, field)
             for field in ("first_stage_layers", "last_stage_layers")
             if getattr(self, field) is not None
         }
-        left, stages_left = num_layers - sum(given.values()), self.pipeline - len(given)
-        if stages_left == 0 and left:
+        other_layers, num_other_stages = num_layers - sum(given.values()), self.pipeline - len(given)
+        if num_other_stages == 0 and other_layers:
             raise self.problem(
                 "last_stage_layers",
-                f"must make model.num_layers={num_layers} together with "
+                f"must add up to model.num_layers={num_layers} together with "
                 f"parallel.first_stage_layers={self.first_stage_layers}",
                 "leave one of them out",
             )
-        if stages_left and (left < stages_left or left % stages_left):
+        if num_other_stages and (other_layers < num_other_stages or other_layers % num_other_stages):
             rest = f" without {' and '.join(f'{name}={n}' for name, n in given.items())}" if given else ""
             raise self.problem(
                 "pipeline",
-                f"its {stages_left} stages{rest} must share {left} of model.num_layers={num_layers} "
-                "layers evenly, with at least one each",
-                "change it, or set parallel.first_stage_layers or parallel.last_stage_layers",
+                f"its {num_other_stages} stages{rest} must share {other_layers} of "
+                f"model.num_layers={num_layers} layers evenly, with at least one each",
+                "use another number of stages, or set parallel.first_stage_layers or "
+                "parallel.last_stage_layers",
             )
-        if stages_left == 0 and self.pipeline == 2 and self.virtual_pipeline > 1:
-            # It divides what is left by the stages that are left (0.16.1).
+        if num_other_stages == 0 and self.pipeline == 2 and self.virtual_pipeline > 1:
+            # Megatron-core 0.16.1 divides the other layers by the number of other stages, which is 0.
             raise self.problem(
                 "last_stage_layers",
-                "is one too many for Megatron-core, of two stages that interleave and have both ends given",
-                "leave it out: the last stage has the rest",
+                "must not be set for two interleaved stages if parallel.first_stage_layers is set, a limit "
+                "of Megatron-core",
+                "leave it out: the last stage gets the remaining layers",
             )
         for layers in dict.fromkeys(self.layers_of_stages(num_layers)):
             if layers % self.virtual_pipeline:
@@ -125,7 +145,11 @@ class ParallelConfig(Section):
                 )
 
     def check_stage(self, stage: int) -> None:
-        """Raises `FieldError` where there is no such pipeline stage."""
+        """Check that `stage` is the index of a pipeline stage.
+
+        Raises:
+            FieldError: The pipeline has fewer stages.
+        """
         if not 0 <= stage < self.pipeline:
             raise FieldError(
                 "stage",
@@ -135,7 +159,7 @@ class ParallelConfig(Section):
             )
 
     def layers_of_stages(self, num_layers: int) -> list[int]:
-        """Layers of each stage, all its pieces together."""
+        """Return the number of layers of each pipeline stage, summed over its model chunks."""
         uneven = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
         given = {stage: layers for stage, layers in uneven.items() if layers is not None}
         even = (num_layers - sum(given.values())) // max(1, self.pipeline - len(given))
@@ -143,15 +167,19 @@ class ParallelConfig(Section):
 
     @property
     def microbatch_group_size(self) -> int:
-        """Microbatches that interleaved stages take together; 1 where stages do not interleave."""
+        """Microbatches that a model chunk processes before the next chunk; 1 without interleaved stages."""
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
     def check_microbatches(self, num_microbatches: int) -> None:
-        """Raises `FieldError` where interleaved stages cannot take turns over a step's microbatches."""
+        """Check that the interleaved schedule can process `num_microbatches` per step.
+
+        Raises:
+            FieldError: They are not a multiple of the number of interleaved stages.
+        """
         if num_microbatches % self.microbatch_group_size:
             raise self.problem(
                 "virtual_pipeline",
-                f"interleaved stages take the microbatches in groups of parallel.pipeline={self.pipeline}, "
+                f"interleaved stages process microbatches in groups of parallel.pipeline={self.pipeline}, "
                 f"and a step has {num_microbatches} on each data-parallel rank",
                 "change the batch sizes, or set parallel.virtual_pipeline=1",
             )

@@ -1,4 +1,4 @@
-"""A whole run: all sections together, and the rules that cross them."""
+"""The config of a run: all sections, and the rules that involve several of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sas_megatron.config.training import (
 
 
 class RunConfig(BaseModel):
-    """Everything that decides a run; equal configs on equal layouts give equal runs."""
+    """All settings of a run; equal configs on equal layouts give equal runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -42,17 +42,30 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        tensor = self.parallel.tensor
-        context = self.parallel.context
-        self.attention.check_tensor_parallel(tensor)
-        self.attention.check_context_parallel(tensor, context)
+        self.attention.check_tensor_parallel(self.parallel.tensor)
+        self.attention.check_context_parallel(self.parallel.tensor, self.parallel.context)
         if self.attention.backend == "cudnn" and self.training.precision != "bfloat16":
             raise self.attention.problem(
                 "backend",
-                f"does not compute in training.precision={self.training.precision}",
+                f"does not support training.precision={self.training.precision}",
                 "use auto, or training.precision=bfloat16",
             )
         self.parallel.check_layers(self.model.num_layers)
+        self._check_divisibility()
+        if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:
+            raise self.parallel.problem(
+                "overlap_parameter_gather",
+                "requires the distributed optimizer, and optimizer.distributed=false",
+                "set optimizer.distributed=true, or leave it out",
+            )
+        self._check_recompute()
+        self._check_engine()
+        self._check_steps()
+        return self
+
+    def _check_divisibility(self) -> None:
+        """Check that sequence, MLP and embedding table can be sharded over the ranks."""
+        tensor, context = self.parallel.tensor, self.parallel.context
         # Megatron-core gives each context rank two chunks of the sequence, one early and one late.
         chunks = 2 * context if context > 1 else 1
         if self.data.sequence_length % chunks:
@@ -79,14 +92,9 @@ class RunConfig(BaseModel):
                 f"must be divisible by {self.parallel.describe_sequence_ranks()} under sequence parallelism",
                 f"use a multiple of {math.lcm(chunks, tensor * context)}, or set parallel.sequence=false",
             )
-        if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:
-            raise self.parallel.problem(
-                "overlap_parameter_gather",
-                "concerns the distributed optimizer, and optimizer.distributed=false",
-                "set optimizer.distributed=true, or leave it out",
-            )
-        self._check_recompute()
-        self._check_engine()
+
+    def _check_steps(self) -> None:
+        """Check that schedule and profile fit into the number of steps."""
         warmup, steps = self.schedule.warmup_steps, self.training.num_steps
         if self.logging.profile_steps is not None and self.logging.profile_steps[0] > steps:
             raise self.logging.problem(
@@ -99,82 +107,87 @@ class RunConfig(BaseModel):
         if warmup + (self.schedule.decay_steps or 0) > steps:
             raise self.schedule.problem(
                 "decay_steps",
-                f"exceeds what schedule.warmup_steps={warmup} leaves of training.num_steps={steps}",
+                f"must not exceed the {steps - warmup} of training.num_steps={steps} that remain after "
+                f"schedule.warmup_steps={warmup}",
                 "shorten one of them or train longer",
             )
-        return self
 
     def _check_recompute(self) -> None:
-        """What is recomputed must be there."""
+        """Check that the modules and layers to recompute exist."""
         recomputable = [*self.attention.recomputable, "mlp"]
         for name in self.training.recompute_modules or []:
             if name not in recomputable:
                 raise self.training.problem(
                     "recompute_modules",
-                    f"{name} is nothing that attention.kind={self.attention.kind} can recompute",
+                    f"attention.kind={self.attention.kind} cannot recompute {name}",
                     f"use some of {recomputable}",
                 )
         stages = self.parallel.layers_of_stages(self.model.num_layers)
-        pieces = [layers // self.parallel.virtual_pipeline for layers in stages]
-        if (self.training.recompute_layers or 0) > min(pieces):
+        chunks = [layers // self.parallel.virtual_pipeline for layers in stages]
+        if (self.training.recompute_layers or 0) > min(chunks):
             raise self.training.problem(
                 "recompute_layers",
-                f"exceeds the {min(pieces)} layers of a pipeline stage's piece",
-                f"use at most {min(pieces)}, or leave it out to recompute all",
+                f"must not exceed the smallest model chunk, which has {min(chunks)} layers",
+                f"use at most {min(chunks)}, or leave it out to recompute all layers",
             )
 
     def _check_engine(self) -> None:
-        """What the engine cannot do, it does not get."""
+        """Check that the engine supports the other settings."""
         if self.training.engine == "megatron":
             if self.deepspeed != DeepSpeedConfig():
                 raise self.training.problem(
                     "engine",
                     "does not use the section deepspeed, which is set",
-                    "set training.engine=deepspeed, or take the section out",
+                    "set training.engine=deepspeed, or remove the section",
                 )
             return
         if self.parallel.pipeline > 1:
             raise self.parallel.problem(
                 "pipeline",
-                "pipelines run on Megatron-core's schedules, which training.engine=deepspeed does not use",
+                "requires Megatron-core's pipeline schedules, which training.engine=deepspeed does not use",
                 "set training.engine=megatron, or parallel.pipeline=1",
             )
-        for section, field, instead in (
+        for section, field, alternative in (
             (self.optimizer, "distributed", "deepspeed.zero_stage=1"),
             (self.parallel, "overlap_gradient_reduce", "deepspeed.settings.zero_optimization.overlap_comm"),
         ):
             if getattr(section, field):
                 raise section.problem(
                     field,
-                    "belongs to Megatron-core's engine, and training.engine=deepspeed",
-                    f"use {instead}, or set training.engine=megatron",
+                    "requires Megatron-core's engine, and training.engine=deepspeed",
+                    f"use {alternative}, or set training.engine=megatron",
                 )
         if self.health.replica_check_interval is not None and self.deepspeed.zero_stage == 3:
             raise self.health.problem(
                 "replica_check_interval",
-                "at deepspeed.zero_stage=3 the data ranks hold shards of the weights, and no copies",
+                "requires replicated weights, and deepspeed.zero_stage=3 shards them over the data-parallel "
+                "ranks",
                 "leave it out, or use stage 0, 1 or 2",
             )
         if self.training.precision == "bfloat16" and self.deepspeed.zero_stage == 0:
-            # Seen with 0.19.8: the norm counts one tensor rank, and Adam's step is off by one.
+            # Seen with DeepSpeed 0.19.8: the gradient norm counts one tensor rank, and Adam's step count is
+            # off by one.
             raise self.deepspeed.problem(
                 "zero_stage",
-                "DeepSpeed clips and updates wrongly in bfloat16 at stage 0",
+                "DeepSpeed clips gradients and updates weights incorrectly in bfloat16 at stage 0",
                 "use 1, 2 or 3, or training.precision=float32, or training.engine=megatron",
             )
 
     @property
     def recomputed_modules(self) -> list[str]:
-        """Under selective recomputation, `training.recompute_modules`, with the default filled in."""
+        """The modules recomputed under selective recomputation, `attention.recomputable` by default."""
         if self.training.recompute != "selective":
             return []
         return list(self.training.recompute_modules or self.attention.recomputable)
 
     def replaced(self, changes: dict[str, Any]) -> RunConfig:
-        """The config with other values, by `section.field`, held to all rules again.
+        """Return a copy of the config with other values, checked against all rules.
+
+        Args:
+            changes: Values by `section.field`.
 
         Raises:
-            UserError: the values break a rule.
+            UserError: The values break a rule.
         """
         sections = {name: getattr(self, name) for name in RunConfig.model_fields}
         by_section: dict[str, dict[str, Any]] = {}
@@ -182,15 +195,15 @@ class RunConfig(BaseModel):
             section, field = path.split(".")
             by_section.setdefault(section, {})[field] = value
         for name, values in by_section.items():
-            stated = sections[name].model_dump(exclude_unset=True)
-            sections[name] = type(sections[name]).model_validate(stated | values)
+            explicit = sections[name].model_dump(exclude_unset=True)
+            sections[name] = type(sections[name]).model_validate(explicit | values)
         return RunConfig(**sections)
 
     def check_world_size(self, world_size: int) -> int:
-        """Data-parallel degree that `world_size` ranks leave.
+        """Return the data-parallel degree on `world_size` ranks.
 
         Raises:
-            FieldError: the layout or the batch does not fit; says which world sizes would.
+            FieldError: The layout or the batch sizes do not fit; the message names world sizes that do.
         """
         model_size = self.parallel.model_size
         samples, micro = self.training.global_batch_size, self.training.micro_batch_size
@@ -206,7 +219,7 @@ class RunConfig(BaseModel):
                 f"must be a multiple of {model_size}, the ranks of one model "
                 f"({self.parallel.describe_model_ranks()})",
                 f"start {' or '.join(map(str, fitting[:4]))} processes "
-                f"(launch/torchrun.sh {fitting[0]} CONFIG), or change the degrees",
+                f"(launch/torchrun.sh {fitting[0]} CONFIG), or change the parallel degrees",
             )
         data_parallel = world_size // model_size
         if samples % (micro * data_parallel):

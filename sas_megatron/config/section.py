@@ -1,4 +1,4 @@
-"""The base of every config section: strict types, no unknown keys, problems that name their field."""
+"""The base class of every config section: strict types, no unknown keys, errors that name their field."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from sas_megatron.config.errors import FieldError
 
 
 def divisors(number: int) -> list[int]:
-    """From 1 to `number`, for remedies that list what would work."""
+    """Return the divisors of `number` in ascending order; error messages list them as valid values."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 class Section(BaseModel):
-    """A part of a run's config; immutable once built."""
+    """A section of a run's config; immutable once built."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     section_name: ClassVar[str]
 
     def problem(self, field: str, rule: str, remedy: str) -> FieldError:
-        """The error to raise when `field` of this section breaks `rule`."""
+        """Return the error to raise when `field` of this section breaks `rule`."""
         return FieldError(f"{self.section_name}.{field}", getattr(self, field), rule, remedy)
 
     def require_positive(self, *fields: str) -> None:
-        """Checks that each of `fields` is above zero, where it is set at all."""
+        """Check that each of `fields` is above zero; a field that is None passes.
+
+        Raises:
+            FieldError: A field is zero or negative.
+        """
         for field in fields:
             value = getattr(self, field)
             if value is not None and value <= 0:
@@ -37,8 +41,12 @@ class Section(BaseModel):
                 )
 
     def require_between(self, low: float, high: float, *fields: str) -> None:
-        """Checks that each of `fields` lies in [low, high)."""
+        """Check that each of `fields` is in [low, high).
+
+        Raises:
+            FieldError: A field is outside of the interval.
+        """
         for field in fields:
             if not low <= getattr(self, field) < high:
                 below = "" if high == float("inf") else f" and below {high}"
-                raise self.problem(field, f"must be at least {low}{below}", "change it")
+                raise self.problem(field, f"must be at least {low}{below}", f"use {low}, for example")

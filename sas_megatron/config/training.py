@@ -1,60 +1,67 @@
-"""The `training`, `evaluation`, `checkpoint` and `logging` sections."""
+"""The `training`, `evaluation`, `checkpoint`, `health` and `logging` sections."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
 from sas_megatron.config.section import Section
 
 
 class TrainingConfig(Section):
-    """How long, with what batches, in what precision."""
+    """Length, batch sizes, precision and engine of the training loop."""
 
     section_name: ClassVar[str] = "training"
 
-    num_steps: int = Field(description="Optimizer steps of the whole run.")
-    global_batch_size: int = Field(description="Samples of one optimizer step, over all ranks.")
-    micro_batch_size: int = Field(description="B, samples of one forward pass on one rank.")
+    num_steps: int = Field(description="Number of optimizer steps of the run.")
+    global_batch_size: int = Field(description="Samples per optimizer step, over all ranks.")
+    micro_batch_size: int = Field(description="B, samples per forward pass on one rank.")
     precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Of weights and activations; gradients and optimizer stay in float32."
+        default="float32",
+        description="Data type of weights and activations; gradients and optimizer states are float32.",
     )
     engine: Literal["megatron", "deepspeed"] = Field(
         default="megatron",
-        description="What reduces gradients and updates weights: Megatron-core's DDP and optimizers, or "
-        "DeepSpeed's ZeRO (section deepspeed).",
+        description="Engine that reduces gradients and updates weights: Megatron-core's DDP and optimizers, "
+        "or DeepSpeed's ZeRO (section deepspeed).",
     )
     order_steps: int | None = Field(
         default=None,
-        description="Steps that the order of samples is laid out for; null: num_steps. Runs of different "
-        "length that are to take the same samples in the same order name the longest's.",
+        description="Number of steps for which the sample order is built; null: num_steps. Give runs of "
+        "different length the num_steps of the longest one, so that they read the same samples in the same "
+        "order.",
     )
-    seed: int = Field(default=1234, description="Decides initial weights, sample order and dropout.")
+    seed: int = Field(
+        default=1234, description="Random seed of the initial weights, the sample order and dropout."
+    )
     stop_after_steps: int | None = Field(
         default=None,
-        description="Save and stop at this step although num_steps (and so the schedule) is longer.",
+        description="Save a checkpoint and stop after this step; the schedule still spans num_steps.",
     )
     stop_after_seconds: float | None = Field(
         default=None,
-        description="Save and stop at the end of the first step that is finished so long after this session "
-        "started, to be gone on with by checkpoint.resume.",
+        description="Save a checkpoint and stop at the end of the first step that finishes this many seconds "
+        "or more after the session started; checkpoint.resume continues the run.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="Activations that are computed again in the backward pass in place of being kept: those "
-        "of recompute_modules, or all of a layer but its input.",
+        description="Activation recomputation in the backward pass. selective: the activations of "
+        "recompute_modules; full: all activations of a layer, of which only the input is stored.",
     )
     recompute_modules: list[Literal["attention", "simulation", "mlp"]] | None = Field(
         default=None,
-        description="Under selective: attention (scores and weights), simulation (SAS: from the projected "
-        "heads to query, key and value, their exchange included), mlp; null: all of the attention.",
+        description="With recompute=selective: attention (scores and attention weights), simulation (SAS: "
+        "from the projected heads to query, key and value, including their exchange), mlp. null: all modules "
+        "of the attention layer.",
     )
     recompute_layers: int | None = Field(
-        default=None, description="Under full: only the first so many layers of each stage; null: all."
+        default=None,
+        description="With recompute=full: recompute only this many layers, the first ones of each stage. "
+        "null: all layers.",
     )
     collective_timeout_minutes: float = Field(
-        default=10.0, description="A collective that takes longer ends the run with an error."
+        default=10.0, description="The run ends with an error if a collective takes longer than this."
     )
 
     @model_validator(mode="after")
@@ -65,12 +72,14 @@ class TrainingConfig(Section):
         for field, mode in (("recompute_modules", "selective"), ("recompute_layers", "full")):
             if getattr(self, field) is not None and self.recompute != mode:
                 raise self.problem(
-                    field, f"belongs to training.recompute={mode} and to no other", "set both or neither"
+                    field,
+                    f"requires training.recompute={mode}",
+                    f"remove it, or set training.recompute={mode}",
                 )
         if self.order_steps is not None and self.order_steps < self.num_steps:
             raise self.problem(
                 "order_steps",
-                f"is too short for training.num_steps={self.num_steps}",
+                f"must be at least training.num_steps={self.num_steps}",
                 f"use {self.num_steps} or more, or leave it out",
             )
         if self.seed < 0:
@@ -85,29 +94,30 @@ class TrainingConfig(Section):
 
     @property
     def num_ordered_samples(self) -> int:
-        """Samples that the order is laid out for: at least those of the run."""
+        """The number of samples for which the order is built, at least that of the run."""
         return (self.order_steps or self.num_steps) * self.global_batch_size
 
     @property
     def element_bytes(self) -> int:
-        """Of one number of a weight or an activation."""
+        """Bytes of one element of a weight or an activation."""
         return {"float32": 4, "bfloat16": 2}[self.precision]
 
     def num_microbatches(self, data_parallel: int) -> int:
-        """Microbatches of a step on each of `data_parallel` ranks, whose number must fit the batch."""
+        """Return the microbatches per step on each of `data_parallel` ranks, which must divide the batch."""
         return self.global_batch_size // self.micro_batch_size // data_parallel
 
 
 class EvaluationConfig(Section):
-    """Held-out loss on the same fixed windows each time."""
+    """Held-out loss during training, on the same fixed windows each time."""
 
     section_name: ClassVar[str] = "evaluation"
 
     interval: int | None = Field(
-        default=None, description="Steps between evaluations; null: only at the end."
+        default=None, description="Steps between evaluations; null: evaluate only at the end."
     )
     num_sequences: int = Field(
-        default=64, description="Validation windows, drawn from the split the same for every seed."
+        default=64,
+        description="Number of windows drawn from the validation split; the same windows for every seed.",
     )
 
     @model_validator(mode="after")
@@ -117,42 +127,46 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, and whether to go on from what is there."""
+    """When to save and remove checkpoints, and which weights a run starts from."""
 
     section_name: ClassVar[str] = "checkpoint"
 
     interval: int | None = Field(default=None, description="Steps between saves; null: only at the end.")
     at_steps: list[int] | None = Field(
-        default=None, description="Steps after which to save, too, for good; for runs that branch off there."
+        default=None,
+        description="Additional steps after which to save. These checkpoints are never removed; other runs "
+        "can branch off from them.",
     )
     resume: bool = Field(
         default=False,
-        description="Go on from the newest undamaged checkpoint of the run directory, if there is one; the "
-        "layout may be another.",
+        description="Resume from the newest undamaged checkpoint in the run directory, if one exists; the "
+        "parallel layout may differ.",
     )
     keep_last: int | None = Field(
-        default=None, description="Checkpoints to keep, the newest ones; older are removed. null: all."
+        default=None,
+        description="Number of newest checkpoints to keep; older ones are removed. null: keep all.",
     )
     keep_every: int | None = Field(
         default=None,
-        description="With keep_last: those whose step is a multiple of this are kept for good, too.",
+        description="With keep_last: never remove a checkpoint whose step is a multiple of this number.",
     )
     asynchronous: bool = Field(
         default=False,
-        description="Write in the background, from a copy in memory of what each rank writes, while training "
-        "goes on.",
+        description="Write checkpoints in the background while training continues, from a copy of each "
+        "rank's shard in memory.",
     )
     initial_weights: str | None = Field(
         default=None,
-        description="What a new run begins with: a checkpoint or a run of the same model, of any layout or "
-        "engine, or what `sas-megatron checkpoint import` wrote; null: weights drawn from training.seed. A "
-        "checkpoint that is gone on with comes first.",
+        description="Weights that a new run starts from: a checkpoint or a run directory of the same model, "
+        "of any layout or engine, or a folder written by `sas-megatron checkpoint import`. null: initialize "
+        "from training.seed. A checkpoint that the run resumes from takes precedence.",
     )
     branch_from: str | None = Field(
         default=None,
-        description="A checkpoint of another run, whose steps until then a new run takes for its own: "
-        "weights, optimizer, samples, random states and metrics. The two may differ in how long they are and "
-        "in how the learning rate falls afterwards. A checkpoint that is gone on with comes first.",
+        description="Checkpoint of another run, from which a new run continues: it takes over the weights, "
+        "optimizer states, sample position, random states and metrics up to that step. The two runs may "
+        "differ in length and in the learning rate decay after that step. A checkpoint that the run resumes "
+        "from takes precedence.",
     )
 
     @model_validator(mode="after")
@@ -161,63 +175,69 @@ class CheckpointConfig(Section):
         if self.keep_every is not None and self.keep_last is None:
             raise self.problem(
                 "keep_every",
-                "says what to keep beside the newest, and checkpoint.keep_last=null keeps all",
+                "has no effect with checkpoint.keep_last=null, which keeps all checkpoints",
                 "set checkpoint.keep_last too, or leave it out",
             )
         if self.at_steps is not None and min(self.at_steps, default=1) < 1:
-            raise self.problem("at_steps", "must be numbers of steps, counted from 1", "use [100, 200], say")
+            raise self.problem(
+                "at_steps", "must be step numbers, counted from 1", "use [100, 200], for example"
+            )
         if self.branch_from is not None and self.initial_weights is not None:
             raise self.problem(
-                "branch_from", "brings its weights, and checkpoint.initial_weights is set", "leave one out"
+                "branch_from",
+                "provides the weights, and checkpoint.initial_weights is also set",
+                "remove one of them",
             )
         return self
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after so many steps."""
+        """Return whether to save a checkpoint after this step."""
         return (self.interval is not None and step % self.interval == 0) or step in (self.at_steps or [])
 
     def is_permanent(self, step: int) -> bool:
-        """Whether the checkpoint of this step stays when older ones than `keep_last` go."""
+        """Return whether the checkpoint of this step is kept regardless of `keep_last`."""
         return (self.keep_every is not None and step % self.keep_every == 0) or step in (self.at_steps or [])
 
 
 class HealthConfig(Section):
-    """Steps that would do harm, copies of weights that drift apart, ranks that hold up the others."""
+    """Checks for non-finite and outlying steps, for diverging replicas of weights, and for slow ranks."""
 
     section_name: ClassVar[str] = "health"
 
     skipped_in_a_row: int = Field(
         default=3,
-        description="Steps in a row that may be skipped, for a loss or gradients that are not finite or for "
-        "a spike: their samples are used up, and weights, optimizer and schedule stay as they are. One more "
-        "ends the run; with 0 the first does.",
+        description="Number of consecutive steps that may be skipped because of a spike or a non-finite loss "
+        "or gradient. A skipped step uses up its samples and leaves weights, optimizer and schedule "
+        "unchanged. The next such step ends the run; with 0 the first one does.",
     )
     spike_response: Literal["record", "skip", "stop"] = Field(
         default="record",
-        description="On a loss or gradient norm far above those before: note it, skip the step too, or end "
-        "the run before the update.",
+        description="Response to a loss or gradient norm far above the previous ones: record it, also skip "
+        "the step, or end the run before the update.",
     )
     spike_threshold: float = Field(
         default=10.0,
-        description="How many deviations above the median a spike is: 1.4826 × the median absolute "
-        "deviation, but 1% of the median at least.",
+        description="Number of deviations above the median that counts as a spike. A deviation is 1.4826 × "
+        "the median absolute deviation, and at least 1% of the median.",
     )
     spike_window: int = Field(
-        default=64, description="Updates before the step that it is held against; before that many, nothing."
+        default=64,
+        description="Number of previous updates that a step is compared with; the check starts after that number of updates.",
     )
     replica_check_interval: int | None = Field(
         default=None,
-        description="Steps between checks that weights of which several ranks hold copies are equal on them, "
-        "bit for bit; where they are not, the run ends. null: never.",
+        description="Steps between checks that replicated weights are bitwise equal on all ranks that hold "
+        "them; the run ends if they are not. null: never check.",
     )
     straggler_interval: int | None = Field(
         default=None,
-        description="Steps between those in which each rank measures its own time, without its waiting for "
-        "others. null: none.",
+        description="Steps between measurements of each rank's own time per step, without the time spent "
+        "waiting for other ranks. null: never measure.",
     )
     straggler_excess: float = Field(
         default=0.2,
-        description="A rank is named whose own time exceeds the median of its pipeline stage by this share.",
+        description="Report a rank whose own time exceeds the median of its pipeline stage by more than this "
+        "fraction.",
     )
 
     @model_validator(mode="after")
@@ -226,33 +246,44 @@ class HealthConfig(Section):
         self.require_positive("spike_threshold", "replica_check_interval", "straggler_interval")
         self.require_positive("straggler_excess")
         if self.spike_window < 3:
-            raise self.problem("spike_window", "must be 3 or more to have a median and a spread", "use 64")
+            raise self.problem(
+                "spike_window", "must be 3 or more to have a median and a deviation", "use 64, for example"
+            )
         return self
 
 
 class LoggingConfig(Section):
-    """Where the run leaves its files, and how often it speaks."""
+    """The run directory, and what is logged how often."""
 
     section_name: ClassVar[str] = "logging"
 
     run_directory: str = Field(
-        description="Holds config.yaml, run.json, metrics.jsonl, summary.json, checkpoints/."
+        description="Folder for config.yaml, run.json, metrics.jsonl, summary.json and checkpoints/."
     )
     interval: int = Field(
-        default=10, description="Steps between logged ones; each is one line of metrics.jsonl."
+        default=10, description="Steps between logged steps; each logged step is one line of metrics.jsonl."
     )
     tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
     communication_counter: bool = Field(
         default=False,
-        # The second name is the one in configs written before it was renamed.
-        validation_alias=AliasChoices("communication_counter", "wire_ledger"),
-        description="Count the bytes that each rank sends in collectives, by group, into summary.json.",
+        description="Count the bytes that each rank sends in collectives, by process group, and write them "
+        "to summary.json.",
     )
     profile_steps: list[int] | None = Field(
         default=None,
-        description="First and last step that every rank profiles, as profile/*.json.gz for Perfetto; "
-        "these steps are slower. null: none.",
+        description="First and last step to profile on every rank. The traces are written to "
+        "profile/*.json.gz and open in Perfetto; profiled steps are slower. null: do not profile.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, fields: Any) -> Any:
+        """Rename `wire_ledger`, which configs of run directories from before schema 2 contain."""
+        if isinstance(fields, dict) and "wire_ledger" in fields:
+            fields = dict(fields)
+            former = fields.pop("wire_ledger")
+            fields.setdefault("communication_counter", former)
+        return fields
 
     @model_validator(mode="after")
     def _check(self) -> LoggingConfig:

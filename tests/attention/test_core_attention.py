@@ -95,7 +95,7 @@ def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built(
         (
             {"kind": "mha", "head_dim": 8},
             "float32",
-            "does not compute in training.precision=float32; use auto, or training.precision=bfloat16",
+            "does not support training.precision=float32; use auto, or training.precision=bfloat16",
         ),
     ],
     ids=["keys", "values", "float32"],

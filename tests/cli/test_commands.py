@@ -55,7 +55,7 @@ def test_a_world_that_does_not_fit_ends_training_before_it_starts(tmp_path: Path
     refused(
         command("train", QUICKSTART, folder=tmp_path, WORLD_SIZE="3", RANK="0"),
         "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
-        "start 2 processes (launch/torchrun.sh 2 CONFIG), or change the degrees",
+        "start 2 processes (launch/torchrun.sh 2 CONFIG), or change the parallel degrees",
         tmp_path,
     )
 

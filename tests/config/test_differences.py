@@ -1,4 +1,4 @@
-"""What is said of configs that differ."""
+"""Tests of the comparison of configs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GQA = small_config(
 )
 
 
-def test_fields_that_only_some_have_are_among_those_that_differ() -> None:
+def test_fields_that_some_configs_lack_count_as_different() -> None:
     assert find_differences([MHA, GQA, MHA]) == {
         "attention.kind": ("mha", "gqa", "mha"),
         "attention.num_kv_heads": (None, 2, None),
@@ -19,7 +19,7 @@ def test_fields_that_only_some_have_are_among_those_that_differ() -> None:
     }
 
 
-def test_fields_are_left_out_by_how_they_begin() -> None:
+def test_fields_with_ignored_prefixes_are_left_out() -> None:
     assert set(find_differences([GQA, MHA], ignored=("attention.", "training.num_ordered"))) == {
         "training.num_steps"
     }

@@ -1,4 +1,4 @@
-"""Illegal layouts, by the text that says what would work; found without torch, before any process group."""
+"""Errors of parallel layouts; they are found without torch, before any process group exists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MHA: dict[str, Any] = {"kind": "mha", "num_heads": 6, "head_dim": 10}
 SAS: dict[str, Any] = {"kind": "sas", "num_heads": 6, "head_dim": 10}
 DEEPSPEED: dict[str, Any] = {"engine": "deepspeed"}
 
-# Sections that break one rule each, laid over two layers of four heads -> the whole message.
+# Sections that break one rule each, changing a model of two layers and four heads -> the full message.
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "heads over tensor ranks": (
         {"attention": MHA, "parallel": {"tensor": 4}},
@@ -37,7 +37,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "attention.head_dim=4: makes 32 columns of queries, keys and values, which parallel.tensor=3 ranks "
         "with 1 key/value heads must divide; use a multiple of 3",
     ),
-    "both ends of two interleaved stages": (
+    "first and last of two interleaved stages": (
         {
             "model": {"num_layers": 6},
             "parallel": {
@@ -47,8 +47,9 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
                 "last_stage_layers": 4,
             },
         },
-        "parallel.last_stage_layers=4: is one too many for Megatron-core, of two stages that interleave and "
-        "have both ends given; leave it out: the last stage has the rest",
+        "parallel.last_stage_layers=4: must not be set for two interleaved stages if "
+        "parallel.first_stage_layers is set, a limit of Megatron-core; leave it out: the last stage gets the "
+        "remaining layers",
     ),
     "simulated heads over tensor and context ranks": (
         {"attention": {**SAS, "head_expansion": 2}, "parallel": {"tensor": 2, "context": 4}},
@@ -67,104 +68,106 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "layers over stages": (
         {"model": {"num_layers": 5}, "parallel": {"pipeline": 2}},
         "parallel.pipeline=2: its 2 stages must share 5 of model.num_layers=5 layers evenly, with at least "
-        "one each; change it, or set parallel.first_stage_layers or parallel.last_stage_layers",
+        "one each; use another number of stages, or set parallel.first_stage_layers or "
+        "parallel.last_stage_layers",
     ),
     "more stages than layers": (
         {"parallel": {"pipeline": 4}},
         "parallel.pipeline=4: its 4 stages must share 2 of model.num_layers=2 layers evenly, with at least "
-        "one each; change it, or set parallel.first_stage_layers or parallel.last_stage_layers",
+        "one each; use another number of stages, or set parallel.first_stage_layers or "
+        "parallel.last_stage_layers",
     ),
-    "layers left by a short stage": (
+    "layers without a short stage": (
         {"model": {"num_layers": 6}, "parallel": {"pipeline": 3, "first_stage_layers": 1}},
         "parallel.pipeline=3: its 2 stages without first_stage_layers=1 must share 5 of model.num_layers=6 "
         "layers evenly, with at least one each; "
-        "change it, or set parallel.first_stage_layers or parallel.last_stage_layers",
+        "use another number of stages, or set parallel.first_stage_layers or parallel.last_stage_layers",
     ),
-    "two stages that do not add up": (
+    "stages whose layers do not add up": (
         {
             "model": {"num_layers": 6},
             "parallel": {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 4},
         },
-        "parallel.last_stage_layers=4: must make model.num_layers=6 together with "
+        "parallel.last_stage_layers=4: must add up to model.num_layers=6 together with "
         "parallel.first_stage_layers=1; leave one of them out",
     ),
-    "pieces of a stage": (
+    "layers over model chunks": (
         {"model": {"num_layers": 6}, "parallel": {"pipeline": 2, "virtual_pipeline": 2}},
         "parallel.virtual_pipeline=2: must divide the layers of each stage, and one has 3; use one of [1, 3]",
     ),
-    "pieces without stages": (
+    "model chunks without pipeline": (
         {"parallel": {"virtual_pipeline": 2}},
-        "parallel.virtual_pipeline=2: concerns the stages of a pipeline, and parallel.pipeline=1 has one; "
-        "set parallel.pipeline to 2 or more, or leave it out",
+        "parallel.virtual_pipeline=2: requires pipeline parallelism, and parallel.pipeline=1; "
+        "set parallel.pipeline to 2 or more, or remove parallel.virtual_pipeline",
     ),
-    "gathering that overlaps with nothing": (
+    "overlapped gather without overlapped reduction": (
         {"parallel": {"overlap_parameter_gather": True}, "optimizer": {"distributed": True}},
-        "parallel.overlap_parameter_gather=True: needs parallel.overlap_gradient_reduce=true, whose buckets "
-        "it gathers; set both or neither",
+        "parallel.overlap_parameter_gather=True: requires parallel.overlap_gradient_reduce=true, whose "
+        "buckets it gathers; set both or neither",
     ),
-    "gathering what is not sharded": (
+    "overlapped gather without distributed optimizer": (
         {"parallel": {"overlap_parameter_gather": True, "overlap_gradient_reduce": True}},
-        "parallel.overlap_parameter_gather=True: concerns the distributed optimizer, and "
+        "parallel.overlap_parameter_gather=True: requires the distributed optimizer, and "
         "optimizer.distributed=false; set optimizer.distributed=true, or leave it out",
     ),
-    "recomputing what is not there": (
+    "recomputing a module that the kind does not have": (
         {"training": {"recompute": "selective", "recompute_modules": ["simulation"]}},
-        "training.recompute_modules=['simulation']: simulation is nothing that attention.kind=mha can "
-        "recompute; use some of ['attention', 'mlp']",
+        "training.recompute_modules=['simulation']: attention.kind=mha cannot recompute simulation; "
+        "use some of ['attention', 'mlp']",
     ),
-    "recomputing modules of all": (
+    "modules under full recomputation": (
         {"training": {"recompute": "full", "recompute_modules": ["mlp"]}},
-        "training.recompute_modules=['mlp']: belongs to training.recompute=selective and to no other; "
-        "set both or neither",
+        "training.recompute_modules=['mlp']: requires training.recompute=selective; "
+        "remove it, or set training.recompute=selective",
     ),
     "recomputing more layers than a stage has": (
         {"parallel": {"pipeline": 2}, "training": {"recompute": "full", "recompute_layers": 2}},
-        "training.recompute_layers=2: exceeds the 1 layers of a pipeline stage's piece; use at most 1, or "
-        "leave it out to recompute all",
+        "training.recompute_layers=2: must not exceed the smallest model chunk, which has 1 layers; "
+        "use at most 1, or leave it out to recompute all layers",
     ),
     "bfloat16 at stage 0": (
         {"training": {**DEEPSPEED, "precision": "bfloat16"}, "deepspeed": {"zero_stage": 0}},
-        "deepspeed.zero_stage=0: DeepSpeed clips and updates wrongly in bfloat16 at stage 0; use 1, 2 or 3, "
-        "or training.precision=float32, or training.engine=megatron",
+        "deepspeed.zero_stage=0: DeepSpeed clips gradients and updates weights incorrectly in bfloat16 at "
+        "stage 0; use 1, 2 or 3, or training.precision=float32, or training.engine=megatron",
     ),
     "pipeline with DeepSpeed": (
         {"parallel": {"pipeline": 2}, "training": DEEPSPEED},
-        "parallel.pipeline=2: pipelines run on Megatron-core's schedules, which training.engine=deepspeed "
+        "parallel.pipeline=2: requires Megatron-core's pipeline schedules, which training.engine=deepspeed "
         "does not use; set training.engine=megatron, or parallel.pipeline=1",
     ),
     "distributed optimizer with DeepSpeed": (
         {"optimizer": {"distributed": True}, "training": DEEPSPEED},
-        "optimizer.distributed=True: belongs to Megatron-core's engine, and training.engine=deepspeed; "
+        "optimizer.distributed=True: requires Megatron-core's engine, and training.engine=deepspeed; "
         "use deepspeed.zero_stage=1, or set training.engine=megatron",
     ),
     "overlap with DeepSpeed": (
         {"parallel": {"overlap_gradient_reduce": True}, "training": DEEPSPEED},
-        "parallel.overlap_gradient_reduce=True: belongs to Megatron-core's engine, and "
+        "parallel.overlap_gradient_reduce=True: requires Megatron-core's engine, and "
         "training.engine=deepspeed; use deepspeed.settings.zero_optimization.overlap_comm, or set "
         "training.engine=megatron",
     ),
-    "DeepSpeed's section without it": (
+    "DeepSpeed section without DeepSpeed": (
         {"deepspeed": {"zero_stage": 2}},
         "training.engine=megatron: does not use the section deepspeed, which is set; "
-        "set training.engine=deepspeed, or take the section out",
+        "set training.engine=deepspeed, or remove the section",
     ),
-    "a setting decided elsewhere": (
+    "setting of another field": (
         {"training": DEEPSPEED, "deepspeed": {"settings": {"zero_optimization": {"stage": 3}}}},
-        "deepspeed.settings={'zero_optimization': {'stage': 3}}: zero_optimization.stage is decided by "
-        "deepspeed.zero_stage, so it must not stand here too; take it out",
+        "deepspeed.settings={'zero_optimization': {'stage': 3}}: zero_optimization.stage is set by "
+        "deepspeed.zero_stage and must not be repeated here; remove it",
     ),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_an_illegal_layout_is_told_what_would_work(case: str) -> None:
+def test_message_names_field_value_rule_and_remedy(case: str) -> None:
     sections, message = BROKEN[case]
     with pytest.raises(UserError) as caught:
         build_run_config(small_tree(**sections))
     assert str(caught.value) == message
 
 
-def test_interleaved_stages_need_microbatches_in_groups() -> None:
+def test_interleaved_stages_require_a_multiple_of_microbatches() -> None:
     config = small_config(
         parallel={"pipeline": 2, "virtual_pipeline": 2},
         model={"num_layers": 4},
@@ -173,7 +176,7 @@ def test_interleaved_stages_need_microbatches_in_groups() -> None:
     with pytest.raises(UserError) as caught:
         config.check_world_size(2)
     assert str(caught.value) == (
-        "parallel.virtual_pipeline=2: interleaved stages take the microbatches in groups of "
+        "parallel.virtual_pipeline=2: interleaved stages process microbatches in groups of "
         "parallel.pipeline=2, and a step has 3 on each data-parallel rank; "
         "change the batch sizes, or set parallel.virtual_pipeline=1"
     )
@@ -189,12 +192,12 @@ def test_interleaved_stages_need_microbatches_in_groups() -> None:
         ({}, [6]),
     ],
 )
-def test_layers_are_shared_as_stated(parallel: dict[str, int], layers: list[int]) -> None:
+def test_stages_get_the_stated_numbers_of_layers(parallel: dict[str, int], layers: list[int]) -> None:
     config = small_config(model={"num_layers": 6}, parallel=parallel)
     assert config.parallel.layers_of_stages(6) == layers
 
 
-def test_layouts_are_checked_without_torch() -> None:
+def test_layout_checks_do_not_import_torch() -> None:
     code = (
         "import sys; from tests.run_configs import small_config\n"
         "small_config(parallel={'pipeline': 2}).check_world_size(2); assert 'torch' not in sys.modules"

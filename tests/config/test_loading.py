@@ -1,4 +1,4 @@
-"""YAML and overrides: what is read, what is written back, and files that cannot be used."""
+"""Tests of reading and writing YAML, of overrides, and of invalid files."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def test_configs_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
-def test_a_shipped_config_loads_and_comes_back_equal(path: Path, tmp_path: Path) -> None:
+def test_shipped_config_is_equal_after_dump_and_load(path: Path, tmp_path: Path) -> None:
     config = load_run_config(path)
-    again = tmp_path / "again.yaml"
-    again.write_text(dump_yaml(config), encoding="utf-8")
-    assert load_run_config(again) == config
-    assert dump_yaml(load_run_config(again)) == dump_yaml(config)
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_run_config(dumped) == config
+    assert dump_yaml(load_run_config(dumped)) == dump_yaml(config)
 
 
 @pytest.mark.parametrize(
     "name", ["größe", "null", "yes", "1e-3", "0x10", "a: b", "# not a comment", " ", "2020-01-02"]
 )
-def test_text_that_looks_like_something_else_comes_back_as_text(name: str, tmp_path: Path) -> None:
+def test_string_that_looks_like_another_type_stays_a_string(name: str, tmp_path: Path) -> None:
     config = small_config(
         logging={"run_directory": name}, optimizer={"learning_rate": 3e-05, "epsilon": 1e-12}
     )
-    again = tmp_path / "again.yaml"
-    again.write_text(dump_yaml(config), encoding="utf-8")
-    assert load_run_config(again) == config
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_run_config(dumped) == config
 
 
 def test_the_former_name_of_the_communication_counter_loads(tmp_path: Path) -> None:
@@ -61,18 +61,17 @@ def test_the_former_name_of_the_communication_counter_loads(tmp_path: Path) -> N
     config = load_run_config(former)
     assert config.logging.communication_counter
     assert "wire_ledger" not in dump_yaml(config)
-    with pytest.raises(UserError, match=r"^logging\.wire_ledger=True: no such key"):
-        load_run_config(former, ["logging.communication_counter=false"])
+    assert not load_run_config(former, ["logging.communication_counter=false"]).logging.communication_counter
 
 
-def test_numbers_read_as_people_write_them(small_file: Path) -> None:
+def test_common_notations_of_numbers_are_read(small_file: Path) -> None:
     assert load_run_config(small_file).optimizer.learning_rate == 0.001
     for text, number in {"6e-4": 6e-4, "1E-3": 1e-3, "1": 1.0, ".5": 0.5, "+2.5e+0": 2.5}.items():
         config = load_run_config(small_file, [f"optimizer.learning_rate={text}"])
         assert config.optimizer.learning_rate == number
 
 
-def test_overrides_change_what_they_name_and_later_ones_win(small_file: Path) -> None:
+def test_overrides_change_only_their_fields_and_later_ones_win(small_file: Path) -> None:
     config = load_run_config(
         small_file,
         [
@@ -91,7 +90,7 @@ def test_overrides_change_what_they_name_and_later_ones_win(small_file: Path) ->
     assert config.model_dump() == expected
 
 
-def test_a_kind_may_be_overridden_and_brings_its_own_fields(small_file: Path) -> None:
+def test_overridden_kind_has_the_fields_of_that_kind(small_file: Path) -> None:
     assert load_run_config(small_file, ["attention.kind=mqa"]).attention.num_key_value_heads == 1
     with pytest.raises(UserError, match=r"attention.kernel_size=3: no such key"):
         load_run_config(small_file, ["attention.kind=mha", "attention.kernel_size=3"])
@@ -102,14 +101,20 @@ def test_a_kind_may_be_overridden_and_brings_its_own_fields(small_file: Path) ->
     [
         (
             "model.num_layers",
-            "override 'model.num_layers': must read section.field=value; write model.num_layers=4, say",
+            "override 'model.num_layers': must have the form section.field=value; "
+            "write model.num_layers=4, for example",
         ),
         (
             "num_layers=4",
-            "override 'num_layers=4': must read section.field=value; write model.num_layers=4, say",
+            "override 'num_layers=4': must have the form section.field=value; "
+            "write model.num_layers=4, for example",
         ),
-        ("model.=4", "override 'model.=4': must read section.field=value; write model.num_layers=4, say"),
-        ("", "override '': must read section.field=value; write model.num_layers=4, say"),
+        (
+            "model.=4",
+            "override 'model.=4': must have the form section.field=value; "
+            "write model.num_layers=4, for example",
+        ),
+        ("", "override '': must have the form section.field=value; write model.num_layers=4, for example"),
         ("model.num_layers=[", "override 'model.num_layers=[': the value is not YAML; quote it"),
         (
             "logging.run_directory=2020-13-45",
@@ -126,9 +131,7 @@ def test_a_kind_may_be_overridden_and_brings_its_own_fields(small_file: Path) ->
         ),
     ],
 )
-def test_a_malformed_override_is_told_how_to_be_written(
-    small_file: Path, override: str, message: str
-) -> None:
+def test_malformed_override_shows_the_valid_form(small_file: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_run_config(small_file, [override])
     assert str(caught.value) == message
@@ -137,27 +140,27 @@ def test_a_malformed_override_is_told_how_to_be_written(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"model: {num_layers: 2", r"is not YAML \(.*line 1.*\); mend the syntax"),
+        (b"model: {num_layers: 2", r"is not YAML \(.*line 1.*\); fix the syntax"),
         (
             b"model: 1\nmodel: 2\n",
-            r'is not YAML \(.*found duplicate key "model".*line 2.*\); mend the syntax',
+            r'is not YAML \(.*found duplicate key "model".*line 2.*\); fix the syntax',
         ),
-        (b"model: {a: 2020-13-45}", r"is not YAML \(month must be in 1..12.*\); mend the syntax"),
-        (b"- model\n- data\n", r"holds no sections; start from one of the files in configs/"),
-        (b"", r"holds no sections; start from one of the files in configs/"),
+        (b"model: {a: 2020-13-45}", r"is not YAML \(month must be in 1..12.*\); fix the syntax"),
+        (b"- model\n- data\n", r"has no sections; start from one of the files in configs/"),
+        (b"", r"has no sections; start from one of the files in configs/"),
         (b"model: \xff\xfe", r"is not UTF-8 text \(.*\); give a YAML file"),
-        (b"model: \x00", r"is not YAML \(.*\); mend the syntax"),
+        (b"model: \x00", r"is not YAML \(.*\); fix the syntax"),
     ],
     ids=["broken", "duplicate keys", "no date", "list", "empty", "other encoding", "binary"],
 )
-def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_error_names_a_file_that_is_not_a_config(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     with pytest.raises(FileProblem, match=f"^{path}: {message}$"):
         load_run_config(path)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_error_names_an_unreadable_file(tmp_path: Path) -> None:
     missing = tmp_path / "missing.yaml"
     with pytest.raises(FileProblem) as caught:
         load_run_config(missing)
@@ -166,13 +169,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_yaml(tmp_path)
 
 
-def test_a_config_cannot_be_changed_once_built() -> None:
+def test_config_is_immutable() -> None:
     config = small_config()
     with pytest.raises(ValueError, match="frozen"):
         config.model.num_layers = 3
 
 
-def test_every_field_says_what_it_is() -> None:
+def test_every_field_has_a_description() -> None:
     sections: list[type[BaseModel]] = [resolve_kind(kind) for kind in KINDS]
     for field in RunConfig.model_fields.values():
         assert isinstance(field.annotation, type)
@@ -187,7 +190,7 @@ def test_every_field_says_what_it_is() -> None:
     assert all(section.__doc__ for section in sections)
 
 
-def test_simulated_width_defaults_to_the_even_width_from_one_and_a_half(small_file: Path) -> None:
+def test_simulated_head_dim_defaults_to_the_next_even_number_from_1_5_head_dim(small_file: Path) -> None:
     widths = {}
     for width in range(2, 12):
         config = load_run_config(small_file, [f"attention.head_dim={width}", "attention.rotary_dim=2"])
@@ -196,7 +199,7 @@ def test_simulated_width_defaults_to_the_even_width_from_one_and_a_half(small_fi
     assert load_run_config(small_file, ["attention.simulate_features=false"]).attention.query_key_dim == 6
 
 
-def test_a_tree_that_was_read_is_not_changed_by_building(small_file: Path) -> None:
+def test_building_a_config_does_not_change_the_mappings(small_file: Path) -> None:
     tree = read_yaml(small_file)
     build_run_config(tree)
     assert tree == read_yaml(small_file)

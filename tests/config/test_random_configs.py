@@ -1,4 +1,4 @@
-"""Whatever a config says, it is either a legal run or ends in a message that names a field and a remedy."""
+"""Random configs are either valid or raise an error that names a field and a remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sas_megatron.costs.model_costs import count_forward_flops, count_kv_cache_b
 from tests.run_configs import small_tree
 
 NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24]) | st.integers(-3, 40)
-# Of a field's type, and not: zero, negative, indivisible, of another type, absent.
+# Values of the field's type and others: zero, negative, indivisible, of another type, null.
 VALUES = NUMBERS | st.none() | st.booleans() | st.sampled_from([0.5, -1.0, "auto", "fused", "", [], {}])
 
 
@@ -45,7 +45,7 @@ SWEEP = settings(
 
 
 def outcome(tree: dict[str, Any]) -> RunConfig | UserError:
-    """The run, or what is wrong with it."""
+    """Build a config; return it or its error."""
     try:
         return build_run_config(tree)
     except UserError as error:
@@ -64,7 +64,7 @@ def check_outcome(result: RunConfig | UserError) -> None:
             assert all(isinstance(count, int) and count >= 0 for count in terms.values()), terms
 
 
-def test_any_config_is_legal_or_ends_in_a_message() -> None:
+def test_any_config_is_valid_or_raises_a_user_error() -> None:
     legal = []
 
     @SWEEP

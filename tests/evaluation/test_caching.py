@@ -9,7 +9,7 @@ import torch
 
 from sas_megatron.config.run import RunConfig
 from tests import small_attentions as small
-from tests.checkpoint.whole_models import ATTENTIONS
+from tests.checkpoint.unsharded_models import ATTENTIONS
 from tests.evaluation.trained_models import random_texts, roughened_model, whole_logits
 from tests.run_configs import small_config
 from tests.selection import cases, exhaustive

@@ -209,7 +209,7 @@ def test_transformers_generates_the_same_from_the_export(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from sas_megatron.checkpoint.export import export_model
-    from tests.checkpoint.whole_models import whole_weights
+    from tests.checkpoint.unsharded_models import whole_weights
 
     config = config_of(small_data, SIMULATED)
     (weights,) = ranks(1).run(whole_weights, config, torch.float64)

@@ -281,7 +281,7 @@ def test_wrong_fields_are_refused(health: dict[str, Any], message: str) -> None:
 
 
 def test_zero_stage_3_has_no_copies_to_check() -> None:
-    with pytest.raises(FieldError, match=r"health\.replica_check_interval=5: at deepspeed\.zero_stage=3"):
+    with pytest.raises(FieldError, match=r"health\.replica_check_interval=5: .*deepspeed\.zero_stage=3"):
         small_config(
             health={"replica_check_interval": 5},
             training={"engine": "deepspeed"},
