@@ -1,4 +1,4 @@
-"""Fixtures for all tests: ranks, started once for each world size, and a home of their own."""
+"""Options and fixtures of all tests; `ranks` starts processes once for each world size."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from tests.small_data import SmallData
 
 os.environ["OMP_NUM_THREADS"] = "1"
 if not Path("/dev/nvidiactl").exists():
-    # Triton's kernels run in its interpreter; it looks as they are defined, so before anything is imported.
+    # Run Triton's kernels in its interpreter. Triton reads the variable when the kernels are defined.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 ROOT = Path(__file__).parents[1]
-# The longest files begin first, so that no worker is left with one at the end.
+# These folders contain the longest files and start first, so that no worker starts one at the end.
 LONGEST = ("tests/end_to_end/", "tests/checkpoint/", "tests/training/", "tests/model/", "tests/planning/")
 _part = pytest.StashKey[tuple[int, int] | None]()
-_left = pytest.StashKey[int]()
+_num_deselected = pytest.StashKey[int]()
 _model_code = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
-def _place_in_run(item: pytest.Item) -> int:
-    place = (index for index, folder in enumerate(LONGEST) if item.nodeid.startswith(folder))
-    return next(place, len(LONGEST))
+def _priority(item: pytest.Item) -> int:
+    folders = (index for index, folder in enumerate(LONGEST) if item.nodeid.startswith(folder))
+    return next(folders, len(LONGEST))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what tests/run.sh gives."""
-    parser.addoption("--all", action="store_true", help="Run every test, also those that take minutes.")
+    """Add the options that tests/run.sh passes."""
+    parser.addoption("--all", action="store_true", help="Run every test, including tests that take minutes.")
     parser.addoption("--part", metavar="I/N", help="Run the I-th of N disjoint parts of the test files.")
     parser.addoption(
         "--install-system-packages",
         action="store_true",
-        help="Install the Debian packages that selected tests use (tests/install_system_packages.sh).",
+        help="Install the Debian packages of the selected tests (tests/install_system_packages.sh).",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marks, and record what each file costs."""
+    """Declare the marks, and record the processor time of each file."""
     config.addinivalue_line("markers", "exhaustive: runs only with --all")
     config.addinivalue_line("markers", "system_packages(*names): uses these Debian packages")
     config.stash[_part] = None
@@ -58,23 +58,24 @@ def pytest_configure(config: pytest.Config) -> None:
             config.stash[_part] = parse_part(text)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
-    # With workers, the controller reports their tests as well, and its child processes are the workers.
+    # With workers, only the workers record: the controller also reports their tests, and its children are the
+    # workers.
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.register(FileCosts())
-    # transformers copies the code of exported models to a cache, under names that test processes share.
+    # transformers copies the code of exported models to a cache, under names that test processes would share.
     config.stash[_model_code] = tempfile.TemporaryDirectory(prefix="sas_megatron_model_code_")
     os.environ["HF_MODULES_CACHE"] = config.stash[_model_code].name
-    config.stash[_left] = 0
+    config.stash[_num_deselected] = 0
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is left to --all and install what the others use."""
-    selected, left = select(items, whole=config.getoption("--all"), part=config.stash[_part])
-    config.stash[_left] = len(left)
+    """Deselect the tests that run only with --all, and install the packages of the others."""
+    selected, deselected = select(items, run_all=config.getoption("--all"), part=config.stash[_part])
+    config.stash[_num_deselected] = len(deselected)
     if hasattr(config, "workeroutput"):
-        selected.sort(key=_place_in_run)
-        config.workeroutput["left_to_all"] = len(left)
+        selected.sort(key=_priority)
+        config.workeroutput["num_deselected"] = len(deselected)
     kept = set(selected)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = selected
@@ -85,26 +86,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take from a worker how many tests it left out; each worker collects all."""
-    node.config.stash[_left] = getattr(node, "workeroutput", {}).get("left_to_all", 0)
+    """Read the number of deselected tests from a worker; every worker collects all tests."""
+    node.config.stash[_num_deselected] = getattr(node, "workeroutput", {}).get("num_deselected", 0)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End and remove what this process has made for all tests."""
+    """Stop the fork server and remove the cache of model code."""
     stop_fork_server()
     if _model_code in config.stash:
         config.stash[_model_code].cleanup()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Count what the default run leaves out."""
-    if left := terminalreporter.config.stash[_left]:
-        terminalreporter.write_line(f"{left} tests left to tests/run.sh --all")
+    """Print the number of tests that run only with --all."""
+    if count := terminalreporter.config.stash[_num_deselected]:
+        terminalreporter.write_line(f"{count} tests run only with tests/run.sh --all")
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`ranks(P)` is a pool of P processes."""
+    """Return a function: `ranks(P)` is a pool of P processes."""
     pools: dict[int, RankPool] = {}
 
     def pool_of(world_size: int) -> RankPool:
@@ -129,7 +130,7 @@ def separate_process() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
-    """Token files of 400 kB of the built-in corpus, made once."""
+    """Return token files of 400 kB of the built-in corpus."""
     from sas_megatron.data.corpus import builtin_corpus
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.prepare import prepare_token_files

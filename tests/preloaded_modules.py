@@ -1,4 +1,4 @@
-"""Import once, in the fork server, what the processes that it forks need (see `tests/fork_server.py`)."""
+"""Import the modules of forked test processes once, in the fork server (see `tests/fork_server.py`)."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def _import_all() -> None:
     from sas_megatron.platform.device import prepare_device
 
     torch.set_num_threads(1)
-    # Before Megatron-core is imported, which must find the CPU's stand-in.
+    # Must precede the import of Megatron-core, which requires the CPU stand-in.
     device = prepare_device()
     for module in MODULES:
         importlib.import_module(module)
     if device.type == "cpu":
-        # As `training/deepspeed_engine.py` has it; DeepSpeed chooses its accelerator once.
+        # As in `training/deepspeed_engine.py`; DeepSpeed chooses its accelerator only once.
         os.environ["DS_ACCELERATOR"] = "cpu"
         for module in DEEPSPEED_MODULES:
             importlib.import_module(module)
         del os.environ["DS_ACCELERATOR"]
-    # A collection in a forked process would otherwise visit, and so copy, what was imported here.
+    # Otherwise a garbage collection in a forked process would visit, and so copy, the imported objects.
     gc.freeze()
     atexit.register(gc.unfreeze)
 

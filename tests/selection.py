@@ -1,4 +1,4 @@
-"""Which tests a run selects: the default run, all of them, or a part of all."""
+"""Selection of tests: the default run, all tests, or a part of all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ exhaustive = pytest.mark.exhaustive
 
 
 def cases(names: Iterable[Any], *, default: Collection[Any]) -> list[Any]:
-    """Return the parameters of a table of cases, of which the `default` ones are in the default run.
+    """Return the parameters of a table of cases; the default run contains only the `default` ones.
 
-    A case of several parameters is a tuple. Choose for the default run those cases that alone reach some
-    line of the product.
+    A case with several parameters is a tuple. Choose default cases so that every line of the product that the
+    table reaches is also reached by a default case.
 
     Raises:
-        ValueError: a default case is not in the table.
+        ValueError: A default case is not in the table.
     """
     table = list(names)
     if unknown := sorted(map(str, set(default) - set(table))):
@@ -38,7 +38,7 @@ def parse_part(text: str) -> tuple[int, int]:
     """Parse `i/n`, the i-th of n parts, counted from 1.
 
     Raises:
-        ValueError: `text` is no such pair.
+        ValueError: `text` is not such a pair.
     """
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
@@ -47,11 +47,11 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def select(
-    items: list[pytest.Item], *, whole: bool, part: tuple[int, int] | None
+    items: list[pytest.Item], *, run_all: bool, part: tuple[int, int] | None
 ) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """Return the tests that run, and those that are left to `tests/run.sh --all`.
+    """Return the tests that run, and the tests that run only with `tests/run.sh --all`.
 
-    A part holds whole files, since the tests of a file share what it sets up; the tests of other parts are
+    A part consists of complete files, since the tests of a file share fixtures. The tests of other parts are
     in neither list.
     """
     if part is not None:
@@ -59,7 +59,7 @@ def select(
         files = sorted({item.nodeid.partition("::")[0] for item in items})
         in_part = set(files[index - 1 :: count])
         items = [item for item in items if item.nodeid.partition("::")[0] in in_part]
-    if whole:
+    if run_all:
         return items, []
-    left = [item for item in items if item.get_closest_marker(exhaustive.name)]
-    return [item for item in items if not item.get_closest_marker(exhaustive.name)], left
+    deselected = [item for item in items if item.get_closest_marker(exhaustive.name)]
+    return [item for item in items if not item.get_closest_marker(exhaustive.name)], deselected

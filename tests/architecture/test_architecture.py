@@ -1,4 +1,4 @@
-"""The shape of the code base: imports, size of files, and what linter, formatter and type checker say."""
+"""The code base passes its linters, formatter and type checker, and keeps its import and size limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sas_megatron"
 LONGEST_FILE_LINES = 400
 
-# What may be read and computed on a machine without torch, at the speed of a command line.
+# Modules that the command line imports without torch, which takes seconds to import.
 WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
     *sorted((PACKAGE / "scaling").rglob("*.py")),
@@ -61,25 +61,25 @@ WITHOUT_TORCH = [
 ]
 
 
-def passes(*command: str) -> None:
+def assert_passes(*command: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
 
 
-def test_imports_keep_the_contracts() -> None:
-    passes(str(Path(sys.executable).with_name("lint-imports")))
+def test_imports_satisfy_the_contracts() -> None:
+    assert_passes(str(Path(sys.executable).with_name("lint-imports")))
 
 
-def test_the_linter_finds_nothing() -> None:
-    passes(sys.executable, "-m", "ruff", "check", ".")
+def test_the_linter_reports_no_problems() -> None:
+    assert_passes(sys.executable, "-m", "ruff", "check", ".")
 
 
 def test_every_file_is_formatted() -> None:
-    passes(sys.executable, "-m", "ruff", "format", "--check", ".")
+    assert_passes(sys.executable, "-m", "ruff", "format", "--check", ".")
 
 
-def test_types_check_strictly() -> None:
-    passes(sys.executable, "-m", "mypy")
+def test_the_type_checker_reports_no_problems() -> None:
+    assert_passes(sys.executable, "-m", "mypy")
 
 
 def test_configs_costs_and_comparisons_import_no_torch() -> None:
@@ -94,7 +94,7 @@ def test_configs_costs_and_comparisons_import_no_torch() -> None:
         "    heavy = {'torch', 'megatron', 'deepspeed'} & set(sys.modules)\n"
         "    assert not heavy, f'{module} imports {heavy}'\n"
     )
-    passes(sys.executable, "-c", script)
+    assert_passes(sys.executable, "-c", script)
 
 
 @pytest.mark.parametrize("folder", ["sas_megatron", "tests"])
@@ -107,6 +107,6 @@ def test_no_file_is_too_long(folder: str) -> None:
     assert not {path: lines for path, lines in lengths.items() if lines > LONGEST_FILE_LINES}
 
 
-def test_no_package_is_named_for_nothing() -> None:
-    empty_names = {"utils", "common", "helpers", "misc"}
-    assert not {path for path in PACKAGE.rglob("*") if path.stem in empty_names}
+def test_no_module_has_an_uninformative_name() -> None:
+    uninformative = {"utils", "common", "helpers", "misc"}
+    assert not {path for path in PACKAGE.rglob("*") if path.stem in uninformative}

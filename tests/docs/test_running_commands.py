@@ -15,11 +15,17 @@ import pytest
 from tests.docs.pages import DOCS, PAGES, ROOT, commands_of
 from tests.selection import exhaustive
 
+# A run directory that does not exist, and the data of the quickstart.
+NEW_RUN = (
+    "logging.run_directory=runs/new "
+    "data.prefixes=[quickstart/data/python_source] data.tokenizer=quickstart/data/tokenizer.model "
+    "model.vocab_size=8192"
+)
 # A command of each page, and options that make it shorter.
 COMMANDS = {
-    "attention.md": ("launch/torchrun.sh 2 configs/quickstart_tpa.yaml training.num_steps=20", ""),
+    "attention.md": ("launch/torchrun.sh 2 configs/quickstart_tpa.yaml training.num_steps=40", ""),
     "checkpoints.md": ("sas-megatron checkpoint verify runs/125m/sas", ""),
-    "clusters.md": ("sas-megatron doctor configs/125m/sas.yaml", ""),
+    "clusters.md": ("sas-megatron doctor configs/125m/sas.yaml", NEW_RUN),
     "costs.md": ("sas-megatron costs configs/1.3b/mha.yaml configs/1.3b/sas.yaml", ""),
     "data.md": (
         "sas-megatron data prepare builtin --tokenizer data/tokenizer_1024.model --output data/python_1024",
@@ -36,8 +42,8 @@ COMMANDS = {
     "speed.md": ("sas-megatron bench attention", "--repeats 1"),
     "studies.md": ("sas-megatron study plan configs/studies/python.yaml", ""),
     "training.md": (
-        "sas-megatron train configs/quickstart_mha.yaml parallel.tensor=1",
-        "training.num_steps=3",
+        "sas-megatron train configs/quickstart_mha.yaml parallel.tensor=1 logging.run_directory=runs/mha",
+        "training.num_steps=25",
     ),
 }
 # The glossary has no commands.
@@ -59,6 +65,8 @@ class Workspace:
             "PYTHONPATH": str(ROOT),
             "SAS_MEGATRON_VENV": str(self._link_environment(folder / "environment")),
         }
+        # tests/conftest.py sets it, and the compiler of the kernels does not run in the interpreter.
+        self.environment.pop("TRITON_INTERPRET", None)
 
     def _link_environment(self, environment: Path) -> Path:
         """Let the scripts find this process's environment as the one that they would create."""

@@ -3,8 +3,8 @@
     faults_*.py -> MUTANTS -> a fault applied to a copy of the checkout -> pytest on a few folders
       -> caught, by which test; or survived
 
-Each fault changes one line of the product in a way that a user can observe. They were chosen by reading
-`sas_megatron/` and `launch/` alone, without knowing which tests cover them.
+Each fault changes one line of the product in a way that a user can observe. The faults were chosen by
+reading only `sas_megatron/` and `launch/`, without knowledge of the tests that cover them.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *faults_scaling.MUTANTS,
 )
 
-# Folders of tests that run for a fault in a package, the package's own folder first.
+# Test folders for a fault in a package, with the folder of the package itself first.
 TEST_FOLDERS: dict[str, tuple[str, ...]] = {
     "attention": ("tests/attention", "tests/model", "tests/training"),
     "costs": ("tests/model", "tests/planning", "tests/training"),
@@ -43,7 +43,7 @@ TEST_FOLDERS: dict[str, tuple[str, ...]] = {
 
 
 def select_tests(mutant: Mutant) -> list[str]:
-    """Return what pytest runs for a fault: files and the folder named after its module, then all folders."""
+    """Return the test files and folders for a fault; those named after its module come first."""
     folders = TEST_FOLDERS[mutant.package]
     files = [path for folder in folders for path in (ROOT / folder).rglob(f"test_{mutant.path.stem}.py")]
     mirror = ROOT / "tests" / Path(*mutant.path.parts[1:-1])

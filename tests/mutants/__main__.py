@@ -23,14 +23,20 @@ DEFAULT_RESULTS = Path(tempfile.gettempdir()) / "sas_megatron_mutants.jsonl"
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--all", "all_tests", is_flag=True, help="Run the full selection of tests for each fault.")
-@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Faults at a time.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Number of faults that run at the same time.",
+)
 @click.option(
     "--results",
     type=click.Path(path_type=Path, dir_okay=False),
     default=DEFAULT_RESULTS,
     show_default=True,
-    help="File to which results are appended, as JSON lines. What it holds of the same commit and selection "
-    "is not run again.",
+    help="File to which results are appended, as JSON lines. Faults with a result for the same commit and "
+    "selection are not run again.",
 )
 @click.option(
     "--table", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table to this file."
@@ -40,15 +46,15 @@ DEFAULT_RESULTS = Path(tempfile.gettempdir()) / "sas_megatron_mutants.jsonl"
     type=click.FloatRange(min=0, min_open=True),
     default=90.0,
     show_default=True,
-    help="Time limit of the tests for one fault, which counts as caught then. pytest ends a test that hangs "
-    "earlier, by its own limit.",
+    help="Time limit of the tests for one fault; at the limit the fault counts as caught. pytest ends a "
+    "hanging test earlier, by its own limit.",
 )
 @click.option(
     "--no-baseline",
     is_flag=True,
-    help="Do not repeat a failing test without the fault; by default one that fails again is left out.",
+    help="Do not repeat a failing test without the fault. By default, a test that fails again is deselected.",
 )
-@click.option("--list", "only_list", is_flag=True, help="List the faults; run nothing.")
+@click.option("--list", "only_list", is_flag=True, help="List the faults without running tests.")
 def main(
     names: tuple[str, ...],
     *,
@@ -60,14 +66,14 @@ def main(
     no_baseline: bool,
     only_list: bool,
 ) -> None:
-    """Apply faults to a copy of the checkout, one at a time, and report which of them the tests notice.
+    """Apply faults to a copy of the checkout, one at a time, and report which of them the tests detect.
 
-    NAME is a fault or a package, such as attention or launch; without any, all faults are run. For each
-    fault the folders of tests of its package are run until a test fails, files and folders named after its
-    module first. The faults of all packages come in turn, so that an interrupted run has covered every
-    package; run the command again to continue.
+    NAME is a fault or a package, such as attention or launch; without names, all faults are run. For each
+    fault, the test folders of its package run until a test fails; files and folders named after its module
+    run first. Faults of different packages alternate, so that an interrupted run has covered every package.
+    Run the command again to continue.
 
-    The exit status is 0 whenever the tool ran, whatever the tests made of the faults.
+    The exit status is 0 if the tool ran, regardless of the outcomes.
     """
     mutants = choose_mutants(names)
     if only_list:
@@ -90,7 +96,7 @@ def main(
 
 
 def choose_mutants(names: tuple[str, ...]) -> list[Mutant]:
-    """Return the faults of these names and packages, all without any, the packages in turn.
+    """Return the faults with these names or of these packages, or all; the packages alternate.
 
     Raises:
         UsageError: A name is neither a fault nor a package.
@@ -112,7 +118,7 @@ def run_mutants(
     mutants: list[Mutant], settings: Selection, results: Path, *, jobs: int, commit: str, selection: str
 ) -> bool:
     """Run the faults, `jobs` at a time, and append their results; return whether all were run."""
-    for mutant in mutants:  # one that does not apply is an error before any is run
+    for mutant in mutants:  # a fault that does not apply is an error before any tests run
         mutant.mutate((ROOT / mutant.path).read_text(encoding="utf-8"))
     stop, lock = threading.Event(), threading.Lock()
     remaining: queue.SimpleQueue[Mutant] = queue.SimpleQueue()

@@ -18,7 +18,7 @@ MUTANTS = (
         "sas_megatron.attention.sas.aggregation:average_blocks",
         "context_SBMD.unflatten(2, (num_blocks, -1))",
         "context_SBMD.unflatten(2, (-1, num_blocks)).transpose(2, 3)",
-        "PEAA averages r neighbouring heads instead of r contiguous blocks.",
+        "PEAA averages r adjacent heads instead of r contiguous blocks.",
     ),
     Mutant(
         "simulation-gradients-not-summed",
@@ -145,7 +145,7 @@ MUTANTS = (
         "sas_megatron.attention.sas.fused.head_kernels:head_forward",
         "tl.where(inside[:, None], tl.maximum(expanded, 0.0), 0.0)",
         "tl.maximum(expanded, 0.0)",
-        "The second convolution of the fused kernel reads the first one's bias beyond the features.",
+        "In the fused kernel the zero padding of the second convolution contains the first one's bias.",
     ),
     Mutant(
         "kernel-gradient-rotated-forward",
@@ -223,7 +223,7 @@ MUTANTS = (
         "sas_megatron.distributed.communication_counter:_all_to_all_single",
         "sum(input_splits) - input_splits[group.rank()]",
         "sum(input_splits)",
-        "The count of an all-to-all includes the rows that stay on the rank.",
+        "The count of an all-to-all includes the rows that the rank keeps.",
     ),
     Mutant(
         "user-error-not-shared",
@@ -237,7 +237,7 @@ MUTANTS = (
         "sas_megatron.fault_tolerance.failure_watchdog:FailureWatchdog._watch",
         "is_store_reachable and status.is_stop_requested()",
         "False",
-        "A rank does not notice that another rank has failed.",
+        "A rank does not detect that another rank has failed.",
     ),
     Mutant(
         "failed-run-exits-with-zero",

@@ -16,7 +16,7 @@ MUTANTS = (
         "sas_megatron.costs.model_costs:count_recompute_flops",
         'times["scores"] += config.model.num_layers',
         'times["scores"] += 1',
-        "The scores that the fused backward pass recomputes are counted for one layer instead of all.",
+        "The recomputed scores of the fused backward pass are counted for one layer instead of all.",
     ),
     Mutant(
         "causal-half-without-diagonal",
@@ -79,21 +79,21 @@ MUTANTS = (
         "sas_megatron.model.initialization:_initial_weights",
         "math.sqrt(2 * config.model.num_layers)",
         "math.sqrt(config.model.num_layers)",
-        "Matrices that end a residual branch start √2 times too wide.",
+        "The initial standard deviation of output projections is √2 times too large.",
     ),
     Mutant(
         "pipeline-stages-draw-same-layers",
         "sas_megatron.model.initialization:global_name",
         "{model.decoder.layers[int(part)].layer_number - 1}",
         "{int(part)}",
-        "Layers are named from the first of their pipeline stage, so that stages start with equal weights.",
+        "Layers are numbered within their pipeline stage, so that stages start with equal weights.",
     ),
     Mutant(
         "gate-and-up-projection-mixed",
         "sas_megatron.model.initialization:tensor_parallel_part",
         "whole.chunk(stride, dim=dim)",
         "whole.chunk(1, dim=dim)",
-        "Tensor ranks start with other shards of the MLP's gate and up projections than one rank has.",
+        "The initial weights of the MLP's gate and up projections depend on the number of tensor ranks.",
     ),
     # config
     Mutant(
@@ -108,7 +108,7 @@ MUTANTS = (
         "sas_megatron.config.loading:_apply_override",
         "node[keys[-1]] = value",
         "node.setdefault(keys[-1], value)",
-        "An override does not replace a value that the file states.",
+        "An override does not replace a value in the file.",
     ),
     Mutant(
         "checkpoint-saved-one-step-early",
@@ -201,7 +201,7 @@ MUTANTS = (
         "sas_megatron.platform.local_machine:training_environment",
         "(ranks * num_concurrent_runs)",
         "ranks",
-        "Runs side by side each start as many threads as if they had the machine alone.",
+        "Each of several concurrent runs starts enough threads for the full machine.",
     ),
     # planning
     Mutant(
@@ -230,7 +230,7 @@ MUTANTS = (
         "sas_megatron.planning.hardware_file:Hardware.needed_bytes",
         " + self.reserved_gib * BYTES_PER_GIB",
         "",
-        "A layout is taken to fit although the reserved memory of the device is not free.",
+        "A layout that leaves no room for the reserved memory of the device counts as fitting.",
     ),
     Mutant(
         "tensor-groups-across-nodes",
@@ -244,6 +244,6 @@ MUTANTS = (
         "sas_megatron.planning.rank_processes:run_on_ranks",
         "process.kill()",
         "pass",
-        "When a measuring rank fails, the processes of the others are not terminated.",
+        "When a measuring rank fails, the processes of the other ranks are not terminated.",
     ),
 )

@@ -16,7 +16,7 @@ MUTANTS = (
         "sas_megatron.scaling.laws.loss_surface:pose_surface",
         "points.loss, delta=delta)",
         "points.loss)",
-        "A fit by least squares uses Huber's loss with the default delta.",
+        "A least-squares fit uses Huber's loss with the default delta.",
     ),
     Mutant(
         "bootstrap-draws-too-many-runs",
@@ -44,7 +44,7 @@ MUTANTS = (
         "sas_megatron.scaling.laws.hold_out:_predict_intervals",
         "size=predicted_RI.shape) * inflation",
         "size=predicted_RI.shape)",
-        "Prediction intervals of held-out runs ignore the parameters that the fit has used.",
+        "Prediction intervals of held-out runs ignore the parameters of the fit.",
     ),
     Mutant(
         "profile-degrees-of-freedom",
@@ -107,14 +107,14 @@ MUTANTS = (
         "sas_megatron.scaling.convergence:_average",
         "if len(savings) < len(pairs):",
         "if not savings:",
-        "The mean convergence saving leaves out seeds that never reach the loss.",
+        "The mean saving of steps excludes seeds that never reach the loss.",
     ),
     Mutant(
         "matched-width-rounded-down",
         "sas_megatron.scaling.matching:_Search._with_nearest_width",
         "min((below, below + 1), key=lambda count: abs(without_mlp + count * per_step - target))",
         "below",
-        "A match takes the next smaller MLP width instead of the nearest.",
+        "A match selects the next smaller MLP width instead of the nearest.",
     ),
     Mutant(
         "tokens-per-parameter-of-variant",
@@ -128,7 +128,7 @@ MUTANTS = (
         "sas_megatron.scaling.study.learning_rates:find_best_rate",
         "middles[0] - left *",
         "middles[0] + left *",
-        "The learning rate at the minimum of the parabola is taken on the wrong side.",
+        "The learning rate at the minimum of the parabola is on the wrong side.",
     ),
     Mutant(
         "run-lock-is-shared",
@@ -142,21 +142,21 @@ MUTANTS = (
         "sas_megatron.scaling.study.runner:StudyRunner._signals",
         "started.process.send_signal(signal.SIGTERM)",
         "pass",
-        "When a study is interrupted, its runs are not asked to stop.",
+        "When a study is interrupted, its runs receive no stop signal.",
     ),
     Mutant(
         "unequal-runs-collected",
         "sas_megatron.scaling.study.collecting:collect",
         "_check_equal(list(found.values()))",
         "pass",
-        "Runs of different data or software are collected into one table.",
+        "Runs with different data or software are collected into one table.",
     ),
     Mutant(
         "branch-jobs-do-not-wait",
         "sas_megatron.scaling.study.submission:_Arrays._submit",
         "--dependency=aftercorr:{after}",
         "--dependency=after:{after}",
-        "SLURM starts branches when their trunks have started instead of finished.",
+        "SLURM starts branches when their trunks have started, not when they have finished.",
     ),
     # benchmarks
     Mutant(
@@ -164,7 +164,7 @@ MUTANTS = (
         "sas_megatron.benchmarks.timing:time_in_turn",
         "if round_number >= WARM_UP_ROUNDS:",
         "if round_number >= 0:",
-        "Benchmarks report the warm-up rounds too.",
+        "Benchmarks include the warm-up rounds.",
     ),
     Mutant(
         "step-of-fastest-rank",
@@ -251,7 +251,7 @@ MUTANTS = (
         "launch/slurm_train.sbatch",
         'if [ "$turn" -gt 1 ]; then',
         'if [ "$turn" -gt 2 ]; then',
-        "The first requeued turn of a SLURM job does not resume the run.",
+        "After its first requeue, a SLURM job does not resume the run.",
     ),
     Mutant(
         "node-rank-equal-to-nodes-accepted",

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class NotApplicable(ValueError):
-    """A fault does not fit the source any more; its definition must be updated."""
+    """A fault does not apply to the current source; its definition must be updated."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Mutant:
         name: Unique, for the command line and the results.
         function: `module:function`, where the function may be a method or a class by its dotted name; for a
             launch script, its path.
-        text: What is replaced; it must occur exactly once in the source of the function.
-        replacement: What it is replaced with.
-        fault: What is wrong then, in one sentence.
+        text: The replaced text, which must occur exactly once in the source of the function.
+        replacement: The new text.
+        fault: The resulting fault, in one sentence.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Mutant:
         return source[:begin] + mutated + source[end:]
 
     def _find_function(self, source: str) -> tuple[int, int]:
-        """Return the range of characters that the function takes in its file, without decorators."""
+        """Return the range of characters of the function in its file, without decorators."""
         node: ast.AST = _parse(source)
         for name in self.function.partition(":")[2].split("."):
             named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -94,7 +94,7 @@ class Mutant:
     def _check_script(self, original: str, mutated: str) -> None:
         checked = subprocess.run(["bash", "-n"], input=mutated, capture_output=True, text=True)
         if checked.returncode:
-            raise NotApplicable(f"{self.name}: the result is no valid script ({checked.stderr.strip()})")
+            raise NotApplicable(f"{self.name}: the result is not a valid script ({checked.stderr.strip()})")
         if mutated == original:
             raise NotApplicable(f"{self.name}: the result is the same script")
 

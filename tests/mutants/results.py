@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Literal
 
 Outcome = Literal["caught", "survived", "timed out", "broken", "not measured"]
-# A fault with which the tests hang or cannot be imported is noticed as well.
+# A fault with which the tests hang or cannot be imported counts as caught.
 CAUGHT: tuple[Outcome, ...] = ("caught", "timed out", "broken")
 _COLUMNS = ("name", "package", "fault", "outcome", "by which test", "seconds")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the tests made of one fault.
+    """The outcome of the tests for one fault.
 
-    `test` is the id of the first test that failed; for `broken`, what could not be collected.
+    `test` is the id of the first test that failed; for `broken`, the file that could not be collected.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Result:
     outcome: Outcome
     test: str | None
     seconds: float
-    # Of the source that was mutated, and which tests were selected: `default` or `all`.
+    # The commit of the mutated source, and the selection of tests: `default` or `all`.
     commit: str
     selection: str
 
@@ -39,7 +39,7 @@ def append_result(path: Path, result: Result) -> None:
 
 
 def read_results(path: Path, *, commit: str, selection: str) -> dict[str, Result]:
-    """Return the results of a commit and a selection by the name of the fault, the last of each."""
+    """Return the last result of each fault for a commit and a selection, by name of the fault."""
     if not path.exists():
         return {}
     found = {}
@@ -47,7 +47,7 @@ def read_results(path: Path, *, commit: str, selection: str) -> dict[str, Result
         try:
             result = Result(**json.loads(line))
         except (ValueError, TypeError):
-            continue  # cut short when the tool was killed, or of another version of it
+            continue  # truncated when the tool was killed, or written by another version of it
         if (result.commit, result.selection) == (commit, selection):
             found[result.name] = result
     return found
@@ -71,7 +71,7 @@ def format_table(results: Iterable[Result]) -> str:
 
 
 def summarize(results: Iterable[Result]) -> str:
-    """Return how many faults were caught, and how many of those by a hang or an import error."""
+    """Return the number of faults that were caught, and how many by a hang or an import error."""
     outcomes = [result.outcome for result in results]
     caught = sum(outcome in CAUGHT for outcome in outcomes)
     details = [

@@ -1,4 +1,4 @@
-"""Runs the tests on a copy of the checkout that has one fault."""
+"""Run the tests on a copy of the checkout that contains one fault."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from tests.mutants.results import Outcome
 
 # The option of tests/conftest.py that selects every test.
 ALL_TESTS = "--all"
-# Marks the processes of a run by their environment: some tests start processes in sessions of their own.
+# Marks the processes of a run in their environment, since some tests start processes in new sessions.
 MARK = "SAS_MEGATRON_MUTATION_RUN"
-# Tests that fail without the fault as well are left out, up to so many for each fault.
+# Largest number of tests per fault that are deselected because they also fail without the fault.
 MOST_DESELECTED = 10
 POLL_SECONDS = 0.2
-# pytest's: 1 a test failed, 2 tests could not be collected, 4 conftest.py could not be imported; None: the
-# time limit.
+# pytest's exit statuses: 1 a test failed; 2 tests could not be collected; 4 conftest.py could not be
+# imported. None stands for the time limit.
 _COLLECTION_STATUSES, _FAILING_STATUSES = (2, 4), (None, 1, 2)
 _FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (?P<test>[^\s\[]+(?:\[.*?\](?= - |$))?)", re.MULTILINE)
 
 
 class Interrupted(Exception):
-    """The tool is asked to stop."""
+    """The tool received a stop signal."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How pytest is run for each fault.
+    """The options with which pytest runs for each fault.
 
     `confirms`: a test that fails is run again without the fault, and does not count if it fails again.
     """
@@ -50,7 +50,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the tests made of a fault."""
+    """The outcome of the tests for a fault."""
 
     outcome: Outcome
     test: str | None
@@ -101,12 +101,12 @@ class Scratch:
     @staticmethod
     def _write(path: Path, source: str) -> None:
         path.write_text(source, encoding="utf-8")
-        # Python compares whole seconds and sizes, which may be equal for two versions.
+        # Python compares sizes and times in seconds, which may be equal for two versions.
         for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
             compiled.unlink()
 
     def _run_pytest(self, arguments: Sequence[str]) -> tuple[int | None, str]:
-        """Return pytest's exit status, None after the time limit, and what it printed."""
+        """Return pytest's exit status, None after the time limit, and its output."""
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir()
         mark = uuid.uuid4().hex
@@ -140,7 +140,7 @@ class Scratch:
         return process.returncode
 
     def _environment(self, mark: str) -> dict[str, str]:
-        """Return variables with which the copy is imported, and caches are new for each run."""
+        """Return variables with which Python imports the copy, and each run has new caches."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
         home = Path(environment.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         environment.setdefault("HF_HOME", str(home / "huggingface"))
@@ -157,7 +157,7 @@ class Scratch:
 
 
 def judge(status: int | None, output: str) -> tuple[Outcome, str | None]:
-    """Return the outcome, and what failed first, from pytest's exit status and output."""
+    """Return the outcome and the first failure from pytest's exit status and output."""
     if status is None:
         return "timed out", None
     found = _FIRST_FAILURE.search(output)
@@ -171,21 +171,21 @@ def judge(status: int | None, output: str) -> tuple[Outcome, str | None]:
 
 
 def end_processes(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill the process group of a run, and the processes that its tests have left in other sessions."""
+    """Kill the process group of a run, and processes of its tests in other sessions."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     marked = f"{MARK}={mark}".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            # A process may have ended by now, or belong to another user.
+            # A process may have ended already, or belong to another user.
             with contextlib.suppress(OSError):
                 if marked in (entry / "environ").read_bytes().split(b"\0"):
                     os.kill(int(entry.name), signal.SIGKILL)
 
 
 def copy_tracked_files(folder: Path) -> None:
-    """Copy the files of the checkout that git tracks, as they are in the working tree."""
+    """Copy the tracked files of the checkout in their current state in the working tree."""
     for name in _git("ls-files", "-z").split("\0"):
         source = ROOT / name
         if name and (source.is_file() or source.is_symlink()):
@@ -195,7 +195,7 @@ def copy_tracked_files(folder: Path) -> None:
 
 
 def describe_commit() -> str:
-    """Return the commit of the checkout, with a hash of what differs from it in the working tree."""
+    """Return the commit of the checkout, with a hash of the uncommitted changes if there are any."""
     commit = _git("rev-parse", "HEAD").strip()
     if not (difference := _git("diff", "HEAD")):
         return commit

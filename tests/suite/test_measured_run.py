@@ -1,4 +1,4 @@
-"""The wrapper of the test command counts every process and leaves none behind."""
+"""The wrapper of the test command counts the time of every process and leaves none running."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.conftest import ROOT
 from tests.file_costs import FileCosts, processor_seconds_of_tree
 from tests.measured_run import FILE_COSTS
 
-# The processor seconds that a process below takes.
+# Processor seconds of each process below.
 BUSY_SECONDS = 0.6
 # /proc counts user and system time in hundredths of a second, each rounded down.
 ROUNDING_SECONDS = 0.05
 BUSY = f"import time\nwhile time.process_time() < {BUSY_SECONDS}: pass\n"
-# Start a process whose parent ends at once, as a daemon does.
+# Starts a process whose parent ends immediately, like a daemon.
 ORPHAN = (
     "import os, sys\n"
     "if os.fork() == 0:\n"
@@ -46,13 +46,13 @@ def processor_seconds(output: str) -> float:
     return float(found)
 
 
-def test_a_process_that_nobody_waits_for_is_counted() -> None:
-    # Three orphans: the figure is printed in whole seconds.
+def test_the_time_of_an_orphaned_process_is_counted() -> None:
+    # Three orphans, since the time is printed in full seconds.
     done = measured(
         3 * ORPHAN.format(source=BUSY), PYTEST_CURRENT_TEST="tests/some/test_file.py::test (call)"
     )
     assert done.returncode == 0, done.stderr
-    # The fork of the first statement runs only its own orphan; the parent starts all three.
+    # The fork in the first statement runs only its own orphan; the parent starts all three.
     assert processor_seconds(done.stdout) >= round(3 * BUSY_SECONDS) - 1
     (file_seconds,) = re.findall(r"^ *([\d.]+)  tests/some/test_file\.py$", done.stdout, re.MULTILINE)
     assert float(file_seconds) >= 3 * (BUSY_SECONDS - ROUNDING_SECONDS)
@@ -61,7 +61,7 @@ def test_a_process_that_nobody_waits_for_is_counted() -> None:
 @pytest.mark.parametrize(
     ("source", "status"), [("raise SystemExit(5)", 5), ("import os; os.kill(os.getpid(), 15)", 143)]
 )
-def test_the_exit_status_is_that_of_the_command(source: str, status: int) -> None:
+def test_the_exit_status_equals_that_of_the_command(source: str, status: int) -> None:
     assert measured(source).returncode == status
 
 
@@ -76,7 +76,7 @@ def test_a_process_that_outlives_the_command_is_killed_and_listed() -> None:
         f"orphan = {ORPHAN!r}.format(source=sleeper)\n"
         "sys.exit(measured_run.main([sys.executable, '-c', orphan]))\n"
     )
-    assert measured_run.SECONDS_TO_END >= 5, "daemons need time to end"
+    assert measured_run.SECONDS_TO_END >= 5, "daemons need some seconds to end"
     done = subprocess.run(
         [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -84,7 +84,7 @@ def test_a_process_that_outlives_the_command_is_killed_and_listed() -> None:
     assert re.search(r"now killed: \S+ -c import time; time\.sleep\(600\)  # left behind", done.stderr)
 
 
-def test_the_time_of_children_belongs_to_the_file_that_started_them(
+def test_the_time_of_children_counts_for_the_test_file_that_started_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FILE_COSTS, str(tmp_path / "costs"))

@@ -1,4 +1,4 @@
-"""The faults of tests/mutants fit the product as it is."""
+"""The faults of tests/mutants apply to the current product."""
 
 import dataclasses
 
@@ -23,16 +23,18 @@ def source_of(mutant: Mutant) -> str:
 
 
 @pytest.mark.parametrize("package", TEST_FOLDERS)
-def test_every_fault_applies_to_the_present_product(package):
+def test_every_fault_applies_to_the_current_source(package):
     for mutant in MUTANTS:
         if mutant.package == package:
             source = source_of(mutant)
             mutated = mutant.mutate(source)
             assert mutated != source, mutant.name
-            assert len(mutated.splitlines()) == len(source.splitlines()), f"{mutant.name} is of one line"
+            assert len(mutated.splitlines()) == len(source.splitlines()), (
+                f"{mutant.name} must change one line"
+            )
 
 
-def test_faults_have_names_of_their_own_and_cover_every_package():
+def test_faults_have_unique_names_and_cover_every_package():
     names = [mutant.name for mutant in MUTANTS]
     assert len(names) == len(set(names)) >= 60
     assert not set(names) & TEST_FOLDERS.keys()
@@ -43,7 +45,7 @@ def test_faults_have_names_of_their_own_and_cover_every_package():
     assert all(mutant.fault.endswith(".") for mutant in MUTANTS)
 
 
-def test_folders_of_tests_exist():
+def test_the_test_folders_exist():
     for package, folders in TEST_FOLDERS.items():
         assert 1 <= len(folders) <= 3, package
         assert all((ROOT / folder).is_dir() for folder in folders), package
@@ -52,7 +54,7 @@ def test_folders_of_tests_exist():
         assert all((ROOT / test).exists() for test in select_tests(mutant)), mutant.name
 
 
-def test_a_fault_that_fits_is_applied_within_its_function_alone():
+def test_a_fault_changes_only_its_function():
     source = source_of(EXAMPLE)
     assert EXAMPLE.mutate(source) == source.replace("number % candidate == 0", "number % candidate")
 
@@ -67,11 +69,11 @@ def test_a_fault_that_fits_is_applied_within_its_function_alone():
         ({"replacement": "(number % candidate) == 0"}, "the same program"),
         (
             {"function": "launch/place.sh", "text": "usage_of() {", "replacement": "usage_of("},
-            "no valid script",
+            "not a valid script",
         ),
     ],
 )
-def test_a_fault_that_does_not_fit_raises(changed, message):
+def test_a_fault_that_does_not_apply_is_an_error(changed, message):
     mutant = dataclasses.replace(EXAMPLE, **changed)
     with pytest.raises(NotApplicable, match=message):
         mutant.mutate(source_of(mutant))
@@ -98,11 +100,11 @@ def test_a_fault_that_does_not_fit_raises(changed, message):
         (5, "no tests ran", ("not measured", None)),
     ],
 )
-def test_outcome_follows_from_pytests_status_and_summary(status, output, expected):
+def test_the_outcome_is_derived_from_the_status_and_summary_of_pytest(status, output, expected):
     assert judge(status, output) == expected
 
 
-def test_results_of_another_commit_or_selection_are_left_out(tmp_path):
+def test_results_of_another_commit_or_selection_are_ignored(tmp_path):
     result = Result("a", "config", "A fault.", "caught", "tests/x.py::test[a|b]", 1.0, "1234", "default")
     path = tmp_path / "results.jsonl"
     for other in (result, dataclasses.replace(result, name="b", commit="5678")):

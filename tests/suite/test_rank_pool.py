@@ -1,4 +1,4 @@
-"""A pool of ranks reports a failed rank at once, and its next run has sound ranks."""
+"""A pool of ranks reports a failed rank immediately and replaces its processes for the next run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _die_on_first(value: int) -> int:
         (_die_on_first, "rank 0:\nthe process has ended"),
     ],
 )
-def test_a_failed_rank_ends_the_wait_for_the_others(
+def test_a_failed_rank_ends_the_wait_for_the_other_ranks(
     monkeypatch: pytest.MonkeyPatch, function: Any, message: str
 ) -> None:
     monkeypatch.setattr(rank_pool, "SECONDS_AFTER_FAILURE", 0.5)
@@ -49,7 +49,7 @@ def test_a_failed_rank_ends_the_wait_for_the_others(
         begun = time.monotonic()
         with pytest.raises(AssertionError, match=f"(?s){message}"):
             pool.run(function, 5)
-        assert time.monotonic() - begun < 60, "gloo itself would wait for half an hour"
+        assert time.monotonic() - begun < 60, "without the pool, gloo would wait for half an hour"
         assert pool.run(_sum, 5) == [18, 18, 18]
     finally:
         pool.close()

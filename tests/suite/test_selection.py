@@ -1,4 +1,4 @@
-"""What the options of the test command select."""
+"""The options of the test command select the documented tests."""
 
 from __future__ import annotations
 
@@ -68,33 +68,33 @@ DEFAULT = {"test_short", "test_table[b]", "test_claim[3]", "test_one", "test_two
 ALL = {*DEFAULT, "test_long", "test_table[a]", "test_table[c]", "test_claim[40]"}
 
 
-def test_the_default_run_leaves_out_and_counts_what_is_exhaustive(suite: Path) -> None:
+def test_the_default_run_omits_and_counts_exhaustive_tests(suite: Path) -> None:
     done = run(suite)
     assert passed(done) == DEFAULT
-    assert "4 tests left to tests/run.sh --all" in done.stdout
+    assert "4 tests run only with tests/run.sh --all" in done.stdout
     assert "skipped" not in done.stdout
 
 
-def test_parts_are_disjoint_and_together_are_all(suite: Path) -> None:
-    whole = run(suite, "--all")
-    assert passed(whole) == ALL
-    assert "left to" not in whole.stdout
+def test_parts_are_disjoint_and_cover_all_tests(suite: Path) -> None:
+    complete = run(suite, "--all")
+    assert passed(complete) == ALL
+    assert "run only with" not in complete.stdout
     first, second = (passed(run(suite, "--all", "--part", part)) for part in ("1/2", "2/2"))
     assert not first & second
     assert first | second == ALL
 
 
-def test_workers_report_costs_and_what_they_leave_out_once(suite: Path, tmp_path: Path) -> None:
+def test_workers_report_costs_and_omitted_tests_once(suite: Path, tmp_path: Path) -> None:
     costs = tmp_path / "costs"
     done = run(suite, "-n", "2", "--dist", "loadfile", **{FILE_COSTS: str(costs)})
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("4 tests left to tests/run.sh --all") == 1
+    assert done.stdout.count("4 tests run only with tests/run.sh --all") == 1
     recorded = [Path(json.loads(line)["file"]).name for line in costs.read_text().splitlines()]
     assert sorted(recorded) == sorted(FILES)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", ""])
-def test_a_part_that_does_not_exist_is_refused(text: str) -> None:
+def test_an_invalid_part_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="must be i/n with 1 <= i <= n"):
         parse_part(text)
 
@@ -102,11 +102,11 @@ def test_a_part_that_does_not_exist_is_refused(text: str) -> None:
 def test_a_default_case_must_be_in_the_table() -> None:
     with pytest.raises(ValueError, match="the table has no case d"):
         cases(["a", "b"], default=["d"])
-    left, kept = cases(["a", "b"], default=["b"])
-    assert (left.values, list(left.marks), kept) == (("a",), [exhaustive], "b")
+    marked, default = cases(["a", "b"], default=["b"])
+    assert (marked.values, list(marked.marks), default) == (("a",), [exhaustive], "b")
 
 
-def test_the_command_answers_help_and_bad_parts_before_any_set_up(tmp_path: Path) -> None:
+def test_help_and_invalid_parts_are_reported_before_any_installation(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "SAS_MEGATRON_VENV": str(tmp_path / "venv")}
     for options, status, text in (
         (["--help"], 0, "usage: tests/run.sh"),
