@@ -1,4 +1,4 @@
-"""What the README tells a user to type exists."""
+"""The commands, options, config fields and files that the README names exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_names_what_there_is(command: str) -> None:
+def test_a_command_of_the_readme_is_valid(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "sas-megatron":
         check_options(words[1:])
@@ -40,14 +40,14 @@ def check_options(words: list[str]) -> None:
     command: click.Command = cli
     context = click.Context(cli)
     while isinstance(command, click.Group):
-        found = command.get_command(context, words.pop(0))
-        assert found is not None
-        command = found
+        subcommand = command.get_command(context, words.pop(0))
+        assert subcommand is not None
+        command = subcommand
     options = {name for parameter in command.params for name in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
 
 
-def test_files_that_the_readme_links_exist() -> None:
+def test_the_files_that_the_readme_links_exist() -> None:
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert linked
     for path in linked:
