@@ -1,4 +1,4 @@
-"""Small whole runs for tests: legal as they stand, each section open to change."""
+"""Small, valid run configs for tests, in which each section can be changed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.run import RunConfig
 from tests.conftest import ROOT
 
-# Every config of a run; studies, files of another kind, are planned in tests/scaling/study.
+# All shipped run configs. Study files have another format and are tested in tests/scaling/study.
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
 
 
 def small_tree(**sections: dict[str, Any]) -> dict[str, Any]:
-    """A run's plain mappings with odd sizes; `sections` are laid over them, `attention` replaces its own."""
+    """Return a run with odd sizes as nested dictionaries.
+
+    The fields of `sections` override its fields; `attention` replaces the section instead.
+    """
     tree: dict[str, Any] = {
         "model": {
             "num_layers": 2,
@@ -34,5 +37,5 @@ def small_tree(**sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def small_config(**sections: dict[str, Any]) -> RunConfig:
-    """`small_tree` as a config."""
+    """Return `small_tree` as a config."""
     return build_run_config(small_tree(**sections))

@@ -1,4 +1,4 @@
-"""Runs on a small corpus of real text; the fixture `small_data` makes it once."""
+"""Runs on a small corpus of real text, which the fixture `small_data` prepares once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sas_megatron.config.run import RunConfig
 
 @dataclass(frozen=True)
 class SmallData:
-    """Token files of some hundred kilobytes of real text."""
+    """Token files of 400 kB of real text."""
 
     prefix: Path
     tokenizer: Path
 
     def run(self, directory: Path, **sections: dict[str, Any]) -> RunConfig:
-        """A run of some seconds; `sections` are merged over its settings."""
+        """Return a run that takes a few seconds; `sections` override its fields."""
         tree: dict[str, dict[str, Any]] = {
             "model": {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "vocab_size": 512},
             "attention": {"kind": "sas", "num_heads": 4, "head_dim": 12, "head_expansion": 2},

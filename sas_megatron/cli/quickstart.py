@@ -1,4 +1,4 @@
-"""`sas-megatron quickstart`: from nothing to a comparison of two attentions on real text."""
+"""`sas-megatron quickstart`: prepare data, train two attention variants on real text, and compare them."""
 
 from __future__ import annotations
 
@@ -22,38 +22,46 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     default=Path("quickstart"),
     show_default=True,
-    help="Everything goes here; what is there already is not made again.",
+    help="Folder of data, runs and report. Existing files and finished runs are reused.",
 )
 @click.option(
-    "--baseline", type=click.Path(path_type=Path), default=shipped_configs() / "quickstart_mha.yaml"
+    "--baseline",
+    type=click.Path(path_type=Path),
+    default=shipped_configs() / "quickstart_mha.yaml",
+    help="Config of the baseline.",
 )
 @click.option(
-    "--candidate", type=click.Path(path_type=Path), default=shipped_configs() / "quickstart_sas.yaml"
+    "--candidate",
+    type=click.Path(path_type=Path),
+    default=shipped_configs() / "quickstart_sas.yaml",
+    help="Config of the candidate.",
 )
-@click.option("--corpus-bytes", type=int, default=None, help="Take only so much of the built-in corpus.")
+@click.option(
+    "--corpus-bytes", type=int, default=None, help="Maximum number of bytes of the built-in corpus."
+)
 def quickstart(
     overrides: tuple[str, ...], directory: Path, baseline: Path, candidate: Path, corpus_bytes: int | None
 ) -> None:
-    """Train multi-head attention and SAS side by side on real text, and compare them.
+    """Train multi-head attention and SAS on the same real text, and compare them.
 
-    The text is the source of this machine's Python standard library. The candidate's MLP is narrowed
-    until both have the same number of parameters. OVERRIDES (section.field=value) apply to both.
+    The text is the source code of Python's standard library on this machine. The candidate's MLP is narrowed
+    until both models have the same number of parameters. OVERRIDES (section.field=value) apply to both runs.
     """
-    started = time.perf_counter()
+    began = time.perf_counter()
     configs = _build_configs(directory, [baseline, candidate], list(overrides))
     vocab_size = configs[0].model.vocab_size
     _prepare_data(directory / "data", vocab_size=vocab_size, corpus_bytes=corpus_bytes)
     for config in configs:
         _train(config)
-    _report(configs, directory, seconds=time.perf_counter() - started)
+    _report(configs, directory, seconds=time.perf_counter() - began)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     click.echo(click.style(f"» {text}", bold=True))
 
 
 def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> list[RunConfig]:
-    """Both runs on the quickstart's data; the second matched to the first in parameters."""
+    """Return both runs, on the quickstart's data and matched in their number of parameters."""
     from sas_megatron.config.loading import load_run_config
     from sas_megatron.scaling.matching import MLP, match
 
@@ -62,8 +70,8 @@ def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> 
     configs = []
     for path in paths:
         name = path.stem.removeprefix("quickstart_")
-        place = f"logging.run_directory='{directory.absolute() / 'runs' / name}'"
-        configs.append(load_run_config(path, [*common, place, "checkpoint.resume=true", *overrides]))
+        run_directory = f"logging.run_directory='{directory.absolute() / 'runs' / name}'"
+        configs.append(load_run_config(path, [*common, run_directory, "checkpoint.resume=true", *overrides]))
     baseline, candidate = configs
     return [baseline, match(baseline, candidate, axis="params", free=(MLP,)).config]
 
@@ -77,17 +85,17 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
     from sas_megatron.data.tokenizer import Tokenizer
     from sas_megatron.data.tokenizer_training import train_tokenizer
 
-    _say("text: the source of the Python standard library")
+    _log("text: the source code of the Python standard library")
     corpus = builtin_corpus(folder / "text", max_bytes=corpus_bytes)
     model = folder / "tokenizer.model"
     if not model.exists():
-        _say(f"tokenizer: sentencepiece, {vocab_size:,} pieces")
+        _log(f"tokenizer: sentencepiece, {vocab_size:,} pieces")
         train_tokenizer(stream_documents([corpus]), vocab_size=vocab_size, model_path=model)
     if Tokenizer(model).vocab_size != vocab_size:
         raise FieldError(
             "model.vocab_size",
             vocab_size,
-            f"is not that of {model}, which an earlier quickstart left",
+            f"is not the vocabulary size of {model}, which an earlier quickstart trained",
             "choose another --directory",
         )
     with show_progress() as report_progress:
@@ -95,14 +103,14 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
             [corpus], tokenizer_path=model, prefix=folder / "python_source", report_progress=report_progress
         )
     manifest = preparation.manifest
-    _say(
+    _log(
         f"tokens: {manifest.num_tokens:,} from {manifest.num_documents:,} files, "
-        f"{manifest.text_bytes / manifest.num_tokens:.2f} bytes each"
+        f"{manifest.text_bytes / manifest.num_tokens:.2f} bytes per token"
     )
 
 
 def _train(config: RunConfig) -> None:
-    """Runs one config by torchrun on this machine; a finished run of the same config is kept."""
+    """Train one config with torchrun on this machine, unless a run of the same config has finished."""
     from sas_megatron.config.errors import FieldError
     from sas_megatron.config.loading import dump_yaml, load_run_config
     from sas_megatron.costs.model_costs import count_parameters
@@ -118,15 +126,15 @@ def _train(config: RunConfig) -> None:
             "--directory",
             run_directory.parents[1],
             f"holds a run of another config ({resolved})",
-            "choose another directory, or remove that one",
+            "choose another --directory, or remove that run",
         )
     if has_finished(run_directory):
-        _say(f"{run_directory.name}: trained already")
+        _log(f"{run_directory.name}: already trained")
         return
     ranks = config.parallel.model_size
     check_run(config, world_size=ranks)
     parameters = sum(count_parameters(config).values())
-    _say(
+    _log(
         f"{run_directory.name}: {parameters:,} parameters, {config.training.num_steps} steps, "
         f"tensor parallel over {ranks} processes"
     )
@@ -148,4 +156,4 @@ def _report(configs: list[RunConfig], directory: Path, *, seconds: float) -> Non
         click.echo(f"· {verdict.text}")
     for remark in files.comparison.remarks:
         click.echo(f"· {remark}")
-    _say(f"done in {seconds / 60:.1f} minutes; look at {files.html} and {files.png}")
+    _log(f"finished in {seconds / 60:.1f} minutes; the comparison is in {files.html} and {files.png}")

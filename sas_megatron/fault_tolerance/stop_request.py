@@ -1,6 +1,6 @@
 """Orderly stop of a run: after a signal or a time limit, at the end of a step, on all ranks.
 
-signal or time limit -> `StopRequest.reason` on this rank -> the all-reduce of the step informs all ranks
+signal or time limit -> `StopRequest.reason` on this rank -> all ranks, with the loss of the step
   -> save a checkpoint -> exit with STOPPED_STATUS
 
 A second signal ends the process at once, as the first signal would without this module.

@@ -64,7 +64,7 @@ def find_spike(value: float, previous: Sequence[float], *, threshold: float) -> 
     """Return the spike if `value` exceeds the median of `previous` by more than `threshold` deviations.
 
     Medians are used because earlier spikes hardly change them. Only an increase is a spike: a loss that falls
-    fast is not. If all previous values are 0, the scale is unknown and nothing is a spike.
+    fast is not. If all previous values are 0, the scale is unknown, and the result is None.
 
     Args:
         value: The value to check; finite.

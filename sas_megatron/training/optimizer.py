@@ -31,7 +31,7 @@ def parameter_group(name: str, parameter: nn.Parameter) -> str:
 
 
 def group_overrides(config: RunConfig) -> dict[str, ParamGroupOverride]:
-    """Return, by group, the learning rates and weight decays that differ from those of `matrices`."""
+    """Return the groups that override the learning rate or weight decay of `matrices`."""
     settings = config.optimizer
     final = config.schedule.final_fraction
     simulation_rate = settings.learning_rate * settings.simulation_learning_rate_multiplier

@@ -1,11 +1,15 @@
 """Writes the records of a run on rank 0: objects in metrics.jsonl, lines on the console, summary.json.
 
+The console shows a progress bar on a terminal, and Megatron's log lines elsewhere.
+
 A record has a `kind`: `train` for a logged step, `validation` for an evaluation, `health` for an event that
 `health_monitor` describes.
 """
 
 from __future__ import annotations
 
+import sys
+from datetime import datetime
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
@@ -13,12 +17,53 @@ from sas_megatron.distributed.object_collectives import run_on_rank0
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.platform.device import peak_memory_bytes
-from sas_megatron.training.console import Console
 from sas_megatron.training.metrics import Progress, Throughput
 from sas_megatron.training.run_files import RunFiles
 from sas_megatron.training.starting_point import StartingPoint
 from sas_megatron.training.step import StepResult
 from sas_megatron.training.summary import SessionResults, build_summary, describe_provenance
+
+
+class Console:
+    """Prints log lines, each with a timestamp, on rank 0; prints nothing on the other ranks."""
+
+    def __init__(self, config: RunConfig, *, is_rank0: bool) -> None:
+        self._is_rank0 = is_rank0
+        self._bar: Any = None
+        self._task: Any = None
+        if is_rank0 and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            )
+            self._task = self._bar.add_task("training", total=config.training.num_steps)
+            self._bar.start()
+
+    def log(self, text: str) -> None:
+        """Print one line, above the progress bar if one is shown."""
+        line = f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}"
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        elif self._is_rank0:
+            print(line, flush=True)
+
+    def log_step(self, text: str, *, loss: float) -> None:
+        """Print the line of a step; on a terminal, show only the loss, in the progress bar."""
+        if self._bar is None:
+            self.log(text)
+        else:
+            self._bar.update(self._task, description=f"loss {loss:.3f}")
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step`, if one is shown."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def close(self) -> None:
+        """Remove the progress bar, if one is shown."""
+        if self._bar is not None:
+            self._bar.stop()
 
 
 class Recorder:

@@ -105,7 +105,7 @@ def find_branch(config: RunConfig) -> Branch | None:
     """Return the checkpoint that `checkpoint.branch_from` names, if it is set; its tensors are not verified.
 
     Raises:
-        UserError: There is no such checkpoint, or the run itself would have other weights at that step.
+        UserError: The checkpoint does not exist, or the run itself would have other weights at that step.
     """
     if config.checkpoint.branch_from is None:
         return None
@@ -177,6 +177,6 @@ def _check_corpus(config: RunConfig, directory: Path) -> None:
             raise FieldError(
                 "data.prefixes",
                 prefix,
-                f"holds other tokens than those that the run in {directory} started with",
-                "use those, or choose another logging.run_directory",
+                f"differs from the tokens with which the run in {directory} started",
+                "use the same token files, or choose another logging.run_directory",
             )

@@ -210,7 +210,7 @@ class RunFiles:
                 **provenance,
             }
         )
-        # The initial weights are those of the last session that started at step 0.
+        # A session that started at step 0 loaded the initial weights; the last one counts.
         initial_weights = [
             session.get("initial_weights") for session in sessions if session["from_step"] == 0
         ]

@@ -1,4 +1,4 @@
-"""Finds what a run starts from: its own newest checkpoint, a checkpoint of another run, or initial weights.
+"""Finds the starting point of a run: its newest checkpoint, a checkpoint of another run, or initial weights.
 
 The order of precedence is: own checkpoint (`checkpoint.resume`), branch (`checkpoint.branch_from`), weights
 alone (`checkpoint.initial_weights`), random initial weights.
@@ -20,7 +20,7 @@ from sas_megatron.training.run_files import RunFiles
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a run starts from; all fields are None if it starts from random weights."""
+    """The source of a run's first weights; all fields are None if they are random."""
 
     # The checkpoint to restore: the run's own, or that of `branch`.
     checkpoint: Checkpoint | None
@@ -34,7 +34,7 @@ class StartingPoint:
 
 
 def find_starting_point(config: RunConfig, *, log: Callable[[str], None]) -> StartingPoint:
-    """Find and verify what the run starts from; every rank must call it.
+    """Find and verify the starting point of a run; every rank must call it.
 
     Args:
         config: The run.

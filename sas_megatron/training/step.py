@@ -1,8 +1,8 @@
 """One optimizer step on all ranks.
 
-microbatches -> forward and backward -> gradient norm -> one all-reduce -> check -> update, or skip
+microbatches -> forward and backward -> gradient norm -> sum over all ranks -> check -> update, or skip
 
-The all-reduce gives every rank the same mean loss, gradient norm and stop request, bit for bit. All ranks
+The sum gives every rank the same mean loss, gradient norm and stop request, bit for bit. All ranks
 therefore make the same decision about the update without further communication.
 """
 

@@ -3,7 +3,7 @@
 In a collective all ranks wait for the last one, so that the step takes the same elapsed time on every rank.
 The compute time excludes this waiting. On a CPU it is the time that the main thread ran or was ready to run
 (the kernel's /proc/thread-self/schedstat); on a GPU it is the time of all kernels except NCCL's. It also
-excludes delays during which the thread sleeps, such as those of a slow disk.
+excludes delays during which the thread sleeps, for example waiting for a slow disk.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def build_summary(
         "training_flops_per_token": count_training_flops(config),
         "parameters": count_parameters(config),
         "training_seconds": progress.training_seconds,
-        # From here on, the values of a resumed run are those of its last results.
+        # From here on, a resumed run reports the values of its last session.
         "total_seconds": results.seconds,
         "median_step_seconds": progress.median_step_seconds(),
         "peak_memory_bytes": peak_memory_bytes(topology.device),

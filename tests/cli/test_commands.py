@@ -43,7 +43,7 @@ def refused(done: subprocess.CompletedProcess[str], message: str, folder: Path) 
     assert not list(folder.iterdir()), "a refused command left files"
 
 
-def test_a_wrong_override_ends_training_before_it_starts(tmp_path: Path) -> None:
+def test_an_invalid_override_is_refused_before_training(tmp_path: Path) -> None:
     refused(
         command("train", QUICKSTART, "attention.kernel_size=4", "training.num_steps=50", folder=tmp_path),
         "attention.kernel_size=4: must be odd, so that the convolution keeps head_dim; use 3 or 5",
@@ -51,7 +51,7 @@ def test_a_wrong_override_ends_training_before_it_starts(tmp_path: Path) -> None
     )
 
 
-def test_a_world_that_does_not_fit_ends_training_before_it_starts(tmp_path: Path) -> None:
+def test_an_invalid_world_size_is_refused_before_training(tmp_path: Path) -> None:
     refused(
         command("train", QUICKSTART, folder=tmp_path, WORLD_SIZE="3", RANK="0"),
         "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "

@@ -1,8 +1,8 @@
-"""Trains as `sas-megatron train CONFIG` does, except that rank 1 sends a signal to itself or to the launcher.
+"""Train like `sas-megatron train CONFIG`, except that rank 1 sends a signal to itself or to the launcher.
 
 usage: python -m tests.end_to_end.disturbed_training WHEN TARGET SIGNAL CONFIG [section.field=value ...]
 
-WHEN is `step` (in step 4), `save` (in the save before it) or `forever` (in step 4, which then never ends).
+WHEN is `step` (in step 4), `save` (in the save before step 4) or `forever` (in step 4, which never ends).
 """
 
 from __future__ import annotations

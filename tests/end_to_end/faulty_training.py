@@ -1,6 +1,6 @@
-"""Trains as `sas-megatron train CONFIG` does, except for what rank 3 does in its step 4.
+"""Train like `sas-megatron train CONFIG`, except that rank 3 calls a function in its step 4.
 
-usage: python -m tests.end_to_end.faulty_training FAULT CONFIG, with the name of a function below
+usage: python -m tests.end_to_end.faulty_training FAULT CONFIG, where FAULT is the name of a function below
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sas_megatron.config.loading import load_run_config
 from sas_megatron.platform.device import prepare_device
 
 
-def raise_an_error() -> None:
+def raise_error() -> None:
     raise ValueError("this sample is no good")
 
 

@@ -1,9 +1,9 @@
-"""A launcher that forks the ranks of one node and treats them as torchrun does.
+"""A launcher that forks the ranks of one node and handles them as torchrun does.
 
 usage: tests.end_to_end.fork_launcher PIDS_FILE NUM_RANKS MODULE [ARGUMENT ...], run by a `ForkedCommand`
 
-It hosts the store of the ranks, hands signals on to them, ends them all when one fails, and exits with
-status 1 then. The ids of the ranks' processes are written to PIDS_FILE.
+It hosts the store of the ranks, forwards signals to them, and ends them all and exits with status 1 if
+one fails. The ids of the ranks' processes are written to PIDS_FILE.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SECONDS_TO_END = 10.0  # after SIGTERM, then SIGKILL; torchrun gives 30
+SECONDS_TO_END = 10.0  # between SIGTERM and SIGKILL; torchrun waits 30 s
 
 
 class Ranks:
-    """Processes of which each runs `module` as `__main__`."""
+    """The processes of the ranks; each runs `module` as `__main__`."""
 
     def __init__(self, num_ranks: int, module: str, arguments: list[str]) -> None:
         self._listener = socket.socket()
@@ -37,7 +37,7 @@ class Ranks:
             self.pids.append(pid)
 
     def host_store(self) -> object:
-        """Answer for the store that the ranks connect to, for as long as the result lives."""
+        """Return the store that the ranks connect to; it serves them until it is garbage-collected."""
         from torch.distributed import TCPStore
 
         host, port = self._listener.getsockname()
@@ -46,13 +46,16 @@ class Ranks:
         )
 
     def signal(self, number: int, _frame: FrameType | None = None) -> None:
-        """Send a signal to those that have not ended."""
+        """Send a signal to the processes that have not ended."""
         for pid in self.pids:
             if pid not in self._statuses:
                 os.kill(pid, number)
 
     def wait(self) -> int:
-        """Return 0 once all have ended with 0; else 1, after all have been ended."""
+        """Wait for all processes and return 0 if all exited with 0.
+
+        If one exits with another status, end the others and return 1.
+        """
         deadline = float("inf")
         while len(self._statuses) < len(self.pids):
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -90,7 +93,7 @@ class Ranks:
 
 
 def main(pids_file: str, num_ranks: str, module: str, *arguments: str) -> int:
-    """Run the ranks to their end."""
+    """Run the ranks until all have ended; return the exit status."""
     ranks = Ranks(int(num_ranks), module, list(arguments))
     for number in SIGNALS:
         signal.signal(number, ranks.signal)

@@ -1,4 +1,4 @@
-"""Jobs of several ranks, by a real launcher or a forked one, whose processes can be found and signalled."""
+"""Jobs of several ranks, started by torchrun or by forks, whose processes can be found and signalled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.end_to_end.started_processes import environment_with, processes_with
 from tests.fork_server import ForkedCommand
 
 FORKED, TORCHRUN = "forked", "torchrun"
-# What a test of ranks claims holds under both: torchrun starts an interpreter for each rank.
+# The claims hold with both. torchrun is slower, because it starts an interpreter for each rank.
 LAUNCHERS = (FORKED, pytest.param(TORCHRUN, marks=pytest.mark.exhaustive))
 
 
@@ -30,7 +30,7 @@ MEGATRON_LINE = re.compile(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +\d+/
 
 
 class Job:
-    """A run of some ranks, one attempt at a time, whose output goes to `folder`/output."""
+    """A run of several ranks, with its output in `folder`/output; one attempt runs at a time."""
 
     def __init__(self, folder: Path, config: RunConfig, *, launcher: str = TORCHRUN) -> None:
         self.config = folder / "run.yaml"
@@ -43,7 +43,7 @@ class Job:
         self._process: subprocess.Popen[bytes] | ForkedCommand
 
     def start(self, *command: str, **environment: str) -> None:
-        """Start a command line; its processes carry a marker in their environment."""
+        """Start a command; a marker in the environment identifies its processes."""
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
                 command,
@@ -54,14 +54,14 @@ class Job:
             )
 
     def start_forked(self, *arguments: object, module: str = "sas_megatron") -> None:
-        """Start one process without a launcher."""
+        """Start one forked process without a launcher."""
         self._output.write_text("")
         self._process = ForkedCommand(
             *arguments, module=module, stdout=self._output, stderr=subprocess.STDOUT
         )
 
     def start_ranks(self, num_ranks: int, *arguments: str, module: str = "sas_megatron") -> None:
-        """Run a module with these arguments on each rank, started by the job's launcher."""
+        """Start ranks with the job's launcher; each runs a module with these arguments."""
         if self.launcher == FORKED:
             self._pids.unlink(missing_ok=True)
             launched = (self._pids, num_ranks, module, *arguments)
@@ -72,12 +72,12 @@ class Job:
             self.start("torchrun", *options, "-m", module, *arguments)
 
     def num_records(self) -> int:
-        """Count the lines of metrics.jsonl: one for each step, where all are logged, and each evaluation."""
+        """Count the lines of metrics.jsonl: one per logged step and one per evaluation."""
         metrics = self.run_directory / "metrics.jsonl"
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
     def wait_for_record(self, number: int) -> None:
-        """Return once there are so many records."""
+        """Wait until metrics.jsonl contains `number` records."""
         deadline = time.monotonic() + 240
         while self.num_records() < number:
             assert self._process.poll() is None, self.output()
@@ -85,7 +85,7 @@ class Job:
             time.sleep(0.05)
 
     def wait_for_output(self, text: str, seconds: float) -> None:
-        """Return once the output contains `text`."""
+        """Wait until the output contains `text`."""
         deadline = time.monotonic() + seconds
         while text not in self.output():
             assert time.monotonic() < deadline, self.output()
@@ -96,25 +96,25 @@ class Job:
         os.kill(self._pid_of(rank), number)
 
     def signal_launcher(self, number: signal.Signals) -> None:
-        """Send a signal to the launcher alone."""
+        """Send a signal to the launcher only."""
         self._process.send_signal(number)
 
     def wait(self, seconds: float) -> int:
-        """Return the launcher's exit status once it has ended."""
+        """Wait for the launcher and return its exit status."""
         return self._process.wait(timeout=seconds)
 
     def processes(self) -> list[int]:
         """Return the processes of the job that have not ended."""
         if isinstance(self._process, subprocess.Popen):
             return processes_with(**self._marker)
-        return _processes_of_session(self._process.pid)
+        return _processes_process_session(self._process.pid)
 
     def output(self) -> str:
-        """Return what the ranks and the launcher have written."""
+        """Return the output of the ranks and the launcher."""
         return self._output.read_text(errors="replace")
 
     def report(self) -> str:
-        """Return the one line on why training stopped."""
+        """Return the line that reports why training stopped; there must be exactly one."""
         lines = self.output().splitlines()
         reports = [line for line in lines if line.startswith("sas-megatron: training stopped")]
         assert len(reports) == 1, self.output()
@@ -133,14 +133,14 @@ class Job:
         return int(json.loads(self._pids.read_text())[rank])
 
 
-def _processes_of_session(session: int) -> list[int]:
-    """Those that have not ended; a forked command leads a session of its own, which its ranks are in."""
-    found = []
+def _processes_process_session(session: int) -> list[int]:
+    """Return the processes that have not ended in the session that a forked command leads."""
+    pids = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with contextlib.suppress(OSError):
                 stat = (process / "stat").read_text()
-                state, _, _, of_session, *_ = stat.rpartition(")")[2].split()
-                if state != "Z" and int(of_session) == session:
-                    found.append(int(process.name))
-    return found
+                state, _, _, process_session, *_ = stat.rpartition(")")[2].split()
+                if state != "Z" and int(process_session) == session:
+                    pids.append(int(process.name))
+    return pids

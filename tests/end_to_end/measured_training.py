@@ -1,9 +1,9 @@
-"""Trains as `sas-megatron train CONFIG` does, and measures what its network interface has sent meanwhile.
+"""Train like `sas-megatron train CONFIG`, and count the bytes that the network interface sends.
 
 usage: python -m tests.end_to_end.measured_training NAMESPACE INTERFACE FILE NUM_STEPS CONFIG
 
-Enters the network namespace first. FILE-RANK receives the number of bytes from before the first step until
-after step NUM_STEPS, each time at a barrier.
+The process enters the network namespace first. It writes to FILE-RANK the number of bytes sent between a
+barrier before the first step and a barrier after step NUM_STEPS.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def enter_namespace(name: str) -> None:
 
 
 def bytes_sent(interface: str) -> int:
-    """Return what the interface has sent, as the current namespace counts it."""
+    """Return the number of bytes that the interface of the current namespace has sent."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == interface:
             return int(counters.split()[8])
-    raise ValueError(f"no interface {interface}")
+    raise ValueError(f"{interface}: there is no such network interface")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two hosts as far as the network goes: namespaces joined by a cable, whose ends count what they send."""
+"""Two network namespaces, connected by a pair of virtual interfaces, which count the bytes that they send."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from collections.abc import Iterator
 from tests.system_packages import lacking
 
 PROGRAMS = {"ip": "iproute2"}
-INTERFACE = "cable"
+INTERFACE = "veth-test"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 
-def lacking_for_namespaces() -> str | None:
-    """What this machine lacks for them; None: nothing."""
+def missing_for_namespaces() -> str | None:
+    """Return what this machine lacks to create namespaces; None if it lacks nothing."""
     if reason := lacking(PROGRAMS, needs_root=True):
         return reason
     if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode != 0:
-        return "lacks the right to make network namespaces (CAP_SYS_ADMIN)"
+        return "lacks the permission to create network namespaces (CAP_SYS_ADMIN)"
     return None
 
 
 @contextlib.contextmanager
 def two_namespaces() -> Iterator[list[str]]:
-    """Their names, for `ip netns exec`; each knows its own loopback and `INTERFACE` alone."""
+    """Create the namespaces and yield their names; each has only its loopback and `INTERFACE`."""
     run = uuid.uuid4().hex[:8]
-    names = [f"wire-{run}-{end}" for end in range(2)]
+    names = [f"test-{run}-{end}" for end in range(2)]
     try:
         for name in names:
             _ip("netns", "add", name)

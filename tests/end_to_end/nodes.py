@@ -1,4 +1,4 @@
-"""Several nodes of one run on this machine: a launcher each, all of whose processes can be found."""
+"""Several nodes of one run on this machine: each node is a launcher, whose processes can be found."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tests.conftest import ROOT
 from tests.end_to_end.started_processes import environment_with, processes_with
 from tests.small_data import SmallData
 
-# For a busy machine, beyond what is claimed.
+# Added to time limits, for a busy machine.
 MARGIN_SECONDS = 30
 RUN_SECONDS = 240
-# What a message may take to come.
-SECONDS_TO_SAY = 60
+# Time limit for an error message.
+SECONDS_TO_REPORT = 60
 
 
 class Nodes:
-    """Commands that run side by side, each with its output in a file, and what they have started."""
+    """Commands that run concurrently, each with its output in a file, and the processes that they start."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[subprocess.Popen[bytes]] = []
-        # deepspeed hands PYTHON… on over ssh, and only such.
+        # deepspeed forwards variables over ssh only if their names start with PYTHON (among others).
         self._mark = {"PYTHON_TEST_RUN": uuid.uuid4().hex}
 
     def start(self, *command: str, **environment: str) -> None:
@@ -49,26 +49,26 @@ class Nodes:
             )
 
     def wait(self, seconds: float = RUN_SECONDS) -> list[int]:
-        """The statuses, in order, once all have ended."""
+        """Wait for all commands and return their exit statuses in order."""
         deadline = time.monotonic() + seconds
         try:
             return [node.wait(timeout=max(1, deadline - time.monotonic())) for node in self.started]
         except subprocess.TimeoutExpired:
             raise AssertionError(self.output()) from None
 
-    def wait_until(self, holds: Callable[[], object], seconds: float = RUN_SECONDS) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = RUN_SECONDS) -> None:
         deadline = time.monotonic() + seconds
-        while not holds():
+        while not condition():
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.1)
 
     def output(self, node: int | None = None) -> str:
-        """Of one, or of all."""
-        which = range(len(self.started)) if node is None else [node]
-        return "\n".join(self._output(number).read_text(errors="replace") for number in which)
+        """Return the output of one command, or of all."""
+        numbers = range(len(self.started)) if node is None else [node]
+        return "\n".join(self._output(number).read_text(errors="replace") for number in numbers)
 
     def processes(self, **environment: str) -> list[int]:
-        """Those that these commands have started, with such variables in their environment."""
+        """Return the processes of these commands that have these variables in their environment."""
         return processes_with(**self._mark, **environment)
 
     def kill(self) -> None:
@@ -92,7 +92,10 @@ def started_nodes(folder: Path) -> Iterator[Nodes]:
 
 
 def write_config(small_data: SmallData, folder: Path, name: str = "run", **sections: dict[str, Any]) -> Path:
-    """A run for two ranks of some seconds, in `folder`/`name`; `sections` are merged over its settings."""
+    """Write the config of a run on two ranks that takes a few seconds.
+
+    Its run directory is `folder`/`name`; `sections` override its fields.
+    """
     sections = {"parallel": {"tensor": 2}, "training": {"num_steps": 4}, **sections}
     path = folder / f"{name}.yaml"
     path.write_text(dump_yaml(small_data.run(folder / name, **sections)))

@@ -1,6 +1,6 @@
-"""A real SLURM cluster on this machine alone: its own key, ports and folder, no systemd, nothing in /etc.
+"""A real SLURM cluster on this machine, with its own key, ports and folder, without systemd and /etc.
 
-munged <- slurmctld <- slurmd for each node, all on 127.0.0.1; node names do not resolve, as on many clusters.
+munged <- slurmctld <- slurmd for each node, all on 127.0.0.1. As on many clusters, node names do not resolve.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 from tests.end_to_end.started_processes import processes_with
 from tests.system_packages import lacking
 
-# One debian package each (tests/install_system_packages.sh).
+# Program -> Debian package (tests/install_system_packages.sh).
 DAEMONS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
 SECONDS_TO_START = 60
-# After so long without an answer a node is lost; long where none is to be, on a busy machine.
+# SLURM declares a node lost after this time without an answer. It is long, for tests that lose no node.
 SECONDS_TO_LOSE_A_NODE = 300
 
 CONFIG = """
@@ -33,7 +33,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
-# A short life of credentials brings a requeued job back in seconds instead of minutes.
+# With a short lifetime of credentials, a requeued job starts after seconds instead of minutes.
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -61,19 +61,19 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
-# What is submitted there takes the nodes from jobs of the other.
+# Jobs in this partition preempt the jobs of the other.
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
 class SlurmCluster:
-    """Nodes of four processors, each with `gpus` files that stand for GPUs to SLURM, not to torch."""
+    """Nodes with four processors and `gpus` GPUs each; the GPUs are empty files, which torch does not see."""
 
     def __init__(
         self, *, nodes: int = 2, gpus: int = 2, seconds_to_lose_a_node: int = SECONDS_TO_LOSE_A_NODE
     ) -> None:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        # munge's socket wants a short path, and a folder that others can enter.
+        # The socket of munge needs a short path and a folder that other users can enter.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
         for name in ("state", "log", "munge", "spool", "gpus"):
@@ -86,7 +86,7 @@ class SlurmCluster:
         key = munge / "key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        # --force: it otherwise refuses a socket below /tmp, which all may write to.
+        # --force: munged otherwise refuses a socket below /tmp, which all users can write to.
         options = [f"--{name}={munge / name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
         self._call("munged", "--force", f"--key-file={key}", "--num-threads=2", *options)
         self._call("slurmctld")
@@ -100,25 +100,25 @@ class SlurmCluster:
             time.sleep(0.2)
 
     def start_node(self, node: str) -> None:
-        """Also brings one back that was lost."""
+        """Start the daemon of a node, also of one that was lost."""
         self._call("slurmd", "-N", node)
 
     def kill_daemon(self, node: str) -> None:
-        """What runs on the node goes on, and SLURM no longer knows."""
+        """Kill the daemon of a node: its processes keep running, and SLURM loses contact with them."""
         os.kill(int((self.folder / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
 
     def kill_node(self, node: str) -> None:
-        """As by a power cut: its daemon, the keepers of its job steps, and all that they have started."""
+        """Kill all processes of a node, like a power failure: its daemon, step managers and their tasks."""
         self.kill_daemon(node)
         tasks = processes_with(SLURM_CONF=self.environment["SLURM_CONF"], SLURMD_NODENAME=node)
-        keepers = {parent for task in tasks if (parent := _keeper_of(task)) is not None}
-        # First those who would tell of the others.
-        for pid in (*keepers, *tasks):
+        managers = {parent for task in tasks if (parent := _find_step_manager(task)) is not None}
+        # Managers first, because they would report the end of their tasks.
+        for pid in (*managers, *tasks):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Cancels what runs, ends the daemons, and waits for them."""
+        """Cancel all jobs, end the daemons, and wait for them."""
         with contextlib.suppress(subprocess.SubprocessError):
             self.call("scancel", "--user=root")
             deadline = time.monotonic() + 60
@@ -135,17 +135,17 @@ class SlurmCluster:
         shutil.rmtree(self.folder)
 
     def processes(self) -> list[int]:
-        """Those that have this cluster's folder in their environment or command: daemons, and their jobs."""
-        mark, found = str(self.folder).encode(), []
+        """Return daemons and jobs: the processes with this folder in their environment or command."""
+        mark, pids = str(self.folder).encode(), []
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and int(process.name) != os.getpid():
                 with contextlib.suppress(OSError):
                     if mark in (process / "environ").read_bytes() + (process / "cmdline").read_bytes():
-                        found.append(int(process.name))
-        return found
+                        pids.append(int(process.name))
+        return pids
 
     def call(self, *command: str, check: bool = True, timeout: float = 60, **environment: str) -> str:
-        """A client's output. Every call has a time limit: srun may wait for ever."""
+        """Run a client command and return its output; the time limit is needed because srun can hang."""
         done = subprocess.run(
             command,
             env={**self.environment, **environment},
@@ -158,20 +158,20 @@ class SlurmCluster:
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
-        """Of a job or a member of an array, such as COMPLETED."""
+        """Return the state of a job or array task, such as COMPLETED."""
         fields = dict(
             field.split("=", 1) for field in self.call("scontrol", "show", "job", job).split() if "=" in field
         )
         return fields["JobState"]
 
     def wait_for(self, job: str, *states: str, seconds: float) -> str:
-        """The first of `states` that the job is in."""
+        """Wait until the job is in one of `states`, and return its state."""
         self.wait_until(lambda: self.state(job) in states, job, seconds=seconds)
         return self.state(job)
 
-    def wait_until(self, holds: Callable[[], object], job: str, *, seconds: float) -> None:
+    def wait_until(self, condition: Callable[[], object], job: str, *, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while not holds():
+        while not condition():
             assert time.monotonic() < deadline, f"{self.call('scontrol', 'show', 'job', job)}\n{self.logs()}"
             time.sleep(0.3)
 
@@ -195,9 +195,9 @@ class SlurmCluster:
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpus/nvidia[0-{gpus - 1}]\n")
 
     def _call(self, *daemon: str) -> None:
-        # A daemon of Debian lies where a user's PATH may not lead.
+        # Debian's daemons are in folders that a user's PATH may not contain.
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-        # Its output to a file: it would hold a pipe open.
+        # The output goes to a file, because a daemon would keep a pipe open.
         with (self.folder / "log" / f"{daemon[0]}.start").open("a") as output:
             done = subprocess.run(
                 daemon,
@@ -210,8 +210,8 @@ class SlurmCluster:
         assert done.returncode == 0, self.logs()
 
 
-def _keeper_of(task: int) -> int | None:
-    """The process by which a node's daemon has started a task of a job, if it is that task's parent."""
+def _find_step_manager(task: int) -> int | None:
+    """Return the parent of a task if it is a slurmstepd, which starts the tasks of a job step."""
     with contextlib.suppress(OSError):
         _, parent, *_ = Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()
         if Path(f"/proc/{parent}/comm").read_text() == "slurmstepd\n":
@@ -219,8 +219,8 @@ def _keeper_of(task: int) -> int | None:
     return None
 
 
-def lacking_for_slurm() -> str | None:
-    """What this machine lacks for a cluster; None: nothing."""
+def missing_for_slurm() -> str | None:
+    """Return what this machine lacks for a cluster; None if it lacks nothing."""
     return lacking(DAEMONS, needs_root=True)
 
 
@@ -235,12 +235,15 @@ def running_cluster(**options: int) -> Iterator[SlurmCluster]:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Below those that the kernel gives away: a lost node's must still be free when it returns."""
-    found: list[int] = []
+    """Return free ports below the range from which the kernel assigns ports.
+
+    The port of a lost node must still be free when the node returns.
+    """
+    ports: list[int] = []
     for port in random.sample(range(10_000, 20_000), 1_000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == number:
-            return found
+            ports.append(port)
+        if len(ports) == number:
+            return ports
     raise AssertionError("no free ports")

@@ -1,4 +1,4 @@
-"""Images and the compose cluster: linted, and agreeing with what they start."""
+"""Docker images and the compose cluster pass their linters and agree with the launch scripts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_compose_files_follow_the_specification() -> None:
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
-def test_images_are_pinned_run_without_root_and_copy_only_what_the_context_has(name: str) -> None:
+def test_images_are_pinned_run_without_root_and_copy_only_existing_files(name: str) -> None:
     text = (ROOT / "docker" / name).read_text()
     (base,) = re.findall(r"^FROM (\S+)$", text, re.MULTILINE)
-    assert re.search(r":.*\d+\.\d+", base), f"{base} is no release"
+    assert re.search(r":.*\d+\.\d+", base), f"{base} has no version"
     assert "torch==2.13.0" in text
     assert re.findall(r"^USER (\S+)$", text, re.MULTILINE) == ["1000"]
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
@@ -43,14 +43,14 @@ def test_images_are_pinned_run_without_root_and_copy_only_what_the_context_has(n
         assert (ROOT / script).stat().st_mode & 0o111
 
 
-def test_both_nodes_of_the_compose_cluster_get_each_variable_that_torchrun_sh_needs() -> None:
+def test_both_nodes_of_the_compose_cluster_have_the_variables_of_torchrun_sh() -> None:
     compose = YAML(typ="safe").load(ROOT / "docker" / "compose.yaml")
     nodes = [compose["services"][name] for name in ("node0", "node1")]
     for rank, node in enumerate(nodes):
-        place = node["environment"]
-        assert place["NODE_RANK"] == str(rank)
-        assert place["NNODES"] == str(len(nodes))
-        assert place["MASTER_ADDR"] == nodes[0]["hostname"]
+        environment = node["environment"]
+        assert environment["NODE_RANK"] == str(rank)
+        assert environment["NNODES"] == str(len(nodes))
+        assert environment["MASTER_ADDR"] == nodes[0]["hostname"]
         assert node["networks"] == ["training"]
         assert any(volume.startswith("runs:") for volume in node["volumes"])
     usage = (ROOT / "launch" / "torchrun.sh").read_text()

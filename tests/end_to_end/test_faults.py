@@ -1,4 +1,4 @@
-"""A rank that dies, hangs or fails ends the whole job in time, is named, and leaves no process behind."""
+"""If a rank dies, hangs or fails, the job ends within a time limit, names the rank, and leaves no process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sas_megatron.fault_tolerance.failure_watchdog import GRACE_SECONDS
 from tests.end_to_end.jobs import LAUNCHERS, Job
 from tests.small_data import SmallData
 
-TIMEOUT_SECONDS = 9  # long enough for four ranks to meet on two busy cores
-TIMEOUT = "0.15"  # as reports have it, in minutes
-LAUNCHER_KILLS_AFTER_SECONDS = 30  # what SIGTERM cannot end
+TIMEOUT_SECONDS = 9  # long enough for four ranks to join on two busy cores
+TIMEOUT = "0.15"  # the same in minutes, as reports print it
+LAUNCHER_KILLS_AFTER_SECONDS = 30  # processes that ignore SIGTERM
 MARGIN_SECONDS = 30  # for a busy machine
 HOST = socket.gethostname()
 FAULTY = "tests.end_to_end.faulty_training"
@@ -52,28 +52,30 @@ def test_a_rank_that_dies_or_stops_ends_the_job_and_is_named(job: Job, number: s
     assert job.wait(seconds) == 1
     assert not job.processes()
     report = job.report()
-    named = re.fullmatch(
+    matched = re.fullmatch(
         rf"sas-megatron: training stopped after step (\d+): rank 3 on {HOST} \(last finished step (\d+)\) "
         r"reported no status \(dead or hung\); (the others waited .*; )?"
         r"each rank's last collectives are in \S+; resume from the last checkpoint .*",
         report,
     )
-    assert named, report
-    newest, last = int(named[1]), int(named[2])
+    assert matched, report
+    newest, last = int(matched[1]), int(matched[2])
     assert last in (newest, newest - 1)
     assert newest in (job.num_records(), job.num_records() + 1)
-    waited = f"the others waited {TIMEOUT} minutes in a collective (training.collective_timeout_minutes)"
-    assert (waited in report) == (number == signal.SIGSTOP)
+    timeout_message = (
+        f"the others waited {TIMEOUT} minutes in a collective (training.collective_timeout_minutes)"
+    )
+    assert (timeout_message in report) == (number == signal.SIGSTOP)
     folder = job.run_directory / "flight_recorder"
     assert f"each rank's last collectives are in {folder}" in report
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
-    assert len(records) == 3, "of all but rank 3"
+    assert len(records) == 3, "all ranks except rank 3"
     assert {record["entries"][-1]["profiling_name"].split(":")[0] for record in records} == {"gloo"}
     assert "Traceback" not in _without_torchrun(job.output())
 
 
 def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
-    job.start_ranks(4, "raise_an_error", str(job.config), module=FAULTY)
+    job.start_ranks(4, "raise_error", str(job.config), module=FAULTY)
     job.wait_for_record(3)
     assert job.wait(GRACE_SECONDS + MARGIN_SECONDS) == 1
     assert not job.processes()
@@ -83,10 +85,10 @@ def test_an_error_on_one_rank_is_shown_once_and_ends_the_job(job: Job) -> None:
     )
     output = _without_torchrun(job.output())
     assert output.count("Traceback") == 1
-    assert "in raise_an_error\n" in output
+    assert "in raise_error\n" in output
 
 
-def test_a_rank_that_loops_is_named_with_the_place_where_it_loops(job: Job) -> None:
+def test_a_rank_that_loops_is_named_with_its_line_of_code(job: Job) -> None:
     job.start_ranks(4, "loop_for_ever", str(job.config), module=FAULTY)
     job.wait_for_record(3)
     assert job.wait(TIMEOUT_SECONDS + GRACE_SECONDS + MARGIN_SECONDS) == 1
@@ -115,5 +117,5 @@ def test_a_launcher_that_is_killed_leaves_no_process_behind(job: Job) -> None:
 
 
 def _without_torchrun(output: str) -> str:
-    """The job's output without torchrun's own account, which begins where its error is raised."""
+    """Return the job's output without torchrun's report, which starts with torchrun's own traceback."""
     return re.split(r"Traceback \(most recent call last\):\n  File \"[^\"]*/torchrun\"", output)[0]

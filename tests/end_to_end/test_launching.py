@@ -1,4 +1,4 @@
-"""The commands as a user types them: real processes, real text."""
+"""The commands of a user: launch scripts, `train` and `quickstart`, in real processes and with real text."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_process_without_a_launcher_reports_how_to_start_two(config_file: Path
 
 
 def train_by_forks(command: list[str], *, env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-    """Run a command line of torchrun's as torchrun would, with forked ranks."""
+    """Run the command line of torchrun with forked ranks."""
     from torch.distributed.run import get_args_parser
 
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
@@ -118,7 +118,7 @@ def train_by_forks(command: list[str], *, env: dict[str, str]) -> subprocess.Com
 
 
 def quickstart(launcher: str, directory: Path, *overrides: str) -> tuple[int, str]:
-    """Return the exit status and the output, errors included."""
+    """Run quickstart; return the exit status and the output with errors."""
     arguments = ["quickstart", "--directory", str(directory), "--corpus-bytes", "900000", *overrides]
     if launcher == TORCHRUN:
         done = shell(sys.executable, "-m", "sas_megatron", *arguments)
@@ -132,7 +132,7 @@ def quickstart(launcher: str, directory: Path, *overrides: str) -> tuple[int, st
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_quickstart_ends_in_a_comparison_and_trains_only_once(launcher: str, tmp_path: Path) -> None:
+def test_quickstart_reports_a_comparison_and_trains_only_once(launcher: str, tmp_path: Path) -> None:
     small = [
         "training.num_steps=6",
         "schedule.warmup_steps=2",
@@ -155,7 +155,7 @@ def test_quickstart_ends_in_a_comparison_and_trains_only_once(launcher: str, tmp
 
     status, output = quickstart(launcher, directory, *small)
     assert status == 0, output
-    assert output.count("trained already") == 2
+    assert output.count("already trained") == 2
     assert "iteration" not in output
     assert {path: path.read_text() for path in metrics} == metrics
 
@@ -177,24 +177,24 @@ def test_scripts_pass_the_shell_linter(script: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_launch_scripts_hold_no_field_of_a_config() -> None:
+def test_launch_scripts_contain_no_config_fields() -> None:
     sections = "|".join(RunConfig.model_fields)
     for path in sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")):
         code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
         fields = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", "\n".join(code)))
-        # A job that is queued again goes on: where a run is, not what it is.
+        # A requeued job resumes; this field does not change what the run computes.
         assert fields <= ({"checkpoint.resume"} if path.name == "slurm_train.sbatch" else set()), path
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "docker_run.sh", "slurm_train.sbatch"])
-def test_a_script_without_arguments_says_how_it_is_used(script: str) -> None:
+def test_a_script_without_arguments_prints_its_usage(script: str) -> None:
     done = shell(f"launch/{script}")
     assert done.returncode == 2
     assert f"launch/{script}" in done.stderr
     assert "CONFIG [section.field=value ...]" in done.stderr
 
 
-def test_the_table_of_launchers_names_scripts_and_variables_that_there_are() -> None:
+def test_the_table_of_launchers_names_existing_scripts_and_variables() -> None:
     table = [
         line for line in (ROOT / "launch" / "README.md").read_text().splitlines() if line.startswith("| ")
     ]
@@ -211,7 +211,7 @@ def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
     config_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "profile").touch()  # where the traces of a step are to have a folder
+    (tmp_path / "run" / "profile").touch()  # a file at the path of the folder for traces
     done = shell(
         *("launch/torchrun.sh", "2", str(config_file), "logging.profile_steps=[2, 2]"),
         LOG_DIR=str(tmp_path / "logs"),
@@ -231,7 +231,7 @@ def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
 
 
 @pytest.mark.parametrize(
-    ("script", "variables", "lacking"),
+    ("script", "variables", "missing"),
     [
         ("torchrun", {}, "MASTER_ADDR"),
         ("deepspeed", {}, "NODE_RANK"),
@@ -239,8 +239,8 @@ def test_the_failing_ranks_traceback_comes_first_and_each_rank_has_a_log(
     ],
 )
 def test_one_of_several_nodes_reports_the_variable_that_is_missing(
-    config_file: Path, script: str, variables: dict[str, str], lacking: str
+    config_file: Path, script: str, variables: dict[str, str], missing: str
 ) -> None:
     done = shell(f"launch/{script}.sh", "1", str(config_file), NNODES="2", **variables)
     assert done.returncode == 2
-    assert re.fullmatch(rf"{lacking}: is not set; with NNODES=2 it .*\n", done.stderr)
+    assert re.fullmatch(rf"{missing}: is not set; with NNODES=2 it .*\n", done.stderr)

@@ -1,4 +1,4 @@
-"""Several nodes by torchrun and deepspeed: they train as one, go on after a loss, and say why they cannot."""
+"""Several nodes with torchrun and deepspeed train one run, resume after a failure, and report errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from tests.end_to_end.nodes import (
     MARGIN_SECONDS,
     RUN_SECONDS,
-    SECONDS_TO_SAY,
+    SECONDS_TO_REPORT,
     Nodes,
     free_port,
     losses,
@@ -25,12 +25,12 @@ from tests.end_to_end.nodes import (
     world_size,
     write_config,
 )
-from tests.end_to_end.two_hosts import ADDRESSES, lacking_for_ssh, running_hosts
+from tests.end_to_end.two_hosts import ADDRESSES, missing_for_ssh, running_hosts
 from tests.fork_server import ForkedCommand, run_command
 from tests.small_data import SmallData
 
 HOST = socket.gethostname()
-# Two launchers on two busy cores need longer to come than JOIN_SECONDS' default.
+# Two launchers on two busy cores can need longer to join than JOIN_SECONDS' default.
 PATIENT = {"JOIN_SECONDS": "200"}
 TWO_RANKS = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
@@ -46,7 +46,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 @pytest.fixture
 def hosts() -> Iterator[dict[str, str]]:
-    if reason := lacking_for_ssh():
+    if reason := missing_for_ssh():
         pytest.skip(reason)
     with running_hosts() as hosts:
         yield hosts
@@ -82,14 +82,14 @@ def test_torchrun_restarts_a_killed_rank_on_two_nodes_from_the_checkpoint(
     assert not nodes.processes()
     assert re.search(r"resuming from \S+ at step [1-9]\d*", nodes.output()), nodes.output()
     assert steps(run_directory) == list(range(1, 101)), "each step once"
-    # A log for each attempt of each process; of the node that lost none torch does not count the second.
+    # Each attempt of each process has a log; torch restarts both nodes but counts the attempt on one only.
     kept = {path.relative_to(logs).parts for path in logs.rglob("stderr.log")}
     assert {parts[0] for parts in kept} == {"node0", "node1"}
     assert {parts[2] for parts in kept} == {"attempt_0", "attempt_1"}
 
 
 @pytest.mark.exhaustive
-def test_nodes_without_a_rank_find_their_places_by_arrival(
+def test_nodes_without_a_rank_are_numbered_by_arrival(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
     start_two(nodes, "launch/torchrun.sh", str(write_config(small_data, tmp_path)), NODE_RANK="")
@@ -137,14 +137,14 @@ def test_deepspeed_trains_on_two_hosts_over_ssh(
     assert world_size(tmp_path / "run") == 2
 
 
-# What cannot work is said within a minute, by one rank, and nothing is left running.
+# Errors at start-up: one rank reports them within a minute, and no process keeps running.
 
 
-def said_in_time(nodes: Nodes, begun: float) -> list[str]:
-    """The errors on all nodes, each of which must have ended with a failure."""
-    statuses = nodes.wait(SECONDS_TO_SAY + MARGIN_SECONDS)
+def errors_in_time(nodes: Nodes, began: float) -> list[str]:
+    """Wait until all nodes have failed within the time limit, and return their errors."""
+    statuses = nodes.wait(SECONDS_TO_REPORT + MARGIN_SECONDS)
     assert all(statuses), nodes.output()
-    assert time.monotonic() - begun < SECONDS_TO_SAY + MARGIN_SECONDS
+    assert time.monotonic() - began < SECONDS_TO_REPORT + MARGIN_SECONDS
     assert not nodes.processes()
     return re.findall(r"^sas-megatron: error: (.*)$", nodes.output(), re.MULTILINE)
 
@@ -154,12 +154,12 @@ SCRIPTS = ["launch/torchrun.sh", "launch/deepspeed.sh"]
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_first_node_that_nobody_knows_is_named(
+def test_an_unknown_first_node_is_named(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, rank: str, script: str
 ) -> None:
-    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
     nodes.start(script, "1", config, NNODES="2", NODE_RANK=rank, MASTER_ADDR="no-such-host.invalid")
-    (error,) = said_in_time(nodes, begun)
+    (error,) = errors_in_time(nodes, began)
     assert error.startswith(f"MASTER_ADDR=no-such-host.invalid: cannot be resolved on {HOST}")
     assert not (tmp_path / "run").exists()
 
@@ -168,66 +168,66 @@ def test_a_first_node_that_nobody_knows_is_named(
 def test_a_first_node_that_does_not_answer_is_named(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str
 ) -> None:
-    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
     place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes.start(script, "1", config, **place, JOIN_SECONDS="2")
-    (error,) = said_in_time(nodes, begun)
+    (error,) = errors_in_time(nodes, began)
     assert f"accepted no connection from {HOST} on MASTER_PORT={place['MASTER_PORT']} within 2 s" in error
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str) -> None:
-    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         nodes.start(script, "1", config, **place)
-        (error,) = said_in_time(nodes, begun)
+        (error,) = errors_in_time(nodes, began)
     assert error.startswith(f"MASTER_PORT={port}: is not available on {HOST} (Address already in use)")
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_first_node_that_stays_alone_ends(
+def test_a_first_node_without_others_ends_with_an_error(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str
 ) -> None:
-    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
     place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes.start(script, "1", config, **place, JOIN_SECONDS="3")
-    errors = said_in_time(nodes, begun)
+    errors = errors_in_time(nodes, began)
     assert "1/2 clients joined" in nodes.output()
     if script == "launch/deepspeed.sh":
         (error,) = errors
         address = f"127.0.0.1:{place['MASTER_PORT']}"
         assert error.startswith(f"WORLD_SIZE=2: not all ranks connected to {address} within 3 s (")
     else:
-        assert not errors, "torchrun says it"
+        assert not errors, "torchrun reports it"
 
 
 @needs_ssh
 @pytest.mark.exhaustive
-def test_hosts_do_not_wait_long_for_one_that_ssh_does_not_know(
+def test_hosts_do_not_wait_long_for_a_host_unknown_to_ssh(
     hosts: dict[str, str], nodes: Nodes, small_data: SmallData, tmp_path: Path
 ) -> None:
-    begun, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
     (tmp_path / "hosts").write_text("node1 slots=1\nno-such-host.invalid slots=1\n")
     place = {**over_ssh(hosts), "HOSTFILE": str(tmp_path / "hosts"), "JOIN_SECONDS": "5"}
     nodes.start("launch/deepspeed.sh", config, **place)
-    assert not said_in_time(nodes, begun), "pdsh puts the host before it"
+    assert not errors_in_time(nodes, began), "pdsh prefixes each line with the host"
     assert "Could not resolve hostname no-such-host.invalid" in nodes.output()
     assert nodes.output().count("sas-megatron: error: WORLD_SIZE=2: not all ranks connected to") == 1
 
 
-def test_a_rank_whose_others_do_not_come_ends_in_time(small_data: SmallData, tmp_path: Path) -> None:
+def test_a_rank_without_the_other_ranks_ends_in_time(small_data: SmallData, tmp_path: Path) -> None:
     port = free_port()
     rank = ForkedCommand(
         *("train", write_config(small_data, tmp_path)),
         environment={**os.environ, **TWO_RANKS, "RANK": "0", "MASTER_PORT": port, "JOIN_SECONDS": "3"},
     )
     try:
-        assert rank.wait(SECONDS_TO_SAY) == 2, rank.errors()
+        assert rank.wait(SECONDS_TO_REPORT) == 2, rank.errors()
     finally:
         rank.kill()
     (error,) = re.findall(r"^sas-megatron: error: (.*)$", rank.errors(), re.MULTILINE)
@@ -235,7 +235,7 @@ def test_a_rank_whose_others_do_not_come_ends_in_time(small_data: SmallData, tmp
 
 
 def task_of_step(rank: int, **environment: str) -> dict[str, str]:
-    """The variables of one of two tasks that srun starts; SLURM is not asked, as MASTER_ADDR is set."""
+    """Return the variables of one of two tasks of srun. MASTER_ADDR is set, so that SLURM is not queried."""
     step = {
         "SLURM_JOB_ID": "1234",
         "SLURM_STEP_ID": "0",
@@ -280,11 +280,11 @@ def test_a_slurm_step_that_cannot_start_reports_it(small_data: SmallData, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_directory_that_nodes_do_not_share_is_refused_by_one_rank(
+def test_one_rank_reports_a_run_directory_that_nodes_do_not_share(
     small_data: SmallData, tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
-        pytest.skip("lacks root, without which a node cannot be given a file system of its own")
+        pytest.skip("lacks root, which is needed to give a node its own file system")
     config, folder = write_config(small_data, tmp_path), tmp_path / "run"
     folder.mkdir()
     place = {**os.environ, **TWO_RANKS, "MASTER_PORT": free_port()}
@@ -297,7 +297,7 @@ def test_a_run_directory_that_nodes_do_not_share_is_refused_by_one_rank(
         ),
     ]
     try:
-        assert [rank.wait(SECONDS_TO_SAY) for rank in ranks] == [2, 2]
+        assert [rank.wait(SECONDS_TO_REPORT) for rank in ranks] == [2, 2]
     finally:
         for rank in ranks:
             rank.kill()

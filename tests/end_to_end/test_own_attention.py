@@ -1,4 +1,4 @@
-"""A variant from outside the package, installed as a user would, named in a config and trained."""
+"""An attention variant of another package: installed with pip, selected in a config, and trained."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ PACKAGE = ROOT / "docs" / "own_attention"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the example package and its metadata."""
+    """Install the example package, and return the folder with the package and its metadata."""
     folder = tmp_path_factory.mktemp("own_attention")
     source = folder / "source"
     source.mkdir()
     for path in PACKAGE.glob("*.py"):
         (source / path.name).write_bytes(path.read_bytes())
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
-    place = folder / "site"
+    site = folder / "site"
     done = subprocess.run(
-        [*install, "--target", str(place), str(source)], capture_output=True, text=True, timeout=120
+        [*install, "--target", str(site), str(source)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    return place
+    return site
 
 
 def command(installed: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run it in the folder of the package, which Python searches first."""
+    """Run a command in the folder of the installed package, which Python searches first."""
     return run_command(*arguments, cwd=installed)
 
 
@@ -47,7 +47,7 @@ def tied_config(base: RunConfig, path: Path, **attention: object) -> Path:
     return path
 
 
-def test_a_variant_from_outside_is_trained_and_its_costs_are_counted(
+def test_a_variant_of_another_package_is_trained_and_its_costs_are_counted(
     installed: Path, small_data: SmallData, tmp_path: Path
 ) -> None:
     run = small_data.run(tmp_path / "run", training={"num_steps": 12})
@@ -58,13 +58,13 @@ def test_a_variant_from_outside_is_trained_and_its_costs_are_counted(
     losses = [line["train_loss"] for line in lines if line["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.2
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    # Two layers of 48 hidden columns, six heads of twelve features of queries and keys.
+    # Two layers; hidden size 48; four query and two key heads of 12 features.
     assert summary["parameters"]["qkv"] == 2 * 48 * 12 * 6
 
     prompt = ["--prompt", "import os", "--max-new-tokens", "3", "--json"]
     generated = command(installed, "generate", tmp_path / "run", *prompt)
     assert generated.returncode == 0, generated.stderr
-    # Two layers of two keys of twelve features in float32, and no values.
+    # Two layers; two key heads of 12 features in float32; no values.
     assert json.loads(generated.stdout)["kv_cache"]["bytes_per_token_and_rank"] == 2 * 2 * 12 * 4
 
     counted = command(installed, "costs", config, "--json")
@@ -75,7 +75,7 @@ def test_a_variant_from_outside_is_trained_and_its_costs_are_counted(
     assert matched.returncode == 0, matched.stderr
 
 
-def test_its_fields_are_checked_like_any_others(
+def test_unknown_fields_of_the_variant_are_refused(
     installed: Path, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = tied_config(small_data.run(tmp_path / "run"), tmp_path / "tied.yaml", gian=2.0)
@@ -86,7 +86,7 @@ def test_its_fields_are_checked_like_any_others(
     assert not (tmp_path / "run").exists()
 
 
-def test_without_the_package_the_known_kinds_are_named(small_data: SmallData, tmp_path: Path) -> None:
+def test_without_the_package_the_error_names_the_known_kinds(small_data: SmallData, tmp_path: Path) -> None:
     config = tied_config(small_data.run(tmp_path / "run"), tmp_path / "tied.yaml")
     done = command(tmp_path, "train", config)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""However often SLURM takes nodes away, or loses them, a run goes on and ends as if it had kept them."""
+"""A run that SLURM preempts, or whose nodes fail, ends bit-identically to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import pytest
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from tests.end_to_end.nodes import steps
-from tests.end_to_end.slurm_cluster import SlurmCluster, lacking_for_slurm, running_cluster
+from tests.end_to_end.slurm_cluster import SlurmCluster, missing_for_slurm, running_cluster
 from tests.end_to_end.test_slurm import JOB_SECONDS, TWO_NODES, submit
 from tests.small_data import SmallData
 from tests.training.test_runs import assert_same_final_state, complete, records
 
 pytestmark = pytest.mark.system_packages("slurmctld", "slurmd", "slurm-client", "munge")
 PREEMPTIONS = 10
-NOTICE_SECONDS = 60
+GRACE_SECONDS = 60
 
 
 def config_of(small_data: SmallData, directory: Path, **training: Any) -> RunConfig:
-    """More steps than are ever taken: the run is told to stop when it has been through enough."""
+    """Return a run with more steps than it will make: the test ends it with `stop_after_steps`."""
     return small_data.run(
         directory,
         parallel={"tensor": 2},
@@ -35,7 +35,7 @@ def config_of(small_data: SmallData, directory: Path, **training: Any) -> RunCon
 
 
 class Job:
-    """A run that SLURM queues again, and which can be told to end."""
+    """A run that SLURM requeues until the test ends it."""
 
     def __init__(self, slurm: SlurmCluster, small_data: SmallData, folder: Path) -> None:
         self.slurm, self.small_data, self.folder = slurm, small_data, folder
@@ -44,35 +44,38 @@ class Job:
         script = ("launch/slurm_train.sbatch", str(folder / "run.yaml"))
         self.number = submit(slurm, folder, *TWO_NODES, *script)
 
-    def wait_for_turn(self, turn: int) -> None:
-        """Until the run has taken some steps in it."""
-        before = None
+    def wait_for_attempt(self, attempt: int) -> None:
+        """Wait until the run has made some steps in this attempt, and has a checkpoint."""
+        first = None
 
         def has_stepped() -> bool:
-            nonlocal before
-            if f"turn {turn} of job" not in self.output() or not steps(self.run_directory):
+            nonlocal first
+            if f"turn {attempt} of job" not in self.output() or not steps(self.run_directory):
                 return False
-            before = before or steps(self.run_directory)[-1]
-            return steps(self.run_directory)[-1] > before + 2 and any(self.checkpoints().glob("iter_*"))
+            first = first or steps(self.run_directory)[-1]
+            return steps(self.run_directory)[-1] > first + 2 and any(self.checkpoints().glob("iter_*"))
 
         self.slurm.wait_until(has_stepped, self.number, seconds=JOB_SECONDS)
 
     def wait_for(self, *states: str) -> None:
         self.slurm.wait_for(self.number, *states, seconds=JOB_SECONDS)
 
-    def end_soon(self, ranks: Any) -> RunConfig:
-        """Between two turns: tells it to end within the next, and gives the undisturbed run until there."""
+    def end_in_next_attempt(self, ranks: Any) -> RunConfig:
+        """Let the next attempt end the run, and complete an undisturbed run of the same length.
+
+        It must be called between two attempts.
+        """
         last = steps(self.run_directory)[-1] + 7
         self._write_config(stop_after_steps=last)
-        alone = config_of(self.small_data, self.folder / "alone", stop_after_steps=last)
-        ranks(2).run(complete, alone)
-        return alone
+        undisturbed = config_of(self.small_data, self.folder / "undisturbed", stop_after_steps=last)
+        ranks(2).run(complete, undisturbed)
+        return undisturbed
 
     def checkpoints(self) -> Path:
         return self.run_directory / "checkpoints"
 
     def nodes(self) -> list[str]:
-        """On which it runs, the first rank's first."""
+        """Return the nodes on which it runs, the node of rank 0 first."""
         names = self.slurm.call("squeue", "-h", "-j", self.number, "-o", "%N")
         return self.slurm.call("scontrol", "show", "hostnames", names).split()
 
@@ -90,51 +93,51 @@ class Job:
         (self.folder / "run.yaml").write_text(dump_yaml(config))
 
 
-def check_that_it_ends_as(alone: RunConfig, job: Job, *, restarts: int) -> None:
-    """To the bit, with every step once."""
+def check_end(job: Job, undisturbed: RunConfig, *, restarts: int) -> None:
+    """Wait for the end of a job and check that it is bit-identical to the undisturbed run."""
     job.wait_for("COMPLETED", "FAILED")
     assert job.slurm.state(job.number) == "COMPLETED", job.output()
     assert job.num_restarts() == restarts
-    last = alone.training.stop_after_steps
+    last = undisturbed.training.stop_after_steps
     assert last is not None
-    ended = config_of(job.small_data, job.run_directory, stop_after_steps=last)
-    assert_same_final_state(ended, alone)
+    requeued = config_of(job.small_data, job.run_directory, stop_after_steps=last)
+    assert_same_final_state(requeued, undisturbed)
     assert steps(job.run_directory) == list(range(1, last + 1))
-    timeless = ("train_loss", "gradient_norm")
-    assert [[record[key] for key in timeless] for record in records(ended)] == [
-        [record[key] for key in timeless] for record in records(alone)
+    compared_keys = ("train_loss", "gradient_norm")
+    assert [[record[key] for key in compared_keys] for record in records(requeued)] == [
+        [record[key] for key in compared_keys] for record in records(undisturbed)
     ]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(2400)
-def test_ten_preemptions_in_a_row_change_no_bit(
+def test_ten_preemptions_do_not_change_the_run(
     slurm: SlurmCluster, ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     job = Job(slurm, small_data, tmp_path)
-    for turn in range(1, PREEMPTIONS + 1):
-        # With notice the run's own script queues it again; without, SLURM does.
-        notice = NOTICE_SECONDS if turn % 2 == 0 else 0
-        slurm.call("scontrol", "update", "PartitionName=main", f"GraceTime={notice}")
-        job.wait_for_turn(turn)
-        taker = slurm.call(
+    for attempt in range(1, PREEMPTIONS + 1):
+        # With a grace time the job script requeues the run; without one, SLURM does.
+        grace = GRACE_SECONDS if attempt % 2 == 0 else 0
+        slurm.call("scontrol", "update", "PartitionName=main", f"GraceTime={grace}")
+        job.wait_for_attempt(attempt)
+        preempting_job = slurm.call(
             *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive"),
             *("--output=/dev/null", "--wrap=sleep 600"),
         )
-        slurm.wait_for(taker, "RUNNING", seconds=JOB_SECONDS)
+        slurm.wait_for(preempting_job, "RUNNING", seconds=JOB_SECONDS)
         assert slurm.state(job.number) == "PENDING", job.output()
         assert json.loads((job.run_directory / "stopped.json").read_text())["exit_reason"] == "signal SIGTERM"
-        if turn == PREEMPTIONS:
-            alone = job.end_soon(ranks)
-        slurm.call("scancel", taker)
-    check_that_it_ends_as(alone, job, restarts=PREEMPTIONS)
+        if attempt == PREEMPTIONS:
+            undisturbed = job.end_in_next_attempt(ranks)
+        slurm.call("scancel", preempting_job)
+    check_end(job, undisturbed, restarts=PREEMPTIONS)
     assert job.output().count("queueing the next") == PREEMPTIONS // 2
     assert job.output().count("DUE TO PREEMPTION") >= PREEMPTIONS - PREEMPTIONS // 2
 
 
 @pytest.fixture
 def failing_cluster() -> Iterator[SlurmCluster]:
-    if reason := lacking_for_slurm():
+    if reason := missing_for_slurm():
         pytest.skip(reason)
     with running_cluster(nodes=3, seconds_to_lose_a_node=20) as cluster:
         yield cluster
@@ -142,21 +145,21 @@ def failing_cluster() -> Iterator[SlurmCluster]:
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
-def test_a_lost_node_is_replaced_or_waited_for_and_changes_no_bit(
+def test_a_lost_node_is_replaced_or_awaited_and_does_not_change_the_run(
     failing_cluster: SlurmCluster, ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     job = Job(failing_cluster, small_data, tmp_path)
-    job.wait_for_turn(1)
+    job.wait_for_attempt(1)
     _, dead = job.nodes()
     failing_cluster.kill_node(dead)
-    job.wait_for_turn(2)
-    assert dead not in job.nodes(), "another takes its place"
+    job.wait_for_attempt(2)
+    assert dead not in job.nodes(), "another node replaces it"
     _, silent = job.nodes()
-    # What runs there goes on at first.
+    # The processes on this node keep running at first.
     failing_cluster.kill_daemon(silent)
     job.wait_for("PENDING")
-    alone = job.end_soon(ranks)
-    assert failing_cluster.state(job.number) == "PENDING", "there are not nodes enough"
+    undisturbed = job.end_in_next_attempt(ranks)
+    assert failing_cluster.state(job.number) == "PENDING", "two of three nodes are lost"
     failing_cluster.start_node(dead)
-    check_that_it_ends_as(alone, job, restarts=2)
+    check_end(job, undisturbed, restarts=2)
     assert job.output().count("DUE TO NODE FAILURE") >= 2

@@ -1,4 +1,4 @@
-"""launch/*.sbatch and bare srun, on a real SLURM cluster of two nodes."""
+"""The batch scripts in launch/ and plain srun, on a real SLURM cluster of two nodes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.end_to_end.nodes import MARGIN_SECONDS, SECONDS_TO_SAY, losses, world_size, write_config
+from tests.end_to_end.nodes import MARGIN_SECONDS, SECONDS_TO_REPORT, losses, world_size, write_config
 from tests.end_to_end.slurm_cluster import SlurmCluster
 from tests.end_to_end.test_launching import shell
 from tests.small_data import SmallData
 
 pytestmark = pytest.mark.system_packages("slurmctld", "slurmd", "slurm-client", "munge")
-# A job's life on two busy cores; idle ones need a quarter of it.
+# Time limit of a job on two busy cores; idle cores need a quarter of it.
 JOB_SECONDS = 240
 VENV = Path(sys.prefix)
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
 
 
 def submit(slurm: SlurmCluster, folder: Path, *arguments: str, **environment: str) -> str:
-    """The job's number; its output goes to `folder`/output (arrays: output-MEMBER)."""
+    """Submit a job and return its number; its output goes to `folder`/output (arrays: output-TASK)."""
     output = "output-%a" if any(argument.startswith("--array") for argument in arguments) else "output"
     return slurm.call(
         "sbatch",
@@ -41,10 +41,10 @@ def submit(slurm: SlurmCluster, folder: Path, *arguments: str, **environment: st
     )
 
 
-def test_an_array_trains_on_two_nodes_and_a_failing_member_leaves_the_others_alone(
+def test_an_array_trains_on_two_nodes_although_one_of_its_tasks_fails(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
-    """The one training by SLURM of the default tests: by both scripts, with torchrun on each node."""
+    """The only training run with SLURM in the default tests; both scripts, and torchrun on each node."""
     config = write_config(small_data, tmp_path)
     runs = tmp_path / "runs"
     runs.write_text(
@@ -68,7 +68,7 @@ def test_an_array_trains_on_two_nodes_and_a_failing_member_leaves_the_others_alo
 
 
 @pytest.mark.exhaustive
-def test_bare_srun_trains_a_rank_a_task(
+def test_plain_srun_trains_with_one_rank_per_task(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path, local_losses: list[float]
 ) -> None:
     slurm.call(
@@ -99,57 +99,57 @@ def taken_port() -> Iterator[str]:
         ),
     ],
 )
-def test_what_bare_srun_cannot_start_is_said_once_and_in_time(
+def test_plain_srun_reports_a_start_up_error_once_and_in_time(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path, taken_port: str, fault: str
 ) -> None:
-    # Of the addresses that are reserved for documentation.
+    # An address that is reserved for documentation (RFC 5737).
     unreachable = {"MASTER_ADDR": "192.0.2.1", "JOIN_SECONDS": "5"}
-    variables, override, says = {
+    variables, override, message = {
         "a taken port": ({"MASTER_PORT": taken_port}, "", f"MASTER_PORT={taken_port}: is not available"),
         "a world size that does not fit": ({}, "parallel.context=2", "world size=2: must be a multiple of 4"),
         "an unknown host": (
             {"MASTER_ADDR": "no-such.invalid"},
             "",
-            "MASTER_ADDR=no-such.invalid: is not known",
+            "MASTER_ADDR=no-such.invalid: cannot be resolved",
         ),
         "an unreachable host": (unreachable, "", r"192\.0\.2\.1"),
     }[fault]
-    before, begun = set(slurm.processes()), time.monotonic()
+    before, began = set(slurm.processes()), time.monotonic()
     slurm.call(
         *("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", f"--chdir={ROOT}", "--time=5"),
-        *(f"--output={tmp_path}/said", str(VENV / "bin" / "sas-megatron"), "train"),
+        *(f"--output={tmp_path}/output", str(VENV / "bin" / "sas-megatron"), "train"),
         *(str(write_config(small_data, tmp_path)), *([override] if override else [])),
         check=False,
         timeout=JOB_SECONDS,
         PYTHONPATH=str(ROOT),
         **variables,
     )
-    assert time.monotonic() - begun < SECONDS_TO_SAY + MARGIN_SECONDS
-    said = (tmp_path / "said").read_text()
-    (error,) = re.findall(r"^sas-megatron: error: (.*)$", said, re.MULTILINE)
-    assert re.search(says, error), said
+    assert time.monotonic() - began < SECONDS_TO_REPORT + MARGIN_SECONDS
+    output = (tmp_path / "output").read_text()
+    (error,) = re.findall(r"^sas-megatron: error: (.*)$", output, re.MULTILINE)
+    assert re.search(message, error), output
     assert not (tmp_path / "run").exists()
     slurm.wait_until(lambda: not set(slurm.processes()) - before, "", seconds=60)
 
 
 @pytest.mark.exhaustive
 def test_doctor_examines_an_allocation_under_srun(slurm: SlurmCluster, tmp_path: Path) -> None:
-    said = slurm.call(
+    output = slurm.call(
         *("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", f"--chdir={ROOT}", "--time=5"),
         *(str(VENV / "bin" / "sas-megatron"), "doctor", "--json", f"--run-directory={tmp_path}"),
         timeout=JOB_SECONDS,
         PYTHONPATH=str(ROOT),
     )
-    record = json.loads(said)
+    record = json.loads(output)
     assert record["ranks"] == 2
     checks = [found["check"] for found in record["findings"]]
-    assert checks.count("open files") == 2, "of each node"
+    assert checks.count("open files") == 2, "one per node"
     assert checks.count("all-reduce") == 1
-    assert record["verdict"] != "failure", said
+    assert record["verdict"] != "failure", output
 
 
 @pytest.mark.exhaustive
-def test_a_cancelled_job_leaves_a_checkpoint_to_go_on_from_and_no_process(
+def test_a_cancelled_job_leaves_a_checkpoint_for_resuming_and_no_process(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = write_config(
@@ -179,28 +179,28 @@ def test_a_cancelled_job_leaves_a_checkpoint_to_go_on_from_and_no_process(
 
 
 @pytest.mark.exhaustive
-def test_a_run_out_of_time_is_queued_again_and_ends_as_if_it_had_not_been(
+def test_a_run_at_its_time_limit_is_requeued_and_resumes(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = write_config(small_data, tmp_path, training={"num_steps": 4000, "stop_after_steps": 3000})
     job = submit(slurm, tmp_path, *TWO_NODES, "launch/slurm_train.sbatch", str(config), MAX_REQUEUES="1")
     metrics, output = tmp_path / "run" / "metrics.jsonl", tmp_path / "output"
 
-    def has_begun(turn: int) -> bool:
-        said = output.read_text() if output.exists() else ""
-        return said.partition(f"turn {turn} of")[2].count("lm loss:") > 2
+    def has_stepped(attempt: int) -> bool:
+        text = output.read_text() if output.exists() else ""
+        return text.partition(f"turn {attempt} of")[2].count("lm loss:") > 2
 
-    for turn in (1, 2):
-        # What --signal=B:USR1@… does, at a moment of our choice.
-        slurm.wait_until(functools.partial(has_begun, turn), job, seconds=JOB_SECONDS)
+    for attempt in (1, 2):
+        # The signal that --signal=B:USR1@… sends before the time limit.
+        slurm.wait_until(functools.partial(has_stepped, attempt), job, seconds=JOB_SECONDS)
         slurm.call("scancel", "--batch", "--signal=USR1", job)
-        if turn == 1:
+        if attempt == 1:
             slurm.wait_until(lambda: (tmp_path / "run" / "stopped.json").exists(), job, seconds=60)
-    # The bound is reached: the job ends, though the run would go on.
+    # MAX_REQUEUES is reached: the job ends, although the run is not finished.
     assert slurm.wait_for(job, "FAILED", seconds=JOB_SECONDS) == "FAILED"
-    said = output.read_text()
-    assert "turn 1 ended with" in said
-    assert "resuming from" in said
-    assert "MAX_REQUEUES" in said
+    text = output.read_text()
+    assert "turn 1 ended with" in text
+    assert "resuming from" in text
+    assert "MAX_REQUEUES" in text
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == sorted(steps)

@@ -1,4 +1,4 @@
-"""A study on a real SLURM cluster: arrays, branches after their trunks, and what has become of each run."""
+"""A study on a real SLURM cluster: arrays, branches that depend on their trunks, and states of the runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRUNKS = ("mha-good-trunk-s1234", "mha-bad-trunk-s1234")
 
 
 def study(slurm: SlurmCluster, *arguments: object, check: bool = True) -> str:
-    """The output of `sas-megatron study`."""
+    """Run `sas-megatron study` and return its output."""
     environment = {**slurm.environment, "SAS_MEGATRON_VENV": str(VENV)}
     done = run_command("study", *arguments, environment=environment, timeout=JOB_SECONDS)
     assert done.returncode == 0 or not check, done.stdout + done.stderr + slurm.logs()
@@ -32,7 +32,7 @@ def study(slurm: SlurmCluster, *arguments: object, check: bool = True) -> str:
 
 
 def write_studies(small_data: SmallData, tmp_path: Path) -> tuple[Path, Path]:
-    """A study to submit, and one of its `good` size alone to run here."""
+    """Write a study to submit, and a study of its `good` size to run without SLURM; return their paths."""
     base = base_tree(small_data, tmp_path / "none")
     path = write_study(tmp_path, base, **{**STUDY, "variants": {"mha": {}}, "sizes": SIZES})
     (tmp_path / "here").mkdir()
@@ -40,9 +40,9 @@ def write_studies(small_data: SmallData, tmp_path: Path) -> tuple[Path, Path]:
     return path, write_study(tmp_path / "here", base, **{**STUDY, "variants": {"mha": {}}, "sizes": good})
 
 
-def submitted(said: str) -> dict[str, str]:
-    """The number of each run's job."""
-    return dict(line.removeprefix("» ").split(": job ") for line in said.splitlines())
+def submitted_jobs(output: str) -> dict[str, str]:
+    """Return the number of each run's job."""
+    return dict(line.removeprefix("» ").split(": job ") for line in output.splitlines())
 
 
 def wait_until_queue_is_empty(slurm: SlurmCluster, job: str) -> None:
@@ -52,9 +52,9 @@ def wait_until_queue_is_empty(slurm: SlurmCluster, job: str) -> None:
 def test_a_study_is_submitted_as_arrays_whose_branches_wait_for_their_trunks(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:
-    """Held by SLURM, so that nothing trains."""
+    """The jobs are held, so that nothing trains."""
     path, _ = write_studies(small_data, tmp_path)
-    numbers = submitted(study(slurm, "submit", path, *OPTIONS, "--hold"))
+    numbers = submitted_jobs(study(slurm, "submit", path, *OPTIONS, "--hold"))
     runs = plan_at(path).runs
     assert sorted(numbers) == sorted(run.name for run in runs)
     (first,) = {numbers[trunk].split("_")[0] for trunk in TRUNKS}
@@ -65,7 +65,7 @@ def test_a_study_is_submitted_as_arrays_whose_branches_wait_for_their_trunks(
             assert queue[numbers[run.name]] == "(null)"
         else:
             trunk, branch = numbers[run.trunk], numbers[run.name]
-            assert trunk.split("_")[1] == branch.split("_")[1], "aftercorr joins members of the same number"
+            assert trunk.split("_")[1] == branch.split("_")[1], "aftercorr connects tasks of the same number"
             assert queue[branch].startswith(f"aftercorr:{first}_")
     listed = {
         number.split("_")[0]: slurm.call("scontrol", "show", "job", number.split("_")[0])
@@ -76,23 +76,25 @@ def test_a_study_is_submitted_as_arrays_whose_branches_wait_for_their_trunks(
         command = next(line for line in listed[array].splitlines() if "Command=" in line)
         lines = Path(command.split()[-1]).read_text().splitlines()
         assert run.name in lines[int(member) - 1]
-    assert "nothing to submit" in study(slurm, "submit", path, *OPTIONS, "--hold"), "all have jobs"
-    said = study(slurm, "run", path, "--only", "mha-good-*", check=False)
-    assert all(line.startswith("» left to SLURM, which has their jobs: ") for line in said.splitlines()), said
+    assert "nothing to submit" in study(slurm, "submit", path, *OPTIONS, "--hold"), "all runs have jobs"
+    output = study(slurm, "run", path, "--only", "mha-good-*", check=False)
+    assert all(line.startswith("» left to SLURM, which has their jobs: ") for line in output.splitlines()), (
+        output
+    )
     slurm.call("scancel", "--user=root")
     wait_until_queue_is_empty(slurm, first)
-    again = submitted(study(slurm, "submit", path, *OPTIONS, "--hold"))
-    assert sorted(again) == sorted(numbers), "what did not finish"
+    resubmitted = submitted_jobs(study(slurm, "submit", path, *OPTIONS, "--hold"))
+    assert sorted(resubmitted) == sorted(numbers), "runs that did not finish"
     slurm.call("scancel", "--user=root")
     wait_until_queue_is_empty(slurm, first)
 
 
 @pytest.mark.exhaustive
-def test_a_submitted_study_ends_as_one_run_here_and_a_failing_run_stops_only_its_branches(
+def test_a_submitted_study_has_the_results_of_a_local_one_and_a_failing_run_stops_only_its_branches(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:
     path, here = write_studies(small_data, tmp_path)
-    first = submitted(study(slurm, "submit", path, *OPTIONS))[TRUNKS[0]].split("_")[0]
+    first = submitted_jobs(study(slurm, "submit", path, *OPTIONS))[TRUNKS[0]].split("_")[0]
     study(slurm, "run", here)
     wait_until_queue_is_empty(slurm, first)
     states = {run["name"]: run for run in json.loads(study(slurm, "status", path, "--json"))["runs"]}
@@ -107,7 +109,7 @@ def test_a_submitted_study_ends_as_one_run_here_and_a_failing_run_stops_only_its
     assert "TrainingFault: step 5 after 3 skipped in a row" in states["mha-bad-trunk-s1234"]["reason"]
     good = {name: row for name, row in results(path).items() if "good" in name}
     assert good == results(here)
-    again = submitted(study(slurm, "submit", path, *OPTIONS))
-    assert list(again) == ["mha-bad-trunk-s1234", "mha-bad-3200-s1234", "mha-bad-6400-s1234"]
+    resubmitted = submitted_jobs(study(slurm, "submit", path, *OPTIONS))
+    assert list(resubmitted) == ["mha-bad-trunk-s1234", "mha-bad-3200-s1234", "mha-bad-6400-s1234"]
     slurm.call("scancel", "--user=root")
     wait_until_queue_is_empty(slurm, first)

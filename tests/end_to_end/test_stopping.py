@@ -1,4 +1,4 @@
-"""A signal or a time limit saves and stops a real job in good order, and it goes on as if undisturbed."""
+"""After a signal or a time limit a job saves and stops, and the resumed job equals an undisturbed one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def job(tmp_path: Path, small_data: SmallData, request: pytest.FixtureRequest) -
 
 @pytest.fixture(scope="module")
 def undisturbed(ranks: Any, small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """The same run of two ranks without a stop."""
+    """Complete the same run on two ranks without a stop."""
     config = config_of(small_data, tmp_path_factory.mktemp("undisturbed") / "run")
     ranks(2).run(complete, config)
     return config
@@ -60,32 +60,32 @@ def read(job: Job, name: str) -> dict[str, Any]:
 
 
 def check_stop(job: Job, reason: str) -> int:
-    """What a job leaves that was stopped in good order; gives the step after which."""
+    """Check the files and the output of a job that was stopped; return its last step."""
     assert not job.processes()
     stopped, summary = read(job, "stopped.json"), read(job, "summary.json")
     assert stopped == {"exit_reason": reason, "exit_status": STOPPED_STATUS, "step": summary["steps"]}
     assert summary["exit_reason"] == reason
     assert (job.run_directory / "checkpoints" / f"iter_{summary['steps']:07d}").is_dir()
     assert f"stopping after step {summary['steps']}: {reason}" in job.output()
-    assert "training stopped" not in job.output(), "an orderly stop is no fault"
+    assert "training stopped" not in job.output(), "a requested stop is not a failure"
     return int(summary["steps"])
 
 
-def check_goes_on(job: Job, small_data: SmallData, whole: RunConfig) -> None:
-    """The resumed job ends as the undisturbed run did, bit for bit."""
+def check_resume(job: Job, small_data: SmallData, undisturbed: RunConfig) -> None:
+    """Resume the job and check that it ends bit-identically to the undisturbed run."""
     job.start_ranks(2, "train", str(job.config), "checkpoint.resume=true")
     assert job.wait(240) == 0, job.output()
     assert f"resuming from {job.run_directory}/checkpoints/iter_{STOPPED_AFTER:07d}" in job.output()
     assert not (job.run_directory / "stopped.json").exists()
     assert read(job, "summary.json")["exit_reason"] == "finished"
-    rest = config_of(small_data, job.run_directory)
-    assert_same_final_state(rest, whole)
+    resumed = config_of(small_data, job.run_directory)
+    assert_same_final_state(resumed, undisturbed)
     for kind, keys in (
         ("train", ("step", "train_loss", "gradient_norm")),
         ("validation", ("step", "validation_loss")),
     ):
-        expected = [[record[key] for key in keys] for record in records(whole, kind)]
-        assert [[record[key] for key in keys] for record in records(rest, kind)] == expected
+        expected = [[record[key] for key in keys] for record in records(undisturbed, kind)]
+        assert [[record[key] for key in keys] for record in records(resumed, kind)] == expected
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def check_goes_on(job: Job, small_data: SmallData, whole: RunConfig) -> None:
         pytest.param("step", "launcher", signal.SIGTERM, marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_signal_stops_all_ranks_after_the_step_and_nothing_is_lost(
+def test_a_signal_stops_all_ranks_after_the_step_and_the_resumed_run_is_bit_identical(
     job: Job,
     small_data: SmallData,
     undisturbed: RunConfig,
@@ -111,14 +111,14 @@ def test_a_signal_stops_all_ranks_after_the_step_and_nothing_is_lost(
     start_disturbed(job, when, target, number)
     assert job.wait(240) != 0
     assert check_stop(job, f"signal {number.name}") == STOPPED_AFTER, job.output()
-    if target == "rank":  # a launcher that was told to end does not list statuses
+    if target == "rank":  # a launcher that receives the signal does not list statuses
         assert re.search(rf"exitcode\s*: {STOPPED_STATUS}", job.output())
-    check_goes_on(job, small_data, undisturbed)
+    check_resume(job, small_data, undisturbed)
 
 
 def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     start_disturbed(job, "forever", "rank", signal.SIGUSR1)
-    job.wait_for_record(4)  # records: three steps and an evaluation
+    job.wait_for_record(4)  # three steps and an evaluation
     job.signal_rank(0, signal.SIGTERM)
     job.wait_for_output("received SIGTERM: saving after this step", MARGIN_SECONDS)
     time.sleep(1.1 * DUPLICATE_SIGNAL_SECONDS)
@@ -129,10 +129,10 @@ def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     assert not (job.run_directory / "stopped.json").exists()
 
 
-def test_the_torchrun_script_trains_logs_and_hands_the_signal_on(
+def test_the_torchrun_script_trains_writes_logs_and_forwards_signals(
     tmp_path: Path, small_data: SmallData, ranks: Any
 ) -> None:
-    """The one run of the default tests by launch/torchrun.sh."""
+    """The only training run with launch/torchrun.sh in the default tests."""
 
     def config(name: str, **training: Any) -> RunConfig:
         return small_data.run(
@@ -156,7 +156,7 @@ def test_the_torchrun_script_trains_logs_and_hands_the_signal_on(
     lines = [line for line in job.output().splitlines() if "lm loss:" in line]
     assert all(MEGATRON_LINE.match(line) for line in lines), "Megatron's form, without a launcher's prefix"
     steps = [int(re.findall(r"iteration +(\d+)/", line)[0]) for line in lines]
-    assert steps[:4] == [1, 2, 4, 6], "every second step, on one rank only"
+    assert steps[:4] == [1, 2, 4, 6], "step 1 and every second step, from one rank"
     for text in (
         "consumed samples:",
         "elapsed time per iteration (ms):",
@@ -169,13 +169,13 @@ def test_the_torchrun_script_trains_logs_and_hands_the_signal_on(
     assert printed["0"].count("lm loss:") == len(lines)
     assert "lm loss:" not in printed["1"]
 
-    alone = config("alone", stop_after_steps=6)
-    ranks(2).run(complete, alone)
-    expected = [record["train_loss"] for record in records(alone)]
+    undisturbed = config("undisturbed", stop_after_steps=6)
+    ranks(2).run(complete, undisturbed)
+    expected = [record["train_loss"] for record in records(undisturbed)]
     assert [record["train_loss"] for record in records(config("run"))][: len(expected)] == expected
 
 
-def test_the_time_limit_stops_a_process_without_a_launcher_with_the_status(
+def test_the_time_limit_stops_a_single_process_with_the_status_of_a_stop(
     tmp_path: Path, small_data: SmallData
 ) -> None:
     job = Job(tmp_path, config_of(small_data, tmp_path / "run", num_steps=5000, stop_after_seconds=3))

@@ -1,4 +1,4 @@
-"""However often ranks are killed, in a step, while saving or loading, the run ends as if none had been."""
+"""A run whose ranks are killed in steps, saves and loads ends bit-identically to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ NUM_KILLS = 5
 NUM_RANKS = 2
 SECONDS_TO_END = 120
 
-# Phase -> which of them may be hit, and how long to wait at most: about as long as one takes.
+# Phase -> how many of these phases a rank may live through, and the longest wait, about the phase's duration.
 PHASES: dict[str, tuple[int, float]] = {"step": (4, 0.1), "save": (2, 0.3), "load": (1, 0.6)}
 
 
-# An odd seed saves asynchronously. Under torchrun fourteen of thirty kills are in a save and eight in a load.
+# Odd seeds save asynchronously. With torchrun, fourteen of thirty kills are in a save and eight in a load.
 @pytest.mark.parametrize(
     ("launcher", "seed"),
     [(FORKED, 0), *(pytest.param(TORCHRUN, seed, marks=pytest.mark.exhaustive) for seed in range(6))],
 )
-def test_a_run_whose_ranks_are_killed_ends_as_the_undisturbed_one(
+def test_a_run_whose_ranks_are_killed_equals_an_undisturbed_run(
     ranks: Any, small_data: SmallData, tmp_path: Path, launcher: str, seed: int
 ) -> None:
-    # Each killed attempt finishes at most four steps, so that some are left for the last.
+    # Each killed attempt finishes at most four steps, so that the last attempt has steps to do.
     num_steps = 4 * NUM_KILLS + 3
 
     def run(name: str) -> RunConfig:
@@ -44,36 +44,36 @@ def test_a_run_whose_ranks_are_killed_ends_as_the_undisturbed_one(
             checkpoint={"interval": 2, "keep_last": 2, "resume": True, "asynchronous": seed % 2 == 1},
         )
 
-    undisturbed, tortured = run("undisturbed"), run("tortured")
+    undisturbed, killed = run("undisturbed"), run("killed")
     ranks(NUM_RANKS).run(complete, undisturbed)
-    job = Job(tmp_path, tortured, launcher=launcher)
+    job = Job(tmp_path, killed, launcher=launcher)
     try:
-        kill_in_turn(job, tmp_path / "kills.jsonl", seed)
+        run_killed_attempts(job, tmp_path / "kills.jsonl", seed)
         job.start_ranks(NUM_RANKS, "train", str(job.config))
         assert job.wait(SECONDS_TO_END) == 0, job.output()
     finally:
         job.kill()
 
-    assert_same_final_state(tortured, undisturbed)
-    timeless = ("step", "consumed_samples", "train_loss", "gradient_norm", "learning_rate")
-    assert [[record[key] for key in timeless] for record in records(tortured)] == [
-        [record[key] for key in timeless] for record in records(undisturbed)
+    assert_same_final_state(killed, undisturbed)
+    compared_keys = ("step", "consumed_samples", "train_loss", "gradient_norm", "learning_rate")
+    assert [[record[key] for key in compared_keys] for record in records(killed)] == [
+        [record[key] for key in compared_keys] for record in records(undisturbed)
     ]
-    assert summary(tortured)["final_validation_loss"] == summary(undisturbed)["final_validation_loss"]
-    left = [path.name for path in (tmp_path / "tortured" / "checkpoints").iterdir()]
-    assert sorted(left) == [f"iter_{step:07d}" for step in (num_steps - 1, num_steps)]
+    assert summary(killed)["final_validation_loss"] == summary(undisturbed)["final_validation_loss"]
+    kept = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
+    assert sorted(kept) == [f"iter_{step:07d}" for step in (num_steps - 1, num_steps)]
 
 
-def kill_in_turn(job: Job, record: Path, seed: int) -> None:
-    """Start the run `NUM_KILLS` times with a rank that kills itself, in every phase at least once."""
+def run_killed_attempts(job: Job, record: Path, seed: int) -> None:
+    """Start the run `NUM_KILLS` times with a rank that kills itself, at least once in every phase."""
     draw = random.Random(seed)
-    # A first attempt that has saved once, so that the next have something to load.
+    # The first attempt dies in its second save, so that the next ones have a checkpoint to load.
     later = [*PHASES, list(PHASES)[seed % len(PHASES)]]
     draw.shuffle(later)
     moments = [("save", 2), *((phase, draw.randint(1, PHASES[phase][0])) for phase in later)]
     assert len(moments) == NUM_KILLS
-    for phase, which in moments:
-        moment = (phase, which, draw.uniform(0, PHASES[phase][1]))
+    for phase, number in moments:
+        moment = (phase, number, draw.uniform(0, PHASES[phase][1]))
         rank = draw.randrange(NUM_RANKS)
         arguments = (str(record), str(rank), *map(str, moment), str(job.config))
         job.start_ranks(NUM_RANKS, *arguments, module="tests.end_to_end.killed_training")
@@ -85,5 +85,5 @@ def kill_in_turn(job: Job, record: Path, seed: int) -> None:
     kills = [json.loads(line) for line in record.read_text().splitlines()]
     for (phase, _), kill in zip(moments, kills, strict=True):
         assert phase in kill["phases"], kill
-        # Shown by pytest -rP.
-        print(phase, "at its end" if kill["at_end"] else "within", kill["place"])
+        # pytest -rP shows it.
+        print(phase, "at its end" if kill["at_end"] else "within", kill["location"])

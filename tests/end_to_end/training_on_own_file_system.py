@@ -1,4 +1,4 @@
-"""Mounts an empty file system on a folder, for this process alone, and runs `sas-megatron train`.
+"""Mount an empty file system on a folder, visible to this process only, and run `sas-megatron train`.
 
 usage: python -m tests.end_to_end.training_on_own_file_system FOLDER CONFIG [section.field=value ...]
 """
@@ -15,7 +15,7 @@ CLONE_NEWNS = 0x00020000
 if __name__ == "__main__":
     folder, *arguments = sys.argv[1:]
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
-        raise OSError(ctypes.get_errno(), "cannot make a mount namespace")
+        raise OSError(ctypes.get_errno(), "cannot create a mount namespace")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
     sys.argv = ["sas_megatron", "train", *arguments]

@@ -1,4 +1,4 @@
-"""Two names that ssh leads to, both on this machine: an sshd of the tests' own at 127.0.0.11 and .12."""
+"""Two host names for ssh, both on this machine: the tests start an sshd at 127.0.0.11 and 127.0.0.12."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ Host node1 node2
 """
 
 
-def lacking_for_ssh() -> str | None:
-    """What this machine lacks for two hosts; None: nothing."""
+def missing_for_ssh() -> str | None:
+    """Return what this machine lacks for two hosts; None if it lacks nothing."""
     return lacking(PROGRAMS, needs_root=True)
 
 
 @contextlib.contextmanager
 def running_hosts() -> Iterator[dict[str, str]]:
-    """Environment in which `ssh node1`, `ssh node2` and pdsh lead to them, and HOSTFILE names them."""
+    """Start sshd, and yield a PATH entry for ssh that reaches both hosts and a HOSTFILE that names them."""
     folder = Path(tempfile.mkdtemp(prefix="hosts-"))
     port = free_port()
     for key in ("host_key", "user_key"):
@@ -64,7 +64,7 @@ def running_hosts() -> Iterator[dict[str, str]]:
     ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
     ssh.chmod(0o755)
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in ADDRESSES))
-    Path("/run/sshd").mkdir(exist_ok=True)  # where it confines what has not logged in yet
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd's chroot for connections that are not authenticated
     sshd = shutil.which("sshd", path=PATH)
     assert sshd is not None
     _call(sshd, "-f", str(folder / "sshd_config"))
@@ -74,14 +74,14 @@ def running_hosts() -> Iterator[dict[str, str]]:
         yield {"PATH_OF_SSH": str(ssh.parent), "HOSTFILE": str(folder / "hostfile")}
     finally:
         os.kill(int(pid_file.read_text()), signal.SIGTERM)
-        # It removes the file by itself, as its last act.
+        # sshd removes the file when it exits.
         _wait_until(lambda: not pid_file.exists())
         shutil.rmtree(folder)
 
 
-def _wait_until(is_so: Callable[[], bool]) -> None:
+def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

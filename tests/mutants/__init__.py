@@ -24,7 +24,7 @@ TEST_FOLDERS: dict[str, tuple[str, ...]] = {
     "attention": ("tests/attention", "tests/model", "tests/training"),
     "costs": ("tests/model", "tests/planning", "tests/training"),
     "distributed": ("tests/distributed", "tests/attention", "tests/training"),
-    "fault_tolerance": ("tests/fault_tolerance", "tests/training"),
+    "fault_tolerance": ("tests/fault_tolerance", "tests/training", "tests/end_to_end"),
     "model": ("tests/model", "tests/planning", "tests/training"),
     "config": ("tests/config", "tests/model", "tests/training"),
     "io": ("tests/io", "tests/data", "tests/scaling"),

@@ -1,4 +1,4 @@
-"""The table of layouts: what each one shares out, and in how many processes."""
+"""The table of tested layouts, and the attention variants that are combined with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ATTENTIONS: dict[str, small.Attention] = {
     "sas-gather": {**small.SAS, "head_expansion": 2, "exchange": "gather"},
     "sas-all_to_all": {**small.SAS_GROUPED, "head_expansion": 2, "exchange": "all_to_all"},
     "mfa": small.MFA,
-    # The authors' output projection of 0 would leave no factor a gradient in the first step.
+    # The authors initialize the output projection to 0; the factors' gradients of the first step would be 0.
     "tpa": {**small.TPA, "initialization": "normal"},
 }
 
@@ -27,7 +27,10 @@ SHARDED = {"distributed": True}
 
 @dataclass(frozen=True)
 class Layout:
-    """`world_size` ranks; what `parallel` leaves of them share the batch. `model` also holds alone."""
+    """A layout of `world_size` ranks. The ranks that `parallel` does not use are data-parallel.
+
+    The fields of `model` also apply to the run in one process to which the layout is compared.
+    """
 
     world_size: int
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -38,19 +41,19 @@ class Layout:
 
     @property
     def num_layers(self) -> int:
-        """Four where a pipeline shares them, two otherwise."""
+        """Four with pipeline parallelism, otherwise two."""
         return int(self.model.get("num_layers", 4 if self.parallel.get("pipeline", 1) > 1 else 2))
 
     @property
     def micro_batch_size(self) -> int:
-        """Two; without a pipeline as many samples as leave each data rank two microbatches."""
+        """Two; without pipeline parallelism, the size at which each data rank has two microbatches."""
         if self.parallel.get("pipeline", 1) > 1 or self.world_size == 1:
             return 2
         model_size = self.parallel.get("tensor", 1) * self.parallel.get("context", 1)
         return max(1, 4 * model_size // self.world_size)
 
     def config(self, attention: str) -> RunConfig:
-        """A run of eight samples a step on this layout."""
+        """Return a run on this layout with eight samples per step."""
         sections: dict[str, Any] = {
             "attention": ATTENTIONS[attention],
             "model": {**self.model, "num_layers": self.num_layers},
@@ -70,12 +73,12 @@ class Layout:
             sections["deepspeed"] = self.deepspeed
         return small_config(**sections)
 
-    def alone(self, attention: str) -> RunConfig:
-        """The same model in one process: Megatron-core's engine, nothing shared, nothing recomputed."""
+    def single_process(self, attention: str) -> RunConfig:
+        """Return a run of the same model in one process with Megatron-core's engine and no recomputation."""
         return Layout(1, model={**self.model, "num_layers": self.num_layers}).config(attention)
 
 
-# Each axis alone, then what interacts.
+# Each kind of parallelism separately, then combinations.
 LAYOUTS: dict[str, Layout] = {
     "one rank, selective recompute": Layout(1, training={"recompute": "selective"}),
     "one rank, full recompute": Layout(1, training={"recompute": "full"}),
@@ -144,8 +147,9 @@ LAYOUTS: dict[str, Layout] = {
     },
 }
 
-# The layouts and attentions of the default run. Each layout here adds a line of the product or of
-# Megatron-core's schedule to those before it; each attention meets tensor, pipeline, context and data ranks.
+# The layouts and attentions of the default test run. Each layout here executes code of this package or of
+# Megatron-core's schedules that the previous ones do not. Each attention is combined with tensor, pipeline,
+# context and data parallelism.
 DEFAULT_PAIRS = {
     ("one rank, selective recompute", "sas-gather"),
     ("one rank, full recompute", "mla"),

@@ -1,4 +1,4 @@
-"""What a step reads: the same samples in the same order at any layout; held-out windows and their bytes."""
+"""The samples of each step, which are the same at any layout, and the windows and bytes of an evaluation."""
 
 from __future__ import annotations
 
@@ -38,20 +38,23 @@ def tokens_of_step(config: RunConfig, step: int, data_rank: int, data_size: int)
     return [row.tolist() for batch in batches for row in batch["tokens"]]
 
 
-def test_data_parallel_ranks_share_a_step_without_gap_or_repeat(
+def test_data_ranks_read_each_sample_of_a_step_once(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(tmp_path, training={"global_batch_size": 12, "micro_batch_size": 3})
-    [alone] = ranks(1).run(tokens_of_step, config, 2, 0, 1)
-    shared = [ranks(1).run(tokens_of_step, config, 2, rank, 4)[0] for rank in range(4)]
-    assert len(alone) == 12
-    assert sorted(alone) == sorted(row for rows in shared for row in rows)
-    [another] = ranks(1).run(tokens_of_step, config, 3, 0, 1)
-    assert not set(map(tuple, alone)) & set(map(tuple, another)), "steps must not repeat samples"
+    [single_rank] = ranks(1).run(tokens_of_step, config, 2, 0, 1)
+    by_rank = [ranks(1).run(tokens_of_step, config, 2, rank, 4)[0] for rank in range(4)]
+    assert len(single_rank) == 12
+    assert sorted(single_rank) == sorted(row for rows in by_rank for row in rows)
+    [next_step] = ranks(1).run(tokens_of_step, config, 3, 0, 1)
+    assert not set(map(tuple, single_rank)) & set(map(tuple, next_step)), "steps must not repeat samples"
 
 
 def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
-    """Labels of the validation windows, and what the evaluation makes of a model that knows nothing."""
+    """Return the labels of the validation windows, and the evaluation of a model with uniform predictions.
+
+    The evaluation is given as loss, bits per byte and number of bytes.
+    """
     from sas_megatron.data.batches import ByteLengths, build_validation_samples, microbatches
     from sas_megatron.evaluation.held_out import evaluate_held_out
 
@@ -65,7 +68,7 @@ def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
             samples,
             first_sample=0,
             num_samples=count,
-            num_microbatches=3,  # the second is filled up to four windows, the third is all filling
+            num_microbatches=3,  # the second is padded to four windows, the third is all padding
             micro_batch_size=4,
             data_rank=0,
             data_size=1,
@@ -104,7 +107,7 @@ def test_validation_windows_do_not_depend_on_the_seed(
 
 
 def test_token_files_shorter_than_a_sample_are_refused(small_data: SmallData, tmp_path: Path) -> None:
-    """Megatron-core would go on looking for a sample's tokens in them."""
+    """Megatron-core would search these files for the tokens of a sample forever."""
     (tmp_path / "text.txt").write_text("x")
     prefix = tmp_path / "small"
     prepare_token_files([tmp_path / "text.txt"], tokenizer_path=small_data.tokenizer, prefix=prefix)
@@ -116,21 +119,21 @@ def test_token_files_shorter_than_a_sample_are_refused(small_data: SmallData, tm
     )
 
 
-def test_bits_per_byte_counts_the_bytes_that_the_labels_spell(
+def test_bits_per_byte_counts_the_bytes_of_the_decoded_labels(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(tmp_path)
     [(labels, loss, bits_per_byte, num_bytes)] = ranks(1).run(held_out, config)
     tokenizer = open_token_files(config.data, vocab_size=512)
-    spelled = sum(len(tokenizer.decode_bytes(row)) for row in labels)
+    num_label_bytes = sum(len(tokenizer.decode_bytes(row)) for row in labels)
     assert len(labels) == 6
-    assert num_bytes == spelled
+    assert num_bytes == num_label_bytes
     assert loss == pytest.approx(math.log(512))
-    assert bits_per_byte == pytest.approx(len(labels) * 40 * 9 / spelled)
+    assert bits_per_byte == pytest.approx(len(labels) * 40 * 9 / num_label_bytes)
 
 
-def losses_with_other_past(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Losses of a sample with an inner document end, and with another first document."""
+def losses_with_other_first_document(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return the losses of a sample of two documents, the losses with another first document, and its end."""
     from sas_megatron.data.batches import build_training_samples
     from sas_megatron.model.assembly import build_gpt_chunks
 
@@ -143,7 +146,7 @@ def losses_with_other_past(config: RunConfig) -> tuple[torch.Tensor, torch.Tenso
         if ends and 5 < ends[0] < 30:
             break
     else:
-        raise AssertionError("no sample holds a document end")
+        raise AssertionError("no sample contains a document end")
     (model,) = build_gpt_chunks(config)
     model.eval()
     batch = {name: torch.as_tensor(value)[None] for name, value in sample.items()}
@@ -157,19 +160,17 @@ def losses_with_other_past(config: RunConfig) -> tuple[torch.Tensor, torch.Tenso
     return losses(batch["tokens"]), losses(other), ends[0]
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_documents_are_kept_apart_exactly_when_asked(
-    ranks: Any, small_data: SmallData, tmp_path: Path, apart: bool
+@pytest.mark.parametrize("reset", [True, False])
+def test_documents_are_independent_only_with_reset_at_document_ends(
+    ranks: Any, small_data: SmallData, tmp_path: Path, reset: bool
 ) -> None:
-    config = small_data.run(tmp_path, data={"reset_at_document_ends": apart})
-    [(before, after, end)] = ranks(1).run(losses_with_other_past, config)
+    config = small_data.run(tmp_path, data={"reset_at_document_ends": reset})
+    [(before, after, end)] = ranks(1).run(losses_with_other_first_document, config)
     assert not torch.equal(before[:end], after[:end])
-    assert torch.equal(before[end + 1 :], after[end + 1 :]) is apart
+    assert torch.equal(before[end + 1 :], after[end + 1 :]) is reset
 
 
-def test_another_tokenizer_than_the_data_was_written_by_is_refused(
-    small_data: SmallData, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_did_not_write_the_data_is_refused(small_data: SmallData, tmp_path: Path) -> None:
     from sas_megatron.data.tokenizer_training import train_tokenizer
 
     other = tmp_path / "other.model"
@@ -197,7 +198,7 @@ def test_damaged_token_files_are_refused_before_a_run(small_data: SmallData, tmp
         open_token_files(config.data, vocab_size=512, verify=True)
 
 
-def test_files_written_anew_get_indices_of_their_own(small_data: SmallData, tmp_path: Path) -> None:
+def test_rewritten_token_files_get_new_indices(small_data: SmallData, tmp_path: Path) -> None:
     from sas_megatron.data.batches import index_folder
 
     for ending in (".bin", ".idx", ".json"):
@@ -214,11 +215,11 @@ def test_files_written_anew_get_indices_of_their_own(small_data: SmallData, tmp_
     sha256 = json.loads(manifest)["bin_sha256"]
     (tmp_path / "text.json").write_text(manifest.replace(sha256, sha256[::-1]))
     assert folder() != before
-    assert len({folder(), folder(sizes=(9, 1, 0)), folder(seed=2)}) == 3, "nor do other samples share any"
+    assert len({folder(), folder(sizes=(9, 1, 0)), folder(seed=2)}) == 3, "other samples have other indices"
 
 
 def blended_documents(config: RunConfig, num_samples: int) -> list[int]:
-    """How many samples come from each of two token files, told apart by their constant tokens."""
+    """Count the samples from each of two token files, whose documents contain `q` or `z`."""
     from sas_megatron.data.batches import build_training_samples
 
     in_layout(ParallelConfig())
@@ -228,7 +229,7 @@ def blended_documents(config: RunConfig, num_samples: int) -> list[int]:
     return [sum(letter in text for text in texts) for letter in ("q", "z")]
 
 
-def test_blends_draw_by_their_weights(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_blends_follow_their_weights(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     from sas_megatron.data.prepare import prepare_token_files
 
     prefixes = []

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine beyond the table of layouts: bfloat16, clipping, offload, whole runs and resuming."""
+"""DeepSpeed's engine: bfloat16, clipping, offload and resume. `layouts` tests it at several layouts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.layouts import ATTENTIONS
 from tests.training.test_runs import complete, records, summary
 from tests.training.training_runs import Steps, replicas_that_differ, take_steps
 
-# Two data ranks, each of them one rank or two tensor ranks.
+# World size -> layout with two data-parallel replicas of the model.
 PARALLEL: dict[int, dict[str, Any]] = {2: {}, 4: {"tensor": 2, "sequence": True}}
 
 
@@ -41,8 +41,8 @@ def config_of(
 
 
 @pytest.fixture(scope="module")
-def by_megatron(ranks: Any) -> Any:
-    """`by_megatron(world_size, field=value)`: each rank's steps with Megatron-core's engine, taken once."""
+def megatron_steps(ranks: Any) -> Any:
+    """Return a cached function from world size and fields to the steps with Megatron-core's engine."""
 
     @functools.cache
     def steps(world_size: int, **fields: Any) -> list[Steps]:
@@ -51,11 +51,11 @@ def by_megatron(ranks: Any) -> Any:
     return steps
 
 
-# Stage 0 and stage 3 have a norm of their own, the others share theirs.
+# Stages 1 and 2 compute the norm in the same code.
 @pytest.mark.parametrize("stage", cases([0, 1, 2, 3], default=[0, 3]))
-def test_clipping_counts_each_parameter_once(ranks: Any, by_megatron: Any, stage: int) -> None:
-    # Far below the norm of about 1, so that every step is clipped, and a norm counted twice would show.
-    expected = by_megatron(4, clip=0.05)
+def test_clipping_counts_each_parameter_once(ranks: Any, megatron_steps: Any, stage: int) -> None:
+    # The norm is about 1, so that every step is clipped and a wrong norm changes the losses.
+    expected = megatron_steps(4, clip=0.05)
     by_rank = ranks(4).run(take_steps, config_of("deepspeed", clip=0.05, zero_stage=stage))
     assert not replicas_that_differ(by_rank)
     for steps, megatron in zip(by_rank, expected, strict=True):
@@ -65,10 +65,10 @@ def test_clipping_counts_each_parameter_once(ranks: Any, by_megatron: Any, stage
 
 
 @pytest.mark.parametrize(("stage", "world_size"), cases([(1, 4), (2, 2), (3, 4)], default=[(2, 2)]))
-def test_bfloat16_trains_as_megatrons_engine_does(
-    ranks: Any, by_megatron: Any, stage: int, world_size: int
+def test_bfloat16_trains_like_megatrons_engine(
+    ranks: Any, megatron_steps: Any, stage: int, world_size: int
 ) -> None:
-    expected = by_megatron(world_size, precision="bfloat16")
+    expected = megatron_steps(world_size, precision="bfloat16")
     config = config_of("deepspeed", world_size=world_size, precision="bfloat16", zero_stage=stage)
     by_rank = ranks(world_size).run(take_steps, config)
     assert not replicas_that_differ(by_rank)
@@ -77,7 +77,9 @@ def test_bfloat16_trains_as_megatrons_engine_does(
 
 
 @pytest.mark.parametrize(("stage", "world_size"), cases([(1, 2), (2, 4), (3, 4)], default=[(1, 2)]))
-def test_offload_settings_reach_deepspeed_and_change_nothing(ranks: Any, stage: int, world_size: int) -> None:
+def test_offload_settings_reach_deepspeed_and_do_not_change_the_losses(
+    ranks: Any, stage: int, world_size: int
+) -> None:
     plain = config_of("deepspeed", world_size=world_size, zero_stage=stage)
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     offloaded = config_of("deepspeed", world_size=world_size, zero_stage=stage, settings=offload)
@@ -88,7 +90,7 @@ def test_offload_settings_reach_deepspeed_and_change_nothing(ranks: Any, stage: 
 
 
 def steps_and_zero_settings(config: RunConfig) -> tuple[Steps, int, str]:
-    """On a rank: the steps, and the stage and offload device that DeepSpeed reports."""
+    """Return, on a rank, the steps, and the stage and offload device that DeepSpeed reports."""
     from sas_megatron.training import deepspeed_engine
 
     engines: list[Any] = []
@@ -107,7 +109,7 @@ def steps_and_zero_settings(config: RunConfig) -> tuple[Steps, int, str]:
     return steps, engine.zero_optimization_stage(), engine.zero_offload_optimizer().device
 
 
-# Each rank's files hold whole states, shards of them beside bfloat16 weights, or shards of weights too.
+# The files of a rank contain full optimizer states, shards of them, or shards of states and weights.
 @pytest.mark.parametrize(
     ("stage", "precision", "world_size"),
     cases(
@@ -121,7 +123,7 @@ def steps_and_zero_settings(config: RunConfig) -> tuple[Steps, int, str]:
         default=[(1, "bfloat16", 4), (3, "float32", 2)],
     ),
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     ranks: Any, small_data: SmallData, tmp_path: Path, stage: int, precision: str, world_size: int
 ) -> None:
     def run(name: str, **more: dict[str, Any]) -> RunConfig:
@@ -136,14 +138,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
             **more,
         )
 
-    whole = run("whole")
-    ranks(world_size).run(complete, whole)
-    ranks(world_size).run(complete, run("parts", training={"stop_after_steps": 3}))
-    rest = run("parts", checkpoint={"resume": True})
-    ranks(world_size).run(complete, rest)
-    timeless = ("step", "consumed_samples", "train_loss", "gradient_norm", "learning_rate")
-    assert [[record[key] for key in timeless] for record in records(rest)] == [
-        [record[key] for key in timeless] for record in records(whole)
+    uninterrupted = run("uninterrupted")
+    ranks(world_size).run(complete, uninterrupted)
+    ranks(world_size).run(complete, run("resumed", training={"stop_after_steps": 3}))
+    resumed = run("resumed", checkpoint={"resume": True})
+    ranks(world_size).run(complete, resumed)
+    compared_keys = ("step", "consumed_samples", "train_loss", "gradient_norm", "learning_rate")
+    assert [[record[key] for key in compared_keys] for record in records(resumed)] == [
+        [record[key] for key in compared_keys] for record in records(uninterrupted)
     ]
-    assert len(records(whole)) == 5
-    assert summary(rest)["final_validation_loss"] == summary(whole)["final_validation_loss"]
+    assert len(records(uninterrupted)) == 5
+    assert summary(resumed)["final_validation_loss"] == summary(uninterrupted)["final_validation_loss"]

@@ -1,4 +1,4 @@
-"""Steps that would do harm: skipped on all ranks, counted, bounded; spikes recorded, skipped or stopped."""
+"""Harmful steps are skipped on all ranks and counted; spikes are recorded, skipped, or end the run."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ NAN = float("nan")
 
 
 def complete_disturbed(
-    config: RunConfig, disturbed_rank: int, steps: list[int], what: str, factor: float
+    config: RunConfig, disturbed_rank: int, steps: list[int], target: str, factor: float
 ) -> tuple[list[int], str | None]:
-    """On a rank: the run, in which one rank's samples or gradients are multiplied in some steps.
+    """Complete a run on this rank; one rank multiplies its samples or gradients in some steps by `factor`.
 
-    Gives a checksum of weights and optimizer state after each step, and the fault that the run ended by.
+    Returns:
+        A checksum of weights and optimizer state after each step, and the message of the fault that ended
+        the run.
     """
     from sas_megatron.training.health import TrainingFault
     from sas_megatron.training.loop import Run
@@ -36,26 +38,26 @@ def complete_disturbed(
     topology = in_layout(config.parallel, seed=config.training.seed)
     run = Run(config, topology)
     if topology.rank == disturbed_rank:
-        _disturb(run, steps, what, factor)
-    step, states = run._step, []
+        _disturb(run, steps, target, factor)
+    run_step, states = run._step, []
 
-    def noting_step() -> Any:
-        result = step()
-        states.append(_state_of(run.engine))
+    def step_and_checksum() -> Any:
+        result = run_step()
+        states.append(_checksum_state(run.engine))
         return result
 
-    run._step = noting_step  # type: ignore[method-assign]
+    run._step = step_and_checksum  # type: ignore[method-assign]
     try:
         run.complete()
     except TrainingFault as fault:
-        return [*states, _state_of(run.engine)], str(fault)
+        return [*states, _checksum_state(run.engine)], str(fault)
     return states, None
 
 
-def _disturb(run: Any, steps: list[int], what: str, factor: float) -> None:
+def _disturb(run: Any, steps: list[int], target: str, factor: float) -> None:
     training_batches = run.data.training_batches
     *_, parameter = run.engine.model_chunks[-1].parameters()
-    if what == "gradients":
+    if target == "gradients":
         parameter.register_hook(
             lambda gradient: gradient * (factor if run.progress.step + 1 in steps else 1.0)
         )
@@ -70,7 +72,7 @@ def _disturb(run: Any, steps: list[int], what: str, factor: float) -> None:
     run.data.training_batches = disturbed
 
 
-def _state_of(engine: Any) -> int:
+def _checksum_state(engine: Any) -> int:
     from sas_megatron.training.replicas import checksum
 
     engine.sync_parameters()
@@ -118,16 +120,16 @@ def config_of(small_data: SmallData, directory: Path, layout: str, **health: Any
 @pytest.mark.parametrize(
     "layout", cases(LAYOUTS, default=LAYOUTS.keys() - {"data 2", "DeepSpeed 1", "DeepSpeed 2"})
 )
-def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(
+def test_a_non_finite_loss_skips_the_step_on_all_ranks(
     ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
 ) -> None:
     config = config_of(small_data, tmp_path / "run", layout)
     by_rank = ranks(2).run(complete_disturbed, config, 1, [BAD_STEP], "samples", NAN)
     for states, fault in by_rank:
         assert fault is None
-        assert states[BAD_STEP - 1] == states[BAD_STEP - 2], "weights and optimizer are as before"
-        assert len(set(states)) == len(states) - 1, "every other step makes an update"
-    # In a tensor group too, whose ranks have the same samples: only rank 1's are disturbed here.
+        assert states[BAD_STEP - 1] == states[BAD_STEP - 2], "weights and optimizer state stay unchanged"
+        assert len(set(states)) == len(states) - 1, "every other step applies its update"
+    # Tensor ranks have the same samples, but the test disturbs those of rank 1 only.
     assert records(config, "health") == [
         {
             "kind": "health",
@@ -142,12 +144,12 @@ def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(
     train = records(config)
     assert [record["step"] for record in train] == [1, 2, 3, 5, 6, 7]
     assert [record["consumed_samples"] for record in train] == [8, 16, 24, 40, 48, 56]
-    # Steps 4 to 6 of the schedule.
-    undisturbed = [record["learning_rate"] for record in train]
-    assert undisturbed == sorted(undisturbed[:3]) + sorted(undisturbed[3:], reverse=True)
-    found = summary(config)["health"]
-    assert found["skipped_steps"] == found["non_finite_losses"] == 1
-    assert found["non_finite_losses_by_rank"] == {"1": 1}
+    # The schedule does not advance in the skipped step: these are the rates of its steps 1 to 6.
+    rates = [record["learning_rate"] for record in train]
+    assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
+    counts = summary(config)["health"]
+    assert counts["skipped_steps"] == counts["non_finite_losses"] == 1
+    assert counts["non_finite_losses_by_rank"] == {"1": 1}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(
         default=["data 2", "DeepSpeed 1", "DeepSpeed 3"],
     ),
 )
-def test_gradients_that_are_not_finite_skip_the_step_although_the_loss_is(
+def test_non_finite_gradients_skip_the_step_even_if_the_loss_is_finite(
     ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
 ) -> None:
     config = config_of(small_data, tmp_path / "run", layout)
@@ -166,12 +168,14 @@ def test_gradients_that_are_not_finite_skip_the_step_although_the_loss_is(
         assert len(set(states)) == len(states) - 1
     (event,) = records(config, "health")
     assert (event["step"], event["quantity"], event["response"]) == (BAD_STEP, "gradient_norm", "skip")
-    assert "ranks" not in event, "a sum over ranks does not tell"
-    found = summary(config)["health"]
-    assert (found["non_finite_losses"], found["non_finite_gradients"]) == (0, 1)
+    assert "ranks" not in event, "the rank is unknown"
+    counts = summary(config)["health"]
+    assert (counts["non_finite_losses"], counts["non_finite_gradients"]) == (0, 1)
 
 
-def test_steps_skipped_in_a_row_are_bounded(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_too_many_steps_skipped_in_a_row_end_the_run(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
     config = config_of(small_data, tmp_path / "run", "data 2", skipped_in_a_row=2)
     for states, fault in ranks(2).run(complete_disturbed, config, 1, [1, 2, 4, 5, 6], "samples", NAN):
         assert fault is not None
@@ -180,12 +184,12 @@ def test_steps_skipped_in_a_row_are_bounded(ranks: Any, small_data: SmallData, t
             "the loss is not finite on rank 1 microbatch 0 (nan)"
         )
         assert len(states) == 6
-        assert states[2] == states[-1] != states[1], "weights are those of step 3"
+        assert states[2] == states[-1] != states[1], "the weights are those after step 3"
     events = [(event["step"], event["response"]) for event in records(config, "health")]
     assert events == [(1, "skip"), (2, "skip"), (4, "skip"), (5, "skip"), (6, "stop")]
 
 
-# No chance rise of a norm among so few is a spike by this threshold, and 1e6 times one parameter's is.
+# No random variation of the norm exceeds this threshold, but a gradient that is multiplied by 1e6 does.
 SPIKES = {"spike_window": 4, "spike_threshold": 1000.0}
 
 
@@ -207,9 +211,11 @@ def test_a_spike_of_the_gradient_norm_is_recorded_or_skipped(
     assert event["response"] == response
     assert event["value"] > event["median"] * 11
     assert event["deviations"] > 1000
-    found = summary(config)["health"]
-    assert (found["gradient_norm_spikes"], found["skipped_steps"]) == (1, int(response == "skip"))
-    assert [record["step"] for record in records(config)] == list(range(1, 8)), "its values are numbers"
+    counts = summary(config)["health"]
+    assert (counts["gradient_norm_spikes"], counts["skipped_steps"]) == (1, int(response == "skip"))
+    assert [record["step"] for record in records(config)] == list(range(1, 8)), (
+        "a spike is finite and stays in the records"
+    )
 
 
 def test_a_spike_can_end_the_run_before_its_update(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
@@ -222,7 +228,7 @@ def test_a_spike_can_end_the_run_before_its_update(ranks: Any, small_data: Small
     assert [record["step"] for record in records(config)] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_that_goes_on_knows_the_steps_before(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_health_history(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     def run(**sections: Any) -> RunConfig:
         training = {"num_steps": 7, "micro_batch_size": 2, **sections.pop("training", {})}
         return small_data.run(
@@ -233,22 +239,22 @@ def test_a_run_that_goes_on_knows_the_steps_before(ranks: Any, small_data: Small
             **sections,
         )
 
-    # The second step is skipped, so the fifth is the fourth that counts.
+    # The second step is skipped, so that the window of four updates is full after the fifth step.
     ranks(2).run(complete_disturbed, run(training={"stop_after_steps": 5}), 1, [2], "samples", NAN)
-    rest = run(checkpoint={"resume": True})
-    ranks(2).run(complete_disturbed, rest, 1, [6], "gradients", 1e6)
-    assert [(event["step"], event["event"]) for event in records(rest, "health")] == [
+    resumed = run(checkpoint={"resume": True})
+    ranks(2).run(complete_disturbed, resumed, 1, [6], "gradients", 1e6)
+    assert [(event["step"], event["event"]) for event in records(resumed, "health")] == [
         (2, "non_finite"),
         (6, "spike"),
     ]
-    assert summary(rest)["health"]["skipped_steps"] == 2
+    assert summary(resumed)["health"]["skipped_steps"] == 2
 
 
-def test_files_hold_valid_json_whatever_is_not_finite(
+def test_files_contain_valid_json_if_a_loss_is_not_finite(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = config_of(small_data, tmp_path / "run", "data 2")
-    ranks(2).run(complete_disturbed, config, 1, [7], "samples", NAN)  # the last one
+    ranks(2).run(complete_disturbed, config, 1, [7], "samples", NAN)  # the last step
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -275,12 +281,12 @@ def test_a_healthy_run_has_no_health_records(ranks: Any, small_data: SmallData, 
         ({"replica_check_interval": 0}, r"health\.replica_check_interval=0: must be positive"),
     ],
 )
-def test_wrong_fields_are_refused(health: dict[str, Any], message: str) -> None:
+def test_invalid_fields_are_refused(health: dict[str, Any], message: str) -> None:
     with pytest.raises(FieldError, match=message):
         small_config(health=health)
 
 
-def test_zero_stage_3_has_no_copies_to_check() -> None:
+def test_replica_checks_are_refused_at_zero_stage_3() -> None:
     with pytest.raises(FieldError, match=r"health\.replica_check_interval=5: .*deepspeed\.zero_stage=3"):
         small_config(
             health={"replica_check_interval": 5},

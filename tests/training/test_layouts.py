@@ -1,4 +1,4 @@
-"""Every layout computes what one process does: initial weights, every gradient, and five steps' losses."""
+"""Every layout gives the results of one process: initial weights, every gradient, losses of five steps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.training.training_runs import Steps, take_steps, tensor_groups
 
 
 @pytest.fixture(scope="module")
-def alone(ranks: Any) -> Any:
-    """`alone(config)`: the steps of one process, each config's taken once."""
+def run_single_process(ranks: Any) -> Any:
+    """Return a cached function from a config to the steps of one process."""
 
     @functools.cache
     def steps(config: str) -> Steps:
@@ -28,7 +28,7 @@ def alone(ranks: Any) -> Any:
     return lambda config: steps(config.model_dump_json())
 
 
-# The layout varies slowest, since ranks keep their groups from test to test.
+# The layout varies slowest, because ranks reuse their process groups between tests.
 @pytest.mark.parametrize(
     ("name", "attention"),
     [
@@ -36,9 +36,11 @@ def alone(ranks: Any) -> Any:
         for pair in itertools.product(LAYOUTS, ATTENTIONS)
     ],
 )
-def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, name: str, attention: str) -> None:
+def test_every_layout_trains_like_one_process(
+    ranks: Any, run_single_process: Any, name: str, attention: str
+) -> None:
     layout = LAYOUTS[name]
-    expected: Steps = alone(layout.alone(attention))
+    expected: Steps = run_single_process(layout.single_process(attention))
     by_rank: list[Steps] = ranks(layout.world_size).run(take_steps, layout.config(attention))
     seen: set[str] = set()
     for group in tensor_groups(by_rank):
@@ -47,8 +49,8 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, name: s
         seen |= weights.keys()
         assert gradients.keys() == weights.keys()
         for parameter, weight in weights.items():
-            whole = expected.initial_weights[parameter].tensor
-            assert torch.equal(weight, whole), f"{parameter} starts otherwise"
+            expected_weight = expected.initial_weights[parameter].tensor
+            assert torch.equal(weight, expected_weight), f"{parameter} has other initial weights"
             gradient = expected.gradients[parameter].tensor
             assert_within(WHOLE_MODEL_GRADIENT, gradients[parameter], gradient, f"gradient of {parameter}")
     assert seen == expected.initial_weights.keys()
@@ -57,6 +59,6 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, alone: Any, name: s
         assert steps.gradient_norms[0] == pytest.approx(expected.gradient_norms[0], rel=1e-5)
 
 
-def test_the_default_pairs_are_in_the_table() -> None:
+def test_the_default_pairs_are_in_the_table_and_include_every_attention() -> None:
     assert set(itertools.product(LAYOUTS, ATTENTIONS)) >= DEFAULT_PAIRS
     assert {attention for _, attention in DEFAULT_PAIRS} == set(ATTENTIONS)

@@ -1,4 +1,4 @@
-"""Parameter groups: each weight is in the group of its kind, at that group's rate and decay."""
+"""Parameter groups: each parameter has the learning rate and weight decay of its kind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config_of(**changes: Any) -> RunConfig:
 
 
 def _rates_and_decays(config: RunConfig, step: int) -> dict[str, tuple[float, float]]:
-    """On a rank: learning rate and weight decay of every parameter at one step, by name."""
+    """Return, on a rank, the learning rate and weight decay of every parameter at one step, by name."""
     from sas_megatron.training.build import build_engine
 
     in_layout(config.parallel)
@@ -42,17 +42,17 @@ def _rates_and_decays(config: RunConfig, step: int) -> dict[str, tuple[float, fl
     for _ in range(step):
         engine.schedule.step(1)
     names = {id(parameter): name for name, parameter in engine.model_chunks[0].named_parameters()}
-    found: dict[str, tuple[float, float]] = {}
+    settings: dict[str, tuple[float, float]] = {}
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
-            name = names.pop(id(parameter))  # a second time would be a KeyError
-            found[name] = (group["lr"], group["weight_decay"])
-    assert not names, f"in no group: {sorted(names.values())}"
-    return found
+            name = names.pop(id(parameter))  # KeyError if it is in two groups
+            settings[name] = (group["lr"], group["weight_decay"])
+    assert not names, f"not in any group: {sorted(names.values())}"
+    return settings
 
 
 def _elements_by_group(config: RunConfig) -> dict[tuple[float, float], int]:
-    """On a rank: how many numbers are optimized at each rate and decay, in whatever copies."""
+    """Return, on a rank, the number of optimized elements by learning rate and weight decay."""
     from sas_megatron.training.build import build_engine
 
     in_layout(config.parallel)
@@ -68,36 +68,36 @@ def _elements_by_group(config: RunConfig) -> dict[tuple[float, float], int]:
 
 
 def rate_at(step: int, kind: str = "cosine") -> float:
-    """The base learning rate, written from the schedule's definition."""
+    """Return the base learning rate according to the definition of the schedule."""
     if step <= WARMUP:
         return PEAK * step / WARMUP
-    passed = min(1.0, (step - WARMUP) / (STEPS - WARMUP))
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * passed)), "linear": 1 - passed, "constant": 1.0}[kind]
-    return PEAK * (FINAL_FRACTION + (1 - FINAL_FRACTION) * left)
+    elapsed = min(1.0, (step - WARMUP) / (STEPS - WARMUP))
+    share = {"cosine": 0.5 * (1 + math.cos(math.pi * elapsed)), "linear": 1 - elapsed, "constant": 1.0}[kind]
+    return PEAK * (FINAL_FRACTION + (1 - FINAL_FRACTION) * share)
 
 
 @pytest.mark.parametrize("step", [1, 4, 11, 20])
-def test_every_parameter_has_the_rate_and_decay_of_its_kind(ranks: Any, step: int) -> None:
-    (found,) = ranks(1).run(_rates_and_decays, config_of(), step)
-    for name, (rate, decay) in found.items():
+def test_every_parameter_has_the_learning_rate_and_weight_decay_of_its_kind(ranks: Any, step: int) -> None:
+    (settings,) = ranks(1).run(_rates_and_decays, config_of(), step)
+    for name, (rate, decay) in settings.items():
         simulated = ".simulation." in name
         vector = name.endswith("bias") or "layernorm" in name
         assert rate == pytest.approx(rate_at(step) * (RATE_MULTIPLIER if simulated else 1.0)), name
         expected = 0.0 if vector else DECAY * (DECAY_MULTIPLIER if simulated else 1.0)
         assert decay == pytest.approx(expected), name
-    # Of each kind there are some, in each of the two layers.
+    # Each of the two layers has parameters of each kind.
     for part in ("simulation.heads.query.refine", "simulation.features.key.expand_bias", "layernorm.weight"):
-        assert sum(part in name for name in found) >= 2, part
+        assert sum(part in name for name in settings) >= 2, part
 
 
 @pytest.mark.parametrize("kind", ["linear", "constant"])
 @pytest.mark.parametrize("step", [2, 13, 20])
-def test_the_schedule_takes_the_chosen_shape(ranks: Any, kind: str, step: int) -> None:
-    (found,) = ranks(1).run(_rates_and_decays, config_of(schedule={"kind": kind}), step)
-    assert found["decoder.final_layernorm.weight"][0] == pytest.approx(rate_at(step, kind))
+def test_the_schedule_follows_its_kind(ranks: Any, kind: str, step: int) -> None:
+    (settings,) = ranks(1).run(_rates_and_decays, config_of(schedule={"kind": kind}), step)
+    assert settings["decoder.final_layernorm.weight"][0] == pytest.approx(rate_at(step, kind))
 
 
-def test_warmup_stable_decay_stays_at_the_peak_and_ends_in_a_line(ranks: Any) -> None:
+def test_warmup_stable_decay_stays_at_the_peak_and_then_decays_linearly(ranks: Any) -> None:
     config = config_of(schedule={"kind": "warmup_stable_decay", "decay_steps": 8})
     rates = {
         step: ranks(1).run(_rates_and_decays, config, step)[0]["decoder.final_layernorm.weight"][0]
@@ -109,9 +109,7 @@ def test_warmup_stable_decay_stays_at_the_peak_and_ends_in_a_line(ranks: Any) ->
 
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_groups_hold_the_same_numbers_under_every_optimizer(
-    ranks: Any, precision: str, distributed: bool
-) -> None:
+def test_groups_have_the_same_sizes_in_every_optimizer(ranks: Any, precision: str, distributed: bool) -> None:
     (plain,) = ranks(1).run(_elements_by_group, config_of())
     assert set(plain) == {
         (PEAK, DECAY),

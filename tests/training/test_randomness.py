@@ -1,4 +1,4 @@
-"""Dropout knows the layout: replicated regions draw alike, sharded ones apart, and runs repeat to the bit."""
+"""Dropout: masks are equal in replicated regions and independent in sharded ones; runs are reproducible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def config_of(**parallel: Any) -> RunConfig:
 
 
 def kept_and_hidden(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """On a rank: which elements of the embedding dropout keeps, and the hidden states after all layers."""
+    """Return, on a rank, the elements of the embedding that dropout keeps, and the last hidden states."""
     from sas_megatron.model.assembly import build_gpt_chunks
 
     topology = in_layout(config.parallel)
@@ -38,17 +38,18 @@ def kept_and_hidden(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     model.decoder.layers[-1].register_forward_hook(
         lambda _module, _input, output: seen.update(hidden=output[0].detach())
     )
-    mine = random_tokens(config).chunk(topology.context_group.size(), dim=1)[0]
-    model.train()(mine, torch.arange(mine.shape[1]).expand_as(mine), None)
+    local_tokens = random_tokens(config).chunk(topology.context_group.size(), dim=1)[0]
+    positions = torch.arange(local_tokens.shape[1]).expand_as(local_tokens)
+    model.train()(local_tokens, positions, None)
     return seen["kept"], seen["hidden"]
 
 
-def test_tensor_ranks_drop_the_same_of_what_they_all_hold(ranks: Any) -> None:
-    (kept, hidden), (kept_there, hidden_there) = ranks(2).run(kept_and_hidden, config_of(tensor=2))
+def test_tensor_ranks_have_equal_masks_for_replicated_activations(ranks: Any) -> None:
+    (kept, hidden), (other_kept, other_hidden) = ranks(2).run(kept_and_hidden, config_of(tensor=2))
     assert 0.4 < kept.float().mean() < 0.6
-    assert torch.equal(kept, kept_there)
-    # Attention drops other weights on each rank, and the sum over the ranks is the same on both.
-    assert torch.equal(hidden, hidden_there)
+    assert torch.equal(kept, other_kept)
+    # Each rank has its own mask for its attention heads; the all-reduced sum is the same on both.
+    assert torch.equal(hidden, other_hidden)
 
 
 @pytest.mark.parametrize(
@@ -56,22 +57,22 @@ def test_tensor_ranks_drop_the_same_of_what_they_all_hold(ranks: Any) -> None:
     [{"tensor": 2, "sequence": True}, {"context": 2}, {}],
     ids=["tokens of a tensor rank", "tokens of a context rank", "samples of a data rank"],
 )
-def test_ranks_drop_apart_in_what_each_holds_alone(ranks: Any, parallel: dict[str, Any]) -> None:
-    (kept, _), (kept_there, _) = ranks(2).run(kept_and_hidden, config_of(**parallel))
-    assert kept.shape == kept_there.shape
-    # Of independent masks a half agrees; 5 standard deviations of that.
-    agreeing = (kept == kept_there).float().mean().item()
+def test_ranks_have_independent_masks_for_sharded_activations(ranks: Any, parallel: dict[str, Any]) -> None:
+    (kept, _), (other_kept, _) = ranks(2).run(kept_and_hidden, config_of(**parallel))
+    assert kept.shape == other_kept.shape
+    # Independent masks agree in half of their elements; the tolerance is 5 standard deviations.
+    agreeing = (kept == other_kept).float().mean().item()
     assert abs(agreeing - 0.5) < 5 * 0.5 / kept.numel() ** 0.5
 
 
-def mask_of_stage(config: RunConfig) -> torch.Tensor:
-    """On a rank: what the first dropout after the seeding would keep, as its first layer draws it."""
+def stage_mask(config: RunConfig) -> torch.Tensor:
+    """Return, on a rank, the mask of the first dropout after the seeding."""
     in_layout(config.parallel)
     return torch.nn.functional.dropout(torch.ones(1000), 0.5) != 0
 
 
-def test_stages_of_a_pipeline_drop_apart(ranks: Any) -> None:
-    first, second = ranks(2).run(mask_of_stage, config_of(pipeline=2))
+def test_pipeline_stages_have_independent_masks(ranks: Any) -> None:
+    first, second = ranks(2).run(stage_mask, config_of(pipeline=2))
     assert abs((first == second).float().mean().item() - 0.5) < 5 * 0.5 / 1000**0.5
 
 
@@ -84,23 +85,23 @@ REPEATED: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", cases(REPEATED, default=["tensor, sequence, pipeline", "DeepSpeed"]))
-def test_a_run_repeats_to_the_bit(ranks: Any, small_data: SmallData, tmp_path: Path, layout: str) -> None:
+def test_a_run_is_bit_reproducible(ranks: Any, small_data: SmallData, tmp_path: Path, layout: str) -> None:
     world_size, sections = REPEATED[layout]
     training = {"num_steps": 4, **sections.get("training", {})}
     dropout = {"model": {"hidden_dropout": 0.1}, "attention": {"dropout": 0.1}}
     runs = [
         small_data.run(tmp_path / name, **{**sections, "training": training, **dropout})
-        for name in ("once", "again")
+        for name in ("first", "second")
     ]
     for config in runs:
         ranks(world_size).run(complete, config)
-    once, again = runs
-    assert_same_final_state(again, once)
+    first, second = runs
+    assert_same_final_state(second, first)
     losses = [[record["train_loss"] for record in records(config)] for config in runs]
     assert losses[0] == losses[1]
 
 
-def test_recomputation_drops_what_the_forward_pass_dropped(
+def test_recomputation_reuses_the_masks_of_the_forward_pass(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     losses = {}

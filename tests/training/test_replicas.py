@@ -1,4 +1,4 @@
-"""Copies of weights: what a checksum sees, and that a copy which drifts is named with its ranks."""
+"""Replicas of weights: the checksum, and the report of a replica that drifts with its ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sas_megatron.training import replicas
 from sas_megatron.training.replicas import checksum, describe_drift
 from tests.small_data import SmallData
 from tests.training.test_runs import LAYOUTS, complete, records, summary
-from tests.training.training_runs import complete_disturbed
+from tests.training.training_runs import complete_with_callback
 
 NORM = "decoder.final_layernorm.weight"
 PROJECTION = "decoder.layers.1.self_attention.linear_proj.weight"
@@ -23,57 +23,57 @@ PROJECTION = "decoder.layers.1.self_attention.linear_proj.weight"
 
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.data(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(1, 50))
-def test_a_checksum_sees_any_change_of_one_element(
+def test_a_checksum_changes_with_any_bit_of_one_element(
     data: st.DataObject, dtype: torch.dtype, length: int
 ) -> None:
     values = data.draw(st.lists(st.floats(-4, 4, width=16), min_size=length, max_size=length))
-    place = data.draw(st.integers(0, length - 1))
+    index = data.draw(st.integers(0, length - 1))
     tensor = torch.tensor(values, dtype=dtype)
     changed = tensor.clone()
-    changed.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])[place] ^= 1  # the lowest bit
+    changed.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])[index] ^= 1  # the lowest bit
     assert checksum(changed) != checksum(tensor)
     assert checksum(tensor.clone()) == checksum(tensor)
-    if changed[place] != changed[0]:
+    if changed[index] != changed[0]:
         swapped = changed.clone()
-        swapped[[0, place]] = swapped[[place, 0]]
-        assert checksum(swapped) != checksum(changed), "the same elements at other places"
+        swapped[[0, index]] = swapped[[index, 0]]
+        assert checksum(swapped) != checksum(changed), "the order of elements matters"
 
 
-def test_a_checksum_does_not_depend_on_how_many_elements_are_summed_at_once(
+def test_a_checksum_does_not_depend_on_the_block_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tensor = torch.randn(7, 11, generator=torch.Generator().manual_seed(3))
-    whole = checksum(tensor)
+    expected = checksum(tensor)
     monkeypatch.setattr(replicas, "_ELEMENTS_PER_BLOCK", 10)
-    assert checksum(tensor) == whole
-    assert checksum(tensor.t().contiguous().t()) == whole, "strides are not values"
+    assert checksum(tensor) == expected
+    assert checksum(tensor.t().contiguous().t()) == expected, "strides do not matter"
 
 
-def test_the_ranks_that_differ_are_named_by_tensor() -> None:
-    of_ranks = [{(0, NORM, None): 5, (0, PROJECTION, rank % 2): rank % 2} for rank in range(4)]
-    of_ranks[2][0, NORM, None] = 6
-    of_ranks[3][0, PROJECTION, 1] = 9
-    assert describe_drift(of_ranks) == (
+def test_the_description_names_tensors_and_ranks_that_differ() -> None:
+    by_rank = [{(0, NORM, None): 5, (0, PROJECTION, rank % 2): rank % 2} for rank in range(4)]
+    by_rank[2][0, NORM, None] = 6
+    by_rank[3][0, PROJECTION, 1] = 9
+    assert describe_drift(by_rank) == (
         f"{NORM} differs between ranks 0-1, 3 and rank 2; {PROJECTION} differs between rank 1 and rank 3"
     )
-    assert describe_drift(of_ranks, max_names=1).endswith("; and 1 more")
+    assert describe_drift(by_rank, max_names=1).endswith("; and 1 more")
 
 
 def complete_with_drift(config: RunConfig, drifting_rank: int, name: str) -> None:
-    """On a rank: the run, in which one weight of a rank changes by one bit after step 3."""
+    """Complete a run on this rank; one bit of a weight of `drifting_rank` changes after step 3."""
 
-    def change_a_bit(run: Any) -> None:
+    def flip_bit(run: Any) -> None:
         if run.progress.step == 3:
             weights = dict(run.engine.model_chunks[0].named_parameters())[name].detach()
             weights.view(torch.int32).view(-1)[-1] ^= 1
 
-    complete_disturbed(config, drifting_rank, change_a_bit)
+    complete_with_callback(config, drifting_rank, flip_bit)
 
 
 @pytest.mark.parametrize(
     ("parallel", "name"), [({}, PROJECTION), ({"tensor": 2, "sequence": True}, NORM)], ids=["data", "tensor"]
 )
-def test_a_copy_that_drifts_ends_the_run_and_is_named(
+def test_a_replica_that_drifts_ends_the_run_and_is_named(
     ranks: Any, small_data: SmallData, tmp_path: Path, parallel: dict[str, Any], name: str
 ) -> None:
     config = small_data.run(
@@ -91,7 +91,7 @@ def test_a_copy_that_drifts_ends_the_run_and_is_named(
 @pytest.mark.parametrize(
     "layout", ["tensor 2 with dropout", "pipeline 2 interleaved, data 2, overlapped", "DeepSpeed"]
 )
-def test_copies_that_do_not_drift_raise_no_alarm(
+def test_equal_replicas_are_not_reported(
     ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
 ) -> None:
     deepspeed = (2, {"training": {"engine": "deepspeed"}, "deepspeed": {"zero_stage": 2}})

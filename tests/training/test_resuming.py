@@ -1,4 +1,4 @@
-"""Going on elsewhere than one stopped: other layouts, damaged checkpoints, other runs' weights."""
+"""Resume at another layout or after damage to a checkpoint; start from the weights of another run."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from sas_megatron.training.run_files import RunFiles
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
 from tests.training.test_runs import assert_same_final_state, complete, records, summary
-from tests.training.training_runs import complete_disturbed
+from tests.training.training_runs import complete_with_callback
 
 
-def complete_and_listen(config: RunConfig) -> list[str]:
-    """On a rank: the run, and what it said."""
-    from sas_megatron.training.console import Console
+def complete_and_log(config: RunConfig) -> list[str]:
+    """Complete a run on this rank and return its log lines."""
+    from sas_megatron.training.records import Console
 
-    said: list[str] = []
-    kept = Console.log
-    Console.log = lambda _console, text: said.append(text)  # type: ignore[method-assign]
+    lines: list[str] = []
+    log = Console.log
+    Console.log = lambda _console, text: lines.append(text)  # type: ignore[method-assign]
     try:
         complete(config)
     finally:
-        Console.log = kept  # type: ignore[method-assign]
-    return said
+        Console.log = log  # type: ignore[method-assign]
+    return lines
 
 
-# Ranks, and how they share the work; each in turn goes on from the files of the one before.
-RELAY: list[tuple[int, dict[str, Any]]] = [
+# World size and sections. Each session resumes from the checkpoint of the previous one.
+SESSIONS: list[tuple[int, dict[str, Any]]] = [
     (4, {"parallel": {"tensor": 2, "sequence": True}, "optimizer": {"distributed": True}}),
     (1, {"parallel": {}, "optimizer": {}}),
     (2, {"parallel": {"pipeline": 2}, "optimizer": {"distributed": True}}),
@@ -44,36 +44,38 @@ RELAY: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def test_a_run_handed_from_layout_to_layout_is_one_run(
+def test_a_run_resumed_at_other_layouts_has_the_losses_of_one_layout(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
-    steps = len(RELAY) + 1  # the last takes two
+    steps = len(SESSIONS) + 1  # the last session makes two
 
     def run(name: str, **sections: dict[str, Any]) -> RunConfig:
         training = {"num_steps": steps, "micro_batch_size": 2, **sections.pop("training", {})}
         return small_data.run(tmp_path / name, training=training, evaluation={"interval": None}, **sections)
 
-    whole = run("whole")
-    ranks(1).run(complete, whole)
-    for index, (world_size, sections) in enumerate(RELAY):
+    uninterrupted = run("uninterrupted")
+    ranks(1).run(complete, uninterrupted)
+    for index, (world_size, sections) in enumerate(SESSIONS):
         training = {**sections.get("training", {}), "stop_after_steps": index + 1 + index // 3}
-        leg = run("relay", **{**sections, "training": training}, checkpoint={"resume": True})
-        entry.check_run(leg, world_size=world_size)
-        said = ranks(world_size).run(complete_and_listen, leg)
-        assert [any("random states are not restored" in line for line in lines) for lines in said] == [
+        session = run("resumed", **{**sections, "training": training}, checkpoint={"resume": True})
+        entry.check_run(session, world_size=world_size)
+        by_rank = ranks(world_size).run(complete_and_log, session)
+        assert [any("random states are not restored" in line for line in lines) for lines in by_rank] == [
             index > 0
         ] * world_size
-    assert [record["step"] for record in records(leg)] == list(range(1, steps + 1))
+    assert [record["step"] for record in records(session)] == list(range(1, steps + 1))
     for key in ("consumed_samples", "learning_rate"):
-        assert [record[key] for record in records(leg)] == [record[key] for record in records(whole)]
+        assert [record[key] for record in records(session)] == [
+            record[key] for record in records(uninterrupted)
+        ]
     losses = [
         [record["train_loss"] for record in records(config)] + [summary(config)["final_validation_loss"]]
-        for config in (leg, whole)
+        for config in (session, uninterrupted)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=LOSS_AFTER_FIVE_STEPS)
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_nothing_had_been(
+def test_a_run_with_a_damaged_checkpoint_resumes_from_the_previous_one_bit_identically(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     def run(name: str, **sections: dict[str, Any]) -> RunConfig:
@@ -87,41 +89,41 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_nothing_had_been(
             **sections,
         )
 
-    whole = run("whole", checkpoint={"asynchronous": True})
-    ranks(2).run(complete, whole)
-    ranks(2).run(complete, run("broken", training={"stop_after_steps": 5}))
-    newest, before, _ = find_checkpoints(tmp_path / "broken" / "checkpoints")
+    uninterrupted = run("uninterrupted", checkpoint={"asynchronous": True})
+    ranks(2).run(complete, uninterrupted)
+    ranks(2).run(complete, run("damaged", training={"stop_after_steps": 5}))
+    newest, previous, _ = find_checkpoints(tmp_path / "damaged" / "checkpoints")
     (newest / "__0_0.distcp").write_bytes((newest / "__0_0.distcp").read_bytes()[:-1])
-    broken = run("broken", checkpoint={"resume": True})
-    for said in ranks(2).run(complete_and_listen, broken):
-        assert said[0].startswith(f"{newest}: is damaged: __0_0.distcp has")
-        assert said[1] == f"resuming from {before} at step 4"
-    assert_same_final_state(broken, whole)
-    losses = [[record["train_loss"] for record in records(config)] for config in (broken, whole)]
+    damaged = run("damaged", checkpoint={"resume": True})
+    for lines in ranks(2).run(complete_and_log, damaged):
+        assert lines[0].startswith(f"{newest}: is damaged: __0_0.distcp has")
+        assert lines[1] == f"resuming from {previous} at step 4"
+    assert_same_final_state(damaged, uninterrupted)
+    losses = [[record["train_loss"] for record in records(config)] for config in (damaged, uninterrupted)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
 
 
-def test_only_so_many_checkpoints_stay(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     config = small_data.run(
         tmp_path / "run",
         training={"num_steps": 9},
         checkpoint={"interval": 1, "keep_last": 2, "keep_every": 3},
     )
     ranks(1).run(complete, config)
-    left = find_checkpoints(RunFiles.checkpoints(config))
-    assert [verify_checkpoint(path).step for path in left] == [9, 8, 6, 3]
+    kept = find_checkpoints(RunFiles.checkpoints(config))
+    assert [verify_checkpoint(path).step for path in kept] == [9, 8, 6, 3]
 
 
-def test_a_new_run_begins_with_the_weights_of_another(
+def test_a_new_run_starts_from_the_weights_of_another(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     first = small_data.run(tmp_path / "first", training={"num_steps": 4})
     ranks(1).run(complete, first)
     (path,) = find_checkpoints(RunFiles.checkpoints(first))
-    for place in (path, path.parent):
+    for source in (path, path.parent):
         other = small_data.run(
-            tmp_path / "other", model={"rotary_base": 500}, checkpoint={"initial_weights": str(place)}
+            tmp_path / "other", model={"rotary_base": 500}, checkpoint={"initial_weights": str(source)}
         )
         with pytest.raises(
             FieldError, match=r"model\.rotary_base=500: is 10000 of the weights in .*0000004; set"
@@ -142,15 +144,13 @@ def test_a_new_run_begins_with_the_weights_of_another(
     )
 
 
-def test_initial_weights_that_are_not_there_are_missed_before_training(
-    small_data: SmallData, tmp_path: Path
-) -> None:
+def test_missing_initial_weights_are_reported_before_training(small_data: SmallData, tmp_path: Path) -> None:
     config = small_data.run(tmp_path / "run", checkpoint={"initial_weights": str(tmp_path / "nothing")})
     with pytest.raises(FileProblem, match=r"nothing: contains neither a checkpoint nor weights"):
         entry.check_run(config, world_size=1)
 
 
-def test_deepspeeds_own_files_are_checked_and_bound_to_their_layout(
+def test_deepspeeds_files_are_verified_and_refused_at_another_layout(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     def run(**sections: dict[str, Any]) -> RunConfig:
@@ -161,11 +161,11 @@ def test_deepspeeds_own_files_are_checked_and_bound_to_their_layout(
 
     ranks(2).run(complete, run(training={"stop_after_steps": 2}))
     (path,) = find_checkpoints(tmp_path / "run" / "checkpoints")
-    own = [name for name in verify_checkpoint(path).files if name.startswith("deepspeed/")]
-    assert len(own) == 3, own  # the model's, and each data rank's part of the optimizer's
+    names = [name for name in verify_checkpoint(path).files if name.startswith("deepspeed/")]
+    assert len(names) == 3, names  # the model, and the optimizer states of each data rank
     with pytest.raises(AssertionError, match=r"DeepSpeed's files for another layout \(data 2 -> 1, w"):
         ranks(1).run(complete, run(checkpoint={"resume": True}))
-    for name, number in itertools.product(own, (0, 1)):
+    for name, number in itertools.product(names, (0, 1)):
         content = (path / name).read_bytes()
         damaged = bytearray(content)
         damaged[len(content) // 2] ^= 1 << number
@@ -176,7 +176,7 @@ def test_deepspeeds_own_files_are_checked_and_bound_to_their_layout(
     assert json.loads((path / "progress.json").read_text())["counts"]["consumed_samples"] == 16
 
 
-def test_what_decides_the_samples_may_not_change_with_the_layout(
+def test_fields_that_affect_the_samples_must_not_change_on_resume(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     ranks(1).run(complete, small_data.run(tmp_path / "run", training={"num_steps": 4}))
@@ -190,19 +190,19 @@ def test_what_decides_the_samples_may_not_change_with_the_layout(
         entry.check_run(other, world_size=2)
 
 
-def begin_another_session(run: Any) -> None:
-    """What the first rank of the same run, started elsewhere, does to the files in the fourth step."""
+def start_another_session(run: Any) -> None:
+    """In the fourth step, change the run directory as rank 0 of another session of the run would."""
     from sas_megatron.training.summary import describe_provenance
 
     if run.progress.step == 3:
         provenance = describe_provenance(run.config, run.topology, run.start)
-        elsewhere = RunFiles(run.config)
-        elsewhere.open(run.config, provenance, resumed_step=0)
-        elsewhere.close()
+        other_session = RunFiles(run.config)
+        other_session.open(run.config, provenance, resumed_step=0)
+        other_session.close()
 
 
 @pytest.mark.parametrize("interval", [5, 100])
-def test_a_session_whose_run_was_taken_over_ends_and_leaves_the_files_alone(
+def test_a_session_replaced_by_another_ends_without_writing(
     ranks: Any, small_data: SmallData, tmp_path: Path, interval: int
 ) -> None:
     config = small_data.run(
@@ -212,13 +212,13 @@ def test_a_session_whose_run_was_taken_over_ends_and_leaves_the_files_alone(
         checkpoint={"interval": interval, "resume": True},
     )
     with pytest.raises(AssertionError) as failure:
-        ranks(2).run(complete_disturbed, config, 0, begin_another_session)
+        ranks(2).run(complete_with_callback, config, 0, start_another_session)
     host = socket.gethostname()
-    says = f"FileProblem: {tmp_path}/run/run.json: contains a newer session, started on {host} at"
-    assert str(failure.value).count(says) == 2, "on both ranks"
+    message = f"FileProblem: {tmp_path}/run/run.json: contains a newer session, started on {host} at"
+    assert str(failure.value).count(message) == 2, "on both ranks"
     assert not list(RunFiles.checkpoints(config).glob("*"))
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "", "it is the other's"
-    # Nobody else is there: the run goes on.
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "", "the file belongs to the other session"
+    # The other session does not run, so that this one can resume.
     ranks(2).run(complete, config)
     assert len(records(config)) == 6

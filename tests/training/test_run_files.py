@@ -1,4 +1,4 @@
-"""What the file system refuses of a run's files is told as a problem of theirs."""
+"""Errors of the file system are reported with the file of the run that they concern."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.full_disk import no_file_longer_than
 from tests.run_configs import small_config
 
 
-def test_a_full_disk_is_told_by_the_file_that_finds_no_room(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_file_that_is_written(tmp_path: Path) -> None:
     config = small_config(logging={"run_directory": str(tmp_path / "run"), "tensorboard": False})
     files = RunFiles(config)
     with no_file_longer_than(100), pytest.raises(FileProblem, match=rf"^{tmp_path}/run: cannot be .*large\)"):
@@ -23,10 +23,10 @@ def test_a_full_disk_is_told_by_the_file_that_finds_no_room(tmp_path: Path) -> N
             files.write_record({"kind": "train", "losses": list(range(50))})
         with pytest.raises(FileProblem, match=r"summary\.json: cannot be "):
             files.write_summary({"steps": list(range(50))})
-        files.close()  # which has the same trouble, and nothing to add
+        files.close()  # fails as well, but the error has been reported
 
 
-def test_a_run_directory_that_vanishes_is_told(tmp_path: Path) -> None:
+def test_a_run_directory_that_vanishes_is_reported(tmp_path: Path) -> None:
     config = small_config(logging={"run_directory": str(tmp_path / "run"), "tensorboard": False})
     files = RunFiles(config)
     files.open(config, {}, resumed_step=0)
@@ -36,7 +36,7 @@ def test_a_run_directory_that_vanishes_is_told(tmp_path: Path) -> None:
         files.check_session()
 
 
-def test_a_run_json_that_is_damaged_is_told_before_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_damaged_run_json_is_reported_before_the_run_is_resumed(tmp_path: Path) -> None:
     config = small_config(
         logging={"run_directory": str(tmp_path), "tensorboard": False}, checkpoint={"resume": True}
     )

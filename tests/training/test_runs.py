@@ -1,4 +1,4 @@
-"""Whole runs: the loss falls, stopping and going on changes nothing, layouts and faults leave their marks."""
+"""Complete runs: the loss falls, a resumed run is bit-identical, and layouts do not change the losses."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.rank_pool import in_layout
 from tests.selection import cases
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
-from tests.training.training_runs import complete_disturbed
+from tests.training.training_runs import complete_with_callback
 
 
 def complete(config: RunConfig) -> None:
-    """The run on this rank, within the pool's world."""
+    """Complete a run on this rank of the pool."""
     from sas_megatron.training.loop import Run
 
     Run(config, in_layout(config.parallel, seed=config.training.seed)).complete()
@@ -46,13 +46,13 @@ def final_checkpoint(config: RunConfig) -> Path:
 
 
 def final_tensors(config: RunConfig) -> dict[str, torch.Tensor]:
-    """What was saved last: weights, optimizer states, and the random states of each rank."""
+    """Return the tensors of the last checkpoint: weights, optimizer states and each rank's random states."""
     reader = TensorReader(final_checkpoint(config))
     return {name: reader.read(name) for name in reader.shapes()}
 
 
 def final_counts(config: RunConfig) -> dict[str, Any]:
-    """And what was counted, without what was timed."""
+    """Return the counts of the last checkpoint, without times."""
     progress = json.loads((final_checkpoint(config) / "progress.json").read_text())
     for timed in ("training_seconds", "step_seconds"):
         del progress["counts"][timed]
@@ -60,19 +60,19 @@ def final_counts(config: RunConfig) -> dict[str, Any]:
 
 
 def assert_same_final_state(actual: RunConfig, expected: RunConfig) -> None:
-    """To the bit: weights, optimizer and random states of each rank, and every count."""
-    found, tensors = final_tensors(actual), final_tensors(expected)
+    """Compare weights, optimizer states, random states of each rank, and counts, bit for bit."""
+    actual_tensors, tensors = final_tensors(actual), final_tensors(expected)
     assert {"random.cpu", "embedding.word_embeddings.weight"} < tensors.keys()
-    assert found.keys() == tensors.keys()
+    assert actual_tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor), f"{name} differs"
+        assert torch.equal(actual_tensors[name], tensor), f"{name} differs"
     assert final_counts(actual) == final_counts(expected)
 
 
 @pytest.mark.parametrize(
     ("kind", "num_steps"), cases([("sas", 30), *((kind, 120) for kind in KINDS)], default=[("sas", 30)])
 )
-def test_every_kinds_shipped_config_learns_the_builtin_corpus(
+def test_every_shipped_quickstart_config_learns_the_builtin_corpus(
     ranks: Any, small_data: SmallData, tmp_path: Path, kind: str, num_steps: int
 ) -> None:
     config = load_run_config(
@@ -86,7 +86,7 @@ def test_every_kinds_shipped_config_learns_the_builtin_corpus(
             "parallel.tensor=1",
             "schedule.warmup_steps=3",
             f"training.num_steps={num_steps}",
-            # Few windows would tell as much of these as of the model.
+            # With few windows the loss would depend on their selection.
             "evaluation.num_sequences=32",
             f"logging.run_directory='{tmp_path / 'run'}'",
             "logging.interval=1",
@@ -94,7 +94,7 @@ def test_every_kinds_shipped_config_learns_the_builtin_corpus(
     )
     ranks(1).run(complete, config)
     losses = [record["train_loss"] for record in records(config)]
-    assert losses[0] == pytest.approx(math.log(512), abs=0.3), "untrained, every token is equally likely"
+    assert losses[0] == pytest.approx(math.log(512), abs=0.3), "the loss of uniform predictions"
     assert losses[-1] < losses[0] - 1.0
     held_out = records(config, "validation")
     assert [record["step"] for record in held_out] == list(range(10, num_steps + 10, 10))
@@ -132,11 +132,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-# One rank is resumed by other tests of this folder; two tensor ranks with dropout by `test_step_profiler`.
+# Other tests of this folder resume one rank, and `test_step_profiler` two tensor ranks with dropout.
 @pytest.mark.parametrize(
     "layout", cases(LAYOUTS, default=LAYOUTS.keys() - {"one rank", "tensor 2 with dropout"})
 )
-def test_three_steps_and_two_more_equal_five_bit_for_bit(
+def test_three_steps_and_two_resumed_steps_equal_five_bit_for_bit(
     ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
 ) -> None:
     world_size, sections = LAYOUTS[layout]
@@ -150,40 +150,47 @@ def test_three_steps_and_two_more_equal_five_bit_for_bit(
         merged["evaluation"] = {"interval": 2}
         return small_data.run(tmp_path / name, **merged)
 
-    whole = run("whole")
-    ranks(world_size).run(complete, whole)
-    first = run("parts", training={"stop_after_steps": 3})
+    uninterrupted = run("uninterrupted")
+    ranks(world_size).run(complete, uninterrupted)
+    first = run("resumed", training={"stop_after_steps": 3})
     ranks(world_size).run(complete, first)
     assert summary(first)["exit_reason"] == "stop_after_steps"
-    rest = run("parts", checkpoint={"resume": True})
-    ranks(world_size).run(complete, rest)
+    resumed = run("resumed", checkpoint={"resume": True})
+    ranks(world_size).run(complete, resumed)
 
-    assert_same_final_state(rest, whole)
-    assert "optimizer.state.exp_avg.embedding.word_embeddings.weight" in final_tensors(rest)
-    timeless = ("step", "consumed_tokens", "training_flops", "train_loss", "gradient_norm", "learning_rate")
-    assert [[record[key] for key in timeless] for record in records(rest)] == [
-        [record[key] for key in timeless] for record in records(whole)
+    assert_same_final_state(resumed, uninterrupted)
+    assert "optimizer.state.exp_avg.embedding.word_embeddings.weight" in final_tensors(resumed)
+    compared_keys = (
+        "step",
+        "consumed_tokens",
+        "training_flops",
+        "train_loss",
+        "gradient_norm",
+        "learning_rate",
+    )
+    assert [[record[key] for key in compared_keys] for record in records(resumed)] == [
+        [record[key] for key in compared_keys] for record in records(uninterrupted)
     ]
-    assert summary(rest)["final_validation_loss"] == summary(whole)["final_validation_loss"]
-    provenance = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert summary(resumed)["final_validation_loss"] == summary(uninterrupted)["final_validation_loss"]
+    provenance = json.loads((tmp_path / "resumed" / "run.json").read_text())
     assert [session["from_step"] for session in provenance["sessions"]] == [0, 3]
 
 
-def test_records_after_the_checkpoint_are_written_once(
+def test_records_after_the_checkpoint_are_replaced_on_resume(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     first = small_data.run(tmp_path / "run", training={"num_steps": 7, "stop_after_steps": 4})
     ranks(1).run(complete, first)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    # As a crash leaves it: steps past the checkpoint, the last line cut short.
+    # The file after a crash: steps after the checkpoint, and an incomplete last line.
     metrics.write_text(metrics.read_text() + '{"kind": "train", "step": 5}\n{"kind": "train", "st')
-    rest = small_data.run(tmp_path / "run", training={"num_steps": 7}, checkpoint={"resume": True})
-    ranks(1).run(complete, rest)
-    assert [record["step"] for record in records(rest)] == list(range(1, 8))
+    resumed = small_data.run(tmp_path / "run", training={"num_steps": 7}, checkpoint={"resume": True})
+    ranks(1).run(complete, resumed)
+    assert [record["step"] for record in records(resumed)] == list(range(1, 8))
 
 
-# Ranks, their layout, samples of a microbatch, engine.
-SHARING: dict[str, tuple[int, dict[str, Any], int, str]] = {
+# World size, `parallel` section, micro batch size, engine.
+SAMPLE_LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str]] = {
     "tensor": (2, {"tensor": 2}, 2, "megatron"),
     "data": (2, {}, 4, "megatron"),
     "context": (2, {"context": 2}, 8, "megatron"),
@@ -202,7 +209,7 @@ def losses_and_bits(config: RunConfig) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def losses_of_one_rank(
+def single_rank_losses(
     ranks: Any, small_data: SmallData, tmp_path_factory: pytest.TempPathFactory
 ) -> list[float]:
     folder = tmp_path_factory.mktemp("one")
@@ -211,42 +218,44 @@ def losses_of_one_rank(
     return losses_and_bits(config)
 
 
-@pytest.mark.parametrize("layout", cases(SHARING, default=["data", "context", "pipeline", "DeepSpeed"]))
-def test_layouts_see_the_same_samples_and_losses(
-    ranks: Any, small_data: SmallData, tmp_path: Path, losses_of_one_rank: list[float], layout: str
+@pytest.mark.parametrize(
+    "layout", cases(SAMPLE_LAYOUTS, default=["data", "context", "pipeline", "DeepSpeed"])
+)
+def test_every_layout_has_the_single_rank_losses(
+    ranks: Any, small_data: SmallData, tmp_path: Path, single_rank_losses: list[float], layout: str
 ) -> None:
-    world_size, parallel, micro, engine = SHARING[layout]
+    world_size, parallel, micro_batch_size, engine = SAMPLE_LAYOUTS[layout]
     config = small_data.run(
         tmp_path / "run",
         parallel=parallel,
-        training={"num_steps": 5, "micro_batch_size": micro, "engine": engine},
+        training={"num_steps": 5, "micro_batch_size": micro_batch_size, "engine": engine},
     )
     ranks(world_size).run(complete, config)
-    assert losses_and_bits(config) == pytest.approx(losses_of_one_rank, rel=LOSS_AFTER_FIVE_STEPS)
+    assert losses_and_bits(config) == pytest.approx(single_rank_losses, rel=LOSS_AFTER_FIVE_STEPS)
 
 
-def complete_with_broken_weight(config: RunConfig, broken_rank: int) -> None:
-    def poison(run: Any) -> None:
+def complete_with_nan_weights(config: RunConfig, broken_rank: int) -> None:
+    def set_weights_to_nan(run: Any) -> None:
         if run.progress.step == 2:
             with torch.no_grad():
                 next(run.engine.model_chunks[0].parameters()).fill_(float("nan"))
 
-    complete_disturbed(config, broken_rank, poison)
+    complete_with_callback(config, broken_rank, set_weights_to_nan)
 
 
-def test_a_non_finite_loss_stops_the_run_naming_step_and_rank(
+def test_the_fault_of_a_non_finite_loss_names_step_and_rank(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(tmp_path / "run", health={"skipped_in_a_row": 0})
     with pytest.raises(
         AssertionError, match=r"step 3: the loss is not finite on rank 1 microbatch 0 \(nan\)"
     ):
-        ranks(2).run(complete_with_broken_weight, config, 1)
+        ranks(2).run(complete_with_nan_weights, config, 1)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert [record["step"] for record in records(config)] == [1, 2]
 
 
-def test_a_run_directory_is_not_written_over(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
+def test_an_existing_run_directory_is_refused(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     config = small_data.run(tmp_path / "run", training={"num_steps": 4})
     ranks(1).run(complete, config)
     with pytest.raises(FieldError, match=r"already holds a run; set checkpoint\.resume=true"):
@@ -261,7 +270,7 @@ def test_a_run_directory_is_not_written_over(ranks: Any, small_data: SmallData, 
         ({"model": {"ffn_hidden_size": 96}}, r"model\.ffn_hidden_size=96: was 64"),
     ],
 )
-def test_a_run_is_not_gone_on_with_by_another_config(
+def test_a_run_is_not_resumed_with_another_config(
     ranks: Any, small_data: SmallData, tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
     ranks(1).run(complete, small_data.run(tmp_path / "run", training={"num_steps": 4}))
@@ -275,25 +284,23 @@ def test_a_run_is_not_gone_on_with_by_another_config(
     RunFiles.check_directory(allowed)
 
 
-def test_going_on_with_a_finished_run_changes_nothing(
-    ranks: Any, small_data: SmallData, tmp_path: Path
-) -> None:
+def test_resuming_a_finished_run_changes_no_file(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     ranks(1).run(complete, small_data.run(tmp_path / "run", training={"num_steps": 4}))
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    again = small_data.run(tmp_path / "run", training={"num_steps": 4}, checkpoint={"resume": True})
-    ranks(1).run(complete, again)
+    resumed = small_data.run(tmp_path / "run", training={"num_steps": 4}, checkpoint={"resume": True})
+    ranks(1).run(complete, resumed)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
 
 
-def test_an_unwritable_run_directory_is_refused_before_anything_is_made(
+def test_an_unwritable_run_directory_is_refused_before_training(
     small_data: SmallData, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("not a folder")
     with pytest.raises(FileProblem, match=r"cannot be written \(.*file is a file\); choose another"):
         RunFiles.check_directory(small_data.run(tmp_path / "file" / "run"))
 
 
-def test_the_run_directory_says_where_the_run_came_from(
+def test_the_run_directory_contains_provenance_and_summary(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(
@@ -315,6 +322,6 @@ def test_the_run_directory_says_where_the_run_came_from(
     assert result["tokens"] == 4 * 8 * 40
     assert result["training_flops"] == result["tokens"] * sum(result["training_flops_per_token"].values())
     (sent,) = result["communication_bytes_sent"]
-    assert sent["ranks"] == [0, 1], "data-parallel ranks send the same"
+    assert sent["ranks"] == [0, 1], "data-parallel ranks send the same number of bytes"
     assert sent["sent"]["data"]["allreduce"] > 0
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

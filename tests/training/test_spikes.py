@@ -1,4 +1,4 @@
-"""The rule for spikes on made-up series."""
+"""The rule that finds spikes, applied to synthetic series."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ series = st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=40)
 thresholds = st.floats(0.5, 20)
 
 
-def test_deviations_are_counted_as_the_definition_has_it() -> None:
-    # Median 3, absolute deviations 2 1 0 1 2, their median 1.
+def test_deviations_follow_the_definition() -> None:
+    # The median is 3; the absolute deviations are 2, 1, 0, 1, 2, and their median is 1.
     spike = find_spike(3 + 12 * TO_STANDARD_DEVIATION, [1, 2, 3, 4, 5], threshold=10)
     assert spike is not None
     assert spike.median == 3
@@ -24,14 +24,14 @@ def test_deviations_are_counted_as_the_definition_has_it() -> None:
     assert find_spike(3 + 9.99 * TO_STANDARD_DEVIATION, [5, 4, 3, 2, 1], threshold=10) is None
 
 
-def test_the_constant_is_that_of_the_normal_distribution() -> None:
+def test_the_constant_fits_the_normal_distribution() -> None:
     quantile = 1 / TO_STANDARD_DEVIATION
     assert (1 + math.erf(quantile / math.sqrt(2))) / 2 == pytest.approx(0.75, abs=1e-5)
 
 
 @settings(deadline=None, derandomize=True, database=None)
 @given(series, thresholds)
-def test_nothing_up_to_the_median_is_a_spike(before: list[float], threshold: float) -> None:
+def test_a_value_up_to_the_median_is_not_a_spike(before: list[float], threshold: float) -> None:
     middle = sorted(before)[(len(before) - 1) // 2]
     assert find_spike(middle, before, threshold=threshold) is None
     assert find_spike(-1e9, before, threshold=threshold) is None
@@ -39,7 +39,9 @@ def test_nothing_up_to_the_median_is_a_spike(before: list[float], threshold: flo
 
 @settings(deadline=None, derandomize=True, database=None)
 @given(series, st.floats(-1e4, 1e4), thresholds, st.integers(-8, 8))
-def test_units_do_not_matter(before: list[float], value: float, threshold: float, power: int) -> None:
+def test_the_unit_of_the_values_does_not_matter(
+    before: list[float], value: float, threshold: float, power: int
+) -> None:
     scale = 2.0**power
     plain = find_spike(value, before, threshold=threshold)
     scaled = find_spike(value * scale, [earlier * scale for earlier in before], threshold=threshold)
@@ -50,7 +52,7 @@ def test_units_do_not_matter(before: list[float], value: float, threshold: float
 
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.lists(near_one, min_size=9, max_size=40), st.data())
-def test_spikes_among_the_earlier_values_hide_no_other(before: list[float], data: st.DataObject) -> None:
+def test_earlier_spikes_do_not_hide_a_new_one(before: list[float], data: st.DataObject) -> None:
     num_spikes = data.draw(st.integers(0, (len(before) - 1) // 2))
     mixed = [*before[num_spikes:], *[1e6] * num_spikes]
     assert find_spike(5.0, mixed, threshold=10) is not None
@@ -58,8 +60,8 @@ def test_spikes_among_the_earlier_values_hide_no_other(before: list[float], data
 
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.lists(near_one, min_size=3, max_size=40))
-def test_values_that_hardly_vary_do_not_make_a_spike_of_any_change(before: list[float]) -> None:
-    # By 10.1 deviations, each at least 1% of a median of at least 1, it would have to exceed 1.101.
+def test_a_small_change_of_a_nearly_constant_series_is_not_a_spike(before: list[float]) -> None:
+    # A spike would exceed the median, at least 1, by 10.1 deviations of at least 1 % of the median: 1.101.
     assert find_spike(max(before), before, threshold=10.1) is None
     assert find_spike(1.0, [0.0] * 5, threshold=10) is None
     assert find_spike(1.0 + 9.9 * SMALLEST_DEVIATION, [1.0] * 5, threshold=10) is None

@@ -1,4 +1,4 @@
-"""Optimizer steps: the cut into microbatches, and that a missing gradient sum is noticed."""
+"""Optimizer steps: the micro batch size does not matter; a missing reduction makes replicas drift."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def config_of(
 
 
 @pytest.fixture(scope="module")
-def alone(ranks: Any) -> dict[str, Any]:
-    """The steps of one process."""
+def single_process(ranks: Any) -> dict[str, Any]:
+    """Return the steps of one process by attention."""
     return {attention: ranks(1).run(take_steps, config_of(attention))[0] for attention in ATTENTIONS}
 
 
 @pytest.mark.parametrize(("micro_batch_size", "world_size"), [(1, 1), (4, 1), (1, 2)])
-def test_the_cut_into_microbatches_changes_nothing(
-    ranks: Any, alone: Any, micro_batch_size: int, world_size: int
+def test_the_micro_batch_size_does_not_change_the_losses(
+    ranks: Any, single_process: Any, micro_batch_size: int, world_size: int
 ) -> None:
-    # Samples bear loss on unequal numbers of tokens, so a mean of means would differ.
+    # The samples have different numbers of tokens with a loss, so that a mean of means would differ.
     for steps in ranks(world_size).run(take_steps, config_of("mha", micro_batch_size=micro_batch_size)):
-        assert steps.losses == pytest.approx(alone["mha"].losses, rel=LOSS_AFTER_FIVE_STEPS)
-        assert steps.gradient_norms == pytest.approx(alone["mha"].gradient_norms, rel=1e-4)
+        assert steps.losses == pytest.approx(single_process["mha"].losses, rel=LOSS_AFTER_FIVE_STEPS)
+        assert steps.gradient_norms == pytest.approx(single_process["mha"].gradient_norms, rel=1e-4)
 
 
-def test_the_loss_starts_at_that_of_a_guess_and_moves(alone: Any) -> None:
-    for steps in alone.values():
+def test_the_loss_starts_at_that_of_uniform_predictions_and_changes(single_process: Any) -> None:
+    for steps in single_process.values():
         assert len(steps.losses) == NUM_STEPS
         assert steps.losses[0] == pytest.approx(3.87, abs=0.05)  # ln 48, the padded vocabulary
-        # Were the weights not updated, a wrong layout would go unnoticed.
-        moved = [parameter for parameter in steps.weights.values() if (parameter.tensor != 0).any()]
-        assert len(moved) == len(steps.weights)
+        # Without updates, the comparison of layouts would find no error.
+        updated = [parameter for parameter in steps.weights.values() if (parameter.tensor != 0).any()]
+        assert len(updated) == len(steps.weights)
         assert abs(steps.losses[-1] - steps.losses[0]) > 0.01
 
 
@@ -70,7 +70,7 @@ def test_the_loss_starts_at_that_of_a_guess_and_moves(alone: Any) -> None:
     ("fault", "attention", "sequence"),
     [("simulation", "sas-gather", False), ("simulation", "sas-all_to_all", True), ("layernorm", "mha", True)],
 )
-def test_a_gradient_sum_left_out_makes_replicas_drift(
+def test_a_missing_gradient_reduction_makes_replicas_drift(
     ranks: Any, fault: str, attention: str, sequence: bool
 ) -> None:
     by_rank = ranks(2).run(steps_without, fault, config_of(attention, tensor=2, sequence=sequence))

@@ -1,4 +1,4 @@
-"""Traces of chosen steps: of every rank, of these steps alone, and without a mark on the run."""
+"""Traces of chosen steps: every rank writes one, and profiling does not change the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.training.test_runs import assert_same_final_state, complete
 
 
 def traced_steps(path: Path) -> set[str]:
-    """The steps in a trace, after a look at what else must be there."""
+    """Check that a trace contains the model and collectives, and return its steps."""
     with gzip.open(path) as file:
         names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
     assert {"aten::embedding", "aten::convolution"} < names, "the forward pass"
@@ -21,7 +21,7 @@ def traced_steps(path: Path) -> set[str]:
     return {name for name in names if re.fullmatch(r"step \d+", name)}
 
 
-def test_every_rank_leaves_a_trace_of_these_steps_alone_and_the_run_is_the_same(
+def test_every_rank_traces_only_the_chosen_steps_and_the_run_does_not_change(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     sections: dict[str, dict[str, Any]] = {
@@ -36,8 +36,10 @@ def test_every_rank_leaves_a_trace_of_these_steps_alone_and_the_run_is_the_same(
     profiled = {**sections, "logging": {"profile_steps": [2, 5]}}
     stopped = small_data.run(tmp_path / "profiled", **profiled, training={**training, "stop_after_steps": 3})
     ranks(2).run(complete, stopped)
-    rest = small_data.run(tmp_path / "profiled", **profiled, training=training, checkpoint={"resume": True})
-    ranks(2).run(complete, rest)
+    resumed = small_data.run(
+        tmp_path / "profiled", **profiled, training=training, checkpoint={"resume": True}
+    )
+    ranks(2).run(complete, resumed)
 
     traces = {path.name: traced_steps(path) for path in (tmp_path / "profiled" / "profile").iterdir()}
     assert traces == {
@@ -47,4 +49,4 @@ def test_every_rank_leaves_a_trace_of_these_steps_alone_and_the_run_is_the_same(
         "rank_00001_steps_4_to_5.json.gz": {"step 4", "step 5"},
     }
     assert not (tmp_path / "plain" / "profile").exists()
-    assert_same_final_state(rest, plain)
+    assert_same_final_state(resumed, plain)

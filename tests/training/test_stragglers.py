@@ -1,4 +1,4 @@
-"""Ranks that hold up the others: the rule, and a rank that is made slow."""
+"""Stragglers: the rule that finds them, and a run with a slow rank."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.training.stragglers import find_stragglers
 from tests.small_data import SmallData
 from tests.training.test_runs import records, summary
-from tests.training.training_runs import complete_disturbed
+from tests.training.training_runs import complete_with_callback
 
 
-def test_a_rank_is_held_against_its_own_stage() -> None:
+def test_a_rank_is_compared_with_its_own_stage() -> None:
     assert find_stragglers([1.0, 1.1, 1.5, 4.0, 4.0, 4.1], [0, 0, 0, 1, 1, 1], excess=0.2) == {
         2: pytest.approx(1.5 / 1.1)
     }
 
 
-def test_of_two_ranks_the_slower_is_held_against_the_faster() -> None:
+def test_the_slower_of_two_ranks_is_compared_with_the_faster() -> None:
     assert find_stragglers([1.0, 2.0], [0, 0], excess=0.2) == {1: 2.0}
     assert find_stragglers([1.0, 1.1], [0, 0], excess=0.2) == {}
 
 
-# Well above what a step of this model takes on a processor that other work shares.
+# Much longer than a step of this model, even on a busy machine.
 SLOW_SECONDS = 1.2
 
 
 def complete_with_slow_rank(config: RunConfig, slow_rank: int) -> None:
-    """On a rank: the run, in which one rank computes something of its own in each step."""
+    """Complete a run on this rank; the slow rank computes for `SLOW_SECONDS` more in each step."""
 
     def compute(_run: Any) -> None:
         end = time.thread_time() + SLOW_SECONDS
         while time.thread_time() < end:
             pass
 
-    complete_disturbed(config, slow_rank, compute)
+    complete_with_callback(config, slow_rank, compute)
 
 
-def test_a_slow_rank_is_found_although_all_ranks_take_the_same_time(
+def test_a_slow_rank_is_found_although_all_ranks_have_the_same_step_time(
     ranks: Any, small_data: SmallData, tmp_path: Path
 ) -> None:
     config = small_data.run(

@@ -1,4 +1,4 @@
-"""A few optimizer steps on ranks, on samples made on the spot."""
+"""A few optimizer steps on ranks, with random samples."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ NUM_STEPS = 6  # the last loss is the one after five updates
 
 @dataclass
 class Steps:
-    """What one rank saw: losses before each update and after the last, and its part of the weights."""
+    """The results of one rank: the loss before each update, and its shards of weights and gradients."""
 
     losses: list[float]
     gradient_norms: list[float]
     initial_weights: dict[str, WeightPart]
-    # Of the first step, summed over all ranks.
+    # Gradients of the first step, summed over all ranks.
     gradients: dict[str, WeightPart]
     weights: dict[str, WeightPart]
     tensor_rank: int
-    # Pipeline, context and data rank: those who share it hold one part of the model between them.
-    place: tuple[int, int, int]
+    # Pipeline, context and data rank; ranks that differ only in their tensor rank have the same index.
+    group_index: tuple[int, int, int]
 
 
 class RandomSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Sample i depends on i alone; some tokens of each bear no loss, another number in each."""
+    """Random samples that depend on their index alone; a different number of tokens in each has no loss."""
 
     def __init__(self, config: RunConfig) -> None:
         self.vocab_size, self.length = config.model.vocab_size, config.data.sequence_length
@@ -49,7 +49,7 @@ class RandomSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def batches_of_step(config: RunConfig, topology: Any, step: int) -> Iterator[Any]:
-    """On a rank: its microbatches of `RandomSamples`, of the step after `step` others."""
+    """Return, on a rank, its microbatches of `RandomSamples` in step `step`, counted from 0."""
     from sas_megatron.data.batches import microbatches
 
     training = config.training
@@ -67,7 +67,7 @@ def batches_of_step(config: RunConfig, topology: Any, step: int) -> Iterator[Any
 
 
 def take_steps(config: RunConfig) -> Steps:
-    """On a rank: `NUM_STEPS` updates."""
+    """Make `NUM_STEPS` updates on a rank."""
     from sas_megatron.training.build import build_engine
     from sas_megatron.training.step import train_step
 
@@ -104,8 +104,8 @@ def take_steps(config: RunConfig) -> Steps:
     )
 
 
-def complete_disturbed(config: RunConfig, rank: int, disturb: Callable[[Any], None]) -> None:
-    """On a rank: the run, in which `disturb` is given it before each step on one rank."""
+def complete_with_callback(config: RunConfig, rank: int, callback: Callable[[Any], None]) -> None:
+    """Complete a run on this rank; rank `rank` calls `callback(run)` before each step."""
     from sas_megatron.training.loop import Run
 
     topology = in_layout(config.parallel, seed=config.training.seed)
@@ -113,16 +113,16 @@ def complete_disturbed(config: RunConfig, rank: int, disturb: Callable[[Any], No
     if topology.rank == rank:
         original = run.data.training_batches
 
-        def disturbed(first_sample: int) -> Any:
-            disturb(run)
+        def batches_after_callback(first_sample: int) -> Any:
+            callback(run)
             return original(first_sample)
 
-        run.data.training_batches = disturbed  # type: ignore[method-assign]
+        run.data.training_batches = batches_after_callback  # type: ignore[method-assign]
     run.complete()
 
 
 def weight_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
-    """Gives a parameter's weights, whole where data ranks hold shards of them."""
+    """Return a function that returns a parameter's weights, gathered if they are sharded over data ranks."""
     if engine.config.training.engine == "megatron" or engine.config.deepspeed.zero_stage < 3:
         return torch.detach
 
@@ -136,7 +136,10 @@ def weight_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
 
 
 def gradient_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
-    """Gives the gradient of a parameter after `accumulate`, whole where data ranks hold shards of it."""
+    """Return a function that returns a parameter's gradient after `forward_backward`.
+
+    The gradient is gathered if it is sharded over the data ranks.
+    """
     if engine.config.training.engine == "deepspeed":
         from deepspeed.utils import safe_get_full_grad
 
@@ -153,27 +156,27 @@ def gradient_reader(engine: Any) -> Callable[[Any], torch.Tensor]:
 
 
 def tensor_groups(by_rank: list[Steps]) -> list[list[Steps]]:
-    """The ranks that hold one part of the model between them, in the order of their tensor ranks."""
+    """Group the ranks that differ only in their tensor rank, in the order of their tensor ranks."""
     groups: dict[tuple[int, int, int], list[Steps]] = {}
     for steps in sorted(by_rank, key=lambda steps: steps.tensor_rank):
-        groups.setdefault(steps.place, []).append(steps)
+        groups.setdefault(steps.group_index, []).append(steps)
     return list(groups.values())
 
 
 def replicas_that_differ(by_rank: list[Steps]) -> list[str]:
-    """Names of parameters whose copies are not equal to the bit: over all ranks, or those of one part."""
-    originals: dict[tuple[str, int], torch.Tensor] = {}
+    """Return the names of parameters whose replicas are not bit-identical."""
+    first_replicas: dict[tuple[str, int], torch.Tensor] = {}
     differing = []
     for rank, steps in enumerate(by_rank):
         for name, part in steps.weights.items():
             key = (name, -1 if part.dim is None else steps.tensor_rank)
-            if not torch.equal(part.tensor, originals.setdefault(key, part.tensor)):
+            if not torch.equal(part.tensor, first_replicas.setdefault(key, part.tensor)):
                 differing.append(f"{name} on rank {rank}")
     return differing
 
 
 def steps_without(fault: str, config: RunConfig) -> Any:
-    """On a rank: `take_steps` with one sum of gradients left out."""
+    """Run `take_steps` on a rank without one of the gradient reductions."""
     from sas_megatron.attention.sas import layer as simulated_layer
     from sas_megatron.training import megatron_engine
 
