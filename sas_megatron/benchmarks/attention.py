@@ -19,8 +19,8 @@ from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.costs.model_costs import TRAINING_FACTOR, causal_half
 from sas_megatron.distributed.topology import Topology
 
-# Bound of the relative difference (norm over norm) between the SAS block and its literal form. Rounding errors
-# are smaller.
+# Bound of the relative difference (norm over norm) between the SAS block and its literal form, above all
+# rounding errors.
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Block = Callable[[torch.Tensor], torch.Tensor]
