@@ -1,1 +1,1 @@
-"""Measurements behind `sas-megatron bench`: ratios in one run, medians, the machine named."""
+"""Benchmarks of attention, training steps, data preparation, checkpoints and scoring on one machine."""

@@ -1,4 +1,4 @@
-"""Time and memory of a self-attention block, forward and backward: SAS, SAS literally, and multi-head."""
+"""Time and memory of self-attention blocks, forward and backward: SAS, literal SAS, and multi-head."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sas_megatron.benchmarks.block_shape import BlockShape
-from sas_megatron.benchmarks.ceilings import measure_ceilings
-from sas_megatron.benchmarks.literal_attention import LiteralSimulatedAttention
-from sas_megatron.benchmarks.roofline import Point
+from sas_megatron.benchmarks.attention_blocks import BlockShape, LiteralSimulatedAttention
+from sas_megatron.benchmarks.roofline import Point, measure_ceilings
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.costs.model_costs import TRAINING_FACTOR, causal_half
 from sas_megatron.distributed.topology import Topology
 
-# Between our block and the literal one, norm over norm: rounding, or the two do not compute the same.
-LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# Bound of the relative difference (norm over norm) between the SAS block and its literal form, above all
+# rounding errors.
+MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Block = Callable[[torch.Tensor], torch.Tensor]
 
@@ -36,34 +35,37 @@ def measure_attention(
     compiled: bool = False,
     backend: str = "auto",
 ) -> dict[str, Any]:
-    """Times the blocks in turn, forward and backward.
+    """Time the blocks in alternation, forward and backward.
 
     Args:
-        shape: Sizes.
-        topology: A world of one.
-        dtype: Of weights and activations.
-        repeats: Rounds, after those that warm up.
-        compiled: Also the literal block under torch.compile.
-        backend: `attention.backend` of our blocks.
+        shape: Sizes of the blocks.
+        topology: A world of one process.
+        dtype: Dtype of weights and activations.
+        repeats: Number of rounds after the warm-up rounds.
+        compiled: Whether to time the literal block under torch.compile as well.
+        backend: `attention.backend` of the SAS block and of the multi-head block.
 
     Returns:
-        Median seconds by block, the medians of the ratios of neighbouring runs, and which of torch's fused
-        attentions each block ended in. Bytes that each block keeps between forward and backward and, on a
-        GPU, holds at the most beyond its input and weights.
+        Median seconds by block, the medians of the ratios within rounds, and the fused attention of torch
+        that each block called. Bytes that each block saves for the backward pass and, on a GPU, its peak
+        memory without input and weights.
 
     Raises:
-        RuntimeError: our block and the literal one differ by more than rounding.
+        RuntimeError: The SAS block and its literal form differ by more than rounding.
     """
-    blocks, hidden, known = _build_blocks(shape, topology, dtype, compiled=compiled, backend=backend)
+    blocks, hidden, static_storages = _build_blocks(
+        shape, topology, dtype, compiled=compiled, backend=backend
+    )
     difference = _difference(blocks["sas"](hidden), blocks["literal"](hidden))
-    if difference > LARGEST_DIFFERENCE[dtype]:
+    if difference > MAX_DIFFERENCE[dtype]:
         raise RuntimeError(
-            f"the block and its literal form differ by {difference:.1e}; there is nothing to compare"
+            f"relative difference of the SAS block and its literal form={difference:.1e}: must be at most "
+            f"{MAX_DIFFERENCE[dtype]:.0e}, since only equal functions are compared; report the sizes as a bug"
         )
     preparations = {name: _preparation(block, hidden) for name, block in blocks.items()}
     seconds = time_in_turn(preparations, device=topology.device, rounds=repeats)
     kept = {
-        name: _kept_bytes(block, hidden, known)
+        name: _saved_bytes(block, hidden, static_storages)
         for name, block in blocks.items()
         if name != "literal_compiled"
     }
@@ -90,7 +92,7 @@ def measure_attention(
 
 
 def _fused_attention(block: Block, hidden: torch.Tensor) -> str | None:
-    """The operator that torch chose, by device, widths and version; None where it was not asked to."""
+    """Return the fused attention that torch chose, or None if the block does not call it."""
     with torch.profiler.profile() as profile:
         block(hidden)
     prefix = "aten::_scaled_dot_product_"
@@ -98,8 +100,8 @@ def _fused_attention(block: Block, hidden: torch.Tensor) -> str | None:
     return chosen[0] if chosen else None
 
 
-def points_of(result: dict[str, Any]) -> list[Point]:
-    """For the roofline."""
+def roofline_points(result: dict[str, Any]) -> list[Point]:
+    """Return the measured blocks as points of the roofline plot."""
     return [
         Point(name, **result["least_work"]["multi_head" if name == "multi_head" else "sas"], seconds=seconds)
         for name, seconds in result["seconds"].items()
@@ -107,18 +109,20 @@ def points_of(result: dict[str, Any]) -> list[Point]:
 
 
 def _least_work(shape: BlockShape, element_bytes: int) -> dict[str, dict[str, float]]:
-    """FLOPs forward and backward, of scores the causal half; bytes of the block's input, output and weights,
-    and of their gradients, each once.
+    """Return the least FLOPs and bytes of each block, forward and backward.
+
+    The FLOPs contain the causal half of the scores. The bytes contain the input, the output and the weights
+    of the block, and their gradients, each once.
     """
     work = {}
     for name, attention in (("sas", shape.simulated()), ("multi_head", shape.multi_head())):
         terms = attention.count_forward_flops(shape.hidden_size, sequence_length=shape.sequence_length)
         flops = sum(causal_half(terms, sequence_length=shape.sequence_length).values())
         parameters = sum(attention.count_parameters(shape.hidden_size, linear_bias=False).values())
-        passed = 4 * shape.num_tokens * shape.hidden_size
+        activations = 4 * shape.num_tokens * shape.hidden_size
         work[name] = {
             "flops": TRAINING_FACTOR * shape.num_tokens * flops,
-            "num_bytes": element_bytes * (passed + 2 * parameters),
+            "num_bytes": element_bytes * (activations + 2 * parameters),
         }
     return work
 
@@ -126,11 +130,11 @@ def _least_work(shape: BlockShape, element_bytes: int) -> dict[str, dict[str, fl
 def _build_blocks(
     shape: BlockShape, topology: Topology, dtype: torch.dtype, *, compiled: bool, backend: str
 ) -> tuple[dict[str, Block], torch.Tensor, set[int]]:
-    """The blocks by name, an input for all, and the storages that are there before any pass."""
+    """Return the blocks by name, their input, and the addresses of storages that exist before any pass."""
     torch.manual_seed(1)
-    ours = _build_block(shape.simulated(backend=backend), shape, dtype)
+    sas = _build_block(shape.simulated(backend=backend), shape, dtype)
     literal = LiteralSimulatedAttention(shape.hidden_size, shape.simulated()).to(topology.device, dtype)
-    _share_weights(literal, ours)
+    _copy_weights(literal, sas)
     multi_head = _build_block(shape.multi_head(backend=backend), shape, dtype)
     hidden = torch.randn(
         shape.sequence_length, shape.batch_size, shape.hidden_size, device=topology.device, dtype=dtype
@@ -139,17 +143,17 @@ def _build_blocks(
     rotary_multi_head = RotaryEmbedding(shape.head_dim, 1.0)(shape.sequence_length)
     angles = rotary[:, 0, 0]
     blocks: dict[str, Block] = {
-        "sas": lambda x: ours(x, None, rotary_pos_emb=rotary)[0],
+        "sas": lambda x: sas(x, None, rotary_pos_emb=rotary)[0],
         "literal": lambda x: literal(x, angles),
         "multi_head": lambda x: multi_head(x, None, rotary_pos_emb=rotary_multi_head)[0],
     }
     if compiled:
         literal_compiled = torch.compile(literal)
         blocks["literal_compiled"] = lambda x: literal_compiled(x, angles)
-    there = [rotary, rotary_multi_head]
-    for module in (ours, literal, multi_head):
-        there += module.parameters()
-    return blocks, hidden, {tensor.untyped_storage().data_ptr() for tensor in there}
+    static = [rotary, rotary_multi_head]
+    for module in (sas, literal, multi_head):
+        static += module.parameters()
+    return blocks, hidden, {tensor.untyped_storage().data_ptr() for tensor in static}
 
 
 def _build_block(attention: AttentionConfig, shape: BlockShape, dtype: torch.dtype) -> Any:
@@ -168,15 +172,15 @@ def _build_block(attention: AttentionConfig, shape: BlockShape, dtype: torch.dty
 
 
 @torch.no_grad()
-def _share_weights(literal: LiteralSimulatedAttention, ours: Any) -> None:
-    ours.linear_qkv.weight.copy_(literal.linear_qkv.weight)
-    ours.linear_proj.weight.copy_(literal.linear_proj.weight)
+def _copy_weights(literal: LiteralSimulatedAttention, sas: Any) -> None:
+    sas.linear_qkv.weight.copy_(literal.linear_qkv.weight)
+    sas.linear_proj.weight.copy_(literal.linear_proj.weight)
     for kind in ("heads", "features"):
         for name, source in getattr(literal, kind).items():
-            target = getattr(ours.simulation, kind)[name]
-            for part in ("expand", "refine"):
-                getattr(target, part).copy_(getattr(source, part).weight)
-                getattr(target, f"{part}_bias").copy_(getattr(source, part).bias)
+            target = getattr(sas.simulation, kind)[name]
+            for layer in ("expand", "refine"):
+                getattr(target, layer).copy_(getattr(source, layer).weight)
+                getattr(target, f"{layer}_bias").copy_(getattr(source, layer).bias)
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -198,13 +202,13 @@ def _preparation(block: Block, hidden: torch.Tensor) -> Preparation:
     return prepare
 
 
-def _kept_bytes(block: Block, hidden: torch.Tensor, known: set[int]) -> int:
-    """Of storages that autograd holds after the forward pass, without those that are known."""
+def _saved_bytes(block: Block, hidden: torch.Tensor, static_storages: set[int]) -> int:
+    """Return the bytes of the storages that autograd saves in the forward pass, without the static ones."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in static_storages:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -215,7 +219,7 @@ def _kept_bytes(block: Block, hidden: torch.Tensor, known: set[int]) -> int:
 
 
 def _peak_bytes(prepare: Preparation) -> int:
-    """The most that is allocated in a pass forward and backward, beyond what was before."""
+    """Return the peak memory of a forward and backward pass, without the memory allocated before."""
     run = prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

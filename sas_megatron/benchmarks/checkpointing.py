@@ -1,4 +1,4 @@
-"""Time that saving takes from training, and the rate at which it writes, against copying and against `dd`."""
+"""Time for which a save blocks training, against a copy in memory, and its write rate, against `dd`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ NUM_TENSORS = 16
 def measure_checkpointing(
     folder: Path, config: RunConfig, topology: Topology, *, gigabytes: float, repeats: int
 ) -> dict[str, Any]:
-    """Saves made-up tensors from one process, in turn with a copy and with `dd` of as many bytes.
+    """Save random tensors from one process, in alternation with a copy and with `dd` of the same size.
 
     Args:
-        folder: On the disk to measure; what is written there is removed again.
-        config: Any run of one process; its `checkpoint.asynchronous` does not matter.
-        topology: A world of one.
-        gigabytes: 10⁹ bytes to save.
-        repeats: Rounds, each of which measures everything once.
+        folder: A folder on the disk to measure. All files written there are removed.
+        config: Any run of one process; its `checkpoint.asynchronous` is ignored.
+        topology: A world of one process.
+        gigabytes: Size of the tensors in 10⁹ bytes.
+        repeats: Number of rounds, each of which takes every measurement once.
 
     Returns:
-        Median seconds by measure, and the median ratios within rounds: what an asynchronous save blocks
-        over one copy in memory, and the rate of a save over that of `dd conv=fsync`.
+        Median seconds by measurement, and the median ratios within rounds: the time for which an
+        asynchronous save blocks over the time of one copy in memory, and the rate of a save over the rate
+        of `dd conv=fsync`.
     """
     elements = round(gigabytes * 1e9 / 4 / NUM_TENSORS)
     tensors = [torch.rand(elements, device=topology.device) for _ in range(NUM_TENSORS)]

@@ -1,4 +1,4 @@
-"""Speed and memory of `prepare_token_files` against sentencepiece alone, and against Megatron-LM."""
+"""Speed and memory of `prepare_token_files`, against sentencepiece alone and against Megatron-LM."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from sas_megatron.data.prepare import prepare_token_files
 
 MEMORY_POLL_SECONDS = 0.02
 
-# One process: texts in memory, in one batch, one thread, the fastest kind of result (numpy).
-# It waits for a line before it encodes, so that all begin together, and tells tokens and seconds.
+# A process that encodes texts from memory in one batch, on one thread, into the fastest type of result
+# (numpy). It waits for a line of input before it encodes, so that all processes start together. Then it
+# prints tokens and seconds.
 BARE_ENCODING = """
 import sys, time
 import pyarrow.parquet, sentencepiece
@@ -41,19 +42,19 @@ print(sum(map(len, encoded)), seconds, flush=True)
 
 @dataclass(frozen=True)
 class PreparationMeasurement:
-    """Medians over repeats that alternate between the two; imports of the processes are left out of both."""
+    """Medians over rounds that alternate between the command and bare processes; imports are not timed."""
 
     workers: int
     repeats: int
     tokens: int
     text_bytes: int
     prepare_tokens_per_second: float
-    bare_tokens_per_second: float  # as many concurrent processes of sentencepiece alone
+    bare_tokens_per_second: float  # the same number of concurrent processes with only sentencepiece
     ratio: float
-    command_seconds: float  # of the whole command, imports included
-    megatron_lm_seconds: float | None  # of Megatron-LM's script, imports included; None if not asked for
-    peak_memory_bytes: int  # resident memory of all processes, the command itself included
-    peak_memory_bytes_of_triple: int  # of a corpus three times as long
+    command_seconds: float  # complete command, imports included
+    megatron_lm_seconds: float | None  # Megatron-LM's script, imports included; None if not requested
+    peak_memory_bytes: int  # resident memory of the command and all its processes
+    peak_memory_bytes_of_triple: int  # the same for a corpus three times as long
 
 
 def measure_preparation(
@@ -64,11 +65,23 @@ def measure_preparation(
     repeats: int = 5,
     megatron_lm: Path | None = None,
 ) -> dict[str, Any]:
-    """Measures and returns the fields of `PreparationMeasurement`; the Parquet file has a column `text`.
+    """Measure the data preparation.
 
-    `megatron_lm` is a checkout of Megatron-LM; its `tools/preprocess_data.py` then takes part in every round.
+    Args:
+        source_parquet: Parquet file with a column `text`.
+        tokenizer_path: Model file of sentencepiece.
+        workers: Number of worker processes.
+        repeats: Number of rounds.
+        megatron_lm: Checkout of Megatron-LM, whose `tools/preprocess_data.py` then runs in every round.
+
+    Returns:
+        The fields of `PreparationMeasurement`.
+
+    Raises:
+        FileProblem: The script of Megatron-LM is missing, or produced other tokens.
+        RuntimeError: The measured command failed.
     """
-    others_script = _script_of(megatron_lm) if megatron_lm is not None else None
+    megatron_script = _find_megatron_script(megatron_lm) if megatron_lm is not None else None
     prepare_speeds: list[float] = []
     bare_speeds: list[float] = []
     command_seconds: list[float] = []
@@ -78,10 +91,10 @@ def measure_preparation(
         prefix = Path(folder, "tokens")
         command = _command(source_parquet, tokenizer_path, prefix, workers)
         json_lines = Path(folder, "texts.jsonl")
-        if others_script is not None:
+        if megatron_script is not None:
             _write_json_lines(source_parquet, json_lines)
         for _ in range(repeats):
-            os.sync()  # what others left unwritten is not for us to wait for
+            os.sync()  # so that this round does not wait for earlier writes
             preparation = prepare_token_files(
                 [source_parquet],
                 tokenizer_path=tokenizer_path,
@@ -93,12 +106,12 @@ def measure_preparation(
             prepare_speeds.append(tokens / preparation.encoding_seconds)
             bare_speeds.append(_measure_bare(source_parquet, tokenizer_path, workers))
             command_seconds.append(_time_command(command))
-            if others_script is not None:
-                seconds, others_bytes = _run_script(others_script, json_lines, tokenizer_path, workers)
+            if megatron_script is not None:
+                seconds, token_bytes = _run_script(megatron_script, json_lines, tokenizer_path, workers)
                 megatron_lm_seconds.append(seconds)
-                if others_bytes != prefix.with_suffix(".bin").stat().st_size:
+                if token_bytes != prefix.with_suffix(".bin").stat().st_size:
                     raise FileProblem(
-                        others_script, "made other tokens of the same texts", "take another version"
+                        megatron_script, "produced other tokens from the same texts", "use another version"
                     )
         peak = _measure_memory(command)
         triple = _write_triple(source_parquet, Path(folder, "triple.parquet"))
@@ -122,7 +135,7 @@ def measure_preparation(
 
 
 def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int) -> float:
-    """The sum of the tokens a second of concurrent processes, each with its share of the documents."""
+    """Return the summed tokens per second of concurrent processes, each with a share of the documents."""
     processes = [
         subprocess.Popen(
             [
@@ -141,10 +154,10 @@ def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int
         for share in range(num_processes)
     ]
     for process in processes:
-        assert process.stdout is not None
+        assert process.stdout is not None, "the process was started without a pipe for its output"
         process.stdout.readline()
     for process in processes:
-        assert process.stdin is not None
+        assert process.stdin is not None, "the process was started without a pipe for its input"
         process.stdin.write("\n")
         process.stdin.flush()
     results = [process.communicate()[0].split() for process in processes]
@@ -160,38 +173,38 @@ def _write_triple(source_parquet: Path, path: Path) -> Path:
 
 
 def _command(source: Path, tokenizer_path: Path, prefix: Path, workers: int) -> list[str]:
-    """In a process of its own, so that what this one has loaded does not count."""
+    """Return the command of `data prepare`. A new process excludes the memory of the modules loaded here."""
     arguments = ["data", "prepare", str(source), "--tokenizer", str(tokenizer_path), "--output", str(prefix)]
     return [sys.executable, "-m", "sas_megatron", *arguments, "--workers", str(workers), "--overwrite"]
 
 
 def _time_command(command: list[str], **options: Any) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **options)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def _script_of(checkout: Path) -> Path:
+def _find_megatron_script(checkout: Path) -> Path:
     script = checkout.resolve() / "tools" / "preprocess_data.py"
     if not script.is_file():
-        raise FileProblem(script, "is not there", "name a checkout of github.com/NVIDIA/Megatron-LM")
+        raise FileProblem(script, "does not exist", "give a checkout of github.com/NVIDIA/Megatron-LM")
     return script
 
 
 def _write_json_lines(source_parquet: Path, path: Path) -> None:
-    """The only form that Megatron-LM's script reads."""
+    """Write the texts in the only format that Megatron-LM's script reads."""
     with path.open("w") as lines:
         for text in stream_documents([source_parquet]):
             lines.write(json.dumps({"text": text}) + "\n")
 
 
 def _run_script(script: Path, json_lines: Path, tokenizer_path: Path, workers: int) -> tuple[float, int]:
-    """Seconds of Megatron-LM's whole command, and the bytes of tokens that it wrote."""
+    """Return the seconds of Megatron-LM's complete command, and the size of the tokens that it wrote."""
     prefix = json_lines.with_suffix("")
     files = ["--input", str(json_lines), "--output-prefix", str(prefix)]
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer_path)]
     command = [sys.executable, str(script), *files, *tokenizer, "--workers", str(workers), "--append-eod"]
-    # Its own copy of Megatron-core comes before the installed one.
+    # The checkout's copy of Megatron-core takes precedence over the installed one.
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "PYTHONWARNINGS": "ignore"}
     seconds = _time_command(command, env=environment)
     return seconds, Path(f"{prefix}_text_document.bin").stat().st_size
@@ -204,7 +217,7 @@ def _measure_memory(command: list[str]) -> int:
         peak = max(peak, sum(_resident_bytes(pid) for pid in _process_tree(process.pid)))
         time.sleep(MEMORY_POLL_SECONDS)
     if process.returncode != 0:
-        raise RuntimeError(f"the measured command ended with status {process.returncode}")
+        raise RuntimeError(f"the measured command failed with exit status {process.returncode}: {command}")
     return peak
 
 
@@ -222,5 +235,5 @@ def _resident_bytes(process_id: int) -> int:
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
     except OSError:
-        pass  # it ended in between
+        pass  # the process has ended
     return 0

@@ -1,9 +1,10 @@
-"""What the training loop itself takes of a step: everything but forward, backward and optimizer.
+"""Time of the training loop outside of the engine, that is, without forward, backward and optimizer.
 
-A real run, of which each step is measured twice: from the beginning of one to that of the next, and within,
-what the engine is at work, each call until the device is done. The difference is batches read and moved, loss
-and norm agreed on and judged, records, the console, health, and Python in between. Nothing of that is hidden
-behind the device here, as some of it would be in a run.
+The benchmark runs a real training run and measures each step from its start to the start of the next one. It
+also measures the calls of the engine, each until the device has finished. The difference is the time of the
+loop, which reads and moves batches, reduces and checks the loss and the gradient norm, writes records and
+console lines, checks the health, and runs other Python code. In a normal run some of this overlaps with the
+work of the device; here nothing does.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ CORPUS_BYTES = 2_000_000
 WARM_UP_STEPS = 3
 
 
-def on_made_up_data(config: RunConfig, folder: Path, *, num_steps: int) -> RunConfig:
-    """The run on a small corpus in `folder`, of so many steps, each logged, without evaluation and saving."""
+def prepare_run(config: RunConfig, folder: Path, *, num_steps: int) -> RunConfig:
+    """Prepare a small corpus in `folder`, and return the run on it.
+
+    The run has `num_steps` steps after the warm-up, logs each step, and neither evaluates nor saves.
+    """
     corpus = builtin_corpus(folder, max_bytes=CORPUS_BYTES)
     tokenizer, prefix = folder / "tokenizer.model", folder / "text"
     train_tokenizer(stream_documents([corpus]), vocab_size=512, model_path=tokenizer)
@@ -40,7 +44,7 @@ def on_made_up_data(config: RunConfig, folder: Path, *, num_steps: int) -> RunCo
     sections: dict[str, dict[str, Any]] = {
         # Half for validation, since a smaller share of so few documents can be shorter than one sample.
         "data": {"prefixes": [str(prefix)], "tokenizer": str(tokenizer), "split": [0.5, 0.5]},
-        # Saving at the end cannot be left out, and is not measured.
+        # The save at the end cannot be switched off, and is not measured.
         "schedule": {"warmup_steps": 1},
         "training": {"num_steps": steps, "stop_after_steps": None},
         "evaluation": {"interval": None, "num_sequences": config.training.micro_batch_size},
@@ -52,16 +56,16 @@ def on_made_up_data(config: RunConfig, folder: Path, *, num_steps: int) -> RunCo
 
 
 def measure_loop(config: RunConfig, topology: Topology) -> dict[str, Any]:
-    """Trains, and measures.
+    """Run the training and measure its steps.
 
     Returns:
-        Median seconds of a step, of the engine in it and of the loop around it; the median of the loop's
-        share of its step, and the parts of the loop that can be told apart.
+        Median seconds of a step, of its engine calls, of the loop, and of the loop's measured components; and
+        the median of the loop's share of its step.
     """
     run = Run(config, topology)
-    watch = EngineWatch(run.engine, topology.device)
+    timer = EngineTimer(run.engine, topology.device)
     run.complete()
-    steps = watch.steps()[WARM_UP_STEPS:]
+    steps = timer.steps()[WARM_UP_STEPS:]
     medians = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     return {
         "seconds": medians,
@@ -70,58 +74,62 @@ def measure_loop(config: RunConfig, topology: Topology) -> dict[str, Any]:
     }
 
 
-class EngineWatch:
-    """Times an engine's calls from within a run."""
+class EngineTimer:
+    """Time the calls of an engine within a run, by replacing its methods with timed ones."""
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
         self._device = device
-        self._begun: list[float] = []
+        self._start_times: list[float] = []
         self._engine_seconds: list[float] = []
         self._batch_seconds: list[float] = []
         accumulate = engine.forward_backward
 
         def timed_accumulate(batches: Iterator[Batch], *, num_microbatches: int) -> Any:
-            self._begun.append(self._now())
+            self._start_times.append(self._now())
             self._engine_seconds.append(0.0)
             self._batch_seconds.append(0.0)
             reports = self._timed(accumulate)(self._timed_batches(batches), num_microbatches=num_microbatches)
             self._engine_seconds[-1] -= self._batch_seconds[-1]
             return reports
 
-        # Of this one engine: the run and its helpers go on calling what they have.
+        # The methods of this instance are replaced, so that the run calls the timed ones.
         engine.forward_backward = timed_accumulate  # type: ignore[method-assign]
         engine.compute_gradient_norm = self._timed(engine.compute_gradient_norm)  # type: ignore[method-assign]
         engine.update = self._timed(engine.update)  # type: ignore[method-assign]
 
     def steps(self) -> list[dict[str, float]]:
-        """Of each step but the last, whose end is not that of a step."""
+        """Return the seconds of each step. The last step has no following step, so it is left out."""
         return [
             {
-                "step": following - begun,
-                "engine": in_engine,
-                "loop": following - begun - in_engine,
-                "loop: batches": of_batches,
-                "loop: the rest": following - begun - in_engine - of_batches,
+                "step": end - start,
+                "engine": engine,
+                "loop": end - start - engine,
+                "loop: batches": batches,
+                "loop: the rest": end - start - engine - batches,
             }
-            for begun, following, in_engine, of_batches in zip(
-                self._begun, self._begun[1:], self._engine_seconds, self._batch_seconds, strict=False
+            for start, end, engine, batches in zip(
+                self._start_times,
+                self._start_times[1:],
+                self._engine_seconds,
+                self._batch_seconds,
+                strict=False,
             )
         ]
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:
-            begun = self._now()
+            start = self._now()
             result = call(*args, **options)
-            self._engine_seconds[-1] += self._now() - begun
+            self._engine_seconds[-1] += self._now() - start
             return result
 
         return timed
 
     def _timed_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
-            begun = self._now()
+            start = self._now()
             batch = next(batches, None)
-            self._batch_seconds[-1] += self._now() - begun
+            self._batch_seconds[-1] += self._now() - start
             if batch is None:
                 return
             yield batch

@@ -1,4 +1,4 @@
-"""Rate at which passages are scored, against the bare forward pass of the model that does it."""
+"""Rate of scoring passages, against the bare forward pass of the same model."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from sas_megatron.evaluation.scoring import Passage, score
 from sas_megatron.evaluation.trained_model import TrainedModel
 from sas_megatron.model.assembly import build_gpt_chunks
 
-# As in tasks of several choices: some tokens after a longer context, of unequal lengths.
+# Number of tokens, and of scored tokens at the end, as in multiple-choice tasks: ranges of random lengths.
 CHOICE_LENGTHS, CHOICE_SCORED = (24, 160), (4, 24)
 
 
 def measure_scoring(
     config: RunConfig, topology: Topology, *, num_tokens: int, batch_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Scores made-up passages on one process, in turn with bare passes over as many tokens.
+    """Score random passages on one process, in alternation with bare passes over the same number of tokens.
 
     Args:
-        config: Of a run of one process; its model is drawn, and its tokenizer is not needed.
-        topology: A world of one.
-        num_tokens: That the model reads in each measurement.
-        batch_tokens: Of a batch.
-        repeats: Rounds, after those that warm up.
+        config: A run of one process. Its model has random weights, and its tokenizer is not needed.
+        topology: A world of one process.
+        num_tokens: Tokens that the model reads in each measurement.
+        batch_tokens: Tokens of a batch.
+        repeats: Number of rounds after the warm-up rounds.
 
     Returns:
-        Median tokens per second: of `choices`, passages of unequal length whose end is scored, and `texts`,
-        all tokens of windows; of bare passes, which make all logits, over rectangles of the same mean
-        length without padding; and the median ratios within rounds.
+        For `choices` (passages of unequal length whose last tokens are scored) and `texts` (windows whose
+        tokens are all scored): the median tokens per second of scoring and of bare passes, and the median
+        ratio within rounds. A bare pass computes all logits of batches of the same mean length, without
+        padding.
     """
-    (piece,) = build_gpt_chunks(config)
-    model = TrainedModel(config, piece, _NoTokenizer(), topology, step=0)
+    (gpt,) = build_gpt_chunks(config)
+    model = TrainedModel(config, gpt, _NoTokenizer(), topology, step=0)
     kinds = {"choices": _choices(config, num_tokens), "texts": _texts(config, num_tokens)}
     preparations: dict[str, Preparation] = {}
     for kind, passages in kinds.items():
         preparations[f"{kind} scoring"] = functools.partial(_scoring, model, passages, batch_tokens)
         preparations[f"{kind} bare"] = functools.partial(
-            _bare_passes, piece, config, topology, passages, batch_tokens
+            _bare_passes, gpt, config, topology, passages, batch_tokens
         )
     seconds = time_in_turn(preparations, device=topology.device, rounds=repeats)
     return {
@@ -56,16 +57,16 @@ def measure_scoring(
 
 
 class _NoTokenizer(Tokenizer):
-    """For a model that only scores tokens."""
+    """Stand in for the tokenizer of a model that only scores tokens."""
 
     def __init__(self) -> None: ...
 
 
 def _rates(passages: Sequence[Passage], *, scoring: list[float], bare: list[float]) -> dict[str, float]:
-    read = sum(len(passage.tokens) - 1 for passage in passages)
+    num_tokens = sum(len(passage.tokens) - 1 for passage in passages)
     return {
-        "scoring": read / statistics.median(scoring),
-        "bare": read / statistics.median(bare),
+        "scoring": num_tokens / statistics.median(scoring),
+        "bare": num_tokens / statistics.median(bare),
         "ratio": median_ratio(bare, scoring),
     }
 
@@ -80,18 +81,18 @@ def _scoring(model: TrainedModel, passages: Sequence[Passage], batch_tokens: int
 def _bare_passes(
     model: Any, config: RunConfig, topology: Topology, passages: Sequence[Passage], batch_tokens: int
 ) -> Callable[[], None]:
-    """The GPT over rectangles of as many tokens as the passages have together."""
-    read = sum(len(passage.tokens) - 1 for passage in passages)
-    length = round(read / len(passages))
-    num_rows = round(read / length)
+    """Return an action that runs the GPT over batches with the total number of tokens of the passages."""
+    num_tokens = sum(len(passage.tokens) - 1 for passage in passages)
+    length = round(num_tokens / len(passages))
+    num_rows = round(num_tokens / length)
     tokens = torch.randint(config.model.vocab_size, (num_rows, length), device=topology.device)
     positions = torch.arange(length, device=topology.device).expand_as(tokens)
     rows = max(1, batch_tokens // length)
 
     @torch.no_grad()
     def action() -> None:
-        for batch, places in zip(tokens.split(rows), positions.split(rows), strict=True):
-            model(batch, places, None)
+        for batch, batch_positions in zip(tokens.split(rows), positions.split(rows), strict=True):
+            model(batch, batch_positions, None)
 
     return action
 
@@ -101,16 +102,16 @@ def _choices(config: RunConfig, num_tokens: int) -> list[Passage]:
     passages: list[Passage] = []
     while sum(len(passage.tokens) - 1 for passage in passages) < num_tokens:
         length = int(random.integers(*CHOICE_LENGTHS))
-        passages.append(_made_up(random, config, length, int(random.integers(*CHOICE_SCORED))))
+        passages.append(_random_passage(random, config, length, int(random.integers(*CHOICE_SCORED))))
     return passages
 
 
 def _texts(config: RunConfig, num_tokens: int) -> list[Passage]:
     random = np.random.default_rng(2)
     length = config.data.sequence_length
-    return [_made_up(random, config, length + 1, length) for _ in range(max(1, num_tokens // length))]
+    return [_random_passage(random, config, length + 1, length) for _ in range(max(1, num_tokens // length))]
 
 
-def _made_up(random: np.random.Generator, config: RunConfig, length: int, num_scored: int) -> Passage:
+def _random_passage(random: np.random.Generator, config: RunConfig, length: int, num_scored: int) -> Passage:
     tokens = random.integers(config.model.vocab_size, size=length, dtype=np.int32)
     return Passage(tokens, min(num_scored, length - 1))

@@ -1,4 +1,4 @@
-"""Time of the head and feature simulation alone, against what its bytes and its FLOPs allow at best."""
+"""Time of the head and feature simulation, against the least time that its bytes and its FLOPs allow."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from sas_megatron.attention.sas.simulation_kernels import (
     SimulationKernels,
     build_simulation_kernels,
 )
-from sas_megatron.benchmarks.block_shape import BlockShape
-from sas_megatron.benchmarks.ceilings import Ceilings, measure_ceilings
-from sas_megatron.benchmarks.roofline import Point
+from sas_megatron.benchmarks.attention_blocks import BlockShape
+from sas_megatron.benchmarks.roofline import Ceilings, Point, measure_ceilings
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
@@ -30,7 +29,7 @@ PASSES = ("forward", "backward")
 
 
 class SimulationCase:
-    """A layer's simulation on random columns: query, key and value, rotary positions included."""
+    """The simulation of a layer on random projected columns: query, key and value, with rotary embeddings."""
 
     def __init__(self, shape: BlockShape, *, device: torch.device, dtype: torch.dtype) -> None:
         self.shape = shape
@@ -42,38 +41,39 @@ class SimulationCase:
             torch.nn.init.normal_(parameter, std=0.1)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weights: dict[str, ResidualMapWeights] = {
-            f"{kind}.{name}": part.weights()
+            f"{kind}.{name}": residual_map.weights()
             for kind in ("heads", "features")
-            for name, part in getattr(simulation, kind).items()
+            for name, residual_map in getattr(simulation, kind).items()
         }
         self.columns = torch.randn(shape.num_tokens, self.attention.qkv_width, **options, requires_grad=True)
         self.leaves = [self.columns, *simulation.parameters()]
         self.angles = RotaryEmbedding(self.attention.rotary_width, 1.0)(shape.sequence_length)
-        many, wide, narrow = self.attention.num_simulated_heads, self.attention.query_key_dim, shape.head_dim
+        features = self.attention.query_key_dim
         self.gradients = [
-            torch.randn(shape.num_tokens, many, width, **options) for width in (wide, wide, narrow)
+            torch.randn(shape.num_tokens, self.attention.num_simulated_heads, width, **options)
+            for width in (features, features, shape.head_dim)
         ]
 
     def run(self, kernels: SimulationKernels) -> list[torch.Tensor]:
-        """Query, key and value [T, r·N, E or D], turned."""
+        """Return query, key and value, [T, r·N, E or D], with rotary embeddings applied."""
 
         def all_heads(count: int) -> slice:
             return slice(0, count)
 
         results = kernels.heads(self.columns, self.weights, all_heads)
         angles = self.angles if kernels.turns else None
-        for place, name in enumerate(("query", "key")):
+        for index, name in enumerate(("query", "key")):
             source = HeadSource(self.columns, all_heads)
-            results[place] = kernels.features(
-                name, results[place], self.weights, angles=angles, source=source
+            results[index] = kernels.features(
+                name, results[index], self.weights, angles=angles, source=source
             )
             if not kernels.turns:
-                sequences = results[place].unflatten(0, (self.shape.sequence_length, -1))
-                results[place] = apply_rope(sequences, self.angles).flatten(0, 1)
+                sequences = results[index].unflatten(0, (self.shape.sequence_length, -1))
+                results[index] = apply_rope(sequences, self.angles).flatten(0, 1)
         return results
 
     def passes(self, kernels: SimulationKernels) -> dict[str, Preparation]:
-        """What to time, by pass."""
+        """Return the actions to time: the forward pass and the backward pass."""
 
         def backward() -> Callable[[], object]:
             results = self.run(kernels)
@@ -82,28 +82,28 @@ class SimulationCase:
         return {"forward": lambda: lambda: self.run(kernels), "backward": backward}
 
     def least_work(self) -> dict[str, tuple[float, float]]:
-        """By pass, bytes in and out, each once, and FLOPs without any that are repeated."""
+        """Return the least bytes and FLOPs of each pass: inputs and outputs once, and no recomputation."""
         attention, tokens = self.attention, self.shape.num_tokens
-        made = attention.num_simulated_heads * (2 * attention.query_key_dim + attention.head_dim)
+        output_width = attention.num_simulated_heads * (2 * attention.query_key_dim + attention.head_dim)
         terms = attention.count_forward_flops(
             self.shape.hidden_size, sequence_length=self.shape.sequence_length
         )
         flops = tokens * (terms["head_simulation"] + terms["feature_simulation"])
         element_bytes = self.columns.element_size()
         return {
-            "forward": (element_bytes * tokens * (attention.qkv_width + made), flops),
-            "backward": (element_bytes * tokens * (2 * attention.qkv_width + made), 2 * flops),
+            "forward": (element_bytes * tokens * (attention.qkv_width + output_width), flops),
+            "backward": (element_bytes * tokens * (2 * attention.qkv_width + output_width), 2 * flops),
         }
 
 
 def measure_simulation(
     shape: BlockShape, *, device: torch.device, dtype: torch.dtype, repeats: int
 ) -> dict[str, Any]:
-    """Times both forms where both run, in turn, and this machine's ceilings.
+    """Time the plain kernels and, on a GPU, the fused kernels in alternation, and measure the ceilings.
 
     Returns:
-        Median seconds by form and pass, each over its floor (what bytes and FLOPs take at the measured
-        ceilings), and the plain form's over the fused one's.
+        Median seconds by kernels and pass; their ratio to the floor, the time of the least bytes and FLOPs at
+        the measured ceilings; and the ratio of the plain to the fused time.
     """
     case = SimulationCase(shape, device=device, dtype=dtype)
     forms = kernels_that_run(case.attention, device=device, dtype=dtype)
@@ -133,17 +133,17 @@ def measure_simulation(
 def kernels_that_run(
     attention: SimulatedAttentionConfig, *, device: torch.device, dtype: torch.dtype
 ) -> dict[str, SimulationKernels]:
-    """The plain form; and the fused one on a GPU."""
+    """Return the plain kernels and, on a GPU, the fused kernels."""
     forms: dict[str, SimulationKernels] = {"plain": PlainKernels(attention)}
     if device.type == "cuda":
         fused = attention.model_copy(update={"kernel": "fused"})
         forms["fused"] = build_simulation_kernels(fused, dtype=dtype)
-        assert isinstance(forms["fused"], FusedKernels)
+        assert isinstance(forms["fused"], FusedKernels), "attention.kernel=fused chose other kernels"
     return forms
 
 
-def points_of(result: dict[str, Any]) -> list[Point]:
-    """For the roofline."""
+def roofline_points(result: dict[str, Any]) -> list[Point]:
+    """Return the measured passes as points of the roofline plot."""
     return [
         Point(name, flops=row["flops"], num_bytes=row["bytes"], seconds=row["seconds"])
         for name, row in result["rows"].items()

@@ -1,4 +1,4 @@
-"""Whole optimizer steps of two runs: time over time against FLOPs over FLOPs, and the share of the peak."""
+"""Compare complete optimizer steps of two runs: ratios of times and of FLOPs, and the utilization."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sas_megatron.benchmarks.ceilings import measure_ceilings
+from sas_megatron.benchmarks.roofline import measure_ceilings
 from sas_megatron.benchmarks.step_time import measure_step_seconds
 from sas_megatron.benchmarks.timing import median_ratio
 from sas_megatron.config.run import RunConfig
@@ -17,23 +17,23 @@ from sas_megatron.planning.hardware_file import load_hardware, shipped_names
 
 
 def with_microbatches(config: RunConfig, num_microbatches: int) -> RunConfig:
-    """The run with steps of so many microbatches on one copy of the model."""
+    """Return the run with `num_microbatches` microbatches per step on one model replica."""
     samples = num_microbatches * config.training.micro_batch_size
     training = config.training.model_copy(update={"global_batch_size": samples})
     return config.model_copy(update={"training": training})
 
 
-def measure_steps(configs: dict[str, RunConfig], *, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times two runs in turn, the first of which is the base.
+def compare_steps(configs: dict[str, RunConfig], *, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Time two runs in alternation; the first one is the base.
 
     Returns:
-        By name, seconds of a step, tokens, parameters and training FLOPs, and model FLOPs utilization
-        (scores in full, and with the causal half alone); and how far the second's time exceeds what its
-        FLOPs ask for.
+        For each name: seconds of a step, tokens, parameters, training FLOPs, and model FLOPs utilization
+        (with all scores, and with their causal half). The ratios of the second run to the base in time, FLOPs
+        and parameters, and the time ratio over the FLOPs ratio.
     """
     rounds_of_seconds = measure_step_seconds(list(configs.values()), rounds=rounds)
     seconds = {
-        name: [measured[place] for measured in rounds_of_seconds] for place, name in enumerate(configs)
+        name: [measured[index] for measured in rounds_of_seconds] for index, name in enumerate(configs)
     }
     precision = next(iter(configs.values())).training.precision
     peak, origin = _peak_flops(device, precision)
@@ -70,7 +70,11 @@ def _row(config: RunConfig, seconds: list[float], peak: float) -> dict[str, floa
 
 
 def _peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Of the GPU's data sheet, where there is a hardware file of it; otherwise of a large product here."""
+    """Return the peak FLOP/s and its source.
+
+    The peak is the data sheet's if there is a hardware file for the GPU, and otherwise the measured rate of a
+    large matrix product.
+    """
     if device.type == "cuda":
         model = torch.cuda.get_device_name(device).upper()
         for name in shipped_names():
@@ -78,4 +82,4 @@ def _peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
                 hardware = load_hardware(name)
                 return hardware.matrix_rate(precision), f"data sheet, {hardware.name}"
     ceilings = measure_ceilings(device, DTYPES[precision])
-    return ceilings.matrix_flops_per_second, "measured, a large square product"
+    return ceilings.matrix_flops_per_second, "measured, large matrix product"

@@ -1,4 +1,4 @@
-"""Seconds of whole optimizer steps of several runs on this machine, in turn, so that drift hits all alike."""
+"""Time complete optimizer steps of several runs on this machine, in alternation."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ TIMED_STEPS = 3
 
 
 def measure_step_seconds(configs: list[RunConfig], *, rounds: int) -> list[list[float]]:
-    """By round, the median step of each config, on as many processes as one model takes.
+    """Measure the steps of each config, on the number of processes that one model replica needs.
 
-    A round builds each model anew, and no more than one is held; tokens are random.
+    Each round builds the model of each config again, one at a time. The tokens are random.
 
     Args:
-        configs: runs of one layout.
-        rounds: how often each is measured.
+        configs: Runs with the same layout.
+        rounds: Number of measurements of each config.
+
+    Returns:
+        The median seconds of a step by round and config.
     """
     world_size = configs[0].parallel.model_size
     threads = max(1, (os.cpu_count() or 1) // world_size)
     by_rank = run_on_ranks(_time_on_rank, configs, rounds, world_size=world_size, threads=threads)
-    # A step ends when its slowest rank does.
+    # A step ends when its slowest rank has finished.
     return [[max(seconds) for seconds in zip(*ranks, strict=True)] for ranks in zip(*by_rank, strict=True)]
 
 
 def _time_on_rank(configs: list[RunConfig], rounds: int) -> list[list[float]]:
-    """On a rank of a joined world."""
+    """Measure on a rank of an initialized world."""
     from sas_megatron.distributed.topology import joined_groups
 
     with joined_groups(configs[0].parallel, device=prepare_device(), seed=1) as topology:
@@ -48,7 +51,7 @@ def _time_on_rank(configs: list[RunConfig], rounds: int) -> list[list[float]]:
 
 
 def time_rounds(configs: list[RunConfig], rounds: int, topology: Topology) -> list[list[float]]:
-    """By round, this rank's median step of each config."""
+    """Return this rank's median seconds of a step by round and config."""
     return [
         [_time_steps(config, topology.data_size, topology.device) for config in configs]
         for _ in range(rounds)
@@ -58,7 +61,7 @@ def time_rounds(configs: list[RunConfig], rounds: int, topology: Topology) -> li
 def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> float:
     from sas_megatron.training import build
 
-    # An engine refers to itself in circles: the one before keeps its memory until Python looks for those.
+    # The previous engine is part of reference cycles, so its memory is freed only by a garbage collection.
     gc.collect()
     torch.cuda.empty_cache()
     engine = build.build_engine(config)
@@ -66,17 +69,17 @@ def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> floa
     seconds = []
     for _ in range(1 + TIMED_STEPS):
         torch.cuda.synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         engine.forward_backward(_random_batches(config, device), num_microbatches=num_microbatches)
         engine.update(engine.compute_gradient_norm())
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    # The first step makes the optimizer's states and the tables of positions.
+        seconds.append(time.perf_counter() - start)
+    # The first step creates the optimizer state and the tables of rotary embeddings.
     return statistics.median(seconds[1:])
 
 
 def _random_batches(config: RunConfig, device: torch.device) -> Iterator[Batch]:
-    """The same random tokens again and again: gradients of one table row alone would take another time."""
+    """Yield one batch of random tokens repeatedly. Equal tokens would change the time of the embedding."""
     from sas_megatron.planning.rank_estimate import synthetic_batch
 
     batch = synthetic_batch(config, device)

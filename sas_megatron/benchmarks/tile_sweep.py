@@ -1,4 +1,4 @@
-"""Other tiles for the fused kernels, one kernel at a time: what a GPU makes of each."""
+"""Time the fused kernels with other tiles on a GPU, one kernel at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from sas_megatron.attention.sas.fused.padding import padded
 from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
 from sas_megatron.attention.sas.simulation_kernels import FusedKernels
-from sas_megatron.benchmarks.block_shape import BlockShape
+from sas_megatron.benchmarks.attention_blocks import BlockShape
 from sas_megatron.benchmarks.simulation import SimulationCase
 from sas_megatron.benchmarks.timing import time_in_turn
 
@@ -23,7 +23,10 @@ PASS_OF_KERNEL = {
 
 
 def candidate_tiles() -> Iterator[Tile]:
-    """Around what the compiler's report suggests; eight to compile for each kernel, some seconds each."""
+    """Yield the tiles around the choice that follows from the compiler's report.
+
+    Each kernel is compiled for each tile, which takes some seconds.
+    """
     for rows, warps, stages, programs in itertools.product((64, 128), (4, 8), (1, 2), (1, 2)):
         yield Tile(rows=rows, warps=warps, stages=stages, programs=programs)
 
@@ -37,31 +40,41 @@ def sweep_tiles(
     kernels: Sequence[str] = tuple(PASS_OF_KERNEL),
     tiles: Sequence[Tile] | None = None,
 ) -> list[dict[str, Any]]:
-    """For each kernel and tile the median seconds of the whole pass, the other kernels as they are.
+    """Time the complete pass for each kernel and tile, while the other kernels keep their default tile.
 
-    A tile that does not fit on chip, or that the compiler refuses, has no seconds, and the reason.
+    Args:
+        shape: Sizes of the block.
+        device: A GPU.
+        dtype: Dtype of weights and activations.
+        repeats: Number of rounds after the warm-up rounds.
+        kernels: Names of the kernels: fields of `Tiling`.
+        tiles: Tiles for each kernel; None: the default tile and the candidates.
+
+    Returns:
+        For each kernel and tile the median seconds of the pass. If the tile does not fit on chip or the
+        compiler fails, `seconds` is None and `problem` is the reason.
     """
     case = SimulationCase(shape, device=device, dtype=dtype)
     fused = FusedKernels(case.attention)
-    usual = fused.tiling
+    default = fused.tiling
     results: list[dict[str, Any]] = []
     for kernel in kernels:
         name = PASS_OF_KERNEL[kernel]
-        for tile in tiles or unlike_tiles(kernel, shape, [getattr(usual, kernel), *candidate_tiles()]):
-            fused.tiling = dataclasses.replace(usual, **{kernel: tile})
+        for tile in tiles or distinct_tiles(kernel, shape, [getattr(default, kernel), *candidate_tiles()]):
+            fused.tiling = dataclasses.replace(default, **{kernel: tile})
             result: dict[str, Any] = {"kernel": kernel, **dataclasses.asdict(tile)}
             try:
                 prepare = case.passes(fused)[name]
                 seconds = time_in_turn({name: prepare}, device=device, rounds=repeats)[name]
                 results.append({**result, "seconds": statistics.median(seconds)})
-            # Triton has a class of its own for each resource, stage and version. One tile is no reason to
-            # lose the others' seconds.
+            # Triton raises many types of errors, by resource, compiler stage and version. An error with one
+            # tile must not discard the times of the others.
             except Exception as error:
                 results.append({**result, "seconds": None, "problem": f"{type(error).__name__}: {error}"})
     return results
 
 
-def unlike_tiles(kernel: str, shape: BlockShape, tiles: Sequence[Tile]) -> list[Tile]:
-    """Without those that cut up the work as one before does: a tile of heads holds whole tokens."""
+def distinct_tiles(kernel: str, shape: BlockShape, tiles: Sequence[Tile]) -> list[Tile]:
+    """Drop tiles that divide the work like an earlier tile; a head tile has at least one full token."""
     least = padded(shape.head_dim) if kernel.startswith("head") else 1
     return list(dict.fromkeys(dataclasses.replace(tile, rows=max(tile.rows, least)) for tile in tiles))

@@ -1,4 +1,4 @@
-"""Seconds of what is compared, taken in turn, so that a machine that drifts drifts for all."""
+"""Time several actions in alternation, so that a drift of the machine's speed affects all of them equally."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-# Prepares, untimed, and returns what is timed.
+# Prepares without being timed, and returns the action to time.
 Preparation = Callable[[], Callable[[], object]]
 WARM_UP_ROUNDS = 2
-# Some ten milliseconds for a GPU to wait, in which Python launches what is timed, as it is ahead in training.
-# Otherwise a pass of a tenth of that would be as long as its launches take.
+# Cycles for which a GPU waits, about ten milliseconds, while Python launches the kernels of the action. In
+# training, launches run ahead of execution too. Without the wait, a pass of a tenth of that time would take
+# as long as its launches.
 HEAD_START_CYCLES = 20_000_000
 
 
 def time_in_turn(
     preparations: Mapping[str, Preparation], *, device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds by name, of each round after those that warm up; by the device's own clock on a GPU."""
+    """Time each action once per round.
+
+    Args:
+        preparations: Actions by name.
+        device: On a GPU, time is measured by CUDA events.
+        rounds: Number of rounds after the warm-up rounds.
+
+    Returns:
+        Seconds by name and round, without the warm-up rounds.
+    """
     clock = _time_on_gpu if device.type == "cuda" else time_by_wall_clock
     seconds: dict[str, list[float]] = {name: [] for name in preparations}
     for round_number in range(WARM_UP_ROUNDS + rounds):
@@ -31,26 +41,26 @@ def time_in_turn(
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Of neighbouring runs."""
+    """Return the median of the ratios within rounds."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def time_by_wall_clock(action: Callable[[], object]) -> float:
-    """Seconds of an action; what it returns is let go after them."""
-    begun = time.perf_counter()
-    kept = action()
-    seconds = time.perf_counter() - begun
-    del kept
+    """Return the seconds of an action. Its result is freed after the time is taken."""
+    start = time.perf_counter()
+    result = action()
+    seconds = time.perf_counter() - start
+    del result
     return seconds
 
 
 def _time_on_gpu(action: Callable[[], object]) -> float:
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START_CYCLES)
-    begun.record()
-    kept = action()
-    ended.record()
+    start.record()
+    result = action()
+    end.record()
     torch.cuda.synchronize()
-    del kept
-    return float(begun.elapsed_time(ended)) / 1e3
+    del result
+    return float(start.elapsed_time(end)) / 1e3

@@ -1,4 +1,4 @@
-"""`sas-megatron estimate`: what a run would hold, compute, send and take, on ranks that are not there."""
+"""`sas-megatron estimate`: memory, operations, communication and step time of a run without its cluster."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ THIS_MACHINE = "this-machine"
 @click.command()
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1)
-@click.option("--world-size", type=int, required=True, help="Ranks of the run: GPUs, or processes on CPU.")
+@click.option("--world-size", type=int, required=True, help="Number of ranks: GPUs, or processes on CPU.")
 @click.option(
     "--hardware",
     "hardware_name",
     default="h100",
     show_default=True,
-    help="h100, h200, a100, this-machine (measured now), or a path to such a file.",
+    help="h100, h200, a100, this-machine (measured now), or the path of a hardware file.",
 )
-@click.option("--rank", type=int, help="Only this rank; by default one of each kind of pipeline stage.")
-@click.option("--search", is_flag=True, help="Rank the layouts that fit into the hardware's memory.")
+@click.option("--rank", type=int, help="Estimate only this rank; default: one rank of each kind of stage.")
+@click.option("--search", is_flag=True, help="Rank the layouts that fit into memory.")
 @click.option(
     "--memory-gib",
     type=click.FloatRange(min=0, min_open=True),
-    help="Memory of a device, in place of the hardware file's.",
+    help="Memory of one device, instead of the figure in the hardware file.",
 )
 @click.option(
-    "--top", type=click.IntRange(min=1), default=8, show_default=True, help="Layouts that --search shows."
+    "--top", type=click.IntRange(min=1), default=8, show_default=True, help="Layouts that --search lists."
 )
-@click.option("--validate", is_flag=True, help="Run that many processes here, and compare; 8 at most.")
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
+@click.option(
+    "--validate", is_flag=True, help="Run the ranks as processes on this machine, at most 8, and compare."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of tables.")
 def estimate(
     config: str,
     overrides: tuple[str, ...],
@@ -53,9 +55,10 @@ def estimate(
     validate: bool,
     as_json: bool,
 ) -> None:
-    """Estimate a run of CONFIG on any number of ranks; OVERRIDES read section.field=value.
+    """Estimate a run of CONFIG on any number of ranks. OVERRIDES have the form section.field=value.
 
-    The real model is built and stepped as one rank, on tensors without storage: no GPU and no data is needed.
+    The command builds the real model and runs its training step as one rank, on tensors without storage.
+    It needs no GPU and no data.
     """
     from sas_megatron.config.errors import FieldError, UserError
     from sas_megatron.config.loading import load_run_config
@@ -64,9 +67,9 @@ def estimate(
     if world_size < 1:
         raise FieldError("world size", world_size, "must be positive", "use 1 or more")
     if search and validate:
-        raise UserError("--search and --validate: are two questions; ask one of them")
+        raise UserError("--search and --validate: exclude each other; use one of them")
     if run_config.training.engine != "megatron":
-        raise run_config.training.problem("engine", "cannot be simulated yet", "set training.engine=megatron")
+        raise run_config.training.problem("engine", "cannot be estimated yet", "set training.engine=megatron")
     if not search:
         run_config.check_world_size(world_size)
     if validate:
@@ -85,7 +88,7 @@ def estimate(
 
 
 def _estimate(config: RunConfig, world_size: int, hardware: Hardware, rank: int | None) -> tuple[Any, Any]:
-    _compute_on_cpu()
+    _prepare_cpu()
     from sas_megatron.cli.estimate_tables import estimate_as_dict, show_estimate
     from sas_megatron.planning.run_estimate import estimate_run
 
@@ -96,7 +99,7 @@ def _estimate(config: RunConfig, world_size: int, hardware: Hardware, rank: int 
 
 
 def _validate(config: RunConfig, world_size: int) -> tuple[Any, Any]:
-    _compute_on_cpu()
+    _prepare_cpu()
     from sas_megatron.cli.estimate_tables import show_validation, validation_as_dict
     from sas_megatron.planning.validation import validate_estimate
 
@@ -104,16 +107,18 @@ def _validate(config: RunConfig, world_size: int) -> tuple[Any, Any]:
 
 
 def _search(config: RunConfig, world_size: int, hardware: Hardware, top: int) -> tuple[Any, Any]:
-    _compute_on_cpu()
+    _prepare_cpu()
     from sas_megatron.cli.estimate_tables import search_as_dict, show_search
     from sas_megatron.planning.layout_search import search_layouts
 
-    result = search_layouts(config, world_size=world_size, hardware=hardware, report_progress=_announce)
+    result = search_layouts(
+        config, world_size=world_size, hardware=hardware, report_progress=_report_progress
+    )
     return search_as_dict(result, top), show_search
 
 
-def _announce(text: str) -> None:
-    """On a terminal, how far a search is: it takes minutes."""
+def _report_progress(text: str) -> None:
+    """Update the progress line of a search on a terminal, since a search takes minutes."""
     if sys.stderr.isatty():
         click.echo(f"\r{text}", err=True, nl=False)
 
@@ -126,8 +131,8 @@ def _find_hardware(name: str, world_size: int, memory_gib: float | None) -> Hard
 
 
 def _measure_this_machine(world_size: int) -> Hardware:
-    """Measured anew each time, and left in a file that --hardware takes."""
-    _compute_on_cpu()
+    """Measure this machine, and write the figures to a file that --hardware accepts."""
+    _prepare_cpu()
     from sas_megatron.config.loading import dump_tree
     from sas_megatron.io.files import save_file
     from sas_megatron.planning.machine_measurement import measure_this_machine
@@ -138,12 +143,12 @@ def _measure_this_machine(world_size: int) -> Hardware:
     path = cache / f"this-machine-{num_processes}.yaml"
     text = dump_tree(hardware.model_dump(mode="json"))
     save_file(path, text, remedy="set XDG_CACHE_HOME to a writable folder")
-    click.echo(f"measured this machine; the figures are in {path}", err=True)
+    click.echo(f"wrote the measured figures of this machine to {path}", err=True)
     return hardware
 
 
-def _compute_on_cpu() -> None:
-    """Readies torch for tensors that say they are the CPU's, on a machine with a GPU too."""
+def _prepare_cpu() -> None:
+    """Prepare torch for tensors of the CPU, also on a machine with a GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from sas_megatron.platform.device import prepare_device
 

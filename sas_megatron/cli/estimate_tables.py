@@ -1,7 +1,11 @@
-"""What `sas-megatron estimate` prints: estimates, validations and searches, as objects and as tables."""
+"""Output of `sas-megatron estimate`: estimates, validations and searches as JSON objects and as tables.
+
+Tables are at most 80 columns wide; a test holds that.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def estimate_as_dict(estimate: RunEstimate) -> dict[str, Any]:
-    """The whole estimate in plain types; bytes and FLOPs of one rank and one optimizer step."""
+    """Return the estimate as plain types. Bytes and FLOPs are per rank and per optimizer step."""
     hardware = estimate.hardware
     return {
         "world_size": estimate.world_size,
@@ -60,56 +64,67 @@ def _step_as_dict(step: StepEstimate) -> dict[str, Any]:
 
 _RANK_ROWS = {
     "layers": "layers",
-    "attended_heads": "attended heads",
+    "attended_heads": "attention heads",
     "parameters": "parameters",
     "parameter_bytes": "weights",
     "gradient_bytes": "gradients",
     "optimizer_bytes": "optimizer state",
-    "peak_activation_bytes": "activations and temporaries, peak",
-    "peak_bytes": "all together, peak",
-    "microbatches": "microbatches a step",
-    "flops": "FLOPs a step",
+    "peak_activation_bytes": "activations, temporaries",
+    "peak_bytes": "peak memory",
+    "microbatches": "microbatches per step",
+    "flops": "FLOPs per step",
+}
+
+# Prefix of the names of torch's operations -> name of the collective in tables.
+_COLLECTIVES = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "alltoall": "all_to_all",
 }
 
 
 def show_estimate(result: dict[str, Any]) -> None:
-    """Tables: what the ranks hold and do, what they send, and the seconds of a step."""
+    """Print the memory and the work of the ranks, the bytes that they send, and the seconds of a step."""
     console = Console()
     ranks = result["ranks"]
-    table = _table("held and computed", [f"rank {rank['rank']}" for rank in ranks])
+    headings = [f"rank {rank['rank']}" for rank in ranks]
+    table = _table("memory and work", headings)
     for key, label in _RANK_ROWS.items():
         table.add_row(label, *(_quantity(key, rank[key]) for rank in ranks))
     console.print(table)
-    sent = {
-        (group, operation): None
-        for rank in ranks
-        for group, operations in rank["communication_bytes_sent"].items()
-        for operation in operations
-    }
-    if sent:
-        table = _table("bytes sent in a step", [f"rank {rank['rank']}" for rank in ranks])
-        for group, operation in sent:
-            counts = (rank["communication_bytes_sent"].get(group, {}).get(operation, 0) for rank in ranks)
-            table.add_row(f"{group} {operation}", *(f"{count:,}" for count in counts))
+    sent = [_sum_by_collective(rank["communication_bytes_sent"]) for rank in ranks]
+    if any(sent):
+        table = _table("communication: bytes sent per step", headings)
+        for label in dict.fromkeys(label for counts in sent for label in counts):
+            table.add_row(label, *(_bytes(counts[label]) for counts in sent))
         console.print(table)
     _show_step(console, result["step"])
     verdict = "fits" if result["fits"] else "does not fit"
     console.print(
-        f"{result['world_size']} ranks, {result['data_parallel']} data-parallel, on {result['hardware']}: "
-        f"needs {_gib(result['needed_bytes_with_allocator_and_reserve'])} of {_gib(result['memory_bytes'])}, "
-        f"{verdict}.",
-        soft_wrap=True,
+        f"{verdict}: a rank needs {_bytes(result['needed_bytes_with_allocator_and_reserve'])} of the "
+        f"{_bytes(result['memory_bytes'])} of {result['hardware']}. World size {result['world_size']}, "
+        f"{result['data_parallel']} data-parallel."
     )
     console.print(
-        "A multiply-add is two FLOPs, fused attention counts S² scores; bytes in the ring convention; "
-        "communication overlaps only as parallel.overlap_* says; the shares of the peak are the "
-        "hardware file's.",
-        soft_wrap=True,
+        "A multiply-add counts as two FLOPs, and fused attention counts all S² scores. Bytes sent follow the "
+        "ring convention. Communication overlaps with computation only as parallel.overlap_* states. The "
+        "attained shares of the peak rates are the hardware file's."
     )
+
+
+def _sum_by_collective(bytes_sent: dict[str, dict[str, int]]) -> Counter[str]:
+    """Sum the bytes of torch's variants of each collective, such as `allgather_base`, in each group."""
+    total: Counter[str] = Counter()
+    for group, operations in bytes_sent.items():
+        for operation, count in operations.items():
+            names = [name for prefix, name in _COLLECTIVES.items() if operation.startswith(prefix)]
+            total[f"{group} {names[0] if names else operation}"] += count
+    return total
 
 
 def _show_step(console: Console, step: dict[str, Any]) -> None:
-    table = _table("seconds of a step", ["seconds", "share"])
+    table = _table("time of a step", ["seconds", "share"])
     for term, seconds in step["seconds_by_term"].items():
         table.add_row(term, f"{seconds:.4g}", f"{seconds / step['seconds']:.1%}")
     table.add_section()
@@ -121,7 +136,7 @@ def _show_step(console: Console, step: dict[str, Any]) -> None:
 
 
 def validation_as_dict(validation: Validation) -> dict[str, Any]:
-    """Estimated, measured and error, by rank, in plain types."""
+    """Return estimates, measurements and errors by rank, as plain types."""
     return {
         "hardware": validation.hardware.model_dump(mode="json"),
         "ranks": [
@@ -150,8 +165,8 @@ def validation_as_dict(validation: Validation) -> dict[str, Any]:
 
 
 def show_validation(result: dict[str, Any]) -> None:
-    """One table: wire by group, peak memory by rank, and the step's time."""
-    table = _table("estimate against this machine", ["estimated", "measured", "error"])
+    """Print one table: bytes sent by group and peak memory of each rank, and the time of a step."""
+    table = _table("estimate and measurement", ["estimated", "measured", "error"])
     for rank in result["ranks"]:
         name, sent, peak = f"rank {rank['rank']}", rank["communication_bytes_sent"], rank["peak_bytes"]
         for group in dict.fromkeys([*sent["estimated"], *sent["measured"]]):
@@ -168,13 +183,13 @@ def show_validation(result: dict[str, Any]) -> None:
 
 
 def search_as_dict(search: LayoutSearch, top: int) -> dict[str, Any]:
-    """The best layouts and what became of the rest, in plain types."""
+    """Return the `top` fastest layouts, and the numbers of layouts considered, as plain types."""
     return {
         "hardware": search.hardware.name,
         "memory_bytes": round(search.hardware.memory_gib * 2**30),
         "legal_layouts": search.num_legal,
         "families": search.num_families,
-        "simulated_families": search.num_estimated_families,
+        "estimated_families": search.num_estimated_families,
         "layouts": [
             {
                 "overrides": search.overrides(layout),
@@ -188,34 +203,33 @@ def search_as_dict(search: LayoutSearch, top: int) -> dict[str, Any]:
 
 
 def show_search(result: dict[str, Any]) -> None:
-    """A table of layouts, fastest first, and the overrides of the first to paste."""
+    """Print a table of the layouts, fastest first, and their overrides, one layout per line."""
     console = Console()
     if not result["layouts"]:
         console.print(
             f"none of {result['legal_layouts']} legal layouts fits into the "
-            f"{_gib(result['memory_bytes'])} of {result['hardware']}; "
-            "use more ranks, a smaller micro batch in the config, or a smaller model",
-            soft_wrap=True,
+            f"{_bytes(result['memory_bytes'])} of {result['hardware']}; "
+            "use more ranks, a smaller micro batch in the config, or a smaller model"
         )
         return
     table = _table("layouts", ["tokens/s", "step", "memory", "MFU"])
-    for place, layout in enumerate(result["layouts"], start=1):
+    for number, layout in enumerate(result["layouts"], start=1):
         table.add_row(
-            str(place),
+            str(number),
             f"{layout['tokens_per_second']:,.0f}",
             f"{layout['seconds']:.4g} s",
-            _gib(layout["needed_bytes"]),
+            _bytes(layout["needed_bytes"]),
             f"{layout['model_flops_utilization']:.1%}",
         )
     console.print(table)
-    for place, layout in enumerate(result["layouts"], start=1):
+    for number, layout in enumerate(result["layouts"], start=1):
         loss = f"; loses by {layout['loses_by']}" if layout["loses_by"] else ""
-        console.print(f"{place}. {' '.join(layout['overrides'])}{loss}", soft_wrap=True, highlight=False)
+        # A line is not broken, so that its overrides can be copied.
+        console.print(f"{number}. {' '.join(layout['overrides'])}{loss}", soft_wrap=True, highlight=False)
     console.print(
-        f"{result['legal_layouts']} layouts are legal, in {result['families']} families that differ in more "
-        f"than their micro batch; the {result['simulated_families']} most promising were simulated on "
-        f"{result['hardware']}. Paste what stands after a number behind the config's path.",
-        soft_wrap=True,
+        f"{result['legal_layouts']} layouts are legal, in {result['families']} families whose layouts differ "
+        f"only in the micro batch. The {result['estimated_families']} most promising families were estimated "
+        f"on {result['hardware']}. Append the overrides of a layout to the command line."
     )
 
 
@@ -229,9 +243,12 @@ def _table(title: str, columns: Iterable[str]) -> Table:
 
 def _quantity(key: str, value: int) -> str:
     if key.endswith("bytes"):
-        return f"{_gib(value)}"
+        return _bytes(value)
     return f"{value:.4g}" if key == "flops" else f"{value:,}"
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:,.3f} GiB" if count >= 2**26 else f"{count / 2**20:,.3f} MiB"
+def _bytes(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.3f} {unit}"
+    return f"{count:,.0f} B"

@@ -1,4 +1,4 @@
-"""A corpus and a tokenizer, smaller than those of the data tests."""
+"""A corpus and a tokenizer that are smaller than in the tests of data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer_path(corpus: Path) -> Path:
-    """Of 511 tokens, trained on the corpus."""
+    """A tokenizer of 511 tokens, trained on the corpus."""
     path = corpus.with_name("small.model")
     train_tokenizer(stream_documents([corpus]), vocab_size=511, model_path=path)
     return path

@@ -1,4 +1,4 @@
-"""Ceilings of a small copy and product, where a test is not about their size."""
+"""Measure the ceilings with a small copy and product, for tests that do not concern their size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 def shrink_ceilings(patch: pytest.MonkeyPatch) -> None:
     """Measure ceilings with a copy of 1 MiB and a product of side 64."""
-    from sas_megatron.benchmarks import ceilings
+    from sas_megatron.benchmarks import roofline
 
-    patch.setattr(ceilings, "COPIED_BYTES", dict.fromkeys(ceilings.COPIED_BYTES, 2**20))
-    patch.setattr(ceilings, "PRODUCT_SIDE", dict.fromkeys(ceilings.PRODUCT_SIDE, 64))
+    patch.setattr(roofline, "COPIED_BYTES", dict.fromkeys(roofline.COPIED_BYTES, 2**20))
+    patch.setattr(roofline, "PRODUCT_SIDE", dict.fromkeys(roofline.PRODUCT_SIDE, 64))

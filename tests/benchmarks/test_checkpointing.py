@@ -1,3 +1,5 @@
+"""The checkpoint benchmark compares a save with a copy in memory and with `dd`."""
+
 from __future__ import annotations
 
 import json
@@ -6,7 +8,7 @@ from pathlib import Path
 from tests.fork_server import run_command
 
 
-def test_saving_is_compared_with_copying_and_with_dd_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_save_is_compared_with_a_copy_and_with_dd_and_its_files_are_removed(tmp_path: Path) -> None:
     done = run_command("bench", "checkpoint", "--gigabytes", "0.04", "--repeats", "1", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

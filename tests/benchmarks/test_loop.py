@@ -1,4 +1,4 @@
-"""What the loop takes is told apart from what the engine takes."""
+"""The loop benchmark separates the time of the loop from the time of the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.run_configs import small_config
 
 
 class _SlowEngine:
-    """Takes 30 ms for each of a step's three calls, and reads two batches."""
+    """An engine that takes 30 ms for each of the three calls of a step, and reads two batches."""
 
     def forward_backward(self, batches: Any, *, num_microbatches: int) -> list[Any]:
         time.sleep(0.03)
@@ -29,8 +29,8 @@ class _SlowEngine:
         time.sleep(0.03)
 
 
-def test_time_between_the_engines_calls_is_the_loops() -> None:
-    from sas_megatron.benchmarks.loop import EngineWatch
+def test_time_between_the_calls_of_the_engine_belongs_to_the_loop() -> None:
+    from sas_megatron.benchmarks.loop import EngineTimer
 
     def batches() -> Any:
         while True:
@@ -38,15 +38,15 @@ def test_time_between_the_engines_calls_is_the_loops() -> None:
             yield "batch"
 
     engine: Any = _SlowEngine()
-    watch = EngineWatch(engine, torch.device("cpu"))
+    timer = EngineTimer(engine, torch.device("cpu"))
     for _step in range(3):
         assert engine.forward_backward(batches(), num_microbatches=2) == ["batch", "batch"]
         engine.update(engine.compute_gradient_norm())
         time.sleep(0.05)
-    steps = watch.steps()
+    steps = timer.steps()
     assert len(steps) == 2
     for step in steps:
-        # Sleeping takes at least as long as asked for; how much longer, the machine's load decides.
+        # A sleep takes at least the given time, and longer on a busy machine.
         assert step["engine"] >= 0.09
         assert step["loop: batches"] >= 0.02
         assert step["loop: the rest"] >= 0.05
@@ -54,13 +54,13 @@ def test_time_between_the_engines_calls_is_the_loops() -> None:
         assert step["step"] == pytest.approx(step["engine"] + step["loop"])
 
 
-def test_the_command_measures_a_real_run_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_command_measures_a_real_run_and_removes_its_files(tmp_path: Path) -> None:
     config = small_config(model={"vocab_size": 512}, training={"global_batch_size": 2})
     (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     done = run_command("bench", "loop", "config.yaml", "--steps", "3", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    # The last of them ends with the run.
+    # The last step has no following step, so it is left out.
     assert result["steps"] == 2
     assert 0 < result["share_of_step"] < 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

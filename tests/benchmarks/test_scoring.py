@@ -1,4 +1,4 @@
-"""The benchmark of scoring times both kinds of passages against bare passes."""
+"""The scoring benchmark times both kinds of passages against bare passes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def measure() -> dict[str, Any]:
 def test_scoring_and_bare_passes_are_both_timed(ranks: Any) -> None:
     [result] = ranks(1).run(measure)
     assert set(result) == {"choices", "texts"}
-    for of_kind in result.values():
-        assert all(rate > 0 for rate in of_kind.values())
-        assert of_kind["ratio"] == pytest.approx(of_kind["scoring"] / of_kind["bare"])
+    for rates in result.values():
+        assert all(rate > 0 for rate in rates.values())
+        assert rates["ratio"] == pytest.approx(rates["scoring"] / rates["bare"])

@@ -1,4 +1,4 @@
-"""The benchmark of the simulation times the same function in both forms, against the least of work."""
+"""The simulation benchmark times equal functions of plain and fused kernels, against the least work."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SIZES = {"num_heads": 3, "head_dim": 8, "simulated_head_dim": 14, "sequence_leng
 
 
 def both_forms() -> Any:
-    """Results and gradients of the plain and the fused form; turned features by their own order."""
+    """Return results and gradients of plain and fused kernels. Query and key features are in pair order."""
     from sas_megatron.attention.sas.fused.features import pair_order
     from sas_megatron.attention.sas.simulation_kernels import FusedKernels, PlainKernels
-    from sas_megatron.benchmarks.block_shape import BlockShape
+    from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.benchmarks.simulation import SimulationCase
     from sas_megatron.config.parallel import ParallelConfig
 
@@ -38,15 +38,15 @@ def both_forms() -> Any:
     return [[tensor.detach() for tensor in [*results, *gradients]] for results, gradients in found]
 
 
-def test_both_forms_compute_the_same(ranks: Any) -> None:
+def test_plain_and_fused_kernels_compute_the_same_function(ranks: Any) -> None:
     [(plain, fused)] = ranks(1).run(both_forms)
     assert len(plain) == len(fused) == 3 + 1 + 3 * 4 + 2 * 4
-    for place, (mine, theirs) in enumerate(zip(fused, plain, strict=True)):
-        assert_near(mine, theirs, torch.float32, str(place))
+    for index, (actual, expected) in enumerate(zip(fused, plain, strict=True)):
+        assert_near(actual, expected, torch.float32, str(index))
 
 
 def least_work() -> Any:
-    from sas_megatron.benchmarks.block_shape import BlockShape
+    from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.benchmarks.simulation import SimulationCase
     from sas_megatron.config.parallel import ParallelConfig
 
@@ -54,20 +54,20 @@ def least_work() -> Any:
     return SimulationCase(BlockShape(**SIZES), device=torch.device("cpu"), dtype=torch.float32).least_work()
 
 
-def test_the_least_of_work_is_each_byte_once_and_each_product_once(ranks: Any) -> None:
+def test_the_least_work_counts_each_byte_and_each_product_once(ranks: Any) -> None:
     [work] = ranks(1).run(least_work)
-    tokens, columns, made = 10, 9 * 8, 9 * (14 + 14 + 8)
+    tokens, columns, outputs = 10, 9 * 8, 9 * (14 + 14 + 8)
     heads = 3 * 2 * 3 * 9 * (3 + 9) * 8
     features = 2 * 2 * 9 * 14 * (8 + 14)
-    assert work["forward"] == (4 * tokens * (columns + made), tokens * (heads + features))
-    assert work["backward"] == (4 * tokens * (2 * columns + made), 2 * tokens * (heads + features))
+    assert work["forward"] == (4 * tokens * (columns + outputs), tokens * (heads + features))
+    assert work["backward"] == (4 * tokens * (2 * columns + outputs), 2 * tokens * (heads + features))
 
 
-def swept() -> Any:
-    """A sweep that warms nothing up, since the interpreter takes as long each time."""
+def sweep() -> Any:
+    """Sweep without warm-up rounds, which do not make Triton's interpreter faster."""
     from sas_megatron.attention.sas.fused.tiling import Tile
     from sas_megatron.benchmarks import timing
-    from sas_megatron.benchmarks.block_shape import BlockShape
+    from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.benchmarks.tile_sweep import sweep_tiles
     from sas_megatron.config.parallel import ParallelConfig
 
@@ -85,7 +85,7 @@ def swept() -> Any:
 
 
 def test_a_sweep_times_each_kernel_with_each_tile(ranks: Any) -> None:
-    [rows] = ranks(1).run(swept)
+    [rows] = ranks(1).run(sweep)
     assert [(row["kernel"], row["rows"]) for row in rows] == [
         ("head_forward", 128),
         ("head_forward", 64),
@@ -95,44 +95,44 @@ def test_a_sweep_times_each_kernel_with_each_tile(ranks: Any) -> None:
     assert all(row["seconds"] > 0 for row in rows)
 
 
-def refused_by_the_compiler() -> Any:
-    """A sweep with a kernel that no tile can be compiled for, and what the command makes of it."""
+def sweep_with_compiler_errors() -> Any:
+    """Sweep a kernel that cannot be compiled with any tile, and return the rows that the command prints."""
     from sas_megatron.attention.sas.fused import feature_kernels
-    from sas_megatron.cli.bench_tables import best_tiles
+    from sas_megatron.cli.bench_tables import tile_rows
 
-    class Refusing:
+    class FailingKernel:
         arg_names = ()
 
         def __getitem__(self, grid: object) -> Any:
             raise RuntimeError("too many registers")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_kernels, "refine_gradient", Refusing())
-        rows = swept()
-    return rows, best_tiles(rows)
+        patch.setattr(feature_kernels, "refine_gradient", FailingKernel())
+        rows = sweep()
+    return rows, tile_rows(rows)
 
 
-def test_a_tile_that_cannot_be_compiled_takes_no_other_s_seconds_along(ranks: Any) -> None:
-    [(rows, shown)] = ranks(1).run(refused_by_the_compiler)
+def test_a_tile_that_cannot_be_compiled_does_not_discard_other_times(ranks: Any) -> None:
+    [(rows, shown)] = ranks(1).run(sweep_with_compiler_errors)
     problem = "RuntimeError: too many registers"
     assert [row.get("problem") for row in rows] == [None, None, problem, problem]
-    assert shown[0][1].endswith("programs")
-    assert shown[1] == ("feature_refine_gradient", f"no tile could be timed: {problem}")
+    assert shown[1][1].endswith("programs")
+    assert shown[2] == ("feature_refine_gradient", f"no tile could be timed: {problem}")
 
 
-def test_tiles_of_heads_that_cut_alike_are_timed_once() -> None:
+def test_head_tiles_that_divide_the_work_equally_are_timed_once() -> None:
     from sas_megatron.attention.sas.fused.tiling import Tile
-    from sas_megatron.benchmarks.block_shape import BlockShape
-    from sas_megatron.benchmarks.tile_sweep import candidate_tiles, unlike_tiles
+    from sas_megatron.benchmarks.attention_blocks import BlockShape
+    from sas_megatron.benchmarks.tile_sweep import candidate_tiles, distinct_tiles
 
     tiles = [Tile(programs=2), *candidate_tiles()]
     wide = BlockShape(num_heads=16, head_dim=128, simulated_head_dim=192, sequence_length=17, batch_size=2)
-    # A tile of 64 rows would hold half of a token's 128 features, so it holds all of them, as one of 128.
-    assert len(unlike_tiles("head_forward", wide, tiles)) == 8
-    assert len(unlike_tiles("feature_forward", wide, tiles)) == 16
+    # A tile of 64 rows would contain half of the 128 features of a token, so it is enlarged to 128 rows.
+    assert len(distinct_tiles("head_forward", wide, tiles)) == 8
+    assert len(distinct_tiles("feature_forward", wide, tiles)) == 16
 
 
-def test_the_command_prints_floors_and_draws_them(tmp_path: Path) -> None:
+def test_the_command_prints_least_times_and_draws_the_roofline(tmp_path: Path) -> None:
     sizes = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
     done = run_command(
         "bench", "simulation", *sizes, "--repeats", "1", "--output", "roofline.png", "--json", cwd=tmp_path
@@ -149,7 +149,7 @@ def test_the_command_prints_floors_and_draws_them(tmp_path: Path) -> None:
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sweep_without_a_gpu_is_refused(tmp_path: Path) -> None:
+def test_a_sweep_without_a_gpu_is_an_error(tmp_path: Path) -> None:
     done = run_command("bench", "simulation", "--sweep", cwd=tmp_path)
     assert done.returncode == 2
     assert "--sweep: the fused kernels need a CUDA device; leave it out" in done.stderr

@@ -1,11 +1,11 @@
-"""Whole steps are set against their FLOPs."""
+"""The step benchmark compares times with FLOPs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sas_megatron.benchmarks.step_comparison import measure_steps, with_microbatches
+from sas_megatron.benchmarks.step_comparison import compare_steps, with_microbatches
 from sas_megatron.costs.model_costs import causal_half, count_parameters, count_training_flops
 from tests import small_attentions as small
 from tests.benchmarks.small_ceilings import shrink_ceilings
@@ -13,14 +13,14 @@ from tests.planning.forked_ranks import fork_ranks
 from tests.run_configs import small_config
 
 
-def test_time_is_set_against_flops_and_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_compared_with_flops_and_with_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     fork_ranks(monkeypatch)
     shrink_ceilings(monkeypatch)
     configs = {
         name: with_microbatches(small_config(attention=attention), 3)
         for name, attention in (("mha", small.MHA), ("sas", small.SAS))
     }
-    result = measure_steps(configs, device=torch.device("cpu"), rounds=2)
+    result = compare_steps(configs, device=torch.device("cpu"), rounds=2)
     assert result["time_over_flops"] == pytest.approx(result["time_ratio"] / result["flops_ratio"])
     for name, config in configs.items():
         row = result["rows"][name]

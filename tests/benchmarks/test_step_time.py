@@ -1,4 +1,4 @@
-"""The seconds of steps: which steps count, whose rank's, and that a longer step takes longer."""
+"""The time of a step is the median after the first step, on the slowest rank."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def test_a_deeper_model_is_measured_as_slower_on_two_ranks() -> None:
         assert 0 < seconds[0] < seconds[1]
 
 
-# Of one config a step takes 1, 7, 3 and 2 s, of the other ten times as long; the first of them warms up.
+# The steps of one config take 1, 7, 3 and 2 s, of the other ten times as long. The first step is a warm-up.
 STEP_SECONDS = (1.0, 7.0, 3.0, 2.0)
 
 
 def seconds_by_a_made_up_clock(configs: list[RunConfig]) -> list[list[float]]:
-    """On a rank: the rounds of engines that move the clock on by known seconds."""
+    """Return the rounds on a rank, with engines that advance a clock by known seconds."""
     from sas_megatron.training import build
 
     clock = SimpleNamespace(now=0.0)
 
     class MadeUpEngine:
-        """Takes a quarter of a step's seconds for the microbatches, and the rest for the update."""
+        """An engine that takes a quarter of a step for the microbatches, and the rest for the update."""
 
         def __init__(self, config: RunConfig) -> None:
             factor = 10.0 if config.model.num_layers == 3 else 1.0
@@ -66,54 +66,52 @@ def seconds_by_a_made_up_clock(configs: list[RunConfig]) -> list[list[float]]:
         return step_time.time_rounds(configs, 2, in_layout(ParallelConfig()))
 
 
-def test_a_config_takes_the_median_step_after_the_first(ranks: Any) -> None:
+def test_the_time_of_a_config_is_the_median_step_after_the_first(ranks: Any) -> None:
     shallow, deep = small_config(), small_config(model={"num_layers": 3})
     (rounds,) = ranks(1).run(seconds_by_a_made_up_clock, [shallow, deep])
     assert rounds == [[pytest.approx(3.0), pytest.approx(30.0)]] * 2
 
 
-def test_a_step_is_that_of_the_slowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_step_is_that_of_the_slowest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(parallel={"tensor": 2})
-    asked: list[Any] = []
+    calls: list[Any] = []
 
-    def answer(function: Any, *arguments: Any, **options: Any) -> list[list[list[float]]]:
-        asked.append((function, arguments, options))
-        # By rank, round and config.
+    def return_seconds(function: Any, *arguments: Any, **options: Any) -> list[list[list[float]]]:
+        calls.append((function, arguments, options))
+        # Seconds by rank, round and config.
         return [[[1.0, 5.0], [2.0, 2.0]], [[3.0, 4.0], [1.0, 6.0]]]
 
-    monkeypatch.setattr(step_time, "run_on_ranks", answer)
+    monkeypatch.setattr(step_time, "run_on_ranks", return_seconds)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert measure_step_seconds([config, config], rounds=2) == [[3.0, 5.0], [2.0, 6.0]]
-    assert asked == [(step_time._time_on_rank, ([config, config], 2), {"world_size": 2, "threads": 3})]
+    assert calls == [(step_time._time_on_rank, ([config, config], 2), {"world_size": 2, "threads": 3})]
 
 
-def engines_held(configs: list[RunConfig]) -> list[int]:
-    """How many engines are there as each is built, when Python does not look for circles by itself."""
-    import pytest
-
+def count_live_engines(configs: list[RunConfig]) -> list[int]:
+    """Return the number of live engines whenever one is built, without automatic garbage collection."""
     from sas_megatron.benchmarks.step_time import time_rounds
     from sas_megatron.training import build
 
-    made: list[weakref.ref[Any]] = []
-    held: list[int] = []
+    built: list[weakref.ref[Any]] = []
+    live: list[int] = []
     build_engine = build.build_engine
 
-    def noted(config: RunConfig) -> Any:
-        held.append(sum(engine() is not None for engine in made))
+    def assemble_and_count(config: RunConfig) -> Any:
+        live.append(sum(engine() is not None for engine in built))
         engine = build_engine(config)
-        made.append(weakref.ref(engine))
+        built.append(weakref.ref(engine))
         return engine
 
     topology = in_layout(ParallelConfig())
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "build_engine", noted)
+            patch.setattr(build, "build_engine", assemble_and_count)
             time_rounds(configs, 2, topology)
     finally:
         gc.enable()
-    return held
+    return live
 
 
-def test_one_model_at_a_time_is_held(ranks: Any) -> None:
-    assert ranks(1).run(engines_held, [small_config(), small_config()]) == [[0, 0, 0, 0]]
+def test_only_one_model_is_live_at_a_time(ranks: Any) -> None:
+    assert ranks(1).run(count_live_engines, [small_config(), small_config()]) == [[0, 0, 0, 0]]

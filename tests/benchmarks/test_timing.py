@@ -1,4 +1,4 @@
-"""What is compared is timed in turn, and the rounds that warm up are left out."""
+"""Actions are timed in alternation, and warm-up rounds are left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sas_megatron.benchmarks import timing
 from sas_megatron.benchmarks.timing import WARM_UP_ROUNDS, median_ratio, time_in_turn
 
 
-def test_rounds_alternate_and_those_that_warm_up_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_alternate_and_warm_up_rounds_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[str] = []
 
     def clock(action: Callable[[], object]) -> float:
@@ -26,5 +26,5 @@ def test_rounds_alternate_and_those_that_warm_up_are_not_counted(monkeypatch: py
     assert seconds == {"a": [first, first + 2, first + 4], "b": [first + 1, first + 3, first + 5]}
 
 
-def test_the_ratio_is_the_median_of_neighbouring_runs() -> None:
+def test_the_ratio_is_the_median_of_the_ratios_within_rounds() -> None:
     assert median_ratio([2.0, 9.0, 8.0], [1.0, 3.0, 8.0]) == 2.0

@@ -1,4 +1,4 @@
-"""`sas-megatron estimate` as a user meets it."""
+"""The command `sas-megatron estimate`: errors, JSON output and tables."""
 
 from __future__ import annotations
 
@@ -23,30 +23,35 @@ from tests.fork_server import run_command
         (["--world-size", 0], "world size=0: must be positive; use 1 or more"),
         (
             ["--world-size", 2, "--search", "--validate"],
-            "--search and --validate: are two questions; ask one of them",
+            "--search and --validate: exclude each other; use one of them",
         ),
         (
             ["--world-size", 2, "training.engine=deepspeed"],
-            "training.engine=deepspeed: cannot be simulated yet; set training.engine=megatron",
+            "training.engine=deepspeed: cannot be estimated yet; set training.engine=megatron",
         ),
     ],
 )
-def test_what_cannot_be_simulated_is_refused(arguments: list[Any], message: str, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_estimated_are_errors(arguments: list[Any], message: str, tmp_path: Path) -> None:
     refused(run_command("estimate", QUICKSTART, *arguments, cwd=tmp_path), message, tmp_path)
 
 
-def test_a_world_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_world_size_that_does_not_fit_the_layout_is_an_error(tmp_path: Path) -> None:
     done = run_command("estimate", QUICKSTART, "--world-size", 3, cwd=tmp_path)
     assert done.returncode == 2
     assert "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2)" in done.stderr
+
+
+def test_the_old_name_of_the_command_is_an_error_that_names_the_new_one(tmp_path: Path) -> None:
+    message = "command simulate: has been renamed; use sas-megatron estimate"
+    refused(run_command("simulate", QUICKSTART, "--world-size", 2, cwd=tmp_path), message, tmp_path)
 
 
 def _terms_sum(step: dict[str, Any]) -> float:
     return sum(step["seconds_by_term"].values())
 
 
-def test_the_estimate_is_an_object_and_a_table(tmp_path: Path) -> None:
-    # No file of the config's data section is there.
+def test_the_estimate_is_printed_as_an_object_or_as_tables(tmp_path: Path) -> None:
+    # The files of the config's data section do not exist.
     small = ["model.num_layers=2", "parallel.pipeline=2", "--world-size", 4]
     done = run_command("estimate", QUICKSTART, *small, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -55,8 +60,8 @@ def test_the_estimate_is_an_object_and_a_table(tmp_path: Path) -> None:
     for rank in estimate["ranks"]:
         assert rank["layers"] == 1
         assert rank["attended_heads"] == 4
-        held = sum(rank[f"{part}_bytes"] for part in ("parameter", "gradient", "optimizer"))
-        assert rank["peak_bytes"] == held + rank["peak_activation_bytes"]
+        static = sum(rank[f"{name}_bytes"] for name in ("parameter", "gradient", "optimizer"))
+        assert rank["peak_bytes"] == static + rank["peak_activation_bytes"]
         assert {"tensor", "pipeline"} <= set(rank["communication_bytes_sent"])
     step = estimate["step"]
     assert step["seconds"] == pytest.approx(_terms_sum(step))

@@ -175,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "time-over-flops-inverted",
-        "sas_megatron.benchmarks.step_comparison:measure_steps",
+        "sas_megatron.benchmarks.step_comparison:compare_steps",
         '"time_over_flops": time_ratio / flops_ratio',
         '"time_over_flops": flops_ratio / time_ratio',
         "The ratio of time to FLOPs is inverted.",
