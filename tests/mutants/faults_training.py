@@ -284,9 +284,9 @@ MUTANTS = (
     # evaluation
     Mutant(
         "top-p-leaves-out-last-token",
-        "sas_megatron.evaluation.sampling:choose_tokens",
-        "before = shares.cumsum(dim=-1) - shares",
-        "before = shares.cumsum(dim=-1)",
+        "sas_megatron.evaluation.generation:choose_tokens",
+        "before = probabilities.cumsum(dim=-1) - probabilities",
+        "before = probabilities.cumsum(dim=-1)",
         "Top-p sampling leaves out the token with which the probability reaches p.",
     ),
     Mutant(
@@ -305,21 +305,21 @@ MUTANTS = (
     ),
     Mutant(
         "padding-columns-share-probability",
-        "sas_megatron.evaluation.scoring:VocabularyPart.logits",
+        "sas_megatron.evaluation.scoring:VocabularyShard.logits",
         "logits[:, self._used :] = -torch.inf",
         "pass",
         "The columns that pad the vocabulary take a share of the scored probabilities.",
     ),
     Mutant(
         "target-logits-not-reduced",
-        "sas_megatron.evaluation.scoring:VocabularyPart.logits_of",
+        "sas_megatron.evaluation.scoring:VocabularyShard.logits_of",
         "self._reduce(found, dist.ReduceOp.SUM)",
         "pass",
         "The logit of a scored token is zero on the tensor ranks that do not hold it.",
     ),
     Mutant(
         "stop-string-across-tokens-missed",
-        "sas_megatron.evaluation.generation:_Draft.take",
+        "sas_megatron.evaluation.generation:_Draft.append",
         "max(0, len(self._text) - max(map(len, self._stop), default=0))",
         "len(self._text)",
         "A stop string that begins in an earlier token does not end the text.",

@@ -177,7 +177,7 @@ def test_a_run_tells_which_checkpoint_it_began_with(continued: Continued, ranks:
 
 def test_weights_of_another_model_are_found_out_before_anything_starts(continued: Continued) -> None:
     config = continued.of(SAS, "refused", checkpoint={"initial_weights": str(continued.folder / "mha")})
-    with pytest.raises(FieldError, match=r"attention.kind=sas: is mha of the weights in .*; set attention"):
+    with pytest.raises(FieldError, match=r"attention.kind=sas: must be mha, as for .*; set attention"):
         start.check(config, world_size=1)
 
 
