@@ -13,7 +13,7 @@ MODULES = (
     "sas_megatron.attention.sas.layer",
     "sas_megatron.checkpoint.saving",
     "sas_megatron.cli.main",
-    "sas_megatron.evaluation.start",
+    "sas_megatron.evaluation.model_source",
     "sas_megatron.evaluation.trained_model",
     "sas_megatron.planning.rank_estimate",
     "sas_megatron.training.deepspeed_engine",

@@ -149,7 +149,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> N
             "auto_map": {"AutoTokenizer": ["tokenization_sas_megatron.SASMegatronTokenizer", None]},
             "model_max_length": config.data.sequence_length,
             "eos_token": end_of_document,
-            # There is no padding token, so the end of document is used instead.
+            # The vocabulary has no padding token, so the end of document is used instead.
             "pad_token": end_of_document,
             "padding_side": "left",
             "split_special_tokens": True,

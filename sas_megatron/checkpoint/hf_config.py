@@ -55,7 +55,7 @@ class HFConfig:
         """Return the value of a field.
 
         Raises:
-            FileProblem: The field is missing and there is no default.
+            FileProblem: The field is missing and no default was given.
         """
         if name in self.fields:
             return self.fields[name]

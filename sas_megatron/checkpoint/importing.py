@@ -110,7 +110,7 @@ def write_model(
 
 
 class _TrackedTensors(Mapping[str, torch.Tensor]):
-    """Tensors by name, with the names of those that were not accessed yet."""
+    """Tensors by name. `unread` holds the names that were not accessed yet."""
 
     def __init__(self, stored: StoredTensors) -> None:
         self.stored = stored
@@ -143,5 +143,5 @@ def _pad_embeddings(
         raise FileProblem(
             stored.stored.folder,
             f"contains {len(stored.unread)} tensors that its config does not describe ({examples} …)",
-            "import a model whose weights are those of a standard Llama or GPT-NeoX",
+            "import a model with the weights of a standard Llama or GPT-NeoX",
         )

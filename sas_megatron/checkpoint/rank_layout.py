@@ -57,7 +57,7 @@ def read_random_states() -> dict[str, torch.Tensor]:
 
 
 def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Set this rank's random states to those that `read_random_states` returned."""
+    """Set this rank's random states to the result of an earlier `read_random_states`."""
     torch.set_rng_state(states["cpu"])
     torch.cuda.set_rng_state(states["device"])
     tracked = {

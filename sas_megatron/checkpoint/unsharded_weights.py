@@ -100,7 +100,7 @@ def open_run_weights(path: Path) -> RunWeights:
         path: A checkpoint, or a run directory, whose newest checkpoint is used.
 
     Raises:
-        UserError: There is no checkpoint, it is damaged, or this version does not read its format.
+        UserError: The checkpoint is missing or damaged, or this version does not read its format.
     """
     checkpoint = find_checkpoint(path)
     if checkpoint is None:

@@ -39,7 +39,8 @@ def verify(path: Path) -> None:
             damaged.append(each.name)
             continue
         size = sum(record.size_bytes for record in manifest.files.values())
-        click.echo(f"{each}: intact, step {manifest.step}, {len(manifest.files)} files, {size:,} bytes")
+        num_files = len(manifest.files)
+        click.echo(f"{each.resolve().name}: intact, step {manifest.step}, {num_files} files, {size:,} bytes")
     if damaged:
         raise FileProblem(path, f"contains damaged checkpoints: {', '.join(damaged)}", DAMAGE_REMEDY)
 

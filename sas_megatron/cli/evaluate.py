@@ -14,16 +14,18 @@ from click.core import ParameterSource
 from sas_megatron.cli.log_setup import configure_logging
 
 if TYPE_CHECKING:
-    from sas_megatron.evaluation.start import FoundModel
+    from sas_megatron.evaluation.model_source import ModelSource
+    from sas_megatron.evaluation.settings import WindowSettings
     from sas_megatron.evaluation.tasks import LoadedTasks
     from sas_megatron.evaluation.trained_model import TrainedModel
 
-# The harness may fetch data while the other ranks wait for it.
-WAIT_FOR_TASKS_MINUTES = 180.0
+# Timeout of collectives: the harness may download data while the other ranks wait.
+TASK_TIMEOUT_MINUTES = 180.0
 
-_KINDS = {"tasks": "--tasks", "files": "--files", "validation": "the loss on validation windows"}
-# Options that concern some kinds of evaluation only. (Validation windows are cut side by side.)
-_CONCERNS = {
+_KINDS = {"tasks": "--tasks", "files": "--files", "validation": "the loss on the validation windows"}
+# The kinds of evaluation on which an option has an effect, for options that not all kinds use. (Validation
+# windows do not overlap.)
+_KINDS_OF_OPTION = {
     **dict.fromkeys(
         (
             "include_paths",
@@ -44,110 +46,121 @@ _CONCERNS = {
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--tasks", help="Tasks, groups and tags of lm-evaluation-harness, by comma; * stands for any.")
+@click.option(
+    "--tasks", help="Tasks, groups or tags of lm-evaluation-harness, separated by commas; * matches any name."
+)
 @click.option(
     "--include-path",
     "include_paths",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Folder of task files of your own.",
+    help="Folder of additional task files.",
 )
-@click.option("--num-fewshot", type=int, help="Examples before each question; by default as the task says.")
-@click.option("--limit", type=float, help="Documents of each task, or a share below 1; for trying.")
 @click.option(
-    "--generation", help="In place of what tasks say: max_gen_toks=64,temperature=0.8 and the like."
+    "--num-fewshot", type=int, help="Number of examples before each question; by default that of the task."
+)
+@click.option(
+    "--limit", type=float, help="Number of documents per task, or a fraction below 1. For trial runs."
+)
+@click.option(
+    "--generation",
+    help="Replaces the generation options of tasks, for example max_gen_toks=64,temperature=0.8.",
 )
 @click.option(
     "--bootstrap-iterations",
     type=int,
     default=1000,
     show_default=True,
-    help="For standard errors without a formula; 0 leaves them out.",
+    help="Bootstrap resamplings for standard errors without a formula; 0 disables these errors.",
 )
-@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run what the model writes.")
-@click.option("--cache", is_flag=True, help="Keep the answers to tasks, and take those of earlier runs.")
+@click.option(
+    "--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code that the model generates."
+)
+@click.option("--cache", is_flag=True, help="Store the answers to tasks, and reuse stored answers.")
 @click.option(
     "--files",
     multiple=True,
     metavar="[DOMAIN=]PATH",
-    help="Documents whose loss is measured whole (Parquet, Arrow, JSON lines, text, or builtin).",
+    help="Documents whose loss is measured (Parquet, Arrow, JSON lines, text, or builtin).",
 )
-@click.option("--text-column", default="text", show_default=True, help="Column that holds the text.")
+@click.option("--text-column", default="text", show_default=True, help="Column with the text.")
 @click.option(
     "--sequence-length",
     "lengths",
     type=int,
     multiple=True,
-    help="Tokens of a window, as often as lengths are to be compared; by default that of training.",
+    help="Window length in tokens; by default that of training. Repeat it to compare lengths.",
 )
-@click.option("--stride", type=int, help="Tokens from window to window; by default its length.")
-@click.option("--iteration", type=int, help="The checkpoint after so many steps; by default the newest.")
-@click.option("--batch-tokens", type=int, default=8192, show_default=True, help="Tokens of a batch at most.")
+@click.option("--stride", type=int, help="Distance of windows in tokens; by default their length.")
+@click.option("--iteration", type=int, help="Step of the checkpoint; by default the newest.")
+@click.option("--batch-tokens", type=int, default=8192, show_default=True, help="Largest batch, in tokens.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder of the results; by default evaluation/ in the run's directory.",
+    help="Folder for the results; by default evaluation/ in the run directory.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.pass_context
 def evaluate(
     context: click.Context, /, source: Path, overrides: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
-    """Measure the model of SOURCE, a run's directory or a checkpoint, on the processes that are launched.
+    """Evaluate the model of SOURCE, a run directory or a checkpoint, on all launched processes.
 
-    Without --tasks or --files: the loss on the run's own validation windows, as training measures it.
-    OVERRIDES read section.field=value, mostly the layout: torchrun --standalone --nproc-per-node 2 -m
-    sas_megatron evaluate … parallel.tensor=2. Results go to summary.json, and those of the harness also to
-    its own files beside it.
+    Without --tasks or --files, measure the loss on the validation windows of the run, as in training.
+    OVERRIDES have the form section.field=value and mostly select the layout, for example:
+
+    torchrun --standalone --nproc-per-node 2 -m sas_megatron evaluate … parallel.tensor=2
+
+    Results are written to summary.json. lm-evaluation-harness writes its files to the same folder.
     """
     from sas_megatron.platform.launcher import set_rank_from_slurm
 
     set_rank_from_slurm()
     configure_logging()
-    from sas_megatron.evaluation.start import find_model
+    from sas_megatron.evaluation.model_source import find_model_source
 
-    _check_fit(context)
-    found = find_model(source, iteration=options["iteration"], overrides=overrides)
+    _check_options(context)
+    model_source = find_model_source(source, iteration=options["iteration"], overrides=overrides)
     from sas_megatron.evaluation.results import results_folder, write_results
 
-    folder = results_folder(found, options.pop("output"))
+    folder = results_folder(model_source, options.pop("output"))
     if options["tasks"] is not None:
-        section, results = "tasks", _evaluate_tasks(found, folder=folder, **options)
+        section, results = "tasks", _evaluate_tasks(model_source, folder=folder, **options)
     else:
-        section, results = _measure_loss(found, folder=folder, **options)
-    if results is None:  # not rank 0
+        section, results = _measure_loss(model_source, folder=folder, **options)
+    if results is None:  # This is not rank 0.
         return
-    path = write_results(folder, found, section, results)
+    path = write_results(folder, model_source, section, results)
     if as_json:
         click.echo(json.dumps({section: results}, indent=2))
         return
     from sas_megatron.cli.evaluation_tables import show_held_out, show_tasks
 
     (show_tasks if section == "tasks" else show_held_out)(results)
-    click.echo(f"written to {path}")
+    click.echo(f"Results: {path}")
 
 
-def _check_fit(context: click.Context) -> None:
-    """Raises `FieldError` for an option that would have no effect beside the others."""
+def _check_options(context: click.Context) -> None:
+    """Raise `FieldError` for an option that has no effect on the selected kind of evaluation."""
     from sas_megatron.config.errors import FieldError
 
     given = context.params
     kind = "tasks" if given["tasks"] is not None else "files" if given["files"] else "validation"
     for parameter in context.command.params:
         name = str(parameter.name)
-        kinds = _CONCERNS.get(name, (kind,))
+        kinds = _KINDS_OF_OPTION.get(name, (kind,))
         if kind not in kinds and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             others = " or ".join(_KINDS[other] for other in kinds)
             raise FieldError(
                 parameter.opts[-1],
                 given[name],
-                f"concerns {others}, and what is asked for is {_KINDS[kind]}",
-                "leave it out, or ask for one after the other",
+                f"applies only to {others}, but this command evaluates {_KINDS[kind]}",
+                "omit it, or run separate commands",
             )
 
 
 def _evaluate_tasks(
-    found: FoundModel,
+    source: ModelSource,
     *,
     folder: Path,
     tasks: str,
@@ -161,8 +174,8 @@ def _evaluate_tasks(
     cache: bool,
     **_others: Any,
 ) -> dict[str, Any] | None:
-    from sas_megatron.evaluation.start import loaded
-    from sas_megatron.evaluation.task_settings import TaskSettings
+    from sas_megatron.evaluation.model_source import load_model
+    from sas_megatron.evaluation.settings import TaskSettings
 
     settings = TaskSettings(
         names=tuple(name.strip() for name in tasks.split(",") if name.strip()),
@@ -179,11 +192,11 @@ def _evaluate_tasks(
         from sas_megatron.evaluation.results import check_results
         from sas_megatron.evaluation.tasks import load_tasks
 
-        check_results(folder, found)
+        check_results(folder, source)
         unsafe = settings.runs_unsafe_code
         loaded_tasks.append(load_tasks(settings.names, include_paths, runs_unsafe_code=unsafe))
 
-    with loaded(found, check_first=load, timeout_minutes=WAIT_FOR_TASKS_MINUTES) as model:
+    with load_model(source, check_first=load, timeout_minutes=TASK_TIMEOUT_MINUTES) as model:
         from sas_megatron.evaluation.tasks import evaluate_tasks
 
         return evaluate_tasks(
@@ -191,18 +204,18 @@ def _evaluate_tasks(
             loaded_tasks[0] if loaded_tasks else None,
             settings,
             folder=folder,
-            cache=folder / f"answers_{_fingerprint(found)}" if cache else None,
+            cache=folder / f"answers_{_fingerprint(source)}" if cache else None,
         )
 
 
-def _fingerprint(found: FoundModel) -> str:
-    """Of what decides a checkpoint's answers beside the question."""
-    config = found.config.model_dump_json(exclude={"parallel", "logging"})
-    return hashlib.sha256(f"{config}{found.manifest_sha256}".encode()).hexdigest()[:12]
+def _fingerprint(source: ModelSource) -> str:
+    """Return a digest of the config and checkpoint, which together with a request determine its answer."""
+    config = source.config.model_dump_json(exclude={"parallel", "logging"})
+    return hashlib.sha256(f"{config}{source.manifest_sha256}".encode()).hexdigest()[:12]
 
 
 def _measure_loss(
-    found: FoundModel,
+    source: ModelSource,
     *,
     folder: Path,
     files: tuple[str, ...],
@@ -212,56 +225,59 @@ def _measure_loss(
     batch_tokens: int,
     **_others: Any,
 ) -> tuple[str, dict[str, Any] | None]:
+    from sas_megatron.evaluation.model_source import load_model
     from sas_megatron.evaluation.results import check_results
-    from sas_megatron.evaluation.start import loaded
-    from sas_megatron.evaluation.window_settings import WindowSettings
+    from sas_megatron.evaluation.settings import WindowSettings
 
-    trained = found.config.data.sequence_length
+    trained = source.config.data.sequence_length
     settings = [
         WindowSettings(length, stride=stride or length, batch_tokens=batch_tokens)
         for length in lengths or (trained,)
     ]
-    sources = _find_files(files)
-    with loaded(found, check_first=functools.partial(check_results, folder, found)) as model:
-        from sas_megatron.evaluation.held_out_table import measure_held_out
+    paths = _find_files(files)
+    with load_model(source, check_first=functools.partial(check_results, folder, source)) as model:
+        from sas_megatron.evaluation.sliding_window import measure_held_out
 
-        domains = _file_domains(model, sources, text_column) if files else _validation_domain(model)
+        domains = _file_domains(model, paths, text_column) if files else _validation_domain(model)
         results = measure_held_out(model, domains, settings)
         return "files" if files else "validation", results if model.topology.is_rank0 else None
 
 
 def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
-    """Paths by the names that are given, or by their own; a name may have several paths.
+    """Return paths by domain, whose name is given or else that of the file. A domain may have several paths.
 
     Raises:
-        UserError: there is no such file, or none that can be read.
+        UserError: A file does not exist or has an unsupported type.
     """
     from sas_megatron.config.errors import FieldError
     from sas_megatron.data.corpus import resolve_sources
     from sas_megatron.data.sources import find_source_files
 
-    sources: dict[str, list[str]] = {}
+    paths_by_domain: dict[str, list[str]] = {}
     for given in files:
         name, equals, path = given.partition("=")
         path = path if equals else given
         if not path:
-            raise FieldError("--files", f"{given!r}", "names no path", "give one, or . for this folder")
-        sources.setdefault(name if equals else Path(path).name, []).extend(resolve_sources([path]))
-    for paths in sources.values():
+            raise FieldError(
+                "--files", f"{given!r}", "contains no path", "give one, or . for the current folder"
+            )
+        paths_by_domain.setdefault(name if equals else Path(path).name, []).extend(resolve_sources([path]))
+    for paths in paths_by_domain.values():
         find_source_files(paths)
-    return sources
+    return paths_by_domain
 
 
-def _file_domains(model: TrainedModel, sources: dict[str, list[str]], text_column: str) -> dict[str, Any]:
+def _file_domains(
+    model: TrainedModel, paths_by_domain: dict[str, list[str]], text_column: str
+) -> dict[str, Any]:
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.evaluation.sliding_window import document_windows
-    from sas_megatron.evaluation.window_settings import WindowSettings
 
     def windows(paths: list[str], settings: WindowSettings) -> Any:
         documents = stream_documents(paths, text_column=text_column)
         return document_windows(documents, model.tokenizer, settings)
 
-    return {name: functools.partial(windows, paths) for name, paths in sources.items()}
+    return {name: functools.partial(windows, paths) for name, paths in paths_by_domain.items()}
 
 
 def _validation_domain(model: TrainedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Loss on fixed validation windows, by token and by byte."""
+"""Loss on fixed validation windows, per token and per byte."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sas_megatron.data.batches import ByteLengths
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import Batch, token_losses
 
-# Runs the model over microbatches by a forward step, and gives the reports of the last stage.
+# Runs the model on microbatches with a forward step, and returns the reports of the last stage.
 RunForward = Callable[[Callable[..., Any]], list[dict[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Mean loss by token in nats, and the bytes that the same tokens stand for."""
+    """Mean loss per token in nats, the number of tokens, and the number of bytes of their text."""
 
     loss: float
     num_tokens: int
@@ -28,7 +28,7 @@ class HeldOutLoss:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss by token; depends on the tokenizer, and is infinite beyond what a float holds."""
+        """exp(loss); depends on the tokenizer. Infinite if it exceeds the range of a float."""
         try:
             return math.exp(self.loss)
         except OverflowError:
@@ -36,12 +36,12 @@ class HeldOutLoss:
 
     @property
     def bits_per_byte(self) -> float:
-        """Total loss in bits over total bytes; comparable between tokenizers."""
+        """Total loss in bits divided by the number of bytes; comparable between tokenizers."""
         return self.loss * self.num_tokens / math.log(2) / self.num_bytes
 
     @property
     def results(self) -> dict[str, float | None]:
-        """By name as records have them; None where a diverged run has none, since JSON has no such number."""
+        """The values by their names in metrics.jsonl. Infinite values become None, as JSON requires."""
         values = {
             "validation_loss": self.loss,
             "validation_perplexity": self.perplexity,
@@ -53,7 +53,16 @@ class HeldOutLoss:
 def evaluate_held_out(
     run_forward: RunForward, *, byte_lengths: ByteLengths, topology: Topology
 ) -> HeldOutLoss:
-    """Loss over the batches of all data-parallel ranks, the same on every rank."""
+    """Compute the loss on the batches of all data-parallel ranks.
+
+    Args:
+        run_forward: Runs the model on the validation batches of this rank.
+        byte_lengths: Counts the bytes of tokens.
+        topology: The process groups.
+
+    Returns:
+        The loss, the same on every rank.
+    """
     totals = torch.zeros(3, dtype=torch.float64, device=topology.device)
     for report in run_forward(functools.partial(_held_out_step, byte_lengths=byte_lengths)):
         totals += report["totals"]
@@ -65,14 +74,14 @@ def evaluate_held_out(
 def _held_out_step(
     batches: Iterator[Batch], model: Any, *, byte_lengths: ByteLengths
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """A forward step as Megatron-core's schedules call it; its report: losses, tokens and bytes."""
+    """Forward step for Megatron-core's schedules. It reports the sums of losses, tokens and bytes."""
     batch = next(batches)
 
-    def totals(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def report_totals(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         mask = batch["loss_mask"]
         total = (losses_BS * mask).sum(dtype=torch.float64)
         num_bytes = byte_lengths(batch["labels"], mask)
-        counted = torch.stack([total, mask.sum(dtype=torch.float64), num_bytes.double()])
-        return total, mask.sum().to(torch.int), {"totals": counted}
+        totals = torch.stack([total, mask.sum(dtype=torch.float64), num_bytes.double()])
+        return total, mask.sum().to(torch.int), {"totals": totals}
 
-    return token_losses(model, batch), totals
+    return token_losses(model, batch), report_totals

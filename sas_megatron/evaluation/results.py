@@ -1,7 +1,7 @@
-"""The files that evaluations of a checkpoint leave, by default in the run's directory.
+"""The files that evaluations of a checkpoint write, by default in the run directory.
 
-evaluation/iter_0001000/summary.json   a section for each kind of evaluation: validation, files, tasks
-                        results_*.json, samples_*.jsonl   as lm-evaluation-harness writes them
+evaluation/iter_0001000/summary.json   one section per kind of evaluation: validation, files, tasks
+                        results_*.json, samples_*.jsonl   files of lm-evaluation-harness
 """
 
 from __future__ import annotations
@@ -14,47 +14,61 @@ from typing import Any
 
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.evaluation.held_out import HeldOutLoss
-from sas_megatron.evaluation.start import FoundModel, run_directory_of
+from sas_megatron.evaluation.model_source import ModelSource, find_run_directory
 from sas_megatron.io.files import make_folder, save_file
 
 SUMMARY = "summary.json"
-# 1 did not say which weights were evaluated.
+# Schema 1 did not record which weights were evaluated.
 SCHEMA = 2
 
 
-def results_folder(found: FoundModel, output: Path | None) -> Path:
-    """Of a checkpoint within `output`, by default `evaluation` in the run's directory."""
-    return (output or run_directory_of(found.checkpoint) / "evaluation") / found.checkpoint.resolve().name
+def results_folder(source: ModelSource, output: Path | None) -> Path:
+    """Return the folder for the results of a checkpoint.
+
+    Args:
+        source: The checkpoint.
+        output: Parent folder; None selects `evaluation` in the run directory.
+    """
+    return (output or find_run_directory(source.checkpoint) / "evaluation") / source.checkpoint.resolve().name
 
 
-def check_results(folder: Path, found: FoundModel) -> None:
-    """Finds before anything is computed what would keep its results from being written; makes the folder.
+def check_results(folder: Path, source: ModelSource) -> None:
+    """Create the folder and check, before an evaluation, that its results can be written there.
 
     Raises:
-        FileProblem: the folder cannot be written, or what is there cannot be read or is of other weights.
+        FileProblem: The folder cannot be written, or its summary cannot be read or belongs to other weights.
     """
-    _read_summary(folder, found)
+    _read_summary(folder, source)
     with translate_os_errors(folder, problem="cannot be written", remedy="name a folder with --output"):
         make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
 
 
-def write_results(folder: Path, found: FoundModel, section: str, results: dict[str, Any]) -> Path:
-    """Puts the results of one kind of evaluation into the summary, in place of earlier ones of this kind.
+def write_results(folder: Path, source: ModelSource, section: str, results: dict[str, Any]) -> Path:
+    """Write one kind of results to the summary, replacing earlier results of this kind.
+
+    Args:
+        folder: Folder of the results.
+        source: The evaluated checkpoint.
+        section: Kind of evaluation: validation, files or tasks.
+        results: The results.
+
+    Returns:
+        The path of the summary.
 
     Raises:
-        FileProblem: as `check_results` does.
+        FileProblem: The summary cannot be written, cannot be read, or belongs to other weights.
     """
     path = folder / SUMMARY
-    summary = _read_summary(folder, found) | {
+    summary = _read_summary(folder, source) | {
         "schema": SCHEMA,
-        "checkpoint": str(found.checkpoint.resolve()),
-        "manifest_sha256": found.manifest_sha256,
-        "attention": found.config.attention.kind,
+        "checkpoint": str(source.checkpoint.resolve()),
+        "manifest_sha256": source.manifest_sha256,
+        "attention": source.config.attention.kind,
         section: {
             "evaluated_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "parallel": found.config.parallel.model_dump(exclude_defaults=True),
+            "parallel": source.config.parallel.model_dump(exclude_defaults=True),
             **results,
         },
     }
@@ -62,26 +76,26 @@ def write_results(folder: Path, found: FoundModel, section: str, results: dict[s
     return path
 
 
-def _read_summary(folder: Path, found: FoundModel) -> dict[str, Any]:
-    """Earlier results of the same checkpoint, wherever it lies now; empty where there are none."""
+def _read_summary(folder: Path, source: ModelSource) -> dict[str, Any]:
+    """Return earlier results of the same weights, even if their checkpoint was moved; empty without any."""
     path = folder / SUMMARY
     try:
         summary = dict(json.loads(path.read_text(encoding="utf-8")))
         if summary["schema"] != SCHEMA:
-            problem = f"has schema {summary['schema']}, and this program writes {SCHEMA}"
-        elif summary["manifest_sha256"] != found.manifest_sha256:
-            problem = f"has results of other weights than those in {found.checkpoint}"
+            problem = f"has schema {summary['schema']}, but this version writes {SCHEMA}"
+        elif summary["manifest_sha256"] != source.manifest_sha256:
+            problem = f"contains results of other weights than {source.checkpoint}"
         else:
             return summary
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"is no summary of evaluations ({error!r})"
-    raise FileProblem(path, problem, "take it away, or name another folder with --output")
+        problem = f"is not a summary of evaluations ({error!r})"
+    raise FileProblem(path, problem, "remove it, or name another folder with --output")
 
 
 def describe_loss(held_out: HeldOutLoss) -> dict[str, Any]:
-    """As the files have it; bits per byte are null where the tokens stand for no text."""
+    """Return a loss as the summary stores it. Bits per byte are null if the tokens have no text."""
     return {
         "loss": held_out.loss,
         "perplexity": held_out.perplexity,

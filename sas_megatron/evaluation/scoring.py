@@ -1,8 +1,8 @@
-"""Log-probabilities of tokens given those before them, of many texts at once.
+"""Log-probabilities of tokens given the preceding tokens, for many texts.
 
-passages -> rows (those that are read alike, once) -> longest first, filled into batches of a bounded size
-  -> shared among the data ranks -> hidden states -> those that predict something that is scored
-  -> logits of the vocabulary's parts, so many at a time -> log-probabilities, and which tokens are likeliest
+passages -> rows (passages with the same input share one) -> longest first, batches of a bounded size
+  -> distributed over the data ranks -> hidden states -> those that predict a scored token
+  -> logits of the vocabulary shards, in portions -> log-probabilities, and whether tokens are the most likely
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch.distributed as dist
 from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.evaluation.trained_model import TrainedModel
 
-# Logits that a rank holds at a time: 64 MiB in float32.
-LOGITS_AT_ONCE = 2**24
-# A CPU adds up exponentials by several passes: over so many logits they stay within its cache, which takes
-# half the time (measured for 8,192 and 32,000 tokens of vocabulary).
-LOGITS_IN_CACHE = 2**20
+# Largest number of logits on a rank: 64 MiB in float32.
+MAX_LOGITS = 2**24
+# On CPU, logsumexp makes several passes. With this many logits they fit into the processor's cache, which
+# halves the time (measured for vocabularies of 8,192 and 32,000 tokens).
+MAX_LOGITS_IN_CPU_CACHE = 2**20
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens, int32, of which the last `num_scored` are scored; at least one comes before them."""
+    """Tokens, int32, of which the last `num_scored` are scored. At least one token precedes them."""
 
     tokens: npt.NDArray[np.int32]
     num_scored: int
@@ -41,15 +41,15 @@ class Passage:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each scored token of a passage, its log-probability, and whether no other is likelier."""
+    """The log-probability of each scored token of a passage, and whether it is the most likely token."""
 
     log_probabilities: npt.NDArray[np.float64]
-    are_likeliest: npt.NDArray[np.bool_]
+    are_most_likely: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens that the model reads, and the passages that it predicts the ends of, by their numbers."""
+    """Input tokens, and the indices of the passages whose scored tokens they predict."""
 
     tokens: npt.NDArray[np.int32]
     passages: list[int]
@@ -58,41 +58,45 @@ class Row:
 def score(
     model: TrainedModel, passages: Sequence[Passage], *, batch_tokens: int, vocabulary: int
 ) -> list[Scores]:
-    """Scores of each passage, the same on every rank; every rank must call it alike.
+    """Score each passage. Every rank must call this function with the same arguments.
 
     Args:
-        model: What reads them.
-        passages: In any order.
-        batch_tokens: Of a batch, padding included; a longer passage is a batch of its own.
-        vocabulary: Columns of the logits that share the probability; the others, which pad the table, get
-            none of it.
+        model: The model.
+        passages: The passages, in any order.
+        batch_tokens: Largest number of tokens in a batch, including padding. A longer passage gets its own
+            batch.
+        vocabulary: Number of columns of the logits in the softmax. The other columns, which pad the
+            vocabulary, get probability 0.
+
+    Returns:
+        The scores of each passage, on every rank.
     """
-    place = model.topology
+    topology = model.topology
     batches = fill_batches(read_rows(passages), batch_tokens)
-    found: dict[int, Scores] = {}
-    for batch in batches[place.data_rank :: place.data_size]:
-        hidden = model.hidden_states(_as_rectangle(batch))
+    local_scores: dict[int, Scores] = {}
+    for batch in batches[topology.data_rank :: topology.data_size]:
+        hidden = model.hidden_states(_pad_rows(batch))
         if hidden is not None:
-            found.update(_score_batch(model, hidden, batch, passages, vocabulary))
-    reports = model.is_last_stage and place.tensor_rank == 0
+            local_scores.update(_score_batch(model, hidden, batch, passages, vocabulary))
+    reports = model.is_last_stage and topology.tensor_rank == 0
     merged = {
         number: scores
-        for part in gather_from_ranks(found if reports else {})
+        for part in gather_from_ranks(local_scores if reports else {})
         for number, scores in part.items()
     }
     return [merged[number] for number in range(len(passages))]
 
 
 def read_rows(passages: Sequence[Passage]) -> list[Row]:
-    """What is read for all passages: of those that differ only in their last token, the same once."""
+    """Return the inputs of all passages. Passages that differ only in their last token share a row."""
     numbers: dict[bytes, list[int]] = defaultdict(list)
     for number, passage in enumerate(passages):
         numbers[passage.tokens[:-1].tobytes()].append(number)
-    return [Row(passages[alike[0]].tokens[:-1], alike) for alike in numbers.values()]
+    return [Row(passages[same[0]].tokens[:-1], same) for same in numbers.values()]
 
 
 def fill_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
-    """Longest first, so that a batch has little padding; as many rows each as `batch_tokens` allow."""
+    """Divide rows into batches of at most `batch_tokens`, longest first to reduce padding."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -len(row.tokens)):
         if batches and (len(batches[-1]) + 1) * len(batches[-1][0].tokens) <= batch_tokens:
@@ -102,8 +106,8 @@ def fill_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
     return batches
 
 
-def _as_rectangle(batch: Sequence[Row]) -> torch.Tensor:
-    """[B, S], padded at the end, where causal attention keeps the padding from being read."""
+def _pad_rows(batch: Sequence[Row]) -> torch.Tensor:
+    """Return the rows as [B, S], padded at the end, where causal attention does not read the padding."""
     padded = np.zeros((len(batch), len(batch[0].tokens)), dtype=np.int64)
     for index, row in enumerate(batch):
         padded[index, : len(row.tokens)] = row.tokens
@@ -117,11 +121,11 @@ def _score_batch(
     passages: Sequence[Passage],
     vocabulary: int,
 ) -> dict[int, Scores]:
-    """The scores of a batch's passages by number, on the last stage."""
-    # Where the hidden states are that predict something: the last ones of each row.
-    places: list[int] = []
+    """Return the scores of the passages of a batch by index. Last stage only."""
+    # Positions and rows of the hidden states that predict scored tokens: the last ones of each row.
+    positions: list[int] = []
     rows: list[int] = []
-    # Scored tokens, the hidden state that predicts each, and which are a passage's.
+    # Scored tokens, the index of the hidden state that predicts each, and the range of each passage.
     targets: list[int] = []
     sources: list[int] = []
     spans: dict[int, slice] = {}
@@ -133,15 +137,15 @@ def _score_batch(
             spans[number] = slice(len(targets), len(targets) + scored)
             targets += passages[number].tokens[-scored:].tolist()
             sources += range(end - scored, end)
-        places += range(len(row.tokens) - longest, len(row.tokens))
+        positions += range(len(row.tokens) - longest, len(row.tokens))
         rows += [index] * longest
     device = hidden_SBH.device
-    predicting_KH = hidden_SBH[torch.tensor(places, device=device), torch.tensor(rows, device=device)]
-    parts = _score_tokens(
+    predicting_KH = hidden_SBH[torch.tensor(positions, device=device), torch.tensor(rows, device=device)]
+    results = _score_tokens(
         model, predicting_KH, torch.tensor(sources), torch.tensor(targets), vocabulary=vocabulary
     )
-    log_probabilities, are_likeliest = (part.numpy() for part in parts)
-    return {number: Scores(log_probabilities[span], are_likeliest[span]) for number, span in spans.items()}
+    log_probabilities, are_most_likely = (result.numpy() for result in results)
+    return {number: Scores(log_probabilities[span], are_most_likely[span]) for number, span in spans.items()}
 
 
 @torch.no_grad()
@@ -153,26 +157,34 @@ def _score_tokens(
     *,
     vocabulary: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each target, its log-probability after the hidden state of `sources`, and if it is the likeliest."""
-    part = VocabularyPart(model, vocabulary)
+    """Return for each target its log-probability, and whether it is the most likely token.
+
+    Args:
+        model: The model.
+        hidden_KH: Hidden states.
+        sources: Index of the hidden state that predicts each target.
+        targets: Tokens.
+        vocabulary: Number of columns in the softmax.
+    """
+    shard = VocabularyShard(model, vocabulary)
     log_probabilities = torch.empty(len(targets), dtype=torch.float64)
-    are_likeliest = torch.empty(len(targets), dtype=torch.bool)
-    for begin, end in _spans(len(hidden_KH), max(1, LOGITS_AT_ONCE // part.num_columns)):
-        logits = part.logits(hidden_KH[begin:end])
-        chosen = torch.nonzero((sources >= begin) & (sources < end)).squeeze(1)
-        rows, tokens = sources[chosen].to(logits.device) - begin, targets[chosen].to(logits.device)
-        of_targets = part.logits_of(logits, rows, tokens)
-        log_probabilities[chosen] = (of_targets - part.log_sum(logits)[rows]).double().cpu()
-        are_likeliest[chosen] = part.are_likeliest(logits, rows, tokens, of_targets).cpu()
-    return log_probabilities, are_likeliest
+    are_most_likely = torch.empty(len(targets), dtype=torch.bool)
+    for begin, end in _spans(len(hidden_KH), max(1, MAX_LOGITS // shard.num_columns)):
+        logits = shard.logits(hidden_KH[begin:end])
+        selected = torch.nonzero((sources >= begin) & (sources < end)).squeeze(1)
+        rows, tokens = sources[selected].to(logits.device) - begin, targets[selected].to(logits.device)
+        of_targets = shard.logits_of(logits, rows, tokens)
+        log_probabilities[selected] = (of_targets - shard.log_sum(logits)[rows]).double().cpu()
+        are_most_likely[selected] = shard.are_most_likely(logits, rows, tokens, of_targets).cpu()
+    return log_probabilities, are_most_likely
 
 
 def _spans(length: int, step: int) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + step, length)) for begin in range(0, length, step))
 
 
-class VocabularyPart:
-    """This tensor rank's columns of the logits, and what all ranks' columns say together."""
+class VocabularyShard:
+    """The columns of the logits on this tensor rank, and reductions over the columns of all tensor ranks."""
 
     def __init__(self, model: TrainedModel, vocabulary: int) -> None:
         self._model, self._group = model, model.topology.tensor_group
@@ -181,41 +193,50 @@ class VocabularyPart:
         self._used = min(max(vocabulary - self._first, 0), self.num_columns)
 
     def logits(self, hidden_KH: torch.Tensor) -> torch.Tensor:
-        """[K, V/P], -∞ in columns that have no share."""
+        """Return the local logits, [K, V/P], with -∞ in columns outside of the softmax."""
         logits = self._model.logits(hidden_KH)
         logits[:, self._used :] = -torch.inf
         return logits
 
     def log_sum(self, logits_KV: torch.Tensor) -> torch.Tensor:
-        """log Σ exp over all columns, [K]."""
-        at_once = LOGITS_IN_CACHE // self.num_columns if logits_KV.device.type == "cpu" else len(logits_KV)
-        own = torch.cat([part.logsumexp(dim=-1) for part in logits_KV.split(max(1, at_once))])
+        """Return log Σ exp over the columns of all ranks, [K]."""
+        is_cpu = logits_KV.device.type == "cpu"
+        num_rows = MAX_LOGITS_IN_CPU_CACHE // self.num_columns if is_cpu else len(logits_KV)
+        local = torch.cat([rows.logsumexp(dim=-1) for rows in logits_KV.split(max(1, num_rows))])
         if self._group.size() == 1:
-            return own
-        parts = own.new_empty(self._group.size() * len(own))
-        dist.all_gather_into_tensor(parts, own, group=self._group)
-        return parts.view(-1, len(own)).logsumexp(dim=0)
+            return local
+        gathered = local.new_empty(self._group.size() * len(local))
+        dist.all_gather_into_tensor(gathered, local, group=self._group)
+        return gathered.view(-1, len(local)).logsumexp(dim=0)
 
     def logits_of(self, logits_KV: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The logit of each token in its row, whichever rank has it."""
+        """Return the logit of each token in its row, all-reduced over the ranks."""
         columns = tokens - self._first
-        is_here = (columns >= 0) & (columns < self.num_columns)
-        found = logits_KV[rows, columns.clamp(0, self.num_columns - 1)].where(is_here, 0.0)
+        is_local = (columns >= 0) & (columns < self.num_columns)
+        found = logits_KV[rows, columns.clamp(0, self.num_columns - 1)].where(is_local, 0.0)
         self._reduce(found, dist.ReduceOp.SUM)
         return found
 
-    def are_likeliest(
+    def are_most_likely(
         self, logits_KV: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, of_tokens: torch.Tensor
     ) -> torch.Tensor:
-        """Whether each token is the likeliest of its row, of equally likely ones the first."""
+        """Return whether each token is the first of the most likely tokens of its row.
+
+        Args:
+            logits_KV: Local logits.
+            rows: Row of each token.
+            tokens: The tokens.
+            of_tokens: Their logits.
+        """
         largest = logits_KV.amax(dim=-1)
         self._reduce(largest, dist.ReduceOp.MAX)
         found = of_tokens == largest[rows]
-        # Where they are, which is slower, is only asked of rows whose token may be the one.
-        at_hand = rows[found]
-        own, column = logits_KV[at_hand].max(dim=-1)
+        # The index of the maximum, which is slower, is needed only for rows whose token has the largest
+        # logit.
+        candidate_rows = rows[found]
+        local, column = logits_KV[candidate_rows].max(dim=-1)
         beyond = self._model.config.model.padded_vocab_size
-        first = (column + self._first).where(own == largest[at_hand], beyond)
+        first = (column + self._first).where(local == largest[candidate_rows], beyond)
         self._reduce(first, dist.ReduceOp.MIN)
         found[found.clone()] = first == tokens[found]
         return found

@@ -1,15 +1,19 @@
-"""Held-out loss over whole documents, by windows that slide: each token once, with as much before it as fits.
+"""Held-out loss of documents and validation data with sliding windows, by length, domain and position.
 
-    document -> end of document, its tokens, end of document -> windows, each `stride` tokens further
-      -> those of a window's predictions that none before it made -> sums by position in the window
+    document -> end of document, its tokens, end of document -> windows, each `stride` tokens after the
+    previous
+      -> predictions of tokens that no earlier window predicted -> sums of losses by position in the window
 
-The padding rows of the output table take part, as in training and its own evaluation.
+Every token is predicted once, with the longest context that its window contains. The softmax includes the
+rows that pad the vocabulary, as in training and its evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +23,70 @@ from sas_megatron.data.batches import build_validation_samples
 from sas_megatron.data.token_files import open_token_files
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.evaluation.held_out import HeldOutLoss
+from sas_megatron.evaluation.results import describe_loss
 from sas_megatron.evaluation.scoring import Passage, Scores, score
+from sas_megatron.evaluation.settings import WindowSettings
 from sas_megatron.evaluation.trained_model import TrainedModel
-from sas_megatron.evaluation.window_settings import WindowSettings
 
-# Tokens of windows that are scored together, before more of the text is read.
-TOKENS_AT_ONCE = 2**20
+# Number of tokens in windows that are scored before more text is read.
+TOKENS_PER_PORTION = 2**20
+# Name of the loss over all domains.
+ALL = "all"
+
+# Cuts the text of a domain into windows according to the settings.
+Domain = Callable[[WindowSettings], Iterable[Passage]]
+
+
+def measure_held_out(
+    model: TrainedModel, domains: Mapping[str, Domain], settings: Sequence[WindowSettings]
+) -> dict[str, Any]:
+    """Measure the loss of each domain for each window length. Every rank must make the same call.
+
+    Args:
+        model: The model.
+        domains: Domains by name.
+        settings: One entry per window length.
+
+    Returns:
+        The results as summary.json stores them, on every rank.
+    """
+    return {
+        "trained_length": model.config.data.sequence_length,
+        "by_length": [_measure_length(model, domains, of_length) for of_length in settings],
+    }
+
+
+def _measure_length(
+    model: TrainedModel, domains: Mapping[str, Domain], settings: WindowSettings
+) -> dict[str, Any]:
+    begin = time.perf_counter()
+    losses = {
+        name: measure_windows(model, cut_domain(settings), batch_tokens=settings.batch_tokens)
+        for name, cut_domain in domains.items()
+    }
+    total = sum(losses.values(), LossByPosition())
+    return {
+        "sequence_length": settings.length,
+        "stride": settings.stride,
+        "seconds": time.perf_counter() - begin,
+        ALL: _describe(total),
+        "domains": {name: _describe(loss) for name, loss in losses.items()},
+    }
+
+
+def _describe(loss: LossByPosition) -> dict[str, Any]:
+    positions = [
+        {"tokens_read": [last // 2 + 1, last], **describe_loss(of_bucket)}
+        for last, of_bucket in loss.by_position()
+    ]
+    return {**describe_loss(loss.total()), "by_position": positions}
 
 
 @dataclass
 class LossByPosition:
-    """Sums of losses by how many tokens a prediction could read: 1, 2, 3–4, 5–8 and so on.
+    """Sums of losses by the number of preceding tokens in the window: 1, 2, 3–4, 5–8 and so on.
 
-    `sums` are loss in nats, tokens and bytes, [buckets, 3]; bucket b is of those that read up to 2^b.
+    `sums`, [buckets, 3], contains loss in nats, tokens and bytes. Bucket b covers up to 2^b preceding tokens.
     """
 
     sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((64, 3)))
@@ -40,60 +95,70 @@ class LossByPosition:
         return LossByPosition(self.sums + other.sums)
 
     def add(self, window: Passage, scores: Scores, byte_lengths: npt.NDArray[np.int32]) -> None:
-        """Takes the predictions of a window; `byte_lengths` are those of the tokens."""
+        """Add the predictions of a window.
+
+        Args:
+            window: The window.
+            scores: Its scores.
+            byte_lengths: The number of bytes of each token of the vocabulary.
+        """
         num_read = np.arange(len(window.tokens) - window.num_scored, len(window.tokens))
         num_bytes = byte_lengths[window.tokens[-window.num_scored :]]
         terms = np.stack([-scores.log_probabilities, np.ones(window.num_scored), num_bytes], axis=1)
         np.add.at(self.sums, np.ceil(np.log2(num_read)).astype(np.int64), terms)
 
     def total(self) -> HeldOutLoss:
-        """Over all positions."""
-        return _held_out(self.sums.sum(axis=0))
+        """Return the loss over all positions."""
+        return _to_held_out_loss(self.sums.sum(axis=0))
 
     def by_position(self) -> list[tuple[int, HeldOutLoss]]:
-        """The most tokens that a bucket's predictions could read, and their loss; none without tokens."""
-        return [(2**bucket, _held_out(sums)) for bucket, sums in enumerate(self.sums) if sums[1] > 0]
+        """Return the largest number of preceding tokens and the loss of each bucket that is not empty."""
+        return [(2**bucket, _to_held_out_loss(sums)) for bucket, sums in enumerate(self.sums) if sums[1] > 0]
 
 
-def _held_out(sums: npt.NDArray[np.float64]) -> HeldOutLoss:
+def _to_held_out_loss(sums: npt.NDArray[np.float64]) -> HeldOutLoss:
     loss, num_tokens, num_bytes = sums.tolist()
     return HeldOutLoss(loss / num_tokens, int(num_tokens), int(num_bytes))
 
 
 def measure_windows(model: TrainedModel, windows: Iterable[Passage], *, batch_tokens: int) -> LossByPosition:
-    """The loss over windows, the same on every rank; all must call it, with the same windows."""
-    found, byte_lengths = LossByPosition(), model.tokenizer.token_byte_lengths()
-    for portion in _portions(windows):
+    """Return the loss over windows, on every rank. Every rank must pass the same windows."""
+    result, byte_lengths = LossByPosition(), model.tokenizer.token_byte_lengths()
+    for portion in _split_into_portions(windows):
         scores = score(
             model, portion, batch_tokens=batch_tokens, vocabulary=model.config.model.padded_vocab_size
         )
         for window, of_window in zip(portion, scores, strict=True):
-            found.add(window, of_window, byte_lengths)
-    return found
+            result.add(window, of_window, byte_lengths)
+    return result
 
 
 def document_windows(
     documents: Iterable[str], tokenizer: Tokenizer, settings: WindowSettings
 ) -> Iterator[Passage]:
-    """Of whole documents, each for itself, as if another had ended before it."""
+    """Cut each document into windows, as if another document had ended before it."""
     eos = tokenizer.eos_id
     for document in documents:
         yield from cut_windows(np.array([eos, *tokenizer.encode(document), eos], dtype=np.int32), settings)
 
 
 def validation_windows(config: RunConfig, tokenizer: Tokenizer, *, length: int) -> Iterator[Passage]:
-    """The windows of the run's own evaluation; of another length, those of about as many tokens.
+    """Yield the validation windows of a run. Every rank must call this function after joining the world.
 
-    Every rank must call it, in a joined world.
+    Args:
+        config: Config of the run.
+        tokenizer: Its tokenizer.
+        length: Window length. With another length than in training, the total number of tokens is about
+            equal.
 
     Raises:
-        UserError: the run's token files are not there, or documents are kept apart in its windows.
+        UserError: The token files of the run cannot be read, or `data.reset_at_document_ends` is on.
     """
     if config.data.reset_at_document_ends:
         raise config.data.problem(
             "reset_at_document_ends",
-            "keeps documents apart, which is done for whole files here",
-            "use --files",
+            "separates the documents in a window, which is not supported for validation windows",
+            "use --files, which measures each document separately",
         )
     open_token_files(config.data, vocab_size=config.model.vocab_size)
     num_windows = max(1, config.evaluation.num_sequences * config.data.sequence_length // length)
@@ -106,10 +171,10 @@ def validation_windows(config: RunConfig, tokenizer: Tokenizer, *, length: int) 
 
 
 def cut_windows(tokens: npt.NDArray[np.int32], settings: WindowSettings) -> Iterator[Passage]:
-    """Windows of tokens [0, n) that predict [1, n), each token once.
+    """Cut tokens [0, n) into windows that together predict tokens [1, n) once each.
 
-    The first predicts as many as it reads; each further one reaches `stride` tokens beyond the one before
-    and predicts those, the last what is left, after all that a window can read.
+    The first window predicts every token after its first. Each further window ends `stride` tokens later and
+    predicts these; the last window predicts the remaining tokens.
     """
     predicted = min(settings.length, len(tokens) - 1)
     if predicted > 0:
@@ -120,13 +185,13 @@ def cut_windows(tokens: npt.NDArray[np.int32], settings: WindowSettings) -> Iter
         predicted = end
 
 
-def _portions(windows: Iterable[Passage]) -> Iterator[Sequence[Passage]]:
+def _split_into_portions(windows: Iterable[Passage]) -> Iterator[Sequence[Passage]]:
     portion: list[Passage] = []
     num_tokens = 0
     for window in windows:
         portion.append(window)
         num_tokens += len(window.tokens)
-        if num_tokens >= TOKENS_AT_ONCE:
+        if num_tokens >= TOKENS_PER_PORTION:
             yield portion
             portion, num_tokens = [], 0
     if portion:

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: which are asked for, and what comes of them."""
+"""Load tasks of lm-evaluation-harness and evaluate a model on them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from sas_megatron.distributed.object_collectives import Call, drive_from_rank0
 from sas_megatron.evaluation.generation import generate
 from sas_megatron.evaluation.harness import HarnessModel
 from sas_megatron.evaluation.scoring import score
-from sas_megatron.evaluation.task_settings import TaskSettings
+from sas_megatron.evaluation.settings import TaskSettings
 from sas_megatron.evaluation.trained_model import TrainedModel
 
-# What the harness asks the environment.
+# Environment variable that prevents the harness from forking.
 _NO_FORKING = "DISABLE_MULTIPROC"
 
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """The harness's tasks and groups with their data, and what found them."""
+    """Tasks and groups of the harness with their data, and the manager that loaded them."""
 
     manager: Any
     tasks: list[Any]
@@ -39,15 +39,20 @@ class LoadedTasks:
 def load_tasks(
     names: Sequence[str], include_paths: Sequence[Path], *, runs_unsafe_code: bool = False
 ) -> LoadedTasks:
-    """The tasks, groups and tags of these names or patterns.
+    """Load tasks, groups and tags with their data.
+
+    Args:
+        names: Names, or patterns with `*`.
+        include_paths: Folders of additional task files.
+        runs_unsafe_code: Allow tasks that run code that the model generates.
 
     Raises:
-        FieldError: there is none of a name, it cannot be loaded, its data included, or not be run.
-        FileProblem: a folder of task files is not there.
+        FieldError: A name matches no task, or a task or its data cannot be loaded or run.
+        FileProblem: A folder of task files does not exist.
     """
     for path in include_paths:
         if not path.is_dir():
-            raise FileProblem(path, "is no folder of task files", "give one that exists as --include-path")
+            raise FileProblem(path, "is not a folder", "name a folder of task files with --include-path")
     manager = _read_index(tuple(str(path.absolute()) for path in include_paths))
     tasks: list[Any] = []
     for name in names:
@@ -57,7 +62,7 @@ def load_tasks(
             raise FieldError(
                 "--tasks",
                 name,
-                f"is no task, group or tag of lm-eval {lm_eval.__version__}"
+                f"is not a task, group or tag of lm-eval {lm_eval.__version__}"
                 + (" or of --include-path" if include_paths else ""),
                 f"did you mean {' or '.join(near)}?" if near else "add a task file with --include-path",
             )
@@ -67,42 +72,41 @@ def load_tasks(
     return LoadedTasks(manager, tasks)
 
 
-@functools.lru_cache(maxsize=1)  # it reads every task file, which takes seconds
+@functools.lru_cache(maxsize=1)  # Reading all task files takes seconds.
 def _read_index(include_paths: tuple[str, ...]) -> Any:
     return TaskManager(include_path=list(include_paths) or None)
 
 
 def _check_runnable(manager: Any, tasks: list[Any], *, runs_unsafe_code: bool) -> None:
-    """What the harness would refuse after the model is loaded."""
+    """Raise errors that the harness would raise only after the model is loaded."""
     try:
         leaves = manager.load(tasks)["tasks"]
-    except ValueError as error:  # a task of its own that is also of a group
+    except ValueError as error:  # A task is selected twice, directly and in a group.
         raise FieldError("--tasks", "…", str(error), "name each of them once") from None
     for name, task in leaves.items():
         if getattr(task, "UNSAFE_CODE", False) and not runs_unsafe_code:
             raise FieldError(
                 "--tasks",
                 name,
-                "runs code that the model writes",
-                "give --confirm-run-unsafe-code where that can do no harm",
+                "runs code that the model generates",
+                "run it in a sandbox, with --confirm-run-unsafe-code",
             )
         if getattr(task, "MULTIMODAL", False):
-            raise FieldError("--tasks", name, "has images, and the model reads text", "leave it out")
+            raise FieldError("--tasks", name, "contains images, but the model reads only text", "omit it")
 
 
 def _load(manager: Any, name: str) -> list[Any]:
-    """A group or the tasks of a name, with their data."""
+    """Load a group, or the tasks of a name, with their data."""
     try:
         loaded = manager.load([name])
-    # Whatever a task's files, its data set's loader or the network have to say.
+    # The files of a task, the loader of its data set and the network can raise any exception.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or "no message"
         raise FieldError(
             "--tasks",
             name,
             f"cannot be loaded with its data ({type(error).__name__}: {reason})",
-            "fetch it where there is a network, HF_HOME being where it is kept, or give a task of your own "
-            "with --include-path",
+            "download its data to HF_HOME on a machine with a network, or use tasks of --include-path",
         ) from error
     groups = loaded.get("groups", {})
     return [groups[name]] if name in groups else list(loaded["tasks"].values())
@@ -116,23 +120,26 @@ def evaluate_tasks(
     folder: Path,
     cache: Path | None,
 ) -> dict[str, Any] | None:
-    """Runs the harness on rank 0, which has the tasks; every rank must call it.
+    """Run the harness on rank 0, which drives the model on all ranks. Every rank must call this function.
 
     Args:
-        model: What is evaluated.
-        tasks: None on the other ranks.
-        settings: How.
-        folder: Of the harness's files, within one that is shared by checkpoints.
-        cache: Where answers are kept and looked up, without ending; None: nowhere.
+        model: The evaluated model.
+        tasks: The tasks on rank 0; None on the other ranks.
+        settings: Settings of the harness.
+        folder: Folder for the files of the harness. Its parent folder is shared by the checkpoints of a run.
+        cache: Path, without suffix, of the cache of answers; None disables it.
 
     Returns:
-        The results, on rank 0.
+        The results on rank 0; None on the other ranks.
+
+    Raises:
+        UserError: A task does not suit the model, or files cannot be written; the same on every rank.
     """
     functions: dict[str, Callable[..., Any]] = {
         "score": functools.partial(
             score, model, batch_tokens=settings.batch_tokens, vocabulary=model.tokenizer.vocab_size
         ),
-        "generate": lambda prompts, how, numbers: generate(model, prompts, how, numbers=numbers),
+        "generate": lambda prompts, options, numbers: generate(model, prompts, options, numbers=numbers),
     }
 
     def run(call: Call) -> dict[str, Any]:
@@ -144,8 +151,9 @@ def evaluate_tasks(
 
 @contextlib.contextmanager
 def _resampling_in_this_process() -> Iterator[None]:
-    """Keeps the harness from forking for its standard errors: a fork of a process whose collectives have
-    threads may never come back.
+    """Prevent the harness from forking to compute standard errors.
+
+    A fork of a process with threads, which collectives start, may deadlock.
     """
     before = os.environ.get(_NO_FORKING)
     os.environ[_NO_FORKING] = "1"
@@ -162,11 +170,11 @@ def _run_harness(
     model: HarnessModel, tasks: LoadedTasks, settings: TaskSettings, *, folder: Path, cache: Path | None
 ) -> dict[str, Any]:
     tracker = EvaluationTracker(output_path=str(folder.parent))
-    # It prints what it does, where results are to stand alone.
+    # The harness prints messages, but stdout must contain only the results.
     with contextlib.redirect_stdout(sys.stderr), _resampling_in_this_process():
         results = lm_eval.simple_evaluate(
             model=model,
-            model_args={"model": folder.name},  # names the folder of the harness's files
+            model_args={"model": folder.name},  # The harness names its folder after the model.
             tasks=tasks.tasks,
             task_manager=tasks.manager,
             num_fewshot=settings.num_fewshot,
@@ -185,10 +193,10 @@ def _run_harness(
     for name, of_task in samples.items():
         tracker.save_results_samples(task_name=name, samples=of_task)
     written = sorted(path.name for path in set(folder.glob("*")) - before)
-    # The harness goes on without a file that it could not write.
+    # The harness ignores errors of writing its files.
     if len(written) < 1 + len(samples):
         raise FileProblem(
-            folder, "some of the harness's files could not be written", "make room or name --output"
+            folder, "lacks files that the harness could not write", "free space, or name another --output"
         )
     return {
         "lm_eval": lm_eval.__version__,

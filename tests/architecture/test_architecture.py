@@ -29,10 +29,8 @@ WITHOUT_TORCH = [
         PACKAGE / "evaluation" / name
         for name in (
             "__init__.py",
-            "generation_settings.py",
-            "start.py",
-            "task_settings.py",
-            "window_settings.py",
+            "model_source.py",
+            "settings.py",
         )
     ),
     *(

@@ -22,11 +22,10 @@ def run_directory(tmp_path: Path) -> Path:
 def test_all_checkpoints_of_a_run_are_verified(run_directory: Path, subfolder: str) -> None:
     done = command("checkpoint", "verify", run_directory / subfolder, folder=run_directory)
     assert done.returncode == 0, done.stderr
-    folder = run_directory / "checkpoints"
     assert done.stdout.splitlines() == [
-        f"{folder / 'iter_0000005'}: intact, step 5, 2 files, 392 bytes",
-        f"{folder / 'iter_0000010'}: intact, step 10, 2 files, 396 bytes",
-        f"{folder / 'iter_0000015'}: intact, step 15, 2 files, 400 bytes",
+        "iter_0000005: intact, step 5, 2 files, 392 bytes",
+        "iter_0000010: intact, step 10, 2 files, 396 bytes",
+        "iter_0000015: intact, step 15, 2 files, 400 bytes",
     ]
 
 

@@ -1,4 +1,4 @@
-"""`sas-megatron evaluate` and `generate`, in one process and on two ranks."""
+"""`sas-megatron evaluate` and `generate` in one process and on two ranks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def run(ranks: Any, small_data: SmallData, tmp_path_factory: pytest.TempPathFact
     return train_and_export(ranks, small_data, tmp_path_factory.mktemp("run"), small.SAS)
 
 
-def test_evaluate_measures_the_validation_loss_and_leaves_it_in_the_summary(
-    run: TrainedRun, tmp_path: Path
-) -> None:
+def test_evaluate_writes_the_validation_loss_to_the_summary(run: TrainedRun, tmp_path: Path) -> None:
     done = run_command("evaluate", run.directory, "--sequence-length", "40", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "validation" in done.stdout
@@ -37,23 +35,20 @@ def test_evaluate_measures_the_validation_loss_and_leaves_it_in_the_summary(
     assert at_length["all"]["loss"] == pytest.approx(trained["final_validation_loss"], rel=1e-6)
 
 
-def test_generate_continues_prompts_and_tells_what_the_cache_keeps(run: TrainedRun, tmp_path: Path) -> None:
+def test_generate_continues_prompts_and_prints_the_cache_size(run: TrainedRun, tmp_path: Path) -> None:
     options = ["--prompt", "import os", "--prompt", "def main(", "--max-new-tokens", "5"]
-    # A fresh interpreter: Megatron-core must not be imported before its stand-in for the CPU is there.
+    # A new interpreter, because the device must be prepared before Megatron-core is imported.
     done = command("generate", run.directory, "attention.kv_cache=simulated", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "import os" in done.stdout
-    # Two layers of 12 simulated heads of 10 and 6 features in float32.
-    assert (
-        f"{2 * 12 * (10 + 6) * 4:,} bytes of a token on each rank (attention.kv_cache=simulated)"
-        in done.stderr
-    )
+    # Two layers with 12 simulated heads of 10 and 6 features in float32.
+    assert f"{2 * 12 * (10 + 6) * 4:,} bytes per token and rank (attention.kv_cache=simulated)" in done.stderr
 
 
 def complete_on_ranks(
     world_size: int, arguments: list[Any], *, environment: dict[str, str], cwd: Path = ROOT
 ) -> list[ForkedCommand]:
-    """Run a command with the variables that torchrun gives to each rank, and let it end."""
+    """Run a command on ranks, with the environment of torchrun, and check that it succeeds."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
@@ -73,7 +68,7 @@ def complete_on_ranks(
     return commands
 
 
-def test_two_processes_run_tasks_of_a_folder_and_write_the_harness_s_files(
+def test_two_processes_run_local_tasks_and_write_the_files_of_the_harness(
     run: TrainedRun, tmp_path: Path
 ) -> None:
     texts = list(stream_documents([builtin_corpus(tmp_path, max_bytes=200_000)]))
@@ -84,7 +79,7 @@ def test_two_processes_run_tasks_of_a_folder_and_write_the_harness_s_files(
     ]
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"}
     first, second = complete_on_ranks(2, arguments, environment={**os.environ, **offline})
-    assert second.output() == "", "the first rank prints for all"
+    assert second.output() == "", "only rank 0 prints the results"
     results = json.loads(first.output())["tasks"]
     assert results["num_samples"]["next_line"] == {"original": NUM_DOCUMENTS, "effective": 3}
     assert results["results"]["next_line"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
@@ -101,39 +96,42 @@ def test_two_processes_run_tasks_of_a_folder_and_write_the_harness_s_files(
     [
         (
             ["--limit", "3"],
-            r"--limit=3\.0: concerns --tasks, and what is asked for is the loss on validation",
+            r"--limit=3\.0: applies only to --tasks, but this command evaluates the loss on the validation",
         ),
         (
             ["--cache", "--files", "builtin"],
-            "--cache=True: concerns --tasks, and what is asked for is --files;",
+            "--cache=True: applies only to --tasks, but this command evaluates --files;",
         ),
-        (["--stride", "3"], "--stride=3: concerns --files, and what is asked for is the loss on validation"),
+        (
+            ["--stride", "3"],
+            "--stride=3: applies only to --files, but this command evaluates the loss on the validation",
+        ),
         (
             ["--tasks", "any", "--sequence-length", "9"],
-            r"--sequence-length=\(9,\): concerns --files or the loss",
+            r"--sequence-length=\(9,\): applies only to --files or the loss",
         ),
         (
             ["--tasks", "any", "--files", "any"],
-            "--files=.*: concerns --files, and what is asked for is --tasks",
+            "--files=.*: applies only to --files, but this command evaluates --tasks",
         ),
     ],
 )
-def test_options_that_would_have_no_effect_are_refused(arguments: list[str], message: str) -> None:
-    from sas_megatron.cli.evaluate import _check_fit, evaluate
+def test_options_without_effect_are_rejected(arguments: list[str], message: str) -> None:
+    from sas_megatron.cli.evaluate import _check_options, evaluate
     from sas_megatron.config.errors import FieldError
 
     with pytest.raises(FieldError, match=message):
-        _check_fit(evaluate.make_context("evaluate", ["run", *arguments]))
+        _check_options(evaluate.make_context("evaluate", ["run", *arguments]))
 
 
-def test_empty_names_and_files_that_are_not_there_are_refused() -> None:
+def test_empty_names_and_missing_files_are_rejected() -> None:
     from sas_megatron.cli.evaluate import _find_files
     from sas_megatron.config.errors import UserError
-    from sas_megatron.evaluation.task_settings import TaskSettings
+    from sas_megatron.evaluation.settings import TaskSettings
 
-    with pytest.raises(UserError, match="--tasks='': names none; give one or more"):
+    with pytest.raises(UserError, match="--tasks='': is empty; give one or more"):
         TaskSettings(names=())
-    with pytest.raises(UserError, match="--files='domain=': names no path; give one"):
+    with pytest.raises(UserError, match="--files='domain=': contains no path; give one"):
         _find_files(("domain=",))
     with pytest.raises(UserError, match=r"lost\.txt: there is no such file"):
         _find_files(("one=builtin", "two=lost.txt"))

@@ -1,4 +1,4 @@
-"""Small tasks for lm-evaluation-harness, made from the source of the Python standard library."""
+"""Small tasks for lm-evaluation-harness, built from source code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NAMES = ["next_line", "yes_or_no", "last_word", "whole_text", "line_end"]
 
 
 def write_tasks(folder: Path, texts: list[str]) -> Path:
-    """Task files and their data: multiple choice, cloze, rolling and generation.
+    """Write task files and their data: multiple choice, cloze, rolling log-likelihood and generation.
 
-    Contexts are of very unequal length, some longer than what small models read.
+    The contexts have very different lengths; some exceed the context of small models.
     """
     folder.mkdir()
     lines = [line for text in texts for line in text.splitlines() if 20 < len(line) < 50]
@@ -50,7 +50,7 @@ def write_tasks(folder: Path, texts: list[str]) -> Path:
             "num_fewshot": 1,
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         },
-        # Continuations of one token, which harnesses read together.
+        # Continuations of one token, which share one input.
         "yes_or_no": {**choice, "doc_to_choice": ["y", "n"], "metric_list": [{"metric": "acc"}]},
         "last_word": {
             "output_type": "loglikelihood",

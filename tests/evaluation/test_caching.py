@@ -1,4 +1,4 @@
-"""Decoding with a cache gives the logits of the full forward pass: every attention, ranks, stages."""
+"""Decoding with a cache gives the logits of the full forward pass, for every attention and layout."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 from sas_megatron.config.run import RunConfig
 from tests import small_attentions as small
 from tests.checkpoint.unsharded_models import ATTENTIONS
-from tests.evaluation.trained_models import random_texts, roughened_model, whole_logits
+from tests.evaluation.trained_models import gather_logits, random_texts, roughened_model
 from tests.run_configs import small_config
 from tests.selection import cases, exhaustive
 from tests.tolerances import assert_near
 
-# Prompts of unequal length, and what is decoded behind them: several tokens at once, then one by one.
+# Prompts of different lengths, followed by a pass over up to FIRST_NEW tokens and passes over one token.
 PROMPT_LENGTHS, NEW_TOKENS, FIRST_NEW = [5, 1, 9], 6, 3
 
 
 def config_of(attention: dict[str, Any], *, num_layers: int = 2, **parallel: int) -> RunConfig:
+    """Return a small config with an attention and a layout."""
     return small_config(attention=attention, model={"num_layers": num_layers}, parallel=parallel)
 
 
 @torch.no_grad()
 def full_and_decoded(config: RunConfig, dtype: torch.dtype) -> Any:
-    """On a rank: logits by the GPT itself, each text alone, and by decoding; the bytes kept of a token."""
+    """Return the logits of the full pass per text, the logits of decoding, and the cache bytes per token."""
     model = roughened_model(config, dtype=dtype)
     texts = random_texts(config, [length + NEW_TOKENS for length in PROMPT_LENGTHS])
     decoded, bytes_per_token = decode(model, texts)
@@ -38,33 +39,34 @@ def full_and_decoded(config: RunConfig, dtype: torch.dtype) -> Any:
 
 
 def decode(model: Any, texts: list[list[int]]) -> Any:
-    """Logits of each text's tokens in a batch; the shortest text leaves it before the end."""
+    """Return the logits of each text, decoded in a batch that shorter texts leave before the others."""
     cache = model.new_cache(len(texts), max_tokens=max(map(len, texts)))
     found: list[list[torch.Tensor]] = [[] for _ in texts]
     rows, read = list(range(len(texts))), [0] * len(texts)
 
-    def take(numbers: list[int]) -> None:
+    def run_pass(numbers: list[int]) -> None:
+        """Read the next `numbers[i]` tokens of text i of the batch."""
         cache.begin_pass(max(numbers))
         tokens = torch.zeros(len(rows), max(numbers), dtype=torch.int64)
-        for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
-            tokens[place, :number] = torch.tensor(texts[row][read[row] : read[row] + number])
+        for index, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+            tokens[index, :number] = torch.tensor(texts[row][read[row] : read[row] + number])
             read[row] += number
         hidden = model.hidden_states(tokens, cache)
         cache.end_pass(numbers)
         if hidden is not None:
-            logits = whole_logits(model, hidden)
-            for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
-                found[row].append(logits[:number, place])
+            logits = gather_logits(model, hidden)
+            for index, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+                found[row].append(logits[:number, index])
 
-    take(PROMPT_LENGTHS)
-    take([FIRST_NEW, 1, FIRST_NEW - 1])
+    run_pass(PROMPT_LENGTHS)
+    run_pass([FIRST_NEW, 1, FIRST_NEW - 1])
     while rows:
-        left = [row for row in rows if read[row] < len(texts[row])]
-        if left != rows:
-            cache.keep([rows.index(row) for row in left])
-            rows = left
+        remaining = [row for row in rows if read[row] < len(texts[row])]
+        if remaining != rows:
+            cache.keep([rows.index(row) for row in remaining])
+            rows = remaining
         if rows:
-            take([1] * len(rows))
+            run_pass([1] * len(rows))
     return [torch.cat(parts) for parts in found if parts], cache.bytes_per_token
 
 
@@ -81,7 +83,7 @@ CASES = {
 }
 
 
-# The others differ from these in queries, of which nothing is kept, or in what two of these have in turn.
+# The other cases differ from these in queries, which are not cached, or combine features of two of these.
 DEFAULT = [
     *("gqa-partly-rotary", "mqa", "mla", "mfa", "tpa", "sas-grouped", "sas-partly", "sas-multi-query"),
     *("sas-simulated", "sas-grouped-simulated", "sas-all_to_all-simulated", "sas-only-features"),
@@ -89,17 +91,17 @@ DEFAULT = [
 
 
 def assert_decodes(by_rank: Any, full: Any, dtype: torch.dtype) -> None:
-    """Decoding on each rank gives the logits `full` of each text."""
+    """Check that decoding on each rank gives the logits `full` of each text."""
     for _, decoded, _ in by_rank:
         for text, (actual, expected) in enumerate(zip(decoded, full, strict=True)):
             assert_near(actual, expected, dtype, f"logits of text {text}")
 
 
-def assert_keeps_what_is_counted(by_rank: Any, config: RunConfig, dtype: torch.dtype) -> None:
-    """One rank keeps the bytes of a token that the config counts."""
-    ((_, _, kept),) = by_rank
+def assert_cache_has_counted_bytes(by_rank: Any, config: RunConfig, dtype: torch.dtype) -> None:
+    """Check the bytes per token on one rank against the elements that the config counts."""
+    ((_, _, bytes_per_token),) = by_rank
     elements = config.model.num_layers * sum(config.attention.count_kv_cache_elements().values())
-    assert kept == elements * dtype.itemsize
+    assert bytes_per_token == elements * dtype.itemsize
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=exhaustive)])
@@ -108,28 +110,26 @@ def test_decoding_gives_the_logits_of_the_full_forward_pass(
     ranks: Any, attention: str, dtype: torch.dtype
 ) -> None:
     config = config_of(CASES[attention])
-    ((full, _, _),) = alone = ranks(1).run(full_and_decoded, config, dtype)
-    assert_decodes(alone, full, dtype)
-    assert_keeps_what_is_counted(alone, config, dtype)
+    ((full, _, _),) = one_rank = ranks(1).run(full_and_decoded, config, dtype)
+    assert_decodes(one_rank, full, dtype)
+    assert_cache_has_counted_bytes(one_rank, config, dtype)
     assert_decodes(ranks(2).run(full_and_decoded, config_of(CASES[attention], tensor=2), dtype), full, dtype)
 
 
 @pytest.mark.parametrize(
     ("attention", "tensor"),
     [
-        ("sas", 1),  # what is kept are base heads
+        ("sas", 1),  # The cache contains base heads.
         ("sas-grouped-simulated", 2),
         pytest.param("sas", 2, marks=exhaustive),
         pytest.param("sas-grouped-simulated", 1, marks=exhaustive),
     ],
 )
-def test_so_does_decoding_of_a_model_whose_full_pass_runs_fused_kernels(
-    ranks: Any, attention: str, tensor: int
-) -> None:
+def test_decoding_gives_the_logits_of_fused_kernels(ranks: Any, attention: str, tensor: int) -> None:
     fused = {**CASES[attention], "kernel": "fused"}
     config = config_of(fused, num_layers=1)
     ((full, _, _),) = by_rank = ranks(1).run(full_and_decoded, config, torch.float32)
-    assert_keeps_what_is_counted(by_rank, config, torch.float32)
+    assert_cache_has_counted_bytes(by_rank, config, torch.float32)
     if tensor > 1:
         config = config_of(fused, num_layers=1, tensor=tensor)
         by_rank = ranks(tensor).run(full_and_decoded, config, torch.float32)
@@ -139,9 +139,9 @@ def test_so_does_decoding_of_a_model_whose_full_pass_runs_fused_kernels(
 @pytest.mark.parametrize(
     "attention", cases(("gqa", "mla", "sas-grouped", "sas-simulated"), default=("mla", "sas-simulated"))
 )
-def test_so_does_decoding_over_pipeline_stages(ranks: Any, attention: str) -> None:
+def test_decoding_over_pipeline_stages_gives_the_same_logits(ranks: Any, attention: str) -> None:
     ((full, _, _),) = ranks(1).run(full_and_decoded, config_of(CASES[attention]), torch.float64)
     config = config_of(CASES[attention], tensor=2, pipeline=2)
     by_rank = ranks(4).run(full_and_decoded, config, torch.float64)
-    assert [len(decoded) for _, decoded, _ in by_rank] == [0, 0, 3, 3], "the last stage has logits"
+    assert [len(decoded) for _, decoded, _ in by_rank] == [0, 0, 3, 3], "only the last stage has logits"
     assert_decodes(by_rank[2:], full, torch.float64)

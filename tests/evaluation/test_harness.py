@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: our scores and texts are those of its own `hf` model on the export, item by item."""
+"""lm-evaluation-harness: every answer agrees with that of its `hf` model on the export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Samples = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of task files; the harness's data sets are kept beside it, and nothing is fetched."""
+    """Write task files. The harness stores its data sets next to them, without downloads."""
     folder = tmp_path_factory.mktemp("tasks")
     os.environ |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     corpus = builtin_corpus(folder, max_bytes=200_000)
@@ -44,7 +44,7 @@ RUNS = {"sas": {**small.SAS_GROUPED, "head_expansion": 2}, "gqa": small.GQA}
 def trained(
     ranks: Any, small_data: SmallData, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], TrainedRun]:
-    """`trained(name)` is the trained run of an attention."""
+    """Return a function that trains and exports a run of an attention."""
     return functools.cache(
         lambda name: train_and_export(ranks, small_data, tmp_path_factory.mktemp(name), RUNS[name])
     )
@@ -52,11 +52,12 @@ def trained(
 
 @pytest.fixture(scope="module")
 def sas_run(trained: Callable[[str], TrainedRun]) -> Path:
+    """Return the directory of a run with SAS."""
     return trained("sas").directory
 
 
 def read_samples(folder: Path) -> Samples:
-    """Of each task, by document."""
+    """Return the samples of each task, sorted by document."""
     found: Samples = {}
     for name in NAMES:
         (path,) = folder.glob(f"samples_{name}_*.jsonl")
@@ -66,7 +67,7 @@ def read_samples(folder: Path) -> Samples:
 
 
 def evaluate_by_transformers(exported: Path, tasks: Path, folder: Path) -> None:
-    """On a rank: the harness's own `hf` model, its files written where ours would be."""
+    """Evaluate an export with the harness's `hf` model and write its files to `folder`."""
     import lm_eval
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
@@ -91,21 +92,21 @@ def evaluate_by_transformers(exported: Path, tasks: Path, folder: Path) -> None:
 def evaluate_on_rank(
     directory: Path, tasks: Path, overrides: list[str], folder: Path, **settings: Any
 ) -> dict[str, Any] | None:
-    """On a rank: our evaluation, as the command runs it."""
-    from sas_megatron.evaluation.task_settings import TaskSettings
+    """Evaluate a run in the way of the command."""
+    from sas_megatron.evaluation.settings import TaskSettings
     from sas_megatron.evaluation.tasks import evaluate_tasks, load_tasks
 
     model, _ = load_on_rank(directory, overrides)
-    chosen = TaskSettings(tuple(NAMES), bootstrap_iterations=0, batch_tokens=150, **settings)
-    loaded = load_tasks(chosen.names, [tasks]) if model.topology.is_rank0 else None
-    return evaluate_tasks(model, loaded, chosen, folder=folder, cache=None)
+    task_settings = TaskSettings(tuple(NAMES), bootstrap_iterations=0, batch_tokens=150, **settings)
+    loaded = load_tasks(task_settings.names, [tasks]) if model.topology.is_rank0 else None
+    return evaluate_tasks(model, loaded, task_settings, folder=folder, cache=None)
 
 
 @pytest.fixture(scope="module")
-def theirs(
+def transformers_samples(
     ranks: Any, trained: Callable[[str], TrainedRun], tasks: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Samples]:
-    """`theirs(name)` are the results of the harness's own model on the export of a run."""
+    """Return a function to the samples of the harness's `hf` model on the export of a run."""
 
     @functools.cache
     def evaluate(name: str) -> Samples:
@@ -128,32 +129,32 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     ("attention", "layout"),
     [*(("sas", layout) for layout in LAYOUTS), pytest.param("gqa", "one rank", marks=exhaustive)],
 )
-def test_scores_and_texts_are_those_of_the_harness_on_the_export(
+def test_answers_agree_with_the_hf_model_on_the_export(
     ranks: Any,
     trained: Callable[[str], TrainedRun],
-    theirs: Callable[[str], Samples],
+    transformers_samples: Callable[[str], Samples],
     tasks: Path,
     tmp_path: Path,
     attention: str,
     layout: str,
 ) -> None:
     world_size, overrides = LAYOUTS[layout]
-    folder = tmp_path / "ours"
+    folder = tmp_path / "native"
     results, *others = ranks(world_size).run(
         evaluate_on_rank, trained(attention).directory, tasks, overrides, folder
     )
     assert others == [None] * (world_size - 1)
-    ours = read_samples(folder)
+    native = read_samples(folder)
     for name in NAMES:
-        assert len(ours[name]) == NUM_DOCUMENTS
-        for mine, expected in zip(ours[name], theirs(attention)[name], strict=True):
-            assert mine["doc"] == expected["doc"]
-            assert_equal_answers(mine["filtered_resps"], expected["filtered_resps"])
+        assert len(native[name]) == NUM_DOCUMENTS
+        for actual, expected in zip(native[name], transformers_samples(attention)[name], strict=True):
+            assert actual["doc"] == expected["doc"]
+            assert_equal_answers(actual["filtered_resps"], expected["filtered_resps"])
     assert set(results["results"]) == set(NAMES)
 
 
-def refusal_of_tasks(names: list[str], folder: Path) -> str:
-    """On the one rank: why they cannot be loaded."""
+def error_of_loading(names: list[str], folder: Path) -> str:
+    """Return the message with which `load_tasks` fails. Runs on one rank."""
     from sas_megatron.config.errors import UserError
     from sas_megatron.evaluation.tasks import load_tasks
 
@@ -161,58 +162,61 @@ def refusal_of_tasks(names: list[str], folder: Path) -> str:
         load_tasks(names, [folder])
     except UserError as error:
         return str(error)
-    raise AssertionError("they can")
+    raise AssertionError("the tasks were loaded")
 
 
-def test_tasks_that_are_unknown_or_without_data_are_refused(ranks: Any, tasks: Path, tmp_path: Path) -> None:
+def test_unknown_tasks_and_tasks_without_data_are_rejected(ranks: Any, tasks: Path, tmp_path: Path) -> None:
     (unknown, without_data, no_folder) = (
-        ranks(1).run(refusal_of_tasks, names, folder)[0]
+        ranks(1).run(error_of_loading, names, folder)[0]
         for names, folder in ((["next_lin"], tasks), (["lost"], tasks), (["lost"], tmp_path / "none"))
     )
-    assert unknown.startswith("--tasks=next_lin: is no task, group or tag of lm-eval ")
+    assert unknown.startswith("--tasks=next_lin: is not a task, group or tag of lm-eval ")
     assert "did you mean next_line" in unknown
     assert without_data.startswith("--tasks=lost: cannot be loaded with its data (FileNotFoundError: ")
-    assert no_folder.startswith(f"{tmp_path / 'none'}: is no folder of task files; give")
+    assert no_folder.startswith(f"{tmp_path / 'none'}: is not a folder; name")
 
 
-def refusal_on_rank(directory: Path, tasks: Path, overrides: list[str], folder: Path, **settings: Any) -> str:
+def error_of_evaluation(
+    directory: Path, tasks: Path, overrides: list[str], folder: Path, **settings: Any
+) -> str:
+    """Return the message with which the evaluation fails."""
     from sas_megatron.config.errors import UserError
 
     try:
         evaluate_on_rank(directory, tasks, overrides, folder, **settings)
     except UserError as error:
         return str(error)
-    raise AssertionError("it was not refused")
+    raise AssertionError("the evaluation succeeded")
 
 
-def test_what_is_met_while_tasks_run_ends_all_ranks_with_one_message(
+def test_an_error_while_tasks_run_is_raised_on_all_ranks(
     ranks: Any, sas_run: Path, tasks: Path, tmp_path: Path
 ) -> None:
-    run = functools.partial(ranks(2).run, refusal_on_rank, sas_run, tasks)
+    run = functools.partial(ranks(2).run, error_of_evaluation, sas_run, tasks)
     first, second = run(["data.sequence_length=16"], tmp_path)
     assert first == second
-    assert re.match(r"continuation='.*': is \d+ tokens after its context, and the model reads 16; set", first)
+    assert re.match(r"continuation='.*': has \d+ tokens, but the model reads at most 16; increase", first)
 
 
-def assert_equal_answers(mine: Any, expected: Any) -> None:
-    """Log-probabilities within the table's float32, all else exactly."""
+def assert_equal_answers(actual: Any, expected: Any) -> None:
+    """Compare numbers within the float32 tolerance, and other answers exactly."""
     if isinstance(expected, list):
-        assert len(mine) == len(expected)
-        for one, other in zip(mine, expected, strict=True):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
             assert_equal_answers(one, other)
         return
     try:
         number = float(expected)
     except ValueError:
-        assert mine == expected
+        assert actual == expected
         return
     import torch
 
-    assert float(mine) == pytest.approx(number, rel=RELATIVE_ERROR[torch.float32], abs=1e-5)
+    assert float(actual) == pytest.approx(number, rel=RELATIVE_ERROR[torch.float32], abs=1e-5)
 
 
 def settings_on_rank(directory: Path, options: list[dict[str, Any]]) -> list[Any]:
-    """On the one rank: what comes of a task's `generation_kwargs`, or why it is refused."""
+    """Return the settings, or the error message, for `generation_kwargs` of a task. Runs on one rank."""
     from sas_megatron.config.errors import UserError
     from sas_megatron.evaluation.harness import HarnessModel
 
@@ -226,8 +230,8 @@ def settings_on_rank(directory: Path, options: list[dict[str, Any]]) -> list[Any
     return found
 
 
-def test_generation_options_of_tasks_are_read_or_refused(ranks: Any, sas_run: Path) -> None:
-    from sas_megatron.evaluation.generation_settings import GenerationSettings, Sampling
+def test_generation_options_of_tasks_are_converted_or_rejected(ranks: Any, sas_run: Path) -> None:
+    from sas_megatron.evaluation.settings import GenerationSettings, Sampling
 
     greedy = GenerationSettings(max_new_tokens=9, stop=("\n", "</s>"))
     cases: list[tuple[dict[str, Any], Any]] = [
@@ -247,17 +251,17 @@ def test_generation_options_of_tasks_are_read_or_refused(ranks: Any, sas_run: Pa
     ((beams, long),) = ranks(1).run(
         settings_on_rank, sas_run, [{"num_beams": 4, "max_gen_toks": 9}, {"until": []}]
     )
-    assert beams.startswith("generation_kwargs={'num_beams': 4}: are not offered; use until, do_sample")
+    assert beams.startswith("generation_kwargs={'num_beams': 4}: are not supported; use until, do_sample")
     assert long.startswith("generation_kwargs.max_gen_toks=256: leaves no room for a context in data.seq")
-    unfit: dict[str, list[Any]] = {
+    invalid: dict[str, list[Any]] = {
         "max_gen_toks": ["abc", 2.5, [3], float("inf"), 0, -1],
         "temperature": ["hot"],
         "top_k": [2.5, "3.5"],
         "top_p": [{}],
         "until": [5, [5]],
     }
-    options = [{"max_gen_toks": 9, name: value} for name, values in unfit.items() for value in values]
-    (refused,) = ranks(1).run(settings_on_rank, sas_run, options)
-    for message, of_message in zip(refused, options, strict=True):
+    options = [{"max_gen_toks": 9, name: value} for name, values in invalid.items() for value in values]
+    (messages,) = ranks(1).run(settings_on_rank, sas_run, options)
+    for message, of_message in zip(messages, options, strict=True):
         name = list(of_message)[-1]
         assert message.startswith(f"generation_kwargs.{name}={of_message[name]}: "), message

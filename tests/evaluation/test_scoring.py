@@ -1,4 +1,4 @@
-"""Log-probabilities of passages: those of the model's own logits, whatever the batch and the layout."""
+"""Scores of passages agree with the logits of the model for every batch size and layout."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.selection import exhaustive
 
 LENGTHS = [9, 2, 30, 17, 9, 12]
 NUM_SCORED = [3, 1, 29, 1, 8, 5]
-# Tokens of the vocabulary; the table has 48 rows.
+# Tokens in the vocabulary, which is padded to 48 rows.
 VOCABULARY = 45
 
 
 def passages_of(config: RunConfig) -> Any:
-    """Some of unequal length, then each of them with every end that there is, and the last cut elsewhere."""
+    """Return passages of different lengths, then the same with every last token, then one cut elsewhere."""
     from sas_megatron.evaluation.scoring import Passage
 
     texts = [np.array(text, dtype=np.int32) for text in random_texts(config, LENGTHS)]
@@ -34,21 +34,22 @@ def passages_of(config: RunConfig) -> Any:
 
 
 def scores_on_rank(config: RunConfig, batch_tokens: int, dtype: torch.dtype) -> Any:
+    """Score the passages with small portions of logits."""
     from sas_megatron.evaluation import scoring
 
     model = roughened_model(config, dtype=dtype)
-    kept, scoring.LOGITS_AT_ONCE = scoring.LOGITS_AT_ONCE, 7 * 48
+    original, scoring.MAX_LOGITS = scoring.MAX_LOGITS, 7 * 48
     try:
         passages = passages_of(config)
         found = scoring.score(model, passages, batch_tokens=batch_tokens, vocabulary=VOCABULARY)
     finally:
-        scoring.LOGITS_AT_ONCE = kept
-    return [(scores.log_probabilities, scores.are_likeliest) for scores in found]
+        scoring.MAX_LOGITS = original
+    return [(scores.log_probabilities, scores.are_most_likely) for scores in found]
 
 
 @torch.no_grad()
 def scores_by_definition(config: RunConfig, dtype: torch.dtype) -> Any:
-    """On the one rank: each passage alone, by the GPT itself."""
+    """Score each passage separately with the forward pass of the GPT. Runs on one rank."""
     model = roughened_model(config, dtype=dtype)
     expected = []
     for passage in passages_of(config):
@@ -74,7 +75,7 @@ LAYOUTS = {
 
 
 ATTENTIONS = {"sas": small.SAS_GROUPED, "mla": small.MLA}
-# Each kind of rank beside others, and one rank alone.
+# One rank, and ranks of each kind of parallelism.
 DEFAULT = [
     ("mla", "one rank"),
     ("sas", "data 2"),
@@ -85,6 +86,7 @@ DEFAULT = [
 
 @functools.cache
 def expected_scores(pool: RankPool, attention: str) -> Any:
+    """Return the expected scores of an attention, computed once."""
     (expected,) = pool.run(scores_by_definition, small_config(attention=ATTENTIONS[attention]), torch.float64)
     return expected
 
@@ -96,55 +98,54 @@ def expected_scores(pool: RankPool, attention: str) -> Any:
         for case in itertools.product(ATTENTIONS, LAYOUTS)
     ],
 )
-def test_every_layout_and_batch_size_scores_as_the_model_alone(
-    ranks: Any, attention: str, layout: str
-) -> None:
+def test_scores_do_not_depend_on_layout_and_batch_size(ranks: Any, attention: str, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     expected = expected_scores(ranks(1), attention)
     config = small_config(attention=ATTENTIONS[attention], parallel=parallel)
     for batch_tokens in (1, 40, 1000):
         for found in ranks(world_size).run(scores_on_rank, config, batch_tokens, torch.float64):
-            for (logged, likeliest), (expected_logged, expected_likeliest) in zip(
+            for (logged, most_likely), (expected_logged, expected_most_likely) in zip(
                 found, expected, strict=True
             ):
                 np.testing.assert_allclose(logged, expected_logged, rtol=1e-10)
-                np.testing.assert_array_equal(likeliest, expected_likeliest)
-    of_every_end = np.array([likeliest[0] for _, likeliest in expected[len(LENGTHS) : -1]])
-    texts, tokens = np.nonzero(of_every_end.reshape(len(LENGTHS), VOCABULARY))
+                np.testing.assert_array_equal(most_likely, expected_most_likely)
+    of_last_tokens = np.array([most_likely[0] for _, most_likely in expected[len(LENGTHS) : -1]])
+    texts, tokens = np.nonzero(of_last_tokens.reshape(len(LENGTHS), VOCABULARY))
     assert texts.tolist() == list(range(len(LENGTHS)))
-    assert tokens.min() < 24 <= tokens.max(), "both of two ranks have likeliest tokens"
+    assert tokens.min() < 24 <= tokens.max(), "each of two ranks has most likely tokens"
 
 
-def likeliest_on_rank(config: RunConfig, logits: torch.Tensor) -> list[bool]:
-    """Of each token in the one row of whole logits."""
-    from sas_megatron.evaluation.scoring import VocabularyPart
+def most_likely_on_rank(config: RunConfig, logits: torch.Tensor) -> list[bool]:
+    """Return whether each token is the most likely one in a single row of full logits."""
+    from sas_megatron.evaluation.scoring import VocabularyShard
 
-    part = VocabularyPart(roughened_model(config), VOCABULARY)
-    own = logits.chunk(config.parallel.tensor, dim=1)[part._group.rank()]
+    shard = VocabularyShard(roughened_model(config), VOCABULARY)
+    local = logits.chunk(config.parallel.tensor, dim=1)[shard._group.rank()]
     tokens = torch.arange(VOCABULARY)
     rows = torch.zeros_like(tokens)
-    of_tokens = part.logits_of(own, rows, tokens)
-    return part.are_likeliest(own, rows, tokens, of_tokens).tolist()
+    of_tokens = shard.logits_of(local, rows, tokens)
+    return shard.are_most_likely(local, rows, tokens, of_tokens).tolist()
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_of_equally_likely_tokens_the_first_counts(ranks: Any, tensor: int) -> None:
+def test_the_first_of_equally_likely_tokens_is_the_most_likely(ranks: Any, tensor: int) -> None:
     config = small_config(parallel={"tensor": tensor})
     for equal in ([7, 11, 30], [26, 40]):
         logits = torch.zeros(1, 48)
         logits[0, equal] = 1.0
-        for found in ranks(tensor).run(likeliest_on_rank, config, logits):
-            assert [token for token, is_likeliest in enumerate(found) if is_likeliest] == equal[:1]
+        for found in ranks(tensor).run(most_likely_on_rank, config, logits):
+            assert [token for token, is_most_likely in enumerate(found) if is_most_likely] == equal[:1]
 
 
 def batches_on_rank(config: RunConfig, batch_tokens: int) -> Any:
+    """Return the length and the passages of each row of each batch."""
     from sas_megatron.evaluation.scoring import fill_batches, read_rows
 
     batches = fill_batches(read_rows(passages_of(config)), batch_tokens)
     return [[(len(row.tokens), row.passages) for row in batch] for batch in batches]
 
 
-def test_batches_are_sorted_filled_and_bounded_and_read_nothing_twice(ranks: Any) -> None:
+def test_batches_are_sorted_and_bounded_and_contain_each_input_once(ranks: Any) -> None:
     (batches,) = ranks(1).run(batches_on_rank, small_config(), 34)
     of_rows = [[(length, numbers[0]) for length, numbers in batch] for batch in batches]
     assert of_rows == [[(29, 2)], [(16, 3), (11, 5)], [(8, 0), (8, 4), (1, 1)]]

@@ -1,4 +1,4 @@
-"""On ranks: models with roughened weights, as if trained, and what they compute."""
+"""Functions for ranks: models with roughened weights instead of trained ones, and their logits."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from tests.rank_pool import in_layout
 
 
 def roughened_model(config: RunConfig, tokenizer: Any = None, dtype: torch.dtype | None = None) -> Any:
-    """A `TrainedModel` of this rank."""
+    """Return the local `TrainedModel` after `roughen_weights`."""
     from sas_megatron.evaluation.trained_model import TrainedModel
     from sas_megatron.model.assembly import build_gpt_chunks
 
     topology = in_layout(config.parallel)
-    (piece,) = build_gpt_chunks(config, dtype=dtype)
-    roughen_weights(piece)
-    return TrainedModel(config, piece, tokenizer, topology, step=7)
+    (model_chunk,) = build_gpt_chunks(config, dtype=dtype)
+    roughen_weights(model_chunk)
+    return TrainedModel(config, model_chunk, tokenizer, topology, step=7)
 
 
-def whole_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """[.., H] -> [.., V], padding columns included, on the last stage."""
+def gather_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [.., V] of hidden states [.., H], with the padded vocabulary. Last stage only."""
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-    part = model.logits(hidden.flatten(0, -2))
-    return gather_from_tensor_model_parallel_region(part).unflatten(0, hidden.shape[:-1])
+    local = model.logits(hidden.flatten(0, -2))
+    return gather_from_tensor_model_parallel_region(local).unflatten(0, hidden.shape[:-1])
 
 
 def random_texts(config: RunConfig, lengths: list[int]) -> list[list[int]]:
-    """Tokens of sequences, the same on every rank."""
+    """Return random token sequences, the same on every rank."""
     generator = torch.Generator().manual_seed(3)
     size = config.model.vocab_size
     return [torch.randint(size, (length,), generator=generator).tolist() for length in lengths]

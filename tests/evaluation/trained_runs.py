@@ -1,4 +1,4 @@
-"""Small runs, trained for some steps, and their exports."""
+"""Small trained runs and their exports."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tests.small_data import SmallData
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's directory, and its newest checkpoint as a model for transformers."""
+    """A run directory, and the Hugging Face export of its newest checkpoint."""
 
     directory: Path
     exported: Path
 
 
-def complete(config: RunConfig) -> None:
-    """On the one rank of a pool: the run."""
+def train(config: RunConfig) -> None:
+    """Train a run to its end. Runs on a pool of one rank."""
     from sas_megatron.training.loop import Run
 
     Run(config, in_layout(config.parallel, seed=config.training.seed)).complete()
 
 
 def export(directory: Path, folder: Path) -> None:
-    """On the one rank of a pool: its newest checkpoint for transformers."""
+    """Export the newest checkpoint of a run. Runs on a pool of one rank."""
     from sas_megatron.checkpoint.export import export_model
     from sas_megatron.checkpoint.unsharded_weights import open_run_weights
 
@@ -38,7 +38,7 @@ def export(directory: Path, folder: Path) -> None:
 def train_and_export(
     ranks: Any, small_data: SmallData, folder: Path, attention: dict[str, Any]
 ) -> TrainedRun:
-    """A run of twelve steps, with a checkpoint in the middle, and tables of 64 rows beyond its tokens."""
+    """Train a run of 12 steps with two checkpoints and a padded vocabulary, and export it."""
     config = small_data.run(
         folder / "run",
         model={"vocab_multiple": 96},
@@ -49,23 +49,24 @@ def train_and_export(
     tree = config.model_dump(mode="json", exclude_unset=True)
     from sas_megatron.config.loading import build_run_config
 
-    ranks(1).run(complete, build_run_config({**tree, "attention": attention}))
+    ranks(1).run(train, build_run_config({**tree, "attention": attention}))
     ranks(1).run(export, folder / "run", folder / "exported")
     return TrainedRun(folder / "run", folder / "exported")
 
 
 def load_on_rank(directory: Path, overrides: list[str]) -> Any:
-    """On a rank: the `TrainedModel` of a run, and what was found of it, in the pool's world."""
-    from sas_megatron.evaluation import start
+    """Load the model of a run in the world of the rank pool; return it and its `ModelSource`."""
+    from sas_megatron.evaluation import model_source
     from sas_megatron.evaluation.trained_model import load_trained_model
 
-    launched, start.launched_world_size = start.launched_world_size, _world_size
+    original, model_source.launched_world_size = model_source.launched_world_size, _world_size
     try:
-        found = start.find_model(directory, overrides=overrides)
+        source = model_source.find_model_source(directory, overrides=overrides)
     finally:
-        start.launched_world_size = launched
-    topology = in_layout(found.config.parallel)
-    return load_trained_model(found.checkpoint, found.config, found.tokenizer, topology), found
+        model_source.launched_world_size = original
+    topology = in_layout(source.config.parallel)
+    model = load_trained_model(source.checkpoint, source.config, source.tokenizer, topology)
+    return model, source
 
 
 def _world_size() -> int:

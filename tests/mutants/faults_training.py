@@ -285,8 +285,8 @@ MUTANTS = (
     Mutant(
         "top-p-leaves-out-last-token",
         "sas_megatron.evaluation.generation:choose_tokens",
-        "before = shares.cumsum(dim=-1) - shares",
-        "before = shares.cumsum(dim=-1)",
+        "before = probabilities.cumsum(dim=-1) - probabilities",
+        "before = probabilities.cumsum(dim=-1)",
         "Top-p sampling excludes the token at which the cumulative probability reaches p.",
     ),
     Mutant(
@@ -319,7 +319,7 @@ MUTANTS = (
     ),
     Mutant(
         "stop-string-across-tokens-missed",
-        "sas_megatron.evaluation.generation:_Draft.take",
+        "sas_megatron.evaluation.generation:_Draft.append",
         "max(0, len(self._text) - max(map(len, self._stop), default=0))",
         "len(self._text)",
         "A stop string that begins in an earlier token does not end the generation.",

@@ -184,7 +184,7 @@ def test_run_json_names_the_checkpoint_of_the_initial_weights(converted: Convert
 
 def test_weights_of_another_model_are_refused_before_training(converted: ConvertedRun) -> None:
     config = converted.config(SAS, "refused", checkpoint={"initial_weights": str(converted.folder / "mha")})
-    with pytest.raises(FieldError, match=r"attention.kind=sas: is mha of the weights in .*; set attention"):
+    with pytest.raises(FieldError, match=r"attention.kind=sas: must be mha, as for .*; set attention"):
         entry.check_run(config, world_size=1)
 
 

@@ -126,7 +126,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
             tmp_path / "other", model={"rotary_base": 500}, checkpoint={"initial_weights": str(source)}
         )
         with pytest.raises(
-            FieldError, match=r"model\.rotary_base=500: is 10000 of the weights in .*0000004; set"
+            FieldError, match=r"model\.rotary_base=500: must be 10000, as for the weights in .*0000004; set"
         ):
             entry.check_run(other, world_size=1)
     second = small_data.run(
