@@ -138,7 +138,7 @@ def _write(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> 
         sections = found.config.model_dump(mode="json", exclude_unset=True)
         tree = {section: fields for section, fields in sections.items() if fields}
         heading = (
-            f"# Matched to {Path(base).name} in {axis} by `sas-megatron match`; of its costs: {ratios}.\n"
+            f"# Matched to {Path(base).name} in {axis} by `sas-megatron match`. Cost ratios: {ratios}.\n"
         )
         texts[output / f"{name}.yaml"] = heading + dump_tree(tree)
     with translate_os_errors(output, problem="cannot be written", remedy="name another --output"):
