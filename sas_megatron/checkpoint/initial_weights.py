@@ -16,10 +16,10 @@ from sas_megatron.checkpoint.weights_record import STEM, read_record
 from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import EMBEDDING_TERMS, count_parameters
+from sas_megatron.costs.parameters import EMBEDDING_TERMS, count_parameters
 from sas_megatron.distributed.error_agreement import on_first_rank, together
 from sas_megatron.distributed.gathering import gather_from_ranks
-from sas_megatron.model.initialization import global_name, tensor_parallel_part, whole_shape
+from sas_megatron.model.initialization import full_shape, global_name, tensor_parallel_shard
 
 
 def load_initial_weights(path: Path, pieces: list[Any], config: RunConfig) -> None:
@@ -82,7 +82,7 @@ def _check_complete(stored: StoredTensors, config: RunConfig) -> None:
 
 
 def _copy_part(stored: StoredTensors, name: str, parameter: torch.nn.Parameter) -> None:
-    found, expected = stored.shape(name), tuple(whole_shape(parameter))
+    found, expected = stored.shape(name), tuple(full_shape(parameter))
     if found != expected:
         raise FileProblem(
             stored.folder,
@@ -91,4 +91,4 @@ def _copy_part(stored: StoredTensors, name: str, parameter: torch.nn.Parameter) 
             if name in TABLES
             else "import it again, whole",
         )
-    parameter.copy_(tensor_parallel_part(stored[name], parameter))
+    parameter.copy_(tensor_parallel_shard(stored[name], parameter))

@@ -24,7 +24,7 @@ from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_ten
 from torch import nn
 
 from sas_megatron.checkpoint.boxes import Box, boxes_of_run
-from sas_megatron.model.initialization import global_name, whole_shape
+from sas_megatron.model.initialization import full_shape, global_name
 
 
 def shard_weights(pieces: list[Any]) -> list[ShardedTensor]:
@@ -57,7 +57,7 @@ def shard_parameter(
         prefix: Before the parameter's global name.
     """
     whole_name = global_name(piece, name)
-    whole = whole_shape(parameter)
+    whole = full_shape(parameter)
     return [
         ShardedTensor(
             key=prefix + whole_name,

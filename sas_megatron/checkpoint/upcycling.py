@@ -72,11 +72,11 @@ def _with_simulation(tensors: NamedTensors, config: RunConfig) -> Iterator[tuple
 
 def _simulation_of(layer: int, config: RunConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     # Here, since it imports Megatron-core, before which the device has to be prepared.
-    from sas_megatron.attention.sas.layer import Simulation
+    from sas_megatron.attention.sas.layer import build_simulation
     from sas_megatron.model.initialization import initialize_simulation
 
     assert isinstance(config.attention, SimulatedAttentionConfig)
-    simulation = Simulation(config.attention, dtype=dtype, device=torch.device("cpu"))
+    simulation = build_simulation(config.attention, dtype=dtype, device=torch.device("cpu"))
     prefix = f"decoder.layers.{layer}.self_attention.simulation"
     initialize_simulation(simulation, config, name_of=lambda own: f"{prefix}.{own}")
     for name, parameter in simulation.named_parameters():

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from sas_megatron.config.attention_backend import Device
     from sas_megatron.config.run import RunConfig
+    from sas_megatron.costs.attention_backend import Device
 
 # By quantity: its terms, and its totals by convention.
 Counted = dict[str, dict[str, dict[str, int]]]
@@ -109,18 +109,16 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
     Raises:
         FieldError: layout and world size do not fit.
     """
-    from sas_megatron.costs.activations import count_peak_activation_bytes
+    from sas_megatron.costs.activations import count_kv_cache_bytes, count_peak_activation_bytes
     from sas_megatron.costs.communication import count_communication_bytes
-    from sas_megatron.costs.model_costs import (
+    from sas_megatron.costs.flops import (
         causal_half,
         count_forward_flops,
-        count_kv_cache_bytes,
         count_padding_flops,
-        count_parameters,
         count_recompute_flops,
         count_training_flops,
-        without_embeddings,
     )
+    from sas_megatron.costs.parameters import count_parameters, without_embeddings
 
     world_size = world_size or config.parallel.model_size
     data_parallel = config.check_world_size(world_size)

@@ -101,7 +101,7 @@ def _train(config: RunConfig) -> None:
     """Runs one config by torchrun on this machine; a finished run of the same config is kept."""
     from sas_megatron.config.errors import FieldError
     from sas_megatron.config.loading import dump_yaml, load_run_config
-    from sas_megatron.costs.model_costs import count_parameters
+    from sas_megatron.costs.parameters import count_parameters
     from sas_megatron.data.writing import write_file
     from sas_megatron.platform.local_launch import training_command, training_environment
     from sas_megatron.scaling.runs import has_finished

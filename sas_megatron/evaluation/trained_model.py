@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from sas_megatron.attention.kv_cache import CachingAttention, KeyValueCache
+from sas_megatron.attention.kv_cache import KeyValueCache
+from sas_megatron.attention.layer import AttentionLayer
 from sas_megatron.checkpoint.loading import open_checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.errors import FieldError
@@ -54,12 +55,12 @@ class TrainedModel:
             FieldError: the attention is one from outside that cannot decode.
         """
         for layer in self._model.decoder.layers:
-            if not isinstance(layer.self_attention, CachingAttention):
+            if not isinstance(layer.self_attention, AttentionLayer):
                 raise FieldError(
                     "attention.kind",
                     self.config.attention.kind,
                     "its layer cannot read tokens from a cache",
-                    "derive it from sas_megatron.attention.kv_cache.CachingSelfAttention",
+                    "derive it from sas_megatron.attention.layer.SelfAttentionLayer",
                 )
         return KeyValueCache(batch_size, max_tokens=max_tokens, device=self.topology.device)
 

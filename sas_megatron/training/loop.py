@@ -25,7 +25,8 @@ from sas_megatron.checkpoint.loading import (
 from sas_megatron.checkpoint.saving import CheckpointSaver
 from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters, count_training_flops
+from sas_megatron.costs.flops import count_training_flops
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.data.batches import (
     ByteLengths,
     build_training_samples,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_training_flops
+from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.training.health import HealthHistory
 
 
@@ -66,5 +66,5 @@ class Meter:
         return samples * self.sequence_length / seconds
 
     def teraflops_per_rank(self, samples: int, seconds: float) -> float:
-        """Model FLOPs (conventions of `costs.model_costs`) per second and rank, in 10¹²."""
+        """Model FLOPs (conventions of `costs.flops`) per second and rank, in 10¹²."""
         return self.tokens_per_second(samples, seconds) * self.flops_per_token / self.world_size / 1e12

@@ -87,8 +87,11 @@ def by_definition(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) ->
 
 def transformer_config(case: LayerCase, tensor: int, context: int = 1) -> Any:
     """Megatron-core's config of one layer."""
+    from sas_megatron.attention.layer import resolve_layer
+
     config = case.config()
-    return config.transformer_config_type()(
+    layer = resolve_layer(config)
+    return layer.transformer_config_type(
         num_layers=1,
         hidden_size=HIDDEN_SIZE,
         num_attention_heads=config.num_heads,
@@ -100,7 +103,7 @@ def transformer_config(case: LayerCase, tensor: int, context: int = 1) -> Any:
         tensor_model_parallel_size=tensor,
         sequence_parallel=case.sequence_parallel,
         context_parallel_size=context,
-        **config.transformer_options(),
+        **layer.transformer_options(config),
     )
 
 
@@ -114,8 +117,13 @@ def build_layer(case: LayerCase, tensor: int, context: int = 1) -> torch.nn.Modu
     """The Megatron-core module on this rank; the groups must exist."""
     from megatron.core.transformer.spec_utils import build_module
 
+    from sas_megatron.attention.layer import resolve_layer
+
+    attention = case.config()
     return build_module(
-        case.config().build_spec(), config=transformer_config(case, tensor, context), layer_number=1
+        resolve_layer(attention).build_spec(attention),
+        config=transformer_config(case, tensor, context),
+        layer_number=1,
     )
 
 
@@ -136,15 +144,15 @@ def on_rank(
     case: LayerCase, tensor: int, context: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, WeightPart]]:
     """This rank's output, input gradient and parameter gradients."""
-    from sas_megatron.model.initialization import tensor_parallel_part, whole_shape
+    from sas_megatron.model.initialization import full_shape, tensor_parallel_shard
 
     layout = ParallelConfig(tensor=tensor, sequence=case.sequence_parallel, context=context)
     topology = in_layout(layout)
     layer = build_layer(case, tensor, context)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            whole = drawn(name, whole_shape(parameter), case.dtype)
-            parameter.copy_(tensor_parallel_part(whole, parameter))
+            whole = drawn(name, full_shape(parameter), case.dtype)
+            parameter.copy_(tensor_parallel_shard(whole, parameter))
     hidden, gradient = layer_input(case.dtype), output_gradient(case.dtype)
     if context > 1:
         shares = zigzag_shares(context)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.attention.sas.aggregation import average_blocks
+from sas_megatron.attention.sas.simulated_attention import average_blocks
 from sas_megatron.config.parallel import ParallelConfig
 from tests import small_attentions as small
 from tests.attention import layer_case

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sas_megatron.attention.sas import exchange_choice
+from sas_megatron.attention.sas import tensor_parallel
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.exchange_choice import choose_exchange, exchange_costs
+from sas_megatron.attention.sas.tensor_parallel import choose_exchange, exchange_costs
 
 
 def sas(**fields: Any) -> SimulatedAttentionConfig:
@@ -28,7 +28,7 @@ def test_auto_takes_the_cheaper_and_logs_both_sums(caplog: pytest.LogCaptureFixt
             assert choose_exchange(attention, tensor_parallel=tensor) == cheaper
         (record,) = caplog.records
         assert record.getMessage() == (
-            f"attention.exchange=auto: {cheaper} (estimated ns a token and layer: "
+            f"attention.exchange=auto: {cheaper} (estimated ns per token and layer: "
             f"gather {costs['gather'].seconds * 1e9:.2f}, all_to_all {costs['all_to_all'].seconds * 1e9:.2f})"
         )
 
@@ -43,14 +43,14 @@ def test_a_choice_that_is_made_is_kept_in_silence(caplog: pytest.LogCaptureFixtu
 
 def test_each_of_the_three_terms_can_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = sas(head_expansion=3)  # gather sends less while P < 4
-    for name in ("WIRE_BYTES_PER_SECOND", "MATRIX_FLOPS_PER_SECOND", "MEMORY_BYTES_PER_SECOND"):
+    for name in ("LINK_BYTES_PER_SECOND", "MATRIX_FLOPS_PER_SECOND", "MEMORY_BYTES_PER_SECOND"):
         # Everything but this one is free.
         with monkeypatch.context() as patch:
-            for other in ("WIRE_BYTES_PER_SECOND", "MATRIX_FLOPS_PER_SECOND", "MEMORY_BYTES_PER_SECOND"):
-                patch.setattr(exchange_choice, other, 1.0 if other == name else 1e300)
+            for other in ("LINK_BYTES_PER_SECOND", "MATRIX_FLOPS_PER_SECOND", "MEMORY_BYTES_PER_SECOND"):
+                patch.setattr(tensor_parallel, other, 1.0 if other == name else 1e300)
             choices = [choose_exchange(attention, tensor_parallel=tensor) for tensor in (2, 8)]
-        by_wire = ["gather", "all_to_all"]
-        assert choices == (by_wire if name.startswith("WIRE") else ["all_to_all", "all_to_all"]), name
+        by_link = ["gather", "all_to_all"]
+        assert choices == (by_link if name.startswith("LINK") else ["all_to_all", "all_to_all"]), name
 
 
 def test_repeated_work_is_the_first_convolution_of_what_others_own() -> None:

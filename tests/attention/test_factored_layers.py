@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sas_megatron.config.attention import parse_attention
+from sas_megatron.costs.attention import build_attention_costs
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
 from tests.attention.test_simulated_layer import check
@@ -99,22 +100,27 @@ def test_tensor_products_have_the_published_parameters_and_cache() -> None:
     """arXiv 2501.06425, table 1: d(R_q + R_k + R_v)(h + d_h) + d·h·d_h, and (R_k + R_v)(h + d_h) kept."""
     hidden, heads, width = 48, 4, 10
     attention = parse_attention(tpa(head_dim=width, query_rank=5, key_rank=2, value_rank=3))
-    parameters = attention.count_parameters(hidden, linear_bias=False)
+    parameters = build_attention_costs(attention).count_parameters(hidden, linear_bias=False)
     assert sum(parameters.values()) == hidden * (5 + 2 + 3) * (heads + width) + hidden * heads * width
-    assert attention.count_kv_cache_elements() == {"keys": 2 * (heads + width), "values": 3 * (heads + width)}
+    assert build_attention_costs(attention).count_kv_cache_elements() == {
+        "keys": 2 * (heads + width),
+        "values": 3 * (heads + width),
+    }
 
 
 def test_factorization_has_the_published_parameters_and_cache() -> None:
     """arXiv 2412.19255: query down and up, one key and value head, output; 2·d kept."""
     hidden, heads, width, rank = 48, 6, 10, 13
     attention = parse_attention(mfa(num_heads=heads, head_dim=width, query_rank=rank))
-    parameters = attention.count_parameters(hidden, linear_bias=False)
+    parameters = build_attention_costs(attention).count_parameters(hidden, linear_bias=False)
     query = hidden * rank + rank + rank * heads * width
     assert sum(parameters.values()) == query + 2 * hidden * width + heads * width * hidden
-    assert attention.count_kv_cache_elements() == {"keys": width, "values": width}
+    assert build_attention_costs(attention).count_kv_cache_elements() == {"keys": width, "values": width}
 
 
 def test_queries_without_factors_have_a_projection_of_their_own() -> None:
-    factorized = parse_attention(tpa()).count_parameters(48, linear_bias=False)
-    plain = parse_attention(tpa(factorize_query=False)).count_parameters(48, linear_bias=False)
+    factorized = build_attention_costs(parse_attention(tpa())).count_parameters(48, linear_bias=False)
+    plain = build_attention_costs(parse_attention(tpa(factorize_query=False))).count_parameters(
+        48, linear_bias=False
+    )
     assert plain["qkv"] - factorized["qkv"] == 48 * (4 * 6 - 6 * (4 + 6))

@@ -48,7 +48,7 @@ def megatron_layer(num_kv_heads: int) -> torch.nn.Module:
 
 def initialized_layer(num_kv_heads: int) -> torch.nn.Module:
     """SAS with identity initialization and the shared projections."""
-    from sas_megatron.attention.sas.residual_map import ResidualMap
+    from sas_megatron.attention.sas.simulated_attention import ResidualMap
     from sas_megatron.model.initialization import parameter_generator
 
     case = LayerCase.of(num_kv_heads=num_kv_heads, **SAS)
@@ -108,7 +108,7 @@ def trained_layer() -> dict[str, torch.Tensor]:
         output, _ = layer(layer_case.layer_input(torch.float64), None, rotary_pos_emb=rotary)
         (output - target).square().mean().backward()
         optimizer.step()
-    query, key, value = layer.get_query_key_value_tensors(layer_case.layer_input(torch.float64))
+    query, key, value = layer.project(layer_case.layer_input(torch.float64), None, is_decoding=False)
     return {"query": query.detach(), "key": key.detach(), "value": value.detach()}
 
 

@@ -25,7 +25,7 @@ def built_layer(model_fields: dict[str, Any]) -> dict[str, Any]:
     attention = model.decoder.layers[0].self_attention
     return {
         "frequencies": attention.rotary_pos_emb.inv_freq,
-        "scale": attention.core_attention.scale,
+        "scale": attention.core_attention.backend.scale,
         "norms": {type(attention.q_layernorm).__name__, type(attention.kv_layernorm).__name__},
         "epsilons": {attention.q_layernorm.eps, attention.kv_layernorm.eps},
     }

@@ -8,7 +8,7 @@ import torch
 
 from sas_megatron.config.run import RunConfig
 from tests import small_attentions as small
-from tests.model.model_parts import random_tokens, roughen_weights, weight_parts
+from tests.model.model_parts import perturb_weights, random_tokens, weight_parts
 from tests.rank_pool import in_layout
 
 ATTENTIONS: dict[str, small.Attention] = {
@@ -51,7 +51,7 @@ def whole_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, torch.Tens
     in_layout(config.parallel)
     pieces = build_gpt_chunks(config, dtype=dtype)
     for piece in pieces:
-        roughen_weights(piece)
+        perturb_weights(piece)
     return {name: part.tensor for name, part in weight_parts(pieces).items()}
 
 

@@ -17,7 +17,8 @@ from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.costs.activations import count_peak_activation_bytes
 from sas_megatron.costs.communication import count_communication_bytes
-from sas_megatron.costs.model_costs import count_forward_flops, count_parameters, count_recompute_flops
+from sas_megatron.costs.flops import count_forward_flops, count_recompute_flops
+from sas_megatron.costs.parameters import count_parameters
 from tests.conftest import ROOT
 
 HELP_CPU_SECONDS = 0.5
@@ -46,7 +47,7 @@ def refused(done: subprocess.CompletedProcess[str], message: str, folder: Path) 
 def test_a_wrong_override_ends_training_before_it_starts(tmp_path: Path) -> None:
     refused(
         command("train", QUICKSTART, "attention.kernel_size=4", "training.num_steps=50", folder=tmp_path),
-        "attention.kernel_size=4: must be odd, so that the convolution keeps head_dim; use 3 or 5",
+        "attention.kernel_size=4: must be odd, so that the convolution preserves head_dim; use 3 or 5",
         tmp_path,
     )
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.attention import build_attention_costs
 from tests import small_attentions as small
 from tests.checkpoint.whole_models import ATTENTIONS
 from tests.evaluation.trained_models import random_texts, roughened_model, whole_logits
@@ -98,7 +99,9 @@ def assert_decodes(by_rank: Any, full: Any, dtype: torch.dtype) -> None:
 def assert_keeps_what_is_counted(by_rank: Any, config: RunConfig, dtype: torch.dtype) -> None:
     """One rank keeps the bytes of a token that the config counts."""
     ((_, _, kept),) = by_rank
-    elements = config.model.num_layers * sum(config.attention.count_kv_cache_elements().values())
+    elements = config.model.num_layers * sum(
+        build_attention_costs(config.attention).count_kv_cache_elements().values()
+    )
     assert kept == elements * dtype.itemsize
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sas_megatron.config.run import RunConfig
-from tests.model.model_parts import roughen_weights
+from tests.model.model_parts import perturb_weights
 from tests.rank_pool import in_layout
 
 
@@ -18,7 +18,7 @@ def roughened_model(config: RunConfig, tokenizer: Any = None, dtype: torch.dtype
 
     topology = in_layout(config.parallel)
     (piece,) = build_gpt_chunks(config, dtype=dtype)
-    roughen_weights(piece)
+    perturb_weights(piece)
     return TrainedModel(config, piece, tokenizer, topology, step=7)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from sas_megatron.attention.gqa.config import GroupedQueryAttentionConfig
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import KINDS, AttentionConfig, VariantNames
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.activations import (
@@ -151,12 +151,16 @@ def test_only_stages_of_the_pipeline_keep_anything() -> None:
 
 
 class _OutsideAttention(AttentionConfig):
-    """A variant from outside the package that says nothing about activations."""
+    """A variant from outside the package, with the default costs."""
 
     kind: str = "outside"
 
 
-def test_a_variant_that_says_nothing_keeps_what_plain_attention_does() -> None:
+def test_a_variant_with_default_costs_saves_the_same_as_plain_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = VariantNames("", "sas_megatron.costs.attention:AttentionCosts", "")
+    monkeypatch.setitem(KINDS, "outside", names)
     fields = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
     outside = small_config(attention=_OutsideAttention(**fields))
     plain = small_config(attention=GroupedQueryAttentionConfig(**fields))

@@ -15,7 +15,8 @@ from sas_megatron.config.attention import parse_attention
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.attention import build_attention_costs
+from sas_megatron.costs.parameters import count_parameters
 from tests.model.one_microbatch import undrawn_weights
 from tests.model.small_runs import small_runs, sweep
 from tests.model.term_tracing import term_of_name
@@ -91,7 +92,9 @@ def test_latent_attention_has_the_published_number_of_parameters(name: str) -> N
         + latent * (hidden + 2 * heads * width)
         + hidden * (heads * width + rotary)
     )
-    counted = attention.count_parameters(hidden, linear_bias=False)
+    counted = build_attention_costs(attention).count_parameters(hidden, linear_bias=False)
     assert counted.pop("latent_norms") == latent + (query_latent or 0)
     assert sum(counted.values()) == expected
-    assert sum(attention.count_kv_cache_elements().values()) == 576  # 4.5·d_h, table 1 of the paper
+    assert (
+        sum(build_attention_costs(attention).count_kv_cache_elements().values()) == 576
+    )  # 4.5·d_h, table 1 of the paper

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import (
+from sas_megatron.costs.flops import (
     TRAINING_FACTOR,
     causal_half,
     count_forward_flops,

@@ -119,7 +119,7 @@ def test_sizes_that_are_not_the_configs_are_refused(ranks: Any, tmp_path: Path) 
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(config))
     [message] = ranks(1).run(refusal, path, config, {"kv_channels": 8})
-    assert message.startswith(f"--kv-channels=8: is 6 in {path}; let both say the same")
+    assert message.startswith(f"--kv-channels=8: must equal 6 of {path}; change one of them")
 
 
 def test_features_that_the_model_does_not_turn_are_refused(ranks: Any, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_features_that_the_model_does_not_turn_are_refused(ranks: Any, tmp_path:
     path.write_text(dump_yaml(config))
     [message] = ranks(1).run(refusal, path, config, {})
     assert message == (
-        "attention.rotary_dim=10: is not what this model turns, 6 features "
+        "attention.rotary_dim=10: must equal the 6 features that this model rotates "
         "(--kv-channels × --rotary-percent); set attention.rotary_dim=6 in the config"
     )
 
@@ -138,8 +138,8 @@ def test_latent_attention_without_its_config_is_refused(ranks: Any, tmp_path: Pa
     path.write_text(dump_yaml(config_of(ATTENTIONS["mla"])))
     [message] = ranks(1).run(refusal, path, config_of(ATTENTIONS["mha"]), {})
     assert message.startswith(
-        "attention.kind=mla: needs a MLATransformerConfig, and the model has a TransformerConfig; "
-        "give --multi-latent-attention"
+        "attention.kind=mla: needs a MLATransformerConfig, but the model has a TransformerConfig; "
+        "add --multi-latent-attention"
     )
 
 

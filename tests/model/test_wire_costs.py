@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import KINDS, AttentionConfig, VariantNames
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
@@ -290,12 +290,16 @@ def test_each_term_is_what_its_part_sends() -> None:
 
 
 class OutsideConfig(AttentionConfig):
-    """A variant that says nothing of what it sends."""
+    """A variant from outside the package, with the default costs."""
 
     kind: str = "outside"
 
 
-def test_a_variant_that_says_nothing_sends_what_plain_attention_does() -> None:
+def test_a_variant_with_default_costs_sends_the_same_as_plain_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = VariantNames("", "sas_megatron.costs.attention:AttentionCosts", "")
+    monkeypatch.setitem(KINDS, "outside", names)
     plain = small_config(
         attention={"kind": "gqa", "num_heads": 4, "num_kv_heads": 1, "head_dim": 6},
         parallel={"tensor": 2, "context": 2},

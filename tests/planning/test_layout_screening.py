@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.planning.hardware_file import AttainableShares, Hardware, WireFigures
 from sas_megatron.planning.layout_screening import AloneCost, rough_seconds, weights_fit, with_layout
 from tests.run_configs import small_config
