@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from sas_megatron.cli.costs import format_amount
 from sas_megatron.cli.main import COMMANDS, cli
+from sas_megatron.config.attention import KINDS
 from sas_megatron.config.errors import FieldError, UserError
-from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.loading import dump_yaml, load_run_config
 from sas_megatron.costs.activations import count_peak_activation_bytes
 from sas_megatron.costs.communication import count_communication_bytes
 from sas_megatron.costs.flops import count_forward_flops, count_recompute_flops
@@ -194,14 +196,48 @@ def test_costs_are_counted_at_another_sequence_length() -> None:
 def test_costs_of_overrides_alone_are_refused() -> None:
     done = CliRunner().invoke(cli, ["costs", "data.sequence_length=1024"])
     assert isinstance(done.exception, UserError)
-    assert str(done.exception).startswith("data.sequence_length=1024: is an override, of no config")
+    assert str(done.exception).startswith("data.sequence_length=1024: is an override without a config")
 
 
-def test_costs_prints_tables_with_totals() -> None:
-    done = CliRunner().invoke(cli, ["costs", str(QUICKSTART)])
+def test_costs_prints_a_compact_table_first_and_terms_on_request() -> None:
+    configs = [str(ROOT / "configs" / "125m" / f"{kind}.yaml") for kind in KINDS]
+    compact, full = (CliRunner().invoke(cli, ["costs", *configs, *flag]).output for flag in ([], ["--terms"]))
+    assert full.startswith(compact.split("At ")[0])
+    totals = [sum(count_parameters(load_run_config(path)).values()) for path in configs]
+    assert f"125m/mha {totals[0] / 1e6:9.1f} M" in compact
+    assert f"{totals[1] / totals[0]:.2f}×" in compact
+    assert f"{totals[0]:,}" in full
+    assert f"{totals[0]:,}" not in compact
+    assert "head_simulation" in full
+    assert "head_simulation" not in compact
+
+
+@pytest.mark.parametrize("flag", [[], ["--terms"]], ids=["compact", "terms"])
+def test_each_line_of_costs_fits_in_eighty_columns(flag: list[str], tmp_path: Path) -> None:
+    configs = [str(path) for path in sorted((ROOT / "configs" / "6.7b").glob("*.yaml"))]
+    long_name = tmp_path / f"{'a_folder_with_a_long_name' * 3}" / f"{'and_a_long_config' * 3}.yaml"
+    long_name.parent.mkdir()
+    long_name.write_text(dump_yaml(load_run_config(configs[0])))
+    done = CliRunner().invoke(cli, ["costs", *configs, str(long_name), "--world-size", "64", *flag])
     assert done.exit_code == 0, done.output
-    total = sum(count_parameters(load_run_config(QUICKSTART)).values())
-    assert f"{total:,}" in done.stdout
+    assert len(configs) > 5
+    assert not [line for line in done.output.splitlines() if len(line) > 80]
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1_000, "1.000 k"),
+        (999_949, "999.9 k"),
+        (999_960, "1.000 M"),
+        (134_105_856, "134.1 M"),
+        (1_232_520_192, "1.233 G"),
+    ],
+)
+def test_amounts_have_four_digits_and_a_prefix(amount: int, text: str) -> None:
+    assert format_amount(amount) == text
 
 
 def test_a_dry_run_prints_the_config_and_its_costs_and_leaves_nothing(tmp_path: Path) -> None:
