@@ -148,7 +148,7 @@ class CoreAttention(MegatronModule):
             key_SBGE: [T, B, G, E]; each head is read by M/G consecutive query heads.
             value_SBGD: [T, B, G, D].
             attention_mask: True where attention is forbidden, [B or 1, 1, S, T]; None: see `attn_mask_type`.
-            attn_mask_type: The mask if there is no mask tensor: `causal` or `no_mask`.
+            attn_mask_type: The type of mask without a mask tensor: `causal` or `no_mask`.
 
         Returns:
             [S, B, M/r·D].

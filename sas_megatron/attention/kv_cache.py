@@ -38,7 +38,7 @@ class KeyValueCache:
         self.forbidden = (slots > self.positions_SB.T[:, None, :, None]).contiguous()  # [B, 1, S, T]
 
     def update(self, layer_number: int, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Store a layer's tensors of the new tokens, each [S, B, ...]; return those of all, [T, B, ...]."""
+        """Store a layer's tensors of new tokens, each [S, B, ...]; return all tokens' tensors, [T, B, ...]."""
         if layer_number not in self._kept:
             # Zeros, since an attention weight of 0 does not hide a NaN in uninitialized memory.
             self._kept[layer_number] = [part.new_zeros(self.max_tokens, *part.shape[1:]) for part in new]
@@ -60,7 +60,7 @@ class KeyValueCache:
         }
 
     def select_new(self, rope: torch.Tensor) -> torch.Tensor:
-        """Select the rotary angles of new tokens, [S, B, 1, R], from those of all slots, [slots, 1, 1, R]."""
+        """Select the rotary angles of the new tokens, [S, B, 1, R], from all angles, [slots, 1, 1, R]."""
         selected: torch.Tensor = rope[self.positions_SB].squeeze(2)
         return selected
 

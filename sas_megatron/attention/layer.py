@@ -112,7 +112,7 @@ class AttentionLayer:
     def rotary_angles(
         self, rotary_pos_emb: torch.Tensor | None, hidden_states: torch.Tensor, cache: KeyValueCache | None
     ) -> torch.Tensor | None:
-        """Return the rotary angles [positions, 1, 1, R]; by default those of the model. None: apply none."""
+        """Return the rotary angles [positions, 1, 1, R], by default the model's; None to apply none."""
         assert cache is None or rotary_pos_emb is not None, "decoding needs the model's rotary angles"
         # From Megatron-LM's scripts: the layers that have no rotary embeddings.
         layers_without = self.config.no_rope_freq

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # By quantity: its terms, and its totals by convention.
 Counted = dict[str, dict[str, dict[str, int]]]
 
-# Columns of a terminal, and those of a table's first column, in which long names are folded.
+# The width of a terminal, and of a table's first column, in which long names are folded.
 LINE_WIDTH, LABEL_WIDTH = 80, 24
 PREFIXES = ("", " k", " M", " G", " T", " P", " E")
 # The quantities of the compact table: key, total, heading, unit.
@@ -31,9 +31,7 @@ SUMMARY = (
 @click.command()
 @click.argument("configs", nargs=-1, required=True)
 @click.option("--terms", is_flag=True, help="Also print all terms of each quantity.")
-@click.option(
-    "--world-size", type=int, help="Number of ranks, for communication; default: those of one model copy."
-)
+@click.option("--world-size", type=int, help="Number of ranks, for communication; default: one model copy.")
 @click.option(
     "--device",
     type=click.Choice(["gpu", "cpu"]),
@@ -85,7 +83,7 @@ def print_costs(
 
     Args:
         configs: The configs by path.
-        world_size: Number of ranks; None for those of one model copy.
+        world_size: Number of ranks; None for one model copy.
         device: The device that the runs use.
         with_terms: Whether to print the tables of terms.
 
@@ -105,8 +103,8 @@ def print_costs(
         f"At {' and '.join(f'{length:,}' for length in lengths)} tokens. × is the ratio to the first config. "
         "A multiply-add is two FLOPs, and training is three times the forward pass; the embedding look-up is "
         "free, the output layer is counted. The KV cache has 2-byte elements. Activations are the peak of a "
-        f"rank of the first pipeline stage on a {device.upper()}. Bytes sent are those of such a rank, by "
-        "the ring convention." + ("" if with_terms else " All terms: --terms.")
+        f"rank of the first pipeline stage on a {device.upper()}. Bytes sent are this rank's, by the "
+        "ring convention." + ("" if with_terms else " All terms: --terms.")
     )
     if with_terms:
         for quantity in dict.fromkeys(quantity for counts in counted.values() for quantity in counts):
@@ -157,7 +155,7 @@ def _summary_table(counted: dict[str, Counted]) -> Any:
 
 
 def _term_tables(title: str, columns: dict[str, dict[str, dict[str, int]]]) -> list[Any]:
-    """Return tables with a row per term and a column per config, as many columns as fit in a line."""
+    """Return tables with a row per term and a column per config, divided to fit in a line."""
     from rich import box
     from rich.table import Table
 
@@ -197,7 +195,7 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
 
     Args:
         config: The run.
-        world_size: Number of ranks; None for those of one model copy.
+        world_size: Number of ranks; None for one model copy.
         device: The device that the run uses.
 
     Raises:

@@ -252,7 +252,7 @@ def resolve_kind(kind: object) -> type[AttentionConfig]:
 
 
 def resolve_part(kind: object, part: Part) -> Any:
-    """Import one of the three classes of an attention kind. Built-in kinds precede those of entry points.
+    """Import one of the three classes of an attention kind. Built-in kinds precede entry points.
 
     Raises:
         FieldError: the kind is unknown, or its package registers it by the former contract.

@@ -118,7 +118,7 @@ class CoreAttentionSpec:
         layer = self.layer
         queries, keys = layer.heads
         heads, width = queries // layer.num_blocks, self.value_width
-        # torch pads the value, and the result is a slice of a padded tensor. A slice of one head is no copy.
+        # torch pads the value, and the result is a slice of a padded tensor, which one head does not copy.
         if layer.backend in ("fused", "composed") and layer.context == 1 and heads == 1:
             width = self.query_key_width
         result = layer.full_bytes(heads * width)

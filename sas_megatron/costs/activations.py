@@ -44,7 +44,7 @@ def count_activation_bytes(config: RunConfig, *, device: Device, stage: int = 0)
         stage: The pipeline stage.
 
     Raises:
-        FieldError: there is no such stage.
+        FieldError: the stage does not exist.
     """
     return _sum_terms(_count_chunks(config, device, stage))
 
@@ -63,7 +63,7 @@ def count_peak_activation_bytes(
         stage: The pipeline stage.
 
     Raises:
-        FieldError: there is no such stage.
+        FieldError: the stage does not exist.
     """
     chunks = _count_chunks(config, device, stage)
     sizes = [sum(terms.values()) for terms in chunks]
@@ -178,9 +178,9 @@ def _count_hidden_dropout(config: RunConfig, spec: ActivationSpec) -> int:
 
 
 def _count_mlp(config: RunConfig, spec: ActivationSpec) -> int:
-    """Return the input's H columns and, per column of the MLP, those that the activation function saves.
+    """Return the bytes of the input, and of the tensors that the activation function saves.
 
-    For gelu these are its input and its result. For swiglu they are both halves of the first product, the
+    For gelu, these are its input and its result. For swiglu, they are both halves of the first product, the
     activated gate, the other half, and the result; the fused swiglu on a GPU saves the halves and the result.
     """
     model = config.model

@@ -1,4 +1,4 @@
-"""What an attention layer costs. Each variant derives a class, found by `build_attention_costs`. No torch."""
+"""Costs of an attention layer. Each variant derives a class, found by `build_attention_costs`. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class AttentionCosts:
     """Costs of one attention layer, each as named terms that sum to the total.
 
     By default, the layer is Megatron-core's self-attention: a fused projection to queries, keys and values
-    (`qkv`), `scores`, `values`, and an output `projection`. Letters are those of `AttentionConfig`.
+    (`qkv`), `scores`, `values`, and an output `projection`. `AttentionConfig` defines the letters.
     """
 
     def __init__(self, attention: AttentionConfig) -> None:

@@ -132,7 +132,7 @@ class _Step:
         return self._sum_over_layers({"context_exchange": Traffic(one_way, one_way)})
 
     def _sum_over_layers(self, layer: dict[str, Traffic]) -> Terms:
-        """Return the terms of the stage's layers in all microbatches, given those of one of each."""
+        """Return the terms of the stage's layers in all microbatches, given one layer and microbatch."""
         terms = {name: self.num_layers * traffic.total for name, traffic in layer.items()}
         training, num_recomputed = self.config.training, self.num_layers
         recomputed = {RECOMPUTED_TERMS.get(module, module) for module in self.config.recomputed_modules}

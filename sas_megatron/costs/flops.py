@@ -9,9 +9,9 @@ Conventions of every printed figure:
   `without_embeddings` (in `costs.parameters`) excludes both tables.
 - Norms, activation functions, softmax and other element-wise operations are not counted.
 
-Training FLOPs are those of the model, as in model FLOPs utilization. What is computed again to save memory,
-or computed on padding, is counted by `count_recompute_flops` and `count_padding_flops`; the sum of all
-three is the number of executed FLOPs.
+Training FLOPs are model FLOPs, as in model FLOPs utilization. Recomputation, and computation on padding, is
+counted by `count_recompute_flops` and `count_padding_flops`; the sum of all three is the number of executed
+FLOPs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def count_recompute_flops(
     """Return the FLOPs of one token that the backward pass spends on recomputation, by term.
 
     Counted are the parts that `training.recompute` names, the scores that fused core attention recomputes,
-    and what the kernels of the attention variant recompute.
+    and recomputation in the kernels of the attention variant.
 
     Args:
         config: The run.

@@ -61,7 +61,7 @@ def chunk_weights(config: RunConfig, *, stage: int, chunk: int) -> list[Weight]:
 
 
 def count_parameters(config: RunConfig) -> dict[str, int]:
-    """Return the parameters of the full model by term; they sum to those of the built model."""
+    """Return the parameters of the full model by term; they sum to the built model's number."""
     model = config.model
     table = table_weight(model, "embedding").elements
     costs = build_attention_costs(config.attention)

@@ -127,9 +127,9 @@ class TensorGroup:
     def all_to_all(self, width: int, *, return_width: int) -> Traffic:
         """Return the traffic of the first rank in two all-to-all exchanges.
 
-        The first exchange turns 1/P of `width` columns for all tokens into all columns for 1/P of the
-        tokens; the second turns `return_width` columns back. If P does not divide the tokens, the first rank
-        has one token more than the last.
+        The first exchange sends 1/P of `width` columns for all tokens, and receives all columns for 1/P of
+        the tokens; the second does the reverse with `return_width` columns. If P does not divide the tokens,
+        the first rank has one token more than the last.
 
         Args:
             width: Number of columns in the first exchange.

@@ -117,9 +117,9 @@ def _recompute_options(config: RunConfig) -> dict[str, Any]:
 class RecomputableRowParallelLinear(RowParallelLinear):
     """Megatron-core's row-parallel linear layer, which returns a copy-free view of its bias.
 
-    The MLP returns its last bias, which the residual branch adds. Recomputing the MLP turns its results, in
-    place, into results of an autograd operation. Done to the parameter itself, as in 0.16.1, each backward
-    pass then includes those of all previous microbatches, and ends in a deadlock.
+    The MLP returns its last bias, which the residual branch adds. Recomputing the MLP makes its results, in
+    place, results of an autograd operation. Done to the parameter itself, as in 0.16.1, each backward
+    pass then includes all previous microbatches' passes, and ends in a deadlock.
     """
 
     def forward(self, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,7 +5,7 @@ The environment variable SAS_MEGATRON_CONFIG names a run's config when the scrip
     SAS_MEGATRON_CONFIG=configs/125m/sas.yaml torchrun … pretrain_gpt.py \\
         --spec sas_megatron.model.megatron_lm layer_spec --num-attention-heads 12 --kv-channels 64 …
 
-The sizes on the command line must equal those of the config. The layers are initialized as the config
+The sizes on the command line must equal the config's. The layers are initialized as the config
 describes, in any layout.
 """
 

@@ -1,4 +1,4 @@
-"""The core attention's back ends compute the same, forward and backward; chunks are used where they fit."""
+"""The backends of core attention agree, forward and backward; chunks are used where they are supported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tolerances import assert_near
 
 
 def inputs(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Query, key [S, B, M, E] and value [S, B, M, D]."""
+    """Return query and key [S, B, M, E], and value [S, B, M, D]."""
     shapes = {"query": (length, 2, 3, 10), "key": (length, 2, 3, 10), "value": (length, 2, 3, 7)}
     return [drawn(name, shape, dtype, scale=1.0).requires_grad_() for name, shape in shapes.items()]
 
@@ -43,7 +43,7 @@ def test_chunks_of_queries_compute_causal_attention(length: int) -> None:
 
 
 def test_chunks_read_no_uninitialized_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.use_deterministic_algorithms(True)  # fills what is not initialized with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
     try:
         leaves = inputs(130, torch.float32)
         query, key, value = (x.permute(1, 2, 0, 3) for x in leaves)
@@ -53,7 +53,7 @@ def test_chunks_read_no_uninitialized_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
 
 
-def test_chunks_serve_only_what_they_compute() -> None:
+def test_chunks_are_used_only_for_supported_inputs() -> None:
     query, key, _ = (x.permute(1, 2, 0, 3) for x in inputs(20, torch.float32))
     assert supports_chunks(query, key, causal=True, dropout=0.0)
     assert not supports_chunks(query, key, causal=False, dropout=0.0)
@@ -66,7 +66,7 @@ def test_chunks_serve_only_what_they_compute() -> None:
 
 
 @pytest.mark.parametrize("fields", [small.MHA, small.MLA, small.MFA, small.TPA, small.SAS], ids=str)
-def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built(
+def test_cudnn_without_a_gpu_is_rejected_before_a_layer_is_built(
     fields: small.Attention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -101,7 +101,7 @@ def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built(
     ],
     ids=["keys", "values", "float32"],
 )
-def test_what_cudnn_does_not_compute_is_refused_in_the_config(
+def test_sizes_and_types_without_cudnn_support_are_rejected_in_the_config(
     fields: dict[str, Any], precision: str, rule: str
 ) -> None:
     with pytest.raises(FieldError, match=f"^{re.escape(f'attention.backend=cudnn: {rule}')}$"):
@@ -112,7 +112,7 @@ def test_what_cudnn_does_not_compute_is_refused_in_the_config(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention needs a CUDA device")
 @pytest.mark.parametrize("length", [1, 65])
-def test_cudnn_attends_with_values_as_narrow_as_they_are(length: int) -> None:
+def test_cudnn_supports_values_narrower_than_keys(length: int) -> None:
     shapes = {"query": (2, 6, length, 24), "key": (2, 3, length, 24), "value": (2, 3, length, 16)}
     results = []
     for name, dtype in (("cudnn", torch.bfloat16), ("unfused", torch.float64)):

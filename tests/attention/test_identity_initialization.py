@@ -1,4 +1,4 @@
-"""Identity initialization: SAS starts as Megatron-core's own attention, and does not stay it."""
+"""Identity initialization: SAS starts as Megatron-core's attention, and differs from it after training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAS = {
 
 
 def megatron_layer(num_kv_heads: int) -> torch.nn.Module:
-    """Megatron-core's `SelfAttention` with its own unfused core attention; nothing of ours."""
+    """Build Megatron-core's `SelfAttention` with its own unfused core attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,7 +47,7 @@ def megatron_layer(num_kv_heads: int) -> torch.nn.Module:
 
 
 def initialized_layer(num_kv_heads: int) -> torch.nn.Module:
-    """SAS with identity initialization and the shared projections."""
+    """Build SAS with identity initialization."""
     from sas_megatron.attention.sas.simulated_attention import ResidualMap
     from sas_megatron.model.initialization import parameter_generator
 
@@ -96,7 +96,7 @@ def test_identity_equals_megatrons_self_attention_forward_and_backward(ranks: An
 
 
 def trained_layer() -> dict[str, torch.Tensor]:
-    """20 steps of gradient descent toward a fixed random target."""
+    """Train 20 steps toward a fixed random target, and return the heads."""
     in_layout(ParallelConfig())
     layer = initialized_layer(2)
     share_projections(layer)

@@ -12,7 +12,7 @@ from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_part
 from sas_megatron.config.errors import FieldError
 from sas_megatron.costs.attention import AttentionCosts
 
-# What a package called tied-attention declares -> the rule in the error.
+# Entry points that a package called tied-attention declares -> the rule in the error.
 INCOMPLETE = {
     "tied = tied_attention:TiedAttentionConfig": "is registered by the package tied-attention as tied, "
     "without tied.config: a variant needs the entry points tied.config, tied.costs, tied.layer in the group "

@@ -1,4 +1,4 @@
-"""The weights counted from the config are those of the built model."""
+"""The weights counted from the config equal the built model's."""
 
 from __future__ import annotations
 

@@ -60,5 +60,5 @@ class FactorizedAttentionConfig(AttentionConfig):
 
     @property
     def shared_width(self) -> int:
-        """R + 2D, the columns that all heads read: those of the queries, of the key and of the value."""
+        """R + 2D, the columns of the queries, the key and the value that all heads read."""
         return self.query_rank + 2 * self.head_dim

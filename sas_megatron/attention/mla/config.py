@@ -30,7 +30,7 @@ class LatentAttentionConfig(AttentionConfig):
     kind: Literal["mla"] = Field(default="mla", description="Multi-head latent attention.")
     head_dim: int = Field(description="D, query/key features of a head without rotary embeddings.")
     rotary_head_dim: int = Field(
-        description="R, further query/key features with rotary embeddings; all heads share those of the key."
+        description="R, further query/key features with rotary embeddings; the key's are shared by all heads."
     )
     value_head_dim: int | None = Field(default=None, description="V, features of a value head; null: D.")
     kv_lora_rank: int = Field(description="Width of the latent from which keys and values are projected.")

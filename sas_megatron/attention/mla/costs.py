@@ -86,7 +86,7 @@ class LatentCosts(AttentionCosts):
 
     @override
     def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
-        """Return the inputs of the projections, each once, what the latents' norms save, and core attention.
+        """Return the inputs of projections, each once, the saved tensors of the norms, and core attention.
 
         The cosines and sines are twice as wide as for other variants, since Megatron-core applies rotary
         embeddings to these features with its unfused function.

@@ -167,7 +167,7 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
     @classmethod
     @override
     def transformer_options(cls, attention: LatentAttentionConfig) -> dict[str, Any]:
-        """Return all widths, since Megatron-core's defaults are those of one model, and the type `rope`.
+        """Return all widths, since Megatron-core has one model's widths as defaults, and the type `rope`.
 
         Megatron-core's default is YaRN, which has other angles and may change the softmax scale. The factors
         that change it are set to neutral values, since 0.16.1 computes the scale from them for both types.

@@ -116,7 +116,7 @@ class SimulatedSelfAttention(SelfAttentionLayer):
         """Return simulated queries, keys and values of this rank, or base keys and values for the KV cache.
 
         The KV cache of `kv_cache=base` has all base heads on each tensor rank, since the simulated heads of a
-        rank depend on all of them; gathering those of all tokens in each step would send the full cache.
+        rank depend on all of them; gathering all tokens' heads in each step would send the full cache.
         """
         if is_decoding and self.attention.kv_cache == "base":
             return self._project_base(hidden_states, rope)

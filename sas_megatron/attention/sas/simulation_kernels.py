@@ -167,7 +167,7 @@ class FusedKernels(SimulationKernels):
         rope: torch.Tensor | None,
         source: HeadSource | None,
     ) -> torch.Tensor:
-        """Simulate features; with rotary embeddings, those of query and key are stored in pair order."""
+        """Simulate features; with rotary embeddings, query and key features are stored in pair order."""
         simulated: torch.Tensor = self._features.simulate_features(
             heads_TMD,
             weights[f"features.{name}"],

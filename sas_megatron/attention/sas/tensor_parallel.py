@@ -57,7 +57,7 @@ def exchange_traffic(attention: SimulatedAttentionConfig, strategy: str, group: 
     """Return the bytes that a strategy sends for T tokens on P ranks, with W = D(N + 2G) projected columns.
 
     gather sends (P-1)/P·T·W elements, all_to_all (P-1)/P²·T·(W + W'), where W' is the width of the heads that
-    are sent back: r·N·D + 2·r·G·D if all heads are simulated, without the factor r for those that are not. If
+    are sent back: r·N·D + 2·r·G·D if all heads are simulated, without the factor r for other heads. If
     G < P, P takes the place of G, since each rank gets a copy of the key/value head that it shares.
     """
     if strategy == "gather":

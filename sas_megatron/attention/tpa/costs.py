@@ -62,8 +62,8 @@ class TensorProductCosts(AttentionCosts):
     def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
         """Return `qkv`, the hidden state and the concatenated weights, `factor_products`, and core attention.
 
-        The weights of all head factors are concatenated for one product, and those of all feature factors
-        for another; both concatenations are saved.
+        The weights of all head factors are concatenated for one product, and the weights of all feature
+        factors for another; both concatenations are saved.
         """
         attention = self.attention
         heads, ranks = attention.num_heads // layer.tensor, sum(attention.ranks.values())

@@ -34,7 +34,7 @@ def build_norm(config: SASMegatronConfig) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """The MLP. For SwiGLU, `linear_fc1` has the rows of the gate, then those of the other half."""
+    """The MLP. For SwiGLU, `linear_fc1` has the rows of the gate, then the rows of the other half."""
 
     def __init__(self, config: SASMegatronConfig) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
         self.output_layer = value
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize a new model; those of a trained model are all loaded."""
+        """Initialize a new model. A trained model loads all its weights."""
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
