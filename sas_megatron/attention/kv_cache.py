@@ -38,7 +38,7 @@ class KeyValueCache:
         self.forbidden = (slots > self.positions_SB.T[:, None, :, None]).contiguous()  # [B, 1, S, T]
 
     def update(self, layer_number: int, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Store a layer's tensors of new tokens, each [S, B, ...]; return all tokens' tensors, [T, B, ...]."""
+        """Store a layer's tensors [S, B, ...] of new tokens; return its tensors [T, B, ...] of all tokens."""
         if layer_number not in self._kept:
             # Zeros, since an attention weight of 0 does not hide a NaN in uninitialized memory.
             self._kept[layer_number] = [part.new_zeros(self.max_tokens, *part.shape[1:]) for part in new]
