@@ -1,4 +1,4 @@
-"""Small attentions of every kind, by a name that tells them apart: four heads of six features."""
+"""Small attentions of every kind, with four heads of six features."""
 
 from __future__ import annotations
 

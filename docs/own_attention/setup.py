@@ -1,4 +1,8 @@
-"""An attention variant in a package of its own: the entry point is all that sas_megatron needs to find it."""
+"""An attention variant in its own package: three entry points name its config, its costs and its layer.
+
+The names are `KIND.config`, `KIND.costs` and `KIND.layer`. sas_megatron imports the
+layer, and with it torch, only when it builds a model.
+"""
 
 from setuptools import setup
 
@@ -6,5 +10,11 @@ setup(
     name="tied-attention",
     version="1.0",
     py_modules=["tied_attention", "tied_attention_layer"],
-    entry_points={"sas_megatron.attention": ["tied = tied_attention:TiedAttentionConfig"]},
+    entry_points={
+        "sas_megatron.attention": [
+            "tied.config = tied_attention:TiedAttentionConfig",
+            "tied.costs = tied_attention:TiedAttentionCosts",
+            "tied.layer = tied_attention_layer:TiedSelfAttention",
+        ]
+    },
 )

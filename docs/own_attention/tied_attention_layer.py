@@ -1,4 +1,4 @@
-"""Tied attention's layer: what is projected, and how heads are read from it; the rest is Megatron-core's."""
+"""The layer of tied attention: its projection and the heads that are read from it. The rest is inherited."""
 
 from __future__ import annotations
 
@@ -11,55 +11,43 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from tied_attention import TiedAttentionConfig
 
 from sas_megatron.attention.core import build_self_attention_spec
-from sas_megatron.attention.kv_cache import CachingSelfAttention
-from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
+from sas_megatron.attention.layer import SelfAttentionLayer
 
 
-class TiedSelfAttention(CachingSelfAttention):
-    """Self-attention whose groups are projected as N/G queries and one key."""
+class TiedSelfAttention(SelfAttentionLayer):
+    """Self-attention whose groups are projected to N/G queries and one key each."""
 
     def __init__(self, *args: Any, attention: TiedAttentionConfig, **options: Any) -> None:
         super().__init__(*args, **options)
         self.gain = attention.gain
 
-    def get_query_key_value_tensors(
-        self,
-        hidden_states: torch.Tensor,
-        key_value_states: torch.Tensor | None = None,
-        output_gate: bool = False,
-        split_qkv: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[S, B, H] -> query [S, B, N/P, D], key and value [S, B, G/P, D] of this rank."""
+    @classmethod
+    def build_spec(cls, attention: TiedAttentionConfig) -> ModuleSpec:
+        """Build the spec of this layer, with a projection of D(N + G) columns."""
+        return build_self_attention_spec(
+            attention,
+            module=cls,
+            linear_qkv=functools.partial(_build_projection, attention.projected_width),
+            attention=attention,
+        )
+
+    def project(
+        self, hidden_states: torch.Tensor, rope: torch.Tensor | None, *, is_decoding: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Return queries [S, B, N/P, D], and keys [S, B, G/P, D] without rotary embeddings."""
         columns, _ = self.linear_qkv(hidden_states)
         groups = columns.unflatten(-1, (self.num_query_groups_per_partition, -1))
         width = self.hidden_size_per_attention_head
         query, key = groups.split([groups.shape[-1] - width, width], dim=-1)
-        return query.flatten(2).unflatten(-1, (-1, width)), key, self.gain * key
+        return self.apply_rope(query.flatten(2).unflatten(-1, (-1, width)), rope), key
 
-    def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, and the one thing that decoding keeps: keys before their positions turn them.
-
-        (Without this and `expand` it would keep turned keys and values, and decode as well.)
-        """
-        query, key, _ = self.get_query_key_value_tensors(hidden_states)
-        return apply_rope(query, angles), key
-
-    def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all tokens."""
+    def expand(
+        self, kept: list[torch.Tensor], rope: torch.Tensor | None, *, is_decoding: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys with rotary embeddings and values of all tokens."""
         (key,) = kept
-        return apply_rope(key, angles), self.gain * key
+        return self.apply_rope(key, rope), self.gain * key
 
 
-def build_tied_spec(attention: TiedAttentionConfig) -> ModuleSpec:
-    """`TiedSelfAttention` on a projection of D(N + G) columns."""
-    width = attention.head_dim * (attention.num_heads + attention.num_key_value_heads)
-    return build_self_attention_spec(
-        attention,
-        module=TiedSelfAttention,
-        linear_qkv=functools.partial(_project, width),
-        attention=attention,
-    )
-
-
-def _project(width: int, hidden_size: int, _qkv_width: int, **options: Any) -> ColumnParallelLinear:
+def _build_projection(width: int, hidden_size: int, _qkv_width: int, **options: Any) -> ColumnParallelLinear:
     return ColumnParallelLinear(hidden_size, width, **options)

@@ -1,1 +1,1 @@
-"""Attention variants, one file each, and the parts of SAS."""
+"""Attention variants, one folder each, and what their layers share."""

@@ -1,9 +1,9 @@
-"""Causal attention on CPU by chunks of queries, on matrix products over the keys they may see.
+"""Causal attention on a CPU by chunks of queries, as matrix products with the keys up to each chunk's end.
 
-Measured against torch's fused attention (two cores, 72 heads of 96/64 features, 512 tokens, forward
-and backward): two thirds of the time. It skips the future half as the fused kernel does, but runs
-on the matrix library's products, and the value keeps its own width. In exchange it keeps the
-attention weights for the backward pass, S²/2 of them a head, so it is for short sequences.
+Forward and backward take two thirds of the time of torch's fused attention (two cores, 72 heads of 96/64
+features, 512 tokens). Both skip the future half of the scores, but this one runs on the matrix library's
+products and does not pad the value. It saves the attention weights for the backward pass, S²/2 per head, and
+is therefore for short sequences.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from sas_megatron.config.attention_backend import chunks, runs_in_chunks
+from sas_megatron.costs.attention_backend import query_chunks, uses_chunks
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """softmax(scale·qkᵀ, causal)·v over a batch of heads Z = B·M."""
+    """softmax(scale·QKᵀ, causal)·V over Z = B·M heads."""
 
     @staticmethod
     def forward(
@@ -24,8 +24,8 @@ class _ChunkedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         batch, length, _ = query_ZSE.shape
         context = value_ZSD.new_empty(value_ZSD.shape)
-        kept = []
-        for start, end in chunks(length):
+        saved = []
+        for start, end in query_chunks(length):
             scores = query_ZSE.new_empty(batch, end - start, end)
             scores = torch.baddbmm(
                 scores, query_ZSE[:, start:end], key_ZSE[:, :end].transpose(1, 2), beta=0, alpha=scale
@@ -35,8 +35,8 @@ class _ChunkedAttention(torch.autograd.Function):
             weights = scores.softmax(dim=-1)
             context[:, start:end] = weights @ value_ZSD[:, :end]
             if any(ctx.needs_input_grad):
-                kept.append(weights)
-        ctx.save_for_backward(query_ZSE, key_ZSE, value_ZSD, *kept)
+                saved.append(weights)
+        ctx.save_for_backward(query_ZSE, key_ZSE, value_ZSD, *saved)
         ctx.scale = scale
         return context
 
@@ -44,11 +44,11 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(
         ctx: Any, gradient_ZSD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        query_ZSE, key_ZSE, value_ZSD, *kept = ctx.saved_tensors
+        query_ZSE, key_ZSE, value_ZSD, *saved = ctx.saved_tensors
         gradient_ZSD = gradient_ZSD.contiguous()
         query_gradient = torch.empty_like(query_ZSE)
         key_gradient, value_gradient = torch.zeros_like(key_ZSE), torch.zeros_like(value_ZSD)
-        for (start, end), weights in zip(chunks(query_ZSE.shape[1]), kept, strict=True):
+        for (start, end), weights in zip(query_chunks(query_ZSE.shape[1]), saved, strict=True):
             gradient = gradient_ZSD[:, start:end]
             value_gradient[:, :end].baddbmm_(weights.transpose(1, 2), gradient)
             weights_gradient = gradient @ value_ZSD[:, :end].transpose(1, 2)
@@ -60,14 +60,16 @@ class _ChunkedAttention(torch.autograd.Function):
         return query_gradient, key_gradient, value_gradient, None
 
 
-def suits_chunks(query_BMSE: torch.Tensor, key_BGSE: torch.Tensor, *, causal: bool, dropout: float) -> bool:
-    """Whether `attend_chunked` computes this, and faster: causal, on CPU, one key head a query head."""
-    return runs_in_chunks(
+def supports_chunks(
+    query_BMSE: torch.Tensor, key_BGSE: torch.Tensor, *, causal: bool, dropout: float
+) -> bool:
+    """Return whether `attend_chunked` supports these inputs and is faster than fused attention."""
+    return uses_chunks(
         device="cpu" if query_BMSE.device.type == "cpu" else "gpu",
         causal=causal,
         dropout=dropout,
-        wide=query_BMSE.dtype in (torch.float32, torch.float64),
-        paired=query_BMSE.shape[:3] == key_BGSE.shape[:3],
+        is_wide=query_BMSE.dtype in (torch.float32, torch.float64),
+        is_paired=query_BMSE.shape[:3] == key_BGSE.shape[:3],
         length=query_BMSE.shape[2],
     )
 
@@ -75,9 +77,9 @@ def suits_chunks(query_BMSE: torch.Tensor, key_BGSE: torch.Tensor, *, causal: bo
 def attend_chunked(
     query_BMSE: torch.Tensor, key_BMSE: torch.Tensor, value_BMSD: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
-    """Causal attention; [B, M, S, D], laid out as [S, B, M, D] in memory, as the next step reads it."""
+    """Return causal attention as [B, M, S, D], stored as [S, B, M, D], which the next operation reads."""
     batch = query_BMSE.shape[0]
-    # The products take Megatron-core's order as it is, by strides: [S, B·M, E] seen as [B·M, S, E].
+    # Views of Megatron-core's layout: [S, B·M, E] seen as [B·M, S, E].
     query, key, value = (
         heads.permute(2, 0, 1, 3).flatten(1, 2).transpose(0, 1)
         for heads in (query_BMSE, key_BMSE, value_BMSD)

@@ -12,11 +12,13 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.benchmarks.attention_blocks import BlockShape, LiteralSimulatedAttention
 from sas_megatron.benchmarks.roofline import Point, measure_ceilings
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
 from sas_megatron.config.attention import AttentionConfig
-from sas_megatron.costs.model_costs import TRAINING_FACTOR, causal_half
+from sas_megatron.costs.attention import build_attention_costs
+from sas_megatron.costs.flops import TRAINING_FACTOR, causal_half
 from sas_megatron.distributed.topology import Topology
 
 # Bound of the relative difference (norm over norm) between the SAS block and its literal form, above all
@@ -116,9 +118,13 @@ def _least_work(shape: BlockShape, element_bytes: int) -> dict[str, dict[str, fl
     """
     work = {}
     for name, attention in (("sas", shape.simulated()), ("multi_head", shape.multi_head())):
-        terms = attention.count_forward_flops(shape.hidden_size, sequence_length=shape.sequence_length)
+        terms = build_attention_costs(attention).count_forward_flops(
+            shape.hidden_size, sequence_length=shape.sequence_length
+        )
         flops = sum(causal_half(terms, sequence_length=shape.sequence_length).values())
-        parameters = sum(attention.count_parameters(shape.hidden_size, linear_bias=False).values())
+        parameters = sum(
+            build_attention_costs(attention).count_parameters(shape.hidden_size, linear_bias=False).values()
+        )
         activations = 4 * shape.num_tokens * shape.hidden_size
         work[name] = {
             "flops": TRAINING_FACTOR * shape.num_tokens * flops,
@@ -168,7 +174,7 @@ def _build_block(attention: AttentionConfig, shape: BlockShape, dtype: torch.dty
         bf16=dtype == torch.bfloat16,
         apply_rope_fusion=True,
     )
-    return build_module(attention.build_spec(), config=config, layer_number=1)
+    return build_module(resolve_layer(attention).build_spec(attention), config=config, layer_number=1)
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
-from sas_megatron.attention.sas.layer import Simulation
+from sas_megatron.attention.sas.layer import build_simulation
 from sas_megatron.attention.sas.simulation_kernels import (
     FusedKernels,
     HeadSource,
@@ -23,6 +22,7 @@ from sas_megatron.attention.sas.simulation_kernels import (
 from sas_megatron.benchmarks.attention_blocks import BlockShape
 from sas_megatron.benchmarks.roofline import Ceilings, Point, measure_ceilings
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
+from sas_megatron.costs.attention import build_attention_costs
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
 PASSES = ("forward", "backward")
@@ -35,16 +35,12 @@ class SimulationCase:
         self.shape = shape
         self.attention = shape.simulated()
         torch.manual_seed(1)
-        simulation = Simulation(self.attention, dtype=dtype, device=device)
+        simulation = build_simulation(self.attention, dtype=dtype, device=device)
         simulation.requires_grad_(True)
         for parameter in simulation.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weights: dict[str, ResidualMapWeights] = {
-            f"{kind}.{name}": residual_map.weights()
-            for kind in ("heads", "features")
-            for name, residual_map in getattr(simulation, kind).items()
-        }
+        self.weights = simulation.weights()
         self.columns = torch.randn(shape.num_tokens, self.attention.qkv_width, **options, requires_grad=True)
         self.leaves = [self.columns, *simulation.parameters()]
         self.angles = RotaryEmbedding(self.attention.rotary_width, 1.0)(shape.sequence_length)
@@ -61,13 +57,11 @@ class SimulationCase:
             return slice(0, count)
 
         results = kernels.heads(self.columns, self.weights, all_heads)
-        angles = self.angles if kernels.turns else None
+        rope = self.angles if kernels.applies_rope else None
         for index, name in enumerate(("query", "key")):
             source = HeadSource(self.columns, all_heads)
-            results[index] = kernels.features(
-                name, results[index], self.weights, angles=angles, source=source
-            )
-            if not kernels.turns:
+            results[index] = kernels.features(name, results[index], self.weights, rope=rope, source=source)
+            if not kernels.applies_rope:
                 sequences = results[index].unflatten(0, (self.shape.sequence_length, -1))
                 results[index] = apply_rope(sequences, self.angles).flatten(0, 1)
         return results
@@ -85,7 +79,7 @@ class SimulationCase:
         """Return the least bytes and FLOPs of each pass: inputs and outputs once, and no recomputation."""
         attention, tokens = self.attention, self.shape.num_tokens
         output_width = attention.num_simulated_heads * (2 * attention.query_key_dim + attention.head_dim)
-        terms = attention.count_forward_flops(
+        terms = build_attention_costs(attention).count_forward_flops(
             self.shape.hidden_size, sequence_length=self.shape.sequence_length
         )
         flops = tokens * (terms["head_simulation"] + terms["feature_simulation"])

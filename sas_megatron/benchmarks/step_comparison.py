@@ -11,7 +11,8 @@ from sas_megatron.benchmarks.roofline import measure_ceilings
 from sas_megatron.benchmarks.step_time import measure_step_seconds
 from sas_megatron.benchmarks.timing import median_ratio
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import causal_half, count_parameters, count_training_flops
+from sas_megatron.costs.flops import causal_half, count_training_flops
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.model.assembly import DTYPES
 from sas_megatron.planning.hardware_file import load_hardware, shipped_names
 

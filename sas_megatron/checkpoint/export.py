@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sas_megatron.attention.sas import simulated_attention
 from sas_megatron.checkpoint.hf_config import native_config
 from sas_megatron.checkpoint.llama import find_obstacle, llama_config, to_llama
 from sas_megatron.checkpoint.model_card import Export, write_card
@@ -28,11 +29,14 @@ from sas_megatron.checkpoint.tensor_files import (
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.data.tokenizer import Tokenizer
 
 _CODE = Path(__file__).parent / "remote_code"
-_MODEL_CODE = ("attention_sas_megatron.py", "configuration_sas_megatron.py", "modeling_sas_megatron.py")
+_MODEL_CODE = (
+    *(_CODE / f"{name}_sas_megatron.py" for name in ("attention", "configuration", "modeling")),
+    Path(simulated_attention.__file__),
+)
 _TOKENIZER_CODE = "tokenization_sas_megatron.py"
 
 
@@ -86,8 +90,8 @@ def export_model(
             {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id, "use_cache": True},
         )
         _write_tokenizer(partial, tokenizer, config)
-        for name in () if obstacle is None else _MODEL_CODE:
-            shutil.copyfile(_CODE / name, partial / name)
+        for path in () if obstacle is None else _MODEL_CODE:
+            shutil.copyfile(path, partial / path.name)
         resolved = dump_yaml(config)
         (partial / "training_config.yaml").write_text(resolved, encoding="utf-8")
         export = Export(

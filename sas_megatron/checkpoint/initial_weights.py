@@ -15,9 +15,9 @@ from sas_megatron.checkpoint.tensor_files import EMBEDDING_NAMES, StoredTensors,
 from sas_megatron.checkpoint.weights_source import STEM, find_weights, read_record
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import EMBEDDING_TERMS, count_parameters
+from sas_megatron.costs.parameters import EMBEDDING_TERMS, count_parameters
 from sas_megatron.distributed.object_collectives import gather_from_ranks, raise_on_all_ranks, run_on_rank0
-from sas_megatron.model.initialization import global_name, tensor_parallel_part, whole_shape
+from sas_megatron.model.initialization import full_shape, global_name, tensor_parallel_shard
 
 
 def load_initial_weights(path: Path, model_chunks: list[Any], config: RunConfig) -> None:
@@ -87,7 +87,7 @@ def _check_num_parameters(stored: StoredTensors, config: RunConfig) -> None:
 
 
 def _copy_local_shard(stored: StoredTensors, name: str, parameter: torch.nn.Parameter) -> None:
-    shape, expected = stored.shape(name), tuple(whole_shape(parameter))
+    shape, expected = stored.shape(name), tuple(full_shape(parameter))
     if shape != expected:
         raise FileProblem(
             stored.folder,
@@ -96,4 +96,4 @@ def _copy_local_shard(stored: StoredTensors, name: str, parameter: torch.nn.Para
             if name in EMBEDDING_NAMES
             else "import the complete model again",
         )
-    parameter.copy_(tensor_parallel_part(stored[name], parameter))
+    parameter.copy_(tensor_parallel_shard(stored[name], parameter))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sas_megatron import __version__
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.parameters import count_parameters
 
 
 @dataclass(frozen=True)

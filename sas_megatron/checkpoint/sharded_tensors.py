@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.checkpointable import (
 from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from torch import nn
 
-from sas_megatron.model.initialization import global_name, whole_shape
+from sas_megatron.model.initialization import full_shape, global_name
 
 # A block and its offsets in a larger tensor.
 Block = tuple[torch.Tensor, tuple[int, ...]]
@@ -63,14 +63,13 @@ def shard_parameter(
         prefix: Prefix of the global name.
     """
     full_name = global_name(model_chunk, name)
-    full_shape = whole_shape(parameter)
     return [
         ShardedTensor(
             key=prefix + full_name,
             data=block,
             dtype=block.dtype,
             local_shape=tuple(block.shape),
-            global_shape=tuple(full_shape),
+            global_shape=tuple(full_shape(parameter)),
             global_offset=offset,
             axis_fragmentations=None,  # The blocks form no regular grid.
         )

@@ -76,11 +76,11 @@ def _build_simulation(
     layer: int, config: RunConfig, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     # Imported here because they import Megatron-core, before which the device must be prepared.
-    from sas_megatron.attention.sas.layer import Simulation
+    from sas_megatron.attention.sas.layer import build_simulation
     from sas_megatron.model.initialization import initialize_simulation
 
     assert isinstance(config.attention, SimulatedAttentionConfig), "upcycle() checks the kind of attention"
-    simulation = Simulation(config.attention, dtype=dtype, device=torch.device("cpu"))
+    simulation = build_simulation(config.attention, dtype=dtype, device=torch.device("cpu"))
     prefix = f"decoder.layers.{layer}.self_attention.simulation"
     initialize_simulation(simulation, config, name_of=lambda name: f"{prefix}.{name}")
     for name, parameter in simulation.named_parameters():

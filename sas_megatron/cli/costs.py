@@ -9,33 +9,48 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from sas_megatron.config.attention_backend import Device
     from sas_megatron.config.run import RunConfig
+    from sas_megatron.costs.attention_backend import Device
 
 # By quantity: its terms, and its totals by convention.
 Counted = dict[str, dict[str, dict[str, int]]]
 
+# The width of a terminal, and of a table's first column, in which long names are folded.
+LINE_WIDTH, LABEL_WIDTH = 80, 24
+PREFIXES = ("", " k", " M", " G", " T", " P", " E")
+# The quantities of the compact table: key, total, heading, unit.
+SUMMARY = (
+    ("parameters", "total", "parameters", ""),
+    ("training_flops_per_token", "of the model", "training FLOPs\nper token", ""),
+    ("kv_cache_bytes_per_token", "total", "KV cache\nper token", "B"),
+    ("activation_bytes_of_a_rank", "total", "activations\nper rank", "B"),
+    ("wire_bytes_per_step", "total", "bytes sent\nper step", "B"),
+)
+
 
 @click.command()
 @click.argument("configs", nargs=-1, required=True)
-@click.option("--world-size", type=int, help="Ranks, for what they send; by default those of one model.")
+@click.option("--terms", is_flag=True, help="Also print all terms of each quantity.")
+@click.option("--world-size", type=int, help="Number of ranks, for communication; default: one model copy.")
 @click.option(
     "--device",
     type=click.Choice(["gpu", "cpu"]),
     default="gpu",
     show_default=True,
-    help="Which decides the attention's back end, and so what is kept and computed again.",
+    help="The device, which decides the implementation of attention.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def costs(
     configs: tuple[str, ...],
+    terms: bool,
     world_size: int | None,
     device: Device,
     as_json: bool,
 ) -> None:
-    """Count what CONFIGS cost, by term: parameters, FLOPs, cache and activations, bytes on the wire.
+    """Count parameters, training FLOPs, KV cache, activations and communication of CONFIGS.
 
-    What reads section.field=value among them holds for all, as in data.sequence_length=4096.
+    Arguments of the form section.field=value override a field in all configs, as in
+    data.sequence_length=4096.
     """
     from sas_megatron.config.errors import FieldError, UserError
     from sas_megatron.config.loading import load_run_config
@@ -45,7 +60,7 @@ def costs(
     names = [name for name in configs if "=" not in name or Path(name).exists()]
     overrides = [name for name in configs if name not in names]
     if not names:
-        raise UserError(f"{configs[0]}: is an override, of no config; name a config before it")
+        raise UserError(f"{configs[0]}: is an override without a config; name a config before it")
     by_name = {name: load_run_config(name, overrides) for name in names}
     if as_json:
         counted = {
@@ -54,73 +69,148 @@ def costs(
         }
         click.echo(json.dumps(counted, indent=2))
     else:
-        print_costs(by_name, world_size=world_size, device=device)
+        print_costs(by_name, world_size=world_size, device=device, with_terms=terms)
 
 
 def print_costs(
-    configs: dict[str, RunConfig], *, world_size: int | None = None, device: Device = "gpu"
+    configs: dict[str, RunConfig],
+    *,
+    world_size: int | None = None,
+    device: Device = "gpu",
+    with_terms: bool = False,
 ) -> None:
-    """A table for each quantity: a row a term, a column a config, totals by each convention."""
+    """Print a compact table of all configs, and on request a table of terms for each quantity.
+
+    Args:
+        configs: The configs by path.
+        world_size: Number of ranks; None for one model copy.
+        device: The device that the runs use.
+        with_terms: Whether to print the tables of terms.
+
+    Raises:
+        FieldError: a layout does not fit the world size.
+    """
     from rich.console import Console
 
-    console = Console()
+    console = Console(width=LINE_WIDTH, highlight=False)
     counted = {
-        name: count_costs(config, world_size=world_size, device=device) for name, config in configs.items()
+        name: count_costs(config, world_size=world_size, device=device)
+        for name, config in zip(_short_names(list(configs)), configs.values(), strict=True)
     }
-    for quantity in dict.fromkeys(quantity for counts in counted.values() for quantity in counts):
-        columns = {name: counts[quantity] for name, counts in counted.items() if quantity in counts}
-        console.print(_table(quantity.replace("_", " "), columns))
+    console.print(_summary_table(counted))
     lengths = sorted({config.data.sequence_length for config in configs.values()})
     console.print(
-        f"At {' and '.join(f'{length:,}' for length in lengths)} tokens. A multiply-add is two FLOPs, "
-        "training takes three times the forward pass; the embedding look-up is free, the output "
-        "layer counts; the cache is of 2-byte elements; activations are what a rank of the first stage "
-        f"keeps at most, on a {device.upper()}; bytes on the wire are what it sends, by ring.",
-        soft_wrap=True,
+        f"At {' and '.join(f'{length:,}' for length in lengths)} tokens. × is the ratio to the first config. "
+        "A multiply-add is two FLOPs, and training is three times the forward pass; the embedding look-up is "
+        "free, the output layer is counted. The KV cache has 2-byte elements. Activations are the peak of a "
+        f"rank of the first pipeline stage on a {device.upper()}. Bytes sent are this rank's, by the "
+        "ring convention." + ("" if with_terms else " All terms: --terms.")
     )
+    if with_terms:
+        for quantity in dict.fromkeys(quantity for counts in counted.values() for quantity in counts):
+            columns = {name: counts[quantity] for name, counts in counted.items() if quantity in counts}
+            for table in _term_tables(quantity.replace("_", " "), columns):
+                console.print(table)
 
 
-def _table(title: str, columns: dict[str, dict[str, dict[str, int]]]) -> Any:
+def format_amount(amount: float, unit: str = "") -> str:
+    """Return a number below 1,000, or four significant digits with an SI prefix, such as `134.1 M`."""
+    prefix, scaled = 0, float(amount)
+    while scaled >= (1000 if prefix == 0 else 999.95) and prefix < len(PREFIXES) - 1:
+        prefix, scaled = prefix + 1, scaled / 1000
+    digits = f"{amount:,}" if prefix == 0 else f"{scaled:#.4g}"
+    return f"{digits}{PREFIXES[prefix] or (' ' if unit else '')}{unit}"
+
+
+def _short_names(paths: list[str]) -> list[str]:
+    """Return the end of each path, such as `125m/mha`, if these ends differ, otherwise the paths."""
+    tails = []
+    for path in map(Path, paths):
+        folder = path.resolve().parent.name
+        tails.append(path.stem if folder in ("", "configs") else f"{folder}/{path.stem}")
+    return tails if len(set(tails)) == len(tails) else paths
+
+
+def _summary_table(counted: dict[str, Counted]) -> Any:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("term")
-    for name in columns:
-        table.add_column(name, justify="right", overflow="fold")
-    for term in dict.fromkeys(term for column in columns.values() for term in column["terms"]):
-        table.add_row(term, *(f"{column['terms'].get(term, 0):,}" for column in columns.values()))
-    for total in next(iter(columns.values()))["totals"]:
-        amounts = [column["totals"][total] for column in columns.values()]
-        table.add_section()
-        table.add_row(total, *(f"{amount:,}" for amount in amounts))
-        if amounts[0]:
-            table.add_row("ratio", *(f"{amount / amounts[0]:.3f}" for amount in amounts))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table.add_column("config", overflow="fold")
+    for _, _, heading, _ in SUMMARY:
+        table.add_column(heading, justify="right")
+    first = next(iter(counted.values()))
+    for name, counts in counted.items():
+        cells = []
+        for quantity, total, _, unit in SUMMARY:
+            if quantity not in counts:
+                cells.append("not counted")
+                continue
+            amount = counts[quantity]["totals"][total]
+            base = first[quantity]["totals"][total] if quantity in first else 0
+            ratio = "" if counts is first or not base else f"\n{amount / base:.2f}×"
+            cells.append(format_amount(amount, unit) + ratio)
+        table.add_row(name, *cells)
     return table
 
 
+def _term_tables(title: str, columns: dict[str, dict[str, dict[str, int]]]) -> list[Any]:
+    """Return tables with a row per term and a column per config, divided to fit in a line."""
+    from rich import box
+    from rich.table import Table
+
+    names = list(columns)
+    widest = max(
+        len(text)
+        for column in columns.values()
+        for amounts in column.values()
+        for text in map("{:,}".format, amounts.values())
+    )
+    per_table = max(1, (LINE_WIDTH - LABEL_WIDTH) // (max(widest, 8) + 1))
+    first_totals = columns[names[0]]["totals"]
+    terms = dict.fromkeys(term for column in columns.values() for term in column["terms"])
+    tables = []
+    for start in range(0, len(names), per_table):
+        shown = names[start : start + per_table]
+        table = Table(
+            title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False
+        )
+        table.add_column("term", overflow="fold", max_width=LABEL_WIDTH)
+        for name in shown:
+            table.add_column(name, justify="right", overflow="fold", min_width=widest)
+        for term in terms:
+            table.add_row(term, *(f"{columns[name]['terms'].get(term, 0):,}" for name in shown))
+        for total, base in first_totals.items():
+            table.add_section()
+            amounts = [columns[name]["totals"][total] for name in shown]
+            table.add_row(total, *(f"{amount:,}" for amount in amounts))
+            if base:
+                table.add_row("ratio", *(f"{amount / base:.2f}×" for amount in amounts))
+        tables.append(table)
+    return tables
+
+
 def count_costs(config: RunConfig, *, world_size: int | None = None, device: Device = "gpu") -> Counted:
-    """All quantities of one run; bytes on the wire as far as its engine's are counted.
+    """Count all quantities of one run; communication only if its engine's is counted.
 
     Args:
         config: The run.
-        world_size: Its ranks; None: those of one model.
-        device: What it runs on.
+        world_size: Number of ranks; None for one model copy.
+        device: The device that the run uses.
 
     Raises:
-        FieldError: layout and world size do not fit.
+        FieldError: the layout does not fit the world size.
     """
-    from sas_megatron.costs.activations import count_peak_activation_bytes
+    from sas_megatron.costs.activations import count_kv_cache_bytes, count_peak_activation_bytes
     from sas_megatron.costs.communication import count_communication_bytes
-    from sas_megatron.costs.model_costs import (
+    from sas_megatron.costs.flops import (
         causal_half,
         count_forward_flops,
-        count_kv_cache_bytes,
         count_padding_flops,
-        count_parameters,
         count_recompute_flops,
         count_training_flops,
-        without_embeddings,
     )
+    from sas_megatron.costs.parameters import count_parameters, without_embeddings
 
     world_size = world_size or config.parallel.model_size
     data_parallel = config.check_world_size(world_size)
@@ -131,7 +221,7 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
     training = count_training_flops(config)
     recomputed = sum(count_recompute_flops(config, device=device).values())
     padding = sum(count_padding_flops(config, device=device).values())
-    kept = count_peak_activation_bytes(
+    activations = count_peak_activation_bytes(
         config, device=device, num_microbatches=config.training.num_microbatches(data_parallel)
     )
     counted = {
@@ -158,10 +248,10 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
             },
         },
         "kv_cache_bytes_per_token": {"terms": cache, "totals": {"total": sum(cache.values())}},
-        "activation_bytes_of_a_rank": {"terms": kept, "totals": {"total": sum(kept.values())}},
+        "activation_bytes_of_a_rank": {"terms": activations, "totals": {"total": sum(activations.values())}},
     }
     if config.training.engine == "megatron":
         sent = count_communication_bytes(config, world_size=world_size)
-        wire = {f"{group}: {term}": size for group, terms in sent.items() for term, size in terms.items()}
-        counted["wire_bytes_per_step"] = {"terms": wire, "totals": {"total": sum(wire.values())}}
+        terms = {f"{group}: {term}": size for group, terms in sent.items() for term, size in terms.items()}
+        counted["wire_bytes_per_step"] = {"terms": terms, "totals": {"total": sum(terms.values())}}
     return counted

@@ -113,7 +113,7 @@ def _train(config: RunConfig) -> None:
     """Train one config with torchrun on this machine, unless a run of the same config has finished."""
     from sas_megatron.config.errors import FieldError
     from sas_megatron.config.loading import dump_yaml, load_run_config
-    from sas_megatron.costs.model_costs import count_parameters
+    from sas_megatron.costs.parameters import count_parameters
     from sas_megatron.io.files import save_file
     from sas_megatron.platform.local_machine import training_command, training_environment
     from sas_megatron.scaling.runs import has_finished

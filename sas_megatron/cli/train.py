@@ -41,7 +41,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, check_only: bo
         from sas_megatron.cli.costs import print_costs
 
         click.echo(dump_yaml(run_config))
-        print_costs({config: run_config})
+        print_costs({config: run_config}, with_terms=True)
         return
     from sas_megatron.training import entry
 

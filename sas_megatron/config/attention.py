@@ -1,7 +1,8 @@
-"""The `attention` section: what every variant states, and how a kind's name finds its class.
+"""The `attention` section: the fields that all variants share, and the table of variants.
 
-A variant is one file that subclasses `AttentionConfig`, plus one line in `KINDS`; a variant from
-another package registers itself in the entry-point group `sas_megatron.attention` instead.
+A variant consists of three classes, for its config, its costs and its layer, which `KINDS` names. They are
+imported when a config uses the kind: config/ and costs/ import no variant, and reading a config imports no
+torch. A variant from another package names the same three classes as entry points (`ENTRY_POINT_GROUP`).
 """
 
 from __future__ import annotations
@@ -9,78 +10,94 @@ from __future__ import annotations
 import importlib.metadata
 import pkgutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from sas_megatron.config.attention_backend import Device
 from sas_megatron.config.errors import FieldError, UserError
-from sas_megatron.config.layer_pass import ActivationSpec, CoreAttentionSpec
 from sas_megatron.config.section import Section, divisors
-from sas_megatron.config.tensor_group import TensorGroup, Traffic, Weight, count_by_term
 
-if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_config import TransformerConfig
+Part = Literal["config", "costs", "layer"]
 
+# Another package registers the kind `name` by three entry points of this group, `name.config`, `name.costs`
+# and `name.layer`. docs/own_attention has an example.
 ENTRY_POINT_GROUP = "sas_megatron.attention"
 
-# kind -> module:class, resolved when a config names it, so that config/ imports no variant.
-KINDS: dict[str, str] = {
-    "mha": "sas_megatron.attention.gqa.config:MultiHeadAttentionConfig",
-    "gqa": "sas_megatron.attention.gqa.config:GroupedQueryAttentionConfig",
-    "mqa": "sas_megatron.attention.gqa.config:MultiQueryAttentionConfig",
-    "mfa": "sas_megatron.attention.mfa.config:FactorizedAttentionConfig",
-    "mla": "sas_megatron.attention.mla.config:LatentAttentionConfig",
-    "sas": "sas_megatron.attention.sas.config:SimulatedAttentionConfig",
-    "tpa": "sas_megatron.attention.tpa.config:TensorProductAttentionConfig",
+
+class VariantNames(NamedTuple):
+    """The classes of a variant, as `module:class`."""
+
+    config: str
+    costs: str
+    layer: str
+
+
+def _variant(folder: str, name: str, costs: str, layer: str) -> VariantNames:
+    package = f"sas_megatron.attention.{folder}"
+    return VariantNames(f"{package}.config:{name}", f"{package}.costs:{costs}", f"{package}.layer:{layer}")
+
+
+KINDS: dict[str, VariantNames] = {
+    "mha": _variant("gqa", "MultiHeadAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
+    "gqa": _variant("gqa", "GroupedQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
+    "mqa": _variant("gqa", "MultiQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
+    "mfa": _variant("mfa", "FactorizedAttentionConfig", "FactorizedCosts", "FactorizedSelfAttention"),
+    "mla": _variant("mla", "LatentAttentionConfig", "LatentCosts", "LatentSelfAttention"),
+    "sas": _variant("sas", "SimulatedAttentionConfig", "SimulatedCosts", "SimulatedSelfAttention"),
+    "tpa": _variant(
+        "tpa", "TensorProductAttentionConfig", "TensorProductCosts", "TensorProductSelfAttention"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """How a weight starts: N(0, scale), or uniform in ±scale; 0 for zeros."""
+    """The initial distribution of a weight: N(0, scale), or uniform in ±scale; scale 0 gives zeros."""
 
     distribution: Literal["normal", "uniform"]
     scale: float
 
 
 class AttentionConfig(Section):
-    """What is common to all variants; a variant adds its fields and says what it costs.
+    """Fields and rules that all attention variants share.
 
-    Letters as in the SAS paper's reading here: N query heads, G key/value heads, D features a head,
-    H hidden size, S sequence length, P tensor-parallel ranks.
+    Letters: N query heads, G key/value heads, D features of a head, H hidden size, S sequence length,
+    P tensor ranks.
+
+    Attributes:
+        uses_model_rotary: Whether the layer uses the model's rotary embedding, rather than its own.
+        has_fused_qkv: Whether queries, keys and values come from Megatron-core's fused projection.
+        recomputable: The parts that `training.recompute_modules` may name, with the FLOP terms of each.
+        dimension_steps: For matching (scaling/matching.py), the fields that may be solved for, with a step
+            that suits the hardware.
+        size_dimensions: The fields that matching changes to reach a number of parameters or FLOPs.
+        cache_dimensions: The fields that decide the size of the KV cache.
     """
 
     section_name: ClassVar[str] = "attention"
-    # Whether the layer turns queries and keys by the model's rotary angles, or has its own.
     uses_model_rotary: ClassVar[bool] = True
-    # Whether queries, keys and values come of one projection, Megatron-core's.
     has_fused_qkv: ClassVar[bool] = True
-    # Parts that `training.recompute_modules` may name, and the terms of FLOPs that each computes again.
     recomputable: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("scores", "values")}
-    # For fair matches (scaling/matching.py): the fields that may be solved for, each in multiples of what
-    # suits the hardware; those that take up a difference in size; those that decide what decoding keeps.
     dimension_steps: ClassVar[dict[str, int]] = {"num_heads": 1, "head_dim": 8}
     size_dimensions: ClassVar[tuple[str, ...]] = ()
     cache_dimensions: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim")
 
-    kind: str = Field(description="Which variant; decides the other fields.")
-    num_heads: int = Field(description="N, query heads.")
+    kind: str = Field(description="The attention variant, which decides the other fields.")
+    num_heads: int = Field(description="N, the number of query heads.")
     num_kv_heads: int | None = Field(
-        default=None, description="G, key/value heads; null: as many as num_heads."
+        default=None, description="G, the number of key/value heads; null: equal to num_heads."
     )
-    head_dim: int = Field(description="D, features of one head.")
+    head_dim: int = Field(description="D, the number of features of a head.")
     rotary_dim: int | None = Field(
-        default=None, description="Features of a query/key head that carry rotary positions; null: all."
+        default=None, description="Features of a query/key head with rotary embeddings; null: all."
     )
-    dropout: float = Field(default=0.0, description="On the attention weights.")
+    dropout: float = Field(default=0.0, description="Dropout probability of attention weights.")
     backend: Literal["auto", "fused", "unfused", "cudnn"] = Field(
         default="auto",
-        description="fused: scaled-dot-product attention of torch; cudnn: that of cuDNN, on a GPU in "
-        "bfloat16, whose values may have another width than the keys; unfused: plain products; auto: by "
-        "chunks of queries where that is faster (on CPU, causal, float32, up to 1,024 tokens), otherwise "
-        "fused.",
+        description="fused: torch's scaled-dot-product attention; cudnn: the same with cuDNN's kernels, on a "
+        "GPU in bfloat16, without padding values to the width of keys; unfused: separate matrix products; "
+        "auto: by chunks of queries where that is faster (on a CPU, causal, float32, up to 1,024 tokens), "
+        "otherwise fused.",
     )
 
     @model_validator(mode="after")
@@ -98,8 +115,8 @@ class AttentionConfig(Section):
         if self.backend == "cudnn" and (self.query_key_dim % 8 or self.value_width % 8):
             raise self.problem(
                 "backend",
-                f"takes features in eights, and queries and keys have {self.query_key_dim} of them, "
-                f"values {self.value_width}",
+                f"needs multiples of 8 features, but queries and keys have {self.query_key_dim}, values "
+                f"{self.value_width}",
                 "use auto, or multiples of 8",
             )
         return self
@@ -107,7 +124,9 @@ class AttentionConfig(Section):
     def _check_rotary(self) -> None:
         if self.rotary_dim is not None and self.rotary_dim % 2:
             raise self.problem(
-                "rotary_dim", "must be even, since features turn in pairs", f"use {self.rotary_dim + 1}"
+                "rotary_dim",
+                "must be even, since rotary embeddings rotate pairs of features",
+                f"use {self.rotary_dim + 1}",
             )
         if self.rotary_width > self.query_key_dim:
             raise self.problem(
@@ -118,42 +137,56 @@ class AttentionConfig(Section):
         if self.rotary_width % 2:
             raise self.problem(
                 "head_dim" if self.rotary_width == self.head_dim else "simulated_head_dim",
-                "must be even, since its features turn in pairs by rotary positions",
+                "must be even, since rotary embeddings rotate pairs of its features",
                 "use an even width, or set attention.rotary_dim",
             )
 
     @property
     def num_key_value_heads(self) -> int:
-        """G, with the default filled in."""
+        """G, with its default resolved."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def query_key_dim(self) -> int:
-        """Features of a query/key head at the scores: D here, E for SAS."""
+        """Features of a query/key head in core attention: D, for SAS E."""
         return self.head_dim
 
     @property
     def value_width(self) -> int:
-        """Features of a value head: D here, V for MLA."""
+        """Features of a value head: D, for MLA V."""
         return self.head_dim
 
     @property
     def qkv_width(self) -> int:
-        """D(N + 2G), what Megatron-core's fused projection makes of a token."""
+        """D(N + 2G), the columns of Megatron-core's fused projection."""
         return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
 
     @property
     def rotary_width(self) -> int:
-        """Features that carry rotary positions, with the default filled in."""
+        """Features with rotary embeddings, with the default resolved."""
         return self.query_key_dim if self.rotary_dim is None else self.rotary_dim
 
+    @property
+    def num_attended_heads(self) -> int:
+        """Query heads in core attention: N, for SAS r·N."""
+        return self.num_heads
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of N heads whose results are averaged: 1, for SAS r."""
+        return self.num_attended_heads // self.num_heads
+
     def check_tensor_parallel(self, tensor: int) -> None:
-        """Raises `FieldError` where the heads cannot be shared by `tensor` ranks."""
+        """Check that the heads can be sharded over `tensor` ranks.
+
+        Raises:
+            FieldError: they cannot.
+        """
         groups = self.num_key_value_heads
         if self.num_heads % tensor:
             raise self.problem(
                 "num_heads",
-                f"must be divisible by parallel.tensor={tensor}, so that each rank owns whole heads",
+                f"must be divisible by parallel.tensor={tensor}, the ranks that share the heads",
                 f"set parallel.tensor to one of {divisors(self.num_heads)}",
             )
         if groups % tensor and tensor % groups:
@@ -165,181 +198,107 @@ class AttentionConfig(Section):
                 f"set parallel.tensor to one of {legal}",
             )
         if self.has_fused_qkv and groups < tensor and self.qkv_width % tensor:
-            # With fewer key/value heads than ranks, Megatron-core shares out columns, not heads.
+            # With fewer key/value heads than ranks, Megatron-core shards columns rather than heads.
             raise self.problem(
                 "head_dim",
-                f"makes {self.qkv_width} columns of queries, keys and values, which parallel.tensor={tensor} "
-                f"ranks with {groups} key/value heads must divide",
+                f"gives {self.qkv_width} columns of queries, keys and values, which must be divisible by "
+                f"parallel.tensor={tensor} if there are only {groups} key/value heads",
                 f"use a multiple of {tensor}",
             )
 
-    @property
-    def num_attended_heads(self) -> int:
-        """Heads of the scores: N here, r·N for SAS."""
-        return self.num_heads
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of N attended heads whose results are averaged: 1 here, r for SAS."""
-        return self.num_attended_heads // self.num_heads
-
     def check_context_parallel(self, tensor: int, context: int) -> None:
-        """Raises `FieldError` where a tensor rank's heads cannot be shared by `context` ranks."""
+        """Check that the heads of a tensor rank can be sharded over `context` ranks.
+
+        Raises:
+            FieldError: they cannot.
+        """
         heads = self.num_attended_heads // tensor
         if heads % context:
             raise FieldError(
                 "parallel.context",
                 context,
-                f"must divide the {heads} heads that each of parallel.tensor={tensor} ranks attends with",
+                f"must divide the {heads} heads of each of parallel.tensor={tensor} ranks",
                 f"use one of {divisors(heads)}",
             )
 
     def resolved_fields(self) -> dict[str, Any]:
-        """What the fields that may be left open come to, by field."""
-        filled = {"num_kv_heads": self.num_key_value_heads}
-        return {**filled, "rotary_dim": self.rotary_width} if self.uses_model_rotary else filled
+        """Return the values of optional fields with their defaults resolved."""
+        fields = {"num_kv_heads": self.num_key_value_heads}
+        return {**fields, "rotary_dim": self.rotary_width} if self.uses_model_rotary else fields
 
     @classmethod
     def defaults_from(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
-        """The fields of a variant in the place of `base`, where a study names no more than its kind."""
+        """Return the fields of a variant that replaces `base` in a study that names only its kind."""
         return {"num_heads": base.num_heads, "head_dim": base.head_dim}
 
-    def initial_weights(self, name: str, whole_shape: tuple[int, ...]) -> InitialWeights | None:
-        """How a matrix of the layer starts, where the variant's paper says so; None: as the model's others.
+    def initial_weights(self, name: str, full_shape: tuple[int, ...]) -> InitialWeights | None:
+        """Return the initial distribution of a matrix by the variant's paper; None for the model's default.
 
         Args:
-            name: Within the attention layer, such as `linear_proj.weight`.
-            whole_shape: Over all tensor ranks, [out, in].
+            name: Name within the attention layer, such as `linear_proj.weight`.
+            full_shape: Shape [out, in] over all tensor ranks.
         """
         return None
 
-    def transformer_options(self) -> dict[str, Any]:
-        """Further fields of Megatron-core's `TransformerConfig`, or of `transformer_config_type`."""
-        return {}
-
-    def transformer_config_type(self) -> type[TransformerConfig]:
-        """`TransformerConfig`, or the class derived from it that the variant's module needs."""
-        from megatron.core.transformer.transformer_config import TransformerConfig
-
-        found: type[TransformerConfig] = TransformerConfig
-        return found
-
-    def count_kv_cache_elements(self) -> dict[str, int]:
-        """Numbers that decoding keeps of each token and layer, as named terms that sum."""
-        raise NotImplementedError
-
-    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
-        """One layer's, in the order in which its module registers them, but for the output projection, which
-        it has first. By default `qkv`, H·D(N + 2G), and `projection`, N·D·H, with their biases.
-        """
-        width = self.qkv_width
-        qkv = [Weight("qkv", hidden_size * width, sharded=True)]
-        if linear_bias:
-            qkv.append(Weight("qkv", width, sharded=True))
-        return [*qkv, *self.output_weights(hidden_size, linear_bias=linear_bias)]
-
-    def count_parameters(self, hidden_size: int, *, linear_bias: bool) -> dict[str, int]:
-        """Parameters of one layer's attention, as named terms that sum."""
-        return count_by_term(self.weights(hidden_size, linear_bias=linear_bias))
-
-    def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
-        """Bytes of activations that a rank sends over the tensor group for one layer and microbatch, by term.
-
-        By default: into `qkv` go the H columns of the residual, out of `projection` come as many. With
-        fewer key/value heads than ranks, G < P, Megatron-core gathers the D(N + 2G) projected columns.
-        (What the sums of `weights`' gradients send, those say.)
-        """
-        qkv = group.into_columns(hidden_size)
-        if self.num_key_value_heads < group.ranks:
-            qkv += group.gathered(self.qkv_width)
-        return {"qkv": qkv, "projection": group.out_of_rows(hidden_size)}
-
-    def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
-        """Forward FLOPs of one token in one layer, as named terms that sum.
-
-        A multiply-add is two; scores and values are counted in full, without the causal half.
-        """
-        raise NotImplementedError
-
-    def count_repeated_flops(self, *, device: Device, element_bytes: int) -> dict[str, int]:
-        """FLOPs of one token in one layer that its kernels spend on computing again, by term.
-
-        Beside those of `training.recompute`, and those of the core attention.
-        """
-        return {}
-
-    def output_weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
-        """Those of the output projection, row parallel from the value heads of all query heads."""
-        elements = self.num_heads * self.value_width * hidden_size
-        weights = [Weight("projection", elements, sharded=True)]
-        return (
-            [*weights, Weight("projection", hidden_size, partial_over="tokens")] if linear_bias else weights
-        )
-
-    def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
-        """Bytes that one layer's attention keeps of a microbatch for its backward pass, as terms that sum.
-
-        By default those of Megatron-core's own module: `qkv`, the hidden state that the fused projection
-        reads; `rotary`, sines and cosines; `attention`, from queries, keys and values to the result; and
-        `projection`, the result, where the attention does not keep it already.
-        """
-        # The value is a view of what the projection made: all columns, where ranks outnumber its heads.
-        shared_by = layer.tensor if self.num_key_value_heads >= layer.tensor else 1
-        return {
-            "qkv": layer.own(hidden_size),
-            **self.count_core_bytes(layer, value_bytes=layer.whole(self.qkv_width // shared_by)),
-        }
-
-    def count_core_bytes(self, layer: ActivationSpec, *, value_bytes: int) -> dict[str, int]:
-        """Terms `rotary`, `attention` and `projection`.
-
-        Args:
-            layer: The pass.
-            value_bytes: Of the whole tensor that the value, as it comes to the core attention, is a view of.
-        """
-        core = CoreAttentionSpec(
-            layer,
-            query_key_width=self.query_key_dim,
-            value_width=self.value_width,
-            value_bytes=value_bytes,
-            drops=self.dropout > 0,
-        )
-        return {"rotary": layer.tables(self.rotary_width // 2), **core.count_bytes()}
-
-    def count_projection_flops(self, hidden_size: int) -> dict[str, int]:
-        """Terms `qkv` and `projection` in forward FLOPs of one token."""
-        output_width = self.head_dim * self.num_heads
-        return {"qkv": 2 * hidden_size * self.qkv_width, "projection": 2 * output_width * hidden_size}
-
-    def build_spec(self) -> ModuleSpec:
-        """The Megatron-core spec of this variant's self-attention module."""
-        raise NotImplementedError
-
 
 def resolve_kind(kind: object) -> type[AttentionConfig]:
-    """The config class of an attention kind; a built-in one before an entry point of the same name.
+    """Return the config class of an attention kind.
 
     Raises:
-        UserError: no built-in kind and no entry point has that name.
+        FieldError: the kind is unknown, or its package registers it by the former contract.
     """
-    if isinstance(kind, str) and kind in KINDS:
-        place = KINDS[kind]
-    else:
-        # Looked up last: it reads the metadata of every installed package, and sweeps build many configs.
-        points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-        registered = {point.name: point.value for point in points}
-        if not isinstance(kind, str) or kind not in registered:
-            names = ", ".join(sorted({*KINDS, *registered}))
-            raise FieldError("attention.kind", kind, "is not a known variant", f"use one of {names}")
-        place = registered[kind]
-    resolved: type[AttentionConfig] = pkgutil.resolve_name(place)
+    resolved: type[AttentionConfig] = resolve_part(kind, "config")
     return resolved
 
 
+def resolve_part(kind: object, part: Part) -> Any:
+    """Import one of the three classes of an attention kind. Built-in kinds precede entry points.
+
+    Raises:
+        FieldError: the kind is unknown, or its package registers it by the former contract.
+    """
+    if isinstance(kind, str) and kind in KINDS:
+        name: str = getattr(KINDS[kind], part)
+    else:
+        name = _find_entry_point(kind, part)
+    return pkgutil.resolve_name(name)
+
+
 def parse_attention(value: Any) -> AttentionConfig:
-    """Builds the section from the mapping in a config file, by its `kind`."""
+    """Build the section from a mapping in a config file, by its `kind`.
+
+    Raises:
+        UserError: the mapping has no kind or an unknown one, or a field breaks a rule.
+    """
     if isinstance(value, AttentionConfig):
         return value
     if not isinstance(value, dict) or "kind" not in value:
         raise UserError(f"attention: needs a kind; use one of {', '.join(sorted(KINDS))}")
     return resolve_kind(value["kind"]).model_validate(value)
+
+
+def _find_entry_point(kind: object, part: Part) -> str:
+    """Return the name of a class of another package.
+
+    The metadata of all installed packages is read, which takes long; a sweep builds many configs, so this
+    runs for kinds that are not built in only.
+    """
+    points = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    found = points.get(f"{kind}.{part}")
+    if found is not None:
+        return found.value
+    parts = [f"{kind}.{name}" for name in VariantNames._fields]
+    registered = next((points[name] for name in (str(kind), *parts) if name in points), None)
+    if registered is not None:
+        package = registered.dist.name if registered.dist is not None else registered.module
+        raise FieldError(
+            "attention.kind",
+            kind,
+            f"is registered by the package {package} as {registered.name}, without {kind}.{part}: a variant "
+            f"needs the entry points {', '.join(parts)} in the group {ENTRY_POINT_GROUP}",
+            f"install a version of {package} for this contract, or register it as docs/own_attention does",
+        )
+    names = {*KINDS, *(name.removesuffix(".config") for name in points if name.endswith(".config"))}
+    raise FieldError(
+        "attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}"
+    )

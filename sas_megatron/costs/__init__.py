@@ -1,1 +1,1 @@
-"""Parameters, FLOPs, memory and communication of a run, from its config alone; no torch."""
+"""Parameters, FLOPs, memory and communication of a run, computed from its config alone, without torch."""

@@ -1,124 +1,146 @@
-"""Bytes of activations that a rank keeps for its backward passes, from the config alone, by term. No torch.
+"""Bytes that a rank keeps: activations for the backward pass, keys and values for decoding. No torch.
 
-Counted is what autograd holds from a microbatch's forward pass until its backward pass, each tensor once,
-in the term of what keeps it first:
+Activations are the tensors that autograd saves between a microbatch's forward and backward pass. Each is
+counted once, in the term of the operation that saves it first:
 
-    embedding      which tokens are this tensor rank's; what dropout drew
-    norms          a layer's two and the last stage's one: their inputs and statistics
-    qkv, …         the attention's terms (`AttentionConfig.count_activation_bytes`)
-    mlp            its input, and what its activation function reads and makes
-    residual       what dropout drew on the residual branches
-    layer_inputs   all that is kept of layers that are recomputed in full
-    head           the output layer's input, and the probabilities of the rank's part of the vocabulary
+    embedding      which tokens are in this tensor rank's part of the table; the dropout mask
+    norms          the inputs and statistics of a layer's two norms, and of the final norm
+    qkv, …         the attention's terms (`AttentionCosts.count_activation_bytes`)
+    mlp            the input, and the tensors that the activation function reads and writes
+    residual       the dropout masks of the residual branches
+    layer_inputs   the inputs of layers that are recomputed entirely
+    head           the output layer's input, and the probabilities over the rank's part of the vocabulary
 
-Left out: what a pass allocates and frees again, gradients among it; the sequence-parallel buffer and the
-table of rotary angles, which a model has once; states of random generators under recomputation.
+Not counted are tensors that a pass allocates and frees again (gradients included), the sequence-parallel
+buffer and the rotary table, which a model has once, and saved states of random generators.
 
-On a CPU every term is what torch 2.13 keeps of the first tensor rank's pass, to the byte (tests/model). On
-a GPU it is not measured: fused norms, dropout and a biased MLP's activation are counted by what they are
-defined to keep, attention as the CPU's kernel, whatever padding or fallback a GPU's has.
+On a CPU, every term equals to the byte what torch 2.13 saves on the first tensor rank (tests/model). On a GPU
+it is not measured: fused norms, dropout and a biased MLP's activation function are counted by definition, and
+core attention as its CPU kernel, without the padding or fallbacks that a GPU kernel may have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from sas_megatron.attention.shared_heads import attended_heads, heads_of_tensor_rank
-from sas_megatron.config.attention_backend import Device
-from sas_megatron.config.layer_pass import FLOAT32_BYTES, ActivationSpec
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.resolved_backend import resolve_backend
+from sas_megatron.costs.activation_spec import FLOAT32_BYTES, ActivationSpec
+from sas_megatron.costs.attention import build_attention_costs
+from sas_megatron.costs.attention_backend import Device, resolve_backend
+from sas_megatron.costs.head_sharding import count_attended_heads, count_local_heads
 
-# Of the numbers of tokens, and of a mask's elements.
+# Bytes of a token id, and of an element of a boolean mask.
 INDEX_BYTES, MASK_BYTES = 8, 1
 
 Terms = dict[str, int]
 
 
 def count_activation_bytes(config: RunConfig, *, device: Device, stage: int = 0) -> Terms:
-    """Bytes that a rank of a pipeline stage keeps of one microbatch, in all pieces of the stage.
+    """Return the bytes that a rank saves of one microbatch, in all model chunks of a pipeline stage.
 
-    The device decides which back end of the attention runs, and what is fused.
+    Args:
+        config: The run.
+        device: The device, which decides the implementation of core attention and what is fused.
+        stage: The pipeline stage.
 
     Raises:
-        FieldError: there is no such stage.
+        FieldError: the stage does not exist.
     """
-    return _added(_count_pieces(config, device, stage))
+    return _sum_terms(_count_chunks(config, device, stage))
 
 
 def count_peak_activation_bytes(
     config: RunConfig, *, device: Device, num_microbatches: int, stage: int = 0
 ) -> Terms:
-    """Bytes that a rank of a stage keeps when it keeps the most, in a step of `num_microbatches` on each
-    data rank: of as many as are in flight by 1F1B, plain or interleaved.
+    """Return the largest number of bytes that a rank of a pipeline stage saves during an optimizer step.
+
+    It is reached when the 1F1B schedule, plain or interleaved, has the most microbatches in flight.
+
+    Args:
+        config: The run.
+        device: The device, which decides the implementation of core attention and what is fused.
+        num_microbatches: Microbatches of a step on each data rank.
+        stage: The pipeline stage.
 
     Raises:
-        FieldError: there is no such stage.
+        FieldError: the stage does not exist.
     """
-    pieces = _count_pieces(config, device, stage)
-    sizes = [sum(terms.values()) for terms in pieces]
-    held = max(
+    chunks = _count_chunks(config, device, stage)
+    sizes = [sum(terms.values()) for terms in chunks]
+    peak = max(
         microbatches_in_flight(config, num_microbatches=num_microbatches, stage=stage),
         key=lambda counts: sum(count * size for count, size in zip(counts, sizes, strict=True)),
     )
-    return _added(
+    return _sum_terms(
         {name: count * size for name, size in terms.items()}
-        for count, terms in zip(held, pieces, strict=True)
+        for count, terms in zip(peak, chunks, strict=True)
     )
 
 
 def microbatches_in_flight(
     config: RunConfig, *, num_microbatches: int, stage: int = 0
 ) -> Iterator[tuple[int, ...]]:
-    """After each forward pass of a step, of each piece the microbatches that wait for their backward pass.
+    """Yield, after each forward pass of a step, the microbatches in flight in each model chunk of a stage.
 
-    Megatron-core's 1F1B: a stage runs ahead of its first backward pass by the stages behind it. Interleaved,
-    it takes the microbatches in rounds of as many as there are stages, all pieces of a round in order, and
-    runs ahead by (v-1)·p pieces and twice the stages behind it; backward the pieces come in reverse.
+    A microbatch is in flight between its forward and its backward pass. In Megatron-core's 1F1B schedule, a
+    stage is ahead of its first backward pass by the number of later stages. The interleaved schedule runs
+    the microbatches in rounds of p, the number of stages, with all model chunks of a round in order; a stage
+    is ahead by (v-1)·p chunks and twice the number of later stages, and runs backward in reverse order.
+
+    Args:
+        config: The run.
+        num_microbatches: Microbatches of a step on each data rank.
+        stage: The pipeline stage.
     """
-    stages, pieces = config.parallel.pipeline, config.parallel.virtual_pipeline
-    turn = config.parallel.microbatch_group_size
-    behind = stages - 1 - stage
-    ahead = behind if pieces == 1 else 2 * behind + (pieces - 1) * stages
-    held = [0] * pieces
-    for done in range(num_microbatches * pieces):
-        held[done // turn % pieces] += 1
-        yield tuple(held)
+    stages, num_chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    round_size = config.parallel.microbatch_group_size
+    later = stages - 1 - stage
+    ahead = later if num_chunks == 1 else 2 * later + (num_chunks - 1) * stages
+    in_flight = [0] * num_chunks
+    for done in range(num_microbatches * num_chunks):
+        in_flight[done // round_size % num_chunks] += 1
+        yield tuple(in_flight)
         if done >= ahead:
-            held[pieces - 1 - (done - ahead) // turn % pieces] -= 1
+            in_flight[num_chunks - 1 - (done - ahead) // round_size % num_chunks] -= 1
 
 
-def _count_pieces(config: RunConfig, device: Device, stage: int) -> list[Terms]:
-    """What each piece of a stage keeps of one microbatch."""
+def count_kv_cache_bytes(config: RunConfig, *, element_bytes: int = 2) -> Terms:
+    """Return the bytes that decoding caches per token in all layers, by term."""
+    elements = build_attention_costs(config.attention).count_kv_cache_elements()
+    return {name: config.model.num_layers * element_bytes * count for name, count in elements.items()}
+
+
+def _count_chunks(config: RunConfig, device: Device, stage: int) -> list[Terms]:
+    """Return the bytes saved of one microbatch for each model chunk of a stage."""
     config.parallel.check_stage(stage)
-    layer = _layer_pass(config, device)
+    spec = _activation_spec(config, device)
     return [
-        _count_piece(config, layer, stage=stage, piece=piece)
-        for piece in range(config.parallel.virtual_pipeline)
+        _count_chunk(config, spec, stage=stage, chunk=chunk)
+        for chunk in range(config.parallel.virtual_pipeline)
     ]
 
 
-def _count_piece(config: RunConfig, layer: ActivationSpec, *, stage: int, piece: int) -> Terms:
-    """Its layers, and what stands before the model's first and behind its last."""
+def _count_chunk(config: RunConfig, spec: ActivationSpec, *, stage: int, chunk: int) -> Terms:
     parallel, model = config.parallel, config.model
     num_layers = parallel.layers_of_stages(model.num_layers)[stage] // parallel.virtual_pipeline
-    in_full = 0
+    num_recomputed = 0
     if config.training.recompute == "full":
-        in_full = config.training.recompute_layers or num_layers
-    is_first = stage == 0 and piece == 0
-    is_last = stage == parallel.pipeline - 1 and piece == parallel.virtual_pipeline - 1
-    terms = _added(
+        num_recomputed = config.training.recompute_layers or num_layers
+    is_first = stage == 0 and chunk == 0
+    is_last = stage == parallel.pipeline - 1 and chunk == parallel.virtual_pipeline - 1
+    layer = _count_layer(config, spec)
+    terms = _sum_terms(
         [
-            {"embedding": _count_embedding(config, layer) if is_first else 0},
-            {name: (num_layers - in_full) * size for name, size in _count_layer(config, layer).items()},
-            {"layer_inputs": in_full * layer.own(model.hidden_size)},
-            _count_head(config, layer) if is_last else {},
+            {"embedding": _count_embedding(config, spec) if is_first else 0},
+            {name: (num_layers - num_recomputed) * size for name, size in layer.items()},
+            {"layer_inputs": num_recomputed * spec.local_bytes(model.hidden_size)},
+            _count_head(config, spec) if is_last else {},
         ]
     )
     return {name: size for name, size in terms.items() if size}
 
 
-def _layer_pass(config: RunConfig, device: Device) -> ActivationSpec:
+def _activation_spec(config: RunConfig, device: Device) -> ActivationSpec:
     attention, parallel = config.attention, config.parallel
     return ActivationSpec(
         batch=config.training.micro_batch_size,
@@ -131,54 +153,62 @@ def _layer_pass(config: RunConfig, device: Device) -> ActivationSpec:
         backend=resolve_backend(config, device=device),
         masked=config.data.reset_at_document_ends,
         recomputed=frozenset(config.recomputed_modules),
-        heads=heads_of_tensor_rank(attention, tensor=parallel.tensor),
-        attended_heads=attended_heads(attention, tensor=parallel.tensor, context=parallel.context),
+        heads=count_local_heads(attention, tensor=parallel.tensor),
+        attended_heads=count_attended_heads(attention, tensor=parallel.tensor, context=parallel.context),
         num_blocks=attention.num_blocks,
     )
 
 
-def _count_layer(config: RunConfig, layer: ActivationSpec) -> Terms:
+def _count_layer(config: RunConfig, spec: ActivationSpec) -> Terms:
     model = config.model
-    dropped = layer.dropped(layer.own_tokens * model.hidden_size) if model.hidden_dropout else 0
+    attention = build_attention_costs(config.attention)
     return {
-        "norms": 2 * layer.norm(model.hidden_size, model.normalization),
-        **config.attention.count_activation_bytes(model.hidden_size, layer),
-        "mlp": _count_mlp(config, layer),
-        "residual": 2 * dropped,
+        "norms": 2 * spec.norm_bytes(model.hidden_size, model.normalization),
+        **attention.count_activation_bytes(model.hidden_size, spec),
+        "mlp": _count_mlp(config, spec),
+        "residual": 2 * _count_hidden_dropout(config, spec),
     }
 
 
-def _count_mlp(config: RunConfig, layer: ActivationSpec) -> int:
-    """H of the input; swiglu: both halves of the first product, the gate, the other half, and the result;
-    gelu: what it is applied to, and the result. A GPU's fused swiglu keeps the halves and the result.
+def _count_hidden_dropout(config: RunConfig, spec: ActivationSpec) -> int:
+    model = config.model
+    if model.hidden_dropout == 0.0:
+        return 0
+    return spec.dropout_mask_bytes(spec.local_tokens * model.hidden_size)
+
+
+def _count_mlp(config: RunConfig, spec: ActivationSpec) -> int:
+    """Return the bytes of the input, and of the tensors that the activation function saves.
+
+    For gelu, these are its input and its result. For swiglu, they are both halves of the first product, the
+    activated gate, the other half, and the result; the fused swiglu on a GPU saves the halves and the result.
     """
     model = config.model
-    kept = layer.own(model.hidden_size)
-    if "mlp" in layer.recomputed:
-        return kept
-    widths = {"gelu": 2, "swiglu": 3 if layer.device == "gpu" else 5}[model.activation]
-    return kept + layer.whole(widths * model.ffn_hidden_size // layer.tensor)
+    saved = spec.local_bytes(model.hidden_size)
+    if "mlp" in spec.recomputed:
+        return saved
+    widths = {"gelu": 2, "swiglu": 3 if spec.device == "gpu" else 5}[model.activation]
+    return saved + spec.full_bytes(widths * model.ffn_hidden_size // spec.tensor)
 
 
-def _count_embedding(config: RunConfig, layer: ActivationSpec) -> int:
-    """Of tokens that a tensor rank looks up in its part of the table; one rank's are the batch's own."""
+def _count_embedding(config: RunConfig, spec: ActivationSpec) -> int:
+    """Return the bytes of indices and masks of a sharded table; a single rank saves only batch tensors."""
+    indices = spec.tokens * (INDEX_BYTES + MASK_BYTES) if spec.tensor > 1 else 0
+    return _count_hidden_dropout(config, spec) + indices
+
+
+def _count_head(config: RunConfig, spec: ActivationSpec) -> Terms:
+    """Return the final norm's bytes, and the output layer's input, float32 probabilities and labels."""
     model = config.model
-    dropped = layer.dropped(layer.own_tokens * model.hidden_size) if model.hidden_dropout else 0
-    return dropped + (layer.tokens * (INDEX_BYTES + MASK_BYTES) if layer.tensor > 1 else 0)
-
-
-def _count_head(config: RunConfig, layer: ActivationSpec) -> Terms:
-    """The final norm; the output layer's input, and of the loss probabilities in float32 and labels."""
-    model = config.model
-    probabilities = FLOAT32_BYTES * layer.tokens * model.padded_vocab_size // layer.tensor
-    labels = layer.tokens * (INDEX_BYTES + MASK_BYTES)
+    probabilities = FLOAT32_BYTES * spec.tokens * model.padded_vocab_size // spec.tensor
+    labels = spec.tokens * (INDEX_BYTES + MASK_BYTES)
     return {
-        "norms": layer.norm(model.hidden_size, model.normalization),
-        "head": layer.own(model.hidden_size) + probabilities + labels,
+        "norms": spec.norm_bytes(model.hidden_size, model.normalization),
+        "head": spec.local_bytes(model.hidden_size) + probabilities + labels,
     }
 
 
-def _added(parts: Iterable[Terms]) -> Terms:
+def _sum_terms(parts: Iterable[Terms]) -> Terms:
     total: Terms = {}
     for terms in parts:
         for name, size in terms.items():

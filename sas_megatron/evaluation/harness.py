@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.distributed.object_collectives import Call
 from sas_megatron.evaluation.generation import Completion
 from sas_megatron.evaluation.scoring import Passage, Scores

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from sas_megatron.attention.kv_cache import CachingAttention, KeyValueCache
+from sas_megatron.attention.kv_cache import KeyValueCache
+from sas_megatron.attention.layer import AttentionLayer
 from sas_megatron.checkpoint.restoring import open_checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.errors import FieldError
@@ -59,12 +60,12 @@ class TrainedModel:
             FieldError: The attention comes from another package and does not support a cache.
         """
         for layer in self._model.decoder.layers:
-            if not isinstance(layer.self_attention, CachingAttention):
+            if not isinstance(layer.self_attention, AttentionLayer):
                 raise FieldError(
                     "attention.kind",
                     self.config.attention.kind,
                     "has a layer without support for a key/value cache",
-                    "derive the layer from sas_megatron.attention.kv_cache.CachingSelfAttention",
+                    "derive the layer from sas_megatron.attention.layer.SelfAttentionLayer",
                 )
         return KeyValueCache(batch_size, max_tokens=max_tokens, device=self.topology.device)
 

@@ -1,1 +1,1 @@
-"""The GPT around the attention: assembly, initial weights, costs."""
+"""The GPT model: assembly, initial weights, loss."""

@@ -1,4 +1,4 @@
-"""A run's config -> a Megatron-core GPT with its attention variant, on this rank's part of the layout."""
+"""Builds a Megatron-core GPT from a run's config: this rank's model chunks, with the attention variant."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.topology import virtual_pipeline_size
 from sas_megatron.model.initialization import initialize_weights
@@ -26,17 +27,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = None) -> TransformerConfig:
-    """Megatron-core's view of the run's model and layout.
+    """Build Megatron-core's config of the run's model and layout.
 
     Args:
         config: The run.
-        dtype: Of weights and activations; None: as `training.precision` says.
+        dtype: Type of weights and activations; None for that of `training.precision`.
     """
     model, attention = config.model, config.attention
+    layer = resolve_layer(attention)
     dtype = dtype or DTYPES[config.training.precision]
     on_cuda = torch.cuda.is_available()
-    interleaved = config.parallel.virtual_pipeline > 1
-    transformer = attention.transformer_config_type()(
+    is_interleaved = config.parallel.virtual_pipeline > 1
+    transformer = layer.transformer_config_type(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -53,42 +55,50 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=config.parallel.tensor,
-        sequence_parallel=config.parallel.sequence,
-        context_parallel_size=config.parallel.context,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_size(config.parallel),
-        num_layers_in_first_pipeline_stage=config.parallel.first_stage_layers,
-        num_layers_in_last_pipeline_stage=config.parallel.last_stage_layers,
-        # Of what a stage has sent on, only where it came from is needed. (Sends of interleaved stages are
-        # not waited for, and gloo, unlike CUDA's streams, may not have read the memory yet.)
-        deallocate_pipeline_outputs=on_cuda or not interleaved,
-        # Megatron-core's fused element-wise functions; on CPU they would only be compiled in vain.
-        # Of GELU without a bias there is none.
+        # Megatron-core's fused element-wise functions; on a CPU they would be compiled without a benefit.
+        # There is none for GELU without a bias.
         bias_activation_fusion=on_cuda and (model.linear_bias or model.activation == "swiglu"),
         bias_dropout_fusion=on_cuda,
-        # One pass over queries and keys; a layer with positions of its own has none of it.
+        # One pass over queries and keys. A layer with its own rotary embedding does not support it.
         apply_rope_fusion=attention.uses_model_rotary,
-        # Needs an extension of Apex or TransformerEngine.
+        # Requires an extension of Apex or TransformerEngine.
         gradient_accumulation_fusion=False,
-        # Batched, two interleaved stages would take each other's activations for gradients: the sends
-        # of both directions go between the same two ranks. Apart, they go over two groups.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
+        **_layout_options(config, on_cuda=on_cuda, is_interleaved=is_interleaved),
         **_recompute_options(config),
-        **attention.transformer_options(),
+        **layer.transformer_options(attention),
     )
     if hasattr(transformer, "rotary_base"):
-        # A layer with positions of its own reads θ there, and so does the GPT in place of its argument.
+        # A layer with its own rotary embedding reads θ here, and the GPT does so instead of its argument.
         transformer.rotary_base = model.rotary_base
     if "simulation" in config.recomputed_modules:
-        # Ours: Megatron-core refuses names that it does not know, and reads the list no further.
+        # Added after construction, since Megatron-core rejects unknown names there. The SAS layer reads it.
         transformer.recompute_modules.append("simulation")
     return transformer
 
 
+def _layout_options(config: RunConfig, *, on_cuda: bool, is_interleaved: bool) -> dict[str, Any]:
+    """Return the section `parallel` as Megatron-core's fields."""
+    parallel = config.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "context_parallel_size": parallel.context,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": virtual_pipeline_size(parallel),
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
+        # After a stage has sent its output, only the autograd graph of it is needed. (Interleaved stages do
+        # not wait for sends, and gloo, unlike a CUDA stream, may not have read the memory yet.)
+        "deallocate_pipeline_outputs": on_cuda or not is_interleaved,
+        # In batched communication, two interleaved stages would confuse activations and gradients, since
+        # both directions connect the same two ranks. Unbatched, each direction has its own group.
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": not is_interleaved,
+    }
+
+
 def _recompute_options(config: RunConfig) -> dict[str, Any]:
-    """`training.recompute*` as Megatron-core's fields."""
+    """Return `training.recompute*` as Megatron-core's fields."""
     training = config.training
     if training.recompute == "none":
         return {}
@@ -104,16 +114,16 @@ def _recompute_options(config: RunConfig) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
-class BiasPassingLinear(RowParallelLinear):
-    """Megatron-core's row-parallel linear, whose bias survives that the MLP is recomputed.
+class RecomputableRowParallelLinear(RowParallelLinear):
+    """Megatron-core's row-parallel linear layer, which returns a copy-free view of its bias.
 
-    The MLP returns its last bias, for the residual branch to add. Recomputation makes what it returns
-    the result of an operation, in place; done to the parameter itself, as in 0.16.1, each backward
-    pass then runs those of all microbatches before, and ends in a deadlock.
+    The MLP returns its last bias, which the residual branch adds. Recomputing the MLP makes its results, in
+    place, results of an autograd operation. Done to the parameter itself, as in 0.16.1, each backward
+    pass then includes all previous microbatches' passes, and ends in a deadlock.
     """
 
     def forward(self, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the parent, with a tensor of its own that stands for the bias."""
+        """Compute the parent's result, with a view of the bias."""
         output, bias = super().forward(*args, **options)
         if bias is not None:
             bias = bias.view_as(bias) if torch.is_grad_enabled() else bias.detach()
@@ -121,17 +131,23 @@ class BiasPassingLinear(RowParallelLinear):
 
 
 def build_layer_spec(config: RunConfig) -> ModuleSpec:
-    """One transformer layer with the run's attention variant."""
+    """Build the spec of one transformer layer with the run's attention variant.
+
+    Raises:
+        FieldError: the attention's backend or kernel cannot run on this machine.
+    """
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=ReplicatedNorm,
-            self_attention=config.attention.build_spec(),
+            self_attention=resolve_layer(config.attention).build_spec(config.attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=ReplicatedNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=BiasPassingLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RecomputableRowParallelLinear
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -139,7 +155,7 @@ def build_layer_spec(config: RunConfig) -> ModuleSpec:
 
 
 def build_block_spec(config: RunConfig, *, num_layers: int | None = None) -> TransformerBlockSubmodules:
-    """`num_layers` layers, all if None, and the final norm (which the last stage has)."""
+    """Build the spec of `num_layers` layers (None for all), and of the final norm of the last stage."""
     layer = build_layer_spec(config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * (num_layers or config.model.num_layers), layer_norm=ReplicatedNorm
@@ -149,41 +165,41 @@ def build_block_spec(config: RunConfig, *, num_layers: int | None = None) -> Tra
 def build_gpt_chunks(
     config: RunConfig, *, dtype: torch.dtype | None = None, draws_weights: bool = True
 ) -> list[GPTModel]:
-    """This rank's part of the model, a GPT for each piece of its stage, drawn from `training.seed`.
+    """Build this rank's model chunks, initialized from `training.seed`.
 
-    The process groups must exist (`joined_topology`). Under any layout the parts join to the same
-    whole, weight for weight. Most layouts have one piece; interleaved stages several.
+    The process groups must exist (`joined_topology`). The full model has the same weights in every layout.
+    A rank has one model chunk, or several if pipeline stages are interleaved.
 
     Args:
         config: The run.
-        dtype: Of weights and activations; None: as `training.precision` says.
-        draws_weights: Off: the weights are left as memory happens to hold them, to be read from a file.
+        dtype: Type of weights and activations; None for that of `training.precision`.
+        draws_weights: Whether to initialize the weights; false if they will be loaded from a file.
     """
-    pieces = [_build_piece(config, piece, dtype) for piece in range(config.parallel.virtual_pipeline)]
-    for piece in pieces if draws_weights else []:
-        initialize_weights(piece, config)
-    return pieces
+    chunks = [_build_chunk(config, chunk, dtype) for chunk in range(config.parallel.virtual_pipeline)]
+    for chunk in chunks if draws_weights else []:
+        initialize_weights(chunk, config)
+    return chunks
 
 
-def _build_piece(config: RunConfig, piece: int, dtype: torch.dtype | None) -> GPTModel:
-    pieces = config.parallel.virtual_pipeline
-    virtual_stage = piece if pieces > 1 else None
+def _build_chunk(config: RunConfig, chunk: int, dtype: torch.dtype | None) -> GPTModel:
+    num_chunks = config.parallel.virtual_pipeline
+    virtual_stage = chunk if num_chunks > 1 else None
     stage = parallel_state.get_pipeline_model_parallel_rank()
     layers_of_stage = config.parallel.layers_of_stages(config.model.num_layers)[stage]
     model = GPTModel(
         config=build_transformer_config(config, dtype=dtype),
-        transformer_layer_spec=build_block_spec(config, num_layers=layers_of_stage // pieces),
+        transformer_layer_spec=build_block_spec(config, num_layers=layers_of_stage // num_chunks),
         vocab_size=config.model.padded_vocab_size,
         max_sequence_length=config.data.sequence_length,
-        pre_process=stage == 0 and piece == 0,
-        post_process=stage == config.parallel.pipeline - 1 and piece == pieces - 1,
+        pre_process=stage == 0 and chunk == 0,
+        post_process=stage == config.parallel.pipeline - 1 and chunk == num_chunks - 1,
         position_embedding_type="rope",
         rotary_base=config.model.rotary_base,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         vp_stage=virtual_stage,
     )
     if config.attention.uses_model_rotary:
-        # Megatron-core can rotate a part of kv_channels, but never more than it; SAS turns up to E > D.
+        # Megatron-core can rotate fewer features than kv_channels, but not more, as SAS does with E > D.
         model.rotary_pos_emb = RotaryEmbedding(
             kv_channels=config.attention.rotary_width,
             rotary_percent=1.0,

@@ -12,7 +12,7 @@ LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[s
 
 
 def token_losses(model: Any, batch: Batch) -> torch.Tensor:
-    """Losses by token [B, S] in float32; on a pipeline stage but the last, hidden states [S, B, H]."""
+    """Return each token's loss, [B, S] in float32; on all but the last stage, hidden states [S, B, H]."""
     losses: torch.Tensor = model(
         batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
     )
@@ -20,16 +20,16 @@ def token_losses(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
-    """Runs the model on the next microbatch.
+    """Run the model on the next microbatch.
 
     Returns:
-        What `token_losses` returns, and the function that adds losses up.
+        The result of `token_losses`, and a function that sums the losses.
     """
     batch = next(batches)
 
     def total_loss(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        # Sums, not means: Megatron-core divides by the tokens of the whole step, so that the loss
-        # does not depend on how samples are cut into microbatches and ranks.
+        # A sum rather than a mean: Megatron-core divides by the tokens of the full step, so the loss does not
+        # depend on how samples are divided into microbatches and ranks.
         mask = batch["loss_mask"]
         total = (losses_BS * mask).sum()
         num_tokens = mask.sum().to(torch.int)

@@ -1,12 +1,12 @@
-"""Any variant in Megatron-LM's own scripts: `--spec sas_megatron.model.megatron_lm layer_spec`.
+"""Any attention variant in Megatron-LM's own scripts: `--spec sas_megatron.model.megatron_lm layer_spec`.
 
-Which one, a run's config says, whose path is in SAS_MEGATRON_CONFIG when the scripts import this module:
+The environment variable SAS_MEGATRON_CONFIG names a run's config when the scripts import this module:
 
     SAS_MEGATRON_CONFIG=configs/125m/sas.yaml torchrun … pretrain_gpt.py \\
         --spec sas_megatron.model.megatron_lm layer_spec --num-attention-heads 12 --kv-channels 64 …
 
-Sizes stand in the command line there; a layer whose sizes are not those of the config is refused. Initial
-weights of the layers are the config's, at any layout.
+The sizes on the command line must equal the config's. The layers are initialized as the config
+describes, in any layout.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
@@ -26,12 +27,12 @@ from sas_megatron.model.assembly import build_layer_spec, build_transformer_conf
 from sas_megatron.model.initialization import initialize_layer
 
 CONFIG_VARIABLE = "SAS_MEGATRON_CONFIG"
-# Of Megatron-core's config, what the layer's shape depends on; options of the variant come on top.
+# The fields of Megatron-core's config that decide the layer's shape, in addition to the variant's options.
 SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
 
 class SpecifiedLayer(TransformerLayer):
-    """A transformer layer with the attention of a run's config, in a model that is built elsewhere."""
+    """A transformer layer with the attention of a run's config, in a model that Megatron-LM builds."""
 
     def __init__(
         self,
@@ -47,45 +48,48 @@ class SpecifiedLayer(TransformerLayer):
         initialize_layer(self, run_config)
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **options: Any) -> Any:
-        """As the parent.
+        """Run the parent's forward pass.
 
         Raises:
-            FieldError: the model turns another number of features than the attention is made for.
+            FieldError: the model's rotary embedding has a different width than the attention's config.
         """
         if rotary_pos_emb is not None and self.attention.uses_model_rotary:
-            width, turned = self.attention.rotary_width, rotary_pos_emb.shape[-1]
-            if turned != width:
+            width, model_width = self.attention.rotary_width, rotary_pos_emb.shape[-1]
+            if model_width != width:
                 raise FieldError(
                     "attention.rotary_dim",
                     width,
-                    f"is not what this model turns, {turned} features (--kv-channels × --rotary-percent)",
-                    f"set attention.rotary_dim={turned} in the config",
+                    f"must equal the {model_width} features that this model rotates "
+                    "(--kv-channels × --rotary-percent)",
+                    f"set attention.rotary_dim={model_width} in the config",
                 )
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **options)
 
 
 def _check_sizes(config: TransformerConfig, run_config: RunConfig) -> None:
-    """Raises `UserError` where the command line and the config differ.
+    """Raise `UserError` if the command line and the config differ.
 
-    Megatron-core makes the error anew from its text alone, to say which module was built.
+    Megatron-core constructs the error again from its text alone, to add which module it was building; a
+    `FieldError` does not support that.
     """
-    needed = run_config.attention.transformer_config_type()
+    layer = resolve_layer(run_config.attention)
+    needed = layer.transformer_config_type
     if not isinstance(config, needed):
         raise UserError(
-            f"attention.kind={run_config.attention.kind}: needs a {needed.__name__}, and the model has a "
-            f"{type(config).__name__}; give --multi-latent-attention"
+            f"attention.kind={run_config.attention.kind}: needs a {needed.__name__}, but the model has a "
+            f"{type(config).__name__}; add --multi-latent-attention"
         )
     expected = build_transformer_config(run_config)
-    for name in (*SIZES, *run_config.attention.transformer_options()):
+    for name in (*SIZES, *layer.transformer_options(run_config.attention)):
         value, stated = getattr(config, name), getattr(expected, name)
         if value != stated:
             raise UserError(
-                f"--{name.replace('_', '-')}={value}: is {stated} in {os.environ[CONFIG_VARIABLE]}; "
-                "let both say the same"
+                f"--{name.replace('_', '-')}={value}: must equal {stated} of "
+                f"{os.environ[CONFIG_VARIABLE]}; change one of them"
             )
 
 
-def _named_config() -> RunConfig:
+def _load_named_config() -> RunConfig:
     path = os.environ.get(CONFIG_VARIABLE)
     if path is None:
         raise FieldError(CONFIG_VARIABLE, "", "must name a run's config", "set it to a file in configs/")
@@ -93,7 +97,7 @@ def _named_config() -> RunConfig:
 
 
 def build_specified_layer(run_config: RunConfig) -> ModuleSpec:
-    """The spec of one layer with the run's attention, norms and MLP."""
+    """Build the spec of one layer with the run's attention, norms and MLP."""
     return ModuleSpec(
         module=SpecifiedLayer,
         params={"run_config": run_config},
@@ -101,4 +105,4 @@ def build_specified_layer(run_config: RunConfig) -> ModuleSpec:
     )
 
 
-layer_spec = build_specified_layer(_named_config())
+layer_spec = build_specified_layer(_load_named_config())

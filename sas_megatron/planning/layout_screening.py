@@ -15,7 +15,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.section import divisors
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.planning.hardware_file import Hardware
 
 # Recomputed share of the forward and backward time: all of the forward pass, or that of the core attention.

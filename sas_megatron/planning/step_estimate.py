@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_training_flops
+from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.workload import Operation, Workload
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.platform.launcher import is_rank0, join_seconds, launched_world_size, wait_for_listener
 from sas_megatron.preflight.finding import Finding, failure, fine
 from sas_megatron.preflight.network import check_host_name, check_interfaces, check_rendezvous

@@ -15,7 +15,10 @@ from typing import Any
 
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_kv_cache_bytes, count_parameters, count_training_flops
+from sas_megatron.costs.activations import count_kv_cache_bytes
+from sas_megatron.costs.attention import build_attention_costs
+from sas_megatron.costs.flops import count_training_flops
+from sas_megatron.costs.parameters import count_parameters
 
 # Matrix widths in multiples of 8 fill the tensor cores' tiles in 16-bit precision (NVIDIA's
 # "Matrix Multiplication Background" guide); each rank's share of the width should be one.
@@ -169,8 +172,10 @@ class _Search:
         attention = self.variant.attention
         changed = type(attention).model_validate(attention.model_dump(exclude_unset=True) | fields)
         layers = changes.get(DEPTH, self.variant.model.num_layers)
-        kept = layers * sum(changed.count_kv_cache_elements().values())
-        wanted = self.base.model.num_layers * sum(self.base.attention.count_kv_cache_elements().values())
+        kept = layers * sum(build_attention_costs(changed).count_kv_cache_elements().values())
+        wanted = self.base.model.num_layers * sum(
+            build_attention_costs(self.base.attention).count_kv_cache_elements().values()
+        )
         margin = max(2 * self.tolerance, 0.1)
         return abs(kept / wanted - 1) <= margin
 

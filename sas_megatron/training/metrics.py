@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_training_flops
+from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.training.health import HealthHistory
 
 
@@ -53,7 +53,7 @@ class Progress:
 class Throughput:
     """Converts samples and seconds into tokens, model FLOPs and rates.
 
-    Model FLOPs follow the conventions of `costs.model_costs`: the full attention matrix is counted, not its
+    Model FLOPs follow the conventions of `costs.flops`: the full attention matrix is counted, not its
     causal half, and recomputation is not counted.
 
     Args:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters, count_training_flops
+from sas_megatron.costs.flops import count_training_flops
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.data.token_files import load_manifest
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss

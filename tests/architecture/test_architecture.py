@@ -39,21 +39,13 @@ WITHOUT_TORCH = [
     ),
     *(
         PACKAGE / "attention" / name
-        for name in (
-            "__init__.py",
-            "gqa/__init__.py",
-            "gqa/config.py",
-            "mfa/__init__.py",
-            "mfa/config.py",
-            "mla/__init__.py",
-            "mla/config.py",
-            "sas/__init__.py",
-            "sas/activations.py",
-            "sas/config.py",
-            "sas/exchange_choice.py",
-            "shared_heads.py",
-            "tpa/__init__.py",
-            "tpa/config.py",
+        for name in ("__init__.py", "sas/kernel_choice.py", "sas/tensor_parallel.py")
+    ),
+    *(
+        path
+        for variant in ("gqa", "mfa", "mla", "sas", "tpa")
+        for path in (
+            PACKAGE / "attention" / variant / name for name in ("__init__.py", "config.py", "costs.py")
         )
     ),
 ]

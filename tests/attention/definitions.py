@@ -1,8 +1,8 @@
-"""Attention variants by their definitions, slow and obvious; for tests and nothing else.
+"""Slow, obvious reference implementations of the attention variants, for tests.
 
-Every step is written out from the paper's equations: of SAS, taps of the convolution one by one, every
-block of heads through the projection before averaging; softmax over a masked score matrix.
-Weights are named as in the layer, whole (not a tensor-parallel part).
+Every step follows the paper's equations. For SAS, the taps of the convolution are computed one by one, and
+every block of heads passes through the projection before the average. Softmax is over a masked score matrix.
+Weights are full tensors, named as in the layer.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from sas_megatron.config.attention import AttentionConfig
 Weights = Mapping[str, torch.Tensor]
 
 
-def simulate_heads(x_TCD: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
+def simulate_heads(x_TND: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
     """u[m, d] = b1[m] + Σ_n Σ_j W1[m, n, j]·x[n, d + j - (k-1)/2]; w = u + conv2(ReLU(u))."""
     prefix = f"simulation.heads.{name}."
-    u = _convolve(x_TCD, weights[prefix + "expand"], weights.get(prefix + "expand_bias"))
+    u = _convolve(x_TND, weights[prefix + "expand"], weights.get(prefix + "expand_bias"))
     return u + _convolve(u.clamp(min=0), weights[prefix + "refine"], weights.get(prefix + "refine_bias"))
 
 
-def _convolve(x_TCD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    tokens, _, width = x_TCD.shape
+def _convolve(x_TND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    tokens, _, width = x_TND.shape
     taps = weight.shape[2]
-    result = x_TCD.new_zeros(tokens, weight.shape[0], width)
+    result = x_TND.new_zeros(tokens, weight.shape[0], width)
     for tap in range(taps):
         shift = tap - (taps - 1) // 2
-        shifted = torch.zeros_like(x_TCD)
+        shifted = torch.zeros_like(x_TND)
         for feature in range(width):
             if 0 <= feature + shift < width:
-                shifted[:, :, feature] = x_TCD[:, :, feature + shift]
-        result = result + torch.einsum("mc,tcd->tmd", weight[:, :, tap], shifted)
+                shifted[:, :, feature] = x_TND[:, :, feature + shift]
+        result = result + torch.einsum("mn,tnd->tmd", weight[:, :, tap], shifted)
     return result if bias is None else result + bias[None, :, None]
 
 
@@ -58,7 +58,7 @@ def simulate_features(x_TMD: torch.Tensor, weights: Weights, name: str) -> torch
 
 
 def rotate(x_SBMD: torch.Tensor, rotary_dim: int, base: int = 10000) -> torch.Tensor:
-    """Rotary positions on the first `rotary_dim` features; pairs are a half apart; angles in float32."""
+    """Rotate the pairs (i, i + R/2) of the first R = `rotary_dim` features, with angles in float32."""
     positions = torch.arange(x_SBMD.shape[0], dtype=torch.float32)
     frequencies = 1.0 / (base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
     angles = torch.outer(positions, frequencies)
@@ -66,13 +66,13 @@ def rotate(x_SBMD: torch.Tensor, rotary_dim: int, base: int = 10000) -> torch.Te
         torch.cat([part, part], dim=-1)[:, None, None, :].to(x_SBMD.dtype)
         for part in (angles.cos(), angles.sin())
     )
-    turned, rest = x_SBMD[..., :rotary_dim], x_SBMD[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cosine + torch.cat([-second, first], dim=-1) * sine, rest], dim=-1)
+    rotary, rest = x_SBMD[..., :rotary_dim], x_SBMD[..., rotary_dim:]
+    first, second = rotary.chunk(2, dim=-1)
+    return torch.cat([rotary * cosine + torch.cat([-second, first], dim=-1) * sine, rest], dim=-1)
 
 
 def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.Tensor) -> torch.Tensor:
-    """Causal softmax attention head by head, scale 1/√E -> [S, B, M, D]."""
+    """Return causal softmax attention [S, B, M, D], computed head by head with scale 1/√E."""
     length, heads, width = query_SBME.shape[0], query_SBME.shape[2], query_SBME.shape[3]
     readers = heads // key_SBGE.shape[2]
     forbidden = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -107,9 +107,9 @@ def grouped_attention(
     if isinstance(config, SimulatedAttentionConfig):
         blocks = config.head_expansion
         switches = config.head_simulations()
-        for name, x_TCD in base.items():
+        for name, x_TND in base.items():
             base[name] = (
-                simulate_heads(x_TCD, weights, name) if name in switches else x_TCD.repeat(1, blocks, 1)
+                simulate_heads(x_TND, weights, name) if name in switches else x_TND.repeat(1, blocks, 1)
             )
         if config.simulate_features:
             for name in ("query", "key"):
@@ -125,7 +125,7 @@ def grouped_attention(
 def attend_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int
 ) -> list[torch.Tensor]:
-    """Attention of each block of simulated heads with that block's keys and values."""
+    """Return the attention of each block of simulated heads."""
     return [
         attend(q, k, v)
         for q, k, v in zip(
@@ -141,8 +141,8 @@ def latent_attention(
 
     c^KV = W^DKV·h, k^C = W^UK·c, v^C = W^UV·c, c^Q = W^DQ·h, q^C = W^UQ·c^Q, with RMSNorms on the latents;
     q^R = RoPE(W^QR·c^Q), k^R = RoPE(W^KR·h), one for all heads; [q^C; q^R]·[k^C; k^R] / √(D + R).
-    As in the layer, W^DKV and W^KR are the rows of one matrix; so are each head's W^UQ and W^QR, and its
-    W^UK and W^UV.
+    As in the layer, one matrix has the rows of W^DKV and W^KR, one has each head's W^UQ and W^QR, and one has
+    each head's W^UK and W^UV.
     """
     compressed = config.query_lora_rank is not None
     query_latent = hidden_SBH
@@ -177,25 +177,25 @@ def root_mean_square_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float 
 
 
 def rotate_neighbours(x_SBMR: torch.Tensor, base: int = 10000) -> torch.Tensor:
-    """Rotary positions on pairs of neighbours (2i, 2i + 1), as DeepSeek's and the layer's; angles in float32.
+    """Rotate the pairs (2i, 2i + 1), with angles in float32, as DeepSeek does.
 
-    The layer lays the turned pairs out as two halves, of queries and keys alike, so scores are the same.
+    The layer stores the rotated pairs as two halves, in queries and keys, which gives the same scores.
     """
     width = x_SBMR.shape[-1]
     positions = torch.arange(x_SBMR.shape[0], dtype=torch.float32)
-    turned = torch.empty_like(x_SBMR)
+    rotated = torch.empty_like(x_SBMR)
     for even in range(0, width, 2):
         frequency = 1.0 / (base ** (torch.tensor(even, dtype=torch.float32) / width))
         angle = (positions * frequency)[:, None, None]
         cosine, sine = angle.cos().to(x_SBMR.dtype), angle.sin().to(x_SBMR.dtype)
         first, second = x_SBMR[..., even], x_SBMR[..., even + 1]
-        turned[..., even] = first * cosine - second * sine
-        turned[..., even + 1] = first * sine + second * cosine
-    return turned
+        rotated[..., even] = first * cosine - second * sine
+        rotated[..., even + 1] = first * sine + second * cosine
+    return rotated
 
 
 def latent_weight_shapes(config: LatentAttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of the same layer's weights, by name."""
+    """Return the full shapes of the layer's weights, by name."""
     heads, latent, rank = config.num_heads, config.kv_lora_rank, config.query_lora_rank
     query_width = heads * (config.head_dim + config.rotary_head_dim)
     shapes: dict[str, tuple[int, ...]] = {
@@ -215,7 +215,7 @@ def latent_weight_shapes(config: LatentAttentionConfig, hidden_size: int) -> dic
 
 
 def grouped_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of the same layer's weights, by name."""
+    """Return the full shapes of the layer's weights, by name."""
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "linear_qkv.weight": ((heads + 2 * groups) * width, hidden_size),
@@ -240,32 +240,32 @@ def grouped_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str
 def tensor_product_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: TensorProductAttentionConfig
 ) -> torch.Tensor:
-    """T6: of each token Q = (1/R) Σ_r a_r(x) ⊗ b_r(x), likewise K and V; b of Q and K is rotated."""
+    """T6: Q = (1/R) Σ_r a_r(x) ⊗ b_r(x) for each token, K and V likewise; b of Q and K is rotated."""
     length, batch, _ = hidden_SBH.shape
     heads, width = config.num_heads, config.head_dim
-    made = {}
+    heads_by_name = {}
     for name in ("query", "key", "value"):
-        own = hidden_SBH @ weights[f"linear_qkv.heads.{name}"].T
+        of_heads = hidden_SBH @ weights[f"linear_qkv.heads.{name}"].T
         if name == "query" and not config.factorize_query:
-            made[name] = rotate(own.view(length, batch, heads, width), config.rotary_width)
+            heads_by_name[name] = rotate(of_heads.view(length, batch, heads, width), config.rotary_width)
             continue
         rank = {"query": config.query_rank or 6, "key": config.key_rank, "value": config.value_rank}[name]
-        a_SBNR = own.view(length, batch, heads, rank)
+        a_SBNR = of_heads.view(length, batch, heads, rank)
         b_SBRD = (hidden_SBH @ weights[f"linear_qkv.features.{name}"].T).view(length, batch, rank, width)
         if name != "value":
             b_SBRD = rotate(b_SBRD, config.rotary_width)
         total = hidden_SBH.new_zeros(length, batch, heads, width)
         for r in range(rank):
             total = total + torch.einsum("sbn,sbd->sbnd", a_SBNR[..., r], b_SBRD[:, :, r])
-        made[name] = total / rank
-    context = attend(made["query"], made["key"], made["value"])
+        heads_by_name[name] = total / rank
+    context = attend(heads_by_name["query"], heads_by_name["key"], heads_by_name["value"])
     return context.flatten(2) @ weights["linear_proj.weight"].T
 
 
 def tensor_product_weight_shapes(
     config: TensorProductAttentionConfig, hidden_size: int
 ) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of its weights, by name."""
+    """Return the full shapes of the layer's weights, by name."""
     heads, width = config.num_heads, config.head_dim
     ranks = {"query": config.query_rank or 6, "key": config.key_rank, "value": config.value_rank}
     shapes: dict[str, tuple[int, ...]] = {"linear_proj.weight": (hidden_size, heads * width)}
@@ -281,15 +281,15 @@ def tensor_product_weight_shapes(
 def factorized_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: FactorizedAttentionConfig
 ) -> torch.Tensor:
-    """MFA: q_h = norm(x·S)·U_h of every head h, and one k = x·W_k and v = x·W_v."""
+    """MFA: q_h = norm(x·S)·U_h for every head h, one k = x·W_k and one v = x·W_v."""
     length, batch, _ = hidden_SBH.shape
     rank, width = config.query_rank, config.head_dim
     shared = weights["linear_qkv.weight"]
-    low_SBC = hidden_SBH @ shared[:rank].T
-    # Of Megatron-core's default ε.
-    scale = torch.rsqrt(low_SBC.pow(2).mean(dim=-1, keepdim=True) + 1e-5)
-    low_SBC = low_SBC * scale * weights["linear_qkv.query_norm"]
-    query = (low_SBC @ weights["linear_query_up.weight"].T).view(length, batch, config.num_heads, width)
+    low_SBR = hidden_SBH @ shared[:rank].T
+    # Megatron-core's default ε.
+    scale = torch.rsqrt(low_SBR.pow(2).mean(dim=-1, keepdim=True) + 1e-5)
+    low_SBR = low_SBR * scale * weights["linear_qkv.query_norm"]
+    query = (low_SBR @ weights["linear_query_up.weight"].T).view(length, batch, config.num_heads, width)
     key = (hidden_SBH @ shared[rank : rank + width].T).unsqueeze(2)
     value = (hidden_SBH @ shared[rank + width :].T).unsqueeze(2)
     context = attend(rotate(query, config.rotary_width), rotate(key, config.rotary_width), value)
@@ -299,7 +299,7 @@ def factorized_attention(
 def factorized_weight_shapes(
     config: FactorizedAttentionConfig, hidden_size: int
 ) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of its weights, by name."""
+    """Return the full shapes of the layer's weights, by name."""
     features = config.num_heads * config.head_dim
     return {
         "linear_qkv.weight": (config.query_rank + 2 * config.head_dim, hidden_size),
@@ -311,7 +311,7 @@ def factorized_weight_shapes(
 
 @dataclass(frozen=True)
 class Definition:
-    """A variant's layer: hidden states [S, B, H] and whole weights -> [S, B, H]; and the weights it has."""
+    """A variant's layer, a function of hidden states [S, B, H] and full weights, and its weights' shapes."""
 
     self_attention: Callable[..., torch.Tensor]
     weight_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]

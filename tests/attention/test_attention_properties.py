@@ -1,4 +1,4 @@
-"""Properties that every variant has: causality, and dropout that knows the tensor group."""
+"""Properties of every variant: causality, its definition, and dropout that differs between tensor ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.attention.sas.aggregation import average_blocks
+from sas_megatron.attention.sas.simulated_attention import average_blocks
 from sas_megatron.config.parallel import ParallelConfig
 from tests import small_attentions as small
 from tests.attention import layer_case
@@ -30,7 +30,7 @@ VARIANTS: dict[str, small.Attention] = {
 
 
 def output_change(case: LayerCase, changed_token: int) -> torch.Tensor:
-    """Largest output change at each position when one token's input changes."""
+    """Return the largest change of the output at each position when one token's input changes."""
     in_layout(ParallelConfig())
     layer = layer_case.build_layer(case, 1)
     with torch.no_grad():
@@ -46,11 +46,11 @@ def output_change(case: LayerCase, changed_token: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", ["auto", "fused", "unfused"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_changed_token_changes_nothing_before_it(ranks: Any, variant: str, backend: str) -> None:
+def test_a_changed_token_affects_only_itself_and_later_tokens(ranks: Any, variant: str, backend: str) -> None:
     case = LayerCase.of(backend=backend, **VARIANTS[variant])
     [change] = ranks(1).run(output_change, case, 5)
     assert change[:5].max() == 0.0
-    assert (change[5:] > 0.0).all(), "the changed token must reach itself and what follows"
+    assert (change[5:] > 0.0).all(), "the changed token must affect itself and all later tokens"
 
 
 @pytest.mark.parametrize("variant", [name for name, fields in VARIANTS.items() if fields["kind"] != "sas"])
@@ -71,7 +71,7 @@ def test_baselines_compute_their_definition_at_any_number_of_ranks(
 
 
 def attention_weights_dropped(tensor: int, seed: int) -> torch.Tensor:
-    """Which of equal attention weights survive dropout on this rank: the output shows it."""
+    """Return the output of equal attention weights with dropout, which shows the dropped weights."""
     from sas_megatron.attention.core import CoreAttention
     from sas_megatron.config.attention import parse_attention
 

@@ -1,4 +1,4 @@
-"""Context parallelism changes no variant's function: outputs and every gradient against one process."""
+"""Context ranks compute each variant's definition: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ CASES = {
     **{f"{name} C=4": (fields, 1, 4, False) for name, fields in VARIANTS.items()},
     **{f"{name} P=2 C=2": (fields, 2, 2, False) for name, fields in VARIANTS.items()},
     **{f"{name} P=2 C=2 sequence": (fields, 2, 2, True) for name, fields in VARIANTS.items()},
-    # Keys too few to be shared by block, and by rank: as they come, and as copies.
+    # Too few keys to shard blocks, or to shard at all: sharded in their order, and copied.
     "sas multi-query C=2": ({**VARIANTS["sas"], "num_kv_heads": 1, "head_expansion": 2}, 1, 2, False),
     "sas multi-query C=4": ({**VARIANTS["sas"], "num_kv_heads": 1, "head_expansion": 2}, 1, 4, False),
-    # Two base heads shared by four ranks: simulated heads go further than base heads.
+    # Two base heads on four ranks: there are enough simulated heads.
     "sas C=4 > N": (SAS_OVER_HEADS, 1, 4, False),
 }
 
-# With two tensor ranks a kind's variants take sequence parallelism in turn; with four context ranks one
-# variant of each way to share heads out stays in the default run.
+# By default, each variant runs on two tensor ranks with or without sequence parallelism, and one variant of
+# each way to shard heads on four context ranks.
 LEFT_TO_ALL = (
     "mha P=2 C=2",
     "gqa P=2 C=2 sequence",
@@ -52,7 +52,7 @@ LEFT_TO_ALL = (
 )
 
 
-# By layout, so that each one's groups are made once.
+# Ordered by layout, so that process groups are created once per layout.
 @pytest.mark.parametrize("name", cases(CASES, default=CASES.keys() - set(LEFT_TO_ALL)))
 def test_context_ranks_compute_the_definition(ranks: Any, name: str) -> None:
     fields, tensor, context, sequence = CASES[name]
@@ -66,7 +66,7 @@ def test_context_ranks_compute_the_definition(ranks: Any, name: str) -> None:
         assert_near(actual.gradients[parameter], gradient, case.dtype, f"gradient of {parameter}")
 
 
-def test_heads_that_context_ranks_cannot_share_are_refused() -> None:
+def test_a_number_of_context_ranks_that_does_not_divide_the_heads_is_rejected() -> None:
     case = LayerCase.of(**VARIANTS["mha"])
     with pytest.raises(
         FieldError, match=r"parallel\.context=4: must divide the 2 heads .*; use one of \[1, 2\]"
@@ -76,7 +76,7 @@ def test_heads_that_context_ranks_cannot_share_are_refused() -> None:
 
 
 def bytes_over_context(case: LayerCase, context: int) -> tuple[float, float]:
-    """On a rank: what it sends over the context group, forward and backward."""
+    """Return the bytes that this rank sends over the context group, forward and backward."""
     from sas_megatron.distributed.communication_counter import CommunicationCounter
 
     topology = in_layout(ParallelConfig(context=context))
@@ -95,21 +95,21 @@ def bytes_over_context(case: LayerCase, context: int) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("fields", "context", "width"),
     [
-        # r(N+G)E + rGD for queries, keys and values; back comes N·D where a rank has whole columns of blocks.
+        # r(N+G)E + rGD for queries, keys and values; N·D of the result if a rank has all blocks of its heads.
         ({"num_heads": 4}, 2, 2 * (4 + 4) * 10 + 2 * 4 * 6 + 4 * 6),
         ({"num_heads": 4, "num_kv_heads": 2}, 2, 2 * (4 + 2) * 10 + 2 * 2 * 6 + 4 * 6),
-        # More ranks than base heads: r·N·D comes back.
+        # More ranks than base heads: r·N·D of the result.
         ({"num_heads": 2}, 4, 2 * (2 + 2) * 10 + 2 * 2 * 6 + 2 * 2 * 6),
-        # Multi-query: each query head brings copies of the r key heads.
+        # Multi-query: each query head is sent with copies of the r key heads.
         ({"num_heads": 4, "num_kv_heads": 1}, 4, 2 * (4 + 4) * 10 + 2 * 4 * 6 + 4 * 6),
     ],
 )
-def test_context_ranks_send_what_the_formula_says(
+def test_context_ranks_send_the_bytes_of_the_formula(
     ranks: Any, fields: dict[str, int], context: int, width: int
 ) -> None:
     case = LayerCase.of(dtype=torch.float32, **{**SAS_OVER_HEADS, **fields})
-    tokens_of_rank = layer_case.LENGTH // context * layer_case.BATCH
-    expected = (context - 1) / context * tokens_of_rank * width * 4
+    local_tokens = layer_case.LENGTH // context * layer_case.BATCH
+    expected = (context - 1) / context * local_tokens * width * 4
     assert (
         ranks(context).run(bytes_over_context, case, context)
         == [pytest.approx((expected, expected))] * context

@@ -1,4 +1,4 @@
-"""The core attention's back ends compute the same, forward and backward; chunks are used where they fit."""
+"""The backends of core attention agree, forward and backward; chunks are used where they are supported."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.attention.chunked import attend_chunked, suits_chunks
-from sas_megatron.attention.core import _attend_by_cudnn, _attend_unfused
-from sas_megatron.config.attention_backend import LONGEST_CHUNKED_SEQUENCE
+from sas_megatron.attention.chunked import attend_chunked, supports_chunks
+from sas_megatron.attention.core import AttentionBackend
+from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.config.errors import FieldError
+from sas_megatron.costs.attention_backend import LONGEST_CHUNKED_SEQUENCE
 from tests import small_attentions as small
 from tests.attention import definitions
 from tests.attention.layer_case import drawn
@@ -20,7 +21,7 @@ from tests.tolerances import assert_near
 
 
 def inputs(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Query, key [S, B, M, E] and value [S, B, M, D]."""
+    """Return query and key [S, B, M, E], and value [S, B, M, D]."""
     shapes = {"query": (length, 2, 3, 10), "key": (length, 2, 3, 10), "value": (length, 2, 3, 7)}
     return [drawn(name, shape, dtype, scale=1.0).requires_grad_() for name, shape in shapes.items()]
 
@@ -42,7 +43,7 @@ def test_chunks_of_queries_compute_causal_attention(length: int) -> None:
 
 
 def test_chunks_read_no_uninitialized_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.use_deterministic_algorithms(True)  # fills what is not initialized with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
     try:
         leaves = inputs(130, torch.float32)
         query, key, value = (x.permute(1, 2, 0, 3) for x in leaves)
@@ -52,20 +53,20 @@ def test_chunks_read_no_uninitialized_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
 
 
-def test_chunks_serve_only_what_they_compute() -> None:
+def test_chunks_are_used_only_for_supported_inputs() -> None:
     query, key, _ = (x.permute(1, 2, 0, 3) for x in inputs(20, torch.float32))
-    assert suits_chunks(query, key, causal=True, dropout=0.0)
-    assert not suits_chunks(query, key, causal=False, dropout=0.0)
-    assert not suits_chunks(query, key, causal=True, dropout=0.1)
-    assert not suits_chunks(query.bfloat16(), key.bfloat16(), causal=True, dropout=0.0)
-    assert not suits_chunks(query, key[:, :1], causal=True, dropout=0.0), "grouped heads"
-    assert not suits_chunks(query[:, :, :5], key, causal=True, dropout=0.0), "fewer queries than keys"
+    assert supports_chunks(query, key, causal=True, dropout=0.0)
+    assert not supports_chunks(query, key, causal=False, dropout=0.0)
+    assert not supports_chunks(query, key, causal=True, dropout=0.1)
+    assert not supports_chunks(query.bfloat16(), key.bfloat16(), causal=True, dropout=0.0)
+    assert not supports_chunks(query, key[:, :1], causal=True, dropout=0.0), "grouped heads"
+    assert not supports_chunks(query[:, :, :5], key, causal=True, dropout=0.0), "fewer queries than keys"
     long = torch.empty(1, 1, LONGEST_CHUNKED_SEQUENCE + 1, 2)
-    assert not suits_chunks(long, long, causal=True, dropout=0.0)
+    assert not supports_chunks(long, long, causal=True, dropout=0.0)
 
 
 @pytest.mark.parametrize("fields", [small.MHA, small.MLA, small.MFA, small.TPA, small.SAS], ids=str)
-def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built(
+def test_cudnn_without_a_gpu_is_rejected_before_a_layer_is_built(
     fields: small.Attention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -74,7 +75,7 @@ def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built(
         attention |= {"rotary_head_dim": 8}
     variant = small_config(attention=attention, training={"precision": "bfloat16"}).attention
     with pytest.raises(FieldError, match=r"^attention.backend=cudnn: needs a CUDA device; use auto$"):
-        variant.build_spec()
+        resolve_layer(variant).build_spec(variant)
 
 
 @pytest.mark.parametrize(
@@ -83,13 +84,13 @@ def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built(
         (
             {"kind": "mha", "head_dim": 12},
             "bfloat16",
-            "takes features in eights, and queries and keys have 12 of them, values 12; "
+            "needs multiples of 8 features, but queries and keys have 12, values 12; "
             "use auto, or multiples of 8",
         ),
         (
             {"kind": "sas", "head_dim": 4, "simulated_head_dim": 8},
             "bfloat16",
-            "takes features in eights, and queries and keys have 8 of them, values 4; "
+            "needs multiples of 8 features, but queries and keys have 8, values 4; "
             "use auto, or multiples of 8",
         ),
         (
@@ -100,7 +101,7 @@ def test_cudnn_without_a_gpu_is_refused_before_a_layer_is_built(
     ],
     ids=["keys", "values", "float32"],
 )
-def test_what_cudnn_does_not_compute_is_refused_in_the_config(
+def test_sizes_and_types_without_cudnn_support_are_rejected_in_the_config(
     fields: dict[str, Any], precision: str, rule: str
 ) -> None:
     with pytest.raises(FieldError, match=f"^{re.escape(f'attention.backend=cudnn: {rule}')}$"):
@@ -111,15 +112,16 @@ def test_what_cudnn_does_not_compute_is_refused_in_the_config(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention needs a CUDA device")
 @pytest.mark.parametrize("length", [1, 65])
-def test_cudnn_attends_with_values_as_narrow_as_they_are(length: int) -> None:
+def test_cudnn_supports_values_narrower_than_keys(length: int) -> None:
     shapes = {"query": (2, 6, length, 24), "key": (2, 3, length, 24), "value": (2, 3, length, 16)}
     results = []
-    for attend, dtype in ((_attend_by_cudnn, torch.bfloat16), (_attend_unfused, torch.float64)):
+    for name, dtype in (("cudnn", torch.bfloat16), ("unfused", torch.float64)):
+        backend = AttentionBackend(name, scale=24**-0.5)
         leaves = [
             drawn(name, shape, torch.bfloat16, scale=1.0).to("cuda", dtype).requires_grad_()
             for name, shape in shapes.items()
         ]
-        context = attend(*leaves, allowed=None, causal=True, dropout=0.0, scale=24**-0.5)[..., :16]
+        context = backend.attend(*leaves)[..., :16]
         outer = drawn("gradient", context.shape, torch.bfloat16).to("cuda", dtype)
         results.append([context, *torch.autograd.grad(context, leaves, outer)])
     for what, mine, theirs in zip(("context", *shapes), *results, strict=True):

@@ -1,4 +1,4 @@
-"""Attention on factored projections, over tensor ranks, against its definition; and what it keeps."""
+"""Layers with factored projections compute their definition on tensor ranks, and have the published costs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sas_megatron.config.attention import parse_attention
+from sas_megatron.costs.attention import build_attention_costs
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
 from tests.attention.test_simulated_layer import check
@@ -36,9 +37,9 @@ OPERATORS: dict[str, dict[str, Any]] = {
 }
 
 
-# In the default run each operator on one rank, and on two and four with and without sequence parallelism in
-# turn; the first of each kind in every layout.
-EVERYWHERE = ("tpa", "mfa")
+# By default, each operator runs on one rank, and on two or four ranks with and without sequence parallelism.
+# The first operator of each kind runs in every layout.
+IN_EVERY_LAYOUT = ("tpa", "mfa")
 TENSOR_OF_SEQUENCE = {
     operator: {True: 2, False: 4} if index % 2 else {True: 4, False: 2}
     for index, operator in enumerate(OPERATORS)
@@ -46,7 +47,7 @@ TENSOR_OF_SEQUENCE = {
 
 
 def in_default_run(tensor: int, sequence: bool, operator: str) -> bool:
-    return tensor == 1 or operator in EVERYWHERE or TENSOR_OF_SEQUENCE[operator][sequence] == tensor
+    return tensor == 1 or operator in IN_EVERY_LAYOUT or TENSOR_OF_SEQUENCE[operator][sequence] == tensor
 
 
 @pytest.mark.parametrize(
@@ -88,33 +89,38 @@ def _without(missing: str, case: LayerCase, tensor: int) -> Any:
 
 
 @pytest.mark.parametrize("operator", ["tpa", "mfa"])
-def test_leaving_out_a_sum_over_the_ranks_is_noticed(ranks: Any, operator: str) -> None:
+def test_a_missing_sum_over_ranks_is_detected(ranks: Any, operator: str) -> None:
     for sequence, missing in ((True, "sum_gradients_over"), (False, "copy_to_tensor_model_parallel_region")):
         case = LayerCase.of(sequence_parallel=sequence, **OPERATORS[operator])
-        with pytest.raises(AssertionError, match=r"differs between rank|has another input gradient"):
+        with pytest.raises(AssertionError, match=r"differs between rank|has a different input gradient"):
             layer_case.joined(case, ranks(2).run(_without, missing, case, 2))
 
 
 def test_tensor_products_have_the_published_parameters_and_cache() -> None:
-    """arXiv 2501.06425, table 1: d(R_q + R_k + R_v)(h + d_h) + d·h·d_h, and (R_k + R_v)(h + d_h) kept."""
+    """arXiv 2501.06425, table 1: d(R_q + R_k + R_v)(h + d_h) + d·h·d_h, and (R_k + R_v)(h + d_h) cached."""
     hidden, heads, width = 48, 4, 10
     attention = parse_attention(tpa(head_dim=width, query_rank=5, key_rank=2, value_rank=3))
-    parameters = attention.count_parameters(hidden, linear_bias=False)
+    parameters = build_attention_costs(attention).count_parameters(hidden, linear_bias=False)
     assert sum(parameters.values()) == hidden * (5 + 2 + 3) * (heads + width) + hidden * heads * width
-    assert attention.count_kv_cache_elements() == {"keys": 2 * (heads + width), "values": 3 * (heads + width)}
+    assert build_attention_costs(attention).count_kv_cache_elements() == {
+        "keys": 2 * (heads + width),
+        "values": 3 * (heads + width),
+    }
 
 
 def test_factorization_has_the_published_parameters_and_cache() -> None:
-    """arXiv 2412.19255: query down and up, one key and value head, output; 2·d kept."""
+    """arXiv 2412.19255: query down and up, one key and value head, output; 2·d cached."""
     hidden, heads, width, rank = 48, 6, 10, 13
     attention = parse_attention(mfa(num_heads=heads, head_dim=width, query_rank=rank))
-    parameters = attention.count_parameters(hidden, linear_bias=False)
+    parameters = build_attention_costs(attention).count_parameters(hidden, linear_bias=False)
     query = hidden * rank + rank + rank * heads * width
     assert sum(parameters.values()) == query + 2 * hidden * width + heads * width * hidden
-    assert attention.count_kv_cache_elements() == {"keys": width, "values": width}
+    assert build_attention_costs(attention).count_kv_cache_elements() == {"keys": width, "values": width}
 
 
-def test_queries_without_factors_have_a_projection_of_their_own() -> None:
-    factorized = parse_attention(tpa()).count_parameters(48, linear_bias=False)
-    plain = parse_attention(tpa(factorize_query=False)).count_parameters(48, linear_bias=False)
+def test_queries_without_factors_have_an_ordinary_projection() -> None:
+    factorized = build_attention_costs(parse_attention(tpa())).count_parameters(48, linear_bias=False)
+    plain = build_attention_costs(parse_attention(tpa(factorize_query=False))).count_parameters(
+        48, linear_bias=False
+    )
     assert plain["qkv"] - factorized["qkv"] == 48 * (4 * 6 - 6 * (4 + 6))

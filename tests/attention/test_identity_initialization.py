@@ -1,4 +1,4 @@
-"""Identity initialization: SAS starts as Megatron-core's own attention, and does not stay it."""
+"""Identity initialization: SAS starts as Megatron-core's attention, and differs from it after training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAS = {
 
 
 def megatron_layer(num_kv_heads: int) -> torch.nn.Module:
-    """Megatron-core's `SelfAttention` with its own unfused core attention; nothing of ours."""
+    """Build Megatron-core's `SelfAttention` with its own unfused core attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,8 +47,8 @@ def megatron_layer(num_kv_heads: int) -> torch.nn.Module:
 
 
 def initialized_layer(num_kv_heads: int) -> torch.nn.Module:
-    """SAS with identity initialization and the shared projections."""
-    from sas_megatron.attention.sas.residual_map import ResidualMap
+    """Build SAS with identity initialization."""
+    from sas_megatron.attention.sas.simulated_attention import ResidualMap
     from sas_megatron.model.initialization import parameter_generator
 
     case = LayerCase.of(num_kv_heads=num_kv_heads, **SAS)
@@ -96,7 +96,7 @@ def test_identity_equals_megatrons_self_attention_forward_and_backward(ranks: An
 
 
 def trained_layer() -> dict[str, torch.Tensor]:
-    """20 steps of gradient descent toward a fixed random target."""
+    """Train 20 steps toward a fixed random target, and return the heads."""
     in_layout(ParallelConfig())
     layer = initialized_layer(2)
     share_projections(layer)
@@ -108,7 +108,7 @@ def trained_layer() -> dict[str, torch.Tensor]:
         output, _ = layer(layer_case.layer_input(torch.float64), None, rotary_pos_emb=rotary)
         (output - target).square().mean().backward()
         optimizer.step()
-    query, key, value = layer.get_query_key_value_tensors(layer_case.layer_input(torch.float64))
+    query, key, value = layer.project(layer_case.layer_input(torch.float64), None, is_decoding=False)
     return {"query": query.detach(), "key": key.detach(), "value": value.detach()}
 
 

@@ -1,4 +1,4 @@
-"""`attention.kernel=auto` takes what the hardware and the shapes allow, and says why."""
+"""`attention.kernel=auto` selects the kernels that hardware and sizes allow, and logs the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from sas_megatron.attention.sas import simulation_kernels
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.kernel_choice import reason_not_to_fit, reason_not_to_fuse
+from sas_megatron.attention.sas.kernel_choice import find_misfit, find_unfused_reason
+from sas_megatron.attention.sas.layer import SimulatedSelfAttention
 from sas_megatron.attention.sas.simulation_kernels import (
     FusedKernels,
     PlainKernels,
@@ -29,26 +30,26 @@ def sas(**fields: Any) -> SimulatedAttentionConfig:
 
 
 @pytest.fixture(autouse=True)
-def _each_choice_is_new() -> Iterator[None]:
+def _forget_logged_choices() -> Iterator[None]:
     simulation_kernels._log_choice.cache_clear()
     yield
     simulation_kernels._log_choice.cache_clear()
 
 
-def test_auto_fuses_in_bfloat16_on_a_gpu_and_nowhere_else() -> None:
-    assert reason_not_to_fuse(sas(), device="gpu", element_bytes=2) is None
-    assert reason_not_to_fuse(sas(), device="cpu", element_bytes=2) == "the fused kernels need a CUDA device"
+def test_auto_selects_fused_kernels_only_in_bfloat16_on_a_gpu() -> None:
+    assert find_unfused_reason(sas(), device="gpu", element_bytes=2) is None
+    assert find_unfused_reason(sas(), device="cpu", element_bytes=2) == "the fused kernels need a CUDA device"
     assert (
-        reason_not_to_fuse(sas(), device="gpu", element_bytes=4) == "the fused kernels are made for bfloat16"
+        find_unfused_reason(sas(), device="gpu", element_bytes=4) == "the fused kernels are made for bfloat16"
     )
 
 
-def test_the_configs_that_we_ship_fit_on_chip() -> None:
+def test_shipped_configs_fit_in_shared_memory() -> None:
     shipped = [load_run_config(path).attention for path in sorted(shipped_configs().rglob("sas*.yaml"))]
     assert len(shipped) > 4
     for attention in shipped:
         assert isinstance(attention, SimulatedAttentionConfig)
-        assert reason_not_to_fit(attention) is None, attention
+        assert find_misfit(attention) is None, attention
 
 
 @pytest.mark.parametrize(
@@ -58,10 +59,10 @@ def test_the_configs_that_we_ship_fit_on_chip() -> None:
         ({"head_dim": 256, "simulated_head_dim": 256}, "feature simulation"),
     ],
 )
-def test_what_does_not_fit_on_chip_is_left_to_torch(fields: dict[str, Any], what: str) -> None:
-    reason = reason_not_to_fuse(sas(**fields), device="gpu", element_bytes=2)
+def test_sizes_that_exceed_shared_memory_run_in_torch(fields: dict[str, Any], what: str) -> None:
+    reason = find_unfused_reason(sas(**fields), device="gpu", element_bytes=2)
     assert reason is not None
-    assert re.fullmatch(f"the fused {what} would need \\d+ KiB of shared memory and there are 227", reason)
+    assert re.fullmatch(f"the fused {what} needs \\d+ KiB of shared memory, of which there are 227", reason)
     with pytest.raises(FieldError, match=f"^attention.kernel=fused: cannot run here, since the fused {what}"):
         check_kernel(sas(kernel="fused", **fields))
 
@@ -75,7 +76,7 @@ def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixt
     assert record.getMessage() == "attention.kernel=auto: plain, since the fused kernels need a CUDA device"
 
 
-def test_a_choice_that_is_made_is_kept_in_silence_or_refused(
+def test_a_configured_kernel_is_used_without_a_log_line_or_rejected(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
@@ -90,9 +91,9 @@ def test_a_choice_that_is_made_is_kept_in_silence_or_refused(
     assert not caplog.records
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(FieldError, match=r"since the fused kernels need a CUDA device; use auto or plain$"):
-        sas(kernel="fused").build_spec()
+        SimulatedSelfAttention.build_spec(sas(kernel="fused"))
 
 
-def test_sums_in_float32_are_not_passed_off_as_float64() -> None:
-    with pytest.raises(NotImplementedError, match="add up in float32"):
+def test_fused_kernels_reject_float64() -> None:
+    with pytest.raises(NotImplementedError, match="accumulate in float32"):
         build_simulation_kernels(sas(kernel="fused"), dtype=torch.float64)

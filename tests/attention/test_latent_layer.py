@@ -1,4 +1,4 @@
-"""What latent attention takes from the config around it: θ, the scale of the scores, the kind of norm."""
+"""Latent attention uses the config's θ, the scale of D + R features, and RMSNorm for its latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MLA = VARIANTS["mla"]
 
 
 def built_layer(model_fields: dict[str, Any]) -> dict[str, Any]:
-    """On a rank: the rotary frequencies, the scale and the norms of the first layer's attention."""
+    """Return the rotary frequencies, the scale and the norms of the first layer's attention, on a rank."""
     from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(ParallelConfig())
@@ -25,24 +25,24 @@ def built_layer(model_fields: dict[str, Any]) -> dict[str, Any]:
     attention = model.decoder.layers[0].self_attention
     return {
         "frequencies": attention.rotary_pos_emb.inv_freq,
-        "scale": attention.core_attention.scale,
+        "scale": attention.core_attention.backend.scale,
         "norms": {type(attention.q_layernorm).__name__, type(attention.kv_layernorm).__name__},
         "epsilons": {attention.q_layernorm.eps, attention.kv_layernorm.eps},
     }
 
 
 @pytest.mark.parametrize("base", [10000, 500])
-def test_positions_turn_by_the_models_base(ranks: Any, base: int) -> None:
+def test_rotary_frequencies_have_the_models_base(ranks: Any, base: int) -> None:
     (layer,) = ranks(1).run(built_layer, {"rotary_base": base})
     assert torch.allclose(layer["frequencies"], base ** (-torch.arange(0, 6, 2) / 6))
 
 
-def test_scores_are_scaled_by_the_whole_width_of_queries(ranks: Any) -> None:
+def test_scores_are_scaled_by_the_full_width_of_queries(ranks: Any) -> None:
     (layer,) = ranks(1).run(built_layer, {})
     assert layer["scale"] == pytest.approx(1 / math.sqrt(5 + 6))
 
 
-def test_latents_have_the_papers_norm_whatever_the_models_is(ranks: Any) -> None:
+def test_latents_have_rmsnorm_for_any_norm_of_the_model(ranks: Any) -> None:
     (layer,) = ranks(1).run(built_layer, {"normalization": "layernorm", "norm_epsilon": 1e-3})
     assert layer["norms"] == {"RMSNorm"}
     assert layer["epsilons"] == {1e-3}

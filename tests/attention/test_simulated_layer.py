@@ -1,4 +1,4 @@
-"""The SAS layer against its definition: outputs, input gradients and every parameter's gradient."""
+"""The SAS layer computes its definition: outputs, input gradients and every parameter's gradient."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sas(**fields: Any) -> dict[str, Any]:
     return {"kind": "sas", "head_dim": 6, "head_expansion": 2, "simulated_head_dim": 10, **fields}
 
 
-# The operator's switches, each at least once, over N = 4, 6 and 12, grouped and multi-query heads.
+# Each option of the operator at least once, with N = 4, 6 and 12, and grouped and multi-query heads.
 OPERATORS: dict[str, dict[str, Any]] = {
     "plain": sas(num_heads=4),
     "wide kernel": sas(num_heads=4, kernel_size=5),
@@ -50,8 +50,8 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "fused": sas(num_heads=4, backend="fused"),
 }
 
-# Layouts of the default run: tensor ranks, exchange, sequence parallelism. The three ways to share key and
-# value heads out take every layout; the other switches those that they interact with, the axes in turn.
+# Layouts of the default run: tensor ranks, exchange, sequence parallelism. The three ways to shard key and
+# value heads run in every layout; the other options in the layouts that they interact with.
 EVERY_LAYOUT = tuple(itertools.product((2, 4), BOTH, (False, True)))
 DEFAULT_LAYOUTS: dict[str, tuple[tuple[int, str, bool], ...]] = {
     "plain": EVERY_LAYOUT,
@@ -94,7 +94,7 @@ def check(ranks: Any, case: LayerCase, tensor: int) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_one_rank_computes_the_definition(ranks: Any, operator: str) -> None:
-    # The exchange is not part of the function, so the definition is shared with the tests below.
+    # The exchange does not change the function, so the definition is cached for the tests below.
     check(ranks, LayerCase.of(exchange="gather", **OPERATORS[operator]), 1)
 
 
@@ -129,7 +129,7 @@ def test_lower_precision_stays_within_the_table(
     check(ranks, LayerCase.of(dtype=dtype, exchange=exchange, **OPERATORS["grouped"]), tensor)
 
 
-# Each of the default cases takes other calls of the kernels; tests/attention/fused varies their shapes.
+# Each default case calls different kernels; tests/attention/fused varies their shapes.
 @pytest.mark.parametrize(
     "operator",
     cases(
@@ -194,7 +194,7 @@ def _without_gradient_sum(case: LayerCase, tensor: int) -> Any:
 
 
 @pytest.mark.parametrize("exchange", BOTH)
-def test_leaving_out_the_gradient_sum_is_noticed(ranks: Any, exchange: str) -> None:
+def test_a_missing_gradient_sum_is_detected(ranks: Any, exchange: str) -> None:
     case = LayerCase.of(exchange=exchange, **OPERATORS["plain"])
     by_rank = ranks(2).run(_without_gradient_sum, case, 2)
     with pytest.raises(AssertionError, match=r"simulation.*differs between rank 0 and rank"):
@@ -209,7 +209,7 @@ def _of_length(length: int, case: LayerCase, tensor: int) -> Any:
         layer_case.LENGTH = kept
 
 
-# Times three sequences: uneven shares, and three tokens for four ranks.
+# With three sequences: uneven numbers of tokens, and three tokens for four ranks.
 @pytest.mark.parametrize("length", [7, 1])
 def test_tokens_need_not_divide_by_the_ranks(
     ranks: Any, monkeypatch: pytest.MonkeyPatch, length: int

@@ -30,7 +30,7 @@ def both_forms() -> Any:
     found = []
     for kernels in (PlainKernels(case.attention), FusedKernels(case.attention)):
         gradients = list(case.gradients)
-        if kernels.turns:
+        if kernels.applies_rope:
             gradients[:2] = [gradient[..., order] for gradient in gradients[:2]]
         results = case.run(kernels)
         found.append([[*results], [*torch.autograd.grad(results, case.leaves, gradients)]])

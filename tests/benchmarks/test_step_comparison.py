@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sas_megatron.benchmarks.step_comparison import compare_steps, with_microbatches
-from sas_megatron.costs.model_costs import causal_half, count_parameters, count_training_flops
+from sas_megatron.costs.flops import causal_half, count_training_flops
+from sas_megatron.costs.parameters import count_parameters
 from tests import small_attentions as small
 from tests.benchmarks.small_ceilings import shrink_ceilings
 from tests.planning.forked_ranks import fork_ranks

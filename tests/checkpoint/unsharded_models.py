@@ -8,7 +8,7 @@ import torch
 
 from sas_megatron.config.run import RunConfig
 from tests import small_attentions as small
-from tests.model.model_parts import random_tokens, roughen_weights, weight_parts
+from tests.model.model_parts import perturb_weights, random_tokens, weight_parts
 from tests.rank_pool import in_layout
 
 ATTENTIONS: dict[str, small.Attention] = {
@@ -45,13 +45,13 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 def build_unsharded_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return full weights of a newly built model after `roughen_weights`. Runs on a pool of one rank."""
+    """Return full weights of a newly built model after `perturb_weights`. Runs on a pool of one rank."""
     from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
     model_chunks = build_gpt_chunks(config, dtype=dtype)
     for model_chunk in model_chunks:
-        roughen_weights(model_chunk)
+        perturb_weights(model_chunk)
     return {name: part.tensor for name, part in weight_parts(model_chunks).items()}
 
 

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from sas_megatron.cli.costs import format_amount
 from sas_megatron.cli.main import COMMANDS, cli
+from sas_megatron.config.attention import KINDS
 from sas_megatron.config.errors import FieldError, UserError
-from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.loading import dump_yaml, load_run_config
 from sas_megatron.costs.activations import count_peak_activation_bytes
 from sas_megatron.costs.communication import count_communication_bytes
-from sas_megatron.costs.model_costs import count_forward_flops, count_parameters, count_recompute_flops
+from sas_megatron.costs.flops import count_forward_flops, count_recompute_flops
+from sas_megatron.costs.parameters import count_parameters
 from tests.conftest import ROOT
 
 HELP_CPU_SECONDS = 0.5
@@ -46,7 +49,7 @@ def refused(done: subprocess.CompletedProcess[str], message: str, folder: Path) 
 def test_an_invalid_override_is_refused_before_training(tmp_path: Path) -> None:
     refused(
         command("train", QUICKSTART, "attention.kernel_size=4", "training.num_steps=50", folder=tmp_path),
-        "attention.kernel_size=4: must be odd, so that the convolution keeps head_dim; use 3 or 5",
+        "attention.kernel_size=4: must be odd, so that the convolution preserves head_dim; use 3 or 5",
         tmp_path,
     )
 
@@ -126,7 +129,7 @@ def test_help_takes_little_time_and_names_every_command(tmp_path: Path) -> None:
     assert min(seconds) < HELP_CPU_SECONDS, f"{min(seconds):.2f} s of CPU"
 
 
-def test_costs_prints_json_that_programs_can_read() -> None:
+def test_costs_prints_terms_and_totals_as_json() -> None:
     paths = [str(QUICKSTART), str(ROOT / "configs" / "quickstart_mha.yaml")]
     done = CliRunner().invoke(cli, ["costs", *paths, "--json"])
     assert done.exit_code == 0, done.output
@@ -142,28 +145,28 @@ def test_costs_prints_json_that_programs_can_read() -> None:
             "total": sum(parameters.values()),
             "without embeddings": sum(parameters.values()) - tables,
         }
-        # Of 256 tokens the average one attends to 128.5.
+        # With 256 tokens, a token attends to 128.5 tokens on average.
         skipped = (flops["scores"] + flops["values"]) * (1 - 257 / 512)
         assert counted[path]["forward_flops_per_token"]["totals"] == {
             "total": sum(flops.values()),
             "with the causal half of scores and values": round(sum(flops.values()) - skipped),
             "without embeddings": sum(flops.values()) - flops["head"],
         }
-        # Four layers of four heads of 32 features, keys and values, two bytes each.
+        # Four layers of four heads of 32 features, for keys and for values, of two bytes each.
         assert counted[path]["kv_cache_bytes_per_token"]["totals"] == {"total": 4 * 4 * 32 * 2 * 2}
 
 
-def test_costs_include_what_a_rank_sends_in_a_world_of_that_size() -> None:
+def test_costs_include_the_communication_of_a_rank_for_the_given_world_size() -> None:
     path = str(ROOT / "configs" / "2.7b" / "sas.yaml")
     done = CliRunner().invoke(cli, ["costs", path, "--world-size", "4", "--json"])
     assert done.exit_code == 0, done.output
-    wire = json.loads(done.stdout)[path]["wire_bytes_per_step"]
+    counted = json.loads(done.stdout)[path]["wire_bytes_per_step"]
     sent = count_communication_bytes(load_run_config(path), world_size=4)
-    assert wire["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
-    assert wire["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
+    assert counted["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
+    assert counted["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
 
 
-def test_costs_tell_what_is_computed_again_from_the_models_own_work() -> None:
+def test_costs_separate_recomputation_from_model_flops() -> None:
     path = str(ROOT / "configs" / "1.3b" / "sas.yaml")
     config = load_run_config(path)
     for device in ("gpu", "cpu"):
@@ -171,14 +174,14 @@ def test_costs_tell_what_is_computed_again_from_the_models_own_work() -> None:
         assert done.exit_code == 0, done.output
         counted = json.loads(done.stdout)[path]
         training = counted["training_flops_per_token"]
-        again = sum(count_recompute_flops(config, device=device).values())
-        assert training["terms"]["recompute"] == again > 0
+        recomputed = sum(count_recompute_flops(config, device=device).values())
+        assert training["terms"]["recompute"] == recomputed > 0
         assert training["totals"]["of the model"] == 3 * sum(count_forward_flops(config).values())
-        kept = count_peak_activation_bytes(config, device=device, num_microbatches=128)
-        assert counted["activation_bytes_of_a_rank"]["terms"] == kept
+        saved = count_peak_activation_bytes(config, device=device, num_microbatches=128)
+        assert counted["activation_bytes_of_a_rank"]["terms"] == saved
 
 
-def test_a_world_that_does_not_fit_is_refused_by_costs() -> None:
+def test_costs_reject_a_world_size_that_does_not_fit_the_layout() -> None:
     done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "--world-size", "3"])
     assert isinstance(done.exception, FieldError)
     assert str(done.exception).startswith("world size=3: must be a multiple of 2")
@@ -190,17 +193,51 @@ def test_costs_are_counted_at_another_sequence_length() -> None:
     assert flops == count_forward_flops(load_run_config(QUICKSTART), sequence_length=1024)
 
 
-def test_costs_of_overrides_alone_are_refused() -> None:
+def test_costs_reject_overrides_without_a_config() -> None:
     done = CliRunner().invoke(cli, ["costs", "data.sequence_length=1024"])
     assert isinstance(done.exception, UserError)
-    assert str(done.exception).startswith("data.sequence_length=1024: is an override, of no config")
+    assert str(done.exception).startswith("data.sequence_length=1024: is an override without a config")
 
 
-def test_costs_prints_tables_with_totals() -> None:
-    done = CliRunner().invoke(cli, ["costs", str(QUICKSTART)])
+def test_costs_prints_a_compact_table_first_and_terms_on_request() -> None:
+    configs = [str(ROOT / "configs" / "125m" / f"{kind}.yaml") for kind in KINDS]
+    compact, full = (CliRunner().invoke(cli, ["costs", *configs, *flag]).output for flag in ([], ["--terms"]))
+    assert full.startswith(compact.split("At ")[0])
+    totals = [sum(count_parameters(load_run_config(path)).values()) for path in configs]
+    assert f"125m/mha {totals[0] / 1e6:9.1f} M" in compact
+    assert f"{totals[1] / totals[0]:.2f}×" in compact
+    assert f"{totals[0]:,}" in full
+    assert f"{totals[0]:,}" not in compact
+    assert "head_simulation" in full
+    assert "head_simulation" not in compact
+
+
+@pytest.mark.parametrize("flag", [[], ["--terms"]], ids=["compact", "terms"])
+def test_each_line_of_costs_fits_in_eighty_columns(flag: list[str], tmp_path: Path) -> None:
+    configs = [str(path) for path in sorted((ROOT / "configs" / "6.7b").glob("*.yaml"))]
+    long_name = tmp_path / f"{'a_folder_with_a_long_name' * 3}" / f"{'and_a_long_config' * 3}.yaml"
+    long_name.parent.mkdir()
+    long_name.write_text(dump_yaml(load_run_config(configs[0])))
+    done = CliRunner().invoke(cli, ["costs", *configs, str(long_name), "--world-size", "64", *flag])
     assert done.exit_code == 0, done.output
-    total = sum(count_parameters(load_run_config(QUICKSTART)).values())
-    assert f"{total:,}" in done.stdout
+    assert len(configs) > 5
+    assert not [line for line in done.output.splitlines() if len(line) > 80]
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1_000, "1.000 k"),
+        (999_949, "999.9 k"),
+        (999_960, "1.000 M"),
+        (134_105_856, "134.1 M"),
+        (1_232_520_192, "1.233 G"),
+    ],
+)
+def test_amounts_have_four_digits_and_a_prefix(amount: int, text: str) -> None:
+    assert format_amount(amount) == text
 
 
 def test_a_dry_run_prints_the_config_and_its_costs_and_leaves_nothing(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "heads over ranks": (
         {"attention": MHA, "parallel": {"tensor": 4}},
-        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, the ranks that share the heads; "
         "set parallel.tensor to one of [1, 2, 3, 6]",
     ),
     "key/value heads over ranks": (
@@ -83,27 +83,26 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "multi-head with groups": (
         {"attention": {**MHA, "num_kv_heads": 3}},
-        "attention.num_kv_heads=3: multi-head attention has one for each query head; "
-        "leave it out, or use kind: gqa",
+        "attention.num_kv_heads=3: must equal num_heads in multi-head attention; omit it, or use kind: gqa",
     ),
     "multi-query with groups": (
         {"attention": {**MHA, "kind": "mqa", "num_kv_heads": 2}},
-        "attention.num_kv_heads=2: multi-query attention has one; leave it out, or use kind: gqa",
+        "attention.num_kv_heads=2: must be 1 in multi-query attention; omit it, or use kind: gqa",
     ),
     "tensor products with groups": (
         {"attention": {**MHA, "kind": "tpa", "num_kv_heads": 2}},
-        "attention.num_kv_heads=2: tensor product attention has one for each query head; "
-        "leave it out, and set attention.key_rank and attention.value_rank",
+        "attention.num_kv_heads=2: must equal num_heads in tensor product attention; "
+        "omit it, and set attention.key_rank and attention.value_rank",
     ),
     "tensor products over ranks": (
         {"attention": {**MHA, "kind": "tpa"}, "parallel": {"tensor": 4}},
-        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, the ranks that share the heads; "
         "set parallel.tensor to one of [1, 2, 3, 6]",
     ),
     "rank of a query without factors": (
         {"attention": {**MHA, "kind": "tpa", "factorize_query": False, "query_rank": 6}},
-        "attention.query_rank=6: queries have no rank where attention.factorize_query=false; "
-        "leave it out, or set attention.factorize_query=true",
+        "attention.query_rank=6: must be null if attention.factorize_query=false; "
+        "omit it, or set attention.factorize_query=true",
     ),
     "no rank": (
         {"attention": {**MHA, "kind": "tpa", "key_rank": 0}},
@@ -111,18 +110,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "factorization with groups": (
         {"attention": {**MHA, "kind": "mfa", "query_rank": 8, "num_kv_heads": 2}},
-        "attention.num_kv_heads=2: multi-matrix factorization attention has one key and one value head; "
-        "leave it out, or use kind: gqa",
+        "attention.num_kv_heads=2: must be 1 in multi-matrix factorization attention; "
+        "omit it, or use kind: gqa",
     ),
     "factorization over ranks": (
         {"attention": {**MHA, "kind": "mfa", "query_rank": 8}, "parallel": {"tensor": 4}},
-        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, the ranks that share the heads; "
         "set parallel.tensor to one of [1, 2, 3, 6]",
     ),
     "no low rank": (
         {"attention": {**MHA, "kind": "mfa", "query_rank": 61}},
         "attention.query_rank=61: must not exceed the 60 features of all query heads; "
-        "use less, or kind: mqa, whose queries are of full rank",
+        "use a smaller rank, or kind: mqa, whose queries have full rank",
     ),
     "no columns": (
         {"attention": {**MHA, "kind": "mfa", "query_rank": 0}},
@@ -134,16 +133,17 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "latent attention with groups": (
         {"attention": {**MLA, "num_kv_heads": 2}},
-        "attention.num_kv_heads=2: latent attention reads a key and a value for each query head out of its "
-        "latent; leave it out; kv_lora_rank decides what is kept of a token",
+        "attention.num_kv_heads=2: must equal num_heads in latent attention; "
+        "omit it; kv_lora_rank decides the size of the KV cache",
     ),
     "latent attention with the others' positions": (
         {"attention": {**MLA, "rotary_dim": 4}},
-        "attention.rotary_dim=4: latent attention has features for the positions; use rotary_head_dim",
+        "attention.rotary_dim=4: must be null in latent attention, which has separate features for "
+        "positions; use rotary_head_dim",
     ),
     "odd rotary width of latent attention": (
         {"attention": {**MLA, "rotary_head_dim": 5}},
-        "attention.rotary_head_dim=5: must be even, since features turn in pairs; use 6",
+        "attention.rotary_head_dim=5: must be even, since rotary embeddings rotate pairs of features; use 6",
     ),
     "values wider than keys": (
         {"attention": {**MLA, "value_head_dim": 15}},
@@ -155,12 +155,12 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "latent attention's heads over ranks": (
         {"attention": MLA, "parallel": {"tensor": 4}},
-        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, the ranks that share the heads; "
         "set parallel.tensor to one of [1, 2, 3, 6]",
     ),
     "even kernel": (
         {"attention": {**SAS, "kernel_size": 4}},
-        "attention.kernel_size=4: must be odd, so that the convolution keeps head_dim; use 3 or 5",
+        "attention.kernel_size=4: must be odd, so that the convolution preserves head_dim; use 3 or 5",
     ),
     "fewer simulated features": (
         {"attention": {**SAS, "simulated_head_dim": 8}},
@@ -168,12 +168,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "width without features": (
         {"attention": {**SAS, "simulated_head_dim": 16, "simulate_features": False}},
-        "attention.simulated_head_dim=16: must be head_dim=10 where attention.simulate_features=false; "
-        "leave it out",
+        "attention.simulated_head_dim=16: must be head_dim=10 if attention.simulate_features=false; omit it",
     ),
     "odd rotary width": (
         {"attention": {**MHA, "rotary_dim": 7}},
-        "attention.rotary_dim=7: must be even, since features turn in pairs; use 8",
+        "attention.rotary_dim=7: must be even, since rotary embeddings rotate pairs of features; use 8",
     ),
     "rotary width beyond the head": (
         {"attention": {**MHA, "rotary_dim": 12}},
@@ -181,18 +180,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "odd head": (
         {"attention": {**MHA, "head_dim": 7}},
-        "attention.head_dim=7: must be even, since its features turn in pairs by rotary positions; "
+        "attention.head_dim=7: must be even, since rotary embeddings rotate pairs of its features; "
         "use an even width, or set attention.rotary_dim",
     ),
     "odd simulated head": (
         {"attention": {**SAS, "simulated_head_dim": 13}},
-        "attention.simulated_head_dim=13: must be even, since its features turn in pairs by rotary positions"
+        "attention.simulated_head_dim=13: must be even, since rotary embeddings rotate pairs of its features"
         "; use an even width, or set attention.rotary_dim",
     ),
     "rotary width of identity": (
         {"attention": {**SAS, "initialization": "identity", "rotary_dim": 12}},
-        "attention.rotary_dim=12: must be at most attention.head_dim=10 under identity initialization; "
-        "leave it out",
+        "attention.rotary_dim=12: must be at most attention.head_dim=10 with identity initialization; "
+        "omit it",
     ),
     "dropout of everything": (
         {"attention": {**MHA, "dropout": 1.0}},

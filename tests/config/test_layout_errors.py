@@ -21,7 +21,7 @@ DEEPSPEED: dict[str, Any] = {"engine": "deepspeed"}
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "heads over tensor ranks": (
         {"attention": MHA, "parallel": {"tensor": 4}},
-        "attention.num_heads=6: must be divisible by parallel.tensor=4, so that each rank owns whole heads; "
+        "attention.num_heads=6: must be divisible by parallel.tensor=4, the ranks that share the heads; "
         "set parallel.tensor to one of [1, 2, 3, 6]",
     ),
     "key/value heads over tensor ranks": (
@@ -34,8 +34,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "columns over tensor ranks": (
         {"attention": {"kind": "mqa", "num_heads": 6, "head_dim": 4}, "parallel": {"tensor": 3}},
-        "attention.head_dim=4: makes 32 columns of queries, keys and values, which parallel.tensor=3 ranks "
-        "with 1 key/value heads must divide; use a multiple of 3",
+        "attention.head_dim=4: gives 32 columns of queries, keys and values, which must be divisible by "
+        "parallel.tensor=3 if there are only 1 key/value heads; use a multiple of 3",
     ),
     "first and last of two interleaved stages": (
         {
@@ -53,7 +53,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "simulated heads over tensor and context ranks": (
         {"attention": {**SAS, "head_expansion": 2}, "parallel": {"tensor": 2, "context": 4}},
-        "parallel.context=4: must divide the 6 heads that each of parallel.tensor=2 ranks attends with; "
+        "parallel.context=4: must divide the 6 heads of each of parallel.tensor=2 ranks; "
         "use one of [1, 2, 3, 6]",
     ),
     "sequence over context ranks": (

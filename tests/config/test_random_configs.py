@@ -11,7 +11,9 @@ from sas_megatron.config.attention import KINDS, resolve_kind
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_forward_flops, count_kv_cache_bytes, count_parameters
+from sas_megatron.costs.activations import count_kv_cache_bytes
+from sas_megatron.costs.flops import count_forward_flops
+from sas_megatron.costs.parameters import count_parameters
 from tests.run_configs import small_tree
 
 NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24]) | st.integers(-3, 40)

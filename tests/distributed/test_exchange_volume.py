@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.exchange_choice import exchange_costs
+from sas_megatron.attention.sas.tensor_parallel import exchange_costs
 from sas_megatron.config.parallel import ParallelConfig
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
@@ -176,7 +176,7 @@ def test_the_estimate_for_choosing_an_exchange_equals_the_formula(
     operator: str, exchange: str, tensor: int
 ) -> None:
     costs = exchange_costs(SimulatedAttentionConfig(**OPERATORS[operator]), tensor_parallel=tensor)
-    assert costs[exchange].wire_elements == pytest.approx(elements(operator, exchange, tensor))
+    assert costs[exchange].sent_elements == pytest.approx(elements(operator, exchange, tensor))
 
 
 def test_uneven_tokens_send_the_bytes_of_the_formula_on_average(ranks: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.attention import build_attention_costs
 from tests import small_attentions as small
 from tests.checkpoint.unsharded_models import ATTENTIONS
 from tests.evaluation.trained_models import gather_logits, random_texts, roughened_model
@@ -100,7 +101,9 @@ def assert_decodes(by_rank: Any, full: Any, dtype: torch.dtype) -> None:
 def assert_cache_has_counted_bytes(by_rank: Any, config: RunConfig, dtype: torch.dtype) -> None:
     """Check the bytes per token on one rank against the elements that the config counts."""
     ((_, _, bytes_per_token),) = by_rank
-    elements = config.model.num_layers * sum(config.attention.count_kv_cache_elements().values())
+    elements = config.model.num_layers * sum(
+        build_attention_costs(config.attention).count_kv_cache_elements().values()
+    )
     assert bytes_per_token == elements * dtype.itemsize
 
 

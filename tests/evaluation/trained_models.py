@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from sas_megatron.config.run import RunConfig
-from tests.model.model_parts import roughen_weights
+from tests.model.model_parts import perturb_weights
 from tests.rank_pool import in_layout
 
 
 def roughened_model(config: RunConfig, tokenizer: Any = None, dtype: torch.dtype | None = None) -> Any:
-    """Return the local `TrainedModel` after `roughen_weights`."""
+    """Return the local `TrainedModel` after `perturb_weights`."""
     from sas_megatron.evaluation.trained_model import TrainedModel
     from sas_megatron.model.assembly import build_gpt_chunks
 
     topology = in_layout(config.parallel)
     (model_chunk,) = build_gpt_chunks(config, dtype=dtype)
-    roughen_weights(model_chunk)
+    perturb_weights(model_chunk)
     return TrainedModel(config, model_chunk, tokenizer, topology, step=7)
 
 

@@ -1,4 +1,4 @@
-"""The FLOPs that a training step of one microbatch executes, by pass and cost term, on one rank."""
+"""The FLOPs that one rank executes in a training step of one microbatch, by pass and cost term."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MATRIX_PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
 
 
 class TermFlops(TorchDispatchMode):
-    """While entered, counts FLOPs by pass (`forward`, `again`, `backward`) and term.
+    """Counts FLOPs by pass (`forward`, `again`, `backward`) and term, while entered.
 
-    The backward pass of an operation is that operation's term: autograd gives each a number, which its
-    node still has when it runs. Within the unfused attention products are scores and values by turns.
+    The backward pass of an operation counts for the term of that operation, which is found by the sequence
+    number of its autograd node. In unfused attention, products alternate between scores and values.
     """
 
     def __init__(self, tracer: TermTracer) -> None:
@@ -40,11 +40,11 @@ class TermFlops(TorchDispatchMode):
         formula = FLOP_FORMULAS.get(func.overloadpacket)
         if formula is not None:
             flops = int(formula(*args, **(kwargs or {}), out_val=result))
-            name, term = self._place(func)
+            name, term = self._classify(func)
             self.counts[name][term] += flops
         return result
 
-    def _place(self, func: Any) -> tuple[str, str]:
+    def _classify(self, func: Any) -> tuple[str, str]:
         node = torch._C._current_autograd_node()
         term = self._tracer.running_term()
         if term is None:
@@ -52,7 +52,7 @@ class TermFlops(TorchDispatchMode):
         if term == "attention" and func.overloadpacket in MATRIX_PRODUCTS:
             term = ("scores", "values")[self._attention_products % 2]
             self._attention_products += 1
-        # The operation's own node is the newest: it is made before the operation runs.
+        # The node of this operation is the newest, since it is created before the operation runs.
         self._term_of_node[torch._C._autograd._get_sequence_nr() - 1] = term
         return ("forward" if node is None else "again"), term
 
@@ -61,37 +61,36 @@ Flops = dict[str, dict[str, int]]
 
 
 def executed_flops(config: RunConfig) -> Flops:
-    """On a rank: of a step of one microbatch, by pass and term, as `torch.utils.flop_counter` counts.
+    """Return the FLOPs of a step of one microbatch on this rank, as `torch.utils.flop_counter` counts.
 
-    That is two FLOPs a multiply-add; a convolution counts every tap at every feature, those that
-    fall on padding included; biases, norms, softmax and other element-wise work count nothing; scores
-    are counted in full, without the causal half.
+    A multiply-add is two FLOPs. A convolution counts all taps at all features, padding included. Biases,
+    norms, softmax and other element-wise operations are not counted. Scores are counted for all pairs.
     """
     in_layout(config.parallel)
-    return _executed_by_pieces(config)
+    return _run_model_chunks(config)
 
 
 def simulated_flops_of_stages(config: RunConfig) -> list[Flops]:
-    """In a process that is in no group: the same of each pipeline stage of one copy of the model."""
+    """Return the FLOPs of each pipeline stage of one model copy, in a process without process groups."""
     from sas_megatron.planning.fake_world import fake_world
 
     stages, world_size = [], config.parallel.model_size
     for rank in range(world_size):
         with fake_world(config.parallel, rank=rank, world_size=world_size), undrawn_weights():
-            stages.append(_executed_by_pieces(config))
+            stages.append(_run_model_chunks(config))
     return stages
 
 
-def _executed_by_pieces(config: RunConfig) -> Flops:
+def _run_model_chunks(config: RunConfig) -> Flops:
     from sas_megatron.model.assembly import build_gpt_chunks
 
-    pieces = build_gpt_chunks(config)
+    chunks = build_gpt_chunks(config)
     microbatch = Microbatch.of(config)
-    with FlopCounterMode(display=False) as counter, TermFlops(TermTracer(*pieces)) as flops:
-        for piece in pieces:
-            microbatch.pass_through(config, piece).sum().backward()
+    with FlopCounterMode(display=False) as counter, TermFlops(TermTracer(*chunks)) as flops:
+        for chunk in chunks:
+            microbatch.pass_through(config, chunk).sum().backward()
     counted = sum(terms.total() for terms in flops.counts.values())
-    # torch's counter has no formula for the CPU's fused attention, and counts nothing.
+    # torch's counter has no formula for the CPU's fused attention, and does not count it.
     fused = sum(terms["attention"] for terms in flops.counts.values())
-    assert counted - fused == counter.get_total_flops(), "torch counts something else"
+    assert counted - fused == counter.get_total_flops(), "torch counts a different number of FLOPs"
     return {name: dict(terms) for name, terms in flops.counts.items()}

@@ -1,4 +1,4 @@
-"""What autograd keeps of forward passes, by cost term: each storage once, without parameters and batch."""
+"""The bytes that autograd saves in forward passes, by cost term, without parameters and the batch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.rank_pool import in_layout
 
 
 class _Kept:
-    """A tensor as autograd holds it; says when it lets go."""
+    """A tensor saved by autograd, which notifies the meter when it is released."""
 
     def __init__(self, tensor: torch.Tensor, meter: KeptMeter) -> None:
-        # The tensor itself would hold the operation that holds this, and neither would ever go.
+        # Detached, since the tensor would refer to the operation that refers to this object.
         self.tensor, self.meter = tensor.detach(), meter
 
     def __del__(self) -> None:
@@ -27,9 +27,9 @@ class _Kept:
 
 
 class KeptMeter:
-    """While entered, follows what autograd keeps: `terms` now, `peak` when it was the most.
+    """Measures the bytes that autograd saves, while entered: `terms` at present, `peak` at their maximum.
 
-    A storage belongs to the term that kept it first. Those of `known` tensors are not counted.
+    A storage counts for the term that saved it first. Storages passed to `ignore` are not counted.
     """
 
     def __init__(self, tracer: TermTracer) -> None:
@@ -41,8 +41,8 @@ class KeptMeter:
         self._term_of: dict[int, str] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
 
-    def leave_out(self, *tensors: torch.Tensor) -> None:
-        """Does not count the storages of `tensors`."""
+    def ignore(self, *tensors: torch.Tensor) -> None:
+        """Exclude the storages of `tensors`."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[storage._cdata] = storage
@@ -56,52 +56,52 @@ class KeptMeter:
 
     def _pack(self, tensor: torch.Tensor) -> _Kept:
         storage = tensor.untyped_storage()
-        place = storage._cdata
-        if place not in self._known:
-            if not self._kept[place]:
-                term = self._term_of[place] = str(self._tracer.running_term())
+        pointer = storage._cdata
+        if pointer not in self._known:
+            if not self._kept[pointer]:
+                term = self._term_of[pointer] = str(self._tracer.running_term())
                 self.terms[term] += storage.nbytes()
                 if self.terms.total() > self.peak.total():
                     self.peak = self.terms.copy()
-            self._kept[place] += 1
+            self._kept[pointer] += 1
         return _Kept(tensor, self)
 
     def release(self, storage: torch.UntypedStorage) -> None:
-        """To be called for each time that a tensor was kept."""
-        place = storage._cdata
-        if place not in self._known:
-            self._kept[place] -= 1
-            if not self._kept[place]:
-                self.terms[self._term_of[place]] -= storage.nbytes()
+        """Count a release; called once for each time that a tensor was saved."""
+        pointer = storage._cdata
+        if pointer not in self._known:
+            self._kept[pointer] -= 1
+            if not self._kept[pointer]:
+                self.terms[self._term_of[pointer]] -= storage.nbytes()
 
 
 def simulated_kept_bytes(config: RunConfig, *, rank: int = 0) -> dict[str, int]:
-    """In a process that is in no group: what `rank` of one copy of the model keeps of a microbatch."""
+    """Return the bytes that `rank` of one model copy saves of a microbatch, without process groups."""
     from sas_megatron.planning.fake_world import fake_world
 
     world_size = config.parallel.model_size
     with fake_world(config.parallel, rank=rank, world_size=world_size), undrawn_weights():
-        return _kept_by_pieces(config)
+        return _measure_chunks(config)
 
 
 def kept_bytes(config: RunConfig) -> dict[str, int]:
-    """On a rank: what its part of the model keeps of a microbatch."""
+    """Return the bytes that this rank saves of a microbatch."""
     in_layout(config.parallel)
-    return _kept_by_pieces(config)
+    return _measure_chunks(config)
 
 
-def _kept_by_pieces(config: RunConfig) -> dict[str, int]:
+def _measure_chunks(config: RunConfig) -> dict[str, int]:
     from sas_megatron.model.assembly import build_gpt_chunks
 
     pieces = build_gpt_chunks(config)
     microbatch = Microbatch.of(config)
     meter = _meter_of(pieces, fused=_is_fused(config))
-    meter.leave_out(*microbatch.tensors())
+    meter.ignore(*microbatch.tensors())
     with meter:
         outputs = [microbatch.pass_through(config, piece) for piece in pieces]
     kept = {name: size for name, size in meter.terms.items() if size}
     del outputs
-    assert not meter.terms.total(), "something is kept without the result"
+    assert not meter.terms.total(), "tensors are saved after the result is released"
     return kept
 
 
@@ -110,26 +110,26 @@ def _is_fused(config: RunConfig) -> bool:
 
 
 def _meter_of(pieces: list[Any], *, fused: bool) -> KeptMeter:
-    """A meter that leaves out what the pieces hold anyway."""
+    """Return a meter that ignores the tensors that model chunks hold themselves."""
     meter = KeptMeter(TermTracer(*pieces))
 
-    def leave_out_angles(_module: Any, _inputs: Any, angles: torch.Tensor) -> None:
-        # Made once, for as long as the model lives; so is the fused kernels' table of them.
-        meter.leave_out(angles)
+    def ignore_angles(_module: Any, _inputs: Any, angles: torch.Tensor) -> None:
+        # Computed once per model, like the fused kernels' table of cosines and sines.
+        meter.ignore(angles)
         if fused:
             from sas_megatron.attention.sas.fused.features import turns_of
 
-            meter.leave_out(turns_of(angles))
+            meter.ignore(turns_of(angles))
 
     for piece in pieces:
-        meter.leave_out(*piece.parameters())
+        meter.ignore(*piece.parameters())
         if hasattr(piece, "rotary_pos_emb"):
-            piece.rotary_pos_emb.register_forward_hook(leave_out_angles)
+            piece.rotary_pos_emb.register_forward_hook(ignore_angles)
     return meter
 
 
 def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) -> dict[str, int]:
-    """In a process that is in no group: the most that `rank` keeps in a step of the real engine."""
+    """Return the peak bytes that `rank` saves in a step of the engine, without process groups."""
     from sas_megatron.planning.fake_world import fake_world
     from sas_megatron.training.build import build_engine
 
@@ -137,7 +137,7 @@ def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) ->
         while True:
             tokens = Microbatch.of(config).tokens
             batch = {"tokens": tokens, "labels": tokens, "position_ids": tokens, "loss_mask": tokens.float()}
-            meter.leave_out(*batch.values())
+            meter.ignore(*batch.values())
             yield batch
 
     world_size = config.parallel.model_size
@@ -145,5 +145,5 @@ def simulated_peak_bytes(config: RunConfig, rank: int, num_microbatches: int) ->
         engine = build_engine(config)
         with _meter_of(engine.model_chunks, fused=_is_fused(config)) as meter:
             engine.forward_backward(batches(meter), num_microbatches=num_microbatches)
-        assert not meter.terms.total(), "something is kept of a step that is done"
+        assert not meter.terms.total(), "tensors are saved after the step"
         return {name: size for name, size in meter.peak.items() if size}

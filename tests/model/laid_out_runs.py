@@ -1,4 +1,4 @@
-"""Small runs of every attention on any layout that fits it, drawn by hypothesis."""
+"""Small runs of each attention on random layouts that it supports, drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.attention import build_attention_costs
 from tests.model.small_runs import attentions
 from tests.run_configs import small_config
 
 
 def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.SearchStrategy[dict[str, Any]]:
-    """The `model` section, with what tensor ranks share a multiple of their number."""
+    """Draw the `model` section; sizes that tensor ranks share are multiples of `multiple`."""
     return st.fixed_dictionaries(
         {
             "num_layers": num_layers,
@@ -34,7 +35,7 @@ def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.Sear
 
 @st.composite
 def laid_out_runs(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
-    """Any attention on any layout that fits it, the world size, and one of its pipeline stages."""
+    """Draw a run with any attention and a layout that it supports, its world size and a pipeline stage."""
     attention = draw(attentions())
     parsed = parse_attention(attention)
     parallel, num_layers = draw(_layouts(parsed))
@@ -43,8 +44,8 @@ def laid_out_runs(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
     if parallel["overlap_gradient_reduce"] and distributed:
         parallel["overlap_parameter_gather"] = draw(st.booleans())
     micro_batch_size, data_parallel = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    turns = parallel["pipeline"] if parallel["virtual_pipeline"] > 1 else 1
-    num_microbatches = turns * draw(st.integers(1, 3))
+    round_size = parallel["pipeline"] if parallel["virtual_pipeline"] > 1 else 1
+    num_microbatches = round_size * draw(st.integers(1, 3))
     chunk = math.lcm(2 * context if context > 1 else 1, tensor * context if parallel["sequence"] else 1)
     config = small_config(
         attention=attention,
@@ -65,30 +66,32 @@ def laid_out_runs(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
 
 @st.composite
 def _layouts(draw: st.DrawFn, attention: AttentionConfig) -> tuple[dict[str, Any], int]:
-    """The `parallel` section, and a number of layers that its stages can share."""
+    """Draw the `parallel` section, and a number of layers that its stages can share."""
     tensor = draw(st.sampled_from([ranks for ranks in (1, 2, 3, 4) if _can_share(attention, ranks)]))
     fitting = [ranks for ranks in (1, 2, 3, 4) if _passes(attention.check_context_parallel, tensor, ranks)]
     pipeline = draw(st.integers(1, 3))
-    pieces = draw(st.integers(1, 2)) if pipeline > 1 else 1
-    first, last = (pieces * draw(st.integers(1, 2)) for _ in range(2))
+    num_chunks = draw(st.integers(1, 2)) if pipeline > 1 else 1
+    first, last = (num_chunks * draw(st.integers(1, 2)) for _ in range(2))
     parallel = {
         "tensor": tensor,
         "context": draw(st.sampled_from(fitting)),
         "pipeline": pipeline,
-        "virtual_pipeline": pieces,
+        "virtual_pipeline": num_chunks,
         "sequence": tensor > 1 and draw(st.booleans()),
         "overlap_gradient_reduce": draw(st.booleans()),
     }
     if pipeline == 1:
         return parallel, first
     parallel["first_stage_layers"] = first
-    if pipeline > 2:  # Megatron-core 0.16.1 divides by zero where both of two interleaved stages are given.
+    if (
+        pipeline > 2
+    ):  # Megatron-core 0.16.1 divides by zero if the layers of both interleaved stages are given.
         parallel["last_stage_layers"] = last
-    return parallel, first + last + pieces * (pipeline - 2)
+    return parallel, first + last + num_chunks * (pipeline - 2)
 
 
 def _recomputations(modules: list[str]) -> st.SearchStrategy[dict[str, Any]]:
-    """`training.recompute*`, of these modules."""
+    """Draw `training.recompute*` for these modules."""
     some = st.none() | st.lists(st.sampled_from(modules), min_size=1, unique=True)
     return st.one_of(
         st.just({"recompute": "none"}),
@@ -98,8 +101,10 @@ def _recomputations(modules: list[str]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def _can_share(attention: AttentionConfig, tensor: int) -> bool:
-    """Whether so many ranks have whole heads, and columns of equal number, which Megatron-core asks for."""
-    sharded = [weight for weight in attention.weights(1, linear_bias=True) if weight.sharded]
+    """Return whether Megatron-core can shard the heads and all columns evenly over `tensor` ranks."""
+    sharded = [
+        weight for weight in build_attention_costs(attention).weights(1, linear_bias=True) if weight.sharded
+    ]
     return _passes(attention.check_tensor_parallel, tensor) and not any(
         weight.elements % tensor for weight in sharded
     )

@@ -1,4 +1,4 @@
-"""A model on ranks: its parts of weights and logits, and the whole that they join to."""
+"""Shards of weights and logits of a model on ranks, and the full tensors that they form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.rank_pool import in_layout
 
 @dataclass(frozen=True)
 class WeightPart:
-    """One parameter on one rank; `dim` is the axis that is shared out, None where it is replicated."""
+    """One parameter on one rank; `dim` is the sharded axis, None for a replicated parameter."""
 
     tensor: torch.Tensor
     dim: int | None
@@ -25,7 +25,7 @@ class WeightPart:
 def weight_parts(
     pieces: list[Any], value_of: Callable[[Any], torch.Tensor] = torch.detach
 ) -> dict[str, WeightPart]:
-    """All parameters of a rank's pieces by global name, or what `value_of` gives for each."""
+    """Return the parameters of a rank's model chunks by global name, or the results of `value_of`."""
     from sas_megatron.model.initialization import global_name
 
     parts = {}
@@ -41,7 +41,7 @@ def weight_parts(
 
 
 def joined_weights(by_rank: list[dict[str, WeightPart]]) -> dict[str, torch.Tensor]:
-    """Whole parameters from the tensor ranks' parts; replicas must be equal to the bit."""
+    """Return full parameters from the tensor ranks' shards; replicas must be bit-identical."""
     whole = {}
     for name, first in by_rank[0].items():
         parts = [parts[name].tensor for parts in by_rank]
@@ -50,14 +50,14 @@ def joined_weights(by_rank: list[dict[str, WeightPart]]) -> dict[str, torch.Tens
                 assert torch.equal(part, parts[0]), f"{name} differs between rank 0 and rank {rank}"
             whole[name] = parts[0]
             continue
-        # Each rank holds its share of every piece: of the MLP's gate and of its up projection, say.
+        # Each rank holds a shard of every matrix, such as the MLP's gate and up projections.
         pieces = zip(*(part.chunk(first.num_pieces, dim=first.dim) for part in parts), strict=True)
         whole[name] = torch.cat([torch.cat(shares, dim=first.dim) for shares in pieces], dim=first.dim)
     return whole
 
 
 def initial_weights(config: RunConfig) -> dict[str, WeightPart]:
-    """On a rank: the parameters of the freshly built model."""
+    """Return the parameters of a newly built model on this rank."""
     from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
@@ -65,33 +65,33 @@ def initial_weights(config: RunConfig) -> dict[str, WeightPart]:
 
 
 def random_tokens(config: RunConfig) -> torch.Tensor:
-    """[B, S], the same on every rank."""
+    """Return random tokens [B, S], equal on all ranks."""
     shape = (config.training.micro_batch_size, config.data.sequence_length)
     return torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(5))
 
 
 def logits_part(config: RunConfig) -> torch.Tensor | None:
-    """On a rank: float64 logits of its part of the vocabulary, [B, S, V/P]; None before the last stage."""
+    """Return this rank's float64 logits [B, S, V/P]; None before the last stage."""
     from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
     pieces = build_gpt_chunks(config, dtype=torch.float64)
     for piece in pieces:
-        roughen_weights(piece)
+        perturb_weights(piece)
     return logits_part_of(pieces, config)
 
 
 def logits_part_of(pieces: list[Any], config: RunConfig) -> torch.Tensor | None:
-    """The same of a rank's pieces as they are."""
+    """Return the logits of a rank's model chunks."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     topology = in_layout(config.parallel)
     tokens = random_tokens(config)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    mine = token_places(tokens.shape[1], topology.context_group.size())[topology.context_rank]
+    local = token_positions(tokens.shape[1], topology.context_group.size())[topology.context_rank]
 
     def forward_step(_batches: Any, piece: Any) -> Any:
-        logits = piece(tokens[:, mine], positions[:, mine], None)
+        logits = piece(tokens[:, local], positions[:, local], None)
         return logits, lambda output: (output.sum(), {"logits": output})
 
     with torch.no_grad():
@@ -107,43 +107,43 @@ def logits_part_of(pieces: list[Any], config: RunConfig) -> torch.Tensor | None:
     return reports[0]["logits"] if reports else None
 
 
-def token_places(length: int, context: int) -> list[torch.Tensor]:
-    """Tokens of each context rank: chunks c and 2C-1-c of 2C."""
+def token_positions(length: int, context: int) -> list[torch.Tensor]:
+    """Return the tokens of each context rank c: chunks c and 2C-1-c of 2C."""
     chunks = torch.arange(length).chunk(2 * context)
     return [torch.cat([chunks[rank], chunks[2 * context - 1 - rank]]) for rank in range(context)]
 
 
 def joined_logits(by_rank: list[torch.Tensor | None], parallel: ParallelConfig) -> torch.Tensor:
-    """Whole logits of one copy of the model: ranks run over tensor, context, data, then pipeline."""
+    """Return full logits of one model copy; ranks are ordered by tensor, context, data, pipeline."""
     of_last_stage = [part for part in by_rank if part is not None]
     by_context = [
         torch.cat(of_last_stage[first : first + parallel.tensor], dim=-1)
         for first in range(0, parallel.tensor * parallel.context, parallel.tensor)
     ]
-    places = torch.cat(token_places(by_context[0].shape[1] * parallel.context, parallel.context))
-    return torch.cat(by_context, dim=1)[:, places.argsort()]
+    order = torch.cat(token_positions(by_context[0].shape[1] * parallel.context, parallel.context))
+    return torch.cat(by_context, dim=1)[:, order.argsort()]
 
 
 @torch.no_grad()
-def roughen_weights(model: Any) -> None:
-    """Gives every weight a part in the result, the same at every layout.
+def perturb_weights(model: Any) -> None:
+    """Change the weights such that each affects the result, identically in every layout.
 
-    Matrices from N(0, 0.02) leave scores, gates and ReLUs in their linear range, so they are scaled
-    up; biases start at 0 and norms at 1, so noise is added, and so it is to matrices that start at 0.
+    Matrices from N(0, 0.02) keep scores, gates and ReLUs in their linear range, so they are scaled up. Noise
+    is added to biases, which start at 0, to norms, which start at 1, and to matrices that start at 0.
     """
     from sas_megatron.model.initialization import (
+        full_shape,
         global_name,
         parameter_generator,
-        tensor_parallel_part,
-        whole_shape,
+        tensor_parallel_shard,
     )
 
-    for own_name, parameter in model.named_parameters():
-        name = global_name(model, own_name)
+    for local_name, parameter in model.named_parameters():
+        name = global_name(model, local_name)
         if ".simulation." in name:
             continue
         if parameter.dim() == 2 and parameter.any():
             parameter.mul_(8.0)
         else:
-            noise = torch.randn(whole_shape(parameter), generator=parameter_generator(6, name))
-            parameter.add_(0.3 * tensor_parallel_part(noise, parameter))
+            noise = torch.randn(full_shape(parameter), generator=parameter_generator(6, name))
+            parameter.add_(0.3 * tensor_parallel_shard(noise, parameter))

@@ -1,4 +1,4 @@
-"""A model whose numbers do not matter, and a forward pass of one microbatch through a piece of it."""
+"""A model with uninitialized weights, and a forward pass of one microbatch through one model chunk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sas_megatron.config.run import RunConfig
 
 @contextlib.contextmanager
 def undrawn_weights() -> Iterator[None]:
-    """Models are built without initial weights."""
+    """Build models without initializing their weights."""
     from sas_megatron.model import assembly
 
     initialize = assembly.initialize_weights
@@ -27,7 +27,7 @@ def undrawn_weights() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A context rank's tokens [B, S/C], and where documents end within sequences the mask [B, 1, S, S]."""
+    """A context rank's tokens [B, S/C], and the mask [B, 1, S, S] if document ends reset attention."""
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
@@ -43,12 +43,12 @@ class Microbatch:
     def tensors(self) -> list[torch.Tensor]:
         return [self.tokens] if self.mask is None else [self.tokens, self.mask]
 
-    def pass_through(self, config: RunConfig, piece: Any) -> torch.Tensor:
-        """Losses of the last piece, hidden states of another; a piece but the first starts from zeros."""
-        if not piece.pre_process:
+    def pass_through(self, config: RunConfig, chunk: Any) -> torch.Tensor:
+        """Return the losses of the last chunk, or hidden states; chunks after the first start from zeros."""
+        if not chunk.pre_process:
             rows = self.tokens.shape[1] // (config.parallel.tensor if config.parallel.sequence else 1)
             shape = (rows, self.tokens.shape[0], config.model.hidden_size)
-            hidden = torch.zeros(shape, dtype=piece.config.params_dtype, requires_grad=True)
-            piece.set_input_tensor(hidden)
-        output: torch.Tensor = piece(self.tokens, self.tokens, self.mask, labels=self.tokens)
+            hidden = torch.zeros(shape, dtype=chunk.config.params_dtype, requires_grad=True)
+            chunk.set_input_tensor(hidden)
+        output: torch.Tensor = chunk(self.tokens, self.tokens, self.mask, labels=self.tokens)
         return output

@@ -15,7 +15,7 @@ KINDS = ("mha", "gqa", "mqa", "mla", "tpa", "mfa", "sas", "sas", "sas")
 
 
 def sweep(max_examples: int) -> settings:
-    """The same examples each time: a suite that fails must fail again."""
+    """Return settings with the same examples in each run, so that failures are reproducible."""
     return settings(
         max_examples=max_examples,
         deadline=None,
@@ -101,7 +101,7 @@ def recomputations(draw: st.DrawFn, *, kind: str, num_layers: int) -> dict[str, 
 
 @st.composite
 def small_runs(draw: st.DrawFn) -> RunConfig:
-    """In one process, unfused; any part recomputed."""
+    """Draw a run in one process, with unfused attention and any recomputation."""
     attention, model = draw(attentions()), draw(models())
     recomputation = draw(recomputations(kind=attention["kind"], num_layers=model["num_layers"]))
     return small_config(
@@ -114,7 +114,7 @@ def small_runs(draw: st.DrawFn) -> RunConfig:
 
 @st.composite
 def shared_runs(draw: st.DrawFn) -> RunConfig:
-    """On up to eight ranks that share each layer, by any back end, in either precision, with dropout too."""
+    """Draw a run on up to eight ranks per layer, with any backend and precision, with or without dropout."""
     attention, model = draw(attentions(backends=("unfused", "fused", "auto"))), draw(models(most_layers=2))
     tensor, context = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
     attention["dropout"] = draw(st.sampled_from([0.0, 0.0, 0.0, 0.1]))
@@ -145,6 +145,6 @@ def shared_runs(draw: st.DrawFn) -> RunConfig:
     try:
         return small_config(**sections)
     except UserError:
-        # The ranks cannot share these heads.
+        # The heads cannot be sharded over these ranks.
         assume(False)
         raise

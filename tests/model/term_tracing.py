@@ -1,4 +1,4 @@
-"""To which cost term the running code belongs, read off the Python stack."""
+"""The cost term of the code that runs now, found from the Python stack."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-# Part of a module's or a parameter's name -> the term that counts it; the first that matches.
+# A part of a module's or parameter's name -> the term that counts it; the first match is used.
 TERM_OF_NAME = {
     "embedding.": "embedding",
     "output_layer.": "head",
@@ -27,7 +27,7 @@ TERM_OF_NAME = {
     "mlp.": "mlp",
     "layernorm.": "norms",
 }
-# Functions that work for a term in the forward pass of a module that does not tell.
+# Functions that belong to a term, although they are called by a module without one.
 TERM_OF_FUNCTION = {
     "simulate_heads": "head_simulation",
     "simulate_features": "feature_simulation",
@@ -35,7 +35,7 @@ TERM_OF_FUNCTION = {
     "apply_rope": "rotary",
     "_apply_rotary_pos_emb_bshd": "rotary",
     "Attention._checkpointed_attention_forward": "attention",
-    "SimulatedSelfAttention.get_query_key_value_tensors": "qkv",
+    "SimulatedSelfAttention.project": "qkv",
     "TransformerLayer._forward_mlp": "mlp",
     "_bias_dropout_add_func": "residual",
     "TransformerBlock._checkpointed_forward": "layer_inputs",
@@ -47,18 +47,18 @@ TERM_OF_FUNCTION = {
 
 
 def term_of_name(name: str) -> str:
-    """The term of a module or parameter."""
+    """Return the term of a module or parameter."""
     return next(term for part, term in TERM_OF_NAME.items() if part in f"{name}.")
 
 
 class TermTracer:
-    """Reads the term of what runs now in the forward pass of `pieces`: the innermost frame that tells."""
+    """Finds the term of the running code in a forward pass, by the innermost known frame of the stack."""
 
-    def __init__(self, *pieces: Any) -> None:
-        self._names = {id(module): name for piece in pieces for name, module in piece.named_modules()}
+    def __init__(self, *chunks: Any) -> None:
+        self._names = {id(module): name for chunk in chunks for name, module in chunk.named_modules()}
 
     def running_term(self) -> str | None:
-        """None in the backward pass, but where that runs a part of the forward pass again."""
+        """Return the term; None in the backward pass, except during recomputation."""
         for frame in _frames():
             function = frame.f_code.co_qualname
             if function == "_engine_run_backward":
@@ -68,7 +68,7 @@ class TermTracer:
             name = self._names.get(id(frame.f_locals.get("self"))) if function.endswith(".forward") else None
             if name is not None and any(part in f"{name}." for part in TERM_OF_NAME):
                 return term_of_name(name)
-        raise AssertionError("nothing on the stack belongs to a term")
+        raise AssertionError("no function on the stack belongs to a term")
 
 
 def _frames() -> Iterator[FrameType]:

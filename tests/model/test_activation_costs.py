@@ -1,4 +1,4 @@
-"""The counted bytes of activations are those that autograd keeps, term by term, to the byte."""
+"""The counted bytes of activations equal the bytes that autograd saves, term by term."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from sas_megatron.attention.gqa.config import GroupedQueryAttentionConfig
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import KINDS, AttentionConfig, VariantNames
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.activations import (
@@ -26,7 +26,7 @@ from tests.training.layouts import ATTENTIONS
 
 @pytest.mark.parametrize("backend", ["unfused", "fused", "auto"])
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_a_rank_keeps_what_is_counted(ranks: Any, name: str, backend: str) -> None:
+def test_the_count_equals_the_bytes_that_a_rank_saves(ranks: Any, name: str, backend: str) -> None:
     config = small_config(attention={**ATTENTIONS[name], "backend": backend})
     assert ranks(1).run(kept_bytes, config) == [count_activation_bytes(config, device="cpu")]
 
@@ -43,7 +43,7 @@ TENSOR_CASES = {
         default=("mla, sequence", "sas-gather", "sas-all_to_all, sequence", "mfa, sequence", "tpa"),
     ),
 )
-def test_two_tensor_ranks_keep_what_is_counted(ranks: Any, case: str) -> None:
+def test_the_count_equals_the_bytes_that_two_tensor_ranks_save(ranks: Any, case: str) -> None:
     name, sequence = TENSOR_CASES[case]
     config = small_config(
         attention={**ATTENTIONS[name], "backend": "fused"}, parallel={"tensor": 2, "sequence": sequence}
@@ -67,7 +67,7 @@ KERNEL_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         default=("sas-gather, tensor 1, recomputed", "sas-all_to_all, tensor 1", "sas-all_to_all, tensor 2"),
     ),
 )
-def test_fused_kernels_keep_what_is_counted(ranks: Any, case: str) -> None:
+def test_the_count_equals_the_bytes_that_fused_kernels_save(ranks: Any, case: str) -> None:
     name, tensor, recompute = KERNEL_CASES[case]
     config = small_config(
         attention={**ATTENTIONS[name], "backend": "fused", "kernel": "fused"},
@@ -77,7 +77,7 @@ def test_fused_kernels_keep_what_is_counted(ranks: Any, case: str) -> None:
     assert ranks(tensor).run(kept_bytes, config) == tensor * [count_activation_bytes(config, device="cpu")]
 
 
-def test_fused_kernels_are_counted_where_auto_takes_them() -> None:
+def test_fused_kernels_are_counted_if_auto_selects_them() -> None:
     by_kernel = {
         (kernel, precision): count_activation_bytes(
             small_config(
@@ -94,7 +94,7 @@ def test_fused_kernels_are_counted_where_auto_takes_them() -> None:
 
 @sweep(40)
 @given(config=shared_runs())
-def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(
+def test_the_count_equals_the_bytes_that_a_rank_of_any_layout_saves(
     separate_process: Any, config: RunConfig
 ) -> None:
     assert separate_process(simulated_kept_bytes, config) == count_activation_bytes(config, device="cpu")
@@ -112,7 +112,7 @@ def test_a_simulated_rank_of_any_layout_keeps_what_is_counted(
     ],
     ids=str,
 )
-def test_a_step_keeps_at_most_what_is_in_flight(
+def test_the_peak_of_a_step_is_reached_by_the_microbatches_in_flight(
     separate_process: Any, parallel: dict[str, int], num_microbatches: int
 ) -> None:
     config = small_config(attention=ATTENTIONS["gqa"], model={"num_layers": 4}, parallel=parallel)
@@ -127,17 +127,17 @@ def test_a_step_keeps_at_most_what_is_in_flight(
 
 def _peak(separate_process: Any, config: RunConfig, rank: int, num_microbatches: int) -> dict[str, int]:
     kept: dict[str, int] = separate_process(simulated_peak_bytes, config, rank, num_microbatches)
-    # The factor that the sum of losses is multiplied by.
+    # The factor of the summed loss.
     assert kept.pop("loss", 0) <= 4
     return kept
 
 
-def test_stages_run_ahead_by_those_behind_them() -> None:
+def test_a_stage_is_ahead_by_the_number_of_later_stages() -> None:
     plain = small_config(model={"num_layers": 4}, parallel={"pipeline": 4})
     assert [_most_in_flight(plain, stage, 9) for stage in range(4)] == [4, 3, 2, 1]
     assert [_most_in_flight(plain, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
     interleaved = small_config(model={"num_layers": 8}, parallel={"pipeline": 4, "virtual_pipeline": 2})
-    # Pieces, of which each has half of a stage's layers: (v-1)·p + 2·(p-1-s) + 1.
+    # Model chunks, each with half of a stage's layers: (v-1)·p + 2·(p-1-s) + 1.
     assert [_most_in_flight(interleaved, stage, 12) for stage in range(4)] == [11, 9, 7, 5]
 
 
@@ -146,19 +146,23 @@ def _most_in_flight(config: RunConfig, stage: int, num_microbatches: int) -> int
     return max(sum(counts) for counts in held)
 
 
-def test_only_stages_of_the_pipeline_keep_anything() -> None:
+def test_a_stage_outside_of_the_pipeline_is_rejected() -> None:
     config = small_config(parallel={"pipeline": 2})
     with pytest.raises(FieldError, match=r"^stage=-1: must be one of parallel.pipeline=2; use 0 to 1$"):
         count_activation_bytes(config, device="gpu", stage=-1)
 
 
 class _OutsideAttention(AttentionConfig):
-    """A variant from outside the package that says nothing about activations."""
+    """A variant from outside the package, with the default costs."""
 
     kind: str = "outside"
 
 
-def test_a_variant_that_says_nothing_keeps_what_plain_attention_does() -> None:
+def test_a_variant_with_default_costs_saves_the_same_as_plain_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = VariantNames("", "sas_megatron.costs.attention:AttentionCosts", "")
+    monkeypatch.setitem(KINDS, "outside", names)
     fields = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
     outside = small_config(attention=_OutsideAttention(**fields))
     plain = small_config(attention=GroupedQueryAttentionConfig(**fields))
@@ -166,8 +170,8 @@ def test_a_variant_that_says_nothing_keeps_what_plain_attention_does() -> None:
 
 
 @pytest.mark.parametrize("linear_bias", [False, True])
-def test_a_gpu_keeps_less_of_norms_and_of_the_mlp(linear_bias: bool) -> None:
-    """By the definitions of its fused functions: 24 tokens of 20 columns, 28 wide in the MLP, in float32."""
+def test_a_gpu_saves_less_for_norms_and_the_mlp(linear_bias: bool) -> None:
+    """24 tokens of 20 columns, and 28 in the MLP, in float32, by the definitions of the fused functions."""
     config = small_config(
         attention={"kind": "mha", "num_heads": 4, "head_dim": 6, "backend": "unfused"},
         model={"num_layers": 1, "linear_bias": linear_bias},
@@ -181,8 +185,8 @@ def test_a_gpu_keeps_less_of_norms_and_of_the_mlp(linear_bias: bool) -> None:
     }
 
 
-def test_cudnn_keeps_what_is_counted_and_pads_no_values() -> None:
-    """24 tokens, eight heads of 16 query/key features and eight value features; by torch, on no device."""
+def test_the_count_equals_the_bytes_that_cudnn_saves_without_padding() -> None:
+    """24 tokens, eight heads of 16 query/key and eight value features, on torch's meta device."""
     fields = {"kind": "sas", "num_heads": 4, "head_dim": 8, "simulated_head_dim": 16, "head_expansion": 2}
     config = small_config(
         attention={**fields, "backend": "cudnn"},
@@ -193,14 +197,14 @@ def test_cudnn_keeps_what_is_counted_and_pads_no_values() -> None:
         torch.empty(12, 2, 8, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
         for width in (16, 16, 8)
     )
-    kept: list[int] = []
+    saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.nbytes if tensor.dim() else 0), lambda _: None
+        lambda tensor: saved.append(tensor.nbytes if tensor.dim() else 0), lambda _: None
     ):
-        # The kernel that it comes to; the state of its random numbers, two scalars, is not counted.
+        # The kernel that runs on a GPU. Its random state, two scalars, is not counted.
         torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(heads.permute(1, 2, 0, 3) for heads in (query, key, value)), None, True, 0.0, True, False
         )
-    assert count_activation_bytes(config, device="gpu")["attention"] == sum(kept)
+    assert count_activation_bytes(config, device="gpu")["attention"] == sum(saved)
     fused = config.model_copy(update={"attention": config.attention.model_copy(update={"backend": "fused"})})
-    assert count_activation_bytes(fused, device="gpu")["attention"] > sum(kept)
+    assert count_activation_bytes(fused, device="gpu")["attention"] > sum(saved)

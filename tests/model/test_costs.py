@@ -1,4 +1,4 @@
-"""The counted parameters against a built model's, and against published ones."""
+"""The counted parameters equal a built model's, and published numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sas_megatron.config.attention import parse_attention
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.attention import build_attention_costs
+from sas_megatron.costs.parameters import count_parameters
 from tests.model.one_microbatch import undrawn_weights
 from tests.model.small_runs import small_runs, sweep
 from tests.model.term_tracing import term_of_name
@@ -25,7 +26,7 @@ from tests.run_configs import SHIPPED
 
 @contextlib.contextmanager
 def _without_storage() -> Iterator[None]:
-    """Modules are built on torch's meta device: shapes and no numbers, at any size."""
+    """Build modules on torch's meta device, which has shapes but no values."""
     device = torch.cuda.current_device
     torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment]
     try:
@@ -53,19 +54,19 @@ def without_zeros(terms: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
-def test_parameters_of_a_shipped_config_are_those_of_the_built_model(ranks: Any, path: Any) -> None:
+def test_parameters_of_a_shipped_config_equal_those_of_the_built_model(ranks: Any, path: Any) -> None:
     config = load_run_config(path, ["parallel.tensor=1", "parallel.sequence=false"])
     assert ranks(1).run(_built_parameters, config) == [without_zeros(count_parameters(config))]
 
 
 @sweep(60)
 @given(config=small_runs())
-def test_parameters_of_any_config_are_those_of_the_built_model(ranks: Any, config: RunConfig) -> None:
+def test_parameters_of_any_config_equal_those_of_the_built_model(ranks: Any, config: RunConfig) -> None:
     (built,) = ranks(1).run(_built_parameters, config)
     assert built == without_zeros(count_parameters(config))
 
 
-# d, h, d_h, d_h^R, d_c, d_c' of the paper; those of DeepSeek-V2 and of DeepSeek-V2-Lite.
+# The paper's d, h, d_h, d_h^R, d_c, d_c'.
 PUBLISHED = {
     "DeepSeek-V2": (5120, 128, 128, 64, 512, 1536),
     "DeepSeek-V2-Lite": (2048, 16, 128, 64, 512, None),
@@ -91,7 +92,8 @@ def test_latent_attention_has_the_published_number_of_parameters(name: str) -> N
         + latent * (hidden + 2 * heads * width)
         + hidden * (heads * width + rotary)
     )
-    counted = attention.count_parameters(hidden, linear_bias=False)
+    costs = build_attention_costs(attention)
+    counted = costs.count_parameters(hidden, linear_bias=False)
     assert counted.pop("latent_norms") == latent + (query_latent or 0)
     assert sum(counted.values()) == expected
-    assert sum(attention.count_kv_cache_elements().values()) == 576  # 4.5·d_h, table 1 of the paper
+    assert sum(costs.count_kv_cache_elements().values()) == 576  # 4.5·d_h, table 1 of the paper

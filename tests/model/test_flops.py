@@ -1,4 +1,4 @@
-"""The counted FLOPs are those that run, pass by pass and term by term: forward, backward, and again."""
+"""The counted FLOPs equal the executed FLOPs, by pass and term: forward, backward, recomputation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import (
+from sas_megatron.costs.flops import (
     TRAINING_FACTOR,
     causal_half,
     count_forward_flops,
@@ -26,7 +26,7 @@ from tests.training.layouts import ATTENTIONS
 
 
 def counted_flops(config: RunConfig) -> Flops:
-    """Of one microbatch, by pass and term, as `executed_flops` gives them; on a CPU."""
+    """Return the counted FLOPs of one microbatch on a CPU, in the form of `executed_flops`."""
     forward, training = count_forward_flops(config), count_training_flops(config)
     passes = {
         "forward": forward,
@@ -42,14 +42,14 @@ def counted_flops(config: RunConfig) -> Flops:
 
 @sweep(60)
 @given(config=small_runs())
-def test_flops_of_any_config_are_those_that_run(ranks: Any, config: RunConfig) -> None:
+def test_flops_of_any_config_equal_those_that_run(ranks: Any, config: RunConfig) -> None:
     assert ranks(1).run(executed_flops, config) == [counted_flops(config)]
 
 
 @pytest.mark.parametrize(
     "name", ["quickstart_sas", "quickstart_gqa", "quickstart_mla", "quickstart_tpa", "quickstart_mfa"]
 )
-def test_flops_of_a_shipped_config_are_those_that_run(ranks: Any, name: str) -> None:
+def test_flops_of_a_shipped_config_equal_those_that_run(ranks: Any, name: str) -> None:
     overrides = [
         "parallel.tensor=1",
         "attention.backend=unfused",
@@ -71,14 +71,14 @@ RECOMPUTATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("recomputed", RECOMPUTATIONS)
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_fused_attention_runs_what_is_counted_with_its_scores_again(
+def test_fused_attention_runs_the_counted_flops_with_recomputed_scores(
     ranks: Any, name: str, recomputed: str
 ) -> None:
-    """By torch's formulas for the kernels: those take equal widths, and make the scores anew."""
+    """By torch's formulas for the kernels, which have equal widths and recompute the scores."""
     attention = {**ATTENTIONS[name], "backend": "fused"}
     config = small_config(attention=attention, training=RECOMPUTATIONS[recomputed])
     (executed,) = ranks(1).run(executed_flops, config)
-    assert _in_all(executed.values()) == _in_all(
+    assert _sum_passes(executed.values()) == _sum_passes(
         [
             *counted_flops(config).values(),
             {term: 24 * count for term, count in count_padding_flops(config, device="cpu").items()},
@@ -86,8 +86,8 @@ def test_fused_attention_runs_what_is_counted_with_its_scores_again(
     )
 
 
-def _in_all(passes: Any) -> dict[str, int]:
-    """Of all passes together, and scores and values too, which a kernel does not tell apart."""
+def _sum_passes(passes: Any) -> dict[str, int]:
+    """Sum all passes, and scores and values, which a fused kernel does not distinguish."""
     total: Counter[str] = Counter()
     for terms in passes:
         for term, count in terms.items():
@@ -96,14 +96,14 @@ def _in_all(passes: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", ["gqa", "sas-gather"])
-def test_dropped_weights_are_kept_and_not_made_again(ranks: Any, name: str) -> None:
+def test_attention_weights_with_dropout_are_saved_rather_than_recomputed(ranks: Any, name: str) -> None:
     attention = {**ATTENTIONS[name], "backend": "fused", "dropout": 0.1}
     config = small_config(attention=attention)
     (executed,) = ranks(1).run(executed_flops, config)
     padding = {term: 24 * count for term, count in count_padding_flops(config, device="cpu").items()}
     assert "scores" not in count_recompute_flops(config, device="cpu")
     assert count_recompute_flops(config, device="gpu")["scores"] == count_forward_flops(config)["scores"]
-    assert _in_all(executed.values()) == _in_all([*counted_flops(config).values(), padding])
+    assert _sum_passes(executed.values()) == _sum_passes([*counted_flops(config).values(), padding])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_dropped_weights_are_kept_and_not_made_again(ranks: Any, name: str) -> N
     ids=["uneven", "interleaved"],
 )
 @pytest.mark.parametrize("layers", [None, 1])
-def test_stages_together_run_what_is_counted(
+def test_the_stages_together_run_the_counted_flops(
     separate_process: Any, parallel: dict[str, int], layers: int | None
 ) -> None:
     config = small_config(
@@ -126,10 +126,10 @@ def test_stages_together_run_what_is_counted(
     )
     stages = separate_process(simulated_flops_of_stages, config)
     for name, counted in counted_flops(config).items():
-        assert _in_all(stage[name] for stage in stages) == _in_all([counted]), name
+        assert _sum_passes(stage[name] for stage in stages) == _sum_passes([counted]), name
 
 
-def test_cudnn_makes_scores_anew_and_pads_no_values() -> None:
+def test_cudnn_recomputes_scores_and_pads_no_values() -> None:
     fields = {"kind": "sas", "num_heads": 4, "head_dim": 8, "simulated_head_dim": 16, "kernel": "plain"}
     cudnn, fused = (
         small_config(attention={**fields, "backend": backend}, training={"precision": "bfloat16"})
@@ -141,7 +141,7 @@ def test_cudnn_makes_scores_anew_and_pads_no_values() -> None:
     assert count_padding_flops(fused, device="gpu").keys() == {"values"}
 
 
-def test_what_fused_kernels_compute_again_is_counted_and_is_no_part_of_the_models() -> None:
+def test_recomputation_in_fused_kernels_is_counted_but_not_as_model_flops() -> None:
     plain, fused = (
         small_config(
             attention={
@@ -156,16 +156,16 @@ def test_what_fused_kernels_compute_again_is_counted_and_is_no_part_of_the_model
     )
     assert count_training_flops(fused) == count_training_flops(plain)
     before, after = (count_recompute_flops(config, device="gpu") for config in (plain, fused))
-    # Of four heads to twelve, six features, three taps: the two convolutions.
+    # The two convolutions from four heads to twelve, with six features and three taps.
     first, second = 2 * 3 * 12 * 4 * 6, 2 * 3 * 12 * 12 * 6
-    # Query, key and value: a tap more twice over forward, and twice backward; query and key once more whole.
+    # Query, key and value: two more times forward, two backward. Query and key: once more, both convolutions.
     heads = 3 * (2 + 2) * first + 2 * (3 * first + second)
     # The expanded features of query and key, in two kernels.
     features = 2 * 2 * 12 * (2 * 6 * 10)
     assert after == {**before, "head_simulation": 2 * heads, "feature_simulation": 2 * features}
 
 
-def test_training_costs_three_forwards_and_scores_alone_grow_with_the_length() -> None:
+def test_training_costs_three_forward_passes_and_only_scores_and_values_grow_with_the_length() -> None:
     config = small_config(attention={"kind": "sas", "num_heads": 4, "head_dim": 6})
     forward, longer = count_forward_flops(config), count_forward_flops(config, sequence_length=36)
     assert TRAINING_FACTOR == 3
@@ -174,27 +174,27 @@ def test_training_costs_three_forwards_and_scores_alone_grow_with_the_length() -
         assert longer[term] == count * (3 if term in ("scores", "values") else 1), term
 
 
-def test_recomputation_leaves_the_models_flops_as_they_are() -> None:
+def test_recomputation_does_not_change_the_models_flops() -> None:
     attention = {"kind": "sas", "num_heads": 4, "head_dim": 6}
     plain = small_config(attention=attention)
     recomputed = small_config(attention=attention, training={"recompute": "full"})
     assert count_training_flops(recomputed) == count_training_flops(plain)
     again = count_recompute_flops(recomputed, device="gpu")
     forward = count_forward_flops(plain)
-    # Each layer once more, and the scores a third time by the fused back end.
+    # Each layer once more, and the scores a third time in fused attention.
     assert again == {
         term: count * (2 if term == "scores" else 1) for term, count in forward.items() if term != "head"
     }
 
 
-def test_chunks_keep_their_weights_and_only_a_cpu_has_them() -> None:
+def test_chunked_attention_saves_its_weights_and_runs_only_on_a_cpu() -> None:
     config = small_config(attention={"kind": "mha", "num_heads": 4, "head_dim": 6})
     assert count_recompute_flops(config, device="cpu") == {}
     assert count_recompute_flops(config, device="cpu", sequence_length=2000).keys() == {"scores"}
     assert count_recompute_flops(config, device="gpu").keys() == {"scores"}
 
 
-def test_the_causal_half_concerns_scores_and_values() -> None:
+def test_the_causal_half_applies_to_scores_and_values() -> None:
     config = small_config()
     flops = count_forward_flops(config)
     halved = causal_half(flops, sequence_length=12)

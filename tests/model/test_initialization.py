@@ -1,4 +1,4 @@
-"""Initial weights: the same whole at every layout, another for another seed, spread as documented."""
+"""Initial weights: equal in every layout, different for each seed, distributed as documented."""
 
 from __future__ import annotations
 
@@ -33,32 +33,30 @@ def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model
     [MHA, SAS, TPA, MFA],
     ids=["mha", "sas", "tpa", "mfa"],
 )
-def test_the_parts_join_to_the_same_whole_at_every_size(
+def test_shards_form_the_same_full_weights_for_any_number_of_ranks(
     ranks: Any, attention: dict[str, Any], activation: str
 ) -> None:
     biased = activation == "gelu"
     make = functools.partial(config_of, attention, activation=activation, linear_bias=biased)
     (alone,) = ranks(1).run(initial_weights, make(1))
     assert any(part.num_pieces == 2 for part in alone.values()) == (activation == "swiglu")
-    whole = joined_weights([alone])
+    full = joined_weights([alone])
     for tensor in (2, 4):
         joined = joined_weights(ranks(tensor).run(initial_weights, make(tensor)))
-        assert joined.keys() == whole.keys()
-        for name, weight in whole.items():
+        assert joined.keys() == full.keys()
+        for name, weight in full.items():
             assert torch.equal(joined[name], weight), f"{name} at {tensor} ranks"
 
 
 @pytest.mark.parametrize("initialization", ["authors", "normal", "identity"])
-def test_simulation_weights_are_equal_on_all_ranks_whatever_the_scheme(
-    ranks: Any, initialization: str
-) -> None:
+def test_simulation_weights_are_equal_on_all_ranks_for_each_scheme(ranks: Any, initialization: str) -> None:
     attention = {**SAS, "initialization": initialization}
-    whole = joined_weights(ranks(1).run(initial_weights, config_of(attention)))
+    full = joined_weights(ranks(1).run(initial_weights, config_of(attention)))
     joined = joined_weights(ranks(2).run(initial_weights, config_of(attention, tensor=2)))
-    assert all(torch.equal(joined[name], weight) for name, weight in whole.items())
+    assert all(torch.equal(joined[name], weight) for name, weight in full.items())
 
 
-def test_another_seed_gives_other_weights_and_the_same_seed_the_same(ranks: Any) -> None:
+def test_weights_depend_on_the_seed_only(ranks: Any) -> None:
     first, again, other = (
         joined_weights(ranks(1).run(initial_weights, config_of(SAS, seed=seed))) for seed in (3, 3, 4)
     )
@@ -68,7 +66,7 @@ def test_another_seed_gives_other_weights_and_the_same_seed_the_same(ranks: Any)
         assert torch.equal(other[name], weight) == constant, name
 
 
-def test_no_two_parameters_start_alike(ranks: Any) -> None:
+def test_no_two_parameters_start_with_equal_weights(ranks: Any) -> None:
     weights = joined_weights(ranks(1).run(initial_weights, config_of(SAS)))
     drawn = {name: weight.flatten()[:24] for name, weight in weights.items() if "layernorm" not in name}
     for name, weight in drawn.items():
@@ -77,7 +75,7 @@ def test_no_two_parameters_start_alike(ranks: Any) -> None:
             assert name == other or not torch.equal(weight[:shared], values[:shared]), f"{name} and {other}"
 
 
-def test_weights_are_spread_as_documented(ranks: Any) -> None:
+def test_weights_have_the_documented_distribution(ranks: Any) -> None:
     config = config_of(
         SAS,
         hidden_size=60,
@@ -105,7 +103,7 @@ def test_weights_are_spread_as_documented(ranks: Any) -> None:
             assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel()), name
 
 
-def test_tensor_products_start_as_their_authors_say_or_as_the_model_does(ranks: Any) -> None:
+def test_tensor_products_start_with_the_authors_or_the_models_distribution(ranks: Any) -> None:
     model = {"hidden_size": 60, "num_layers": 2, "init_std": 0.05}
     authors, normal = (
         joined_weights(ranks(1).run(initial_weights, config_of({**TPA, "initialization": name}, **model)))

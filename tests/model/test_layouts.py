@@ -1,4 +1,4 @@
-"""The whole model in float64: any layout of ranks gives the logits of one process."""
+"""The full model in float64: every layout gives the logits of one process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ATTENTIONS: dict[str, small.Attention] = {
     "tpa": small.TPA,
     "tpa-kv": small.TPA_WHOLE_QUERIES,
 }
-# The rest of the model, so that each of its parts meets each layout.
+# The other parts of the model, so that each is tested in each layout.
 PARTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "biased": {
@@ -47,7 +47,7 @@ def config_of(attention: str, parts: str, **parallel: Any) -> RunConfig:
     )
 
 
-# Degrees whose product is the world size; the layout varies slowest, since ranks keep their groups.
+# Ordered by layout, since ranks reuse their process groups.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2": {"tensor": 2},
     "tensor 2, sequence": {"tensor": 2, "sequence": True},
@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     for parts in PARTS
     for attention in ATTENTIONS
 }
-# Every attention on tensor, on context and on both kinds of ranks; the rest of the model on each layout.
+# Every attention on tensor ranks, on context ranks and on both; the other parts of the model in each layout.
 DEFAULT = (
     "tensor 2-biased-sas-gather",
     "tensor 2-plain-mla",
@@ -110,7 +110,7 @@ DEFAULT = (
 
 @pytest.fixture(scope="module")
 def alone(ranks: Any) -> Callable[[str, str], torch.Tensor]:
-    """`alone(attention, parts)` is the logits of one process."""
+    """Return a function `(attention, parts)` to the logits of one process."""
 
     @functools.cache
     def logits(attention: str, parts: str) -> torch.Tensor:
@@ -121,7 +121,7 @@ def alone(ranks: Any) -> Callable[[str, str], torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", cases(CASES, default=DEFAULT))
-def test_any_number_of_ranks_gives_the_logits_of_one(ranks: Any, alone: Any, case: str) -> None:
+def test_every_layout_gives_the_logits_of_one_process(ranks: Any, alone: Any, case: str) -> None:
     layout, parts, attention = CASES[case]
     config = config_of(attention, parts, **LAYOUTS[layout])
     by_rank = ranks(config.parallel.model_size).run(logits_part, config)

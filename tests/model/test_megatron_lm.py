@@ -1,4 +1,4 @@
-"""The layer spec as Megatron-LM's scripts take it: found by module and name, put into their GPT model."""
+"""The layer spec in Megatron-LM's scripts, which import it by name and build their GPT model from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPEC = ("sas_megatron.model.megatron_lm", "layer_spec")
 
 
 def import_spec(path: Path) -> Any:
-    """As `--spec` does, through Megatron-core's importer, in a process whose environment names the config."""
+    """Import the spec as `--spec` does, with the config named in the environment."""
     from megatron.core.transformer.spec_utils import import_module
 
     os.environ["SAS_MEGATRON_CONFIG"] = str(path)
@@ -34,7 +34,7 @@ def import_spec(path: Path) -> Any:
 
 
 def build_their_model(path: Path, config: RunConfig, **sizes: Any) -> Any:
-    """Megatron-core's GPT, with the arguments that Megatron-LM's model provider gives it."""
+    """Build Megatron-core's GPT, with the arguments of Megatron-LM's model provider."""
     from megatron.core.models.gpt import GPTModel
 
     from sas_megatron.model.assembly import build_transformer_config
@@ -53,23 +53,23 @@ def build_their_model(path: Path, config: RunConfig, **sizes: Any) -> Any:
 
 
 def compare_with_ours(path: Path, config: RunConfig) -> tuple[bool, float]:
-    """On a rank: whether all layers' weights are equal to the bit, and how far the logits differ."""
+    """Return whether all layers' weights are bit-identical, and the largest difference of the logits."""
     from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
     theirs = build_their_model(path, config)
     (ours,) = build_gpt_chunks(config, dtype=torch.float64)
-    own = dict(ours.named_parameters())
+    our_weights = dict(ours.named_parameters())
     equal = True
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name.startswith("decoder.layers."):
-                equal = equal and torch.equal(parameter, own[name])
+                equal = equal and torch.equal(parameter, our_weights[name])
             else:
-                parameter.copy_(own[name])
+                parameter.copy_(our_weights[name])
         tokens = random_tokens(config)
-        places = torch.arange(tokens.shape[1]).expand_as(tokens)
-        difference = theirs(tokens, places, None) - ours(tokens, places, None)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        difference = theirs(tokens, positions, None) - ours(tokens, positions, None)
     return equal, float(difference.abs().max())
 
 
@@ -90,7 +90,7 @@ ATTENTIONS: dict[str, small.Attention] = {
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_loaded_by_its_spec_and_computes_the_same(
+def test_the_spec_of_every_kind_computes_the_same_as_our_model(
     ranks: Any, tmp_path: Path, kind: str, tensor: int
 ) -> None:
     assert kind in DEFINITIONS
@@ -102,8 +102,8 @@ def test_every_kind_is_loaded_by_its_spec_and_computes_the_same(
         assert difference <= 1e-12
 
 
-def refusal(path: Path, config: RunConfig, sizes: dict[str, Any]) -> str:
-    """On a rank: what building or running says."""
+def error_message(path: Path, config: RunConfig, sizes: dict[str, Any]) -> str:
+    """Return the error message of building and running the model, on a rank."""
     in_layout(config.parallel)
     try:
         model = build_their_model(path, config, **sizes)
@@ -111,39 +111,39 @@ def refusal(path: Path, config: RunConfig, sizes: dict[str, Any]) -> str:
         model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
     except UserError as error:
         return str(error)
-    return "nothing"
+    return "no error"
 
 
-def test_sizes_that_are_not_the_configs_are_refused(ranks: Any, tmp_path: Path) -> None:
+def test_sizes_that_differ_from_the_config_are_rejected(ranks: Any, tmp_path: Path) -> None:
     config = config_of(ATTENTIONS["sas"])
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(config))
-    [message] = ranks(1).run(refusal, path, config, {"kv_channels": 8})
-    assert message.startswith(f"--kv-channels=8: is 6 in {path}; let both say the same")
+    [message] = ranks(1).run(error_message, path, config, {"kv_channels": 8})
+    assert message.startswith(f"--kv-channels=8: must equal 6 of {path}; change one of them")
 
 
-def test_features_that_the_model_does_not_turn_are_refused(ranks: Any, tmp_path: Path) -> None:
+def test_a_rotary_width_that_differs_from_the_models_is_rejected(ranks: Any, tmp_path: Path) -> None:
     config = config_of({**ATTENTIONS["sas"], "rotary_dim": None})
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(config))
-    [message] = ranks(1).run(refusal, path, config, {})
+    [message] = ranks(1).run(error_message, path, config, {})
     assert message == (
-        "attention.rotary_dim=10: is not what this model turns, 6 features "
+        "attention.rotary_dim=10: must equal the 6 features that this model rotates "
         "(--kv-channels × --rotary-percent); set attention.rotary_dim=6 in the config"
     )
 
 
-def test_latent_attention_without_its_config_is_refused(ranks: Any, tmp_path: Path) -> None:
+def test_latent_attention_without_its_transformer_config_is_rejected(ranks: Any, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(config_of(ATTENTIONS["mla"])))
-    [message] = ranks(1).run(refusal, path, config_of(ATTENTIONS["mha"]), {})
+    [message] = ranks(1).run(error_message, path, config_of(ATTENTIONS["mha"]), {})
     assert message.startswith(
-        "attention.kind=mla: needs a MLATransformerConfig, and the model has a TransformerConfig; "
-        "give --multi-latent-attention"
+        "attention.kind=mla: needs a MLATransformerConfig, but the model has a TransformerConfig; "
+        "add --multi-latent-attention"
     )
 
 
-def test_without_a_config_the_import_says_what_to_set() -> None:
+def test_without_a_config_the_import_names_the_variable_to_set() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "SAS_MEGATRON_CONFIG"}
     command = ForkedCommand(module=SPEC[0], environment=environment)
     assert command.wait(timeout=60) != 0

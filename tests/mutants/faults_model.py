@@ -6,28 +6,28 @@ MUTANTS = (
     # model
     Mutant(
         "head-flops-without-vocabulary-padding",
-        "sas_megatron.costs.model_costs:count_forward_flops",
+        "sas_megatron.costs.flops:count_forward_flops",
         "2 * model.hidden_size * model.padded_vocab_size",
         "2 * model.hidden_size * model.vocab_size",
         "The FLOPs of the output layer omit the rows that pad the vocabulary.",
     ),
     Mutant(
         "recompute-flops-of-one-layer",
-        "sas_megatron.costs.model_costs:count_recompute_flops",
+        "sas_megatron.costs.flops:count_recompute_flops",
         'times["scores"] += config.model.num_layers',
         'times["scores"] += 1',
         "The recomputed scores of the fused backward pass are counted for one layer instead of all.",
     ),
     Mutant(
         "causal-half-without-diagonal",
-        "sas_megatron.costs.model_costs:causal_half",
+        "sas_megatron.costs.flops:causal_half",
         "(sequence_length + 1) / (2 * sequence_length)",
         "sequence_length / (2 * sequence_length)",
         "The causal half of scores and values omits the diagonal.",
     ),
     Mutant(
         "norm-parameters-without-final-norm",
-        "sas_megatron.costs.model_costs:count_parameters",
+        "sas_megatron.costs.parameters:count_parameters",
         "(2 * model.num_layers + 1)",
         "(2 * model.num_layers)",
         "The count of parameters omits the final norm.",
@@ -35,8 +35,8 @@ MUTANTS = (
     Mutant(
         "swiglu-activation-term-missing",
         "sas_megatron.costs.activations:_count_mlp",
-        '3 if layer.device == "gpu" else 5',
-        '3 if layer.device == "gpu" else 4',
+        '3 if spec.device == "gpu" else 5',
+        '3 if spec.device == "gpu" else 4',
         "The activation memory of the MLP on a CPU omits one of the tensors that SwiGLU keeps.",
     ),
     Mutant(
@@ -49,8 +49,8 @@ MUTANTS = (
     Mutant(
         "interleaved-warm-up-too-short",
         "sas_megatron.costs.activations:microbatches_in_flight",
-        "else 2 * behind + (pieces - 1) * stages",
-        "else behind + (pieces - 1) * stages",
+        "else 2 * later + (num_chunks - 1) * stages",
+        "else later + (num_chunks - 1) * stages",
         "The activation memory of an interleaved pipeline counts too few microbatches in flight.",
     ),
     Mutant(
@@ -63,14 +63,14 @@ MUTANTS = (
     Mutant(
         "last-stage-sends-activations",
         "sas_megatron.costs.communication:_Step.pipeline",
-        "2 * pieces - self.is_first - self.is_last",
-        "2 * pieces - self.is_first",
+        "2 * num_chunks - self.is_first - self.is_last",
+        "2 * num_chunks - self.is_first",
         "The communication volume of the last pipeline stage includes a send to a next stage.",
     ),
     Mutant(
         "gradient-buffer-without-alignment",
         "sas_megatron.costs.gradient_buffers:count_buffer_elements",
-        "end = _up_to_multiple(end, WEIGHT_ALIGNMENT)",
+        "end = _round_up(end, WEIGHT_ALIGNMENT)",
         "end = end + 0",
         "The size of the gradient buffer omits the alignment of each weight.",
     ),
@@ -90,9 +90,9 @@ MUTANTS = (
     ),
     Mutant(
         "gate-and-up-projection-mixed",
-        "sas_megatron.model.initialization:tensor_parallel_part",
-        "whole.chunk(stride, dim=dim)",
-        "whole.chunk(1, dim=dim)",
+        "sas_megatron.model.initialization:tensor_parallel_shard",
+        "full.chunk(stride, dim=dim)",
+        "full.chunk(1, dim=dim)",
         "The initial weights of the MLP's gate and up projections depend on the number of tensor ranks.",
     ),
     # config
@@ -133,14 +133,14 @@ MUTANTS = (
     ),
     Mutant(
         "sequence-parallel-activations-not-divided",
-        "sas_megatron.config.layer_pass:ActivationSpec.own_tokens",
+        "sas_megatron.costs.activation_spec:ActivationSpec.local_tokens",
         "return self.tokens // self.tensor if self.sequence else self.tokens",
         "return self.tokens",
         "The activation memory of norms and residuals is not divided under sequence parallelism.",
     ),
     Mutant(
         "sequence-parallel-traffic-without-second-gather",
-        "sas_megatron.config.tensor_group:TensorGroup.into_columns",
+        "sas_megatron.costs.tensor_traffic:TensorGroup.column_parallel_input",
         "Traffic(once, 2 * once) if self.sequence",
         "Traffic(once, once) if self.sequence",
         "The communication volume under sequence parallelism omits the all-gather of the backward pass.",

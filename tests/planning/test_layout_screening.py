@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sas_megatron.costs.model_costs import count_parameters
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.planning.hardware_file import AttainableShares, LinkFigures
 from sas_megatron.planning.layout_screening import SingleDeviceCost, rough_seconds, weights_fit, with_layout
 from tests.planning.toy_machines import toy_machine

@@ -9,7 +9,7 @@ import pytest
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.activations import count_peak_activation_bytes
-from sas_megatron.costs.weights import chunk_weights
+from sas_megatron.costs.parameters import chunk_weights
 from tests.planning.estimated_ranks import estimated_reports, real_report
 from tests.run_configs import small_config
 from tests.selection import exhaustive
@@ -204,9 +204,9 @@ def test_memory_contains_the_counted_weights_and_activations(
     for _, report in reports:
         stage = case.stage_of(report.rank)
         weights = [
-            weight.elements_of_rank(parallel.tensor)
+            weight.count_local_elements(parallel.tensor)
             for chunk in range(parallel.virtual_pipeline)
-            for weight in chunk_weights(config, stage=stage, piece=chunk)
+            for weight in chunk_weights(config, stage=stage, chunk=chunk)
         ]
         assert report.num_layers == parallel.layers_of_stages(config.model.num_layers)[stage]
         assert report.num_parameters == sum(weights)

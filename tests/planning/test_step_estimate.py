@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sas_megatron.costs.model_costs import count_training_flops
+from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.planning.hardware_file import AttainableShares, Hardware, LinkFigures
 from sas_megatron.planning.step_estimate import estimate_step, execution_seconds
 from sas_megatron.planning.workload import Operation, Workload

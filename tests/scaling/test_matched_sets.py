@@ -12,14 +12,10 @@ from click.testing import CliRunner
 from sas_megatron.cli.main import cli
 from sas_megatron.config.attention import KINDS
 from sas_megatron.config.loading import build_run_config, load_run_config, read_yaml
-from sas_megatron.costs.activations import count_peak_activation_bytes
+from sas_megatron.costs.activations import count_kv_cache_bytes, count_peak_activation_bytes
 from sas_megatron.costs.communication import count_communication_bytes
-from sas_megatron.costs.model_costs import (
-    count_kv_cache_bytes,
-    count_parameters,
-    count_recompute_flops,
-    count_training_flops,
-)
+from sas_megatron.costs.flops import count_recompute_flops, count_training_flops
+from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.scaling.matching import counted_costs
 from tests.conftest import ROOT
 

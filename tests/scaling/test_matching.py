@@ -102,7 +102,7 @@ def test_heads_that_the_degrees_forbid_are_said() -> None:
     assert str(caught.value) == (
         "attention.kind=sas: no choice of model.num_layers, model.ffn_hidden_size is legal at "
         "parallel.tensor=[1, 16] and context=[1]; other choices were refused, the last by: "
-        "attention.num_heads=8: must be divisible by parallel.tensor=16, so that each rank owns whole heads; "
+        "attention.num_heads=8: must be divisible by parallel.tensor=16, the ranks that share the heads; "
         "set parallel.tensor to one of [1, 2, 4, 8]"
     )
 

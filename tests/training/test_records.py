@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_training_flops
+from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.planning.hardware_file import find_peak_flops
 from tests.run_configs import small_config
 

@@ -1,1 +1,1 @@
-"""Grouped-query attention, with MHA and MQA as its two ends."""
+"""Multi-head, grouped-query and multi-query attention."""

@@ -1,12 +1,12 @@
-"""Multi-matrix factorization attention as a Megatron-core `SelfAttention`: its queries, key and value.
+"""Multi-matrix factorization attention as a Megatron-core `SelfAttention`.
 
-    hidden [S, B, H] -> shared columns (whole on every rank)       [S, B, C + D + D]
-      -> C normalized -> query up (column parallel over the heads) [S, B, N/P, D]
-      -> D and D: the one key and value head                       [S, B, 1, D] each
-      -> the parent: rotary positions, core attention, output projection
+    hidden [S, B, H] -> shared columns (replicated over tensor ranks)        [S, B, R + D + D]
+      -> R columns, normalized -> query_up (column-parallel over the heads)  [S, B, N/P, D]
+      -> D and D columns: the key and the value head                         [S, B, 1, D] each
+      -> rotary embeddings, core attention, output projection
 
-Under sequence parallelism each rank computes the shared columns of its own tokens, and those C + 2D are
-gathered in place of the H hidden columns: the first C by the query's column-parallel projection.
+Under sequence parallelism, each rank computes the shared columns of its local tokens, and these R + 2D
+columns are all-gathered instead of the H columns of the hidden state: the first R by `query_up`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+from typing_extensions import override
 
 from sas_megatron.attention.core import build_self_attention_spec
-from sas_megatron.attention.kv_cache import CachingSelfAttention
+from sas_megatron.attention.layer import SelfAttentionLayer
 from sas_megatron.attention.mfa.config import FactorizedAttentionConfig
 from sas_megatron.distributed.gradient_sums import gather_shared_columns, sum_gradients_over_tokens
 
 
 class SharedProjection(nn.Module):
-    """What all heads read, for the tokens at hand; built as Megatron-core builds its fused projection.
+    """The projection to the columns that all heads read; it replaces Megatron-core's fused projection.
 
-    Weights, replicated over the tensor ranks: `weight` [C + 2D, H], the query's, key's and value's rows
-    in this order, and `query_norm` [C].
+    Its weights are replicated over the tensor ranks: `weight` [R + 2D, H], with the rows of the query, the
+    key and the value in this order, and `query_norm` [R].
     """
 
     def __init__(
@@ -49,14 +50,16 @@ class SharedProjection(nn.Module):
         self.query_rank, self.epsilon = attention.query_rank, config.layernorm_epsilon
         self.layout: dict[str, Any] = {"group": tp_group, "sequence_parallel": config.sequence_parallel}
         options: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-        width = attention.query_rank + 2 * attention.head_dim
-        # `initialize_weights` gives both their values.
-        self.weight = nn.Parameter(torch.empty(width, hidden_size, **options))
+        # `initialize_weights` sets the values of both.
+        self.weight = nn.Parameter(torch.empty(attention.shared_width, hidden_size, **options))
         self.query_norm = nn.Parameter(torch.empty(attention.query_rank, **options))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[S, B, H], or [S/P, B, H] under sequence parallelism -> the query's columns, for the same tokens
-        [.., B, C], normalized by their root mean square; key and value side by side, for all [S, B, 2D].
+        """Project [S, B, H], or [S/P, B, H] under sequence parallelism.
+
+        Returns:
+            The query's columns of the same tokens, [.., B, R], normalized by their root mean square; key and
+            value of all tokens side by side, [S, B, 2D].
         """
         weight, norm = sum_gradients_over_tokens((self.weight, self.query_norm), **self.layout)
         columns = F.linear(hidden_states, weight)
@@ -65,8 +68,8 @@ class SharedProjection(nn.Module):
         return normalized, gather_shared_columns(key_value.contiguous(), **self.layout)
 
 
-class FactorizedSelfAttention(CachingSelfAttention):
-    """Self-attention whose queries come of few shared columns, and whose heads share one key and value."""
+class FactorizedSelfAttention(SelfAttentionLayer):
+    """Self-attention with low-rank queries, and one key and value head for all query heads."""
 
     def __init__(
         self,
@@ -87,29 +90,24 @@ class FactorizedSelfAttention(CachingSelfAttention):
             tp_group=self.tp_group,
         )
 
-    def get_query_key_value_tensors(
-        self,
-        hidden_states: torch.Tensor,
-        key_value_states: torch.Tensor | None = None,
-        output_gate: bool = False,
-        split_qkv: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[S, B, H] -> query [S, B, N/P, D] of this rank; key and value [S, B, 1, D], the same on all."""
-        if output_gate or not split_qkv:
-            raise NotImplementedError("MFA has neither an output gate nor a fused QKV rotary path")
+    @classmethod
+    @override
+    def build_spec(cls, attention: FactorizedAttentionConfig) -> ModuleSpec:
+        return build_self_attention_spec(
+            attention,
+            module=cls,
+            linear_qkv=functools.partial(SharedProjection, attention=attention),
+            attention=attention,
+        )
+
+    @override
+    def project(
+        self, hidden_states: torch.Tensor, rope: torch.Tensor | None, *, is_decoding: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Return queries [S, B, N/P, D] of this rank, and key and value [S, B, 1, D], equal on all ranks."""
         query_columns, key_value = self.linear_qkv(hidden_states)
-        # Gathers the tokens under sequence parallelism, and adds up the columns' gradients in any case.
+        # It gathers the tokens under sequence parallelism, and always sums the gradients of the columns.
         queries, _ = self.linear_query_up(query_columns)
         query = queries.unflatten(-1, (-1, self.hidden_size_per_attention_head))
         key, value = key_value.unsqueeze(2).chunk(2, dim=-1)
-        return query, key, value
-
-
-def build_factorized_spec(attention: FactorizedAttentionConfig) -> ModuleSpec:
-    """`FactorizedSelfAttention` on the shared columns of `attention`."""
-    return build_self_attention_spec(
-        attention,
-        module=FactorizedSelfAttention,
-        linear_qkv=functools.partial(SharedProjection, attention=attention),
-        attention=attention,
-    )
+        return self.apply_rope(query, rope), self.apply_rope(key, rope), value

@@ -1,26 +1,27 @@
-"""MLA as Megatron-core's `MLASelfAttention`: its data flow, its core replaced, its down projections ours.
+"""Multi-head latent attention on Megatron-core's `MLASelfAttention`, with other down projections and core.
 
     hidden [S/P or S, B, H]
-      -> down projections (the whole weight on every tensor rank)    query latent | latent, rotary key
+      -> down projections (replicated over tensor ranks)           query latent; latent and rotary key
       -> norms of the two latents
-      -> up projections (column parallel: a P-th of the heads)       query [S, B, N/P, D+R], key, value
-      -> rotary positions on the last R features of queries and of the one rotary key
-      -> core attention, output projection (row parallel)
+      -> up projections (column-parallel: 1/P of the heads)        query [S, B, N/P, D+R], key, value
+      -> rotary embeddings on the last R features of the queries, and on the rotary key that all heads share
+      -> core attention, output projection (row-parallel)
 
-The down projections work on a rank's own tokens under sequence parallelism, and otherwise do the same
-on every rank. Megatron-core's local spec shards them by columns: that gathers the hidden states of all
-tokens for each under sequence parallelism, wants ranks to divide the latents' widths, and in 0.16.1
-leaves out a sum: that of the rotary key's gradient over tensor ranks.
+Under sequence parallelism, the down projections compute a rank's local tokens; otherwise all ranks compute
+the same. Megatron-core's local spec shards these projections by columns. Each of them then gathers the hidden
+states of all tokens under sequence parallelism, and the widths of the latents must be divisible by the ranks.
+Moreover, megatron-core 0.16.1 does not sum the gradient of the rotary key over tensor ranks.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import (
@@ -29,10 +30,12 @@ from megatron.core.transformer.multi_latent_attention import (
     MultiLatentAttention,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from typing_extensions import override
 
 from sas_megatron.attention.core import CoreAttention, check_backend
-from sas_megatron.attention.kv_cache import CachingAttention, KeyValueCache
+from sas_megatron.attention.kv_cache import KeyValueCache
+from sas_megatron.attention.layer import AttentionLayer
 from sas_megatron.attention.mla.config import LatentAttentionConfig
 from sas_megatron.distributed.gradient_sums import sum_gradients_over
 from sas_megatron.platform.transformer_engine_fallbacks import (
@@ -43,14 +46,13 @@ from sas_megatron.platform.transformer_engine_fallbacks import (
 
 
 class DownProjection(MegatronModule):
-    """[.., H] -> [.., W]: a linear map whose weight every tensor rank holds whole.
+    """A linear map [.., H] -> [.., W] whose weight is replicated over the tensor ranks.
 
-    Under sequence parallelism a rank's gradient of the weight is a sum over its own tokens; the mark
-    makes the engines add the ranks' up once a step, as they do for norms. Without it, all ranks have
-    the same tokens and need the same gradient of the result. For latents that is so: the up projections
-    add it up. The last `num_own_columns` columns reach a rank's own heads with nothing between, so what
-    comes back to them is a part, and is added up here. (Under sequence parallelism the gathering of the
-    rotary key adds up.)
+    Under sequence parallelism, a rank's gradient of the weight is a sum over its local tokens; the attribute
+    `sequence_parallel` makes the engines sum these once per step, as for norms. Without it, all ranks compute
+    the same tokens, and need the full gradient of the result. The up projections sum that of the latents. The
+    last `num_shared_columns` columns are read by each rank's local heads directly, so their gradient is a
+    partial sum, which is summed here. (Under sequence parallelism, the gather of the rotary key sums it.)
     """
 
     def __init__(
@@ -59,11 +61,11 @@ class DownProjection(MegatronModule):
         output_size: int,
         *,
         tp_group: torch.distributed.ProcessGroup,
-        num_own_columns: int = 0,
+        num_shared_columns: int = 0,
     ) -> None:
         super().__init__(config=config)
         self.tp_group = tp_group
-        self.num_own_columns = 0 if config.sequence_parallel else num_own_columns
+        self.num_shared_columns = 0 if config.sequence_parallel else num_shared_columns
         self.weight = torch.nn.Parameter(
             torch.empty(
                 output_size,
@@ -77,22 +79,24 @@ class DownProjection(MegatronModule):
             config.init_method(self.weight)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The result, and no bias, as Megatron-core's linears return them."""
+        """Return the result and no bias, as Megatron-core's linear layers do."""
         projected = F.linear(hidden, self.weight)
-        if self.num_own_columns and self.tp_group.size() > 1:
-            widths = [projected.shape[-1] - self.num_own_columns, self.num_own_columns]
-            latent, own = projected.split(widths, dim=-1)
-            # Not Megatron-core's `copy_to_tensor_model_parallel_region`: in 0.16.1 it loses the sum of a
-            # gradient that is a slice of another, as this one is.
-            projected = torch.cat([latent, *sum_gradients_over(self.tp_group, [own])], dim=-1)
+        if self.num_shared_columns and self.tp_group.size() > 1:
+            widths = [projected.shape[-1] - self.num_shared_columns, self.num_shared_columns]
+            latent, shared = projected.split(widths, dim=-1)
+            # In 0.16.1, Megatron-core's `copy_to_tensor_model_parallel_region` loses the sum of a gradient
+            # that is a slice of another tensor, as this one is.
+            projected = torch.cat([latent, *sum_gradients_over(self.tp_group, [shared])], dim=-1)
         return projected, None
 
 
-class LatentSelfAttention(CachingAttention, MLASelfAttention):
-    """`MLASelfAttention` that has the same outputs and gradients at every number of tensor ranks.
+class LatentSelfAttention(AttentionLayer, MLASelfAttention):
+    """`MLASelfAttention` with the same outputs and gradients for every number of tensor ranks.
 
-    The paper's norms are RMSNorm, whatever the model's are.
+    The norms of the latents are RMSNorm, as in the paper, whatever norm the model has.
     """
+
+    transformer_config_type: ClassVar[type[TransformerConfig]] = MLATransformerConfig
 
     def __init__(
         self,
@@ -104,8 +108,8 @@ class LatentSelfAttention(CachingAttention, MLASelfAttention):
         pg_collection: ProcessGroupCollection | None = None,
         **options: Any,
     ) -> None:
-        # Past the parent's own constructor, which takes but three classes for the down projections, and
-        # so would build sharded ones first.
+        # Skip the parent's constructor, which accepts only three classes for the down projections, and would
+        # build sharded ones first.
         MultiLatentAttention.__init__(
             self,
             config=config,
@@ -132,7 +136,7 @@ class LatentSelfAttention(CachingAttention, MLASelfAttention):
             config,
             config.kv_lora_rank + config.qk_pos_emb_head_dim,
             tp_group=self.tp_group,
-            num_own_columns=config.qk_pos_emb_head_dim,
+            num_shared_columns=config.qk_pos_emb_head_dim,
         )
         self.kv_layernorm = self._latent_norm(submodules.kv_layernorm, config.kv_lora_rank)
         self.linear_kv_up_proj = self._up_projection(
@@ -142,37 +146,100 @@ class LatentSelfAttention(CachingAttention, MLASelfAttention):
             buffer_name="kv_up_proj",
         )
 
-    def angles_of_slots(self, handed: torch.Tensor | None, cache: KeyValueCache) -> torch.Tensor:
-        """The layer's own."""
-        angles: torch.Tensor = self.rotary_pos_emb(cache.max_tokens)
+    @classmethod
+    @override
+    def build_spec(cls, attention: LatentAttentionConfig) -> ModuleSpec:
+        check_backend(attention)
+        allow_mla_without_transformer_engine()
+        return ModuleSpec(
+            module=cls,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=MLASelfAttentionSubmodules(
+                linear_q_proj=ColumnParallelLinear,
+                linear_q_up_proj=ColumnParallelLinear,
+                linear_kv_up_proj=ColumnParallelLinear,
+                # Megatron-core builds it both by a call and by `build_module`: a spec supports both.
+                core_attention=ModuleSpec(module=CoreAttention, params={"attention": attention}),
+                linear_proj=RowParallelLinear,
+                q_layernorm=ReplicatedNorm,
+                kv_layernorm=ReplicatedNorm,
+            ),
+        )
+
+    @classmethod
+    @override
+    def transformer_options(cls, attention: LatentAttentionConfig) -> dict[str, Any]:
+        """Return all widths, since Megatron-core has one model's widths as defaults, and the type `rope`.
+
+        Megatron-core's default is YaRN, which has other angles and may change the softmax scale. The factors
+        that change it are set to neutral values, since 0.16.1 computes the scale from them for both types.
+        """
+        return {
+            "q_lora_rank": attention.query_lora_rank,
+            "kv_lora_rank": attention.kv_lora_rank,
+            "qk_head_dim": attention.head_dim,
+            "qk_pos_emb_head_dim": attention.rotary_head_dim,
+            "v_head_dim": attention.value_width,
+            "rope_type": "rope",
+            "rotary_scaling_factor": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0,
+        }
+
+    @override
+    def rotary_angles(
+        self, rotary_pos_emb: torch.Tensor | None, hidden_states: torch.Tensor, cache: KeyValueCache | None
+    ) -> torch.Tensor:
+        """Return the angles of the layer's own rotary embedding."""
+        assert rotary_pos_emb is None, "latent attention computes its own rotary angles"
+        if cache is None:
+            num_positions = self.rotary_pos_emb.get_rotary_seq_len(
+                None, None, hidden_states, self.config, None
+            )
+        else:
+            num_positions = cache.max_tokens
+        angles: torch.Tensor = self.rotary_pos_emb(num_positions)
         return angles
 
-    def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries; the normalized latent [S, B, L] and the rotary key [S, B, 1, R] are what is kept."""
+    @override
+    def project(
+        self, hidden_states: torch.Tensor, rope: torch.Tensor | None, *, is_decoding: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Return queries, the normalized latent [S or S/P, B, L], and the rotary key [S, B, 1, R]."""
         rotary = self.config.qk_pos_emb_head_dim
-        if self.config.q_lora_rank is None:
+        # Megatron-core's order: both down projections, then the query's projection or up projection.
+        query_latent = None
+        if self.config.q_lora_rank is not None:
+            query_latent, _ = self.linear_q_down_proj(hidden_states)
+        shared, _ = self.linear_kv_down_proj(hidden_states)
+        if query_latent is None:
             columns, _ = self.linear_q_proj(hidden_states)
         else:
-            latent, _ = self.linear_q_down_proj(hidden_states)
-            columns, _ = self.linear_q_up_proj(self.q_layernorm(latent))
+            columns, _ = self.linear_q_up_proj(self.q_layernorm(query_latent))
+        latent, rotary_key = shared.split([self.config.kv_lora_rank, rotary], dim=-1)
+        if self.config.sequence_parallel and self.tp_group.size() > 1:
+            rotary_key = gather_from_sequence_parallel_region(rotary_key, group=self.tp_group)
         query, rotary_query = columns.unflatten(-1, (-1, self.q_head_dim)).split(
             [self.config.qk_head_dim, rotary], dim=-1
         )
-        shared, _ = self.linear_kv_down_proj(hidden_states)
-        latent, rotary_key = shared.split([self.config.kv_lora_rank, rotary], dim=-1)
-        query = torch.cat([query, _rotate_neighbours(rotary_query, angles)], dim=-1)
-        return query, self.kv_layernorm(latent), _rotate_neighbours(rotary_key.unsqueeze(2), angles)
+        apply_rope = _rotate_neighbours if is_decoding else self.apply_rope
+        query = torch.cat([query, apply_rope(rotary_query, rope)], dim=-1)
+        return query, self.kv_layernorm(latent), apply_rope(rotary_key.unsqueeze(2), rope)
 
-    def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's heads, read out of the latents; the rotary key is the same for all."""
+    @override
+    def expand(
+        self, kept: list[torch.Tensor], rope: torch.Tensor | None, *, is_decoding: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project keys and values of this rank's heads from the latents; all keys include the rotary key."""
         latent, rotary_key = kept
         columns, _ = self.linear_kv_up_proj(latent)
         widths = [self.config.qk_head_dim, self.config.v_head_dim]
         key, value = columns.unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
-        return torch.cat([key, rotary_key.expand(-1, -1, key.shape[2], -1)], dim=-1), value
+        key = torch.cat([key, rotary_key.expand(-1, -1, key.shape[2], -1)], dim=-1)
+        return key, value.contiguous()
 
     def _up_projection(self, spec: Any, input_size: int, output_size: int, *, buffer_name: str) -> Any:
-        """Column parallel, without a bias."""
+        """Build a column-parallel projection without a bias."""
         return build_module(
             spec,
             input_size,
@@ -188,7 +255,7 @@ class LatentSelfAttention(CachingAttention, MLASelfAttention):
         )
 
     def _latent_norm(self, spec: Any, width: int) -> Any:
-        """The norm between a down and an up projection."""
+        """Build the norm between a down and an up projection."""
         return build_module(
             spec,
             config=self.config,
@@ -198,30 +265,10 @@ class LatentSelfAttention(CachingAttention, MLASelfAttention):
         )
 
 
-def _rotate_neighbours(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (2i, 2i + 1), and lays them out as two halves, as Megatron-core does for this layer."""
-    return apply_rope(torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1), angles)
+def _rotate_neighbours(heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+    """Rotate the pairs (2i, 2i + 1), and store them as two halves, as Megatron-core does for this layer.
 
-
-def build_latent_attention_spec(variant: LatentAttentionConfig) -> ModuleSpec:
-    """A `ModuleSpec` of latent attention on Megatron-core's parallel linears and our core attention.
-
-    Raises:
-        FieldError: the back end cannot run here.
+    Megatron-core's function requires the same positions in all sequences, which decoding does not have.
     """
-    check_backend(variant)
-    allow_mla_without_transformer_engine()
-    return ModuleSpec(
-        module=LatentSelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
-            # Megatron-core builds it both by calling and by `build_module`, so a spec, not a function.
-            core_attention=ModuleSpec(module=CoreAttention, params={"attention": variant}),
-            linear_proj=RowParallelLinear,
-            q_layernorm=ReplicatedNorm,
-            kv_layernorm=ReplicatedNorm,
-        ),
-    )
+    assert rope is not None, "latent attention computes its own rotary angles"
+    return apply_rope(torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1), rope)

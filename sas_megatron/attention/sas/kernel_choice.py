@@ -1,49 +1,50 @@
-"""`attention.kernel=auto`: when the simulation runs in fused kernels, by rules that need no torch."""
+"""Whether the simulation runs in fused kernels, decided by `attention.kernel` and sizes. No torch."""
 
 from __future__ import annotations
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.attention.sas.fused.padding import TILE_ROWS, padded, split
-from sas_megatron.config.attention_backend import Device
+from sas_megatron.costs.attention_backend import Device
 
-# What a program may use of a multiprocessor of compute capability 9.0 (H100, H200), by its data sheet.
+# Shared memory that a program may use on a multiprocessor of compute capability 9.0 (H100, H200 data sheet).
 SHARED_MEMORY_BYTES = 227 * 1024
 ELEMENT_BYTES = 2
 
 
 def is_fused(attention: SimulatedAttentionConfig, *, device: Device, element_bytes: int) -> bool:
-    """What `attention.kernel` comes to, where all that fused kernels need is installed."""
+    """Return whether `attention.kernel` selects the fused kernels, if everything they need is installed."""
     if attention.kernel == "auto":
-        return reason_not_to_fuse(attention, device=device, element_bytes=element_bytes) is None
+        return find_unfused_reason(attention, device=device, element_bytes=element_bytes) is None
     return attention.kernel == "fused"
 
 
-def reason_not_to_fuse(
+def find_unfused_reason(
     attention: SimulatedAttentionConfig, *, device: Device, element_bytes: int
 ) -> str | None:
-    """Why `attention.kernel=auto` leaves the simulation to torch's own operations; None: it does not."""
+    """Return why `attention.kernel=auto` does not select the fused kernels; None if it does."""
     if device == "cpu":
         return "the fused kernels need a CUDA device"
     if element_bytes != ELEMENT_BYTES:
         return "the fused kernels are made for bfloat16"
-    return reason_not_to_fit(attention)
+    return find_misfit(attention)
 
 
-def reason_not_to_fit(attention: SimulatedAttentionConfig) -> str | None:
-    """Why the kernels cannot hold all weights and a tile on chip; None: they can."""
-    for what, needed in count_shared_memory_bytes(attention).items():
+def find_misfit(attention: SimulatedAttentionConfig) -> str | None:
+    """Return why all weights and a tile do not fit in shared memory; None if they do."""
+    for simulation, needed in count_shared_memory_bytes(attention).items():
         if needed > SHARED_MEMORY_BYTES:
             return (
-                f"the fused {what} would need {needed // 1024} KiB of shared memory "
-                f"and there are {SHARED_MEMORY_BYTES // 1024}"
+                f"the fused {simulation} needs {needed // 1024} KiB of shared memory, "
+                f"of which there are {SHARED_MEMORY_BYTES // 1024}"
             )
     return None
 
 
 def count_shared_memory_bytes(attention: SimulatedAttentionConfig) -> dict[str, int]:
-    """Of the backward kernels, which need the most: all weights, and tiles of what they read and make.
+    """Return the shared memory of the backward kernels, which need the most, by simulation.
 
-    Held against the compiler's own count in tests/attention/fused, which it must not fall short of.
+    Counted are all weights, and the tiles of inputs and results. tests/attention/fused checks that the
+    count is at least the compiler's.
     """
     needed: dict[str, int] = {}
     for base in attention.head_simulations().values():

@@ -1,14 +1,19 @@
-"""SAS as a Megatron-core `SelfAttention`: only what the query, key and value are changes here.
+"""SAS as a Megatron-core `SelfAttention`: only the queries, keys and values differ.
 
-    hidden [S, B, H] -> linear_qkv (column parallel) -> columns [T, (N+2G)·D/P], T = S·B
-      -> exchange: every head, for the tokens at hand
-      -> simulate heads (query, key, value), keep or send home this rank's  [T, r·N/P, D]
-      -> simulate features (query, key)                                     [T, r·N/P, E]
-      -> the parent: rotary positions (if the kernels have not turned the features already), core
-         attention (ends in PEAA's mean), output projection
+    hidden [S, B, H] -> linear_qkv (column-parallel) -> columns [T, (N+2G)·D/P], T = S·B
+      -> exchange over tensor ranks: the columns of all heads
+      -> head simulation (query, key, value); each rank keeps or receives its local heads  [T, r·N/P, D]
+      -> feature simulation (query, key)                                                   [T, r·N/P, E]
+      -> rotary embeddings (unless the simulation's kernels apply them)
+      -> core attention with the average over blocks (PEAA), output projection
 
-Features are simulated after the heads are home: they concern one head each, so it costs the same
-there, and D features a head travel in place of E.
+Features are simulated after the exchange: each head is mapped alone, so this costs the same, and D instead
+of E features per head are exchanged.
+
+The simulation's weights are replicated over the tensor ranks, and each rank computes with them for a part of
+the heads or tokens. Its gradient of each weight is therefore a partial sum. `sum_weight_gradients` passes the
+weights through an identity whose backward pass all-reduces the gradients over the tensor group, so that every
+rank has the full gradient, under every engine.
 """
 
 from __future__ import annotations
@@ -19,76 +24,60 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from typing_extensions import override
 
-from sas_megatron.attention.kv_cache import CachingSelfAttention
+from sas_megatron.attention.core import build_self_attention_spec
+from sas_megatron.attention.layer import SelfAttentionLayer
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.exchange_choice import choose_exchange
-from sas_megatron.attention.sas.feature_simulation import FeatureSimulation, simulate_features
-from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
-from sas_megatron.attention.sas.head_simulation import HeadSimulation, simulate_heads
-from sas_megatron.attention.sas.residual_map import ResidualMap
-from sas_megatron.attention.sas.simulation_kernels import NAMES, HeadSource, build_simulation_kernels
+from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights, Simulation, SimulationShape
+from sas_megatron.attention.sas.simulation_kernels import (
+    NAMES,
+    HeadSource,
+    build_simulation_kernels,
+    check_kernel,
+)
+from sas_megatron.attention.sas.tensor_parallel import choose_exchange
 from sas_megatron.distributed.gradient_sums import sum_gradients_over
-from sas_megatron.distributed.head_exchange import build_head_exchange
-from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
-
-# What makes a pass another than that over whole sequences, whose positions the parent knows better.
-NOT_TURNED_BY_KERNELS = ("inference_context", "inference_params", "packed_seq_params", "key_value_states")
+from sas_megatron.distributed.head_exchange import HeadExchange, build_head_exchange
 
 
-class Simulation(nn.Module):
-    """All simulation weights of a layer: those of heads by `query`, `key`, `value`, and of features."""
+def build_simulation(
+    attention: SimulatedAttentionConfig, *, dtype: torch.dtype, device: torch.device | int
+) -> Simulation:
+    """Build the simulation of a layer, with uninitialized weights."""
+    shape = SimulationShape(
+        num_heads=attention.head_simulations(),
+        expansion=attention.head_expansion,
+        kernel_size=attention.kernel_size,
+        head_dim=attention.head_dim,
+        simulated_head_dim=attention.query_key_dim if attention.simulate_features else None,
+        bias=attention.simulation_bias,
+    )
+    return Simulation(shape, dtype=dtype, device=device)
 
-    def __init__(
-        self, attention: SimulatedAttentionConfig, *, dtype: torch.dtype, device: torch.device | int
-    ) -> None:
-        super().__init__()
-        options: dict[str, Any] = {"bias": attention.simulation_bias, "dtype": dtype, "device": device}
-        self.heads = nn.ModuleDict(
-            {
-                name: HeadSimulation(
-                    num_heads,
-                    expansion=attention.head_expansion,
-                    kernel_size=attention.kernel_size,
-                    **options,
-                )
-                for name, num_heads in attention.head_simulations().items()
-            }
+
+def sum_weight_gradients(
+    simulation: Simulation, group: torch.distributed.ProcessGroup
+) -> dict[str, ResidualMapWeights]:
+    """Return the weights of a simulation by map, with gradients that are summed over the tensor group."""
+    maps = simulation.weights()
+    present = [weight for weights in maps.values() for weight in weights if weight is not None]
+    summed = iter(sum_gradients_over(group, present))
+    return {
+        name: ResidualMapWeights(
+            # Only biases may be None.
+            *(None if weight is None else next(summed) for weight in weights)  # type: ignore[arg-type]
         )
-        self.features = nn.ModuleDict(
-            {
-                name: FeatureSimulation(
-                    attention.head_dim,
-                    simulated_head_dim=attention.query_key_dim,
-                    random_extra_features=name == "query",
-                    **options,
-                )
-                for name in ("query", "key")
-                if attention.simulate_features
-            }
-        )
-
-    def summed_weights(self, group: torch.distributed.ProcessGroup) -> dict[str, ResidualMapWeights]:
-        """Weights by `heads.query`, `features.key` and so on, whose gradients sum over the tensor group."""
-        maps = {name: part for name, part in self.named_modules() if isinstance(part, ResidualMap)}
-        given = [weight for part in maps.values() for weight in part.weights() if weight is not None]
-        summed = iter(sum_gradients_over(group, given))
-        return {
-            name: ResidualMapWeights(
-                # None only where the map itself has none, which is a bias.
-                *(None if weight is None else next(summed) for weight in part.weights())  # type: ignore[arg-type]
-            )
-            for name, part in maps.items()
-        }
+        for name, weights in maps.items()
+    }
 
 
-class SimulatedSelfAttention(CachingSelfAttention):
-    """Self-attention whose queries, keys and values are simulated from a compact projection.
+class SimulatedSelfAttention(SelfAttentionLayer):
+    """Self-attention whose queries, keys and values are simulated from few projected heads.
 
-    The same function, with the same gradients, at every tensor-parallel size. Needs a core
-    attention that averages the `head_expansion` blocks (`SimulatedAttentionConfig.build_spec`).
+    Outputs and gradients do not depend on the number of tensor ranks.
     """
 
     def __init__(
@@ -103,122 +92,114 @@ class SimulatedSelfAttention(CachingSelfAttention):
         super().__init__(config, submodules, layer_number, *args, **options)
         self.attention = attention
         device = torch.cuda.current_device()
-        self.simulation = Simulation(attention, dtype=config.params_dtype, device=device)
+        self.simulation = build_simulation(attention, dtype=config.params_dtype, device=device)
         self.kernels = build_simulation_kernels(attention, dtype=config.params_dtype)
         strategy = choose_exchange(attention, tensor_parallel=self.tp_group.size())
         self.exchange = build_head_exchange(strategy, self.tp_group)
-        self.gathering = build_head_exchange("gather", self.tp_group)
+        self.gather = build_head_exchange("gather", self.tp_group)
         self.recomputes_simulation = (
             config.recompute_granularity == "selective" and "simulation" in config.recompute_modules
         )
-        # Between `forward` and `get_query_key_value_tensors`, which the parent calls in between.
-        self._angles: torch.Tensor | None = None
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *args: Any,
-        rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
-        **options: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the parent, which turns queries and keys where the simulation's kernels do not."""
-        self._angles = None
-        plain_pass = not args and all(options.get(name) is None for name in NOT_TURNED_BY_KERNELS)
-        if self._kernels_turn and plain_pass and isinstance(rotary_pos_emb, torch.Tensor):
-            self._angles, rotary_pos_emb = rotary_pos_emb, None
-        output, bias = super().forward(
-            hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **options
+    @classmethod
+    @override
+    def build_spec(cls, attention: SimulatedAttentionConfig) -> ModuleSpec:
+        check_kernel(attention)
+        return build_self_attention_spec(
+            attention, module=cls, num_blocks=attention.head_expansion, attention=attention
         )
-        return output, bias
 
-    @property
-    def _kernels_turn(self) -> bool:
-        return self.kernels.turns and self.attention.simulate_features
+    @override
+    def project(
+        self, hidden_states: torch.Tensor, rope: torch.Tensor | None, *, is_decoding: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Return simulated queries, keys and values of this rank, or base keys and values for the KV cache.
 
-    def get_query_key_value_tensors(
-        self,
-        hidden_states: torch.Tensor,
-        key_value_states: torch.Tensor | None = None,
-        output_gate: bool = False,
-        split_qkv: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[S, B, H] -> query [S, B, r·N/P, E], key [S, B, r·G/P, E], value [S, B, r·G/P, D] of this rank."""
-        if output_gate or not split_qkv:
-            raise NotImplementedError("SAS has neither an output gate nor a fused QKV rotary path")
+        The KV cache of `kv_cache=base` has all base heads on each tensor rank, since the simulated heads of a
+        rank depend on all of them; gathering all tokens' heads in each step would send the full cache.
+        """
+        if is_decoding and self.attention.kv_cache == "base":
+            return self._project_base(hidden_states, rope)
         if self.attention.simulates_heads:
             base = self.linear_qkv(hidden_states)[:1]
         else:
-            base = super().get_query_key_value_tensors(hidden_states)
-        simulate = functools.partial(self._simulate, self._angles)
+            base = self.get_query_key_value_tensors(hidden_states)
+        # The kernels need the same positions in all sequences, which decoding does not have.
+        kernels_apply_rope = (
+            self.kernels.applies_rope and self.attention.simulate_features and not is_decoding
+        )
+        simulate = functools.partial(
+            self._simulate,
+            rope=rope if kernels_apply_rope else None,
+            exchange=self.gather if is_decoding else self.exchange,
+        )
         if self.recomputes_simulation and self.training:
-            # Keeps the projected heads, 1/r or less of what the simulation makes of them.
+            # Saves the projected heads, which are 1/r or less of the simulated ones.
             query, key, value = checkpoint(simulate, False, *base)
         else:
             query, key, value = simulate(*base)
-        return query, key, value
+        if kernels_apply_rope:
+            return query, key, value
+        return self.apply_rope(query, rope), self.apply_rope(key, rope), value
 
-    def _simulate(self, angles: torch.Tensor | None, *base: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Projected columns [S, B, C/P], or query, key and value with base heads -> the simulated three."""
-        weights = self.simulation.summed_weights(self.tp_group)
-        places = base[0].shape[:2]
+    @override
+    def expand(
+        self, kept: list[torch.Tensor], rope: torch.Tensor | None, *, is_decoding: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's simulated keys and values, which are computed here from cached base heads."""
+        key, value = kept
+        if is_decoding and self.attention.kv_cache == "base":
+            return self.apply_rope(self._simulate_local("key", key), rope), self._simulate_local(
+                "value", value
+            )
+        return key, value
+
+    def _project_base(
+        self, hidden_states: torch.Tensor, rope: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return simulated queries of this rank, and all base keys and values [S, B, G, D]."""
+        columns, _ = self.linear_qkv(hidden_states)
+        heads = self.kernels.split_columns(self.gather.gather_columns(columns.flatten(0, 1)))
+        query, key, value = (part.unflatten(0, columns.shape[:2]) for part in heads)
+        return self.apply_rope(self._simulate_local("query", query), rope), key, value
+
+    def _simulate_local(self, name: str, heads_SBND: torch.Tensor) -> torch.Tensor:
+        """Simulate this rank's heads [S, B, r·N/P, E or D] from all base heads of the query, key or value."""
+        local = self.gather.local_base_heads(heads_SBND.shape[2])
+        simulated = self.simulation(name, heads_SBND.flatten(0, 1), base_heads=local)
+        heads: torch.Tensor = simulated.unflatten(0, heads_SBND.shape[:2])
+        return heads
+
+    def _simulate(
+        self, *base: torch.Tensor, rope: torch.Tensor | None, exchange: HeadExchange
+    ) -> tuple[torch.Tensor, ...]:
+        """Simulate query, key and value from projected columns [S, B, W/P], or from local base heads."""
+        weights = sum_weight_gradients(self.simulation, self.tp_group)
+        shape = base[0].shape[:2]
         heads, source = [part.flatten(0, 1) for part in base], None
         if self.attention.simulates_heads:
-            heads, source = self._simulated_heads(heads[0], weights)
-        three = {
+            heads, source = self._exchange_and_simulate(heads[0], weights, exchange)
+        simulated = {
             name: part if f"heads.{name}" in weights else part.repeat(1, self.attention.head_expansion, 1)
             for name, part in zip(NAMES, heads, strict=True)
         }
         if self.attention.simulate_features:
             for name in ("query", "key"):
-                three[name] = self.kernels.features(name, three[name], weights, angles=angles, source=source)
-        return tuple(part.unflatten(0, places) for part in three.values())
+                simulated[name] = self.kernels.features(
+                    name, simulated[name], weights, rope=rope, source=source
+                )
+        return tuple(part.unflatten(0, shape) for part in simulated.values())
 
-    def _simulated_heads(
-        self, projected_TC: torch.Tensor, weights: dict[str, ResidualMapWeights]
+    def _exchange_and_simulate(
+        self, columns_TW_local: torch.Tensor, weights: dict[str, ResidualMapWeights], exchange: HeadExchange
     ) -> tuple[list[torch.Tensor], HeadSource | None]:
-        """Query, key and value [T, heads of this rank, D], all copies of simulated ones; and their source."""
-        columns_TC = self.exchange.gather_columns(projected_TC)
-        here = self.exchange.base_heads_to_simulate
-        simulated = self.kernels.heads(columns_TC, weights, here)
-        num_blocks = [self.attention.head_expansion if f"heads.{name}" in weights else 1 for name in NAMES]
-        own = self.exchange.scatter_heads(simulated, num_blocks=num_blocks, num_tokens=projected_TC.shape[0])
-        return own, None if self.exchange.sends_heads else HeadSource(columns_TC, here)
+        """Return query, key and value [T, local heads, D] after head simulation, and their source.
 
-    def project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, and by `kv_cache` every base key and value, or this rank's simulated ones.
-
-        Base ones are kept by each tensor rank, all of them: its simulated heads are made of all, and to
-        gather those of all tokens before at every step would be to send the cache each time.
+        Heads that are not simulated have one copy. The source is None if other ranks computed the heads.
         """
-        columns, _ = self.linear_qkv(hidden_states)
-        heads = self.kernels.split_columns(self.gathering.gather_columns(columns.flatten(0, 1)))
-        query, *kept = (part.unflatten(0, columns.shape[:2]) for part in heads)
-        query = apply_rope(self._simulate_own("query", query), angles)
-        if self.attention.kv_cache == "simulated":
-            return query, *self._simulate_key_value(kept, angles)
-        return query, *kept
-
-    def expand(self, kept: list[torch.Tensor], angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's simulated keys and values."""
-        if self.attention.kv_cache == "base":
-            return self._simulate_key_value(kept, angles)
-        return super().expand(kept, angles)
-
-    def _simulate_key_value(
-        self, base: list[torch.Tensor], angles: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = base
-        return apply_rope(self._simulate_own("key", key), angles), self._simulate_own("value", value)
-
-    def _simulate_own(self, name: str, heads_SBCD: torch.Tensor) -> torch.Tensor:
-        """All base heads of the query, key or value -> this rank's simulated ones [S, B, r·C/P, E or D]."""
-        maps: Any = self.simulation.heads
-        features: Any = self.simulation.features
-        own = self.gathering.local_base_heads(heads_SBCD.shape[2])
-        if name in maps:
-            simulated = simulate_heads(heads_SBCD.flatten(0, 1), maps[name].weights(), base_heads=own)
-            heads = simulated.unflatten(0, heads_SBCD.shape[:2])
-        else:
-            heads = heads_SBCD[:, :, own].repeat(1, 1, self.attention.head_expansion, 1)
-        return simulate_features(heads, features[name].weights()) if name in features else heads
+        columns_TW = exchange.gather_columns(columns_TW_local)
+        computed_heads = exchange.base_heads_to_simulate
+        simulated = self.kernels.heads(columns_TW, weights, computed_heads)
+        num_blocks = [self.attention.head_expansion if f"heads.{name}" in weights else 1 for name in NAMES]
+        local = exchange.scatter_heads(simulated, num_blocks=num_blocks, num_tokens=columns_TW_local.shape[0])
+        return local, None if exchange.sends_heads else HeadSource(columns_TW, computed_heads)

@@ -1,4 +1,4 @@
-"""The two ways to compute the simulation of a layer: torch's own operations, and fused kernels."""
+"""The two implementations of a layer's simulation: torch's operations, and fused Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
+from typing_extensions import override
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.feature_simulation import simulate_features
 from sas_megatron.attention.sas.fused.head_parts import HeadColumns, HeadPart
-from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
-from sas_megatron.attention.sas.head_simulation import simulate_heads
-from sas_megatron.attention.sas.kernel_choice import reason_not_to_fit, reason_not_to_fuse
-from sas_megatron.config.attention_backend import Device
+from sas_megatron.attention.sas.kernel_choice import find_misfit, find_unfused_reason
+from sas_megatron.attention.sas.simulated_attention import (
+    ResidualMapWeights,
+    simulate_features,
+    simulate_heads,
+)
 from sas_megatron.config.errors import FieldError
+from sas_megatron.costs.attention_backend import Device
 
 if TYPE_CHECKING:
     from sas_megatron.attention.sas.fused.features import Recomputation
@@ -26,45 +29,53 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAMES = ("query", "key", "value")
-# The matrix instructions that the kernels are compiled to.
+# Compute capability 8.0, which introduced the matrix instructions of the kernels.
 LEAST_CAPABILITY = (8, 0)
+
+# Selects base heads, given the number of base heads.
+HeadSelection = Callable[[int], slice]
 
 
 class HeadSource(NamedTuple):
-    """What a rank computed heads from, all on its own, so that it can again."""
+    """The columns from which a rank has computed its heads, so that it can compute them again."""
 
     columns: torch.Tensor
-    base_heads_to_simulate: Callable[[int], slice]
+    computed_heads: HeadSelection
 
 
 class SimulationKernels(ABC):
-    """Computes the simulation of tokens at hand; weights by `heads.query`, `features.key` and so on."""
+    """Computes head and feature simulation of a rank's tokens. W = D(N + 2G) are the projected columns.
 
-    # Whether `features` turns them by rotary positions, too.
-    turns: ClassVar[bool]
+    Weights are given for all maps of a layer, by `heads.query`, `features.key` and so on.
+    """
+
+    # Whether `features` also applies rotary embeddings.
+    applies_rope: ClassVar[bool]
 
     def __init__(self, attention: SimulatedAttentionConfig) -> None:
         self.attention = attention
 
-    def split_columns(self, columns_TC: torch.Tensor) -> list[torch.Tensor]:
-        """Projected columns [T, (N+2G)·D] -> query, key and value heads [T, N | G | G, D]."""
+    def split_columns(self, columns_TW: torch.Tensor) -> list[torch.Tensor]:
+        """Split projected columns into query, key and value heads [T, N | G | G, D]."""
         groups = self.attention.num_key_value_heads
         queries = self.attention.num_heads // groups
-        # Megatron-core's order: each group's queries, its key, its value.
-        grouped = columns_TC.unflatten(1, (groups, queries + 2, self.attention.head_dim))
+        # Megatron-core's order: for each group its queries, its key, its value.
+        grouped = columns_TW.unflatten(1, (groups, queries + 2, self.attention.head_dim))
         return [part.flatten(1, 2) for part in grouped.split([queries, 1, 1], dim=2)]
 
     @abstractmethod
     def heads(
         self,
-        columns_TC: torch.Tensor,
+        columns_TW: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
-        base_heads_to_simulate: Callable[[int], slice],
+        computed_heads: HeadSelection,
     ) -> list[torch.Tensor]:
-        """Projected columns [T, (N+2G)·D] -> query, key and value [T, heads, D].
+        """Simulate query, key and value heads [T, heads, D] from projected columns.
 
-        Each with the copies of those base heads that `base_heads_to_simulate` says, of how many there are; r
-        copies where its heads are simulated, otherwise one.
+        Args:
+            columns_TW: The projected columns of T tokens.
+            weights: All weights of the layer; heads without weights are passed on once.
+            computed_heads: Selects the base heads whose copies are computed.
         """
 
     @abstractmethod
@@ -74,131 +85,129 @@ class SimulationKernels(ABC):
         heads_TMD: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
         *,
-        angles: torch.Tensor | None,
+        rope: torch.Tensor | None,
         source: HeadSource | None,
     ) -> torch.Tensor:
-        """Query or key heads [T, m, D] -> [T, m, E].
+        """Simulate the features of query or key heads, [T, M, D] -> [T, M, E].
 
         Args:
             name: `query` or `key`.
-            heads_TMD: Simulated, or repeated.
-            weights: All of the layer.
-            angles: Megatron-core's [S, 1, 1, R], to turn the features by; None: they are not turned.
-            source: What `heads_TMD` came from; None: from other ranks.
+            heads_TMD: Heads, simulated or repeated.
+            weights: All weights of the layer.
+            rope: Rotary angles [S, 1, 1, R] to apply; None to apply none.
+            source: What `heads_TMD` can be computed from; None if other ranks computed them.
         """
 
 
 class PlainKernels(SimulationKernels):
     """Convolutions and linear maps of torch."""
 
-    turns = False
+    applies_rope = False
 
+    @override
     def heads(
         self,
-        columns_TC: torch.Tensor,
+        columns_TW: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
-        base_heads_to_simulate: Callable[[int], slice],
+        computed_heads: HeadSelection,
     ) -> list[torch.Tensor]:
-        """As the base class says."""
         simulated = []
-        for name, heads_TCD in zip(NAMES, self.split_columns(columns_TC), strict=True):
-            here, own = base_heads_to_simulate(heads_TCD.shape[1]), weights.get(f"heads.{name}")
-            simulated.append(
-                heads_TCD[:, here] if own is None else simulate_heads(heads_TCD, own, base_heads=here)
-            )
+        for name, heads_TND in zip(NAMES, self.split_columns(columns_TW), strict=True):
+            selected, map_weights = computed_heads(heads_TND.shape[1]), weights.get(f"heads.{name}")
+            if map_weights is None:
+                simulated.append(heads_TND[:, selected])
+            else:
+                simulated.append(simulate_heads(heads_TND, map_weights, base_heads=selected))
         return simulated
 
+    @override
     def features(
         self,
         name: str,
         heads_TMD: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
         *,
-        angles: torch.Tensor | None,
+        rope: torch.Tensor | None,
         source: HeadSource | None,
     ) -> torch.Tensor:
-        """As the base class says; they are never turned here."""
-        assert angles is None
+        assert rope is None, "torch's operations do not apply rotary embeddings"
         return simulate_features(heads_TMD, weights[f"features.{name}"])
 
 
 class FusedKernels(SimulationKernels):
-    """Triton kernels. The backward pass has the columns, and computes what lies between again."""
+    """Triton kernels. The backward pass recomputes intermediate tensors from the projected columns."""
 
-    turns = True
+    applies_rope = True
 
     def __init__(self, attention: SimulatedAttentionConfig) -> None:
         super().__init__(attention)
-        # Here, since only who uses them needs Triton.
+        # Imported here, since only these kernels need Triton.
         from sas_megatron.attention.sas.fused import features, heads, tiling
 
         self._heads, self._features = heads, features
         self.tiling = tiling.Tiling()
 
+    @override
     def heads(
         self,
-        columns_TC: torch.Tensor,
+        columns_TW: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
-        base_heads_to_simulate: Callable[[int], slice],
+        computed_heads: HeadSelection,
     ) -> list[torch.Tensor]:
-        """As the base class says."""
-        parts = [self._part(name, weights.get(f"heads.{name}"), base_heads_to_simulate) for name in NAMES]
-        return list(self._heads.simulate_heads(columns_TC, parts, tiling=self.tiling))
+        parts = [self._part(name, weights.get(f"heads.{name}"), computed_heads) for name in NAMES]
+        return list(self._heads.simulate_heads(columns_TW, parts, tiling=self.tiling))
 
+    @override
     def features(
         self,
         name: str,
         heads_TMD: torch.Tensor,
         weights: Mapping[str, ResidualMapWeights],
         *,
-        angles: torch.Tensor | None,
+        rope: torch.Tensor | None,
         source: HeadSource | None,
     ) -> torch.Tensor:
-        """As the base class says; turned features are in pair order, query and key alike."""
+        """Simulate features; with rotary embeddings, query and key features are stored in pair order."""
         simulated: torch.Tensor = self._features.simulate_features(
             heads_TMD,
             weights[f"features.{name}"],
-            turns=None if angles is None else self._features.turns_of(angles),
+            turns=None if rope is None else self._features.turns_of(rope),
             tiling=self.tiling,
             recomputation=None if source is None else self._recomputation(name, source, weights),
         )
         return simulated
 
-    def _part(
-        self, name: str, weights: ResidualMapWeights | None, base_heads_to_simulate: Callable[[int], slice]
-    ) -> HeadPart:
+    def _part(self, name: str, weights: ResidualMapWeights | None, computed_heads: HeadSelection) -> HeadPart:
         attention, width = self.attention, self.attention.head_dim
         groups = attention.num_key_value_heads
         queries = attention.num_heads // groups
-        # Megatron-core's order: each group's queries, its key, its value.
+        # Megatron-core's order: for each group its queries, its key, its value.
         first = {"query": 0, "key": queries, "value": queries + 1}[name] * width
         per_group = queries if name == "query" else 1
         columns = HeadColumns(first, groups * per_group, per_group, (queries + 2) * width, width)
-        return HeadPart(columns, weights, base_heads_to_simulate(columns.num_heads))
+        return HeadPart(columns, weights, computed_heads(columns.num_heads))
 
     def _recomputation(
         self, name: str, source: HeadSource, weights: Mapping[str, ResidualMapWeights]
     ) -> Recomputation:
-        own = weights.get(f"heads.{name}")
+        map_weights = weights.get(f"heads.{name}")
 
-        def compute(columns_TC: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
-            part = self._part(
-                name, ResidualMapWeights(*kept) if kept else None, source.base_heads_to_simulate
-            )
-            heads: torch.Tensor = self._heads.compute_heads(columns_TC, part, self.tiling)
-            return heads if kept else heads.repeat(1, self.attention.head_expansion, 1)
+        def compute(columns_TW: torch.Tensor, *saved: torch.Tensor) -> torch.Tensor:
+            part = self._part(name, ResidualMapWeights(*saved) if saved else None, source.computed_heads)
+            heads: torch.Tensor = self._heads.compute_heads(columns_TW, part, self.tiling)
+            return heads if saved else heads.repeat(1, self.attention.head_expansion, 1)
 
-        return self._features.Recomputation(compute, (source.columns, *(own or ())))
+        return self._features.Recomputation(compute, (source.columns, *(map_weights or ())))
 
 
 def check_kernel(attention: SimulatedAttentionConfig) -> None:
-    """Before a layer is built, since Megatron-core turns what that raises into another error.
+    """Check that `attention.kernel` can run, before Megatron-core builds the layer and replaces the error.
 
     Raises:
-        FieldError: `attention.kernel=fused` cannot run here.
+        FieldError: the fused kernels cannot run on this machine, or do not fit.
     """
     if attention.kernel == "fused":
-        reason = reason_not_to_fit(attention) or _what_is_missing()
+        reason = find_misfit(attention) or _find_missing_requirement()
         if reason is not None:
             raise FieldError(
                 "attention.kernel", "fused", f"cannot run here, since {reason}", "use auto or plain"
@@ -206,34 +215,38 @@ def check_kernel(attention: SimulatedAttentionConfig) -> None:
 
 
 def build_simulation_kernels(attention: SimulatedAttentionConfig, *, dtype: torch.dtype) -> SimulationKernels:
-    """As `attention.kernel` says; what `auto` chose, and why, is logged."""
+    """Build the implementation that `attention.kernel` selects; log the choice of `auto` with its reason.
+
+    Raises:
+        NotImplementedError: the fused kernels are selected for float64.
+    """
     if attention.kernel == "auto":
         device: Device = "gpu" if torch.cuda.is_available() else "cpu"
-        reason = reason_not_to_fuse(attention, device=device, element_bytes=dtype.itemsize)
-        reason = reason or _what_is_missing()
+        reason = find_unfused_reason(attention, device=device, element_bytes=dtype.itemsize)
+        reason = reason or _find_missing_requirement()
         _log_choice("fused" if reason is None else f"plain, since {reason}")
         return FusedKernels(attention) if reason is None else PlainKernels(attention)
     if attention.kernel == "plain":
         return PlainKernels(attention)
     if dtype == torch.float64:
-        raise NotImplementedError("the fused kernels add up in float32")
+        raise NotImplementedError("the fused kernels accumulate in float32, and do not support float64")
     return FusedKernels(attention)
 
 
 @functools.lru_cache(maxsize=8)
 def _log_choice(choice: str) -> None:
-    """Once, not for each layer."""
+    """Log a choice once, not for each layer."""
     logger.info("attention.kernel=auto: %s", choice)
 
 
-def _what_is_missing() -> str | None:
-    """Of what the fused kernels need; Triton's interpreter does without a GPU."""
+def _find_missing_requirement() -> str | None:
+    """Return what the fused kernels need and this machine lacks; Triton's interpreter needs no GPU."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < LEAST_CAPABILITY:
-            return f"the GPU's compute capability is {major}.{minor}, and not 8.0 or more"
+            return f"the GPU's compute capability is {major}.{minor}, below 8.0"
         return None
     import triton
 

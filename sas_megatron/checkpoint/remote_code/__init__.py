@@ -1,4 +1,5 @@
-"""Files that an exported model carries with it, as they are: they need torch, transformers, sentencepiece.
+"""The code of exported models, which needs torch, transformers and sentencepiece only.
 
-They import nothing of this package, and run where it is not installed (`trust_remote_code=True`).
+`checkpoint export` copies these files, and `attention/sas/simulated_attention.py` instead of its namesake
+here. They run without sas_megatron (`trust_remote_code=True`).
 """

@@ -8,19 +8,18 @@ from transformers import PretrainedConfig
 
 
 class SASMegatronConfig(PretrainedConfig):
-    """Sizes and parts of a decoder whose attention is SAS or one that it is compared with.
+    """The config of a decoder whose attention is SAS or a variant that it is compared with.
 
     Args:
-        attention: The kind of attention and its fields, by the names of sas_megatron's configs, with all
-            defaults filled in. Without it, multi-head attention.
-        activation: `swiglu` or `gelu`, of the MLP.
-        normalization: `rmsnorm` or `layernorm`, before each block.
-        norm_epsilon: Added to the variance in each norm.
+        attention: The attention's kind and its fields, named as in sas_megatron's configs, with all defaults
+            resolved. None for multi-head attention.
+        activation: The activation function of the MLP, `swiglu` or `gelu`.
+        normalization: The norm before each block, `rmsnorm` or `layernorm`.
+        norm_epsilon: A constant added to the variance in each norm.
         linear_bias: Whether the MLP and the attention's projections have biases.
-        rotary_base: θ of the rotary positions.
-        cache_simulated_heads: Of SAS, what decoding keeps of a token. Off: its base heads, which are
-            simulated again at each step, as sas_megatron counts the cache. On: the simulated ones,
-            r(E + D)/2D times as large, and faster.
+        rotary_base: θ of the rotary embeddings.
+        cache_simulated_heads: For SAS, whether the KV cache stores simulated heads, which are faster and
+            r(E + D)/2D times as large. Otherwise it stores base heads, which are simulated in each step.
     """
 
     model_type = "sas_megatron"
@@ -69,5 +68,5 @@ class SASMegatronConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **options)
-        # In transformers 5 no longer a field of the base.
+        # Not a field of the base class from transformers 5 on.
         self.tie_word_embeddings = tie_word_embeddings

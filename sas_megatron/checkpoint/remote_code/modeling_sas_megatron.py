@@ -1,8 +1,8 @@
-"""A decoder that sas_megatron trained, as a transformers model; torch and transformers are all it needs.
+"""A decoder that sas_megatron trained, as a transformers model. It needs torch and transformers only.
 
     tokens [B, S] -> embedding -> layers: x + attention(norm(x)), then x + MLP(norm(x)) -> norm -> logits
 
-Parameters have the names and the layout that they have in training.
+Parameters have the same names and layouts as in training.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention_sas_megatron import ATTENTIONS, Angles, Places
+from .attention_sas_megatron import ATTENTIONS, Positions, RopeCosSin
 from .configuration_sas_megatron import SASMegatronConfig
 
-# What transformers calls the cache, in arguments and results alike; the second from 5.24 on.
+# The name of the cache in transformers' arguments and results; `cache` from 5.24 on.
 RESULTS = {field.name for field in fields(CausalLMOutputWithPast)}
 CACHE_NAME = "past_key_values" if "past_key_values" in RESULTS else "cache"
 
 
 def build_norm(config: SASMegatronConfig) -> nn.Module:
-    """RMSNorm or LayerNorm over the hidden size."""
+    """Build RMSNorm or LayerNorm over the hidden size."""
     norms = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
     norm: nn.Module = norms[config.normalization](config.hidden_size, eps=config.norm_epsilon)
     return norm
 
 
 class FeedForward(nn.Module):
-    """The MLP; of SwiGLU, `linear_fc1` holds the gate's rows, then the others."""
+    """The MLP. For SwiGLU, `linear_fc1` has the rows of the gate, then the rows of the other half."""
 
     def __init__(self, config: SASMegatronConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class FeedForward(nn.Module):
         self.linear_fc2 = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] -> [B, S, H]."""
+        """Return the MLP's output for hidden states, both [B, S, H]."""
         inner = self.linear_fc1(hidden)
         if self.is_gated:
             gate, linear = inner.chunk(2, dim=-1)
@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and MLP, each behind a norm and on a residual branch."""
+    """Attention and MLP, each after a norm and on a residual branch."""
 
     def __init__(self, config: SASMegatronConfig, layer_index: int) -> None:
         super().__init__()
@@ -65,15 +65,17 @@ class TransformerLayer(nn.Module):
         self.pre_mlp_layernorm = build_norm(config)
         self.mlp = FeedForward(config)
 
-    def forward(self, hidden: torch.Tensor, places: Places, cache: Cache | None) -> torch.Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), places, cache)
+    def forward(self, hidden: torch.Tensor, positions: Positions, cache: Cache | None) -> torch.Tensor:
+        """Return the layer's output for hidden states, both [B, S, H]."""
+        hidden = hidden + self.self_attention(self.input_layernorm(hidden), positions, cache)
         result: torch.Tensor = hidden + self.mlp(self.pre_mlp_layernorm(hidden))
         return result
 
 
-def _readable(slots: torch.Tensor, num_past: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which of all T tokens each new one may read, [B or 1, 1, S, T]; None: all up to its own."""
+def _allowed_tokens(
+    slots: torch.Tensor, num_past: int, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the tokens to which each new token may attend, [B or 1, 1, S, T]; None for the causal mask."""
     has_padding = attention_mask is not None and not bool(attention_mask.all())
     if not has_padding and (num_past == 0 or len(slots) == num_past + 1):
         return None
@@ -81,12 +83,12 @@ def _readable(slots: torch.Tensor, num_past: int, attention_mask: torch.Tensor |
     causal = (slots <= new)[None, None]
     if attention_mask is None:
         return causal
-    # A padding token reads itself, or nothing would be left to weigh.
+    # A padding token attends to itself, since softmax needs at least one token.
     return (causal & attention_mask[:, None, None].bool()) | (slots == new)
 
 
 class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
-    """The whole decoder, for `AutoModelForCausalLM` and `generate`; dropout is left out."""
+    """The full decoder, for `AutoModelForCausalLM` and `generate`, without dropout."""
 
     config_class = SASMegatronConfig
     _no_split_modules = ("TransformerLayer",)
@@ -117,25 +119,36 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V], of the last `logits_to_keep` tokens where not 0; the mean loss of `labels`.
+        """Return logits [B, S, V], and the mean loss if there are labels.
 
         Args:
-            attention_mask: [B, T], 0 where a token is padding; None: nowhere.
-            position_ids: [B, S]; None: each token's number among those that are no padding.
-            past_key_values: What was kept of the T - S tokens before; it is added to.
-            cache: The same, by its newer name.
+            input_ids: New tokens [B, S].
+            attention_mask: [B, T], 0 for padding; None for no padding.
+            position_ids: [B, S]; None to number the tokens that are not padding.
+            past_key_values: The KV cache of T - S previous tokens, to which the new ones are added.
+            inputs_embeds: Embeddings [B, S, H] instead of `input_ids`.
+            labels: Target tokens [B, S].
+            use_cache: Whether to return a KV cache; None for the config's default.
+            output_attentions: Must not be set.
+            output_hidden_states: Whether to return the hidden states of all layers.
+            logits_to_keep: Return logits of the last tokens only; 0 for all.
+            cache: `past_key_values` by its newer name.
+
+        Raises:
+            NotImplementedError: `output_attentions` is set.
+            ValueError: the mask does not cover all tokens, or position ids contradict it.
         """
         if output_attentions:
-            raise NotImplementedError("output_attentions: fused attention does not give its weights out")
+            raise NotImplementedError("output_attentions: fused attention does not return its weights")
         hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         keeps = use_cache if use_cache is not None else self.config.use_cache and not self.training
         kept = past_key_values if cache is None else cache
         if keeps and kept is None:
             kept = DynamicCache()
-        places = self._places(hidden, attention_mask, position_ids, kept)
+        positions = self._positions(hidden, attention_mask, position_ids, kept)
         states = [hidden]
         for layer in self.decoder["layers"].children():
-            hidden = layer(hidden, places, kept)
+            hidden = layer(hidden, positions, kept)
             states = [*states, hidden] if output_hidden_states else states
         hidden = self.decoder["final_layernorm"](hidden)
         logits = F.linear(hidden[:, -logits_to_keep:], self._output_table())
@@ -149,41 +162,41 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
             **{CACHE_NAME: kept},
         )
 
-    def _places(
+    def _positions(
         self,
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
-    ) -> Places:
+    ) -> Positions:
         num_past = cache.get_seq_length() if cache is not None else 0
         slots = torch.arange(num_past + hidden.shape[1], device=hidden.device)
-        positions = slots[None]
+        token_positions = slots[None]
         if attention_mask is not None:
             if attention_mask.shape[1:] != slots.shape:
                 raise ValueError(
                     f"attention_mask of shape {tuple(attention_mask.shape)}: must be [sequences, "
-                    f"{len(slots)}], a column for each token, those kept in the cache included"
+                    f"{len(slots)}], with a column for each token, cached tokens included"
                 )
-            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            token_positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if position_ids is not None and num_past == 0:
-            positions = position_ids
-        elif position_ids is not None and not bool((positions[:, num_past:] == position_ids).all()):
+            token_positions = position_ids
+        elif position_ids is not None and not bool((token_positions[:, num_past:] == position_ids).all()):
             raise ValueError(
-                "position_ids: must count the tokens of attention_mask, as those kept were counted"
+                "position_ids: must number the tokens of attention_mask, as for the cached tokens"
             )
-        of_all = self._angles(positions)
-        of_new = Angles(*(part[..., num_past:, :] for part in of_all))
-        return Places(of_new, of_all, _readable(slots, num_past, attention_mask))
+        rope = self._rope_cos_sin(token_positions)
+        rope_of_new = RopeCosSin(*(part[..., num_past:, :] for part in rope))
+        return Positions(rope_of_new, rope, _allowed_tokens(slots, num_past, attention_mask))
 
-    def _angles(self, positions: torch.Tensor) -> Angles:
-        """[B or 1, tokens] -> angles in float32, as in training."""
+    def _rope_cos_sin(self, positions: torch.Tensor) -> RopeCosSin:
+        """Return cosines and sines for positions [B or 1, tokens], computed in float32 as in training."""
         fields = self.config.attention
         width = fields["rotary_head_dim"] if fields["kind"] == "mla" else fields["rotary_dim"]
         pairs = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
         frequencies = 1.0 / self.config.rotary_base ** (pairs / width)
         angles = positions[:, None, :, None].float() * frequencies
-        return Angles(angles.cos(), angles.sin())
+        return RopeCosSin(angles.cos(), angles.sin())
 
     def _output_table(self) -> torch.Tensor:
         table: Any = self.get_output_embeddings() or self.get_input_embeddings()
@@ -191,23 +204,23 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
         return weight
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding's table."""
+        """Return the embedding table."""
         return self.embedding["word_embeddings"]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding's table."""
+        """Replace the embedding table."""
         self.embedding["word_embeddings"] = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output layer; None where the embedding's table serves as one."""
+        """Return the output layer; None if the embedding table is used for it."""
         return None if self.config.tie_word_embeddings else self.output_layer
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the output layer."""
+        """Replace the output layer."""
         self.output_layer = value
 
     def _init_weights(self, module: nn.Module) -> None:
-        """For a model from nothing: a trained one's weights are all read."""
+        """Initialize a new model. A trained model loads all its weights."""
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model that sas_megatron trained: its sentencepiece model, the same ids."""
+"""The tokenizer of a model that sas_megatron trained: the same sentencepiece model and token ids."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-# sentencepiece writes a space as this character, and so cannot tell one in the text from a space: as in
-# training, it becomes the tokens of its three bytes.
+# sentencepiece replaces spaces by this character. If it occurs in the text, it is encoded as the tokens of
+# its three bytes, as in training.
 SPACE_MARK = "\u2581"
 SPACE_MARK_PIECES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
 
 
 class SASMegatronTokenizer(PreTrainedTokenizer):
-    """Text to ids as in training, and back to exactly the text.
+    """Encodes text as in training, and decodes tokens to exactly the same text.
 
-    Nothing is put before or after a text. The names of control tokens in it (`</s>`) are text and no
-    tokens, as in training, unless `split_special_tokens=False` is asked for.
+    No tokens are added before or after a text. Names of control tokens in the text (`</s>`) are encoded as
+    text, as in training, unless `split_special_tokens=False` is given.
     """
 
-    vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012  # transformers reads it so
+    vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012  # required by transformers
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(self, vocab_file: str, **options: Any) -> None:
@@ -33,12 +33,12 @@ class SASMegatronTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Pieces of the sentencepiece model."""
+        """The number of pieces of the sentencepiece model."""
         size: int = self.processor.get_piece_size()
         return size
 
     def get_vocab(self) -> dict[str, int]:
-        """Ids by piece."""
+        """Return the token ids by piece."""
         return {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
 
     def _tokenize(self, text: str, **_options: Any) -> list[str]:
@@ -57,7 +57,7 @@ class SASMegatronTokenizer(PreTrainedTokenizer):
         return piece
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of pieces; bytes that are no UTF-8, as a model may generate, become U+FFFD."""
+        """Return the text of pieces; bytes that are not valid UTF-8 become U+FFFD."""
         return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
 
     def _bytes_of(self, piece: str) -> bytes:
@@ -66,7 +66,7 @@ class SASMegatronTokenizer(PreTrainedTokenizer):
         return piece.replace(SPACE_MARK, " ").encode()
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Copies the sentencepiece model."""
+        """Copy the sentencepiece model."""
         name = f"{filename_prefix}-tokenizer.model" if filename_prefix else "tokenizer.model"
         target = Path(save_directory) / name
         if target.resolve() != Path(self.vocab_file).resolve():

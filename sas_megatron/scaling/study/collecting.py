@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import find_differences
-from sas_megatron.costs.model_costs import count_training_flops
+from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.scaling.numbers import format_some
 from sas_megatron.scaling.runs import Run, has_finished, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun

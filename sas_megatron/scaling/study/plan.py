@@ -19,7 +19,8 @@ from sas_megatron.config.attention import resolve_kind
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.model_costs import count_parameters, count_training_flops, without_embeddings
+from sas_megatron.costs.flops import count_training_flops
+from sas_megatron.costs.parameters import count_parameters, without_embeddings
 from sas_megatron.scaling.matching import match
 from sas_megatron.scaling.study.layouts import Layouts
 from sas_megatron.scaling.study.learning_rates import kaplan_rate, step_law_batch_tokens, step_law_rate

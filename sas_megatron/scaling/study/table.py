@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Losses in nats a token, on the held-out windows; FLOPs by `costs.model_costs`, attention in
+    """One run. Losses in nats a token, on the held-out windows; FLOPs by `costs.flops`, attention in
     full.
 
     `status` is done, diverged or missing. Of a run that is not done all that is measured is None; what is

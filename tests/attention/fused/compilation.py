@@ -25,8 +25,8 @@ from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.attention.sas.fused import feature_kernels, features, head_kernels, heads
 from sas_megatron.attention.sas.fused.head_parts import HeadColumns, HeadPart
 from sas_megatron.attention.sas.fused.padding import taps_at_once
-from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
 from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
+from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import pytest
 import torch
 
-from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
+from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
 from tests.selection import exhaustive
 from tests.tolerances import KERNEL_ERROR, assert_within
 

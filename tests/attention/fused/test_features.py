@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sas_megatron.attention.sas.feature_simulation import simulate_features as simulate_plainly
 from sas_megatron.attention.sas.fused.features import Recomputation, pair_order, simulate_features, turns_of
 from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
+from sas_megatron.attention.sas.simulated_attention import simulate_features as simulate_plainly
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 from tests.attention.fused.simulation_case import (
     DEVICE,

@@ -11,7 +11,7 @@ from sas_megatron.attention.sas.fused.head_parts import HeadColumns, HeadPart
 from sas_megatron.attention.sas.fused.heads import simulate_heads
 from sas_megatron.attention.sas.fused.padding import taps_at_once
 from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
-from sas_megatron.attention.sas.head_simulation import simulate_heads as simulate_plainly
+from sas_megatron.attention.sas.simulated_attention import simulate_heads as simulate_plainly
 from tests.attention.fused.simulation_case import (
     Draws,
     as_float64,

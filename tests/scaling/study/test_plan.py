@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
-from sas_megatron.costs.model_costs import count_parameters, count_training_flops, without_embeddings
+from sas_megatron.costs.flops import count_training_flops
+from sas_megatron.costs.parameters import count_parameters, without_embeddings
 from sas_megatron.scaling.study.plan import Plan, build_plan
 from sas_megatron.scaling.study.study_file import load_study
 from tests.conftest import ROOT

@@ -17,8 +17,8 @@ import torch
 
 from sas_megatron.attention.sas.fused import feature_kernels
 from sas_megatron.attention.sas.fused.padding import padded, split
-from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
 from sas_megatron.attention.sas.fused.tiling import Tile, Tiling, compute_type, count_programs
+from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
 
 
 class Recomputation(NamedTuple):

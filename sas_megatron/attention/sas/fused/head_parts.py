@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
+from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
 
 
 class HeadColumns(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 from sas_megatron.attention.sas.fused import head_kernels
 from sas_megatron.attention.sas.fused.head_parts import HeadPart
 from sas_megatron.attention.sas.fused.padding import padded, taps_at_once
-from sas_megatron.attention.sas.fused.residual_weights import ResidualMapWeights
 from sas_megatron.attention.sas.fused.tiling import Tile, Tiling, compute_type, count_programs
+from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
 
 
 def simulate_heads(

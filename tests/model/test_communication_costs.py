@@ -1,4 +1,4 @@
-"""The counted bytes on the wire against simulated ranks, which send what gloo ranks do (tests/planning)."""
+"""The counted communication equals that of a dry run, which equals that of gloo ranks (tests/planning)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import KINDS, AttentionConfig, VariantNames
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
@@ -25,7 +25,7 @@ SHIPPED = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml"))
 SHARDED = {"learning_rate": 0.01, "distributed": True}
 HALF = {"precision": "bfloat16"}
 BIASED = {"linear_bias": True, "normalization": "layernorm", "activation": "gelu"}
-# Layers of about 40 million elements, where buckets end; which do, the room at their ends shows.
+# Layers of about 40 million elements, at which buckets end, which shows in their padding.
 WIDE = {"num_layers": 2, "hidden_size": 1780, "ffn_hidden_size": 8228, "vocab_size": 512}
 WIDE_HEADS = {"kind": "mha", "num_heads": 32, "head_dim": 64}
 
@@ -42,8 +42,8 @@ MHA, GQA, TPA, MFA = (ATTENTIONS[name] for name in ("mha", "gqa", "tpa", "mfa"))
 MQA = {"kind": "mqa", "num_heads": 4, "head_dim": 6}
 WITHOUT_HEADS = {f"simulate_{name}_heads": False for name in ("query", "key", "value")}
 
-# World size, attention, `parallel`, other sections; one layer, if not said. Each axis, and what of it
-# concerns each kind.
+# World size, attention, `parallel`, other sections; one layer unless stated. Each parallel axis is combined
+# with each kind that it affects.
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]] = {
     "tensor 2, mha": (2, MHA, {"tensor": 2}, {"model": BIASED}),
     "tensor 3, sequence, gqa": (
@@ -172,19 +172,19 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, dict[str, 
 
 
 def _sent(config: RunConfig, world_size: int, stage: int) -> dict[str, float]:
-    """In a process that is in no group: bytes by group that a rank of the stage sends in a step."""
+    """Return the bytes by group that a rank of the stage sends in a step, without process groups."""
     from sas_megatron.planning.rank_estimate import estimate_rank
 
-    of_stage = world_size // config.parallel.pipeline
+    ranks_per_stage = world_size // config.parallel.pipeline
     length = config.data.sequence_length // config.parallel.context
-    # The count is the first rank's, and every rank's where tokens can be shared evenly.
+    # The count is that of the first rank, and of every rank if the tokens can be divided evenly.
     is_even = config.training.micro_batch_size * length % config.parallel.tensor == 0
-    rank = stage * of_stage + (of_stage - 1 if is_even else 0)
+    rank = stage * ranks_per_stage + (ranks_per_stage - 1 if is_even else 0)
     step = estimate_rank(config, rank=rank, world_size=world_size).step
     return {group: step.group_bytes(group) for group in step.bytes_sent}
 
 
-# Of a rank's share, which need not be a whole number of bytes: what rounding leaves, and float64.
+# A rank's share may be a fraction of bytes: the error of rounding, and of float64.
 HALF_A_BYTE = 0.5 + 1e-6
 
 
@@ -197,7 +197,7 @@ def _assert_counted(separate_process: Any, config: RunConfig, world_size: int, s
         assert abs(counted[group] - num_bytes) <= HALF_A_BYTE, f"{group}, stage {stage}: {terms[group]}"
 
 
-# Each repeats terms and conditions of the count that the others reach.
+# Cases that only repeat terms and conditions that other cases cover.
 REPEATED = {
     "tensor 2, mha",
     "tensor 4, shared key heads, mqa",
@@ -214,7 +214,7 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("case", cases(CASES, default=CASES.keys() - REPEATED))
-def test_the_bytes_of_each_group_are_those_of_a_simulated_rank(separate_process: Any, case: str) -> None:
+def test_the_bytes_of_each_group_equal_those_of_a_dry_run(separate_process: Any, case: str) -> None:
     world_size, attention, parallel, sections = CASES[case]
     model = {"num_layers": 1, **sections.get("model", {})}
     config = small_config(attention=attention, parallel=parallel, **{**sections, "model": model})
@@ -223,20 +223,20 @@ def test_the_bytes_of_each_group_are_those_of_a_simulated_rank(separate_process:
 
 
 @exhaustive
-# The same examples each time: a suite that fails must fail again.
+# The same examples in each run, so that failures are reproducible.
 @settings(
     max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 @given(run=laid_out_runs())
-def test_the_bytes_of_any_run_are_those_of_a_simulated_rank(
+def test_the_bytes_of_any_run_equal_those_of_a_dry_run(
     separate_process: Any, run: tuple[RunConfig, int, int]
 ) -> None:
     config, world_size, stage = run
     _assert_counted(separate_process, config, world_size, stage)
 
 
-def test_each_term_is_what_its_part_sends() -> None:
-    """Every formula once, in the operator's letters, for a layout with all of them."""
+def test_each_term_equals_its_formula() -> None:
+    """Each formula once, in the letters of the operator, for a layout with all terms."""
     config = small_config(
         attention=sas(exchange="gather"),
         parallel={"tensor": 2, "sequence": True, "context": 2, "pipeline": 2},
@@ -246,14 +246,14 @@ def test_each_term_is_what_its_part_sends() -> None:
         optimizer=SHARDED,
     )
     T, H, F, V, N, G, D, E, r, k = 16, 20, 28, 48, 4, 4, 6, 10, 2, 3
-    layers, m, a, g = 3, 2, 4, 4  # of a stage; microbatches; bytes of an activation, and of a gradient
-    agreed = 4 * 8  # numbers that two ranks add up in float64
+    layers, m, a, g = 3, 2, 4, 4  # per stage; microbatches; bytes of an activation and of a gradient
+    agreed = 4 * 8  # numbers that two ranks sum in float64
     columns = (N + 2 * G) * D
     heads = k * r * (N * (N + r * N) + 2 * G * (G + r * G)) + 2 * r * (N + 2 * G)
     features = 2 * (D * E + E * E + 2 * E)
     first, last = (count_communication_bytes(config, world_size=16, stage=stage) for stage in (0, 1))
     assert first["tensor"] == {
-        # Gathered, gathered again for the weight's gradient, reduced and scattered: T·H/2 each.
+        # All-gather, all-gather again for the weight's gradient, reduce-scatter: T·H/2 each.
         "qkv": layers * m * 3 * T * H * a // 2,
         "projection": layers * (m * 2 * T * H * a // 2 + H * g),
         "mlp": layers * (m * 5 * T * H * a // 2 + H * g),
@@ -269,9 +269,9 @@ def test_each_term_is_what_its_part_sends() -> None:
         "norms": (layers * 4 + 2) * H * g,
         "head": m * (3 * T * H * a // 2 + 3 * T * 4),
     }
-    # A rank's r·N/2 query and r·G/2 key and value heads; of the result the mean over the blocks.
-    traded = (r * (N + G) * E + r * G * D + N * D) // 2
-    assert first["context"] == {"context_exchange": layers * m * 2 * T * traded * a // 2}
+    # A rank's r·N/2 query and r·G/2 key and value heads, and the average of the result over the blocks.
+    exchanged = (r * (N + G) * E + r * G * D + N * D) // 2
+    assert first["context"] == {"context_exchange": layers * m * 2 * T * exchanged * a // 2}
     assert first["pipeline"] == {"activations": m * T // 2 * H * a, "bookkeeping": 2 + agreed}
     elements = first["data"]["gradients"] // 3
     weights = layers * (H * columns + N * D * H + 2 * F * H + columns + F) // 2 + V * H // 2
@@ -290,12 +290,16 @@ def test_each_term_is_what_its_part_sends() -> None:
 
 
 class OutsideConfig(AttentionConfig):
-    """A variant that says nothing of what it sends."""
+    """A variant from outside the package, with the default costs."""
 
     kind: str = "outside"
 
 
-def test_a_variant_that_says_nothing_sends_what_plain_attention_does() -> None:
+def test_a_variant_with_default_costs_sends_the_same_as_plain_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = VariantNames("", "sas_megatron.costs.attention:AttentionCosts", "")
+    monkeypatch.setitem(KINDS, "outside", names)
     plain = small_config(
         attention={"kind": "gqa", "num_heads": 4, "num_kv_heads": 1, "head_dim": 6},
         parallel={"tensor": 2, "context": 2},
@@ -305,7 +309,7 @@ def test_a_variant_that_says_nothing_sends_what_plain_attention_does() -> None:
     assert count_communication_bytes(outside, world_size=8) == count_communication_bytes(plain, world_size=8)
 
 
-def test_what_cannot_be_counted_is_said() -> None:
+def test_runs_that_cannot_be_counted_are_rejected() -> None:
     config = small_config(parallel={"pipeline": 2})
     with pytest.raises(FieldError, match=r"stage=2: must be one of parallel\.pipeline=2; use 0 to 1"):
         count_communication_bytes(config, world_size=2, stage=2)
@@ -318,18 +322,18 @@ def test_what_cannot_be_counted_is_said() -> None:
 SECONDS = 1.0
 
 
-@exhaustive  # a busy machine's processors are slower, too
+@exhaustive  # also slower on a busy machine
 def test_a_thousand_counts_take_less_than_a_second() -> None:
     layout = ["model.num_layers=32", "parallel.tensor=4", "parallel.pipeline=2", "optimizer.distributed=true"]
     config = load_run_config(ROOT / "configs" / "125m" / "sas.yaml", layout)
-    # Not the clock: other work on this machine is no matter here.
-    begun = time.process_time()
+    # Processor time, which does not depend on other processes.
+    start = time.process_time()
     for _ in range(1000):
         count_communication_bytes(config, world_size=16)
-    assert time.process_time() - begun < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
-def test_counting_needs_no_torch() -> None:
+def test_counting_imports_no_torch() -> None:
     script = (
         "import sys\n"
         "from sas_megatron.config.loading import load_run_config\n"

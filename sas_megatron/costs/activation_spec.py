@@ -1,0 +1,196 @@
+"""One microbatch in one layer on one rank, and the bytes that it saves for the backward pass. No torch.
+
+An attention variant counts its activations in these units (`AttentionCosts.count_activation_bytes`). A tensor
+that several operations save is counted once, for the first of them. Parameters are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sas_megatron.costs.attention_backend import Backend, Device, query_chunks
+
+# Some statistics are saved in float32, whatever the precision of the activations.
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """The microbatch, layout and implementation that activations are counted for.
+
+    Attributes:
+        batch: B, sequences of the microbatch.
+        length: S, tokens of a sequence.
+        tensor: P, tensor ranks.
+        context: C, context ranks.
+        sequence: Whether sequence parallelism is on.
+        element_bytes: Size of an activation's element.
+        device: The device that computes the layer.
+        backend: The implementation of core attention.
+        masked: Whether a mask tensor, made from document ends, replaces the causal mask.
+        recomputed: The parts of the layer that `training.recompute_modules` recomputes.
+        heads: Query heads and key heads of a tensor rank.
+        attended_heads: Query heads and key heads of a context rank in core attention.
+        num_blocks: r, the number of blocks of query heads that SAS averages; 1 otherwise.
+    """
+
+    batch: int
+    length: int
+    tensor: int
+    context: int
+    sequence: bool
+    element_bytes: int
+    device: Device
+    backend: Backend
+    masked: bool
+    recomputed: frozenset[str]
+    heads: tuple[int, int]
+    attended_heads: tuple[int, int]
+    num_blocks: int
+
+    @property
+    def tokens(self) -> int:
+        """T = B·S/C, the tokens of a context rank."""
+        return self.batch * self.length // self.context
+
+    @property
+    def local_tokens(self) -> int:
+        """T/P under sequence parallelism, otherwise T."""
+        return self.tokens // self.tensor if self.sequence else self.tokens
+
+    def local_bytes(self, width: int) -> int:
+        """Return the bytes of `width` columns of the rank's local tokens."""
+        return self.element_bytes * self.local_tokens * width
+
+    def full_bytes(self, width: int) -> int:
+        """Return the bytes of `width` columns of all T tokens."""
+        return self.element_bytes * self.tokens * width
+
+    def norm_bytes(self, width: int, kind: str, *, input_width: int | None = None) -> int:
+        """Return the bytes that a norm saves for the rank's local tokens.
+
+        These are its input and the statistics of each token: one for rmsnorm, two for layernorm. On a CPU,
+        torch composes rmsnorm of several operations in float32, and also saves the normalized tensor.
+
+        Args:
+            width: Number of normalized columns.
+            kind: `rmsnorm` or `layernorm`.
+            input_width: Columns of the tensor that the input is a view of; None for `width`.
+        """
+        if kind == "rmsnorm" and self.device == "cpu" and self.element_bytes < FLOAT32_BYTES:
+            return FLOAT32_BYTES * self.local_tokens * (2 * width + 1)
+        saved = self.local_bytes(width if input_width is None else input_width)
+        if kind == "layernorm":
+            statistic = self.element_bytes if self.device == "cpu" else FLOAT32_BYTES
+            return saved + 2 * statistic * self.local_tokens
+        normalized = self.local_bytes(width) if self.device == "cpu" else 0
+        return saved + FLOAT32_BYTES * self.local_tokens + normalized
+
+    def dropout_mask_bytes(self, num_elements: int) -> int:
+        """Return the bytes of a dropout mask, which on a CPU has the tensor's type."""
+        return num_elements * (self.element_bytes if self.device == "cpu" else 1)
+
+    def rope_bytes(self, width: int) -> int:
+        """Return the bytes of cosines and sines of `width` columns each, for queries and again for keys."""
+        return self.element_bytes * self.length // self.context * 4 * width
+
+
+@dataclass(frozen=True)
+class CoreAttentionSpec:
+    """Core attention in the layer that `layer` describes.
+
+    Attributes:
+        layer: The microbatch, layout and implementation.
+        query_key_width: E, features of a query or key head.
+        value_width: D, features of a value head.
+        value_bytes: Bytes of the tensor that the value is a view of, which is saved if the value is.
+        has_dropout: Whether attention weights are dropped.
+    """
+
+    layer: ActivationSpec
+    query_key_width: int
+    value_width: int
+    value_bytes: int
+    has_dropout: bool
+
+    def count_bytes(self) -> dict[str, int]:
+        """Return the bytes saved by core attention (`attention`) and of its result (`projection`)."""
+        layer = self.layer
+        queries, keys = layer.heads
+        heads, width = queries // layer.num_blocks, self.value_width
+        # torch pads the value, and the result is a slice of a padded tensor, which one head does not copy.
+        if layer.backend in ("fused", "composed") and layer.context == 1 and heads == 1:
+            width = self.query_key_width
+        result = layer.full_bytes(heads * width)
+        if "attention" in layer.recomputed:
+            # Query, key, value, and the mask type as an int32.
+            inputs = layer.full_bytes((queries + keys) * self.query_key_width) + self.value_bytes + 4
+            return {"attention": inputs, "projection": result}
+        if layer.backend == "cudnn":
+            is_saved = layer.context == 1 and layer.num_blocks == 1
+            return {"attention": self._cudnn_bytes(), "projection": 0 if is_saved else result}
+        if layer.backend == "fused":
+            # It saves its result, which is the projection's input unless something changes it in between.
+            is_saved = layer.context == 1 and layer.num_blocks == 1 and width == self.query_key_width
+            return {"attention": self._fused_bytes(), "projection": 0 if is_saved else result}
+        counts = {
+            "composed": self._composed_bytes,
+            "unfused": self._unfused_bytes,
+            "chunked": self._chunked_bytes,
+        }
+        return {"attention": counts[layer.backend](), "projection": result}
+
+    @property
+    def _rows(self) -> int:
+        """B·S: a context rank's heads attend over full sequences."""
+        return self.layer.batch * self.layer.length
+
+    def _fused_bytes(self) -> int:
+        """Query, key, the value and the result padded to E, and the log-sum-exp of each query."""
+        queries, keys = self.layer.attended_heads
+        mask = self._rows * self.layer.length if self.layer.masked else 0
+        elements = self._rows * 2 * (queries + keys) * self.query_key_width + mask
+        return self.layer.element_bytes * elements + FLOAT32_BYTES * self._rows * queries
+
+    def _cudnn_bytes(self) -> int:
+        """Query, key, value and result without padding, and the log-sum-exp of each query."""
+        queries, keys = self.layer.attended_heads
+        mask = self._rows * self.layer.length if self.layer.masked else 0
+        elements = self._rows * ((queries + keys) * self.query_key_width + queries * self.value_width) + mask
+        value = self.layer.element_bytes * self._rows * keys * self.value_width
+        return (
+            self.layer.element_bytes * elements
+            + (self.value_bytes if self.layer.context == 1 else value)
+            + FLOAT32_BYTES * self._rows * queries
+        )
+
+    def _composed_bytes(self) -> int:
+        """In float32 per query head: query, key, padded value; weights, dropout noise and their product."""
+        queries, _ = self.layer.attended_heads
+        return FLOAT32_BYTES * self._rows * queries * 3 * (self.query_key_width + self.layer.length)
+
+    def _unfused_bytes(self) -> int:
+        """Query, key and value per query head, the weights in float32 and in the layer's type, the mask."""
+        layer = self.layer
+        queries, _ = layer.attended_heads
+        heads = self._rows * queries * (2 * self.query_key_width + self.value_width)
+        mask = layer.length * (self._rows if layer.masked else layer.length)
+        weights = self._rows * queries * layer.length
+        saved = layer.element_bytes * heads + mask + FLOAT32_BYTES * weights
+        if self.has_dropout:
+            saved += layer.dropout_mask_bytes(weights)
+        if self.has_dropout or layer.element_bytes < FLOAT32_BYTES:
+            saved += layer.element_bytes * weights
+        return saved
+
+    def _chunked_bytes(self) -> int:
+        """Query, key and value, and for each chunk of queries the weights of the keys that they attend to."""
+        layer = self.layer
+        queries, _ = layer.attended_heads
+        weights = layer.batch * sum((end - start) * end for start, end in query_chunks(layer.length))
+        value = layer.element_bytes * self._rows * queries * self.value_width
+        return (
+            layer.element_bytes * queries * (2 * self._rows * self.query_key_width + weights)
+            # A value from other context ranks is a tensor of its own.
+            + (self.value_bytes if layer.context == 1 else value)
+        )
