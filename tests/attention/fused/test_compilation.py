@@ -33,7 +33,7 @@ OTHERS = (
 def test_kernels_fit_on_chip_and_use_its_matrix_units(names: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.attention.fused.compilation", *map(str, SIZES), *names],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
