@@ -19,20 +19,28 @@ Every group but `context` also has a term `bookkeeping`: a few numbers that the 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
-from sas_megatron.costs.gradient_buffers import count_buffer_elements, overlapped_bucket_elements
 from sas_megatron.costs.head_sharding import count_context_elements
 from sas_megatron.costs.parameters import EMBEDDING_TERMS, chunk_weights, table_weight
-from sas_megatron.costs.tensor_traffic import GRADIENT_BYTES, TensorGroup, Traffic
+from sas_megatron.costs.tensor_traffic import GRADIENT_BYTES, TensorGroup, Traffic, Weight
 
 # The term that a part named in `training.recompute_modules` sends again, if it has another name.
 RECOMPUTED_TERMS = {"attention": "context_exchange", "simulation": "head_simulation"}
 
 # Loss, tokens, gradient norm and the decision to stop, in float64, on which all ranks agree in a step.
 AGREED_BYTES = 4 * 8
+
+# Alignment in the buffers of Megatron-core's distributed optimizer, in elements (megatron-core 0.16.1,
+# `distributed/param_and_grad_buffer.py`), and the size of its buckets (`distributed_data_parallel.py`).
+WEIGHT_ALIGNMENT = 64
+BUCKET_ALIGNMENT = 128
+BUCKET_ELEMENTS = 40_000_000
+BUCKET_ELEMENTS_PER_RANK = 1_000_000
 
 Terms = dict[str, Fraction]
 
@@ -210,3 +218,47 @@ def _round_terms(terms: Terms) -> dict[str, int]:
         if count:
             rounded[name] = round(total) - before
     return rounded
+
+
+def count_buffer_elements(
+    weights: Sequence[Weight],
+    *,
+    tensor: int,
+    data_ranks: int,
+    bucket_elements: int | None = None,
+    separate_terms: Sequence[str] = (),
+) -> int:
+    """Return the elements of one rank's buffer in the distributed optimizer, padding included.
+
+    The weights, the last registered one first, are divided into buckets, and each data rank owns an equal
+    shard of every bucket. Alignment adds padding between weights and at the ends of buckets, which is sent
+    with them.
+
+    Args:
+        weights: The weights of one model chunk, in the order in which they are registered.
+        tensor: Number of tensor ranks.
+        data_ranks: Number of ranks that share a bucket, context ranks included.
+        bucket_elements: A bucket ends when it has this many elements; None for a single bucket.
+        separate_terms: Cost terms of tables that have a bucket of their own.
+    """
+    alignment = math.lcm(data_ranks, BUCKET_ALIGNMENT)
+    limit = math.inf if bucket_elements is None else bucket_elements
+    end = bucket_start = 0
+    for weight in reversed(weights):
+        is_separate = weight.term in separate_terms
+        end = _round_up(end, WEIGHT_ALIGNMENT)
+        if is_separate:
+            end = bucket_start = _round_up(end, alignment)
+        end += weight.count_local_elements(tensor)
+        if is_separate or end - bucket_start >= limit:
+            end = bucket_start = _round_up(end, alignment)
+    return _round_up(end, alignment)
+
+
+def overlapped_bucket_elements(data_parallel: int) -> int:
+    """Return the size at which a bucket ends if its reduction overlaps the backward pass."""
+    return max(BUCKET_ELEMENTS, data_parallel * BUCKET_ELEMENTS_PER_RANK)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -19,7 +19,7 @@ HIDDEN_SIZE, LENGTH, BATCH = 20, 8, 3  # LENGTH divides by 4 for sequence parall
 
 @dataclass(frozen=True)
 class LayerCase:
-    """An attention and its type, and the layout."""
+    """An attention config, the type of its elements, and the layout."""
 
     attention: tuple[tuple[str, Any], ...]
     dtype: torch.dtype = torch.float64

@@ -69,7 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient-buffer-without-alignment",
-        "sas_megatron.costs.gradient_buffers:count_buffer_elements",
+        "sas_megatron.costs.communication:count_buffer_elements",
         "end = _round_up(end, WEIGHT_ALIGNMENT)",
         "end = end + 0",
         "The size of the gradient buffer omits the alignment of each weight.",
