@@ -55,7 +55,15 @@ def test_held_out_tables_fit_with_eight_lengths_and_long_names(capsys: pytest.Ca
     show_held_out({"trained_length": 131_072, "by_length": rows})
     printed = capsys.readouterr().out
     assert_fits(printed)
-    for text in ("123,456,789,012", "documents_o", "130000.00", "1.07e+13", "65,537–131,072", "29.0000", "131,072"):
+    for text in (
+        "123,456,789,012",
+        "documents_o",
+        "130000.00",
+        "1.07e+13",
+        "65,537–131,072",
+        "29.0000",
+        "131,072",
+    ):
         assert text in printed
 
 
