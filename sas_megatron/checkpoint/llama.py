@@ -72,7 +72,7 @@ def llama_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
 
 
 def to_llama(tensors: NamedTensors, attention: AttentionConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Convert full native weights to Llama weights."""
+    """Convert full native weights, of a model for which `find_obstacle` returns None, to Llama weights."""
     for name, tensor in tensors:
         module, _, kind = name.rpartition(".")
         if module in _NAMES:
