@@ -74,16 +74,8 @@ def export_model(
         fields = native_config(config.model, config.attention)
     with new_folder(folder) as partial:
         weights_sha256 = write_tensors(partial, tensors, stem="model", shard_bytes=shard_bytes)
-        written = dtype or next(iter(weights.values())).dtype
-        fields |= {
-            "max_position_embeddings": config.data.sequence_length,
-            "torch_dtype": str(written).removeprefix("torch."),
-            "use_cache": True,
-            # Documents end with this token. No token precedes them.
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.eos_id,
-        }
+        written_dtype = dtype or next(iter(weights.values())).dtype
+        fields |= _common_fields(config, tokenizer, written_dtype)
         _write_json(partial / "config.json", fields)
         _write_json(
             partial / "generation_config.json",
@@ -105,6 +97,19 @@ def export_model(
         )
         write_card(partial / "README.md", export, config)
     return export
+
+
+def _common_fields(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the fields of config.json that all formats have."""
+    return {
+        "max_position_embeddings": config.data.sequence_length,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        # Documents end with this token. No token precedes them.
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+    }
 
 
 def _open_tokenizer(config: RunConfig) -> Tokenizer:

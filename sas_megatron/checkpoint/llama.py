@@ -43,7 +43,7 @@ def find_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | None:
         "attention.rotary_dim": (attention.rotary_dim, attention.rotary_width == attention.head_dim),
         "model.normalization": (model.normalization, model.normalization == "rmsnorm"),
         "model.activation": (model.activation, model.activation == "swiglu"),
-        # transformers 5 rejects other sizes, although it does not depend on this.
+        # transformers 5 rejects sizes that num_heads does not divide, although its Llama could compute them.
         "model.hidden_size": (model.hidden_size, model.hidden_size % attention.num_heads == 0),
     }
     return next((f"{field}={value}" for field, (value, fits) in checks.items() if not fits), None)
@@ -72,7 +72,7 @@ def llama_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
 
 
 def to_llama(tensors: NamedTensors, attention: AttentionConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Convert full native weights to Llama weights."""
+    """Convert full native weights, of a model for which `find_obstacle` returns None, to Llama weights."""
     for name, tensor in tensors:
         module, _, kind = name.rpartition(".")
         if module in _NAMES:

@@ -108,7 +108,7 @@ class CheckpointSaver:
         progress: dict[str, Any],
         write_files: Callable[[Path], None],
     ) -> None:
-        """Save a checkpoint. With `checkpoint.asynchronous`, return while a thread is writing it.
+        """Save a checkpoint. With `checkpoint.asynchronous`, return while a thread is still writing it.
 
         Args:
             step: Number of completed steps.

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
+from typing_extensions import override
 
 from sas_megatron.checkpoint.manifest import DamagedCheckpoint
 
@@ -83,7 +84,11 @@ class _Reader(FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the shapes of the tensors and the positions of their shards in the files."""
+        """Return the shapes of the tensors and the positions of their shards in the files.
+
+        Raises:
+            ValueError: The file does not contain tensor metadata.
+        """
         if self._metadata is None:
             data = (Path(self.path) / METADATA).read_bytes()
             try:
@@ -98,6 +103,7 @@ class _Reader(FileSystemReader):
 class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles torch's tensor metadata and nothing else. (Torch loads the tensors with `weights_only`.)"""
 
+    @override
     def find_class(self, module: str, name: str) -> Any:
         # Only complete names are allowed: a dotted name could reach any attribute of an allowed class.
         if (module, name) in _METADATA_CLASSES:

@@ -75,7 +75,7 @@ class RunWeights:
     origin: str
 
     def to_unsharded_model(self) -> UnshardedModel:
-        """Return the weights in the form in which imported models are represented."""
+        """Return the weights as an `UnshardedModel`, the type of imported models."""
         return UnshardedModel(self.config.model, self.config.attention, self.weights.items(), self.origin)
 
 

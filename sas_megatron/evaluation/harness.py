@@ -3,7 +3,7 @@
     rank 0: the harness -> requests -> tokens -> `call`       all ranks: `score`, `generate` -> rank 0
 
 Texts are encoded, truncated and concatenated as in the harness's transformers interface, so the scores equal
-those of the exported model.
+the scores of the exported model.
 """
 
 from __future__ import annotations

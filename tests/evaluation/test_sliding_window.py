@@ -144,7 +144,7 @@ def test_the_loss_on_validation_windows_is_that_of_training(
             assert trained["all"][name] == pytest.approx(
                 summary[summary_name], rel=RELATIVE_ERROR[torch.float32]
             )
-        # Windows of twice the length have the same number of tokens and longer contexts than in training.
+        # Half of the windows, with twice the length, have the same number of tokens and longer contexts.
         assert longer["all"]["num_tokens"] == trained["all"]["num_tokens"] == 6 * 40
         assert longer["all"]["by_position"][-1]["tokens_read"] == [65, 128]
 
