@@ -50,7 +50,7 @@ class Job:
 
         def has_stepped() -> bool:
             nonlocal before
-            if f"turn {turn} of job" not in self.output() or not steps(self.run_directory):
+            if f"attempt {turn} of job" not in self.output() or not steps(self.run_directory):
                 return False
             before = before or steps(self.run_directory)[-1]
             return steps(self.run_directory)[-1] > before + 2 and any(self.checkpoints().glob("iter_*"))
@@ -128,7 +128,7 @@ def test_ten_preemptions_in_a_row_change_no_bit(
             alone = job.end_soon(ranks)
         slurm.call("scancel", taker)
     check_that_it_ends_as(alone, job, restarts=PREEMPTIONS)
-    assert job.output().count("queueing the next") == PREEMPTIONS // 2
+    assert job.output().count("requeueing the job") == PREEMPTIONS // 2
     assert job.output().count("DUE TO PREEMPTION") >= PREEMPTIONS - PREEMPTIONS // 2
 
 

@@ -188,7 +188,7 @@ def test_a_run_out_of_time_is_queued_again_and_ends_as_if_it_had_not_been(
 
     def has_begun(turn: int) -> bool:
         said = output.read_text() if output.exists() else ""
-        return said.partition(f"turn {turn} of")[2].count("lm loss:") > 2
+        return said.partition(f"attempt {turn} of")[2].count("lm loss:") > 2
 
     for turn in (1, 2):
         # What --signal=B:USR1@… does, at a moment of our choice.
@@ -199,7 +199,7 @@ def test_a_run_out_of_time_is_queued_again_and_ends_as_if_it_had_not_been(
     # The bound is reached: the job ends, though the run would go on.
     assert slurm.wait_for(job, "FAILED", seconds=JOB_SECONDS) == "FAILED"
     said = output.read_text()
-    assert "turn 1 ended with" in said
+    assert "attempt 1 stopped:" in said
     assert "going on from" in said
     assert "MAX_REQUEUES" in said
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]

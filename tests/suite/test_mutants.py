@@ -66,7 +66,11 @@ def test_a_fault_that_fits_is_applied_within_its_function_alone():
         ({"replacement": "number % )"}, "does not compile"),
         ({"replacement": "(number % candidate) == 0"}, "the same program"),
         (
-            {"function": "launch/place.sh", "text": "usage_of() {", "replacement": "usage_of("},
+            {
+                "function": "launch/cluster_variables.sh",
+                "text": "print_usage() {",
+                "replacement": "print_usage(",
+            },
             "no valid script",
         ),
     ],
