@@ -1,23 +1,22 @@
-# The package on GPUs: CUDA's libraries come with torch, the driver's from the host (NVIDIA container toolkit).
+# The package for GPUs. torch includes the CUDA libraries; the NVIDIA container toolkit adds the driver of the host.
 # build: docker build -f docker/train.Dockerfile -t sas-megatron:gpu .
 # run:   launch/docker_run.sh 8 CONFIG [section.field=value ...]
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
-# Ubuntu 24.04 has Python 3.12. A compiler and Python's headers are for Triton's kernels, ssh and pdsh for
-# DeepSpeed's launcher.
-# hadolint ignore=DL3008  # the release is pinned; within it security fixes are wanted
+# Ubuntu 24.04 has Python 3.12. Triton needs a compiler and Python's headers; DeepSpeed's launcher needs ssh and pdsh.
+# hadolint ignore=DL3008  # the release is pinned, and its security fixes should be installed
 RUN apt-get update && apt-get install --yes --no-install-recommends \
       g++ git libibverbs1 openssh-client pdsh python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
-# Ubuntu's own user 1000 goes: files on a volume shall belong to this one on every node.
+# Replace Ubuntu's user 1000, so that files on a volume belong to the same user on every node.
 RUN userdel --remove ubuntu && useradd --create-home --uid 1000 trainer \
     && python3 -m venv /opt/venv && mkdir -p /work/runs && chown -R trainer /work
 ENV PATH=/opt/venv/bin:$PATH \
     CUDA_DEVICE_MAX_CONNECTIONS=1
 
 WORKDIR /opt/sas_megatron
-# What changes least comes first: torch, then the other packages, then the source.
+# The layers that change least come first: torch, the other packages, the source.
 RUN --mount=type=cache,target=/root/.cache/pip pip install torch==2.13.0
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY sas_megatron/__init__.py sas_megatron/__init__.py
@@ -26,9 +25,9 @@ COPY sas_megatron sas_megatron
 COPY configs configs
 COPY launch launch
 
-# By number, which those that forbid root can check.
+# A number, so that platforms that forbid root can check it.
 USER 1000
 WORKDIR /work
-# Looks at the node first; a node on which training would fail stops here, with what to do about it.
+# Checks the node first. If training would fail on it, the container stops and prints the remedies.
 ENTRYPOINT ["/opt/sas_megatron/launch/container_entrypoint.sh"]
 CMD ["sas-megatron", "--help"]

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What a container starts with: looks at the node it was put on, then does what it is told.
+# Entry point of the containers: check the node with `sas-megatron doctor`, then run COMMAND.
 # usage: container_entrypoint.sh COMMAND [arguments]
-# SKIP_DOCTOR=1 leaves the look out.
+# SKIP_DOCTOR=1 skips the check.
 set -euo pipefail
 if [ "${SKIP_DOCTOR:-0}" = 0 ]; then
-  # One process looks at this node; those of the run meet later.
+  # A single process checks this node; the processes of the run are not started yet.
   env -u RANK -u WORLD_SIZE sas-megatron doctor >&2
 fi
 exec "$@"

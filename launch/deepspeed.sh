@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Trains by DeepSpeed's launcher with one process a GPU (or CPU core), on this node or on several.
+# Train with DeepSpeed's launcher and one process per GPU (or CPU core), on one or several nodes.
 # usage: launch/deepspeed.sh [PROCESSES] CONFIG [section.field=value ...]
-# Variables, of the cluster alone:
-#   GPUS_PER_NODE  in place of PROCESSES; without either, as many as this node has GPUs
-#   HOSTFILE       lines of `name slots=PROCESSES`: starts on all of them from here, over ssh (pdsh)
-#   NNODES, NODE_RANK, MASTER_ADDR   without ssh: start the same on each node
-#   MASTER_PORT    (29500) at which the first node listens
-#   JOIN_SECONDS   how long (50) ranks wait for each other at the start
-#   LOG_DIR        a folder for a log file of each process
-# With HOSTFILE the package, the config and the data lie at the same places on all nodes.
+# Variables of the cluster, with their defaults in parentheses:
+#   GPUS_PER_NODE  the default of PROCESSES (the number of GPUs of this node)
+#   HOSTFILE       a file with lines `name slots=PROCESSES`: start on all these nodes from here, over ssh (pdsh)
+#   NNODES, NODE_RANK, MASTER_ADDR   without ssh: run the same command on each node
+#   MASTER_PORT    the port on which the first node listens (29500)
+#   JOIN_SECONDS   how long ranks wait for each other at the start (50)
+#   LOG_DIR        a directory for one log file per process
+# HOSTFILE requires the package, the config and the data at the same paths on all nodes.
 set -euo pipefail
-# shellcheck source=launch/place.sh
-source "$(dirname "${BASH_SOURCE[0]}")/place.sh"
+# shellcheck source=launch/cluster_variables.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cluster_variables.sh"
 processes=${GPUS_PER_NODE:-}
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then processes=$1; shift; fi
-if [ $# -lt 1 ]; then usage_of "$0"; exit 2; fi
+if [ $# -lt 1 ]; then print_usage "$0"; exit 2; fi
 processes=${processes:-$(count_gpus)}
-check_place "$processes" "${NNODES:-1}" "${NODE_RANK:-}"
-check_variable NNODES "${NNODES:-1}" '[0-9]+' 'a number: DeepSpeed begins with all nodes'
+check_node_variables "$processes" "${NNODES:-1}" "${NODE_RANK:-}"
+check_variable NNODES "${NNODES:-1}" '[0-9]+' 'a number, because DeepSpeed starts on all nodes at once'
 options=(--master_port "${MASTER_PORT:-29500}" --no_local_rank)
 if [ -n "${LOG_DIR:-}" ]; then options+=(--enable_each_rank_log "$LOG_DIR"); fi
 has_gpu || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 
-# as_file DESCRIPTOR: standard input as a file that nobody has to delete, at /dev/fd/DESCRIPTOR.
+# as_file DESCRIPTOR: make standard input readable at /dev/fd/DESCRIPTOR, as a file that is deleted already.
 as_file() {
   local file
   file=$(mktemp)
@@ -31,12 +31,12 @@ as_file() {
   rm "$file"
 }
 
-# What ssh would leave behind, and each process is to have.
+# over_ssh ARGUMENTS: pass the environment variables that each process needs, which ssh does not forward.
 over_ssh() {
   local argument
   for argument in "$@"; do
     if [[ $argument =~ [^][A-Za-z0-9_./:=,@%+-] ]]; then
-      echo "$0: error: $argument: the far shell would not leave it as it is; write it into the config" >&2
+      echo "$0: error: $argument: the remote shell would change it; write it into the config" >&2
       exit 2
     fi
   done
@@ -53,8 +53,8 @@ if [ -n "${HOSTFILE:-}" ]; then
   if [ -n "${MASTER_ADDR:-}" ]; then options+=(--master_addr "$MASTER_ADDR"); fi
   world_size=$(awk '!/^ *(#|$)/ { sub(/.*slots=/, ""); sum += $1 } END { print sum + 0 }' "$HOSTFILE")
 elif [ "${NNODES:-1}" != 1 ]; then
-  needs NODE_RANK "with NNODES=$NNODES it tells the place of this node, from 0"
-  needs MASTER_ADDR "with NNODES=$NNODES it names the first node"
+  require_variable NODE_RANK "with NNODES=$NNODES it is the rank of this node, counted from 0"
+  require_variable MASTER_ADDR "with NNODES=$NNODES it is the address of the first node"
   options+=(--no_ssh --node_rank "$NODE_RANK")
   export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
   options+=(--master_addr "$MASTER_ADDR" --hostfile /dev/fd/9)
@@ -63,9 +63,9 @@ elif [ "${NNODES:-1}" != 1 ]; then
 else
   options+=(--num_gpus "$processes")
   world_size=$processes
-  # Where DeepSpeed has the processes of one node meet.
-  meeting=(MASTER_ADDR=127.0.0.1 "MASTER_PORT=${MASTER_PORT:-29500}" NODE_RANK=0)
+  # The rendezvous address that DeepSpeed uses for a single node.
+  rendezvous=(MASTER_ADDR=127.0.0.1 "MASTER_PORT=${MASTER_PORT:-29500}" NODE_RANK=0)
 fi
-# What the user can mend is said once, before any process is started.
-env WORLD_SIZE="$world_size" ${meeting[@]+"${meeting[@]}"} sas-megatron train --check "$@" >/dev/null
+# Report user errors once, before any process is started.
+env WORLD_SIZE="$world_size" ${rendezvous[@]+"${rendezvous[@]}"} sas-megatron train --check "$@" >/dev/null
 exec deepspeed "${options[@]}" --module sas_megatron train "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the package up in .venv, then trains MHA and SAS side by side on real text and compares them.
+# Set up the package in .venv, then train MHA and SAS on real text and compare them.
 # usage: launch/quickstart.sh [options of `sas-megatron quickstart`]
 set -euo pipefail
 # shellcheck source=launch/environment.sh

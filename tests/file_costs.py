@@ -19,24 +19,24 @@ class FileCosts:
 
     def __init__(self) -> None:
         self._file: str | None = None
-        self._begun = 0.0
+        self._seconds_at_start = 0.0
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Close the account of one file and open that of the next."""
+        """Record the cost of the previous file when the first test of another file starts."""
         file = nodeid.partition("::")[0]
         if file != self._file:
             self._record()
-            self._file, self._begun = file, processor_seconds_of_tree(os.getpid())
+            self._file, self._seconds_at_start = file, processor_seconds_of_tree(os.getpid())
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """Close the account of the last file."""
+        """Record the cost of the last file."""
         self._record()
 
     def _record(self) -> None:
         if self._file is None or (path := os.environ.get(FILE_COSTS)) is None:
             return
-        seconds = processor_seconds_of_tree(os.getpid()) - self._begun
+        seconds = processor_seconds_of_tree(os.getpid()) - self._seconds_at_start
         with Path(path).open("a") as costs:
             costs.write(json.dumps({"file": self._file, "processor_seconds": round(seconds, 2)}) + "\n")
 
@@ -44,8 +44,8 @@ class FileCosts:
 def processor_seconds_of_tree(root: int) -> float:
     """Return the user and system time of a process and its descendants, in seconds.
 
-    A process that has been waited for is in its parent's figures. One whose parent ended first is not:
-    `tests/measured_run.py` counts those.
+    Processes that their parent has waited for are included in its time. Orphaned processes are not included;
+    `tests/measured_run.py` counts them.
     """
     ticks: dict[int, int] = {}
     children: defaultdict[int, list[int]] = defaultdict(list)
@@ -55,7 +55,7 @@ def processor_seconds_of_tree(root: int) -> float:
         try:
             stat = (entry / "stat").read_text()
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         # After the name in parentheses: state, parent, ...; fields 14 to 17 of proc(5) are the times.
         fields = stat[stat.rindex(")") + 2 :].split()
         ticks[int(entry.name)] = sum(map(int, fields[11:15]))

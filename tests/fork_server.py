@@ -1,7 +1,7 @@
-"""Processes forked from one that has imported torch and Megatron-core: they start in 0.1 s instead of 6 s.
+"""Processes forked from one that has imported torch and Megatron-core, which start in 0.1 s instead of 6 s.
 
-Use it where a test is about what a process does, not about how it starts. A few tests of each launcher start
-`python` anew.
+Use them to test what a process does. To test how it starts, start a new `python`, as a few tests of each
+launcher do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fork_context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded_modules"])
     path = os.environ.get("PYTHONPATH")
-    # Python 3.11's server does not take the parent's sys.path, and ignores a preload that it cannot import.
+    # The server of Python 3.11 does not inherit sys.path, and ignores a preload that it cannot import.
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)
     try:
         multiprocessing.forkserver.ensure_running()
@@ -42,24 +42,25 @@ def fork_context() -> multiprocessing.context.ForkServerContext:
 
 
 def stop_fork_server() -> None:
-    """Wait for the server to end, so that its processor time is in that of this process."""
+    """Wait for the server to end, so that its processor time is included in that of this process."""
     if fork_context.cache_info().currsize:
         multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # no public method
 
 
 class ForkedCommand:
-    """`python -m MODULE ARGUMENT ...` in a process of its own, without the seconds of imports.
+    """A process that runs `python -m MODULE ARGUMENT ...` without the seconds of imports.
 
     The process has its own working directory, environment, process group and output files, which can be read
-    while it runs. Its exit status and its response to signals are those of the command line.
+    while it runs. It returns the same exit status as the command line, and responds to signals in the same
+    way.
 
     Args:
-        *arguments: those after the module's name.
-        module: run as `__main__`.
-        cwd: working directory.
-        environment: all variables of the process; default: those of this process.
-        stdout: file to which standard output goes; default: a temporary file, see `output`.
-        stderr: the same for standard error; `subprocess.STDOUT` joins it to standard output.
+        *arguments: The arguments after the module's name.
+        module: The module to run as `__main__`.
+        cwd: The working directory.
+        environment: All variables of the process; default: those of this process.
+        stdout: The file for standard output; default: a temporary file, see `output`.
+        stderr: The same for standard error; `subprocess.STDOUT` redirects it to standard output.
     """
 
     def __init__(
@@ -72,10 +73,10 @@ class ForkedCommand:
         stderr: Path | int | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        own = Path(self._folder.name)
+        folder = Path(self._folder.name)
         self.args = [module, *map(str, arguments)]
-        self._stdout = stdout or own / "stdout"
-        self._stderr = self._stdout if stderr == subprocess.STDOUT else Path(str(stderr or own / "stderr"))
+        self._stdout = stdout or folder / "stdout"
+        self._stderr = self._stdout if stderr == subprocess.STDOUT else Path(str(stderr or folder / "stderr"))
         for path in (self._stdout, self._stderr):
             path.touch()
         self._process = fork_context().Process(
@@ -83,18 +84,18 @@ class ForkedCommand:
             args=(self.args, str(cwd), dict(environment or os.environ), str(self._stdout), str(self._stderr)),
         )
         self._process.start()
-        assert self._process.pid is not None, "a started process has an id"
+        assert self._process.pid is not None, "a process that was started has an id"
         self.pid: int = self._process.pid
 
     def poll(self) -> int | None:
-        """Return the exit status, negative for the signal that ended the process; None while it runs."""
+        """Return the exit status (negative: ended by that signal), or None while the process runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit status once the process has ended.
 
         Raises:
-            subprocess.TimeoutExpired: it still runs after `timeout` seconds.
+            subprocess.TimeoutExpired: the process still runs after `timeout` seconds.
         """
         self._process.join(timeout)
         if (status := self._process.exitcode) is None:
@@ -112,11 +113,11 @@ class ForkedCommand:
         self._process.join()
 
     def output(self) -> str:
-        """Return what standard output has received so far."""
+        """Return the standard output so far."""
         return self._stdout.read_text(errors="replace")
 
     def errors(self) -> str:
-        """Return what standard error has received so far."""
+        """Return the standard error so far."""
         return self._stderr.read_text(errors="replace")
 
 
@@ -129,7 +130,7 @@ def run_command(
     """Run `python -m sas_megatron ARGUMENT ...` in a forked process; return its status and output.
 
     Raises:
-        subprocess.TimeoutExpired: it was still running after `timeout` seconds, and is killed.
+        subprocess.TimeoutExpired: the process was still running after `timeout` seconds and was killed.
     """
     command = ForkedCommand(*arguments, cwd=cwd, environment=environment)
     try:
@@ -140,7 +141,7 @@ def run_command(
 
 
 def run_module(arguments: list[str], cwd: str, environment: dict[str, str], stdout: str, stderr: str) -> None:
-    """Run `python -m ARGUMENT ...` in this forked process, with its own session, variables and streams."""
+    """Run `python -m ARGUMENT ...` in this forked process with a new session, environment and streams."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -153,17 +154,17 @@ def run_module(arguments: list[str], cwd: str, environment: dict[str, str], stdo
         opened = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115  # for the life of the process
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  # stays open as long as the process
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = list(arguments)
-    # As `python -m` has it: the working directory before all else.
+    # Like `python -m`, search the working directory first.
     sys.path.insert(0, cwd)
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:
         traceback.print_exc()
         sys.stderr.flush()
-        # Python ends itself with the signal, so that a shell knows the reason.
+        # Like Python, end the process with the signal, so that the exit status states the reason.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

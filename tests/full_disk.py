@@ -1,4 +1,4 @@
-"""A disk that has no room left, as this process sees it."""
+"""A simulated full disk for this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_file_longer_than(num_bytes: int) -> Iterator[None]:
-    """As on a disk that is full, writing further fails in this process."""
+    """Let writes in this process fail beyond `num_bytes` of a file, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:

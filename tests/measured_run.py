@@ -1,11 +1,11 @@
-"""Run a command and report its processor time, including that of processes that nobody waits for.
+"""Run a command and report its processor time, including that of orphaned processes.
 
 usage: python tests/measured_run.py COMMAND [ARGUMENT ...]
 
 `time` and `getrusage` count a process only when its parent waits for it, so they miss daemons, the workers of
-a killed launcher and the children of a fork server. This process makes itself a child subreaper
-(`prctl(2)`, PR_SET_CHILD_SUBREAPER): a process whose parent ends becomes its child, and it waits for all of
-them. Processes that outlive the command are a fault: they are killed and listed, and the exit status is 1.
+a killed launcher and the children of a fork server. This process becomes a child subreaper (`prctl(2)`,
+PR_SET_CHILD_SUBREAPER): a process whose parent ends becomes its child, and it waits for all its children.
+Processes that outlive the command are an error: they are killed and listed, and the exit status is 1.
 
 The tests append the processor time of each test file to the file that FILE_COSTS names (see
 `tests/file_costs.py`); the most expensive ones are printed at the end.
@@ -36,30 +36,30 @@ def main(command: list[str]) -> int:
     """Run `command` and print the times; return its exit status."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         print("measured_run: cannot become a child subreaper; the processor time is too low", file=sys.stderr)
-    begun = time.monotonic()
+    started = time.monotonic()
     with tempfile.NamedTemporaryFile(mode="r") as costs:
         process = subprocess.Popen(command, env={**os.environ, FILE_COSTS: costs.name})
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda received, _frame: process.send_signal(received))
         adopted = _Adopted(process.pid)
         status = adopted.reap_until_command_ends()
-        left = adopted.end_the_rest()
-        wall = time.monotonic() - begun
+        remaining = adopted.end_remaining()
+        wall = time.monotonic() - started
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         _print_files([*map(json.loads, costs), *adopted.costs_by_file()])
     user, system = usage.ru_utime, usage.ru_stime
     print(
         f"processor time {user + system:.0f} s (user {user:.0f} s, system {system:.0f} s), "
-        f"wall time {wall:.0f} s, of the tests without their set-up",
+        f"wall time {wall:.0f} s, of the tests without the setup",
         flush=True,
     )
-    for name in left:
+    for name in remaining:
         print(f"measured_run: still running after the tests, now killed: {name}", file=sys.stderr)
-    return status or int(bool(left))
+    return status or int(bool(remaining))
 
 
 class _Adopted:
-    """The processes that this one waits for: the command, and those whose parents have ended."""
+    """The processes that this one waits for: the command and orphaned processes."""
 
     def __init__(self, command: int) -> None:
         self._command = command
@@ -69,7 +69,7 @@ class _Adopted:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def reap_until_command_ends(self) -> int:
-        """Wait for processes until the command ends; return the shell's form of its exit status."""
+        """Wait for processes until the command ends; return its exit status as a shell reports it."""
         while True:
             pid, status, usage = os.wait4(-1, 0)
             if pid == self._command:
@@ -77,26 +77,28 @@ class _Adopted:
                 return 128 - code if code < 0 else code
             self._record(pid, usage)
 
-    def end_the_rest(self) -> list[str]:
-        """Wait a while for processes that the command left behind, then kill them; return their names."""
-        deadline, left = time.monotonic() + SECONDS_TO_END, []
+    def end_remaining(self) -> list[str]:
+        """Wait for processes that outlive the command, kill them after a while; return their names."""
+        deadline, remaining = time.monotonic() + SECONDS_TO_END, []
         while True:
             try:
                 pid, _, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
-                return left
+                return remaining
             if pid:
                 self._record(pid, usage)
             elif time.monotonic() > deadline:
                 for child in _children():
-                    left.append(f"{_name(child)} (started by {self._files.get(child, 'an unknown test')})")
+                    remaining.append(
+                        f"{_name(child)} (started by {self._files.get(child, 'an unknown test')})"
+                    )
                     os.kill(child, signal.SIGKILL)
                 deadline = time.monotonic() + SECONDS_TO_END
             else:
                 time.sleep(0.05)
 
     def costs_by_file(self) -> list[dict[str, object]]:
-        """Return the processor seconds of adopted processes, by the test file that started them."""
+        """Return the processor seconds of orphaned processes, by the test file that started them."""
         return [{"file": file, "processor_seconds": seconds} for file, seconds in self._seconds.items()]
 
     def _record(self, pid: int, usage: resource.struct_rusage) -> None:
@@ -104,7 +106,7 @@ class _Adopted:
         self._seconds[file] += usage.ru_utime + usage.ru_stime
 
     def _watch(self) -> None:
-        """Note for each adopted process which test started it, while its environment can still be read."""
+        """Record which test started each orphaned process, while its environment can still be read."""
         while True:
             for child in _children():
                 if child != self._command and child not in self._files and (file := _test_file(child)):
@@ -118,7 +120,7 @@ def _children() -> list[int]:
 
 
 def _test_file(pid: int) -> str | None:
-    """The file in PYTEST_CURRENT_TEST, which pytest sets and child processes inherit."""
+    """Return the file in PYTEST_CURRENT_TEST, which pytest sets and child processes inherit."""
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:

@@ -1,4 +1,4 @@
-"""Ranks for tests: processes joined by gloo on loopback, started once for each world size."""
+"""Ranks for tests: processes connected by gloo on loopback, started once for each world size."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from sas_megatron.distributed.topology import Topology
 
 
-# Sets of groups that a rank makes before it is replaced by a fresh process: each leaves some thirty threads
-# and their sockets, which no call frees.
-SETS_OF_GROUPS = 16
-# How long ranks may take to answer once one of them has failed.
+# Sets of groups that a rank creates before it is replaced by a new process. Each set leaves about thirty
+# threads with their sockets, which no call releases.
+MAX_SETS_OF_GROUPS = 16
+# How long the other ranks may take to return once one of them has failed.
 SECONDS_AFTER_FAILURE = 10.0
 
 
@@ -43,10 +43,10 @@ class RankPool:
         self._processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return the results by rank.
+        """Run a function on all ranks and return the results in rank order.
 
         Raises:
-            AssertionError: the function failed on some ranks; with their tracebacks.
+            AssertionError: the function failed on one or more ranks; the message has their tracebacks.
         """
         if not self._processes:
             self._start()
@@ -56,20 +56,21 @@ class RankPool:
         answers = self._answers()
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text, _) in sorted(answers.items()) if not ok]
         if failures:
-            # Some may still wait for the others in a collective.
+            # Other ranks may still wait for it in a collective.
             self._kill()
-        elif max(sets for *_, sets in answers.values()) >= SETS_OF_GROUPS:
+        elif max(sets for *_, sets in answers.values()) >= MAX_SETS_OF_GROUPS:
             self.close()
-        # The ranks of other world sizes would take a processor from those that run.
+        # Stop these ranks, so that they use no processor while pools of other world sizes run.
         self._signal(signal.SIGSTOP)
         if failures:
             raise AssertionError("\n".join(failures))
         return [answers[rank][1] for rank in range(self.world_size)]
 
     def _answers(self) -> dict[int, tuple[bool, Any, int]]:
-        """Return what each rank sends: success, result or traceback, and sets of groups made.
+        """Return for each rank its success, its result or traceback, and the sets of groups it has created.
 
-        After a failure the others, which may wait for that rank in a collective, get some seconds to answer.
+        After a failure the other ranks, which may wait for the failed one in a collective, get a few seconds
+        to return.
         """
         answers: dict[int, tuple[bool, Any, int]] = {}
         waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
@@ -108,13 +109,13 @@ class RankPool:
         rendezvous = Path(self._folder.name) / "rendezvous"
         context = fork_context()
         for rank in range(self.world_size):
-            here, there = context.Pipe()
+            local_end, remote_end = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world_size, str(rendezvous), there), daemon=True
+                target=_serve, args=(rank, self.world_size, str(rendezvous), remote_end), daemon=True
             )
             process.start()
-            there.close()
-            self._pipes.append(here)
+            remote_end.close()
+            self._pipes.append(local_end)
             self._processes.append(process)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -125,13 +126,14 @@ class RankPool:
 
 _groups = contextlib.ExitStack()
 _topology: dict[tuple[int, ...], Topology] = {}
-_sets_made: list[tuple[int, ...]] = []
+_created_sets: list[tuple[int, ...]] = []
 
 
 def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
-    """On a rank: the groups of a layout, kept until another one is asked for, and random state seeded anew.
+    """On a rank: return the topology of a layout with newly seeded random states.
 
-    Making a set of groups takes a tenth of a second on each rank, so they are not made for every test.
+    Creating a set of groups takes a tenth of a second on each rank, so the groups are kept until a test uses
+    another layout.
     """
     import torch
 
@@ -141,17 +143,17 @@ def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
     if layout not in _topology:
         _topology.clear()
         _groups.close()
-        _sets_made.append(layout)
+        _created_sets.append(layout)
         joined = topology.joined_groups(config, device=torch.device("cpu"), seed=seed)
         _topology[layout] = _groups.enter_context(joined)
-    place = _topology[layout]
-    sample_rank = place.data_rank * config.context + place.context_rank
-    topology.seed_randomness(seed, sample_rank, place.pipeline_rank)
-    return place
+    found = _topology[layout]
+    sample_rank = found.data_rank * config.context + found.context_rank
+    topology.seed_randomness(seed, sample_rank, found.pipeline_rank)
+    return found
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
-    # A rank that is stopped would not notice that the tests are gone.
+    # A rank that is stopped would not notice the end of the test process.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
     from sas_megatron.platform.device import prepare_device
@@ -167,9 +169,9 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
     while (task := pipe.recv()) is not None:
         function, args = task
         try:
-            pipe.send((True, function(*args), len(_sets_made)))
+            pipe.send((True, function(*args), len(_created_sets)))
         except Exception:
-            pipe.send((False, traceback.format_exc(), len(_sets_made)))
+            pipe.send((False, traceback.format_exc(), len(_created_sets)))
     dist.barrier()
     _groups.close()
     dist.destroy_process_group()
@@ -178,8 +180,8 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
 def _share_gloo_device() -> None:
     """Let all groups of this process use one gloo device.
 
-    By default each group has a device of its own, whose thread wakes up a hundred times a second: the dozens
-    of groups of a few layouts keep a processor busy.
+    By default each group has its own device, whose thread wakes up a hundred times per second. The dozens of
+    groups of a few layouts would keep a processor busy.
     """
     from torch.distributed import ProcessGroupGloo
 

@@ -8,12 +8,12 @@ usage() {
 usage: tests/run.sh [--all [--part I/N]] [pytest arguments]
 
 Without options: the default run, at most 15 minutes on two cores after installation.
-  --all        every test, then those that depend on Megatron-core on Python 3.12 with its newest release
-               (PYTHON312 names the interpreter; default: python3.12)
-  --part I/N   of --all the I-th of N disjoint parts; .tests_passed records the parts that passed and
+  --all        run all tests, then the tests that depend on Megatron-core again with its newest release, on
+               Python 3.12 (PYTHON312 is the interpreter; default: python3.12)
+  --part I/N   run part I of the N disjoint parts of --all; .tests_passed records the parts that passed and
                their commit
   -h, --help   print this text
-Pytest arguments select and show as usual: tests/run.sh tests/attention -k gather -x
+Pytest arguments have their usual meaning: tests/run.sh tests/attention -k gather -x
 Tests run in two processes; -n 0 runs them in one, for example for --pdb.
 TEXT
 }

@@ -1,4 +1,4 @@
-"""What tests of SLURM, ssh, networks and pages need beyond Python; a skip names what is lacking."""
+"""System packages for tests of SLURM, ssh, networks and HTML pages, and the reason to skip them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def lacking(packages: Mapping[str, str], *, needs_root: bool) -> str | None:
-    """Command -> Debian package: a sentence on those that are not there, for a skip; None: all are."""
+    """Return the reason to skip a test, or None if nothing is lacking.
+
+    Args:
+        packages: Command -> the Debian package that contains it.
+        needs_root: Whether the test also needs root.
+    """
     missing = sorted(
         {package for command, package in packages.items() if not shutil.which(command, path=PATH)}
     )
@@ -19,5 +24,5 @@ def lacking(packages: Mapping[str, str], *, needs_root: bool) -> str | None:
             f"lacks {', '.join(missing)}: tests/install_system_packages.sh installs them, as root on Debian"
         )
     if needs_root and os.geteuid() != 0:
-        return "lacks root, without which the daemons cannot be started"
+        return "lacks root, which is needed to start the daemons"
     return None

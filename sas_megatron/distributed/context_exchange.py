@@ -11,8 +11,8 @@ SAS has M = r·N heads (r blocks of N). If C divides N, a rank gets the same bas
 PEAA mean over the blocks is taken before `scatter_tokens`, which then sends r times less. If C exceeds N, a
 rank gets consecutive heads, and the mean is taken after the exchange.
 
-Elements sent per local token in forward (the same in backward) on P tensor ranks: (C-1)/C · [r(N+G)E + rGD +
-ND]/P, with rND instead of ND if the mean is taken after the exchange.
+Elements sent per local token in forward (the same in backward) on P tensor ranks:
+(C-1)/C · [r(N+G)E + rGD + ND]/P, with rND instead of ND if the mean is taken after the exchange.
 
 Megatron-core gives rank c the chunks c and 2C-1-c of 2C (a zigzag that balances ring attention). The tokens
 are sorted into text order for the attention and back into the zigzag order afterwards.

@@ -80,10 +80,10 @@ def sum_gradients_over_tokens(
 def gather_shared_columns(
     columns: torch.Tensor, *, group: dist.ProcessGroup, sequence_parallel: bool
 ) -> torch.Tensor:
-    """Return the columns of all tokens, [S, B, K], for the heads of this rank.
+    """Return the columns of all tokens, [S, B, W], for the heads of this rank.
 
-    Under sequence parallelism the argument is [S/P, B, K]: all-gather in forward, reduce-scatter in backward.
-    Otherwise it is [S, B, K]: identity in forward, all-reduce in backward. Either way the gradients from the
+    Under sequence parallelism the argument is [S/P, B, W]: all-gather in forward, reduce-scatter in backward.
+    Otherwise it is [S, B, W]: identity in forward, all-reduce in backward. Either way the gradients from the
     heads of all ranks are summed.
     """
     gathered: torch.Tensor = (

@@ -1,17 +1,17 @@
-"""The exchange that gives the SAS head simulation, which reads every head, the heads of all tensor ranks.
+"""The exchange of heads between tensor ranks for the SAS head simulation, which reads every head.
 
-    projected [T, C/P]                    all tokens, local columns (the output of the column-parallel QKV)
-      -> `gather_columns` [T', C]         T' tokens, columns of all ranks
+    projected [T, W/P]                    all tokens, local columns (the output of the column-parallel QKV)
+      -> `gather_columns` [T', W]         T' tokens, columns of all ranks
       -> simulate heads                   replicated weights, no communication
       -> `scatter_heads` [T, m/P, D]      all tokens, local simulated heads (one tensor each for q, k and v)
 
-Here C counts columns and m simulated heads. Two strategies send different numbers of bytes. **gather** keeps
-all tokens (T' = T): every rank repeats the first convolution for all heads, and computes only its local heads
-in the second. **all_to_all** keeps 1/P of the tokens (T' = T/P) and all heads, and sends the simulated heads
-back: nothing is computed twice, which is possible because the simulation works on each token separately.
+W counts projected columns and m simulated heads. There are two strategies. **gather** keeps all tokens: every
+rank repeats the first convolution for all heads, and computes only its local heads in the second (T' = T).
+**all_to_all** keeps 1/P of the tokens (T' = T/P) and all heads, and sends the simulated heads back, so that
+each rank computes 1/P of the work. This is possible because the simulation works on each token separately.
 
 Elements sent per token and rank in forward (the same in backward; ring convention):
-gather (P-1)/P·C; all_to_all (P-1)/P²·(C + the width of all simulated heads sent back).
+gather (P-1)/P·W; all_to_all (P-1)/P²·(W + the width of all simulated heads sent back).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class HeadExchange(ABC):
         self.rank = group.rank()
 
     @abstractmethod
-    def gather_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
-        """Return the columns of all ranks in rank order, [T, C/P] -> [T', C]."""
+    def gather_columns(self, columns_TW_local: torch.Tensor) -> torch.Tensor:
+        """Return the columns of all ranks in rank order, [T, W/P] -> [T', W]."""
 
     def base_heads_to_simulate(self, num_heads: int) -> slice:
         """Return the base heads whose simulated copies this rank computes: all of `num_heads` by default."""
@@ -71,8 +71,8 @@ class SingleRank(HeadExchange):
     """The exchange of a single rank, which has all heads: identity in forward and backward."""
 
     @override
-    def gather_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
-        return columns_TC_local
+    def gather_columns(self, columns_TW_local: torch.Tensor) -> torch.Tensor:
+        return columns_TW_local
 
     @override
     def scatter_heads(
@@ -85,13 +85,13 @@ class GatherExchange(HeadExchange):
     """An all-gather of columns; each rank then computes only its local simulated heads."""
 
     @override
-    def gather_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
-        """Return the columns of all ranks, [T, C/P] -> [T, C].
+    def gather_columns(self, columns_TW_local: torch.Tensor) -> torch.Tensor:
+        """Return the columns of all ranks, [T, W/P] -> [T, W].
 
         All-gather in forward, reduce-scatter in backward, because the gradient of the gathered columns is a
         partial sum on each rank.
         """
-        gathered: torch.Tensor = all_gather_last_dim_from_tensor_parallel_region(columns_TC_local, self.group)
+        gathered: torch.Tensor = all_gather_last_dim_from_tensor_parallel_region(columns_TW_local, self.group)
         return gathered
 
     @override
@@ -115,15 +115,15 @@ class AllToAllExchange(HeadExchange):
     sends_heads = True
 
     @override
-    def gather_columns(self, columns_TC_local: torch.Tensor) -> torch.Tensor:
-        """Return all columns of the local tokens, [T, C/P] -> [T/P, C].
+    def gather_columns(self, columns_TW_local: torch.Tensor) -> torch.Tensor:
+        """Return all columns of the local tokens, [T, W/P] -> [T/P, W].
 
         All-to-all in forward and backward.
         """
-        tokens_per_rank = self._tokens_per_rank(columns_TC_local.shape[0])
+        tokens_per_rank = self._tokens_per_rank(columns_TW_local.shape[0])
         num_local = tokens_per_rank[self.rank]
         received: torch.Tensor = all_to_all(
-            self.group, columns_TC_local, [num_local] * self.num_ranks, tokens_per_rank
+            self.group, columns_TW_local, [num_local] * self.num_ranks, tokens_per_rank
         )
         by_token: torch.Tensor = received.unflatten(0, (self.num_ranks, num_local)).transpose(0, 1)
         return by_token.flatten(1)

@@ -2,8 +2,8 @@
 
 Each function must be called by all ranks of the world; the objects that it sends must be picklable.
 
-`drive_from_rank0` serves code that only rank 0 can run, such as a library that decides which batch to score
-next:
+`drive_from_rank0` is for code that only rank 0 can run, such as a library that selects the next batch to
+score:
 
     rank 0        action(call) -> call("score", ...) -> broadcast -> score(...) ... -> the action's result
     other ranks   wait for a call -> score(...) -> wait for the next call ... -> until rank 0 has finished

@@ -1,8 +1,7 @@
 """Replacements for parts of TransformerEngine that Megatron-core uses: norms and the fused rotary kernel.
 
-They take effect only where TransformerEngine is not installed. Import this module without importing
-Megatron-core
-first: on CPU, `platform.cpu.install` must run before that.
+They take effect only if TransformerEngine is not installed. This module must not import Megatron-core when it
+is imported itself: on CPU, `platform.cpu.install` has to run first.
 """
 
 from __future__ import annotations

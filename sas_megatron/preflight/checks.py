@@ -1,4 +1,4 @@
-"""All preflight checks in order: first those of this node, then those of all ranks if they can connect."""
+"""All preflight checks: of this node first, then of all ranks if they can connect."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sas_megatron.preflight.finding import Finding, failure, fine
 from sas_megatron.preflight.network import check_host_name, check_interfaces, check_rendezvous
 from sas_megatron.preflight.node import (
     check_environment,
+    check_gpus,
     check_open_files,
     check_run_directory,
     check_shared_memory,
@@ -30,7 +31,7 @@ class PreflightReport:
     """All findings that this rank has.
 
     Attributes:
-        findings: Those of this node and, on rank 0 of an allocation, of all nodes.
+        findings: The findings of this node, or of the entire allocation if the ranks can connect.
         num_ranks: The world size.
         is_printed: Whether this rank prints the report.
     """
@@ -94,7 +95,6 @@ def _check_node(run_directory: Path, config: RunConfig | None, world_size: int) 
 
     import torch
 
-    from sas_megatron.preflight.gpus import check_gpus
     from sas_megatron.preflight.software import check_software
 
     uses_gpus = torch.cuda.is_available()

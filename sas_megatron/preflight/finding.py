@@ -1,4 +1,4 @@
-"""The result of one check: a verdict, what was observed, and a remedy."""
+"""The result of one check: its severity, an observation, and a remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Severity(StrEnum):
-    """What a finding means for training, in increasing order of severity."""
+    """The effect of a finding on training, in increasing order of severity."""
 
     FINE = "fine"
     WARNING = "warning"  # training would work, but slowly or at risk
@@ -22,7 +22,7 @@ class Finding:
     Attributes:
         check: Name of the check.
         verdict: Its severity.
-        observed: What was found, in one line.
+        observed: The observation, in one line.
         remedy: What to do about it; empty only if the verdict is fine.
         place: The host, or empty for a check of all ranks.
     """

@@ -1,4 +1,7 @@
-"""Checks of one node: limits, shared memory, disk and environment variables. Imports no torch."""
+"""Checks of one node: limits, shared memory, disk, environment variables and GPUs.
+
+Importing this module does not import torch, which opens many files and takes seconds; only `check_gpus` does.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import os
 import resource
 import shutil
+import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,6 +26,9 @@ RECOMMENDED_FILES = 1024
 NCCL_SHARED_MEMORY_BYTES = 256 * MIB
 PROBE_BYTES = 32 * MIB
 SLOW_DISK_BYTES_PER_SECOND = 20 * MIB
+# A GPU with less memory in use counts as idle: drivers and display servers hold some.
+IDLE_GPU_BYTES = 1024 * MIB
+GPU_QUERY = "index,name,driver_version,memory.used,ecc.errors.uncorrected.volatile.total"
 
 
 def check_open_files(*, world_size: int) -> Finding:
@@ -134,3 +141,47 @@ def check_environment(environment: Mapping[str, str], *, uses_gpus: bool) -> Ite
                 warning("environment", f"{name}={environment[name]}", f"unset {name}, which slows NCCL down")
             )
     yield from found or [fine("environment", "no variable that slows training down")]
+
+
+def check_gpus() -> Iterator[Finding]:
+    """Check that torch can use the GPUs that nvidia-smi lists, their memory use, and their ECC errors."""
+    import torch
+
+    listed = _list_gpus()
+    if not listed and not torch.cuda.is_available():
+        yield fine("GPUs", "no GPUs; training runs on the CPU with gloo")
+        return
+    if not torch.cuda.is_available():
+        yield failure(
+            "GPUs",
+            f"the driver {listed[0][2]} lists {len(listed)}, but torch {torch.__version__} cannot use them",
+            "install torch for a CUDA version that the driver supports (see nvidia-smi), or a newer driver",
+        )
+        return
+    names = sorted({torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())})
+    driver = listed[0][2] if listed else "unknown"
+    yield fine("GPUs", f"{torch.cuda.device_count()} × {', '.join(names)}, driver {driver}")
+    for index, _, _, used, errors in listed:
+        if used.isdigit() and int(used) * MIB > IDLE_GPU_BYTES:
+            yield warning(
+                "GPUs",
+                f"GPU {index} has {used} MiB in use already",
+                f"end the processes that use it: nvidia-smi -i {index} lists them",
+            )
+        if errors.isdigit() and int(errors) > 0:
+            yield failure(
+                "GPUs",
+                f"GPU {index} has had {errors} uncorrected memory errors since it was started",
+                "drain the node and reset or replace that GPU",
+            )
+
+
+def _list_gpus() -> list[list[str]]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return []  # nvidia-smi is installed, but no driver is loaded
+    return [[field.strip() for field in line.split(",")] for line in completed.stdout.splitlines() if line]

@@ -1,6 +1,6 @@
 """Bytes sent by one SAS layer in forward and backward, compared with the formulas of the operator.
 
-The linear projections of the layer send as many bytes as those of multi-head attention. Those are measured
+The linear projections of the layer send as many bytes as those of multi-head attention. They are measured
 separately and subtracted, which leaves the exchange of heads and the sum of the simulation's weight
 gradients.
 """

@@ -68,14 +68,14 @@ def test_user_errors_are_reported_once_before_any_process_starts(
 @pytest.mark.parametrize(
     ("script", "variables", "message"),
     [
-        ("torchrun.sh", {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0: must be how many processes"),
-        ("torchrun.sh", {"GPUS_PER_NODE": "h100"}, "GPUS_PER_NODE=h100: must be how many processes"),
-        ("torchrun.sh", {"NNODES": "two"}, "NNODES=two: must be how many nodes"),
-        ("torchrun.sh", {"NNODES": "1:"}, "NNODES=1:: must be how many nodes"),
+        ("torchrun.sh", {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0: must be the number of processes"),
+        ("torchrun.sh", {"GPUS_PER_NODE": "h100"}, "GPUS_PER_NODE=h100: must be the number of processes"),
+        ("torchrun.sh", {"NNODES": "two"}, "NNODES=two: must be the number of nodes"),
+        ("torchrun.sh", {"NNODES": "1:"}, "NNODES=1:: must be the number of nodes"),
         ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: must be below NNODES=2"),
-        ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "a"}, "NODE_RANK=a: must be a node's place"),
-        ("torchrun.sh", {"MAX_RESTARTS": "x"}, "MAX_RESTARTS=x: must be how often"),
-        ("deepspeed.sh", {"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE=x: must be how many processes"),
+        ("torchrun.sh", {"NNODES": "2", "NODE_RANK": "a"}, "NODE_RANK=a: must be the rank of this node"),
+        ("torchrun.sh", {"MAX_RESTARTS": "x"}, "MAX_RESTARTS=x: must be the number of restarts"),
+        ("deepspeed.sh", {"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE=x: must be the number of processes"),
         ("deepspeed.sh", {"NNODES": "2:3"}, "NNODES=2:3: must be a number"),
     ],
 )

@@ -50,7 +50,7 @@ class Job:
 
         def has_stepped() -> bool:
             nonlocal first
-            if f"turn {attempt} of job" not in self.output() or not steps(self.run_directory):
+            if f"attempt {attempt} of job" not in self.output() or not steps(self.run_directory):
                 return False
             first = first or steps(self.run_directory)[-1]
             return steps(self.run_directory)[-1] > first + 2 and any(self.checkpoints().glob("iter_*"))
@@ -131,7 +131,7 @@ def test_ten_preemptions_do_not_change_the_run(
             undisturbed = job.end_in_next_attempt(ranks)
         slurm.call("scancel", preempting_job)
     check_end(job, undisturbed, restarts=PREEMPTIONS)
-    assert job.output().count("queueing the next") == PREEMPTIONS // 2
+    assert job.output().count("requeueing the job") == PREEMPTIONS // 2
     assert job.output().count("DUE TO PREEMPTION") >= PREEMPTIONS - PREEMPTIONS // 2
 
 

@@ -188,7 +188,7 @@ def test_a_run_at_its_time_limit_is_requeued_and_resumes(
 
     def has_stepped(attempt: int) -> bool:
         text = output.read_text() if output.exists() else ""
-        return text.partition(f"turn {attempt} of")[2].count("lm loss:") > 2
+        return text.partition(f"attempt {attempt} of")[2].count("lm loss:") > 2
 
     for attempt in (1, 2):
         # The signal that --signal=B:USR1@… sends before the time limit.
@@ -199,7 +199,7 @@ def test_a_run_at_its_time_limit_is_requeued_and_resumes(
     # MAX_REQUEUES is reached: the job ends, although the run is not finished.
     assert slurm.wait_for(job, "FAILED", seconds=JOB_SECONDS) == "FAILED"
     text = output.read_text()
-    assert "turn 1 ended with" in text
+    assert "attempt 1 stopped:" in text
     assert "resuming from" in text
     assert "MAX_REQUEUES" in text
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]

@@ -249,13 +249,13 @@ MUTANTS = (
     Mutant(
         "requeued-job-does-not-resume",
         "launch/slurm_train.sbatch",
-        'if [ "$turn" -gt 1 ]; then',
-        'if [ "$turn" -gt 2 ]; then',
-        "After its first requeue, a SLURM job does not resume the run.",
+        'if [ "$attempt" -gt 1 ]; then',
+        'if [ "$attempt" -gt 2 ]; then',
+        "A SLURM job does not resume the run when it is requeued for the first time.",
     ),
     Mutant(
         "node-rank-equal-to-nodes-accepted",
-        "launch/place.sh",
+        "launch/cluster_variables.sh",
         '[ "$3" -ge "$2" ]',
         '[ "$3" -gt "$2" ]',
         "NODE_RANK equal to NNODES is accepted.",

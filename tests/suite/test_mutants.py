@@ -68,7 +68,11 @@ def test_a_fault_changes_only_its_function():
         ({"replacement": "number % )"}, "does not compile"),
         ({"replacement": "(number % candidate) == 0"}, "the same program"),
         (
-            {"function": "launch/place.sh", "text": "usage_of() {", "replacement": "usage_of("},
+            {
+                "function": "launch/cluster_variables.sh",
+                "text": "print_usage() {",
+                "replacement": "print_usage(",
+            },
             "not a valid script",
         ),
     ],

@@ -1,0 +1,44 @@
+# Functions and defaults for the cluster variables; sourced by the scripts that start processes.
+# shellcheck shell=bash
+
+has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+# count_gpus: print the default number of processes per node: one per GPU, or one without GPUs.
+count_gpus() { if has_gpu; then nvidia-smi -L | grep -c '^GPU'; else echo 1; fi; }
+
+# require_variable NAME REASON: exit with status 2 if a variable is not set.
+require_variable() {
+  if [ -z "${!1:-}" ]; then
+    printf '%s: is not set; %s\n' "$1" "$2" >&2
+    exit 2
+  fi
+}
+
+# print_usage SCRIPT: print the comment at the top of a script.
+print_usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1" >&2; }
+
+# check_variable NAME VALUE PATTERN RULE: exit with status 2 if the value does not match the pattern.
+check_variable() {
+  [[ $2 =~ ^($3)$ ]] && return
+  echo "$0: error: $1=$2: must be $4" >&2
+  exit 2
+}
+
+# check_node_variables PROCESSES NNODES NODE_RANK: check the cluster variables. NODE_RANK may be empty: a single node
+# and nodes that join by arrival have none.
+check_node_variables() {
+  check_variable GPUS_PER_NODE "$1" '[1-9][0-9]*' 'the number of processes per node; leave it unset for one per GPU'
+  check_variable NNODES "$2" '[1-9][0-9]*(:[1-9][0-9]*)?' 'the number of nodes, or MIN:MAX'
+  check_variable NODE_RANK "$3" '(0|[1-9][0-9]*)?' 'the rank of this node, counted from 0'
+  if [ -n "$3" ] && [[ $2 != 1 && $2 != *:* ]] && [ "$3" -ge "$2" ]; then
+    echo "$0: error: NODE_RANK=$3: must be below NNODES=$2; number the nodes from 0" >&2
+    exit 2
+  fi
+}
+
+# These must be set before Python starts: the threads of a rank, and a single hardware queue to the GPU, which gives
+# Megatron-core's overlap of communication and computation its order.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Write each line to a log file immediately.
+export PYTHONUNBUFFERED=1
