@@ -1,4 +1,4 @@
-"""`sas-megatron fit`: a scaling law through a table of runs, with what is uncertain about it."""
+"""`sas-megatron fit`: fit a scaling law to a table of runs, with uncertainty estimates."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from sas_megatron.scaling.numbers import format_interval
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sas_megatron.scaling.laws.fit_report import ComputeOptimal, FitReport
     from sas_megatron.scaling.laws.hold_out import HoldOut
+    from sas_megatron.scaling.laws.law_fit import ComputeOptimal, LawFit
 
 
 @click.command()
 @click.argument("points", type=click.Path())
-@click.option("--variant", help="Which to fit, where a column variant names several.")
+@click.option("--variant", help="Variant to fit, if a column variant contains several.")
 @click.option(
-    "--drop-highest", type=int, default=0, show_default=True, help="Leave out so many of the highest losses."
+    "--drop-highest", type=int, default=0, show_default=True, help="Number of highest losses to leave out."
 )
-@click.option("--bootstraps", type=int, default=1000, show_default=True, help="Draws for the intervals.")
-@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the draws.")
+@click.option("--bootstraps", type=int, default=1000, show_default=True, help="Bootstrap draws.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Seed of the bootstrap."
+)
 @click.option(
     "--hold-out",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.1,
     show_default=True,
-    help="Share of the runs, the largest, to predict.",
+    help="Fraction of the runs, the largest, to predict from the others.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the tables.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the tables.")
 def fit(
     points: str,
     *,
@@ -44,13 +46,13 @@ def fit(
 ) -> None:
     """Fit L(N, D) = E + A/N^α + B/D^β to POINTS, a CSV file with the columns params, tokens and loss.
 
-    A column flops holds what each run's training took, attention included; without it C = 6ND is assumed.
-    Columns size (what the bootstrap is stratified by; by default params) and variant may stand beside.
+    Optional columns: flops, the training FLOPs of each run with attention (without it, C = 6ND is assumed);
+    size, the strata of the bootstrap (default: params); and variant.
     """
-    from sas_megatron.scaling.laws.fit_report import build_fit_report, report_tree
+    from sas_megatron.scaling.laws.law_fit import fit_law, law_fit_record
     from sas_megatron.scaling.laws.points import read_points
 
-    report = build_fit_report(
+    fitted = fit_law(
         read_points(points, variant=variant),
         drop_highest=drop_highest,
         num_draws=bootstraps,
@@ -58,58 +60,56 @@ def fit(
         hold_out=hold_out,
     )
     if as_json:
-        click.echo(json.dumps(report_tree(report), indent=2, allow_nan=False))
+        click.echo(json.dumps(law_fit_record(fitted), indent=2, allow_nan=False))
     else:
-        show_fit(report)
+        print_law_fit(fitted)
 
 
-def show_fit(report: FitReport) -> None:
-    """Prints the dropped points, the law, the exponents of each approach, the prediction and the remarks."""
+def print_law_fit(law: LawFit) -> None:
+    """Print the dropped points, the law, the exponents of each method, the prediction and the remarks."""
     from rich.console import Console
 
     console = Console()
-    for params, tokens, loss in zip(
-        report.dropped.params, report.dropped.tokens, report.dropped.loss, strict=True
-    ):
-        console.print(f"Left out: {params:.4g} parameters, {tokens:.4g} tokens, loss {loss:.4f}.")
-    _show_parameters(console, report)
-    _show_exponents(console, report)
-    _show_optimum(console, report.compute_optimal)
-    _show_compute_laws(console, report)
-    if report.hold_out is not None:
-        _show_hold_out(console, report.hold_out)
-    for remark in report.remarks:
+    for params, tokens, loss in zip(law.dropped.params, law.dropped.tokens, law.dropped.loss, strict=True):
+        console.print(f"Dropped: {params:.4g} parameters, {tokens:.4g} tokens, loss {loss:.4f}.")
+    _show_parameters(console, law)
+    _show_exponents(console, law)
+    _show_optimum(console, law.compute_optimal)
+    _show_compute_laws(console, law)
+    if law.hold_out is not None:
+        _show_hold_out(console, law.hold_out)
+    for remark in law.remarks:
         console.print(f"· {remark}", soft_wrap=True)
 
 
-def _show_parameters(console: Console, report: FitReport) -> None:
+def _show_parameters(console: Console, law: LawFit) -> None:
     from rich.table import Table
 
-    title = f"L(N, D) = E + A/N^α + B/D^β through {len(report.fit.points)} points"
+    title = f"L(N, D) = E + A/N^α + B/D^β through {len(law.fit.points)} points"
     table = Table(title=title, title_justify="left")
-    for heading in ("", "estimate", "95 % by bootstrap", "95 % profile, least squares", "by projection"):
+    for heading in ("", "estimate", "95 % bootstrap", "95 % profile, least squares", "projection"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, label in (("E", "E"), ("A", "A"), ("B", "B"), ("alpha", "α"), ("beta", "β")):
         table.add_row(
             label,
-            f"{getattr(report.fit.surface, name):.5g}",
-            format_interval(report.ci95[name]),
-            format_interval((report.profile95 or {}).get(name)),
-            "–" if report.projected is None else f"{getattr(report.projected.surface, name):.5g}",
+            f"{getattr(law.fit.surface, name):.5g}",
+            format_interval(law.ci95[name]),
+            format_interval((law.profile95 or {}).get(name)),
+            "–" if law.projected is None else f"{getattr(law.projected.surface, name):.5g}",
         )
     console.print(table)
-    console.print(f"Sum of Huber losses of log residuals (δ = 0.001): {report.fit.fit.objective:.6g}.")
+    console.print(f"Sum of Huber losses of log residuals (δ = 0.001): {law.fit.fit.objective:.6g}.")
 
 
-def _show_exponents(console: Console, report: FitReport) -> None:
+def _show_exponents(console: Console, law: LawFit) -> None:
     from rich.table import Table
 
-    table = Table(title="Powers of compute C, with 95 % by bootstrap", title_justify="left")
-    for heading in ("by", "best N", "best D", "loss above E"):
+    table = Table(title="Exponents of compute C, with 95 % bootstrap intervals", title_justify="left")
+    for heading in ("method", "optimal N", "optimal D", "loss above E"):
         table.add_column(heading)
-    rows = {"law, C = 6ND": report.compute_optimal_6nd}
-    if report.compute_optimal.cost.source == "flops":
-        rows = {"law, recorded FLOPs": report.compute_optimal, **rows}
+    rows = {"law, C = 6ND": law.compute_optimal_6nd}
+    if law.compute_optimal.cost.source == "flops":
+        rows = {"law, recorded FLOPs": law.compute_optimal, **rows}
     for label, optimal in rows.items():
         table.add_row(
             label,
@@ -118,7 +118,7 @@ def _show_exponents(console: Console, report: FitReport) -> None:
                 for name in ("params_exponent", "tokens_exponent", "loss_exponent")
             ),
         )
-    if (isoflop := report.isoflop) is not None:
+    if (isoflop := law.isoflop) is not None:
         table.add_row(
             f"{len(isoflop.profiles)} isoFLOP profiles",
             f"{isoflop.params_exponent:.4f}\n{format_interval(isoflop.params_interval)}",
@@ -132,21 +132,21 @@ def _show_optimum(console: Console, optimal: ComputeOptimal) -> None:
     best, cost = optimal.at_largest, optimal.cost
     kind = "recorded" if cost.source == "flops" else "assumed"
     console.print(
-        f"A token costs {cost.coefficient:.4g} · N^{cost.exponent:.4f} FLOPs ({kind}). Of the largest "
-        f"budget, {best.flops:.3g} FLOPs, the best is {best.params:.4g} parameters on {best.tokens:.4g} "
-        f"tokens: loss {best.loss:.4f}.",
+        f"FLOPs per token: {cost.coefficient:.4g} · N^{cost.exponent:.4f} ({kind}). Optimum at the largest "
+        f"budget of {best.flops:.3g} FLOPs: {best.params:.4g} parameters on {best.tokens:.4g} tokens, loss "
+        f"{best.loss:.4f}.",
         soft_wrap=True,
     )
 
 
-def _show_compute_laws(console: Console, report: FitReport) -> None:
-    for fit, form in ((report.compute_law, "E + K/C^γ"), (report.pure_compute_law, "K/C^γ")):
+def _show_compute_laws(console: Console, law: LawFit) -> None:
+    for fit, form in ((law.compute_law, "E + K/C^γ"), (law.pure_compute_law, "K/C^γ")):
         if fit is not None:
-            law = fit.law
-            numbers = f"K = {law.K:.5g}, γ = {law.gamma:.4f}"
+            curve = fit.law
+            numbers = f"K = {curve.K:.5g}, γ = {curve.gamma:.4f}"
             console.print(
-                f"Loss over compute of the {len(fit.problem.log_loss)} runs that none beats for fewer FLOPs: "
-                f"{form} with {f'E = {law.E:.5g}, ' if form[0] == 'E' else ''}{numbers}; objective "
+                f"Loss over compute of the {len(fit.problem.log_loss)} runs on the Pareto frontier: "
+                f"{form} with {f'E = {curve.E:.5g}, ' if form[0] == 'E' else ''}{numbers}; objective "
                 f"{fit.objective:.4g}.",
                 soft_wrap=True,
             )
@@ -154,8 +154,8 @@ def _show_compute_laws(console: Console, report: FitReport) -> None:
 
 def _show_hold_out(console: Console, hold_out: HoldOut) -> None:
     console.print(
-        f"The {len(hold_out.runs)} largest runs, predicted from the other {hold_out.num_fitted} (up to "
-        f"{hold_out.reach:.3g} times their FLOPs): {hold_out.root_mean_square_error:.2%} off in root mean "
-        f"square, {hold_out.share_inside:.0%} within their 95 % intervals.",
+        f"Prediction of the {len(hold_out.runs)} largest runs from the other {hold_out.num_fitted} (up to "
+        f"{hold_out.reach:.3g} times their FLOPs): root mean square error "
+        f"{hold_out.root_mean_square_error:.2%}, {hold_out.share_inside:.0%} within their 95 % intervals.",
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""`sas-megatron match`: attention variants that cost what a base costs, as ready configs."""
+"""`sas-megatron match`: configs of attention variants whose cost equals that of a base config."""
 
 from __future__ import annotations
 
@@ -22,34 +22,36 @@ AXES = ("params", "flops", "kv", "time")
 @click.option(
     "--variants",
     required=True,
-    help="Attention kinds, and YAML files with a section attention, separated by commas.",
+    help="Comma-separated attention kinds, or YAML files with a section attention.",
 )
 @click.option(
     "--equal",
     "axis",
     type=click.Choice(AXES),
     required=True,
-    help="params; flops: in training, of a token; kv: cache of a token; time: of a step, measured here.",
+    help="params; flops: training FLOPs per token; kv: cache bytes per token; time: measured step time.",
 )
-@click.option("--free", help="Fields to solve for, separated by commas; by default the variant's own choice.")
-@click.option("--tensor", default="", help="Tensor-parallel sizes that heads and widths must allow: 1,2,4.")
-@click.option("--context", default="", help="Context-parallel sizes that heads must allow.")
+@click.option("--free", help="Comma-separated fields to solve for. Default: chosen by the variant.")
+@click.option("--tensor", default="", help="Tensor-parallel sizes that heads and widths must support: 1,2,4.")
+@click.option("--context", default="", help="Context-parallel sizes that heads must support.")
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True),
     default=0.01,
     show_default=True,
-    help="As a share of the base's.",
+    help="Largest relative difference in cost.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Of measuring, for --equal time.",
+    help="Measurement rounds, for --equal time.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for the configs; by default none.")
-@click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder for the configs. Default: they are not written."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
 def match(
     base: str,
     overrides: tuple[str, ...],
@@ -64,9 +66,9 @@ def match(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Solve variants' free dimensions until each costs what BASE does on one axis.
+    """Solve for the free dimensions of variants at which each equals BASE in one cost.
 
-    OVERRIDES (section.field=value) apply to the base, and so to all.
+    OVERRIDES (section.field=value) apply to the base and thus to all variants.
     """
     from sas_megatron.config.loading import load_run_config
     from sas_megatron.scaling.matching import Degrees
@@ -75,24 +77,24 @@ def match(
     base_config = load_run_config(base, list(overrides))
     parallel = base_config.parallel
     degrees = Degrees(
-        _numbers("--tensor", tensor) or (parallel.tensor,),
-        _numbers("--context", context) or (parallel.context,),
+        _parse_sizes("--tensor", tensor) or (parallel.tensor,),
+        _parse_sizes("--context", context) or (parallel.context,),
     )
     fields = tuple(free.split(",")) if free else None
-    solve = _solver(axis, free=fields, degrees=degrees, tolerance=tolerance, rounds=rounds)
+    solve = _build_solver(axis, free=fields, degrees=degrees, tolerance=tolerance, rounds=rounds)
     matches: dict[str, Match] = {}
-    for wanted in variants.split(","):
-        name, variant = build_variant(base_config, wanted.strip())
+    for attention in variants.split(","):
+        name, variant = build_variant(base_config, attention.strip())
         matches[name] = solve(base_config, variant)
     if output is not None:
-        _write(matches, output, base=base, axis=axis)
+        _write_configs(matches, output, base=base, axis=axis)
     if as_json:
-        click.echo(json.dumps({name: _as_dict(found) for name, found in matches.items()}, indent=2))
+        click.echo(json.dumps({name: _match_record(found) for name, found in matches.items()}, indent=2))
     else:
-        _show(base_config, matches, axis=axis)
+        _print_matches(base_config, matches, axis=axis)
 
 
-def _solver(
+def _build_solver(
     axis: str, *, free: tuple[str, ...] | None, degrees: Degrees, tolerance: float, rounds: int
 ) -> Callable[[RunConfig, RunConfig], Match]:
     from sas_megatron.scaling import matching
@@ -115,7 +117,7 @@ def _solver(
     )
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _parse_sizes(option: str, text: str) -> tuple[int, ...]:
     from sas_megatron.config.errors import FieldError
 
     try:
@@ -127,7 +129,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _write(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> None:
+def _write_configs(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> None:
     from sas_megatron.config.errors import translate_os_errors
     from sas_megatron.config.loading import dump_tree
     from sas_megatron.io.files import make_folder, write_files
@@ -146,7 +148,7 @@ def _write(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> 
         write_files(texts)
 
 
-def _as_dict(found: Match) -> dict[str, Any]:
+def _match_record(found: Match) -> dict[str, Any]:
     return {
         "ratios": found.ratios,
         "changes": found.changes,
@@ -154,28 +156,28 @@ def _as_dict(found: Match) -> dict[str, Any]:
     }
 
 
-def _show(base: RunConfig, matches: dict[str, Match], *, axis: str) -> None:
+def _print_matches(base: RunConfig, matches: dict[str, Match], *, axis: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from sas_megatron.scaling.matching import counted_costs
 
     console = Console()
-    table = Table(title=f"equal {axis}, as shares of the base's cost", title_justify="left")
+    table = Table(title=f"Equal {axis}; costs relative to the base", title_justify="left")
     table.add_column("variant")
     axes = list(next(iter(matches.values())).ratios)
     for cost in axes:
         table.add_column(cost, justify="right")
-    table.add_column("solved")
+    table.add_column("changed fields")
     for name, found in matches.items():
         solved = "\n".join(
             f"{field} {before:,} → {after:,}" for field, (before, after) in found.changes.items()
         )
-        table.add_row(name, *(f"{found.ratios[cost]:.4f}" for cost in axes), solved or "as it was")
+        table.add_row(name, *(f"{found.ratios[cost]:.4f}" for cost in axes), solved or "none")
     console.print(table)
     costs = counted_costs(base)
     console.print(
-        f"The base: {costs['params']:,} parameters, {costs['flops']:,} training FLOPs and {costs['kv']:,} "
-        f"bytes of cache a token, at {base.data.sequence_length:,} tokens.",
+        f"Base: {costs['params']:,} parameters, {costs['flops']:,} training FLOPs and {costs['kv']:,} bytes "
+        f"of cache per token, at a sequence length of {base.data.sequence_length:,}.",
         soft_wrap=True,
     )

@@ -146,14 +146,16 @@ def _train(config: RunConfig) -> None:
 
 def _report(configs: list[RunConfig], directory: Path, *, seconds: float) -> None:
     from sas_megatron.scaling.report import write_report
+    from sas_megatron.scaling.run_comparison import compare_runs
+    from sas_megatron.scaling.run_report import FILES, build_run_report, print_comparison
     from sas_megatron.scaling.runs import load_run
-    from sas_megatron.scaling.table import print_comparison
 
     runs = [load_run(config.logging.run_directory) for config in configs]
-    files = write_report(runs, directory)
-    print_comparison(files.comparison.rows)
-    for verdict in files.comparison.verdicts:
-        click.echo(f"· {verdict.text}")
-    for remark in files.comparison.remarks:
-        click.echo(f"· {remark}")
-    _log(f"finished in {seconds / 60:.1f} minutes; the comparison is in {files.html} and {files.png}")
+    comparison = compare_runs(runs)
+    page = write_report(build_run_report(runs, comparison), directory, FILES)
+    print_comparison(comparison.rows)
+    for text in (*(verdict.text for verdict in comparison.verdicts), *comparison.remarks):
+        click.echo(f"· {text}")
+    _log(
+        f"finished in {seconds / 60:.1f} minutes; the comparison is in {page} and {page.with_suffix('.png')}"
+    )

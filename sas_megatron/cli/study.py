@@ -1,4 +1,4 @@
-"""`sas-megatron study`: many runs from one file, planned, run and collected."""
+"""`sas-megatron study`: plan, run, collect and compare the runs that one file describes."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 TABLE = "study.parquet"
 
 _study_file = click.argument("study", type=click.Path(path_type=Path))
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print an object in place of the table.")
-_only = click.option("--only", default="*", help="Only runs whose names match, such as 'sas-*'.")
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+_only = click.option("--only", default="*", help="Restrict to runs whose names match, such as 'sas-*'.")
 
 
 @click.group()
 def study() -> None:
-    """Plan, run and compare many runs that one file describes."""
+    """Plan, run and compare the runs that one file describes."""
 
 
 @study.command()
 @_study_file
 @_as_json
 def plan(study: Path, *, as_json: bool) -> None:
-    """Print every run that STUDY asks for, and what it will cost, before anything starts."""
-    from sas_megatron.cli.study_tables import plan_as_dict, print_plan
+    """Print every run of STUDY and its cost, without starting anything."""
+    from sas_megatron.cli.study_tables import plan_record, print_plan
 
-    planned = _plan_of(study)()
+    planned = _load_plan(study)()
     if as_json:
-        click.echo(json.dumps(plan_as_dict(planned), indent=2))
+        click.echo(json.dumps(plan_record(planned), indent=2))
     else:
         print_plan(planned)
 
@@ -46,20 +46,21 @@ def plan(study: Path, *, as_json: bool) -> None:
 @_study_file
 @click.option("--hardware", required=True, help="h100, h200, a100, or a hardware file (see `estimate`).")
 def layout(study: Path, *, hardware: str) -> None:
-    """Search the fastest layout of every variant and size on machine.processes devices, by simulation.
+    """Search for the fastest parallel layout of every variant and size on machine.processes devices.
 
-    Plans take it from then on, and their hours from the simulated steps.
+    The search uses estimated step times. Later plans use the layouts, and the estimated times for their
+    hours.
     """
     from sas_megatron.planning.hardware_file import load_hardware
     from sas_megatron.planning.layout_search import search_layouts
     from sas_megatron.platform.device import prepare_device
     from sas_megatron.scaling.study.layouts import CellLayout, layout_changes, write_layouts
-    from sas_megatron.scaling.study.plan import build_plan
+    from sas_megatron.scaling.study.plan_builder import build_plan
     from sas_megatron.scaling.study.study_file import load_study
 
     loaded, base = load_study(study)
     device, ranks = load_hardware(hardware), loaded.machine.processes
-    # The devices are simulated on this processor.
+    # The estimate runs on the CPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     prepare_device()
     found = {}
@@ -67,75 +68,82 @@ def layout(study: Path, *, hardware: str) -> None:
         search = search_layouts(cell.config, world_size=ranks, hardware=device)
         if not search.ranked:
             raise FieldError(
-                "machine.processes", ranks, f"no layout of {cell.name} fits into {hardware}", "use more"
+                "machine.processes",
+                ranks,
+                f"no layout of {cell.name} fits into the memory of {hardware}",
+                "use more processes",
             )
         best = search.ranked[0]
         found[cell.name] = CellLayout(layout_changes(best.config), best.step.seconds)
-        click.echo(f"» {cell.name}: {' '.join(search.overrides(best))}, {best.step.seconds:.4g} s a step")
+        click.echo(f"» {cell.name}: {' '.join(search.overrides(best))}, {best.step.seconds:.4g} s per step")
     click.echo(f"» {write_layouts(loaded, found, hardware=device.name)}")
 
 
 @study.command()
 @_study_file
 @_only
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs side by side.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs in parallel.")
 def run(study: Path, *, only: str, jobs: int) -> None:
-    """Run on this machine what is not finished; killed and started again, it goes on.
+    """Run the unfinished runs on this machine. A command that is killed and started again resumes them.
 
-    On Ctrl-C the runs at work save and stop. The exit status is 0 once all runs have finished.
+    On Ctrl-C, the started runs save a checkpoint and stop. The exit status is 0 if all runs have finished.
     """
     from sas_megatron.scaling.study.runner import StudyRunner
-    from sas_megatron.scaling.study.submission import live_runs
+    from sas_megatron.scaling.study.submission import find_queued_runs
 
-    plan_now = _plan_of(study)
-    # What SLURM has is not run here as well.
-    queued = live_runs(plan_now())
-    runner = StudyRunner(plan_now, jobs=jobs, say=lambda text: click.echo(f"» {text}"), elsewhere=queued)
-    if not runner.run(wanted=_matching(only, plan_now())):
+    load_plan = _load_plan(study)
+    # Runs with a SLURM job are not run here as well.
+    queued = find_queued_runs(load_plan())
+    runner = StudyRunner(load_plan, jobs=jobs, log=lambda text: click.echo(f"» {text}"), excluded=queued)
+    if not runner.run(selected=_match_names(only, load_plan())):
         raise click.exceptions.Exit(1)
 
 
 @study.command()
 @_study_file
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of measuring.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Measurements per cell."
+)
 def time(study: Path, *, rounds: int) -> None:
-    """Measure a step of every variant and size on this machine, in turn, for the study's time axis.
+    """Measure the step time of every variant and size on this machine, for the study's time axis.
 
-    Models are built and stepped, without data; a quiet machine gives better figures.
+    Each round measures every cell once, with random data. Results are best on a machine without other load.
     """
     from sas_megatron.benchmarks.step_time import measure_step_seconds
     from sas_megatron.platform.local_machine import describe_processor
     from sas_megatron.scaling.study.step_times import measure_step_times
 
-    planned = _plan_of(study)()
+    planned = _load_plan(study)()
     path = measure_step_times(
         planned,
         lambda configs, count: measure_step_seconds(configs, rounds=count),
         rounds=rounds,
         machine=describe_processor(),
     )
-    click.echo(f"» {len(planned.cells)} steps, {rounds} times each: {path}")
+    click.echo(f"» step times of {len(planned.cells)} cells, {rounds} rounds: {path}")
 
 
 @study.command(context_settings={"ignore_unknown_options": True})
 @_study_file
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--side-by-side", type=click.IntRange(min=1), help="Members of an array at work at once.")
+@click.option(
+    "--side-by-side", type=click.IntRange(min=1), help="Members of a job array that may run in parallel."
+)
 def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -> None:
-    """Submit what is not finished and has no job to SLURM, as job arrays; call it in the checkout.
+    """Submit the unfinished runs without a job to SLURM, as job arrays. Call it in the checkout.
 
-    OPTIONS are sbatch's: --nodes=1 --gpus-per-node=8 --time=24:00:00, say. Branches wait for their trunks; a
-    sweep's rates must be found before the runs that use them can be submitted.
+    OPTIONS are passed to sbatch, for example --nodes=1 --gpus-per-node=8 --time=24:00:00. Branches depend on
+    their trunks. The runs after a sweep can be submitted once the sweep has finished.
     """
     from sas_megatron.scaling.study.submission import submit as submit_plan
 
-    planned = _plan_of(study)()
-    jobs = submit_plan(planned, options=options, side_by_side=side_by_side)
+    planned = _load_plan(study)()
+    jobs = submit_plan(planned, options=options, max_parallel=side_by_side)
     for name, job in jobs.items():
         click.echo(f"» {name}: job {job.number}")
     waiting = sum(not run.is_ready for run in planned.runs)
     if waiting:
-        click.echo(f"» {waiting} runs wait for the sweep; submit again when it has ended")
+        click.echo(f"» {waiting} runs depend on the sweep; submit again when it has finished")
     if not jobs:
         click.echo("» nothing to submit")
 
@@ -145,39 +153,42 @@ def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -
 @_only
 @_as_json
 def status(study: Path, *, only: str, as_json: bool) -> None:
-    """Show how far each run has come: done, running, stuck, failed and why, and the time left."""
-    from sas_megatron.cli.study_tables import print_status, status_as_dict
-    from sas_megatron.scaling.study.run_states import status_of
-    from sas_megatron.scaling.study.submission import live_runs, read_jobs
+    """Show the state of each run, the reason of a failure, and the remaining time."""
+    from sas_megatron.cli.study_tables import print_status, status_record
+    from sas_megatron.scaling.study.run_states import read_status
+    from sas_megatron.scaling.study.submission import find_queued_runs, read_jobs
 
-    planned = _plan_of(study)()
-    wanted = _matching(only, planned)
-    jobs, live = read_jobs(planned), live_runs(planned)
+    planned = _load_plan(study)()
+    is_selected = _match_names(only, planned)
+    jobs, queued = read_jobs(planned), find_queued_runs(planned)
     statuses = [
-        status_of(run, job_log=jobs[run.name].log if run.name in jobs else None, is_queued=run.name in live)
+        read_status(
+            run, job_log=jobs[run.name].log if run.name in jobs else None, is_queued=run.name in queued
+        )
         for run in planned.runs
-        if wanted(run)
+        if is_selected(run)
     ]
     if as_json:
-        click.echo(json.dumps(status_as_dict(statuses), indent=2))
+        click.echo(json.dumps(status_record(statuses), indent=2))
     else:
         print_status(statuses)
 
 
 @study.command()
 @_study_file
-@click.option(
-    "--output", type=click.Path(path_type=Path), help=f"By default {TABLE} in the study's directory."
-)
+@click.option("--output", type=click.Path(path_type=Path), help=f"Default: {TABLE} in the study's directory.")
 @_as_json
 def collect(study: Path, *, output: Path | None, as_json: bool) -> None:
-    """Gather the finished runs into one Parquet table; refuses runs that differ in more than STUDY varies."""
-    from sas_megatron.scaling.study.collecting import collect as collect_table
-    from sas_megatron.scaling.study.table import write_table
+    """Collect the finished runs into one Parquet table.
 
-    planned = _plan_of(study)()
+    Runs that differ in fields other than those that STUDY varies are an error.
+    """
+    from sas_megatron.scaling.study.collecting import collect as collect_table
+    from sas_megatron.scaling.study.study_table import write_table
+
+    planned = _load_plan(study)()
     table = collect_table(planned)
-    path = output or Path(planned.study.directory) / TABLE
+    path = output or planned.directory / TABLE
     write_table(table, path)
     done = sum(row.status == "done" for row in table.rows)
     about: dict[str, Any] = {
@@ -196,26 +207,28 @@ def collect(study: Path, *, output: Path | None, as_json: bool) -> None:
 
 @study.command()
 @_study_file
-@click.option("--output", type=click.Path(path_type=Path), help="A folder; by default report in the study's.")
-@click.option("--bootstraps", type=click.IntRange(min=50), default=1000, show_default=True, help="Draws.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder. Default: report/ next to the table.")
+@click.option(
+    "--bootstraps", type=click.IntRange(min=50), default=1000, show_default=True, help="Bootstrap draws."
+)
 def report(study: Path, *, output: Path | None, bootstraps: int) -> None:
-    """Fit, compare and write it up: a page, figures, a summary; from the collected table alone.
+    """Fit laws, compare variants, and write a page, figures and a summary from the collected table.
 
-    STUDY is the study's file, or the table that `study collect` wrote.
+    STUDY is the study file, or the table that `study collect` wrote.
     """
-    from sas_megatron.scaling.study.report import write_study_report
-    from sas_megatron.scaling.study.table import read_table
+    from sas_megatron.scaling.study.study_report import write_study_report
+    from sas_megatron.scaling.study.study_table import read_table
 
     path = study
     if study.suffix in (".yaml", ".yml"):
-        path = Path(_plan_of(study)().study.directory) / TABLE
+        path = _load_plan(study)().directory / TABLE
     table = read_table(path)
     page = write_study_report(table, output or path.parent / "report", num_draws=bootstraps)
     click.echo(f"» {page}")
 
 
-def _plan_of(path: Path) -> Callable[[], Plan]:
-    """The plan as it is at each call: the file is read once, sweeps may end meanwhile."""
+def _load_plan(path: Path) -> Callable[[], Plan]:
+    """Load the study once and return a function for the current plan, which changes when a sweep finishes."""
     from sas_megatron.scaling.study.study_file import load_study
     from sas_megatron.scaling.study.sweeps import plan_with_rates
 
@@ -223,22 +236,22 @@ def _plan_of(path: Path) -> Callable[[], Plan]:
     return lambda: plan_with_rates(loaded, base)
 
 
-def _matching(only: str, plan: Plan) -> Callable[[PlannedRun], bool]:
-    """Which runs a pattern, or several separated by commas, asks for.
+def _match_names(only: str, plan: Plan) -> Callable[[PlannedRun], bool]:
+    """Return a predicate for the runs that match a pattern, or one of several separated by commas.
 
     Raises:
-        FieldError: none of the plan's.
+        FieldError: No run of the plan matches.
     """
     patterns = [only, *only.split(",")]
 
-    def is_wanted(run: PlannedRun) -> bool:
+    def is_selected(run: PlannedRun) -> bool:
         return any(fnmatch(run.name, pattern) for pattern in patterns)
 
-    if not any(map(is_wanted, plan.runs)):
+    if not any(map(is_selected, plan.runs)):
         raise FieldError(
             "--only",
             only,
-            "is the name of no run",
-            f"use one that `study plan` shows, such as {plan.runs[0].name}",
+            "matches no run",
+            f"use a name that `study plan` shows, such as {plan.runs[0].name}",
         )
-    return is_wanted
+    return is_selected

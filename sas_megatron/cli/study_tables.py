@@ -1,4 +1,4 @@
-"""What `study plan` and `study status` print."""
+"""Tables and JSON records of `study plan` and `study status`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sas_megatron.scaling.numbers import (
     format_power,
 )
 from sas_megatron.scaling.runs import has_finished
-from sas_megatron.scaling.study.resolution import SeedNoise, smallest_effect
+from sas_megatron.scaling.seed_noise import SeedNoise, pool_deviation, smallest_detectable_difference
 from sas_megatron.scaling.study.run_states import RunStatus, final_loss
 
 if TYPE_CHECKING:
@@ -26,101 +26,117 @@ if TYPE_CHECKING:
     from sas_megatron.scaling.study.plan import Plan, PlannedRun
 
 
-def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan for programs."""
-    noise = _seed_noise(plan)
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON values."""
+    noise = _estimate_seed_noise(plan)
     return {
-        "runs": [_run_as_dict(plan, run) for run in plan.runs],
-        "totals": _totals(plan),
+        "runs": [_run_record(plan, run) for run in plan.runs],
+        "totals": _sum_costs(plan),
         "seed_noise": None
         if noise is None
         else {"deviation": noise.deviation, "degrees_of_freedom": noise.degrees},
-        "smallest_effects": _smallest_effects(plan, noise),
+        "smallest_effects": _list_detectable_differences(plan, noise),
     }
 
 
 def print_plan(plan: Plan) -> None:
-    """Every run, the sums, and what the study can tell apart."""
-    console = _console()
-    costs = [
-        (heading, cells)
-        for heading, cells in (
-            ("hours", [_format_hours(plan.hours(run)) for run in plan.runs]),
-            ("price", [_format_price(plan.price(run)) for run in plan.runs]),
-        )
-        if any(cell != MISSING for cell in cells)
-    ]
-    table = _table("run", "steps", "params", "tokens", "FLOPs", "lr", *(heading for heading, _ in costs))
-    for number, run in enumerate(plan.runs):
-        # Of a branch only its own steps count: the trunk's stand in its own line.
-        rate = format(run.config.optimizer.learning_rate, ".3g") if run.is_ready else "by sweep"
-        table.add_row(
-            run.name,
-            format_exact(run.own_steps),
-            format_count(run.cell.parameters),
-            format_count(run.tokens) if run.role != "trunk" else MISSING,
-            format_power(run.own_flops),
-            rate,
-            *(cells[number] for _, cells in costs),
-        )
-    _print_whole(console, table)
-    totals = _totals(plan)
-    hours = "hours unknown: state machine.teraflops"
+    """Print all runs, their total cost, and the smallest differences that the study can detect."""
+    console = _build_console()
+    columns = {
+        # The steps of a trunk are counted once, in its own row.
+        "steps": [format_exact(run.trained_steps) for run in plan.runs],
+        "params": [format_count(run.cell.parameters) for run in plan.runs],
+        "tokens": [format_count(run.tokens) if run.role != "trunk" else MISSING for run in plan.runs],
+        "FLOPs": [format_power(run.trained_flops) for run in plan.runs],
+        "lr": [f"{run.config.optimizer.learning_rate:.3g}" if run.is_ready else "sweep" for run in plan.runs],
+        "hours": [_format_hours(plan.hours(run)) for run in plan.runs],
+        "price": [_format_price(plan.price(run)) for run in plan.runs],
+    }
+    known = {name: cells for name, cells in columns.items() if any(cell != MISSING for cell in cells)}
+    _print_named_rows(console, [run.name for run in plan.runs], known)
+    totals = _sum_costs(plan)
+    hours = "hours unknown: set machine.teraflops"
     if totals["hours"] is not None:
         hours = f"{_format_hours(totals['hours'])} hours of one rank"
         teraflops = plan.study.machine.teraflops
-        is_simulated = plan.layouts or teraflops is None
-        hours += " by simulated steps" if is_simulated else f" at {teraflops:g} TFLOP/s"
-    priced = "" if totals["price"] is None else f", price {totals['price']:,.2f}"
+        is_estimated = plan.layouts or teraflops is None
+        hours += " by estimated step times" if is_estimated else f" at {teraflops:g} TFLOP/s"
+    price = "" if totals["price"] is None else f", price {totals['price']:,.2f}"
     console.print(
         f"{totals['runs']} runs, {totals['results']} of them results: {format_power(totals['flops'])} "
-        f"training FLOPs, attention in full ({format_power(totals['flops_without_trunks'])} if no steps were "
-        f"shared), "
-        f"{hours}{priced}.",
+        f"training FLOPs with full attention ({format_power(totals['flops_without_trunks'])} without shared "
+        f"trunks), {hours}{price}.",
         soft_wrap=True,
     )
-    _print_resolution(plan, console)
+    _print_detectable_differences(plan, console)
 
 
-def _print_resolution(plan: Plan, console: Console) -> None:
-    noise = _seed_noise(plan)
+def _print_named_rows(console: Console, names: Sequence[str], columns: dict[str, list[str]]) -> None:
+    """Print a row of numbers for each run; the name has a line of its own if the table is too wide."""
+    from rich.measure import measure_renderables
+
+    def build(first: Sequence[str] | None) -> Table:
+        table = _build_table(*([] if first is None else ["run"]), *columns, right=list(columns), whole=True)
+        for number, cells in enumerate(zip(*columns.values(), strict=True)):
+            table.add_row(*([] if first is None else [first[number]]), *cells)
+        return table
+
+    def width(table: Table) -> int:
+        return measure_renderables(console, console.options.update(max_width=1000), [table]).maximum
+
+    table = build(names)
+    if width(table) <= console.width:
+        console.print(table)
+        return
+    table = build(None)
+    console.width = max(console.width, width(table))
+    with console.capture() as capture:
+        console.print(table)
+    header, *rows = capture.get().splitlines()
+    console.print(f"run\n  {header.rstrip()}", style="bold", soft_wrap=True)
+    for name, row in zip(names, rows, strict=True):
+        console.print(f"{name}\n  {row.rstrip()}", soft_wrap=True)
+
+
+def _print_detectable_differences(plan: Plan, console: Console) -> None:
+    noise = _estimate_seed_noise(plan)
     if noise is None:
         console.print(
-            "What it can tell apart is unknown: two seeds of something must have run, or state seed_noise.",
+            "Smallest detectable loss difference: unknown; train two seeds of a cell, or set seed_noise.",
             soft_wrap=True,
         )
         return
-    source = "stated" if noise.degrees is None else f"measured, {noise.degrees} degrees of freedom"
-    console.print(f"Seed noise {noise.deviation:.4f} ({source}). Smallest loss difference it can tell:")
-    table = _table("variant", "in one cell", "as mean of all")
-    for name, (one, mean) in _smallest_effects(plan, noise).items():
+    source = "given" if noise.degrees is None else f"measured, {noise.degrees} degrees of freedom"
+    console.print(
+        f"Seed noise {noise.deviation:.4f} ({source}). Smallest detectable loss difference:", soft_wrap=True
+    )
+    table = _build_table("variant", "in one cell", "mean of all", right=("in one cell", "mean of all"))
+    for name, (one, mean) in _list_detectable_differences(plan, noise).items():
         table.add_row(name, format_loss(one), format_loss(mean))
     console.print(table)
 
 
-def _smallest_effects(plan: Plan, noise: SeedNoise | None) -> dict[str, tuple[float, float]]:
-    """By variant, against the baseline: at one size and budget, and averaged over all of them.
+def _list_detectable_differences(plan: Plan, noise: SeedNoise | None) -> dict[str, tuple[float, float]]:
+    """Return for each variant the detectable difference in one cell, and of the mean over all cells.
 
-    Of the budgets of one seed, which share a trunk, the mean is taken to vary as much as each.
+    The budgets of one seed share a trunk: their mean is assumed to vary as much as a single budget.
     """
     if noise is None:
         return {}
     study = plan.study
-    effects = {}
+    differences = {}
     for variant in list(study.variants)[1:]:
         seeds = study.num_seeds(study.baseline), study.num_seeds(variant)
-        effects[variant] = (
-            smallest_effect(noise, seeds=seeds),
-            smallest_effect(noise, seeds=seeds, cells=len(study.sizes)),
+        differences[variant] = (
+            smallest_detectable_difference(noise, seeds=seeds),
+            smallest_detectable_difference(noise, seeds=seeds, num_cells=len(study.sizes)),
         )
-    return effects
+    return differences
 
 
-def _seed_noise(plan: Plan) -> SeedNoise | None:
+def _estimate_seed_noise(plan: Plan) -> SeedNoise | None:
     if plan.study.seed_noise is not None:
         return SeedNoise(plan.study.seed_noise, degrees=None)
-    from sas_megatron.scaling.seed_noise import pool_deviation
-
     cells: dict[tuple[str, float], list[float]] = {}
     for run in plan.results:
         loss = final_loss(run)
@@ -130,7 +146,7 @@ def _seed_noise(plan: Plan) -> SeedNoise | None:
     return None if pooled is None else SeedNoise(*pooled)
 
 
-def _run_as_dict(plan: Plan, run: PlannedRun) -> dict[str, Any]:
+def _run_record(plan: Plan, run: PlannedRun) -> dict[str, Any]:
     return {
         "name": run.name,
         "role": run.role,
@@ -141,31 +157,31 @@ def _run_as_dict(plan: Plan, run: PlannedRun) -> dict[str, Any]:
         "budget": run.budget,
         "trunk": run.trunk,
         "steps": run.config.training.num_steps,
-        "own_steps": run.own_steps,
+        "own_steps": run.trained_steps,
         "parameters": run.cell.parameters,
         "tokens": run.tokens,
-        "own_flops": run.own_flops,
+        "own_flops": run.trained_flops,
         "learning_rate": run.config.optimizer.learning_rate if run.is_ready else None,
         "hours": plan.hours(run),
         "price": plan.price(run),
     }
 
 
-def _totals(plan: Plan) -> dict[str, Any]:
+def _sum_costs(plan: Plan) -> dict[str, Any]:
     hours = [plan.hours(run) for run in plan.runs]
     prices = [plan.price(run) for run in plan.runs]
     return {
         "runs": len(plan.runs),
         "results": len(plan.results),
-        "flops": sum(run.own_flops for run in plan.runs),
+        "flops": sum(run.trained_flops for run in plan.runs),
         "flops_without_trunks": sum(run.tokens * run.cell.flops_per_token for run in plan.results),
         "hours": None if None in hours else sum(filter(None, hours)),
         "price": None if None in prices else sum(filter(None, prices)),
     }
 
 
-def status_as_dict(statuses: Sequence[RunStatus]) -> dict[str, Any]:
-    """Where the runs stand, for programs."""
+def status_record(statuses: Sequence[RunStatus]) -> dict[str, Any]:
+    """Return the states of runs as JSON values."""
     return {
         "runs": [
             {
@@ -178,15 +194,15 @@ def status_as_dict(statuses: Sequence[RunStatus]) -> dict[str, Any]:
             for status in statuses
         ],
         "counts": dict(Counter(status.state for status in statuses)),
-        "seconds_left": seconds_left(statuses),
+        "seconds_left": estimate_remaining_seconds(statuses),
     }
 
 
 def print_status(statuses: Sequence[RunStatus]) -> None:
-    """A line for each run that is not done, one for those in a row that wait alike, and the sums."""
-    console = _console()
-    table = _table("run", "state", "step", "why", right=("step",))
-    for _, group in itertools.groupby(statuses, key=_alike):
+    """Print the runs that are not done, with consecutive runs that wait for the same reason in one row."""
+    console = _build_console()
+    table = _build_table("run", "state", "step", "reason", right=("step",))
+    for _, group in itertools.groupby(statuses, key=_group_key):
         first, *others = group
         if first.state != "done":
             table.add_row(
@@ -198,57 +214,48 @@ def print_status(statuses: Sequence[RunStatus]) -> None:
     if table.row_count:
         console.print(table)
     counts = Counter(status.state for status in statuses)
-    told = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    left = seconds_left(statuses)
-    time = "" if not left else f"; about {format_duration(left)} of computing left"
-    console.print(f"{len(statuses)} runs: {told}{time}", soft_wrap=True)
+    states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    remaining = estimate_remaining_seconds(statuses)
+    time = "" if not remaining else f"; about {format_duration(remaining)} of training remaining"
+    console.print(f"{len(statuses)} runs: {states}{time}", soft_wrap=True)
 
 
-def seconds_left(statuses: Sequence[RunStatus]) -> float | None:
-    """Of computing, one run after another, by the pace of runs so far: of FLOPs of the same variant, or all.
+def estimate_remaining_seconds(statuses: Sequence[RunStatus]) -> float | None:
+    """Estimate the remaining training time of all runs, one after another; None before any run has a speed.
 
-    None before any run has a pace.
+    The seconds per FLOP are the mean over the runs of the same variant, or over all runs if it has none.
     """
-    paces: dict[str, list[float]] = {}
+    speeds: dict[str, list[float]] = {}
     for status in statuses:
         if status.step_seconds is not None:
             cell = status.run.cell
-            paces.setdefault(cell.variant, []).append(
+            speeds.setdefault(cell.variant, []).append(
                 status.step_seconds / (cell.step_tokens * cell.flops_per_token)
             )
-    everyone = [pace for own in paces.values() for pace in own]
-    if not everyone:
+    all_speeds = [speed for of_variant in speeds.values() for speed in of_variant]
+    if not all_speeds:
         return None
     total = 0.0
     for status in statuses:
         cell = status.run.cell
-        own = paces.get(cell.variant, everyone)
+        of_variant = speeds.get(cell.variant, all_speeds)
         flops = status.remaining_steps * cell.step_tokens * cell.flops_per_token
-        total += flops * sum(own) / len(own)
+        total += flops * sum(of_variant) / len(of_variant)
     return total
 
 
-def _alike(status: RunStatus) -> tuple[str, ...]:
-    """What lets runs after one another share a line: that all have yet to begin, for one reason."""
+def _group_key(status: RunStatus) -> tuple[str, ...]:
+    """Return a key that is equal for runs that have not started, for the same reason."""
     if status.state in ("ready", "waiting"):
         return status.state, status.reason or ""
     return (status.run.name,)
 
 
-def _console() -> Console:
+def _build_console() -> Console:
     from rich.console import Console
 
-    # What runs print ([rank0]: …) is no markup.
+    # The output of runs ([rank0]: …) is not markup.
     return Console(markup=False, highlight=False)
-
-
-def _print_whole(console: Console, table: Table) -> None:
-    """Every number in one piece, on a narrow terminal too, which wraps the lines by itself."""
-    from rich.measure import measure_renderables
-
-    needed = measure_renderables(console, console.options.update(max_width=1000), [table]).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
 
 
 def _format_price(price: float | None) -> str:
@@ -259,14 +266,12 @@ def _format_hours(hours: float | None) -> str:
     return MISSING if hours is None else f"{hours:,.3g}"
 
 
-def _table(*columns: str, right: Sequence[str] | None = None) -> Table:
+def _build_table(*columns: str, right: Sequence[str], whole: bool = False) -> Table:
+    """Return a table without borders; `whole` keeps every cell on one line, as names always are."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for number, column in enumerate(columns):
-        is_right = column in right if right is not None else number > 0
-        # Names stay whole, to be copied.
-        table.add_column(
-            column, justify="right" if is_right else "left", overflow="fold", no_wrap=number == 0
-        )
+        justify: Any = "right" if column in right else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=whole or number == 0)
     return table

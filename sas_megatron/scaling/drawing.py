@@ -1,19 +1,19 @@
-"""How figures look and come out: palette, markers, SVG for pages, PNG for talks."""
+"""Style and output of figures: palette, markers, SVG for pages, PNG for slides."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FileFormat = Literal["svg", "png"]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; line style and marker repeat
-# the distinction for a print in grey.
+# The palette of Okabe and Ito, which is distinguishable with colour vision deficiency. Line style and marker
+# repeat the distinction for grey prints.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))
@@ -28,14 +28,29 @@ STYLE = {
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    # The same runs give the same bytes.
+    # A constant salt makes the output deterministic.
     "svg.hashsalt": "sas_megatron",
 }
 
 
+def choose_style(index: int) -> dict[str, Any]:
+    """Return the colour, marker and line style of the variant with this index."""
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+    }
+
+
 def render(draw: Callable[[Figure], None], *, size: tuple[float, float], file_format: FileFormat) -> bytes:
-    """What `draw` puts on `size` inches: SVG without ground, or PNG on white at 200 dots an inch."""
-    # Figure with its own canvas, not pyplot: no global state, no window system.
+    """Return a figure of `size` inches as transparent SVG, or as PNG on white at 200 dots per inch.
+
+    Args:
+        draw: Draws on an empty figure.
+        size: Width and height in inches.
+        file_format: "svg" or "png".
+    """
+    # A figure with its own canvas instead of pyplot: no global state, no window system.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,17 +62,17 @@ def render(draw: Callable[[Figure], None], *, size: tuple[float, float], file_fo
         FigureCanvasAgg(figure)
         draw(figure)
         if file_format == "svg":
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+            no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
         else:
-            # Without the version of matplotlib, so that equal figures are equal bytes.
+            # Without the version of matplotlib, so that the output is deterministic.
             metadata = {"Software": None}
             figure.savefig(buffer, format=file_format, dpi=200, facecolor="white", metadata=metadata)
     return buffer.getvalue()
 
 
 def embed_svg(svg: str, *, prefix: str) -> str:
-    """An `<svg>` element for a page: its ink is the page's `currentColor`, its ids begin with `prefix`."""
+    """Return an `<svg>` element in the `currentColor` of its page, with ids that begin with `prefix`."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)

@@ -1,4 +1,4 @@
-"""Numbers as people read them, a missing one a dash and never a zero; and as JSON takes them."""
+"""Formatting of numbers for readers, with a dash for a missing value, and conversion to valid JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
 def format_count(value: float | None) -> str:
-    """Four significant digits, with k, M, B or T from ten thousand on."""
+    """Format with four significant digits, and k, M, B or T from ten thousand on: 2.889 M."""
     if value is None:
         return MISSING
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
@@ -21,12 +21,12 @@ def format_count(value: float | None) -> str:
 
 
 def format_exact(value: float | None) -> str:
-    """Whole number with its thousands set apart."""
+    """Format as an integer with thousands separators."""
     return MISSING if value is None else f"{value:,.0f}"
 
 
 def format_power(value: float | None) -> str:
-    """Mantissa of three digits times a power of ten: 1.23 × 10¹⁵."""
+    """Format as a mantissa of three digits times a power of ten: 1.23 × 10¹⁵."""
     if value is None:
         return MISSING
     if value == 0:
@@ -36,7 +36,7 @@ def format_power(value: float | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Milliseconds to days, in the two largest units."""
+    """Format a time from milliseconds to days, in its two largest units."""
     if seconds is None:
         return MISSING
     if seconds < 1:
@@ -53,7 +53,7 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_bytes(value: float | None) -> str:
-    """Binary units: 1.5 GiB."""
+    """Format with a binary unit: 1.5 GiB."""
     if value is None:
         return MISSING
     power = 0 if value < 1 else min(4, int(math.log2(value) // 10))
@@ -61,27 +61,27 @@ def format_bytes(value: float | None) -> str:
 
 
 def format_loss(value: float | None) -> str:
-    """Four decimals."""
+    """Format with four decimals."""
     return MISSING if value is None else f"{value:.4f}"
 
 
 def format_difference(value: float | None) -> str:
-    """Four decimals with a sign (a real minus)."""
+    """Format with a sign (U+2212 if negative) and four decimals."""
     return MISSING if value is None else f"{value:+.4f}".replace("-", "−")
 
 
 def format_ratio(value: float | None) -> str:
-    """A factor: × 1.042."""
+    """Format as a factor: × 1.042."""
     return MISSING if value is None else f"× {value:.3f}"
 
 
 def format_share(value: float | None) -> str:
-    """A percentage with one decimal."""
+    """Format as a percentage with one decimal."""
     return MISSING if value is None else f"{value:.1%}".replace("%", " %").replace("-", "−")
 
 
 def format_significant(value: float | None) -> str:
-    """Four significant digits; as a power of ten where that would take many zeros."""
+    """Format with four significant digits, as a power of ten if there would be many zeros."""
     if value is None:
         return MISSING
     return f"{value:.4g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else format_power(value)
@@ -91,7 +91,7 @@ def format_interval(
     interval: tuple[float | None, float | None] | None,
     format_end: Callable[[float], str] = format_significant,
 ) -> str:
-    """3.1 to 4; an end that is missing or infinite is open."""
+    """Format as "3.1 to 4"; a missing or infinite end is "open"."""
     if interval is None:
         return MISSING
     low, high = ("open" if end is None or math.isinf(end) else format_end(end) for end in interval)
@@ -99,19 +99,19 @@ def format_interval(
 
 
 def format_some(names: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
+    """Return the first three names and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def format_fields(fields: Mapping[str, object]) -> str:
-    """Names and values one after another: processor x, processors 2."""
+    """Return names and values in one line: processor x, processors 2."""
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def without_infinities(value: Any) -> Any:
-    """What JSON takes: None for each number that is not finite, such as the open end of an interval."""
+def replace_non_finite(value: Any) -> Any:
+    """Return a value with None for each non-finite number, such as an open end of an interval, for JSON."""
     if isinstance(value, dict):
-        return {name: without_infinities(item) for name, item in value.items()}
+        return {name: replace_non_finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_infinities(item) for item in value]
+        return [replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What comparisons of variants take: one finished run as a row of numbers, and loss curves."""
+"""Inputs of a comparison: finished runs as rows of numbers, and loss curves."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ AXIS_NAMES: dict[Axis, str] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run that was trained to the end of its schedule; loss is None where it diverged.
+    """A run that completed its schedule.
 
-    `size` and `budget` are the names that matched runs of all variants share; `flops` are all of training.
+    `size` and `budget` are labels that the matched runs of all variants share. `flops` are the training FLOPs
+    of the full run. `seconds` is None if the time was not measured, and `loss` is None if the run diverged.
     """
 
     variant: str
@@ -46,16 +47,20 @@ class Outcome:
                     f"{field} of {self.variant} {self.size} {self.budget} seed {self.seed}",
                     value,
                     "must be a positive number",
-                    "leave it out (None) where there is none",
+                    "use None for a missing value",
                 )
 
     @property
     def cell(self) -> tuple[str, str]:
-        """What its seeds repeat."""
+        """The size and budget of the run; seeds are repetitions within a cell."""
         return self.size, self.budget
 
     def known(self, field: Axis | Literal["loss"]) -> float:
-        """A number of the run that is known to be there."""
+        """Return a value that must not be missing.
+
+        Raises:
+            ValueError: The value is None.
+        """
         value: float | None = getattr(self, field)
         if value is None:
             raise ValueError(f"{self.variant} {self.cell} seed {self.seed} has no {field}")
@@ -64,7 +69,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Validation losses of a run by step; `planned_steps` are those its learning rate was scheduled for."""
+    """Validation losses of a run by step; `planned_steps` is the length of its learning rate schedule."""
 
     variant: str
     size: str
@@ -75,42 +80,42 @@ class LossCurve:
     tokens_per_step: float
     steps: tuple[int, ...]
     losses: tuple[float, ...]
-    # At its peak; None where it is not told.
+    # Peak learning rate; None if it is not recorded.
     learning_rate: float | None = None
 
 
 def choose_variant(outcomes: Sequence[Outcome], variant: str) -> list[Outcome]:
-    """The runs of one variant that have a loss.
+    """Return the runs of one variant that have a loss.
 
     Raises:
-        FieldError: there is none, or two are of one size, budget and seed.
+        FieldError: There is no such run, or two runs have the same size, budget and seed.
     """
     chosen = [outcome for outcome in outcomes if outcome.variant == variant and outcome.loss is not None]
     if not chosen:
         known = ", ".join(sorted({outcome.variant for outcome in outcomes})) or "none"
         raise FieldError("variant", variant, "has no run with a loss", f"choose among {known}")
-    twice = [run for run, count in Counter((*run.cell, run.seed) for run in chosen).items() if count > 1]
-    if twice:
-        size, budget, seed = twice[0]
+    duplicates = [run for run, count in Counter((*run.cell, run.seed) for run in chosen).items() if count > 1]
+    if duplicates:
+        size, budget, seed = duplicates[0]
         raise FieldError(
             "variant",
             variant,
             f"has two runs of size {size}, budget {budget}, seed {seed}",
-            "name sizes and budgets apart, or give one of the runs another seed",
+            "use distinct names of sizes and budgets, or another seed for one of the runs",
         )
     return chosen
 
 
 def count_diverged(outcomes: Sequence[Outcome], variant: str) -> int:
-    """How many of a variant's runs have no loss."""
+    """Return the number of runs of a variant that have no loss."""
     return sum(outcome.variant == variant and outcome.loss is None for outcome in outcomes)
 
 
 def gather_points(outcomes: Sequence[Outcome], variant: str) -> Points:
-    """A variant's runs as points for its law, stratified by the name of the size.
+    """Return the runs of a variant as points for a scaling law, stratified by the name of the size.
 
     Raises:
-        FieldError: the variant has no run with a loss, or a value is not a positive number.
+        FieldError: The variant has no run with a loss, or a value is not a positive number.
     """
     chosen = choose_variant(outcomes, variant)
     return Points.of(

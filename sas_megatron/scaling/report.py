@@ -1,71 +1,173 @@
-"""Runs -> comparison.json, comparison.png and comparison.html in one directory."""
+"""Writer of reports: one HTML page, a JSON record, an optional Markdown summary, and figures.
+
+Comparisons of a few runs (`run_report`) and of a study (`study.study_report`) build a `Report`; this module
+writes it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from sas_megatron import __version__
 from sas_megatron.config.errors import translate_os_errors
 from sas_megatron.io.files import make_folder, write_files
-from sas_megatron.scaling.comparison import AXES, Comparison, compare_runs
-from sas_megatron.scaling.figure import draw_png
-from sas_megatron.scaling.page import describe_subject, render_page
-from sas_megatron.scaling.runs import Run
+from sas_megatron.scaling.drawing import FileFormat, embed_svg, render
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts; the first column names the row. A cell may have several lines."""
+
+    headings: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    # CSS class of the table: verdict, runs, texts or total.
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure that is drawn on demand; `text` describes it for readers who cannot see it."""
+
+    name: str
+    title: str
+    text: str
+    size: tuple[float, float]
+    draw: Callable[[Figure], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a section, each field optional: heading, explanation, table, list, figure, shell commands."""
+
+    title: str = ""
+    note: str = ""
+    grid: Grid | None = None
+    texts: tuple[str, ...] = ()
+    figure: ReportFigure | None = None
+    commands: tuple[str, ...] = ()
+    # Whether the Markdown summary contains the block.
+    in_summary: bool = True
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under one heading."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The contents of a report; `record` is written as JSON."""
+
+    title: str
+    subtitle: str
+    sections: tuple[Section, ...]
+    record: dict[str, Any]
+    about: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
+    footer: str = ""
 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where a report lies, and what it says."""
+    """File names of a report in its folder; `figures` contain {name} for the name of a figure."""
 
-    json: Path
-    png: Path
-    html: Path
-    comparison: Comparison
+    page: str
+    record: str
+    summary: str | None = None
+    figures: tuple[str, ...] = field(default=("figures/{name}.png", "figures/{name}.svg"))
 
 
-def write_report(runs: Sequence[Run], output_directory: str | Path) -> ReportFiles:
-    """Compares `runs`, the first being the baseline, and writes it for programs, for talks and to read.
+def write_report(report: Report, folder: str | Path, files: ReportFiles) -> Path:
+    """Write a report and return the path of its page.
+
+    All contents are prepared before the first file is replaced, so that a failure leaves an earlier report
+    unchanged. Other files in the folder are kept.
 
     Raises:
-        UserError: the runs cannot be compared, or the directory cannot be written.
+        FileProblem: The folder cannot be written.
     """
-    comparison = compare_runs(runs)
-    title = describe_subject(runs)
-    directory = Path(output_directory)
-    files = ReportFiles(
-        json=directory / "comparison.json",
-        png=directory / "comparison.png",
-        html=directory / "comparison.html",
-        comparison=comparison,
-    )
-    # Everything is made before anything is written.
-    contents = {
-        files.json: to_json(comparison).encode(),
-        files.png: draw_png(runs, comparison.verdicts, title=title),
-        files.html: render_page(runs, comparison, title=title, written_at=datetime.now(UTC)).encode(),
-    }
-    with translate_os_errors(directory, problem="cannot be written", remedy="choose another directory"):
-        make_folder(directory)
+    folder = Path(folder)
+    contents: dict[Path, bytes] = {folder / files.page: render_page(report).encode()}
+    record = json.dumps(report.record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    contents[folder / files.record] = record.encode()
+    if files.summary is not None:
+        contents[folder / files.summary] = render_markdown(report, files).encode()
+    for figure in _list_figures(report.sections):
+        for name in files.figures:
+            file_format: FileFormat = "png" if name.endswith(".png") else "svg"
+            drawing = render(figure.draw, size=figure.size, file_format=file_format)
+            contents[folder / name.format(name=figure.name)] = drawing
+    with translate_os_errors(folder, problem="cannot be written", remedy="choose another folder"):
+        for parent in {path.parent for path in contents}:
+            make_folder(parent)
         write_files(contents)
-    return files
+    return folder / files.page
 
 
-def to_json(comparison: Comparison) -> str:
-    """The comparison for programs; missing numbers are null."""
-    budgets = {
-        axis: {verdict.candidate: verdict.budget for verdict in comparison.verdicts if verdict.axis == axis}
-        for axis in AXES
-    }
-    tree = {
-        "format_version": FORMAT_VERSION,
-        "baseline": comparison.rows[0].name,
-        "budgets": budgets,
-        **dataclasses.asdict(comparison),
-    }
-    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def render_page(report: Report, *, written_at: datetime | None = None) -> str:
+    """Return the report as one HTML page without external resources."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+    def draw(figure: ReportFigure) -> Markup:
+        svg = render(figure.draw, size=figure.size, file_format="svg").decode()
+        # The only markup that the template does not escape: the SVG writer escapes its texts.
+        return Markup(embed_svg(svg, prefix=f"{figure.name}-"))
+
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        draw=draw,
+        version=__version__,
+        written_at=f"{written_at or datetime.now(UTC):%Y-%m-%d %H:%M %Z}",
+    )
+
+
+def render_markdown(report: Report, files: ReportFiles) -> str:
+    """Return the report as Markdown with links to its figures."""
+    parts = [f"# {report.title}\n"]
+    parts += [f"- {name}: {text}" for name, text in report.about]
+    parts += [f"- {remark}" for remark in report.remarks]
+    for section in report.sections:
+        parts.append(f"\n## {section.title}\n")
+        for block in section.blocks:
+            if not block.in_summary:
+                continue
+            if block.figure is not None:
+                path = files.figures[0].format(name=block.figure.name)
+                parts.append(f"![{block.title}]({path})\n")
+                continue
+            if block.title:
+                parts.append(f"\n### {block.title}\n")
+            if block.note:
+                parts.append(f"{block.note}\n")
+            if block.grid is not None:
+                parts.append(_render_markdown_grid(block.grid))
+            parts += [f"- {text}" for text in block.texts]
+    return "\n".join(parts) + "\n"
+
+
+def _list_figures(sections: Sequence[Section]) -> list[ReportFigure]:
+    return [block.figure for section in sections for block in section.blocks if block.figure is not None]
+
+
+def _render_markdown_grid(grid: Grid) -> str:
+    lines = [grid.headings, ("---",) * len(grid.headings), *grid.lines]
+    cells = [[cell.replace("\n", "<br>").replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"

@@ -1,4 +1,4 @@
-"""A finished run's files -> `Run`; and the rule that says which runs may stand side by side.
+"""Load the files of a finished run as `Run`, and check that runs are comparable.
 
 config.yaml  run.json  summary.json  metrics.jsonl
      |          |           |             |
@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
+from sas_megatron.scaling.outcomes import Axis
 
-# What a comparison varies, and what only says where files go. A resumed run is the uninterrupted
-# one (contract 2), so whether it was resumed may differ too.
+# The fields that a comparison varies, and those that do not affect the result. A resumed run equals the
+# uninterrupted one, so checkpoint settings may differ.
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
@@ -31,15 +32,20 @@ INERT_KEYS = (
     "checkpoint.asynchronous",
 )
 FINISHED = "finished"
+_FIELDS: dict[Axis, str] = {
+    "tokens": "consumed_tokens",
+    "flops": "training_flops",
+    "seconds": "elapsed_seconds",
+}
 
 
 class _Record(BaseModel):
-    # A NaN is not JSON: a result that does not exist is null, or left out.
+    # NaN is not valid JSON: a missing result is null or absent.
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class CurvePoint(_Record):
-    """One line of metrics.jsonl: what had been spent by this step, and the loss there."""
+    """One line of metrics.jsonl: the amounts spent up to a step, and the loss at that step."""
 
     step: int
     consumed_tokens: int
@@ -47,36 +53,45 @@ class CurvePoint(_Record):
     elapsed_seconds: float
     loss: float | None = None
 
+    def spent(self, axis: Axis) -> float:
+        """Return the tokens, FLOPs or seconds spent up to this step.
+
+        Raises:
+            KeyError: The axis is "params".
+        """
+        value: float = getattr(self, _FIELDS[axis])
+        return value
+
 
 class TrainPoint(CurvePoint):
-    """Loss of the step's own batch."""
+    """Loss of the batch of a step."""
 
     kind: Literal["train"]
     loss: float | None = Field(default=None, validation_alias="train_loss")
 
 
 class ValidationPoint(CurvePoint):
-    """Loss on the held-out windows after the step."""
+    """Loss on the held-out windows after a step."""
 
     kind: Literal["validation"]
     loss: float | None = Field(default=None, validation_alias="validation_loss")
 
 
 class HealthEvent(_Record):
-    """What was found wrong with a step; no point of a curve."""
+    """A problem of a step that the health checks found; not a point of a curve."""
 
     kind: Literal["health"]
     step: int
 
 
 class HealthCounts(_Record):
-    """What summary.json counts of the steps that would have done harm."""
+    """Counts of summary.json: steps whose update was skipped."""
 
     skipped_steps: int
 
 
 class RunSummary(_Record):
-    """What summary.json says of the whole run; None where the run has no such result."""
+    """The contents of summary.json; None for a result that the run does not have."""
 
     exit_reason: str
     steps: int
@@ -99,7 +114,7 @@ class RunSummary(_Record):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run as its files tell it; the name is its directory's."""
+    """A finished run, loaded from its files. The name is that of its directory."""
 
     name: str
     directory: Path
@@ -118,10 +133,10 @@ _METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint | HealthEvent] = TypeAda
 
 
 def load_run(directory: str | Path) -> Run:
-    """Reads the directory of a finished run.
+    """Load a finished run from its directory.
 
     Raises:
-        FileProblem: the directory or a file is missing, cannot be understood, or the run is unfinished.
+        FileProblem: The directory or a file is missing or invalid, or the run has not finished.
     """
     directory = Path(directory)
     wrong_place = "give a run directory that `sas-megatron train` wrote"
@@ -131,7 +146,7 @@ def load_run(directory: str | Path) -> Run:
     for name in ("config.yaml", "run.json", "metrics.jsonl"):
         if not (directory / name).is_file():
             raise FileProblem(directory / name, "is missing", wrong_place)
-    unfinished = "go on with checkpoint.resume=true, or leave this run out"
+    unfinished = "resume it with checkpoint.resume=true, or leave this run out"
     if not summary_path.is_file():
         raise FileProblem(summary_path, "is missing, so the run has not finished", unfinished)
     summary = _read_summary(summary_path)
@@ -143,9 +158,11 @@ def load_run(directory: str | Path) -> Run:
         )
     (train_curve, validation_curve), remarks = _read_metrics(directory / "metrics.jsonl")
     if summary.health is not None and summary.health.skipped_steps:
-        remarks += (f"{summary_path}: {summary.health.skipped_steps} steps made no update (see its health).",)
+        remarks += (
+            f"{summary_path}: the update of {summary.health.skipped_steps} steps was skipped (see `health`).",
+        )
     return Run(
-        # resolve(), so that "." has a name too.
+        # resolve() gives "." a name as well.
         name=directory.resolve().name,
         directory=directory,
         config=_read_config(directory / "config.yaml"),
@@ -158,7 +175,7 @@ def load_run(directory: str | Path) -> Run:
 
 
 def has_finished(directory: Path) -> bool:
-    """Whether the run there has come to its end, and does not wait to be gone on with."""
+    """Return whether the run in a directory has finished; a run that was stopped to be resumed has not."""
     if (directory / "stopped.json").exists():
         return False
     try:
@@ -169,18 +186,19 @@ def has_finished(directory: Path) -> bool:
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Lets runs pass that differ in their attention, the MLP width that makes up for it, and nothing else.
+    """Check that runs differ in their attention and MLP width only.
 
     Raises:
-        UserError: fewer than two runs, two of one name, or other differences; lists each with its values.
+        UserError: There are fewer than two runs, two runs have the same name, or other settings differ; the
+            message lists each difference.
     """
     names = [run.name for run in runs]
     if len(runs) < 2:
-        raise UserError(f"a comparison of {len(runs)} run(s): needs two or more; name the baseline first")
+        raise UserError(f"a comparison of {len(runs)} run(s): needs two or more; give the baseline first")
     for name in names:
         if names.count(name) > 1:
             raise UserError(
-                f"two runs are named {name}: the comparison could not tell them apart; rename a directory"
+                f"two runs are named {name}: names must be unique in a comparison; rename a directory"
             )
     differences: dict[str, tuple[Any, ...]] = {
         key: values
@@ -198,8 +216,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
             for key, values in differences.items()
         ]
         raise UserError(
-            f"these runs differ in more than {' and '.join(VARIED_KEYS)}, so that a comparison would not be "
-            "fair; train them again with one value for each of\n" + "\n".join(lines)
+            f"these runs differ in fields other than {' and '.join(VARIED_KEYS)}, so that a comparison would "
+            "not be fair; train them again with equal values of\n" + "\n".join(lines)
         )
 
 
@@ -214,7 +232,7 @@ def _read_config(path: Path) -> RunConfig:
         raise
     except UserError as error:
         raise FileProblem(
-            path, f"is not a usable config ({error})", "read it with the version that wrote it"
+            path, f"is not a valid config ({error})", "load it with the version that wrote it"
         ) from None
 
 
@@ -236,9 +254,10 @@ def _read_summary(path: Path) -> RunSummary:
 
 
 def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
-    """Both curves, and what had to be left out.
+    """Return the training and validation curves, and a remark if an incomplete line was ignored.
 
-    A run that went on from an older checkpoint logged the steps since then twice: the second counts.
+    A run that was resumed from an older checkpoint has logged the steps after it twice: the last record
+    counts.
     """
     lines = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
     train: list[CurvePoint] = []
@@ -248,20 +267,20 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
         try:
             point = _METRICS_LINE.validate_json(line)
         except ValidationError as error:
-            # A writer that was killed leaves at most its last line incomplete.
+            # A process that is killed while writing leaves at most its last line incomplete.
             if position == len(lines) - 1 and error.errors()[0]["type"] == "json_invalid":
-                remarks = (f"{path}: the last line ({number}) is cut short and was left out.",)
+                remarks = (f"{path}: the last line ({number}) is incomplete and was ignored.",)
                 break
-            raise FileProblem(f"{path}:{number}", _describe(error), "mend or remove the line") from None
+            raise FileProblem(f"{path}:{number}", _describe(error), "correct or remove the line") from None
         if isinstance(point, HealthEvent):
             continue
         for curve in (train, validation):
             while curve and curve[-1].step > point.step:
                 curve.pop()
-        own = train if isinstance(point, TrainPoint) else validation
-        if own and own[-1].step == point.step:
-            own.pop()
-        own.append(point)
+        curve = train if isinstance(point, TrainPoint) else validation
+        if curve and curve[-1].step == point.step:
+            curve.pop()
+        curve.append(point)
     for curve in (train, validation):
         _check_order(path, curve)
     return (tuple(train), tuple(validation)), remarks
@@ -269,12 +288,12 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
 
 def _check_order(path: Path, curve: Sequence[CurvePoint]) -> None:
     for before, after in itertools.pairwise(curve):
-        for field in ("consumed_tokens", "training_flops", "elapsed_seconds"):
+        for field in _FIELDS.values():
             if getattr(after, field) < getattr(before, field):
                 raise FileProblem(
                     path,
-                    f"{field} falls from {getattr(before, field)} at step {before.step} "
-                    f"to {getattr(after, field)} at step {after.step}, though it counts from the start",
+                    f"{field} decreases from {getattr(before, field)} at step {before.step} "
+                    f"to {getattr(after, field)} at step {after.step}, although it is cumulative",
                     "train again, or leave this run out",
                 )
 

@@ -1,10 +1,11 @@
-"""Is a difference of two variants more than the noise of seeds? A t-interval, and the seeds that would tell.
+"""Seed noise: t-intervals of loss differences, and the number of seeds that a test needs.
 
-Differences are of cells: a size on a budget, one run for each seed. Cells are taken as they are, so an
-interval speaks of the sizes and budgets that were tried; only seeds are random, with one spread in all sizes.
+A cell is one size and one budget, with one run per seed. Cells are fixed effects: an interval holds for the
+sizes and budgets that were trained. Only the seeds are random, with one standard deviation for all sizes.
 
-The budgets of one size and seed begin with the same weights and samples, and as branches of one trunk share
-most of their steps. They are no repeats of each other: noise is of their mean, one number for each seed.
+The budgets of one size and seed start with the same weights and samples; as branches of one trunk they share
+most of their steps. They are not independent repetitions, so the noise is that of their mean, with one value
+per seed.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import numpy as np
 from scipy import special
 
 LEVEL, POWER = 0.95, 0.8
-# Beyond so many seeds nobody will look.
-MOST_SEEDS = 1000
+# Upper limit of the search for a number of seeds.
+MAX_SEEDS = 1000
 
 
 @dataclass(frozen=True)
 class CellDifference:
-    """One cell: the candidate's loss less the baseline's.
+    """The candidate's loss minus the baseline's in one cell.
 
-    `pairs` has a difference for each seed that both have. Where they share none it is empty, and `candidate`
-    and `baseline` are the losses of each by seed.
+    `pairs` holds the difference by seed for the seeds that both have. If they share none it is empty, and
+    `candidate` and `baseline` hold the losses of each by seed.
     """
 
     size: str
@@ -37,16 +38,16 @@ class CellDifference:
 
     @property
     def difference(self) -> float:
-        """The mean over seeds."""
+        """The difference of the mean losses over seeds."""
         return _mean(self.pairs) if self.pairs else _mean(self.candidate) - _mean(self.baseline)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of the difference of two single seeds, in the mean over a size's budgets.
+    """Standard deviation of the difference between two single seeds, averaged over the budgets of a size.
 
-    `degrees` are its degrees of freedom. `assumed`: of seeds of the same variant elsewhere, as if runs of a
-    pair were independent.
+    `degrees` are its degrees of freedom. `assumed` is True if it was estimated from repeated seeds within one
+    variant, as if the runs of a pair were independent.
     """
 
     deviation: float
@@ -56,87 +57,100 @@ class Noise:
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """The mean over cells with its interval and the p-value of its being zero.
+    """The mean difference over cells, its interval and the p-value of a zero difference.
 
-    All but the mean are None where nothing says how large the noise is.
+    All fields except `difference` are None without an estimate of the noise; `seeds_needed` is None too if
+    more than `MAX_SEEDS` are needed.
     """
 
     difference: float
     interval: tuple[float, float] | None
     p_value: float | None
     noise: Noise | None
-    seeds_that_would_tell: int | None
+    seeds_needed: int | None
 
 
-# By budget, what one size has by seed.
-Budgets = Sequence[Mapping[int, float]]
+# For each budget of one size: losses or differences by seed.
+LossesByBudget = Sequence[Mapping[int, float]]
 
 
-def estimate_noise(cells: Sequence[CellDifference], repeats: Iterable[Budgets]) -> Noise | None:
-    """From pairs where a size has two or more, otherwise from `repeats`: losses of a variant at a size."""
-    pooled = pool_deviation(average_budgets([cell.pairs for cell in own]) for own in _by_size(cells))
+def estimate_noise(cells: Sequence[CellDifference], repetitions: Iterable[LossesByBudget]) -> Noise | None:
+    """Estimate the noise from pairs of seeds, or from repetitions if no size has two pairs.
+
+    Args:
+        cells: The differences of two variants.
+        repetitions: For each variant and size, its losses.
+    """
+    pooled = pool_deviation(average_budgets([cell.pairs for cell in group]) for group in _by_size(cells))
     if pooled is not None:
         return Noise(*pooled, assumed=False)
-    pooled = pool_deviation(average_budgets(budgets) for budgets in repeats)
+    pooled = pool_deviation(average_budgets(budgets) for budgets in repetitions)
     return None if pooled is None else Noise(math.sqrt(2) * pooled[0], pooled[1], assumed=True)
 
 
 def pool_deviation(groups: Iterable[Sequence[float]]) -> tuple[float, int] | None:
-    """Standard deviation within groups and its degrees of freedom; None where no group has two."""
+    """Return the standard deviation within groups and its degrees of freedom; None without repetitions."""
     repeated = [group for group in groups if len(group) > 1]
     squares = sum(float(np.var(group)) * len(group) for group in repeated)
     degrees = sum(len(group) - 1 for group in repeated)
     return (math.sqrt(squares / degrees), degrees) if degrees else None
 
 
-def average_budgets(budgets: Budgets) -> tuple[float, ...]:
-    """The mean over budgets of each seed that shares one with another seed; without any, nothing.
+def average_budgets(budgets: LossesByBudget) -> tuple[float, ...]:
+    """Return the mean over budgets of each seed that has a budget in common with another seed.
 
-    A budget that a seed lacks counts as if the seed stood there to the others as it does elsewhere.
+    A missing run is imputed: the seed is assumed to differ from the other seeds there as on its other
+    budgets. The result is empty if no budget has two seeds.
     """
-    # A seed that is alone on a budget says nothing there of how it stands to others.
-    told = [budget for budget in budgets if len(budget) > 1]
-    if not told:
+    # A single seed on a budget gives no information about differences between seeds.
+    repeated = [budget for budget in budgets if len(budget) > 1]
+    if not repeated:
         return ()
-    seeds = sorted({seed for budget in told for seed in budget})
+    seeds = sorted({seed for budget in repeated for seed in budget})
     runs = [
-        (row, seeds.index(seed), loss) for row, budget in enumerate(told) for seed, loss in budget.items()
+        (row, seeds.index(seed), loss) for row, budget in enumerate(repeated) for seed, loss in budget.items()
     ]
-    # By least squares, each a sum of what its budget and its seed add.
-    sums = np.zeros((len(runs), len(told) + len(seeds)))
+    # Least squares: each loss is the sum of a budget effect and a seed effect.
+    design = np.zeros((len(runs), len(repeated) + len(seeds)))
     for number, (row, column, _) in enumerate(runs):
-        sums[number, [row, len(told) + column]] = 1
-    parts = np.linalg.lstsq(sums, np.array([loss for *_, loss in runs]))[0][len(told) :]
+        design[number, [row, len(repeated) + column]] = 1
+    effects = np.linalg.lstsq(design, np.array([loss for *_, loss in runs]))[0][len(repeated) :]
     overall = float(np.mean([_mean(budget) for budget in budgets if budget]))
-    return tuple((overall + parts - parts.mean()).tolist())
+    return tuple((overall + effects - effects.mean()).tolist())
 
 
 def average_difference(
-    cells: Sequence[CellDifference], noise: Noise | None, *, comparisons: int = 1
+    cells: Sequence[CellDifference], noise: Noise | None, *, num_comparisons: int = 1
 ) -> MeanDifference:
-    """The mean over the cells, each weighing alike; with several comparisons it takes more seeds to tell."""
+    """Return the unweighted mean over cells.
+
+    Args:
+        cells: At least one cell.
+        noise: None gives the mean alone.
+        num_comparisons: Comparisons that are tested together; they increase the number of seeds needed.
+    """
     difference = float(np.mean([cell.difference for cell in cells]))
     if noise is None:
         return MeanDifference(difference, None, None, None, None)
     by_size = _by_size(cells)
-    weights = [len(own) / len(cells) for own in by_size]
-    shares = [_variance_share(own) for own in by_size]
+    weights = [len(group) / len(cells) for group in by_size]
+    shares = [_variance_share(group) for group in by_size]
     error = noise.deviation * math.sqrt(
         sum(weight**2 * share for weight, share in zip(weights, shares, strict=True))
     )
-    reach = float(special.stdtrit(noise.degrees, (1 + LEVEL) / 2)) * error
-    # As if all sizes weighed alike, with as large an error.
+    half_width = float(special.stdtrit(noise.degrees, (1 + LEVEL) / 2)) * error
+    # The deviation at which equally weighted sizes have the same standard error.
     even = noise.deviation * math.sqrt(len(weights) * sum(weight**2 for weight in weights))
-    needed = count_seeds_that_tell(difference, even, len(weights), comparisons=comparisons)
-    interval = (difference - reach, difference + reach)
+    needed = count_seeds_needed(difference, even, len(weights), num_comparisons=num_comparisons)
+    interval = (difference - half_width, difference + half_width)
     return MeanDifference(difference, interval, _p_value(difference, error, noise.degrees), noise, needed)
 
 
 def adjust_p_values(p_values: Sequence[float]) -> list[float]:
-    """Of several tests, so that any false one among them is as rare as in a single test (Holm 1979).
+    """Adjust the p-values of several tests by Holm's step-down method (Holm 1979, Scand. J. Stat. 6).
 
-    Scand. J. Stat. 6: the smallest counts as many times as there are tests, the next one time less, and none
-    less than the one before.
+    The smallest of n p-values is multiplied by n, the next by n - 1, and so on; the adjusted values are made
+    monotonic. The probability of any false positive is then at most that of a single test.
     """
     adjusted = [0.0] * len(p_values)
     largest = 0.0
@@ -146,36 +160,36 @@ def adjust_p_values(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def count_seeds_that_tell(
-    difference: float, deviation: float, num_sizes: int, *, comparisons: int = 1
+def count_seeds_needed(
+    difference: float, deviation: float, num_sizes: int, *, num_comparisons: int = 1
 ) -> int | None:
-    """Fewest seeds of each size by which a t-test finds `difference` in 80 % of studies.
+    """Return the smallest number of seeds per size at which a t-test detects `difference` with 80 % power.
 
-    The test is at 95 %; as one of several comparisons it is at the first step of `adjust_p_values`. None:
-    more than `MOST_SEEDS`.
+    The significance level is 5 %, divided by the number of comparisons (the first step of `adjust_p_values`).
+    The result is None if more than `MAX_SEEDS` are needed.
     """
     if difference == 0:
         return None
-    level = 1 - (1 - LEVEL) / comparisons
-    low, high = 1, MOST_SEEDS
-    if not _tells(difference, deviation, num_sizes, high, level):
+    level = 1 - (1 - LEVEL) / num_comparisons
+    low, high = 1, MAX_SEEDS
+    if not _is_detected(difference, deviation, num_sizes, high, level):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        if _tells(difference, deviation, num_sizes, middle, level):
+        if _is_detected(difference, deviation, num_sizes, middle, level):
             high = middle
         else:
             low = middle
     return high
 
 
-def _tells(difference: float, deviation: float, num_sizes: int, seeds: int, level: float) -> bool:
+def _is_detected(difference: float, deviation: float, num_sizes: int, seeds: int, level: float) -> bool:
     if deviation == 0:
         return True
     degrees = num_sizes * (seeds - 1)
     shift = abs(difference) * math.sqrt(seeds * num_sizes) / deviation
     critical = float(special.stdtrit(degrees, (1 + level) / 2))
-    # Far beyond the critical value the noncentral t is all above it, and hard to compute.
+    # Far beyond the critical value the noncentral t lies entirely above it, and is hard to compute.
     return shift > critical + 10 or 1 - float(special.nctdtr(degrees, shift, critical)) >= POWER
 
 
@@ -186,7 +200,7 @@ def _p_value(difference: float, error: float, degrees: int) -> float:
 
 
 def _by_size(cells: Sequence[CellDifference]) -> list[list[CellDifference]]:
-    """Cells of one size together, those with pairs apart from those without."""
+    """Group cells by size; cells with and without pairs are separate groups."""
     groups: dict[tuple[str, bool], list[CellDifference]] = {}
     for cell in cells:
         groups.setdefault((cell.size, bool(cell.pairs)), []).append(cell)
@@ -194,15 +208,15 @@ def _by_size(cells: Sequence[CellDifference]) -> list[list[CellDifference]]:
 
 
 def _variance_share(cells: Sequence[CellDifference]) -> float:
-    """Of a size's mean: its variance, over that of the difference of two single seeds."""
+    """Return the variance of a size's mean divided by that of the difference between two single seeds."""
     if cells[0].pairs:
-        return _weight_of_seeds([cell.pairs for cell in cells])
+        return _sum_squared_weights([cell.pairs for cell in cells])
     both = ([cell.candidate for cell in cells], [cell.baseline for cell in cells])
-    return sum(_weight_of_seeds(budgets) for budgets in both) / 2
+    return sum(_sum_squared_weights(budgets) for budgets in both) / 2
 
 
-def _weight_of_seeds(budgets: Sequence[Collection[int]]) -> float:
-    """The sum of squares of the seeds' weights in the mean over budgets: 1/n for n seeds on each."""
+def _sum_squared_weights(budgets: Sequence[Collection[int]]) -> float:
+    """Return the sum of the squared weights of seeds in the mean over budgets: 1/n for n seeds on each."""
     seeds = {seed for budget in budgets for seed in budget}
     weights = [sum(1 / len(budget) for budget in budgets if seed in budget) / len(budgets) for seed in seeds]
     return sum(weight**2 for weight in weights)
@@ -210,3 +224,35 @@ def _weight_of_seeds(budgets: Sequence[Collection[int]]) -> float:
 
 def _mean(by_seed: Mapping[int, float]) -> float:
     return float(np.mean(list(by_seed.values())))
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """Standard deviation of a final loss over seeds, pooled over cells.
+
+    `degrees` are its degrees of freedom; None if the deviation was given and not measured.
+    """
+
+    deviation: float
+    degrees: int | None
+
+
+def smallest_detectable_difference(noise: SeedNoise, *, seeds: tuple[int, int], num_cells: int = 1) -> float:
+    """Return the difference of two mean losses that a two-sided test at 5 % detects with 80 % power.
+
+    (t₀.₉₇₅ + t₀.₈) σ √((1/n₁ + 1/n₂)/cells), the usual approximation (Cohen 1988, section 2.5), with the
+    degrees of freedom of the noise; a given deviation is treated as exact.
+
+    Args:
+        noise: Noise of a single run.
+        seeds: n₁ and n₂, the seeds of each variant.
+        num_cells: Cells over which the difference is averaged.
+    """
+
+    def quantile(probability: float) -> float:
+        if noise.degrees is None:
+            return float(special.ndtri(probability))
+        return float(special.stdtrit(noise.degrees, probability))
+
+    factor = quantile((1 + LEVEL) / 2) + quantile(POWER)
+    return factor * noise.deviation * math.sqrt((1 / seeds[0] + 1 / seeds[1]) / num_cells)

@@ -1,4 +1,4 @@
-"""A base run with another attention: by its kind, or by the section of a file."""
+"""Configs that replace the attention of a base run, by kind or by the section of a file."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from sas_megatron.config.loading import read_yaml
 from sas_megatron.config.run import RunConfig
 
 
-def build_variant(base: RunConfig, wanted: str) -> tuple[str, RunConfig]:
-    """A name, and `base` with the attention that is wanted; its run directory stands beside the base's.
+def build_variant(base: RunConfig, attention: str) -> tuple[str, RunConfig]:
+    """Return a name and `base` with another attention; its run directory is next to the base's.
 
     Args:
-        base: the run whose other sections are kept.
-        wanted: an attention kind, which its class models on the base, or a YAML file with a section
+        base: The run whose other sections are kept.
+        attention: An attention kind, with defaults that depend on the base, or a YAML file with a section
             `attention`.
 
     Raises:
-        UserError: no such kind, or the file or the attention cannot be used.
+        UserError: The kind is unknown, or the file or its attention is invalid.
     """
-    if Path(wanted).suffix in (".yaml", ".yml"):
-        tree = read_yaml(wanted)
+    if Path(attention).suffix in (".yaml", ".yml"):
+        tree = read_yaml(attention)
         if "attention" not in tree:
-            raise FileProblem(wanted, "has no section attention", "add one, with its kind")
-        name, fields = Path(wanted).stem, tree["attention"]
+            raise FileProblem(attention, "has no section attention", "add one, with its kind")
+        name, fields = Path(attention).stem, tree["attention"]
     else:
-        name, fields = wanted, model_attention(base, wanted)
+        name, fields = attention, default_attention(base, attention)
     sections = {section: getattr(base, section) for section in RunConfig.model_fields}
-    place = Path(base.logging.run_directory)
-    logging = base.logging.model_copy(update={"run_directory": str(_beside(place, base, name))})
+    logging = base.logging.model_copy(update={"run_directory": str(_name_directory(base, name))})
     return name, RunConfig(**{**sections, "attention": parse_attention(fields), "logging": logging})
 
 
-def model_attention(base: RunConfig, kind: str) -> dict[str, Any]:
-    """The section `attention` of a kind in the place of the base's; the base's own, where it is of that kind.
+def default_attention(base: RunConfig, kind: str) -> dict[str, Any]:
+    """Return the section `attention` of a kind with defaults from the base; the base's own for its own kind.
 
     Raises:
-        UserError: no such kind.
+        UserError: The kind is unknown.
     """
     if kind == base.attention.kind:
         return base.attention.model_dump(exclude_unset=True)
@@ -52,9 +51,9 @@ def model_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     }
 
 
-def _beside(place: Path, base: RunConfig, name: str) -> Path:
-    """runs/125m/mha -> runs/125m/tpa; runs/first -> runs/first_tpa."""
-    kind = base.attention.kind
-    if place.name.endswith(kind):
-        return place.with_name(place.name.removesuffix(kind) + name)
-    return place.with_name(f"{place.name}_{name}")
+def _name_directory(base: RunConfig, name: str) -> Path:
+    """Return the run directory of a variant: runs/125m/mha -> runs/125m/tpa; runs/first -> runs/first_tpa."""
+    directory, kind = Path(base.logging.run_directory), base.attention.kind
+    if directory.name.endswith(kind):
+        return directory.with_name(directory.name.removesuffix(kind) + name)
+    return directory.with_name(f"{directory.name}_{name}")

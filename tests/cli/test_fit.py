@@ -104,8 +104,8 @@ def test_the_highest_losses_are_left_out_and_printed(tmp_path: Path) -> None:
     expected = fit_surface(points.take(np.delete(np.arange(60), [7, 31]))).surface
     assert tree["alpha"] == pytest.approx(expected.alpha, rel=1e-4)
     printed = fit(path, "--drop-highest", 2, "--bootstraps", 60)
-    assert [line for line in printed.splitlines() if line.startswith("Left out")] == [
-        f"Left out: {points.params[at]:.4g} parameters, {points.tokens[at]:.4g} tokens, loss {value:.4f}."
+    assert [line for line in printed.splitlines() if line.startswith("Dropped")] == [
+        f"Dropped: {points.params[at]:.4g} parameters, {points.tokens[at]:.4g} tokens, loss {value:.4f}."
         for at, value in ((31, 9.5), (7, 8.125))
     ]
 
@@ -119,7 +119,7 @@ def test_tables_show_what_the_json_says(tmp_path: Path) -> None:
     assert f"{tree['compute_optimal']['params_exponent']:.4f}" in printed
     assert f"{len(tree['isoflop']['profiles'])} isoFLOP profiles" in printed
     assert f"{tree['isoflop']['params_exponent']:.4f}" in printed
-    assert f"{len(tree['hold_out']['runs'])} largest runs, predicted" in printed
+    assert f"Prediction of the {len(tree['hold_out']['runs'])} largest runs" in printed
 
 
 def test_one_variant_of_several_is_chosen_by_name(tmp_path: Path) -> None:

@@ -76,11 +76,10 @@ def test_a_study_is_submitted_as_arrays_whose_branches_wait_for_their_trunks(
         command = next(line for line in listed[array].splitlines() if "Command=" in line)
         lines = Path(command.split()[-1]).read_text().splitlines()
         assert run.name in lines[int(member) - 1]
-    assert "nothing to submit" in study(slurm, "submit", path, *OPTIONS, "--hold"), "all runs have jobs"
+    assert "nothing to submit" in study(slurm, "submit", path, *OPTIONS, "--hold"), "all have jobs"
     output = study(slurm, "run", path, "--only", "mha-good-*", check=False)
-    assert all(line.startswith("» left to SLURM, which has their jobs: ") for line in output.splitlines()), (
-        output
-    )
+    message = "» not started, since they have SLURM jobs: "
+    assert all(line.startswith(message) for line in output.splitlines()), output
     slurm.call("scancel", "--user=root")
     wait_until_queue_is_empty(slurm, first)
     resubmitted = submitted_jobs(study(slurm, "submit", path, *OPTIONS, "--hold"))

@@ -90,7 +90,7 @@ MUTANTS = (
     ),
     Mutant(
         "seeds-paired-with-first-seed",
-        "sas_megatron.scaling.verdicts:_set_side_by_side",
+        "sas_megatron.scaling.verdicts:_compare_cells",
         'run.known("loss") - losses[run.seed]',
         'run.known("loss") - losses[min(losses)]',
         "Each seed of a candidate is compared with the first seed of the baseline.",
@@ -118,7 +118,7 @@ MUTANTS = (
     ),
     Mutant(
         "tokens-per-parameter-of-variant",
-        "sas_megatron.scaling.study.plan:wanted_tokens",
+        "sas_megatron.scaling.study.plan:count_budget_tokens",
         "budget * cell.base_parameters",
         "budget * cell.parameters",
         "Tokens per parameter refer to each variant's own parameters instead of the base's.",
@@ -132,7 +132,7 @@ MUTANTS = (
     ),
     Mutant(
         "run-lock-is-shared",
-        "sas_megatron.scaling.study.run_states:locked",
+        "sas_megatron.scaling.study.run_states:acquire_lock",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
         "Two study runners may start the same run.",

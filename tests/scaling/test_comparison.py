@@ -1,218 +1,57 @@
+"""Comparison of the variants of a study."""
+
 from __future__ import annotations
 
-import itertools
+import dataclasses
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sas_megatron.config.errors import UserError
-from sas_megatron.scaling.comparison import (
-    AXES,
-    ONE_SEED,
-    STRAIGHT_LINES,
-    Axis,
-    Reading,
-    compare_runs,
-    find_shared_budget,
-    judge,
-    read_loss,
-)
-from sas_megatron.scaling.runs import Run, ValidationPoint, load_run
-from tests.scaling.conftest import WriteRun
-
-GROUPED = {"attention__kind": "gqa", "attention__num_kv_heads": 2}
+from sas_megatron.scaling.comparison import compare_variants
+from sas_megatron.scaling.outcomes import AXES, LossCurve
+from tests.scaling.synthetic import CHINCHILLA, Variant, draw_outcomes
 
 
-@pytest.fixture
-def pair(write_run: WriteRun) -> tuple[Run, Run]:
-    """A baseline, and a candidate whose step takes 1.2 times the FLOPs and 1.6 times the seconds."""
-    base = write_run("mha", losses={30: 5.5, 60: 4.75, 90: 4.625})
-    candidate = write_run(
-        "gqa",
-        losses={30: 5.25, 60: 4.5, 90: 4.375},
-        flops_per_token=1200.0,
-        step_seconds=0.8,
-        config=GROUPED,
-        summary={"parameters": {"embedding": 46080, "rest": 51152}, "validation_perplexity": 79.44},
+def test_complete_study_is_compared_in_every_way() -> None:
+    better = Variant(dataclasses.replace(CHINCHILLA, E=CHINCHILLA.E - 0.05), flops_factor=1.3)
+    curve = LossCurve("mha", "s0", "5", 0, "constant", 20, 7.0, (10, 20), (4.0, 3.0))
+    (found,) = compare_variants(
+        draw_outcomes({"mha": Variant(), "sas": better}),
+        [curve, dataclasses.replace(curve, variant="sas", losses=(3.0, 2.0))],
+        baseline="mha",
+        candidates=["sas"],
+        num_draws=60,
     )
-    return load_run(base), load_run(candidate)
+    assert [verdict.axis for verdict in found.verdicts] == list(AXES)
+    assert found.compute_gains is not None
+    assert found.time_gains is not None
+    assert any(gain.gain is not None for gain in found.compute_gains)
+    assert found.irreducible is not None
+    assert [saving.saving for saving in found.savings] == [0.5]
+    assert found.remarks == ()
 
 
-def test_rows_state_what_a_calculator_gives(pair: tuple[Run, Run]) -> None:
-    base, row = compare_runs(pair).rows
-    assert (base.name, base.attention, base.parameters) == ("mha", "mha", 95328)
-    assert (base.parameters_ratio, base.final_validation_loss_difference) == (1.0, 0.0)
-    assert (row.name, row.attention, row.parameters) == ("gqa", "gqa", 97232)
-    assert row.parameters_ratio == pytest.approx(97232 / 95328)
-    assert row.training_flops_per_token == pytest.approx(1200.0)
-    assert row.training_flops_per_token_ratio == pytest.approx(1.2)
-    assert row.median_step_seconds_ratio == pytest.approx(1.6)
-    # 90 steps of 7 × 51 tokens in 72 seconds.
-    assert row.tokens_per_second == pytest.approx(446.25)
-    assert row.training_seconds == pytest.approx(72.0)
-    assert row.final_validation_loss_difference == -0.25
-    assert row.validation_perplexity == 79.44
-    assert row.peak_memory_bytes == 3145728
-
-
-@pytest.mark.parametrize(
-    ("axis", "budget", "reading", "difference"),
-    [
-        ("consumed_tokens", 32130, Reading(4.375, (90, 90)), -0.25),
-        # 1.2 times the FLOPs a step: the baseline's 90 steps buy 75, halfway between 60 and 90.
-        ("training_flops", 32130e3, Reading(4.4375, (60, 90)), -0.1875),
-        # 45 s buy 56.25 steps: 5.25 − 0.75 · 26.25 / 30.
-        ("elapsed_seconds", 45.0, Reading(4.59375, (30, 60)), -0.03125),
-    ],
-)
-def test_each_axis_is_read_at_the_largest_budget_both_reached(
-    pair: tuple[Run, Run], axis: Axis, budget: float, reading: Reading, difference: float
-) -> None:
-    verdict = judge(axis, *pair)
-    assert verdict.budget == budget
-    assert verdict.baseline_reading == Reading(4.625, (90, 90))
-    assert verdict.candidate_reading is not None
-    assert verdict.candidate_reading.loss == pytest.approx(reading.loss, abs=1e-12)
-    assert verdict.candidate_reading.steps == reading.steps
-    assert verdict.difference == pytest.approx(difference, abs=1e-12)
-    assert verdict.lower == "gqa"
-
-
-def test_verdicts_in_words(pair: tuple[Run, Run]) -> None:
-    assert [verdict.text for verdict in compare_runs(pair).verdicts] == [
-        "At equal tokens (32,130 tokens): gqa 4.3750, mha 4.6250; gqa is lower by 0.2500.",
-        "At equal FLOPs (3.21 × 10⁷ FLOPs): gqa 4.4375, mha 4.6250; gqa is lower by 0.1875. "
-        "gqa is read between its evaluations at steps 60 and 90 of 90, before its learning rate "
-        "had finished falling, which counts against it.",
-        "At equal time (45 s of training): gqa 4.5938, mha 4.6250; gqa is lower by 0.0312. "
-        "gqa is read between its evaluations at steps 30 and 60 of 90, before its learning rate "
-        "had finished falling, which counts against it.",
+def test_remarks_state_which_comparisons_are_not_possible() -> None:
+    outcomes = draw_outcomes({"mha": Variant(), "sas": Variant()}, sizes=1, budgets=1)
+    untimed = [dataclasses.replace(run, seconds=None) for run in outcomes]
+    (found,) = compare_variants(untimed, baseline="mha", candidates=["sas"], num_draws=60)
+    assert (found.compute_gains, found.time_gains, found.irreducible) == (None, None, None)
+    assert [remark.split(":")[0] for remark in found.remarks] == [
+        "No compute-equivalent gain",
+        "No time-equivalent gain",
+        "No test of a shared irreducible loss",
     ]
+    assert found.verdicts[1].mean is not None
 
 
-def test_one_seed_is_always_remarked_on_and_names_no_figure(pair: tuple[Run, Run]) -> None:
-    assert compare_runs(pair).remarks[-1] == ONE_SEED
-    assert not any(character.isdigit() for character in ONE_SEED)
-
-
-def test_reading_between_evaluations_is_remarked_on_where_it_happens(
-    pair: tuple[Run, Run], write_run: WriteRun
-) -> None:
-    assert STRAIGHT_LINES in compare_runs(pair).remarks
-    twin = load_run(write_run("twin", losses={30: 5.5, 90: 4.5}))
-    assert STRAIGHT_LINES not in compare_runs([pair[0], twin]).remarks
-
-
-def test_a_tie_names_nobody(write_run: WriteRun) -> None:
-    runs = [load_run(write_run(name, losses={90: 4.5})) for name in ("first", "second")]
-    verdict = judge("consumed_tokens", runs[0], runs[1])
-    assert verdict.lower is None
-    assert verdict.text.endswith("second 4.5000, first 4.5000; no difference.")
-
-
-def test_the_higher_candidate_leaves_the_baseline_named(write_run: WriteRun) -> None:
-    base, other = (load_run(write_run(name, losses={90: loss})) for name, loss in (("a", 4.5), ("b", 4.75)))
-    assert judge("consumed_tokens", base, other).lower == "a"
-
-
-def test_one_evaluation_at_the_end_gives_no_verdict_where_budgets_differ(write_run: WriteRun) -> None:
-    base = load_run(write_run("mha", losses={90: 4.625}))
-    slow = load_run(write_run("slow", losses={90: 4.375}, step_seconds=0.8))
-    assert judge("consumed_tokens", base, slow).difference == -0.25
-    at_equal_time = judge("elapsed_seconds", base, slow)
-    assert at_equal_time.difference is None
-    assert at_equal_time.text == (
-        "At equal time (45 s of training): no comparison, since slow has no validation loss there; "
-        "evaluate more often (evaluation.interval)."
-    )
-
-
-def test_missing_stays_missing(write_run: WriteRun) -> None:
-    base = load_run(write_run("mha", losses={30: 5.5, 90: None}))
-    absent = dict.fromkeys(
-        ("parameters", "training_flops_per_token", "training_seconds", "median_step_seconds")
-    )
-    bare = load_run(write_run("bare", losses={}, summary=absent))
-    comparison = compare_runs([base, bare])
-    row = comparison.rows[1]
-    assert row.parameters is None
-    assert row.parameters_ratio is None
-    assert row.training_flops_per_token_ratio is None
-    assert row.tokens_per_second is None
-    assert row.final_validation_loss is None
-    assert row.final_validation_loss_difference is None
-    assert row.validation_perplexity is None
-    assert {verdict.budget for verdict in comparison.verdicts} == {None}
-    assert comparison.verdicts[0].text == "At equal tokens: no comparison, since bare has no validation loss."
-    assert comparison.remarks[0] == "Whether bare is as large as mha is not recorded."
-
-
-def test_a_lost_evaluation_is_a_gap_not_a_bridge(write_run: WriteRun) -> None:
-    curve = load_run(write_run("mha", losses={30: 5.5, 60: None, 90: 4.625})).validation_curve
-    assert read_loss(curve, "elapsed_seconds", 30.0) is None
-    assert read_loss(curve, "elapsed_seconds", 25.0) is None
-    assert read_loss(curve, "elapsed_seconds", 44.0) is None
-    assert read_loss(curve, "elapsed_seconds", 45.0) == Reading(4.625, (90, 90))
-
-
-def test_unequal_sizes_and_machines_are_remarked_on(write_run: WriteRun) -> None:
-    base = load_run(write_run("mha", losses={90: 4.5}))
-    big = {"parameters": {"all": 100_094}}
-    other = load_run(write_run("big", losses={90: 4.5}, summary=big, provenance={"machine": "bench-2"}))
-    size, machines, _ = compare_runs([base, other]).remarks
-    assert size.startswith("big has 5.0 % more parameters than mha, where up to 1% counts as matched")
-    assert machines.startswith("The runs name different machines")
-
-
-def test_runs_that_differ_elsewhere_are_not_compared(write_run: WriteRun) -> None:
-    runs = [
-        load_run(write_run(f"s{seed}", losses={90: 4.5}, config={"training__seed": seed})) for seed in (3, 5)
-    ]
-    with pytest.raises(UserError, match=r"training\.seed: s3 3, s5 5"):
-        compare_runs(runs)
-
-
-def build_curve(spent: list[int], losses: list[float]) -> tuple[ValidationPoint, ...]:
-    return tuple(
-        ValidationPoint.model_validate(
-            {
-                "kind": "validation",
-                "step": step,
-                "consumed_tokens": tokens,
-                "training_flops": 3.0 * tokens,
-                "elapsed_seconds": 0.25 * tokens,
-                "validation_loss": loss,
-            }
-        )
-        for step, (tokens, loss) in enumerate(zip(spent, losses, strict=True), 1)
-    )
-
-
-@given(
-    spent=st.lists(st.integers(1, 10**9), min_size=1, max_size=9, unique=True).map(sorted),
-    losses=st.lists(st.floats(0.5, 12.0), min_size=9, max_size=9),
-    share=st.floats(-0.5, 1.5),
-    axis=st.sampled_from(AXES),
-)
-def test_interpolation_stays_between_its_neighbours_and_never_extrapolates(
-    spent: list[int], losses: list[float], share: float, axis: Axis
-) -> None:
-    curve = build_curve(spent, losses[: len(spent)])
-    first, last = getattr(curve[0], axis), getattr(curve[-1], axis)
-    budget = first + share * (last - first) if len(curve) > 1 else first + share
-    reading = read_loss(curve, axis, budget)
-    if not first <= budget <= last:
-        assert reading is None
-        return
-    assert reading is not None
-    neighbours = [point for point in curve if point.step in reading.steps]
-    low, high = min(p.loss for p in neighbours), max(p.loss for p in neighbours)
-    assert low - 1e-9 <= reading.loss <= high + 1e-9
-    assert getattr(neighbours[0], axis) <= budget <= getattr(neighbours[-1], axis)
-
-
-def test_the_shared_budget_is_the_smaller_end(pair: tuple[Run, Run]) -> None:
-    for axis, order in itertools.product(AXES, (pair, pair[::-1])):
-        ends = [getattr(run.validation_curve[-1], axis) for run in pair]
-        assert find_shared_budget(*order, axis) == min(ends)
+def test_irreducible_loss_tests_of_several_variants_are_adjusted() -> None:
+    lower = Variant(dataclasses.replace(CHINCHILLA, E=CHINCHILLA.E - 0.05))
+    outcomes = draw_outcomes({"mha": Variant(), "gqa": Variant(), "sas": lower})
+    (alone,) = compare_variants(outcomes, baseline="mha", candidates=["sas"], num_draws=50)
+    adjusted = compare_variants(outcomes, baseline="mha", candidates=["gqa", "sas"], num_draws=50)
+    tests = {comparison.candidate: comparison.irreducible for comparison in adjusted}
+    assert alone.irreducible is not None
+    assert tests["sas"] is not None
+    assert tests["gqa"] is not None
+    # The smaller of two p-values is doubled, and the other is at least as large.
+    assert tests["sas"].p_value == pytest.approx(2 * alone.irreducible.p_value)
+    assert tests["gqa"].p_value >= tests["sas"].p_value

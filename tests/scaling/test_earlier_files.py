@@ -1,4 +1,4 @@
-"""Files written by earlier versions can be read: run directories, study records and collected tables."""
+"""Files of earlier versions can still be read: run directories, study records and collected tables."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from sas_megatron.scaling.comparison import compare_runs
+from sas_megatron.scaling.run_comparison import compare_runs
 from sas_megatron.scaling.runs import load_run
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.plan import Plan
-from sas_megatron.scaling.study.run_states import status_of
+from sas_megatron.scaling.study.run_states import read_status
 from sas_megatron.scaling.study.study_file import load_study
+from sas_megatron.scaling.study.study_table import read_table
 from sas_megatron.scaling.study.submission import read_jobs
 from sas_megatron.scaling.study.sweeps import plan_with_rates
-from sas_megatron.scaling.study.table import read_table
 
 FIXTURES = Path(__file__).with_name("fixtures")
 RUNS = ["mha-small-3200-s1234", "sas-small-3200-s1234"]
@@ -30,7 +30,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return plan_with_rates(*load_study("study.yaml"))
 
 
-def test_a_run_directory_of_an_earlier_version_is_loaded() -> None:
+def test_run_directory_of_an_earlier_version_is_loaded() -> None:
     run = load_run(FIXTURES / "runs" / "sas")
     assert (run.name, run.config.attention.kind, run.summary.steps) == ("sas", "sas", 20)
     assert [point.step for point in run.train_curve] == list(range(1, 21))
@@ -40,7 +40,7 @@ def test_a_run_directory_of_an_earlier_version_is_loaded() -> None:
     assert run.remarks == ()
 
 
-def test_a_comparison_of_earlier_runs_gives_the_numbers_that_it_gave_then() -> None:
+def test_comparison_of_earlier_runs_gives_the_same_numbers() -> None:
     before = json.loads((FIXTURES / "runs" / "comparison.json").read_text(encoding="utf-8"))
     comparison = compare_runs([load_run(FIXTURES / "runs" / name) for name in ("mha", "sas")])
     for row, expected in zip(comparison.rows, before["rows"], strict=True):
@@ -50,7 +50,7 @@ def test_a_comparison_of_earlier_runs_gives_the_numbers_that_it_gave_then() -> N
         assert verdict.difference == expected["difference"]
 
 
-def test_the_records_of_an_earlier_study_are_read(plan: Plan) -> None:
+def test_records_of_an_earlier_study_are_read(plan: Plan) -> None:
     rates = json.loads(Path("study/learning_rates.json").read_text(encoding="utf-8"))["rates"]
     for run in plan.results:
         assert run.config.optimizer.learning_rate == rates[run.cell.variant][run.cell.size]
@@ -61,7 +61,7 @@ def test_the_records_of_an_earlier_study_are_read(plan: Plan) -> None:
     jobs = read_jobs(plan)
     assert list(jobs) == ["mha-small-trunk-s1234", "mha-small-trunk-s1235", "sas-small-trunk-s1234"]
     assert jobs["mha-small-trunk-s1234"].number == "12_13"
-    states = {run.name: status_of(run) for run in plan.runs if run.role != "sweep"}
+    states = {run.name: read_status(run) for run in plan.runs if run.role != "sweep"}
     assert [name for name, status in states.items() if status.state == "done"] == [
         *("mha-small-trunk-s1234", RUNS[0], "sas-small-trunk-s1234", RUNS[1])
     ]
@@ -69,7 +69,7 @@ def test_the_records_of_an_earlier_study_are_read(plan: Plan) -> None:
     assert (failed.state, failed.reason) == ("failed", "ValueError: no")
 
 
-def test_the_table_of_an_earlier_study_is_read_and_collected_again(plan: Plan) -> None:
+def test_table_of_an_earlier_study_is_read_and_collected_again(plan: Plan) -> None:
     table = read_table("study/study.parquet")
     assert (table.name, table.baseline, len(table.rows)) == ("study", "mha", 12)
     assert all(row.status == "done" and len(row.curve_loss) > 0 for row in table.rows)

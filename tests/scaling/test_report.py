@@ -1,3 +1,5 @@
+"""The report of a comparison of runs, and the writer of all reports."""
+
 from __future__ import annotations
 
 import io
@@ -13,19 +15,26 @@ from rich.console import Console
 
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.scaling import report
-from sas_megatron.scaling.comparison import compare_runs
-from sas_megatron.scaling.figure import choose_loss_range, choose_unit
-from sas_megatron.scaling.page import describe_command, hash_config, render_page, split_terms
-from sas_megatron.scaling.report import ReportFiles, write_report
+from sas_megatron.scaling.loss_figure import choose_loss_range, choose_unit
+from sas_megatron.scaling.report import render_page, write_report
+from sas_megatron.scaling.run_comparison import compare_runs
+from sas_megatron.scaling.run_report import (
+    FILES,
+    build_curves,
+    build_run_report,
+    build_term_grid,
+    describe_command,
+    hash_config,
+    print_comparison,
+)
 from sas_megatron.scaling.runs import Run, load_run
-from sas_megatron.scaling.table import print_comparison
 from tests.scaling.conftest import WriteRun, write_run_directory
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Collects what the tests ask about, and checks that elements close in order."""
+    """Parser that collects tags and table cells, and checks that elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -76,51 +85,58 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     return [load_run(base), load_run(other)]
 
 
+def write(runs: list[Run], folder: Path) -> Path:
+    """Write the report of a comparison and return the path of its page."""
+    return write_report(build_run_report(runs, compare_runs(runs)), folder, FILES)
+
+
 @pytest.fixture(scope="module")
-def files(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
-    return write_report(runs, tmp_path_factory.mktemp("out"))
+def page_path(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(runs, tmp_path_factory.mktemp("out"))
 
 
 @pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of the writing alone."""
-    monkeypatch.setattr(report, "draw_png", lambda *_, **__: b"drawing" * 99)
+    """Replace the drawing of figures, for tests of the writing alone."""
+    monkeypatch.setattr(report, "render", lambda *_, **__: b"drawing" * 99)
     monkeypatch.setattr(report, "render_page", lambda *_, **__: "page" * 99)
 
 
-def test_exactly_three_files_are_left(files: ReportFiles) -> None:
-    assert sorted(path.name for path in files.html.parent.iterdir()) == [
+def test_report_consists_of_three_files(page_path: Path) -> None:
+    assert sorted(path.name for path in page_path.parent.iterdir()) == [
         "comparison.html",
         "comparison.json",
         "comparison.png",
     ]
 
 
-def test_the_json_holds_rows_verdicts_and_budgets_with_missing_as_null(files: ReportFiles) -> None:
-    tree = json.loads(files.json.read_text(encoding="utf-8"))
+def test_json_contains_rows_verdicts_and_budgets_with_missing_values_as_null(
+    runs: list[Run], page_path: Path
+) -> None:
+    tree = json.loads(page_path.with_suffix(".json").read_text(encoding="utf-8"))
     assert tree["baseline"] == "mha"
     assert tree["budgets"] == {
-        "consumed_tokens": {"gqa & <b>": 32130},
-        "training_flops": {"gqa & <b>": 32130e3},
-        "elapsed_seconds": {"gqa & <b>": 45.0},
+        "tokens": {"gqa & <b>": 32130},
+        "flops": {"gqa & <b>": 32130e3},
+        "seconds": {"gqa & <b>": 45.0},
     }
     assert tree["rows"][1]["peak_memory_bytes"] is None
     assert tree["rows"][1]["final_validation_loss_difference"] == -0.25
     assert [verdict["difference"] for verdict in tree["verdicts"]] == pytest.approx(
         [-0.25, -0.1875, -0.03125]
     )
-    assert len(tree["remarks"]) == len(files.comparison.remarks)
+    assert len(tree["remarks"]) == len(compare_runs(runs).remarks)
 
 
-def test_the_figure_is_a_wide_png(files: ReportFiles) -> None:
-    content = files.png.read_bytes()
+def test_figure_is_a_wide_png(page_path: Path) -> None:
+    content = page_path.with_suffix(".png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
     assert width > 2 * height > 1200
 
 
-def test_the_page_is_well_formed_and_needs_nothing_from_outside(files: ReportFiles) -> None:
-    text = files.html.read_text(encoding="utf-8")
+def test_page_is_well_formed_and_self_contained(page_path: Path) -> None:
+    text = page_path.read_text(encoding="utf-8")
     page = Page(text)
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "img", "iframe", "object"}
@@ -130,35 +146,35 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside(files: ReportFil
     assert "@import" not in text
     ids = page.attributes("id")
     assert len(ids) == len(set(ids))
-    # Every reference within the drawings finds its target.
+    # Every reference within the drawings has a target.
     assert {value[1:] for value in page.attributes("xlink:href")} <= set(ids)
 
 
-def test_the_page_says_it_all_in_words_and_scoped_tables(files: ReportFiles) -> None:
-    text = files.html.read_text(encoding="utf-8")
+def test_page_describes_the_figure_in_words_and_has_scoped_tables(runs: list[Run], page_path: Path) -> None:
+    text = page_path.read_text(encoding="utf-8")
     page = Page(text)
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
     descriptions = page.attributes("aria-label")
-    assert len(descriptions) == 2
-    assert all(files.comparison.verdicts[0].text in description for description in descriptions)
+    assert len(descriptions) == 1
+    assert all(verdict.text in descriptions[0] for verdict in compare_runs(runs).verdicts)
     assert page.cells[page.cells.index("Peak memory") :][1:3] == ["3 MiB", "–"]
-    assert page.cells[page.cells.index("gates") :][1:3] == ["–", "770.1 %"]
+    assert page.cells[page.cells.index("gates") :][1:3] == ["–", "77\n0.1 %"]
     assert page.cells[page.cells.index("model.ffn_hidden_size") :][1:3] == ["104", "112"]
     assert "Each variant was trained with one seed." in text
     assert "2026-01-03T05:07:09Z" in text
 
 
-def test_names_are_escaped(files: ReportFiles) -> None:
-    text = files.html.read_text(encoding="utf-8")
+def test_names_are_escaped(page_path: Path) -> None:
+    text = page_path.read_text(encoding="utf-8")
     assert "gqa &amp; &lt;b&gt;" in text
     assert "<b>" not in text
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_a_report_that_fails_leaves_the_old_one_whole(
-    runs: list[Run], files: ReportFiles, monkeypatch: pytest.MonkeyPatch
+def test_failed_report_leaves_the_earlier_one_unchanged(
+    runs: list[Run], page_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path: path.read_bytes() for path in files.html.parent.iterdir()}
+    before = {path: path.read_bytes() for path in page_path.parent.iterdir()}
 
     def fill_up(path: Path, content: bytes) -> int:
         with path.open("wb") as stream:
@@ -169,54 +185,53 @@ def test_a_report_that_fails_leaves_the_old_one_whole(
 
     monkeypatch.setattr(Path, "write_bytes", fill_up)
     with pytest.raises(FileProblem, match=r"cannot be written \(No space left on device\); choose another"):
-        write_report(runs, files.html.parent)
-    assert {path: path.read_bytes() for path in files.html.parent.iterdir()} == before
+        write(runs, page_path.parent)
+    assert {path: path.read_bytes() for path in page_path.parent.iterdir()} == before
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_a_directory_that_is_a_file_is_an_error_of_the_user(runs: list[Run], tmp_path: Path) -> None:
+def test_folder_that_is_a_file_is_a_user_error(runs: list[Run], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(FileProblem, match=r"taken: cannot be written"):
-        write_report(runs, tmp_path / "taken")
+        write(runs, tmp_path / "taken")
 
 
-def test_runs_without_any_result_still_make_a_report(write_run: WriteRun, tmp_path: Path) -> None:
+def test_runs_without_results_can_be_reported(write_run: WriteRun, tmp_path: Path) -> None:
     absent = {"parameters": None, "training_flops_per_token": None, "median_step_seconds": None}
     bare = [load_run(write_run(name, losses={}, summary=absent)) for name in ("first", "second")]
-    cells = Page(write_report(bare, tmp_path / "out").html.read_text(encoding="utf-8")).cells
+    cells = Page(write(bare, tmp_path / "out").read_text(encoding="utf-8")).cells
     assert cells[cells.index("Parameters") :][1:3] == ["–", "–"]
     assert "nan" not in "".join(cells).lower()
 
 
-def test_terms_carry_their_share_and_sum() -> None:
-    lines = split_terms([{"mlp_in": 30, "mlp_out": 10}, None])
-    assert [line.label for line in lines] == ["mlp in", "mlp out", "total"]
-    assert [(line.cells[0].text, line.cells[0].against_baseline) for line in lines] == [
-        ("30", "75.0 %"),
-        ("10", "25.0 %"),
-        ("40", ""),
-    ]
-    assert [line.cells[1].text for line in lines] == ["–", "–", "–"]
+def test_terms_have_their_share_and_total() -> None:
+    grid = build_term_grid(["mha", "bare"], [{"mlp_in": 30, "mlp_out": 10}, None])
+    assert grid.headings == ("term", "mha", "bare")
+    assert grid.lines == (
+        ("mlp in", "30\n75.0 %", "–"),
+        ("mlp out", "10\n25.0 %", "–"),
+        ("total", "40", "–"),
+    )
 
 
-def test_the_command_starts_as_many_ranks_beside_the_old_run(write_run: WriteRun) -> None:
+def test_command_starts_the_same_number_of_ranks_in_a_new_directory(write_run: WriteRun) -> None:
     run = load_run(write_run("mha", losses={90: 4.5}, summary={"world_size": 3}))
     config = run.directory / "config.yaml"
     assert describe_command(run) == f"launch/torchrun.sh 3 {config} logging.run_directory=runs/mha-again"
 
 
-def test_the_config_hash_follows_the_config(runs: list[Run]) -> None:
+def test_config_hash_depends_on_the_config(runs: list[Run]) -> None:
     assert hash_config(runs[0]) == hash_config(runs[0])
     assert hash_config(runs[0]) != hash_config(runs[1])
 
 
-def test_the_same_runs_give_the_same_page(runs: list[Run]) -> None:
+def test_page_is_deterministic(runs: list[Run]) -> None:
     comparison, moment = compare_runs(runs), datetime(2026, 1, 3, tzinfo=UTC)
-    pages = {render_page(runs, comparison, title="t", written_at=moment) for _ in range(2)}
+    pages = {render_page(build_run_report(runs, comparison), written_at=moment) for _ in range(2)}
     assert len(pages) == 1
 
 
-def test_the_terminal_table_fits_eighty_characters(runs: list[Run]) -> None:
+def test_terminal_table_fits_eighty_columns(runs: list[Run]) -> None:
     stream = io.StringIO()
     print_comparison(compare_runs(runs).rows, console=Console(file=stream, width=80))
     lines = stream.getvalue().splitlines()
@@ -239,24 +254,24 @@ def test_the_terminal_table_fits_eighty_characters(runs: list[Run]) -> None:
 @pytest.mark.parametrize(
     ("axis", "largest", "expected"),
     [
-        ("consumed_tokens", 32130, (1e3, "Training tokens (thousands)")),
-        ("training_flops", 3.2e14, (1e12, "Training compute ($10^{12}$ FLOPs)")),
-        ("elapsed_seconds", 45.0, (1.0, "Training time (seconds)")),
-        ("elapsed_seconds", 7300.0, (3600.0, "Training time (hours)")),
+        ("tokens", 32130, (1e3, "Training tokens (thousands)")),
+        ("flops", 3.2e14, (1e12, "Training compute ($10^{12}$ FLOPs)")),
+        ("seconds", 45.0, (1.0, "Training time (seconds)")),
+        ("seconds", 7300.0, (3600.0, "Training time (hours)")),
     ],
 )
-def test_axes_choose_a_readable_unit(axis, largest: float, expected: tuple[float, str]) -> None:
+def test_axis_has_a_readable_unit(axis, largest: float, expected: tuple[float, str]) -> None:
     assert choose_unit(axis, largest) == expected
 
 
-def test_the_frame_leaves_out_the_first_fall(write_run: WriteRun) -> None:
+def test_loss_range_excludes_early_training(write_run: WriteRun) -> None:
     run = load_run(write_run("mha", losses={10: 9.0, 30: 5.5, 90: 4.5}))
-    assert choose_loss_range([run]) == pytest.approx((4.4, 5.6))
+    assert choose_loss_range(build_curves([run], kind="validation")) == pytest.approx((4.4, 5.6))
 
 
-def test_comparing_imports_neither_torch_nor_what_only_a_report_needs() -> None:
+def test_comparison_imports_neither_torch_nor_plotting_libraries() -> None:
     code = (
-        "import sys, sas_megatron.scaling.report, sas_megatron.scaling.matching, sas_megatron.scaling.table\n"
+        "import sys, sas_megatron.scaling.run_report, sas_megatron.scaling.matching\n"
         "print(sorted({'torch', 'megatron', 'matplotlib', 'jinja2', 'rich'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
-"""The study's table -> what it says: for each slice the laws of all variants, and each against the baseline.
+"""Analysis of a study's table: laws of all variants and their comparison with the baseline, in each slice.
 
-A slice is a value of every axis that all variants have (a sequence length, say): losses of different
-slices are not compared. A level of an axis that only some variants have is part of a variant's name.
+A slice is one level of every axis that all variants have, for example a sequence length. Losses of different
+slices are not compared. A level of an axis that only some variants have becomes part of the variant's name.
 """
 
 from __future__ import annotations
@@ -10,75 +10,81 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.scaling.laws.fit_report import FitReport, build_fit_report
+from sas_megatron.scaling.comparison import Comparison, compare_variants
+from sas_megatron.scaling.laws.law_fit import LawFit, fit_law
 from sas_megatron.scaling.outcomes import LossCurve, Outcome, gather_points
-from sas_megatron.scaling.study.table import Row, StudyTable
-from sas_megatron.scaling.study_comparison import StudyComparison, compare_variants
+from sas_megatron.scaling.study.study_table import Row, StudyTable
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows that may stand side by side, by the name of their variant; the baseline's come first."""
+    """Comparable rows by the name of their variant; the baseline comes first."""
 
     name: str
     rows: dict[str, tuple[Row, ...]]
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """Of the runs that were made; one that diverged has no loss.
+        """The runs that were trained; a diverged run has no loss.
 
-        Seconds are those of steps measured in turn, or, where one lacks them, all of each run's own training.
+        Their seconds are steps × measured seconds per step (`study time`) if all rows have them, otherwise
+        the training time of each run.
         """
         return [
-            _outcome(variant, row, in_turn=self.is_timed_in_turn)
+            _build_outcome(variant, row, has_step_times=self.has_step_times)
             for variant, rows in self.rows.items()
             for row in rows
             if row.status != "missing"
         ]
 
     @property
-    def is_timed_in_turn(self) -> bool:
-        """Whether all rows have seconds of a step that compare."""
+    def has_step_times(self) -> bool:
+        """Whether all rows have comparable seconds per step."""
         return all(row.step_seconds is not None for rows in self.rows.values() for row in rows)
 
     @property
     def curves(self) -> list[LossCurve]:
         """Validation losses by step."""
-        return [_curve(variant, row) for variant, rows in self.rows.items() for row in rows if row.curve_loss]
+        return [
+            _build_curve(variant, row)
+            for variant, rows in self.rows.items()
+            for row in rows
+            if row.curve_loss
+        ]
 
 
 @dataclass(frozen=True)
 class VariantLaw:
-    """The law of one variant; without a report, the reason why there is none."""
+    """The law of one variant. If it could not be fitted, `fit` is None and `reason` states why."""
 
     variant: str
-    report: FitReport | None
+    fit: LawFit | None
     reason: str | None
 
 
 @dataclass(frozen=True)
 class SliceAnalysis:
-    """What one slice says."""
+    """The results of one slice."""
 
     slice: Slice
     laws: tuple[VariantLaw, ...]
-    comparisons: tuple[StudyComparison, ...]
+    comparisons: tuple[Comparison, ...]
     remarks: tuple[str, ...]
 
 
 def analyze(table: StudyTable, *, num_draws: int = 1000, seed: int = 1) -> tuple[SliceAnalysis, ...]:
-    """Fits and compares all that the runs allow; what they do not is told among the remarks.
+    """Fit laws and compare variants as far as the runs allow; remarks state what they do not allow.
 
     Args:
-        table: The study's.
-        num_draws: Of the bootstrap.
-        seed: Of the draws.
+        table: The collected table.
+        num_draws: Bootstrap draws.
+        seed: Seed of the bootstrap.
     """
     return tuple(_analyze_slice(part, num_draws=num_draws, seed=seed) for part in cut_slices(table))
 
 
 def cut_slices(table: StudyTable) -> tuple[Slice, ...]:
-    """The slices in the order of the table; each with the baseline's variant first."""
+    """Return the slices in the order of the table."""
     shared = [
         axis
         for axis in dict.fromkeys(axis for row in table.rows for axis in row.levels)
@@ -87,8 +93,8 @@ def cut_slices(table: StudyTable) -> tuple[Slice, ...]:
     slices: dict[str, dict[str, list[Row]]] = {}
     for row in table.rows:
         name = ", ".join(f"{axis} {row.levels[axis]}" for axis in shared)
-        own = [level for axis, level in row.levels.items() if axis not in shared]
-        variant = "-".join([row.variant, *own])
+        extra = [level for axis, level in row.levels.items() if axis not in shared]
+        variant = "-".join([row.variant, *extra])
         slices.setdefault(name, {}).setdefault(variant, []).append(row)
     return tuple(
         Slice(name, {variant: tuple(rows) for variant, rows in _baseline_first(by_variant, table.baseline)})
@@ -106,7 +112,7 @@ def _analyze_slice(part: Slice, *, num_draws: int, seed: int) -> SliceAnalysis:
     first, *others = part.rows
     laws = tuple(_fit_law(outcomes, variant, num_draws=num_draws, seed=seed) for variant in part.rows)
     if first not in known:
-        reason = f"{first}, the baseline, has no finished run, so nothing is compared with it."
+        reason = f"The baseline {first} has no finished run: no variant can be compared."
         return SliceAnalysis(part, laws, (), (reason,))
     candidates = [variant for variant in others if variant in known]
     comparisons = compare_variants(
@@ -119,14 +125,14 @@ def _analyze_slice(part: Slice, *, num_draws: int, seed: int) -> SliceAnalysis:
 def _fit_law(outcomes: Sequence[Outcome], variant: str, *, num_draws: int, seed: int) -> VariantLaw:
     try:
         points = gather_points(outcomes, variant)
-        return VariantLaw(variant, build_fit_report(points, num_draws=num_draws, seed=seed), None)
+        return VariantLaw(variant, fit_law(points, num_draws=num_draws, seed=seed), None)
     except FieldError as error:
         return VariantLaw(variant, None, str(error))
 
 
-def _outcome(variant: str, row: Row, *, in_turn: bool) -> Outcome:
+def _build_outcome(variant: str, row: Row, *, has_step_times: bool) -> Outcome:
     seconds = row.training_seconds
-    if in_turn and row.step_seconds is not None:
+    if has_step_times and row.step_seconds is not None:
         seconds = row.step_seconds * row.steps
     return Outcome(
         variant=variant,
@@ -141,7 +147,7 @@ def _outcome(variant: str, row: Row, *, in_turn: bool) -> Outcome:
     )
 
 
-def _curve(variant: str, row: Row) -> LossCurve:
+def _build_curve(variant: str, row: Row) -> LossCurve:
     points = [
         (step, loss) for step, loss in zip(row.curve_steps, row.curve_loss, strict=True) if loss is not None
     ]

@@ -1,4 +1,4 @@
-"""Run directories -> the study's table, after making sure that its rows may stand side by side."""
+"""Collect the run directories of a study into its table, after checking that the runs are comparable."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.scaling.numbers import format_some
 from sas_megatron.scaling.runs import Run, has_finished, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
-from sas_megatron.scaling.study.run_states import INERT, has_diverged, what_it_waits_for
+from sas_megatron.scaling.study.run_states import IGNORED_FIELDS, find_dependency, has_diverged
 from sas_megatron.scaling.study.step_times import describe_step_times, read_step_times
-from sas_megatron.scaling.study.sweeps import sweep_remarks
-from sas_megatron.scaling.study.table import Row, StudyTable
+from sas_megatron.scaling.study.study_table import Row, StudyTable
+from sas_megatron.scaling.study.sweeps import list_sweep_remarks
 
-# Of run.json: what would make losses of different runs incomparable.
-SAME_IN_ALL = ("corpus", "packages", "world_size")
+# Fields of run.json that must be equal in all runs, or their losses are not comparable.
+EQUAL_FIELDS = ("corpus", "packages", "world_size")
 
 
 def collect(plan: Plan) -> StudyTable:
-    """One row for each result that the plan has, from run directories alone.
+    """Return a table with one row per result of the plan, read from the run directories.
 
     Raises:
-        UserError: a run differs from its plan, or runs from each other, in more than the study varies; says
-            in what. Or nothing has finished.
+        UserError: No run has finished, a run differs from its plan, or runs differ in a field that the study
+            does not vary; the message lists the differences.
     """
     found = {run.name: load_run(run.directory) for run in plan.results if has_finished(run.directory)}
     if not found:
@@ -35,83 +35,86 @@ def collect(plan: Plan) -> StudyTable:
             f"{plan.study.directory}: none of the study's {len(plan.results)} runs has finished; "
             "run `sas-megatron study run` first"
         )
-    _check_as_planned(plan, found)
+    _check_configs(plan, found)
     _check_equal(list(found.values()))
     step_times = read_step_times(plan)
     status = _list_statuses(plan, done=set(found))
     rows = tuple(
-        _row(run, found.get(run.name), status=status[run.name], step_seconds=step_times.get(run.cell.name))
+        _build_row(
+            run, found.get(run.name), status=status[run.name], step_seconds=step_times.get(run.cell.name)
+        )
         for run in plan.results
     )
     return StudyTable(
-        name=plan.study.directory.rstrip("/").rsplit("/", 1)[-1],
+        name=plan.directory.name,
         baseline=plan.study.baseline,
         rows=rows,
         collected_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        remarks=_remarks(plan, rows, list(found.values())),
+        remarks=_list_remarks(plan, rows, list(found.values())),
     )
 
 
 def _list_statuses(plan: Plan, *, done: set[str]) -> dict[str, str]:
-    """Of each result; one that its trunk diverged before has diverged as well."""
-    lost = {run.name for run in plan.runs if has_diverged(run)}
+    """Return the status of each result; a branch whose trunk diverged before the branch point diverged."""
+    diverged = {run.name for run in plan.runs if has_diverged(run)}
     statuses = {}
     for run in plan.results:
-        never = run.trunk in lost and what_it_waits_for(run) is not None
-        unfinished = "diverged" if run.name in lost or never else "missing"
+        is_blocked = run.trunk in diverged and find_dependency(run) is not None
+        unfinished = "diverged" if run.name in diverged or is_blocked else "missing"
         statuses[run.name] = "done" if run.name in done else unfinished
     return statuses
 
 
-def _check_as_planned(plan: Plan, found: dict[str, Run]) -> None:
+def _check_configs(plan: Plan, found: dict[str, Run]) -> None:
     lines = [
-        f"  {run.name}: {field} is {has}, planned {planned}"
+        f"  {run.name}: {field} is {actual}, planned {planned}"
         for run in plan.results
         if run.name in found
-        for field, (planned, has) in find_differences(
-            [run.config, found[run.name].config], ignored=INERT
+        for field, (planned, actual) in find_differences(
+            [run.config, found[run.name].config], but=IGNORED_FIELDS
         ).items()
     ]
     if lines:
         raise UserError(
-            "these runs are not the study's; remove their directories and run them again, or put the study's "
-            "file back:\n" + "\n".join(lines[:20]) + _and_more(lines)
+            "these runs differ from the plan of the study; remove their directories and run them again, or "
+            "restore the study file:\n" + "\n".join(lines[:20]) + _count_more(lines)
         )
 
 
 def _check_equal(runs: Sequence[Run]) -> None:
     lines = []
-    for field in SAME_IN_ALL:
-        groups = _grouped(runs, field)
+    for field in EQUAL_FIELDS:
+        groups = _group_by(runs, field)
         if len(groups) > 1:
             lines += [
                 f"  run.json {field}: {value} in {format_some(names)}" for value, names in groups.items()
             ]
     if lines:
         raise UserError(
-            "these runs differ in more than the study varies; run the fewer again:\n" + "\n".join(lines)
+            "these runs differ in fields that the study does not vary; run the smaller group again:\n"
+            + "\n".join(lines)
         )
 
 
-def _remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str, ...]:
-    remarks = [*sweep_remarks(plan.study), *describe_step_times(plan)]
+def _list_remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple[str, ...]:
+    remarks = [*list_sweep_remarks(plan.study), *describe_step_times(plan)]
     remarks += [remark for run in runs for remark in run.remarks]
     for status in ("missing", "diverged"):
         names = [row.run for row in rows if row.status == status]
         if names:
             remarks.append(f"{len(names)} of {len(rows)} runs are {status}: {format_some(names)}.")
-    for field, effect in (
-        ("machine", "their seconds do not compare"),
-        ("git", "the package changed while the study ran"),
+    for field, name, effect in (
+        ("machine", "machines", "their times are not comparable"),
+        ("git", "git revisions", "the package changed during the study"),
     ):
-        groups = _grouped(runs, field)
+        groups = _group_by(runs, field)
         if len(groups) > 1:
-            told = "; ".join(f"{value} in {format_some(names)}" for value, names in groups.items())
-            remarks.append(f"Runs name different {field}s, so {effect}: {told}.")
+            values = "; ".join(f"{value} in {format_some(names)}" for value, names in groups.items())
+            remarks.append(f"The runs have different {name}, so {effect}: {values}.")
     return tuple(remarks)
 
 
-def _row(planned: PlannedRun, run: Run | None, *, status: str, step_seconds: float | None) -> Row:
+def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_seconds: float | None) -> Row:
     config, cell = planned.config, planned.cell
     flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
     counted = Row(
@@ -137,10 +140,10 @@ def _row(planned: PlannedRun, run: Run | None, *, status: str, step_seconds: flo
         trunk=planned.trunk,
         step_seconds=step_seconds,
     )
-    return counted if run is None else _measured(counted, planned, run)
+    return counted if run is None else _add_measurements(counted, planned, run)
 
 
-def _measured(counted: Row, planned: PlannedRun, run: Run) -> Row:
+def _add_measurements(counted: Row, planned: PlannedRun, run: Run) -> Row:
     summary = run.summary
     curve = [point for point in run.validation_curve if point.loss is not None]
     provenance = (planned.directory / "run.json").read_bytes()
@@ -166,7 +169,7 @@ def _measured(counted: Row, planned: PlannedRun, run: Run) -> Row:
     )
 
 
-def _grouped(runs: Sequence[Run], field: str) -> dict[str | None, list[str]]:
+def _group_by(runs: Sequence[Run], field: str) -> dict[str | None, list[str]]:
     groups: dict[str | None, list[str]] = {}
     for run in runs:
         groups.setdefault(_text(run.provenance.get(field)), []).append(run.name)
@@ -179,5 +182,5 @@ def _text(value: object) -> str | None:
     return json.dumps(value, sort_keys=True)
 
 
-def _and_more(lines: Sequence[str]) -> str:
+def _count_more(lines: Sequence[str]) -> str:
     return f"\n  and {len(lines) - 20} more" if len(lines) > 20 else ""

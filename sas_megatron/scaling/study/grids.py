@@ -1,10 +1,10 @@
-"""The tables of a study's report, as texts: verdicts, gains, savings, laws, exponents and runs."""
+"""Tables of a study's report: verdicts, gains, savings, laws, exponents and runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from sas_megatron.scaling.comparison import Comparison
 from sas_megatron.scaling.convergence import MeanSaving
 from sas_megatron.scaling.gains import Gain
 from sas_megatron.scaling.numbers import (
@@ -21,21 +21,13 @@ from sas_megatron.scaling.numbers import (
     format_significant,
 )
 from sas_megatron.scaling.outcomes import AXIS_NAMES
+from sas_megatron.scaling.report import Grid
 from sas_megatron.scaling.study.analysis import SliceAnalysis
-from sas_megatron.scaling.study.table import Row
-from sas_megatron.scaling.study_comparison import StudyComparison
+from sas_megatron.scaling.study.study_table import Row
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table of texts, the first column of which names the row."""
-
-    headings: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-
-
-def verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
-    """Variant by axis: the result, the mean difference and its interval."""
+def verdict_grid(comparisons: Sequence[Comparison]) -> Grid:
+    """Return by variant and axis: the result, the mean difference and its interval."""
     headings = ("variant", *(f"at equal {name}" for name in AXIS_NAMES.values()))
     lines = []
     for comparison in comparisons:
@@ -49,11 +41,11 @@ def verdict_grid(comparisons: Sequence[StudyComparison]) -> Grid:
                 text += f" ({format_interval(verdict.mean.interval, format_difference)})"
             cells.append(text)
         lines.append((comparison.candidate, *cells))
-    return Grid(headings, tuple(lines))
+    return Grid(headings, tuple(lines), "verdict")
 
 
-def gain_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
-    """The gains at the least, the middle and the largest budget that tell one, by variant and kind."""
+def gain_grid(comparisons: Sequence[Comparison]) -> Grid | None:
+    """Return the gains at the smallest, middle and largest budget with a gain; None without any."""
     lines = []
     for comparison in comparisons:
         for kind, gains, format_budget in (
@@ -66,7 +58,7 @@ def gain_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
             chosen = [known[0], known[len(known) // 2], known[-1]]
             cells = [f"{_format_gain(gain)}\nat {format_budget(gain.budget)}" for gain in chosen]
             lines.append((f"{comparison.candidate}, {kind}", *cells))
-    headings = ("gain", "smallest budget", "middle", "largest")
+    headings = ("gain", "smallest budget", "middle budget", "largest budget")
     return Grid(headings, tuple(lines)) if lines else None
 
 
@@ -77,8 +69,8 @@ def _format_gain(gain: Gain) -> str:
     return f"{text} ({format_interval(gain.gain_interval, '{:.3f}'.format)})"
 
 
-def saving_grid(comparisons: Sequence[StudyComparison]) -> Grid | None:
-    """By how many fewer steps a variant reaches the final loss of the baseline, by size and budget."""
+def saving_grid(comparisons: Sequence[Comparison]) -> Grid | None:
+    """Return the share of steps that each variant saves, by size and budget; None without pairs of runs."""
     savings = [saving for comparison in comparisons for saving in comparison.savings]
     if not savings:
         return None
@@ -100,57 +92,57 @@ def _format_saving(saving: MeanSaving) -> str:
 
 
 def law_grid(analysis: SliceAnalysis) -> Grid | None:
-    """The parameters of each variant's law, with their intervals by bootstrap; None without any law."""
+    """Return the parameters of each variant's law with their bootstrap intervals; None without any law."""
     lines = []
     for law in analysis.laws:
-        if law.report is None:
+        if law.fit is None:
             continue
-        surface, report = law.report.fit.surface, law.report
+        surface = law.fit.fit.surface
         cells = [
-            f"{form(getattr(surface, name))}\n{format_interval(report.ci95[name], form)}"
+            f"{form(getattr(surface, name))}\n{format_interval(law.fit.ci95[name], form)}"
             for name, form in (
                 ("E", format_loss),
                 *((name, format_significant) for name in ("A", "B", "alpha", "beta")),
             )
         ]
-        lines.append((law.variant, str(len(report.fit.points)), *cells))
+        lines.append((law.variant, str(len(law.fit.fit.points)), *cells))
     return Grid(("variant", "points", "E", "A", "B", "α", "β"), tuple(lines)) if lines else None
 
 
 def exponent_grid(analysis: SliceAnalysis) -> Grid | None:
-    """Powers of compute by variant, and how far off the largest runs were predicted; None without any law."""
+    """Return the exponents of compute and the prediction error of the largest runs; None without any law."""
     lines = []
     for law in analysis.laws:
-        if law.report is None:
+        if law.fit is None:
             continue
-        best = law.report.compute_optimal
+        best = law.fit.compute_optimal
         cells = [
             f"{best.exponents[name]:.3f}\n{format_interval(best.ci95[name])}"
             for name in ("params_exponent", "tokens_exponent", "loss_exponent")
         ]
-        hold_out = law.report.hold_out
-        told = (
-            MISSING
-            if hold_out is None
-            else f"{format_share(hold_out.root_mean_square_error)} off\n"
-            f"{format_share(hold_out.share_inside)} inside"
-        )
-        lines.append((law.variant, *cells, told))
-    headings = ("variant", "best N", "best D", "loss above E", "largest runs, predicted")
+        hold_out = law.fit.hold_out
+        prediction = MISSING
+        if hold_out is not None:
+            prediction = (
+                f"{format_share(hold_out.root_mean_square_error)} error\n"
+                f"{format_share(hold_out.share_inside)} in interval"
+            )
+        lines.append((law.variant, *cells, prediction))
+    headings = ("variant", "optimal N", "optimal D", "loss above E", "largest runs")
     return Grid(headings, tuple(lines)) if lines else None
 
 
 def run_grid(analysis: SliceAnalysis) -> Grid:
-    """Every run, as planned and as measured."""
+    """Return all runs with their planned and measured values."""
     headings = (
         *("run", "status", "parameters", "tokens", "FLOPs", "6ND", "learning rate", "loss", "bits/byte"),
-        *("seconds", "run.json"),
+        *("time", "run.json"),
     )
-    lines = [_run_line(row) for rows in analysis.slice.rows.values() for row in rows]
-    return Grid(headings, tuple(lines))
+    lines = [_build_run_line(row) for rows in analysis.slice.rows.values() for row in rows]
+    return Grid(headings, tuple(lines), "runs")
 
 
-def _run_line(row: Row) -> tuple[str, ...]:
+def _build_run_line(row: Row) -> tuple[str, ...]:
     return (
         row.run,
         row.status,

@@ -1,4 +1,4 @@
-"""Layouts of a study's runs, as a search over the simulator found them, with the seconds of a step."""
+"""Parallel layouts of a study's cells, found by a search over estimates, with their seconds per step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sas_megatron.io.files import save_file
 from sas_megatron.scaling.study.study_file import Study
 
 RECORD = "layouts.json"
-# What a layout decides: what a search may change, and nothing that decides a result.
-DECIDED = ("parallel.", "optimizer.distributed", "training.micro_batch_size", "training.recompute")
+# Fields that a layout search may change; none of them affects a result.
+LAYOUT_FIELDS = ("parallel.", "optimizer.distributed", "training.micro_batch_size", "training.recompute")
 
 
 @dataclass(frozen=True)
 class CellLayout:
-    """Fields of a cell's config, and the seconds that a step of it is estimated to take."""
+    """Changed fields of a cell's config, and the estimated seconds per step."""
 
     changes: Mapping[str, Any]
     step_seconds: float
@@ -30,7 +30,7 @@ Layouts = Mapping[str, CellLayout]
 
 
 def write_layouts(study: Study, layouts: Layouts, *, hardware: str) -> Path:
-    """Writes down what a search found; plans take it from there on."""
+    """Record the layouts of a search; plans use them from then on. Return the path of the record."""
     record = {
         "hardware": hardware,
         "processes": study.machine.processes,
@@ -45,7 +45,7 @@ def write_layouts(study: Study, layouts: Layouts, *, hardware: str) -> Path:
 
 
 def read_layouts(study: Study) -> Layouts:
-    """Those that were found; empty before a search."""
+    """Return the recorded layouts by the name of the cell; empty before a search."""
     path = Path(study.directory) / RECORD
     if not path.exists():
         return {}
@@ -57,5 +57,7 @@ def read_layouts(study: Study) -> Layouts:
 
 
 def layout_changes(config: RunConfig) -> dict[str, Any]:
-    """The fields of a config that its layout decides, as `RunConfig.replaced` takes them."""
-    return {field: value for field, value in flatten_config(config).items() if field.startswith(DECIDED)}
+    """Return the layout fields of a config, in the form that `RunConfig.replaced` accepts."""
+    return {
+        field: value for field, value in flatten_config(config).items() if field.startswith(LAYOUT_FIELDS)
+    }

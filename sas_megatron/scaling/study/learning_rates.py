@@ -1,4 +1,4 @@
-"""Peak learning rates of a study's runs: by a published rule, or by a sweep at the two smallest sizes."""
+"""Peak learning rates of a study: by a published rule, or by a sweep at the two smallest sizes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sas_megatron.config.errors import UserError
 
 
 def kaplan_rate(parameters: int) -> float:
-    """0.003239 − 0.0001395 ln N (Kaplan et al. 2020, eq. D.1), N without embeddings.
+    """Return 0.003239 − 0.0001395 ln N (Kaplan et al. 2020, eq. D.1), N without embeddings.
 
     Raises:
-        UserError: so many parameters that the rule leaves nothing.
+        UserError: The rate is not positive, since there are too many parameters.
     """
     rate = 0.003239 - 0.0001395 * math.log(parameters)
     if rate <= 0:
@@ -25,18 +25,18 @@ def kaplan_rate(parameters: int) -> float:
 
 
 def step_law_rate(parameters: int, tokens: float) -> float:
-    """1.79 N^−0.713 D^0.307 (Li et al. 2025, eq. 1), N without embeddings."""
+    """Return 1.79 N^−0.713 D^0.307 (Li et al. 2025, eq. 1), N without embeddings."""
     return float(1.79 * parameters**-0.713 * tokens**0.307)
 
 
 def step_law_batch_tokens(tokens: float) -> float:
-    """0.58 D^0.571 tokens of a step (Li et al. 2025, eq. 1)."""
+    """Return 0.58 D^0.571, the tokens per step (Li et al. 2025, eq. 1)."""
     return float(0.58 * tokens**0.571)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished run of a sweep."""
+    """A run of a sweep; `loss` is None if it diverged."""
 
     learning_rate: float
     loss: float | None
@@ -44,20 +44,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class BestRate:
-    """The rate at the lowest loss of a sweep; `at_edge`: no higher, or no lower, rate was tried."""
+    """The best learning rate of a sweep; `at_edge` if it is the lowest or highest rate of the sweep."""
 
     learning_rate: float
     at_edge: bool
 
 
 def find_best_rate(trials: Sequence[Trial]) -> BestRate:
-    """The minimum of the parabola through the best trial and its neighbours, over the rate's logarithm.
+    """Return the minimum of the parabola through the best trial and its neighbours, over the log of the rate.
 
-    A trial without a loss diverged. Where the best has no neighbour on a side, or that diverged, it stands
-    as it is.
+    If the best trial has no neighbour on a side, or that neighbour diverged, its own rate is returned.
 
     Raises:
-        UserError: all diverged.
+        UserError: All trials diverged.
     """
     ordered = sorted(trials, key=lambda trial: trial.learning_rate)
     losses = [math.inf if trial.loss is None else trial.loss for trial in ordered]
@@ -65,36 +64,36 @@ def find_best_rate(trials: Sequence[Trial]) -> BestRate:
     if math.isinf(losses[best]):
         rates = ", ".join(f"{trial.learning_rate:.3g}" for trial in ordered)
         raise UserError(f"learning_rate.factors: every run of a sweep diverged ({rates}); try lower rates")
-    own = ordered[best].learning_rate
+    rate = ordered[best].learning_rate
     if best in (0, len(ordered) - 1):
-        return BestRate(own, at_edge=True)
+        return BestRate(rate, at_edge=True)
     if math.isinf(losses[best - 1]) or math.isinf(losses[best + 1]):
-        return BestRate(own, at_edge=False)
+        return BestRate(rate, at_edge=False)
     x = [math.log(trial.learning_rate) for trial in ordered[best - 1 : best + 2]]
     y = losses[best - 1 : best + 2]
     left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    # Slopes left ≤ 0 ≤ right at the midpoints; all three losses equal: the middle one.
+    # The slopes satisfy left ≤ 0 ≤ right; if all three losses are equal, the middle rate is returned.
     if right - left <= 0:
-        return BestRate(own, at_edge=False)
+        return BestRate(rate, at_edge=False)
     middles = (x[0] + x[1]) / 2, (x[1] + x[2]) / 2
     minimum = middles[0] - left * (middles[1] - middles[0]) / (right - left)
     return BestRate(math.exp(minimum), at_edge=False)
 
 
-def multiples_of_law(best: Mapping[str, float], law: Mapping[str, float]) -> dict[str, float]:
-    """What the best rates that sweeps found are of a law's, by size."""
+def compare_with_law(best: Mapping[str, float], law: Mapping[str, float]) -> dict[str, float]:
+    """Return the best rate of each swept size divided by the rate of a law."""
     return {size: rate / law[size] for size, rate in best.items()}
 
 
 def extend_rates(best: Mapping[str, float], law: Mapping[str, float]) -> dict[str, float]:
-    """Rates of all sizes: a law's, times the geometric mean of what the best rates found are of it.
+    """Return the rates of a law times the geometric mean of best rate / law over the swept sizes.
 
-    Sweeps at two sizes tell a level and no slope: a power of N through two sizes as close as those are, with
-    one seed at each, is mostly noise, and would set two variants apart by their rates at the largest size.
+    Sweeps at two sizes determine a level but no exponent: a power of N fitted to two such close sizes, with
+    one seed each, is mostly noise, and would give two variants different rates at the largest size by chance.
 
     Args:
-        best: Of the sizes that were swept, by name.
-        law: Of every size, by name.
+        best: Best rates of the swept sizes, by name.
+        law: Rates of all sizes, by name.
     """
-    multiple = statistics.geometric_mean(multiples_of_law(best, law).values())
+    multiple = statistics.geometric_mean(compare_with_law(best, law).values())
     return {size: multiple * rate for size, rate in law.items()}

@@ -1,7 +1,7 @@
-"""Where each run of a study stands, told from its files alone.
+"""State of each run of a study, derived from its files alone.
 
-A run is worked on while somebody holds its lock: the file lock ends with the last process that has it,
-however that ends, so nobody has to clean up.
+A run is in progress while its file lock is held. The kernel releases the lock with the last process that
+holds it, even after a crash, so that no cleanup is needed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import PlannedRun
 
 State = Literal["done", "running", "queued", "stuck", "failed", "diverged", "interrupted", "ready", "waiting"]
-# What may differ between a run and its plan: nothing that decides its result.
-INERT = ("checkpoint.", "logging.", "training.stop_after_", "training.collective_timeout_minutes")
-_TELLS_WHY = (
+# Fields that may differ between a run and its plan, since they do not affect the result.
+IGNORED_FIELDS = ("checkpoint.", "logging.", "training.stop_after_", "training.collective_timeout_minutes")
+# Lines of a log that state the cause of a failure, the most specific pattern first.
+_CAUSES = (
     re.compile(r"^sas-megatron: (error|training stopped)"),
-    # A rank's before the launcher's, which comes after it.
+    # The exception of a rank, before that of the launcher, which is printed later.
     re.compile(r"^\[rank\d+\]: [\w.]*(Error|Fault|Exception)\b"),
     re.compile(r"^[\w.]*(Error|Fault|Exception)\b"),
     re.compile(""),
@@ -36,45 +37,42 @@ _TELLS_WHY = (
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: where it stands, why, and how far it has come."""
+    """The state of a run, the reason for it, and the last logged step."""
 
     run: PlannedRun
     state: State
     step: int
     reason: str | None = None
-    # Seconds of a step, by its own metrics.
+    # Mean seconds per step in its metrics.
     step_seconds: float | None = None
 
     @property
     def remaining_steps(self) -> int:
-        """Steps still to be taken, none of the trunk's."""
-        trunk_steps = self.run.config.training.num_steps - self.run.own_steps
-        return (
-            0
-            if self.state in ("done", "diverged")
-            else self.run.config.training.num_steps - max(self.step, trunk_steps)
-        )
+        """Steps that remain to be trained, without those of the trunk."""
+        if self.state in ("done", "diverged"):
+            return 0
+        return self.run.config.training.num_steps - max(self.step, self.run.trunk_steps)
 
 
-def log_of(run: PlannedRun) -> Path:
-    """What a run's processes printed."""
+def log_path(run: PlannedRun) -> Path:
+    """Return the path of the output of a run's processes."""
     return run.directory.parents[1] / "logs" / f"{run.name}.log"
 
 
-def failure_of(run: PlannedRun) -> Path:
-    """Why the last try of a run failed; there only while it is to be tried again."""
+def failure_path(run: PlannedRun) -> Path:
+    """Return the path of the record of a failure; it exists until the run is started again."""
     return run.directory.parents[1] / "logs" / f"{run.name}.failed.json"
 
 
-def lock_of(run: PlannedRun) -> Path:
-    """What the processes that work on a run hold."""
+def lock_path(run: PlannedRun) -> Path:
+    """Return the path of the lock file that the processes of a run hold."""
     return run.directory.parents[1] / "logs" / f"{run.name}.lock"
 
 
 @contextlib.contextmanager
-def locked(run: PlannedRun) -> Iterator[int | None]:
-    """The descriptor of the run's lock, to be handed to its processes; None while others have it."""
-    path = lock_of(run)
+def acquire_lock(run: PlannedRun) -> Iterator[int | None]:
+    """Yield the descriptor of the run's lock, for its processes to inherit; None if the lock is held."""
+    path = lock_path(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -89,9 +87,9 @@ def locked(run: PlannedRun) -> Iterator[int | None]:
 
 
 def is_locked(run: PlannedRun) -> bool:
-    """Whether somebody works on it; never takes the lock from one who is about to."""
+    """Return whether a process holds the lock; the check does not prevent others from acquiring it."""
     try:
-        descriptor = os.open(lock_of(run), os.O_RDONLY)
+        descriptor = os.open(lock_path(run), os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -104,99 +102,109 @@ def is_locked(run: PlannedRun) -> bool:
 
 
 def final_loss(run: PlannedRun) -> float | None:
-    """Validation loss of a finished run; None if it came to none."""
+    """Return the validation loss of a finished run; None if it has none."""
     loss = (_read(run.directory / "summary.json") or {}).get("final_validation_loss")
     return None if loss is None else float(loss)
 
 
 def has_diverged(run: PlannedRun) -> bool:
-    """Whether the run ended because step after step was not finite, as its last record tells."""
+    """Return whether the run stopped after repeated non-finite steps, according to its last record."""
     record = _last_record(run, kind="health")
     return record is not None and record.get("response") == "stop" and not has_finished(run.directory)
 
 
 def is_settled(run: PlannedRun) -> bool:
-    """Whether nothing is left to do: it has finished, or, of a sweep, shown that its rate is too high."""
+    """Return whether the run is complete: it has finished, or is a run of a sweep that diverged."""
     return has_finished(run.directory) or (run.role == "sweep" and has_diverged(run))
 
 
-def check_as_planned(run: PlannedRun) -> None:
-    """Raises `FieldError` where the run directory's config is not the planned one."""
+def check_config(run: PlannedRun) -> None:
+    """Check that the config in the run directory, if there is one, is the planned one.
+
+    Raises:
+        FieldError: A field that affects the result differs.
+    """
     path = run.directory / "config.yaml"
     if not path.exists():
         return
     for field, (planned, found) in find_differences(
-        [run.config, load_run_config(path)], ignored=INERT
+        [run.config, load_run_config(path)], but=IGNORED_FIELDS
     ).items():
         raise FieldError(
             field,
             found,
-            f"in {path}, where the study now plans {planned}",
-            "put the study's file back, remove that run, or choose another directory for the new study",
+            f"is the value in {path}, but the study now plans {planned}",
+            "restore the study file, remove that run, or choose another directory for the new study",
         )
 
 
-def status_of(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool = False) -> RunStatus:
-    """Where `run` stands.
+def read_status(run: PlannedRun, *, job_log: Path | None = None, is_queued: bool = False) -> RunStatus:
+    """Return the state of a run.
 
     Args:
         run: The run.
-        job_log: The output of the job that was submitted for it, if one was.
-        is_queued: Whether that job still waits or is at work.
+        job_log: The output of the job that was submitted for it, if any.
+        is_queued: Whether that job is pending or running.
     """
     step, step_seconds = _last_step(run)
     if has_finished(run.directory):
         return RunStatus(run, "done", run.config.training.num_steps, step_seconds=step_seconds)
     if is_locked(run) or (is_queued and job_log is not None and job_log.exists()):
-        log = log_of(run) if is_locked(run) or job_log is None else job_log
-        quiet = time.time() - _last_written(run, log)
-        if quiet > 60 * run.config.training.collective_timeout_minutes:
-            reason = f"nothing written for {quiet / 60:.0f} minutes; see {log}"
+        log = log_path(run) if is_locked(run) or job_log is None else job_log
+        silence = time.time() - _last_written(run, log)
+        if silence > 60 * run.config.training.collective_timeout_minutes:
+            reason = f"no output for {silence / 60:.0f} minutes; see {log}"
             return RunStatus(run, "stuck", step, reason, step_seconds)
         return RunStatus(run, "running", step, None, step_seconds)
     if is_queued:
         return RunStatus(run, "queued", step, None, step_seconds)
     if is_settled(run):
-        return RunStatus(run, "diverged", step, "its rate is too high, which is its result", step_seconds)
-    failure = _read(failure_of(run))
+        return RunStatus(run, "diverged", step, "its learning rate is too high", step_seconds)
+    failure = _read(failure_path(run))
     if failure is not None:
         return RunStatus(run, "failed", step, failure.get("reason"), step_seconds)
     if job_log is not None and job_log.exists() and not (run.directory / "stopped.json").exists():
         return RunStatus(run, "failed", step, f"{last_error(job_log)} ({job_log})", step_seconds)
     if step:
-        return RunStatus(run, "interrupted", step, "goes on when it is started again", step_seconds)
-    waits_for = what_it_waits_for(run)
-    return RunStatus(run, "ready" if waits_for is None else "waiting", 0, waits_for)
+        return RunStatus(run, "interrupted", step, "resumes when it is started again", step_seconds)
+    dependency = find_dependency(run)
+    return RunStatus(run, "ready" if dependency is None else "waiting", 0, dependency)
 
 
-def what_it_waits_for(run: PlannedRun) -> str | None:
-    """What must be there before it can start; None: nothing."""
+def find_dependency(run: PlannedRun) -> str | None:
+    """Describe the dependency that is not yet met; None if the run can start."""
     if not run.is_ready:
-        return "its learning rate is decided by the sweep"
-    place = run.config.checkpoint.branch_from
-    if place is not None and not (run.directory / "metrics.jsonl").exists() and not Path(place).exists():
-        return f"branches off {run.trunk} at step {run.config.training.num_steps - run.own_steps}"
+        return "the sweep that determines its learning rate"
+    checkpoint = run.config.checkpoint.branch_from
+    has_started = (run.directory / "metrics.jsonl").exists()
+    if checkpoint is not None and not has_started and not Path(checkpoint).exists():
+        return f"step {run.trunk_steps} of {run.trunk}"
     return None
 
 
 def last_error(log: Path, *, offset: int = 0) -> str:
-    """The line that says why processes ended: their own word, or an exception's, or else the last."""
+    """Return the line of a log that states why the processes ended, or else its last line.
+
+    Args:
+        log: The log.
+        offset: Bytes at its beginning that belong to earlier attempts.
+    """
     try:
         with log.open("rb") as file:
             file.seek(offset)
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
-        return f"there is no log ({log})"
+        return f"no log ({log})"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for pattern in _TELLS_WHY:
+    for pattern in _CAUSES:
         for line in reversed(lines):
             if pattern.search(line):
                 return line
-    return "nothing was printed"
+    return "no output"
 
 
 def _last_step(run: PlannedRun) -> tuple[int, float | None]:
-    """Step and seconds of the last training record; 0 where there is none."""
+    """Return the step of the last training record and the mean seconds per step; (0, None) without any."""
     record = _last_record(run, kind="train")
     if record is None:
         return 0, None
@@ -204,7 +212,7 @@ def _last_step(run: PlannedRun) -> tuple[int, float | None]:
 
 
 def _last_record(run: PlannedRun, *, kind: str) -> dict[str, Any] | None:
-    """The last whole line of the run's metrics, if it is of that kind; of `train`, the last such line."""
+    """Return the last complete record if it has that kind; for `train`, the last record of that kind."""
     try:
         lines = (run.directory / "metrics.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
@@ -220,7 +228,7 @@ def _last_record(run: PlannedRun, *, kind: str) -> dict[str, Any] | None:
 
 
 def _last_written(run: PlannedRun, log: Path) -> float:
-    paths = [log, run.directory / "metrics.jsonl", lock_of(run)]
+    paths = [log, run.directory / "metrics.jsonl", lock_path(run)]
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 

@@ -1,7 +1,7 @@
-"""A study's runs on this machine, one after another or side by side.
+"""Execution of a study's runs on this machine, sequentially or in parallel.
 
-Nothing is remembered but what the runs' own files tell: killed at any moment and started again, it goes on
-with what is not finished.
+The state is kept in the files of the runs only: a runner that is killed and started again resumes the runs
+that are not finished.
 """
 
 from __future__ import annotations
@@ -25,25 +25,24 @@ from sas_megatron.scaling.numbers import format_loss
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import (
-    check_as_planned,
-    failure_of,
+    acquire_lock,
+    check_config,
+    failure_path,
+    find_dependency,
     is_locked,
     is_settled,
     last_error,
-    locked,
-    log_of,
-    what_it_waits_for,
+    log_path,
 )
 
 POLL_SECONDS = 0.2
-# How often it looks for what others have finished, while none of its own has ended.
-LOOK_SECONDS = 5.0
-Say = Callable[[str], None]
+# Interval at which it checks for runs that other processes have finished.
+REFRESH_SECONDS = 5.0
 
 
 @dataclass
 class _Started:
-    """A run whose processes are at work."""
+    """A run whose processes were started."""
 
     run: PlannedRun
     process: subprocess.Popen[bytes]
@@ -52,66 +51,76 @@ class _Started:
 
 
 class StudyRunner:
-    """Runs what is not finished, in the plan's order, as far as it does not wait for others."""
+    """Runs the unfinished runs of a plan, in its order, once their dependencies are met.
+
+    Args:
+        plan: Returns the current plan; more of its runs are ready after a sweep has finished.
+        jobs: Maximum number of runs in parallel.
+        log: Called with a line for each event.
+        excluded: Names of runs that are not started here, since SLURM has a job for them.
+    """
 
     def __init__(
-        self, plan: Callable[[], Plan], *, jobs: int, say: Say, elsewhere: frozenset[str] = frozenset()
+        self,
+        plan: Callable[[], Plan],
+        *,
+        jobs: int,
+        log: Callable[[str], None],
+        excluded: frozenset[str] = frozenset(),
     ) -> None:
-        """`plan` gives the plan as it is now: it grows when a sweep has ended; `elsewhere` are left alone."""
         self._plan = plan
-        self._elsewhere = elsewhere
+        self._excluded = excluded
         self._jobs = jobs
-        self._say = say
+        self._log = log
         self._started: list[_Started] = []
         self._failed: set[str] = set()
-        self._stop_asked = False
+        self._stop_requested = False
 
-    def run(self, *, wanted: Callable[[PlannedRun], bool]) -> bool:
-        """Until all that is wanted is done or cannot go on; whether all is done.
+    def run(self, *, selected: Callable[[PlannedRun], bool]) -> bool:
+        """Run until all selected runs are done, have failed or are blocked; return whether all are done.
 
-        On SIGINT or SIGTERM the runs at work save and stop.
+        On SIGINT or SIGTERM, the started runs save a checkpoint and stop.
 
         Raises:
-            UserError: a run directory holds another run than is planned.
+            UserError: A run directory contains a run other than the planned one.
         """
         with self._signals():
             plan = self._plan()
             for run in plan.runs:
-                # Before any is started, so that none goes on behind an error.
-                if run.is_ready and wanted(run) and not is_settled(run):
-                    check_as_planned(run)
+                # Before any run is started, so that none continues after an error.
+                if run.is_ready and selected(run) and not is_settled(run):
+                    check_config(run)
             while True:
                 if not all(run.is_ready for run in plan.runs):
                     plan = self._plan()
-                pending = [run for run in plan.runs if wanted(run) and not is_settled(run)]
+                pending = [run for run in plan.runs if selected(run) and not is_settled(run)]
                 self._start(plan, pending)
                 if not self._started and not any(is_locked(run) for run in pending):
                     break
                 self._wait()
-        if not self._stop_asked:
-            self._tell_what_is_left(pending)
+        if not self._stop_requested:
+            self._log_pending(pending)
         return not pending
 
-    def _tell_what_is_left(self, pending: list[PlannedRun]) -> None:
-        queued = [run for run in pending if run.name in self._elsewhere]
+    def _log_pending(self, pending: list[PlannedRun]) -> None:
+        queued = [run for run in pending if run.name in self._excluded]
         if queued:
-            self._say(f"left to SLURM, which has their jobs: {len(queued)}, the first {queued[0].name}")
-        waiting = [run for run in pending if run.name not in self._failed | self._elsewhere]
+            self._log(f"not started, since they have SLURM jobs: {len(queued)} runs, first {queued[0].name}")
+        waiting = [run for run in pending if run.name not in self._failed | self._excluded]
         if waiting:
-            self._say(
-                f"{len(waiting)} runs wait for others: {waiting[0].name} {what_it_waits_for(waiting[0])}"
-            )
+            first = waiting[0]
+            self._log(f"{len(waiting)} runs are waiting, first {first.name} for {find_dependency(first)}")
 
     def _start(self, plan: Plan, pending: list[PlannedRun]) -> None:
-        at_work = {started.run.name for started in self._started}
+        skipped = {started.run.name for started in self._started} | self._failed | self._excluded
         for run in pending:
-            if len(self._started) >= self._jobs or self._stop_asked:
+            if len(self._started) >= self._jobs or self._stop_requested:
                 return
-            if run.name in at_work | self._failed | self._elsewhere or what_it_waits_for(run) is not None:
+            if run.name in skipped or find_dependency(run) is not None:
                 continue
             lock = contextlib.ExitStack()
-            descriptor = lock.enter_context(locked(run))
-            if descriptor is None or is_settled(run):  # somebody else's, or just finished by them
+            descriptor = lock.enter_context(acquire_lock(run))
+            if descriptor is None or is_settled(run):  # in progress in another runner, or just finished there
                 lock.close()
                 continue
             try:
@@ -121,11 +130,11 @@ class StudyRunner:
                 raise
 
     def _launch(self, run: PlannedRun, plan: Plan, lock: contextlib.ExitStack, descriptor: int) -> _Started:
-        check_as_planned(run)
-        failure_of(run).unlink(missing_ok=True)
+        check_config(run)
+        failure_path(run).unlink(missing_ok=True)
         config = write_config(run)
         ranks = plan.study.machine.processes
-        with log_of(run).open("ab") as log:
+        with log_path(run).open("ab") as log:
             offset = log.tell()
             process = subprocess.Popen(
                 training_command(config, ranks=ranks),
@@ -133,37 +142,37 @@ class StudyRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # The lock lasts until the last of them has ended.
+                # The lock is held until the last of these processes has ended.
                 pass_fds=[descriptor],
-                # A terminal's Ctrl-C reaches them through this process alone, once.
+                # Ctrl-C in a terminal reaches them only through this process, once.
                 start_new_session=True,
             )
-        self._say(f"{run.name}: started, {run.own_steps:,} steps")
+        self._log(f"{run.name}: started, {run.trained_steps:,} steps")
         return _Started(run, process, offset, lock)
 
     def _wait(self) -> None:
-        """Until one of its runs has ended, or it is time to look what others have done."""
-        deadline = time.monotonic() + LOOK_SECONDS
+        """Wait until a started run has ended, at most `REFRESH_SECONDS`."""
+        deadline = time.monotonic() + REFRESH_SECONDS
         while time.monotonic() < deadline:
             ended = [started for started in self._started if started.process.poll() is not None]
             for started in ended:
                 self._started.remove(started)
-                self._tell_end(started)
+                self._report_end(started)
                 started.lock.close()
             if ended:
                 return
             time.sleep(POLL_SECONDS)
 
-    def _tell_end(self, started: _Started) -> None:
+    def _report_end(self, started: _Started) -> None:
         run, status = started.run, started.process.returncode
         if has_finished(run.directory):
             summary = json.loads((run.directory / "summary.json").read_text(encoding="utf-8"))
             loss = format_loss(summary["final_validation_loss"])
-            self._say(f"{run.name}: done, validation loss {loss}, {summary['training_seconds']:.0f} s")
-        elif (run.directory / "stopped.json").exists() and self._stop_asked:
-            self._say(f"{run.name}: saved and stopped")
+            self._log(f"{run.name}: done, validation loss {loss}, {summary['training_seconds']:.0f} s")
+        elif (run.directory / "stopped.json").exists() and self._stop_requested:
+            self._log(f"{run.name}: saved a checkpoint and stopped")
         else:
-            reason = last_error(log_of(run), offset=started.log_offset)
+            reason = last_error(log_path(run), offset=started.log_offset)
             self._failed.add(run.name)
             record = {
                 "status": status,
@@ -171,16 +180,16 @@ class StudyRunner:
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             text = json.dumps(record) + "\n"
-            save_file(failure_of(run), text, remedy="choose another directory in the study file")
-            self._say(f"{run.name}: failed with status {status}: {reason}")
+            save_file(failure_path(run), text, remedy="choose another directory in the study file")
+            self._log(f"{run.name}: failed with status {status}: {reason}")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         def handle(number: int, _frame: FrameType | None) -> None:
-            if self._stop_asked:
+            if self._stop_requested:
                 return
-            self._stop_asked = True
-            self._say(f"received {signal.Signals(number).name}: the runs at work save and stop")
+            self._stop_requested = True
+            self._log(f"received {signal.Signals(number).name}: the started runs save a checkpoint and stop")
             for started in self._started:
                 with contextlib.suppress(ProcessLookupError):
                     started.process.send_signal(signal.SIGTERM)
@@ -196,7 +205,7 @@ class StudyRunner:
 
 
 def write_config(run: PlannedRun) -> Path:
-    """The run's config as a file of the study, for whatever starts it."""
+    """Write the config from which the run is started, and return its path."""
     path = run.directory.parents[1] / "configs" / f"{run.name}.yaml"
     save_file(path, dump_yaml(run.config), remedy="choose another directory in the study file")
     return path

@@ -1,7 +1,7 @@
-"""Seconds of a step of each of a study's cells, measured in turn: what its time axis is made of.
+"""Seconds per step of each cell of a study, measured in alternation, for the study's time axis.
 
-A run's own seconds tell as much of what else the machine did as of the run. Rounds in which every cell
-has its turn are comparable, and so are their medians.
+The training time of a run also depends on other load on the machine. In each round every cell is measured
+once, so that rounds, and the medians over them, are comparable.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sas_megatron.scaling.numbers import format_fields, format_some
 from sas_megatron.scaling.study.plan import Cell, Plan
 
 RECORD = "step_seconds.json"
-# What decides how long a step takes: seconds measured with other values of these are another config's.
-DECISIVE = (
+# Fields that affect the time of a step: a measurement is valid only for equal values of these.
+TIMED_FIELDS = (
     "attention.",
     "data.reset_at_document_ends",
     "data.sequence_length",
@@ -36,57 +36,65 @@ DECISIVE = (
     "training.recompute",
 )
 
-# Runs, rounds -> by round, the seconds of a step of each.
-Measure = Callable[[list[RunConfig], int], list[list[float]]]
+# Configs and number of rounds -> for each round, the seconds per step of each config.
+StepTimer = Callable[[list[RunConfig], int], list[list[float]]]
 
 
-def measure_step_times(plan: Plan, measure: Measure, *, rounds: int, machine: dict[str, Any]) -> Path:
-    """Measures every cell `rounds` times and writes it down; what was there before is replaced."""
-    by_round = measure([cell.config for cell in plan.cells], rounds)
+def measure_step_times(plan: Plan, timer: StepTimer, *, rounds: int, machine: dict[str, Any]) -> Path:
+    """Measure every cell `rounds` times and record the results, replacing an earlier record.
+
+    Args:
+        plan: The plan whose cells are measured.
+        timer: Measures the steps.
+        rounds: Measurements per cell.
+        machine: Description of the machine, for the record.
+    """
+    by_round = timer([cell.config for cell in plan.cells], rounds)
     record = {
         "machine": machine,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "cells": {
-            cell.name: {"step_seconds": list(seconds), "config": _decisive_fields(cell)}
+            cell.name: {"step_seconds": list(seconds), "config": _list_timed_fields(cell)}
             for cell, seconds in zip(plan.cells, zip(*by_round, strict=True), strict=True)
         },
     }
-    path = Path(plan.study.directory) / RECORD
+    path = plan.directory / RECORD
     save_file(path, json.dumps(record, indent=2) + "\n", remedy="choose another directory in the study file")
     return path
 
 
 def describe_step_times(plan: Plan) -> list[str]:
-    """Where the seconds of a step are from, and whose are missing; nothing before any was measured."""
+    """Return remarks on the measured step times and on cells without one; empty if none were measured."""
     record = _read_record(plan)
     if record is None:
         return []
-    machine, when = format_fields(record["machine"]), record["measured_at"]
-    remarks = [f"Seconds of a step were measured on {machine}, at {when}."]
+    machine, measured_at = format_fields(record["machine"]), record["measured_at"]
+    remarks = [f"Step times were measured on {machine}, at {measured_at}."]
     missing = sorted({cell.name for cell in plan.cells} - set(read_step_times(plan)))
     if missing:
         remarks.append(
-            f"No seconds of a step were measured for {format_some(missing)} as the study has them now, so "
-            "that time is that of each run's own training; run `sas-megatron study time` again."
+            f"The step times of {format_some(missing)} were not measured with the current config: the time "
+            "axis uses the training time of each run. Run `sas-megatron study time` again."
         )
     return remarks
 
 
 def read_step_times(plan: Plan) -> dict[str, float]:
-    """Median seconds of a step by the cell's name, of those cells that were measured as they are now."""
+    """Return by name the median seconds per step of the cells measured with their current config."""
     record = _read_record(plan)
     measured = {} if record is None else record["cells"]
     return {
         cell.name: statistics.median(measured[cell.name]["step_seconds"])
         for cell in plan.cells
-        if cell.name in measured and measured[cell.name]["config"] == _decisive_fields(cell)
+        if cell.name in measured and measured[cell.name]["config"] == _list_timed_fields(cell)
     }
 
 
 def _read_record(plan: Plan) -> dict[str, Any] | None:
-    path = Path(plan.study.directory) / RECORD
+    path = plan.directory / RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _decisive_fields(cell: Cell) -> dict[str, Any]:
-    return {name: value for name, value in flatten_config(cell.config).items() if name.startswith(DECISIVE)}
+def _list_timed_fields(cell: Cell) -> dict[str, Any]:
+    fields = flatten_config(cell.config)
+    return {name: value for name, value in fields.items() if name.startswith(TIMED_FIELDS)}

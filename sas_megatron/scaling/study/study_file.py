@@ -1,4 +1,4 @@
-"""The file of a study: a base run, and what is varied around it.
+"""The file of a study: a base run, and the variations of it.
 
 base -> sizes × axes -> variants, matched to the base -> budgets × seeds
 """
@@ -19,17 +19,17 @@ Overrides = dict[str, Any]
 
 
 class Budgets(Section):
-    """How long runs are: by one of three rules, each value a run."""
+    """Length of the runs, by one of three rules; each value is a run."""
 
     section_name: ClassVar[str] = "budgets"
 
     tokens: list[int] | None = Field(default=None, description="Tokens, the same at every size (a grid).")
     tokens_per_parameter: list[float] | None = Field(
-        default=None, description="Tokens for each parameter of the size's base, embeddings included."
+        default=None, description="Tokens per parameter of the size's base, embeddings included."
     )
     flops: list[float] | None = Field(
         default=None,
-        description="Training FLOPs, of which every variant and size has its own tokens (isoFLOP).",
+        description="Training FLOPs; tokens follow from them for each variant and size (isoFLOP).",
     )
 
     @model_validator(mode="after")
@@ -44,22 +44,24 @@ class Budgets(Section):
             )
         values = getattr(self, stated[0])
         if not values or min(values) <= 0 or sorted(set(values)) != values:
-            raise self.problem(stated[0], "must be positive numbers that rise", "sort them, each once")
+            raise self.problem(
+                stated[0], "must be positive numbers in ascending order", "sort them without duplicates"
+            )
         return self
 
     @property
     def rule(self) -> str:
-        """Which of the three is stated."""
+        """Name of the rule that is given."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @property
     def values(self) -> list[float]:
-        """Those of the rule."""
+        """The budgets, in the unit of the rule."""
         return list(getattr(self, self.rule))
 
 
 class LearningRateRule(Section):
-    """Where each run's peak learning rate is from."""
+    """Source of the peak learning rate of each run."""
 
     section_name: ClassVar[str] = "learning_rate"
 
@@ -67,39 +69,39 @@ class LearningRateRule(Section):
         default="base",
         description="base: optimizer.learning_rate of base and size; kaplan: 0.003239 − 0.0001395 ln N "
         "(Kaplan et al. 2020, arXiv 2001.08361, eq. D.1); step_law: 1.79 N^−0.713 D^0.307 (Li et al. 2025, "
-        "arXiv 2503.04715, eq. 1), for both N without embeddings and, where runs share a trunk, D of the "
-        "longest; sweep: the step law times what sweeps at the two smallest sizes find of it.",
+        "arXiv 2503.04715, eq. 1); N excludes embeddings, and D is that of the longest run if runs share a "
+        "trunk; sweep: the step law times the factor that sweeps at the two smallest sizes find.",
     )
     factors: list[float] = Field(
         default=[0.25, 0.5, 1.0, 2.0, 4.0],
-        description="Of a sweep: times optimizer.learning_rate of base and size.",
+        description="Factors of a sweep, times optimizer.learning_rate of base and size.",
     )
     batch: Literal["base", "step_law"] = Field(
         default="base",
-        description="base: training.global_batch_size of base and size; step_law: 0.58 D^0.571 tokens, D of "
-        "the longest run, to whole micro batches of all ranks (the same paper).",
+        description="base: training.global_batch_size of base and size; step_law: 0.58 D^0.571 tokens with "
+        "D of the longest run, rounded to full microbatches of all ranks (the same paper).",
     )
 
     @model_validator(mode="after")
     def _check(self) -> LearningRateRule:
         if len(self.factors) < 3 or min(self.factors) <= 0 or sorted(set(self.factors)) != self.factors:
             raise self.problem(
-                "factors", "must be three or more positive numbers that rise", "use [0.5, 1, 2]"
+                "factors", "must be three or more positive numbers in ascending order", "use [0.5, 1, 2]"
             )
         return self
 
 
 class Machine(Section):
-    """What runs the study, for the hours and the price of a plan."""
+    """The machine that runs the study, for the hours and the price of a plan."""
 
     section_name: ClassVar[str] = "machine"
 
     processes: int = Field(default=1, description="Ranks of each run: GPUs, or processes on a CPU.")
     teraflops: float | None = Field(
         default=None,
-        description="10¹² model FLOPs that one rank sustains each second; null: hours are unknown.",
+        description="Sustained model TFLOP/s of one rank (10¹² per second); null: hours are unknown.",
     )
-    price_per_hour: float | None = Field(default=None, description="Of one rank, in any currency.")
+    price_per_hour: float | None = Field(default=None, description="Price of one rank, in any currency.")
 
     @model_validator(mode="after")
     def _check(self) -> Machine:
@@ -108,54 +110,56 @@ class Machine(Section):
 
 
 class Study(Section):
-    """A study; the first variant is what the others are compared with."""
+    """A study; the first variant is the baseline."""
 
     section_name: ClassVar[str] = "study"
 
-    base: str = Field(description="A run's config, relative to this file: all that the study does not vary.")
-    directory: str = Field(description="Where configs, runs, table and report go.")
+    base: str = Field(description="Config of the base run, relative to this file.")
+    directory: str = Field(description="Directory of the configs, runs, table and report.")
     variants: dict[str, Overrides] = Field(
-        description="Name -> attention fields; the kind is the name if none is stated. What is not stated is "
-        "modelled on the size's base."
+        description="Name -> attention fields. The kind is the name unless it is given; other fields default "
+        "to values derived from the size's base."
     )
     sizes: dict[str, Overrides] = Field(description="Name -> fields of the base, as section.field.")
     axes: dict[str, dict[str, Overrides]] = Field(
         default={},
-        description="Further axes, each name -> fields as in sizes. An axis of attention fields is for the "
-        "variants that have them.",
+        description="Further axes: name -> level -> fields as in sizes. An axis of attention fields applies "
+        "to the variants that have these fields.",
     )
     budgets: Budgets
     seeds: int | dict[str, int] = Field(
-        default=1, description="Runs that differ in training.seed alone; by variant, or one number for all."
+        default=1, description="Runs that differ in training.seed only; by variant, or one number for all."
     )
     match: Literal["params", "flops", "kv", "none"] = Field(
-        default="params", description="What each variant has as much of as the base has at that size."
+        default="params", description="Quantity in which each variant equals the base at that size."
     )
     free: list[str] = Field(
-        default=[MLP], description="What may change for it: the MLP's width, dimensions of the attention."
+        default=[MLP],
+        description="Fields that matching may change: the MLP width, dimensions of the attention.",
     )
-    tolerance: float = Field(default=TOLERANCE, description="Largest difference of a match, as a share.")
+    tolerance: float = Field(default=TOLERANCE, description="Largest relative difference of a match.")
     trunks: Literal["shared", "none"] = Field(
         default="shared",
-        description="shared: the budgets of a size branch off one run at constant learning rate, and decay; "
-        "none: each is a run of its own, by the base's schedule.",
+        description="shared: the budgets of a size branch off one run with constant learning rate, then "
+        "decay; none: each budget is a separate run with the base's schedule.",
     )
     decay_fraction: float = Field(
-        default=0.2, description="Of a run's steps, those over which the rate decays linearly to zero."
+        default=0.2,
+        description="Fraction of a run's steps in which the learning rate decays linearly to zero.",
     )
     learning_rate: LearningRateRule = Field(default_factory=LearningRateRule)
     machine: Machine = Field(default_factory=Machine)
     seed_noise: float | None = Field(
         default=None,
-        description="Standard deviation of the final loss over seeds, for what the study can tell; null: "
-        "measured, once runs of several seeds have finished.",
+        description="Standard deviation of the final loss over seeds, for the smallest detectable "
+        "difference; null: measured once runs of several seeds have finished.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Study:
         for field in ("variants", "sizes"):
             if not getattr(self, field):
-                raise self.problem(field, "names none", "name at least one")
+                raise self.problem(field, "is empty", "add at least one entry")
         names = [
             *self.variants,
             *self.sizes,
@@ -165,39 +169,41 @@ class Study(Section):
         for name in names:
             if not name.replace("_", "").replace(".", "").isalnum():
                 raise FieldError(
-                    "study", name, "is a part of file names", "use letters, digits, dots and underscores"
+                    "study", name, "becomes part of file names", "use letters, digits, dots and underscores"
                 )
         self.require_between(0.0, 1.0, "decay_fraction")
         self.require_positive("tolerance", "seed_noise")
         counts = self.seeds if isinstance(self.seeds, dict) else dict.fromkeys(self.variants, self.seeds)
         if set(counts) != set(self.variants) or min(counts.values()) < 1:
             raise self.problem(
-                "seeds", "must be a positive number for every variant", f"name {', '.join(self.variants)}"
+                "seeds",
+                "must be a positive number for every variant",
+                f"give one for each of {', '.join(self.variants)}",
             )
         if self.learning_rate.rule == "sweep" and len(self.sizes) < 2:
             raise FieldError(
                 "learning_rate.rule",
                 "sweep",
-                "tries rates at the two smallest sizes, and there is one",
-                "name another size, or use another rule",
+                "needs two sizes, since it sweeps the two smallest",
+                "add a size, or use another rule",
             )
         return self
 
     def num_seeds(self, variant: str) -> int:
-        """Runs of this variant at each size and budget."""
+        """Return the number of runs of a variant at each size and budget."""
         return self.seeds if isinstance(self.seeds, int) else self.seeds[variant]
 
     @property
     def baseline(self) -> str:
-        """The variant that the others are compared with."""
+        """The first variant, with which the others are compared."""
         return next(iter(self.variants))
 
 
 def load_study(path: str | Path) -> tuple[Study, dict[str, Any]]:
-    """A study and the tree of its base config.
+    """Load a study and the tree of its base config.
 
     Raises:
-        UserError: a file cannot be read, or the study breaks a rule.
+        UserError: A file cannot be read, or the study breaks a rule.
     """
     tree = read_yaml(path)
     try:
@@ -206,7 +212,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Any]]:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         known = ", ".join(Study.model_fields)
-        remedy = f"known: {known}" if problem["type"] == "extra_forbidden" else "mend it"
+        remedy = f"known: {known}" if problem["type"] == "extra_forbidden" else "correct the value"
         raise FileProblem(path, f"{place}: {problem['msg'].lower()}", remedy) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -1,8 +1,8 @@
-"""A study's runs as SLURM job arrays, by launch/slurm_study.sbatch.
+"""Submission of a study's runs as SLURM job arrays, with launch/slurm_study.sbatch.
 
-trunks and lone runs -> one array          branches -> one for each budget, each member after its trunk's
+trunks and single runs -> one array          branches -> one array per budget; a member depends on its trunk's
 
-Which job is a run's stands in `jobs.json`; what has become of it, SLURM is asked.
+The job of each run is recorded in `jobs.json`; its state is queried from SLURM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
 from sas_megatron.io.files import make_folder, save_file
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
-from sas_megatron.scaling.study.run_states import check_as_planned, is_locked, is_settled, what_it_waits_for
+from sas_megatron.scaling.study.run_states import check_config, find_dependency, is_locked, is_settled
 from sas_megatron.scaling.study.runner import write_config
 
 SCRIPT = Path("launch/slurm_study.sbatch")
@@ -26,63 +26,64 @@ JOBS = "jobs.json"
 
 @dataclass(frozen=True)
 class Job:
-    """A member of an array: its number as SLURM has it, such as 12_3, and where its output goes."""
+    """A member of a job array: its SLURM number, such as 12_3, and the path of its output."""
 
     number: str
     log: Path
 
 
 def read_jobs(plan: Plan) -> dict[str, Job]:
-    """The last job of each run that was submitted, by the run's name."""
-    path = Path(plan.study.directory) / JOBS
+    """Return the last job of each submitted run, by the name of the run."""
+    path = plan.directory / JOBS
     if not path.exists():
         return {}
     record = json.loads(path.read_text(encoding="utf-8"))
     return {name: Job(job["number"], Path(job["log"])) for name, job in record.items()}
 
 
-def live_runs(plan: Plan) -> frozenset[str]:
-    """Runs whose jobs wait in SLURM's queue or are at work; none where nothing was submitted.
+def find_queued_runs(plan: Plan) -> frozenset[str]:
+    """Return the names of the runs whose jobs are pending or running; empty if nothing was submitted.
 
     Raises:
-        UserError: SLURM cannot be asked.
+        UserError: SLURM cannot be queried.
     """
     jobs = read_jobs(plan)
     if not jobs:
         return frozenset()
-    # %F_%K: array and member; -r: a line for each member that waits, too.
+    # %F_%K: array and member; --array: one line per member, pending ones included.
     numbers = set(_call(["squeue", "--noheader", "--array", "--format=%F_%K"]).split())
     return frozenset(name for name, job in jobs.items() if job.number in numbers)
 
 
-def submit(plan: Plan, *, options: Sequence[str], side_by_side: int | None) -> dict[str, Job]:
-    """Submits what is not finished and has no job; must run in the checkout.
+def submit(plan: Plan, *, options: Sequence[str], max_parallel: int | None) -> dict[str, Job]:
+    """Submit the runs that are not finished and have no job; the working directory must be the checkout.
 
     Args:
-        plan: The study's.
-        options: More of sbatch's: nodes, partition, time.
-        side_by_side: Members of an array at work at once; None: as many as SLURM will.
+        plan: The plan of the study.
+        options: Further options of sbatch: nodes, partition, time.
+        max_parallel: Maximum number of members of an array that run at the same time; None: no limit.
 
     Returns:
-        The jobs that are new, by run; branches of unfinished trunks wait for them.
+        The new jobs by run. Jobs of branches depend on the jobs of their trunks.
 
     Raises:
-        UserError: not in the checkout, SLURM refuses, or a run directory holds another run.
+        UserError: The working directory is not the checkout, SLURM rejects a job, or a run directory contains
+            another run.
     """
     if not SCRIPT.exists():
-        raise FileProblem(SCRIPT, "is not here", "submit in the checkout of sas_megatron, which has launch/")
-    live = live_runs(plan)
+        raise FileProblem(SCRIPT, "does not exist here", "submit from a checkout of sas_megatron")
+    queued = find_queued_runs(plan)
     pending = [
         run
         for run in plan.runs
-        if run.is_ready and run.name not in live and not is_settled(run) and not is_locked(run)
+        if run.is_ready and run.name not in queued and not is_settled(run) and not is_locked(run)
     ]
     for run in pending:
-        check_as_planned(run)
-    can_start = [run for run in pending if what_it_waits_for(run) is None]
-    jobs = _Arrays(plan, options=options, side_by_side=side_by_side)
+        check_config(run)
+    can_start = [run for run in pending if find_dependency(run) is None]
+    jobs = _Arrays(plan, options=options, max_parallel=max_parallel)
     jobs.add("first", can_start)
-    # Only the trunk's own job can be waited for: submitted now, or before.
+    # A branch can depend on the job of its trunk only, submitted now or earlier.
     waiting = [run for run in pending if run not in can_start]
     for budget in plan.study.budgets.values:
         jobs.add_after_trunks(f"budget-{budget:g}", [run for run in waiting if run.budget == budget])
@@ -90,21 +91,21 @@ def submit(plan: Plan, *, options: Sequence[str], side_by_side: int | None) -> d
 
 
 class _Arrays:
-    """Submits arrays, and writes each one's jobs down before the next is submitted."""
+    """Submits job arrays and records the jobs of each before the next is submitted."""
 
-    def __init__(self, plan: Plan, *, options: Sequence[str], side_by_side: int | None) -> None:
-        self._folder = Path(plan.study.directory)
+    def __init__(self, plan: Plan, *, options: Sequence[str], max_parallel: int | None) -> None:
+        self._folder = plan.directory
         self._options = list(options)
-        self._limit = "" if side_by_side is None else f"%{side_by_side}"
+        self._limit = "" if max_parallel is None else f"%{max_parallel}"
         self._jobs = read_jobs(plan)
         self.new: dict[str, Job] = {}
 
     def add(self, name: str, runs: Sequence[PlannedRun]) -> None:
-        """One array without dependencies."""
+        """Submit one array without dependencies."""
         self._submit(name, dict(enumerate(runs, 1)), after=None)
 
     def add_after_trunks(self, name: str, runs: Sequence[PlannedRun]) -> None:
-        """For each array that holds trunks of theirs, one whose members have the numbers of their trunks."""
+        """Submit one array per array of trunks; a member has the same index as its trunk's job."""
         by_array: dict[str, dict[int, PlannedRun]] = {}
         for run in runs:
             job = self._jobs.get(run.trunk or "")
@@ -129,7 +130,7 @@ class _Arrays:
         command = [
             *("sbatch", "--parsable", f"--array={','.join(map(str, sorted(members)))}{self._limit}"),
             f"--output={logs}/slurm-%A_%a.out",
-            # A branch whose trunk has failed will never start.
+            # SLURM cancels a branch whose trunk has failed.
             *([f"--dependency=aftercorr:{after}", "--kill-on-invalid-dep=yes"] if after else []),
             *self._options,
             *(str(SCRIPT), str(listed)),
@@ -147,12 +148,12 @@ def _call(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]}: is not installed here; use `sas-megatron study run`, or a login node"
+            f"{command[0]}: is not installed; use `sas-megatron study run`, or a login node of a cluster"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: SLURM did not answer in two minutes; try again") from None
+        raise UserError(f"{command[0]}: SLURM did not respond within two minutes; try again") from None
     except subprocess.CalledProcessError as error:
-        said = " ".join(error.stderr.split())
+        message = " ".join(error.stderr.split())
         raise UserError(
-            f"{' '.join(command)}: SLURM refuses ({said}); change the options for sbatch"
+            f"{' '.join(command)}: SLURM reported an error ({message}); change the options for sbatch"
         ) from None

@@ -1,4 +1,4 @@
-"""What a study's sweep found, once all its runs have finished; then it stands."""
+"""Results of a study's learning rate sweep, recorded once after all of its runs have finished."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from sas_megatron.io.files import save_file
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.layouts import read_layouts
 from sas_megatron.scaling.study.learning_rates import (
-    BestRate,
     Trial,
+    compare_with_law,
     extend_rates,
     find_best_rate,
-    multiples_of_law,
     step_law_rate,
 )
-from sas_megatron.scaling.study.plan import Plan, build_plan, wanted_tokens
-from sas_megatron.scaling.study.run_states import check_as_planned, final_loss, is_settled
+from sas_megatron.scaling.study.plan import Plan, count_budget_tokens
+from sas_megatron.scaling.study.plan_builder import build_plan
+from sas_megatron.scaling.study.run_states import check_config, final_loss, is_settled
 from sas_megatron.scaling.study.study_file import Study
 
 RECORD = "learning_rates.json"
 
 
 def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
-    """The plan as far as the sweep has come: with its rates where it has been run to its end.
+    """Return the plan, with the learning rates of the sweep if all of its runs have finished.
 
-    They are written down then, so that the runs after it never change.
+    The rates are recorded at that point, so that the later runs never change.
 
     Raises:
-        UserError: as `build_plan`, or every run of a sweep diverged, or the study was edited since.
+        UserError: As for `build_plan`; every run of a sweep diverged; or the study was edited after the
+            sweep.
     """
     layouts = read_layouts(study)
     plan = build_plan(study, base, layouts=layouts)
@@ -44,8 +45,8 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
         if not all(is_settled(run) for run in trials):
             return plan
         for run in trials:
-            # Else its loss would count for another rate than it had.
-            check_as_planned(run)
+            # Otherwise its loss would be attributed to a different rate.
+            check_config(run)
         text = json.dumps(_choose_rates(plan), indent=2) + "\n"
         save_file(record, text, remedy="choose another directory in the study file")
     chosen = json.loads(record.read_text(encoding="utf-8"))
@@ -56,14 +57,14 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
         if (cell.variant, cell.size) not in rates:
             raise UserError(
                 f"{record}: has no learning rate for {cell.variant} at size {cell.size}, which the study now "
-                "names; put the study's file back, choose another directory, or remove this record to have "
-                "the rates of all found again (runs whose rates change then must be removed, too)"
+                "contains; restore the study file, choose another directory, or remove this record to "
+                "determine all rates again (and remove the runs whose rates change)"
             )
     return build_plan(study, base, rates=rates, layouts=layouts)
 
 
-def sweep_remarks(study: Study) -> tuple[str, ...]:
-    """What a reader of the results must know of their learning rates; nothing before a sweep has ended."""
+def list_sweep_remarks(study: Study) -> tuple[str, ...]:
+    """Return remarks on the learning rates of the results; empty without a finished sweep."""
     record = Path(study.directory) / RECORD
     if study.learning_rate.rule != "sweep" or not record.exists():
         return ()
@@ -73,12 +74,13 @@ def sweep_remarks(study: Study) -> tuple[str, ...]:
         found = "; ".join(_describe(variant, sizes) for variant, sizes in chosen["multiples"].items())
         remarks.append(
             "Learning rates are those of the step law (1.79 N^−0.713 D^0.307, with D of the smallest budget) "
-            f"times what the sweeps of a variant found of it, on the geometric mean: {found}."
+            "times a factor per variant, the geometric mean over its sweeps of best rate / step law: "
+            f"{found}."
         )
     if chosen["at_edge"]:
         remarks.append(
             f"The best learning rate of {', '.join(chosen['at_edge'])} is the lowest or highest of its "
-            "sweep: a wider one (learning_rate.factors) may find better rates, and other verdicts."
+            "sweep: a wider sweep (learning_rate.factors) may find better rates and change the verdicts."
         )
     return tuple(remarks)
 
@@ -90,26 +92,22 @@ def _choose_rates(plan: Plan) -> dict[str, Any]:
             loss = final_loss(run) if has_finished(run.directory) else None
             trial = Trial(run.config.optimizer.learning_rate, loss)
             trials.setdefault((run.cell.variant, run.cell.size), []).append(trial)
-    best = {place: find_best_rate(tried) for place, tried in trials.items()}
+    best = {key: find_best_rate(tried) for key, tried in trials.items()}
     law: dict[str, dict[str, float]] = {}
     for cell in plan.cells:
-        tokens = wanted_tokens(plan.study, cell, plan.study.budgets.values[0])
-        # By the first levels of further axes, as the sweep.
+        tokens = count_budget_tokens(plan.study, cell, plan.study.budgets.values[0])
+        # At the first levels of further axes, as in the sweep.
         law.setdefault(cell.variant, {}).setdefault(
             cell.size, step_law_rate(cell.parameters_without_embeddings, tokens)
         )
     rates, multiples = {}, {}
-    for variant, of_law in law.items():
-        own = {size: found.learning_rate for (name, size), found in best.items() if name == variant}
-        rates[variant], multiples[variant] = extend_rates(own, of_law), multiples_of_law(own, of_law)
-    return {"rates": rates, "multiples": multiples, "at_edge": _at_edge(best)}
+    for variant, by_size in law.items():
+        swept = {size: found.learning_rate for (name, size), found in best.items() if name == variant}
+        rates[variant], multiples[variant] = extend_rates(swept, by_size), compare_with_law(swept, by_size)
+    at_edge = [f"{variant}-{size}" for (variant, size), found in best.items() if found.at_edge]
+    return {"rates": rates, "multiples": multiples, "at_edge": at_edge}
 
 
 def _describe(variant: str, multiples: dict[str, float]) -> str:
     sizes = ", ".join(f"{multiple:.2f} at {size}" for size, multiple in multiples.items())
     return f"{variant} × {statistics.geometric_mean(multiples.values()):.2f} ({sizes})"
-
-
-def _at_edge(best: dict[tuple[str, str], BestRate]) -> list[str]:
-    """Where a wider sweep might have found better rates."""
-    return [f"{variant}-{size}" for (variant, size), found in best.items() if found.at_edge]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sas_megatron.scaling.study.table import Row, StudyTable
+from sas_megatron.scaling.study.study_table import Row, StudyTable
 
 # E, the factor of both terms, and the FLOPs of a token for each of mha's.
 LAWS = {"mha": (1.8, 1.0, 1.0), "gqa": (1.8, 1.03, 1.0), "sas": (1.8, 0.93, 1.5)}

@@ -1,4 +1,4 @@
-"""Every run of a study, before any starts."""
+"""Plans of studies: runs, configs, costs, and their table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
 from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters, without_embeddings
-from sas_megatron.scaling.study.plan import Plan, build_plan
+from sas_megatron.scaling.study.plan import Plan
+from sas_megatron.scaling.study.plan_builder import build_plan
 from sas_megatron.scaling.study.study_file import load_study
 from tests.conftest import ROOT
 from tests.scaling.study.studies import write_study
@@ -29,7 +30,7 @@ def plan_of(folder: Path, *, rates: Any = None, **changes: Any) -> Plan:
     return build_plan(study, base, rates=rates)
 
 
-def test_branches_share_a_trunk_and_take_the_steps_of_their_budget(tmp_path: Path) -> None:
+def test_branches_share_a_trunk_and_have_the_steps_of_their_budget(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, seeds={"mha": 2, "sas": 1})
     assert len(plan.cells) == 4
     assert [run.name for run in plan.runs if run.cell.size == "small"] == [
@@ -45,40 +46,41 @@ def test_branches_share_a_trunk_and_take_the_steps_of_their_budget(tmp_path: Pat
         assert schedule.kind == "warmup_stable_decay"
         assert schedule.decay_steps == round(0.2 * training.num_steps)
         trunk = by_name[run.trunk or ""]
-        parting = training.num_steps - schedule.decay_steps
-        assert run.own_steps == schedule.decay_steps
-        assert parting in (trunk.config.checkpoint.at_steps or [])
-        assert run.config.checkpoint.branch_from == f"{trunk.directory}/checkpoints/iter_{parting:07d}"
+        branch_point = training.num_steps - schedule.decay_steps
+        assert run.trained_steps == schedule.decay_steps
+        assert run.trunk_steps == branch_point
+        assert branch_point in (trunk.config.checkpoint.at_steps or [])
+        assert run.config.checkpoint.branch_from == f"{trunk.directory}/checkpoints/iter_{branch_point:07d}"
         assert trunk.config.schedule.kind == "constant"
         assert trunk.config.training.num_ordered_samples == training.num_ordered_samples
         assert trunk.seed == run.seed
-    # A branch's own steps and its trunk's, each counted once, are all that is trained.
+    # The trained steps are those of the branches and of the trunk, each counted once.
     of_cell = [run for run in plan.runs if run.name.startswith("mha-small") and run.seed == 1234]
     flops = sum(count_training_flops(of_cell[0].config).values())
     trunk, short, long = of_cell
-    assert sum(run.own_flops for run in of_cell) == flops * 7 * 51 * (
-        trunk.config.training.num_steps + short.own_steps + long.own_steps
+    assert sum(run.trained_flops for run in of_cell) == flops * 7 * 51 * (
+        trunk.config.training.num_steps + short.trained_steps + long.trained_steps
     )
-    assert trunk.own_steps + long.own_steps == long.config.training.num_steps
+    assert trunk.trained_steps + long.trained_steps == long.config.training.num_steps
 
 
-def test_each_run_of_a_study_without_trunks_has_the_bases_schedule(tmp_path: Path) -> None:
+def test_runs_without_trunks_have_the_schedule_of_the_base(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, trunks="none", budgets={"tokens": [5_000, 20_000]})
     assert {run.role for run in plan.runs} == {"run"}
     assert {run.config.schedule.kind for run in plan.runs} == {"cosine"}
     assert {run.tokens for run in plan.runs} == {14 * 357, 56 * 357}
-    assert all(run.own_steps == run.config.training.num_steps for run in plan.runs)
+    assert all(run.trained_steps == run.config.training.num_steps for run in plan.runs)
 
 
-def test_budgets_of_flops_give_every_variant_its_own_tokens(tmp_path: Path) -> None:
+def test_flop_budgets_determine_the_tokens_of_each_variant(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, trunks="none", budgets={"flops": [4e11, 1e12]})
     tokens = {run.name: run.tokens for run in plan.runs}
     assert tokens["sas-small-4e+11-s1234"] < 0.9 * tokens["mha-small-4e+11-s1234"]
     for run in plan.runs:
-        assert run.own_flops == pytest.approx(run.budget, rel=0.03)
+        assert run.trained_flops == pytest.approx(run.budget, rel=0.03)
 
 
-def test_variants_are_matched_to_the_base_at_their_size(tmp_path: Path) -> None:
+def test_variants_are_matched_to_the_base_of_their_size(tmp_path: Path) -> None:
     variants = {"sas": {"head_expansion": 2, "simulated_head_dim": 8}, "mha": {}, "gqa": {"num_kv_heads": 2}}
     plan = plan_of(tmp_path, match="params", variants=variants, tolerance=0.02)
     counts = {cell.name: cell.parameters for cell in plan.cells}
@@ -91,7 +93,7 @@ def test_variants_are_matched_to_the_base_at_their_size(tmp_path: Path) -> None:
     assert gqa.config.model.num_layers == 4
 
 
-def test_axes_multiply_runs_where_the_variant_has_their_fields(tmp_path: Path) -> None:
+def test_axes_apply_to_variants_that_have_their_fields(tmp_path: Path) -> None:
     axes = {
         "kernel": {"k1": {"attention.kernel_size": 1}, "k3": {"attention.kernel_size": 3}},
         "length": {
@@ -126,11 +128,11 @@ def test_learning_rates_follow_the_published_rules(tmp_path: Path) -> None:
     assert run.config.optimizer.learning_rate == pytest.approx(
         1.79 * 29_544**-0.713 * (252 * 357) ** 0.307, rel=1e-6
     )
-    # All branches of a trunk have the trunk's.
+    # All branches have the learning rate of their trunk.
     assert len({r.config.optimizer.learning_rate for r in plan.runs if r.cell == run.cell}) == 1
 
 
-def test_until_a_sweep_has_ended_only_its_runs_are_ready(tmp_path: Path) -> None:
+def test_only_sweep_runs_are_ready_before_the_sweep_has_finished(tmp_path: Path) -> None:
     sweep = {"rule": "sweep", "factors": [0.5, 1, 3]}
     sizes = {
         "tiny": {"model.hidden_size": 12},
@@ -154,32 +156,38 @@ def test_until_a_sweep_has_ended_only_its_runs_are_ready(tmp_path: Path) -> None
     ("changes", "message"),
     [
         ({"budgets": {"tokens": [5], "flops": [1.0]}}, "must hold exactly one of tokens"),
-        ({"budgets": {"tokens": [50, 5]}}, "must be positive numbers that rise"),
-        ({"seeds": {"mha": 2}}, r"study\.seeds=.*must be a positive number for every variant; name mha, sas"),
+        ({"budgets": {"tokens": [50, 5]}}, "must be positive numbers in ascending order"),
+        (
+            {"seeds": {"mha": 2}},
+            r"study\.seeds=.*must be a positive number for every variant; give one for each of mha, sas",
+        ),
         ({"wariants": {}}, "wariants: extra inputs are not permitted; known: base, directory, variants"),
-        ({"variants": {"m-a": {}}}, r"study=m-a: is a part of file names; use letters"),
+        ({"variants": {"m-a": {}}}, r"study=m-a: becomes part of file names; use letters"),
         ({"variants": {"mah": {}}}, r"attention\.kind=mah: is not a known variant"),
         (
             {"sizes": {"a": {"hidden_size": 24}}},
-            r"variants\.mha, sizes\.a: hidden_size=24: must read section",
+            r"variants\.mha, sizes\.a: hidden_size=24: must have the form section",
         ),
         ({"sizes": {"a": {"model.hiden_size": 24}}}, r"did you mean model\.hidden_size\?"),
         (
             {"match": "params", "tolerance": 1e-6},
             r"variants\.sas, sizes\.small: .*nearest to the base in params",
         ),
-        ({"learning_rate": {"rule": "sweep"}, "sizes": {"a": {}}}, "two smallest sizes, and there is one"),
+        (
+            {"learning_rate": {"rule": "sweep"}, "sizes": {"a": {}}},
+            "needs two sizes, since it sweeps the two smallest",
+        ),
         ({"budgets": {"tokens": [1_000_000, 1_000_001]}}, "2 runs of the study are named"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_by_name(
+def test_invalid_study_is_refused_with_the_name_of_the_field(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         plan_of(tmp_path, **changes)
 
 
-def test_the_command_prints_every_run_its_costs_and_what_can_be_told(tmp_path: Path) -> None:
+def test_plan_command_prints_runs_costs_and_detectable_differences(tmp_path: Path) -> None:
     machine = {"teraflops": 0.5, "price_per_hour": 2.0}
     path = write_study(tmp_path, machine=machine, seed_noise=0.01, seeds={"mha": 3, "sas": 3})
     shown = CliRunner().invoke(cli, ["study", "plan", str(path), "--json"])
@@ -190,40 +198,60 @@ def test_the_command_prints_every_run_its_costs_and_what_can_be_told(tmp_path: P
     assert totals["hours"] == pytest.approx(totals["flops"] / 0.5e12 / 3600)
     assert totals["price"] == pytest.approx(2 * totals["hours"])
     assert totals["flops"] < totals["flops_without_trunks"]
-    # (1.95996 + 0.84162) × 0.01 × √(2/3), and over 2 sizes 1/√2 of it: budgets of one trunk err alike
+    # (1.95996 + 0.84162) × 0.01 × √(2/3), and 1/√2 of it over 2 sizes; budgets of one trunk are correlated.
     assert planned["smallest_effects"]["sas"] == pytest.approx([0.022875, 0.016175], rel=1e-4)
     table = CliRunner().invoke(cli, ["study", "plan", str(path)]).output
     assert "sas-large-2.5-s1236" in table
     assert "36 runs, 24 of them results" in table
-    # A narrow terminal wraps lines; no number is folded in its cell.
-    narrow = CliRunner().invoke(cli, ["study", "plan", str(path)], env={"COLUMNS": "40"}).output
-    lines = [line.split() for line in narrow.splitlines() if line.startswith(("mha-", "sas-"))]
-    assert {len([word for word in line if word not in ("k", "M")]) for line in lines[:36]} == {10}
+    # On a narrow terminal the numbers are below the name; no number is split.
+    narrow = CliRunner().invoke(cli, ["study", "plan", str(path)], env={"COLUMNS": "40"}).output.splitlines()
+    starts = [number for number, line in enumerate(narrow) if line.startswith(("mha-", "sas-"))][:36]
+    assert {len(narrow[number].split()) for number in starts} == {1}
+    numbers = [narrow[number + 1].split() for number in starts]
+    assert {len([word for word in line if word not in ("k", "M")]) for line in numbers} == {9}
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize("columns", [80, 200])
+def test_plan_table_fits_the_terminal(tmp_path: Path, columns: int) -> None:
+    machine = {"teraflops": 0.5, "price_per_hour": 2000.0}
+    variants = {"multi_head_attention": {"kind": "mha"}, "simulated_attention": {"kind": "sas"}}
+    path = write_study(tmp_path, machine=machine, variants=variants)
+    shown = CliRunner().invoke(cli, ["study", "plan", str(path)], env={"COLUMNS": str(columns)}).output
+    table = shown.splitlines()[: -1 if columns == 80 else None]
+    rows = [line for line in table if "runs, " not in line and "detectable" not in line]
+    assert max(map(len, rows)) <= columns
+    assert any(line.startswith("multi_head_attention-small-trunk-s1234") for line in rows)
+    # Every column has its heading and every run its price.
+    assert all(name in shown for name in ("steps", "params", "tokens", "FLOPs", "lr", "hours", "price"))
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_study_has_a_plan(path: Path) -> None:
+def test_shipped_study_has_a_plan(path: Path) -> None:
     plan = build_plan(*load_study(path))
     assert len(plan.results) > len(plan.study.variants)
     assert len({run.directory for run in plan.runs}) == len(plan.runs)
 
 
-def test_a_thousand_runs_are_planned_within_five_seconds_without_torch(tmp_path: Path) -> None:
+def test_thousand_runs_are_planned_within_five_seconds_without_torch(tmp_path: Path) -> None:
     sizes = {f"s{layers}": {"model.num_layers": layers} for layers in range(1, 21)}
     budgets = {"tokens_per_parameter": [2, 4, 8, 16]}
     path = write_study(tmp_path, sizes=sizes, budgets=budgets, seeds=5, match="params", tolerance=0.05)
     program = f"""
 import sys, time
-from sas_megatron.scaling.study.plan import build_plan
+from sas_megatron.scaling.study.plan_builder import build_plan
 from sas_megatron.scaling.study.study_file import load_study
-begun = time.process_time()
+started = time.process_time()
 plan = build_plan(*load_study({str(path)!r}))
-print(len(plan.runs), time.process_time() - begun, "torch" in sys.modules)
+print(len(plan.runs), time.process_time() - started, "torch" in sys.modules)
 """
-    begun = time.perf_counter()
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    count, seconds, has_torch = told.split()
+    started = time.perf_counter()
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    count, seconds, has_torch = output.split()
     assert int(count) == 1_000
     assert has_torch == "False"
-    assert float(seconds) < 5, f"{seconds} s of processor time, {time.perf_counter() - begun:.1f} s in all"
+    assert float(seconds) < 5, (
+        f"{seconds} s of processor time, {time.perf_counter() - started:.1f} s in total"
+    )

@@ -1,4 +1,4 @@
-"""The study's report: what it says, and how it looks in a real browser."""
+"""The report of a study: its contents, and its layout in a browser."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import FileProblem
+from sas_megatron.scaling import report as report_module
 from sas_megatron.scaling.outcomes import AXIS_NAMES
-from sas_megatron.scaling.study import report as report_module
 from sas_megatron.scaling.study.analysis import analyze, cut_slices
-from sas_megatron.scaling.study.report import write_study_report
-from sas_megatron.scaling.study.table import StudyTable, read_table, write_table
+from sas_megatron.scaling.study.study_report import write_study_report
+from sas_megatron.scaling.study.study_table import StudyTable, read_table, write_table
 from tests.scaling.study.made_up_tables import made_up_table
 from tests.selection import exhaustive
 
@@ -36,10 +36,10 @@ addEventListener("load", () => {
     verdict: getComputedStyle(document.querySelector("td.wins")).backgroundColor,
     ink: getComputedStyle(document.body).color,
   };
-  const place = document.createElement("pre");
-  place.id = "found";
-  place.textContent = JSON.stringify(found);
-  document.body.append(place);
+  const output = document.createElement("pre");
+  output.id = "found";
+  output.textContent = JSON.stringify(found);
+  document.body.append(output);
 });
 </script>
 """
@@ -58,13 +58,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of what is written."""
+    """Replace the drawing of figures, for tests of texts."""
     monkeypatch.setattr(report_module, "render", lambda *_, **__: b"drawing")
     monkeypatch.setattr(report_module, "embed_svg", lambda *_, **__: "drawing")
 
 
 def browse(page: Path, *options: str) -> str:
-    """A headless browser's output for a page."""
+    """Return the output of a headless browser for a page."""
     base = ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run")
     command = [*base, f"--user-data-dir={page.parent}/browser", *options, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
@@ -73,21 +73,21 @@ def browse(page: Path, *options: str) -> str:
 def measure(report: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
     page = tmp_path / "page.html"
     page.write_text((report / "report.html").read_text() + MEASURE)
-    told = browse(page, "--dump-dom", *options)
-    return json.loads(told.split('<pre id="found">')[1].split("</pre>")[0])
+    output = browse(page, "--dump-dom", *options)
+    return json.loads(output.split('<pre id="found">')[1].split("</pre>")[0])
 
 
 @pytest.mark.system_packages("chromium")
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [
-        (500, "dark"),  # the narrow page may scroll sideways, and only the dark one asks for other colors
+        (500, "dark"),  # the width at which a page may scroll horizontally, and the scheme with other colors
         pytest.param(500, "light", marks=exhaustive),
         pytest.param(1280, "light", marks=exhaustive),
         pytest.param(1280, "dark", marks=exhaustive),
     ],
 )
-def test_a_browser_shows_every_figure_within_the_page_and_loads_nothing(
+def test_page_fits_the_browser_and_loads_no_resources(
     report: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     options = [f"--window-size={width},1600"]
@@ -95,7 +95,7 @@ def test_a_browser_shows_every_figure_within_the_page_and_loads_nothing(
         options.append("--blink-settings=preferredColorScheme=0")
     found = measure(report, tmp_path, *options)
     assert found["width"] == width
-    assert found["overflow"] <= 0, "the page scrolls sideways"
+    assert found["overflow"] <= 0, "the page scrolls horizontally"
     assert len(found["drawn"]) == 6
     assert all(drawn_width > 300 and height > 100 for drawn_width, height in found["drawn"])
     assert found["texts"] > 100
@@ -107,7 +107,7 @@ def test_a_browser_shows_every_figure_within_the_page_and_loads_nothing(
 
 @exhaustive
 @pytest.mark.system_packages("chromium")
-def test_the_page_prints(report: Path, tmp_path: Path) -> None:
+def test_page_can_be_printed(report: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text((report / "report.html").read_text())
     browse(page, f"--print-to-pdf={tmp_path}/page.pdf", "--no-pdf-header-footer")
@@ -116,7 +116,7 @@ def test_the_page_prints(report: Path, tmp_path: Path) -> None:
     assert 3 <= printed.count(b"/Type /Page\n") + printed.count(b"/Type /Page/") <= 40
 
 
-def test_the_summary_the_page_and_the_json_tell_the_same(report: Path) -> None:
+def test_summary_page_and_json_agree(report: Path) -> None:
     summary, page = (report / "summary.md").read_text(), (report / "report.html").read_text()
     record = json.loads((report / "report.json").read_text())
     (part,) = record["slices"]
@@ -146,35 +146,35 @@ def test_the_summary_the_page_and_the_json_tell_the_same(report: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_what_goes_for_several_axes_or_variants_is_told_once(tmp_path: Path) -> None:
+def test_statements_that_hold_for_several_axes_or_variants_appear_once(tmp_path: Path) -> None:
     seeds = {"mha": 3, "gqa": 3, "sas": 3}
     write_study_report(made_up_table(seeds=seeds, budgets=(4,), num_sizes=1), tmp_path, num_draws=50)
     lines = (tmp_path / "summary.md").read_text().splitlines()
-    told = [line for line in lines if line.startswith("- ") and ": " in line]
-    assert len(told) == len(set(told))
-    assert sum("No compute-equivalent gain" in line for line in told) == 1
-    (law,) = (line for line in told if "no law" in line)
+    statements = [line for line in lines if line.startswith("- ") and ": " in line]
+    assert len(statements) == len(set(statements))
+    assert sum("No compute-equivalent gain" in line for line in statements) == 1
+    (law,) = (line for line in statements if "no law" in line)
     assert law.startswith("- mha, gqa, sas: no law (")
-    (won,) = (line for line in told if "sas wins" in line)
-    assert won.startswith("- At equal parameters and tokens, at equal tokens: sas wins: ")
+    (win,) = (line for line in statements if "sas wins" in line)
+    assert win.startswith("- At equal parameters and tokens, at equal tokens: sas wins: ")
 
 
-def test_lengths_are_never_compared_with_each_other(tmp_path: Path) -> None:
+def test_slices_are_not_compared_with_each_other() -> None:
     table = made_up_table(lengths=("512", "1024"))
     short, long = cut_slices(table)
     assert (short.name, long.name) == ("length 512", "length 1024")
     assert list(short.rows) == ["mha", "gqa", "sas"]
-    # A level that only some variants have makes variants of them.
+    # A level that only some variants have becomes part of the variant's name.
     rows = tuple(
         dataclasses.replace(row, levels={"kernel": f"k{row.seed + 1}"}) if row.variant == "sas" else row
         for row in made_up_table().rows
     )
-    (one,) = cut_slices(dataclasses.replace(table, rows=rows))
-    assert list(one.rows) == ["mha", "gqa", "sas-k1", "sas-k2", "sas-k3"]
+    (single,) = cut_slices(dataclasses.replace(table, rows=rows))
+    assert list(single.rows) == ["mha", "gqa", "sas-k1", "sas-k2", "sas-k3"]
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_what_was_not_measured_is_said_and_not_made_up(tmp_path: Path) -> None:
+def test_missing_results_are_reported_as_missing(tmp_path: Path) -> None:
     def without(variant: str, table: StudyTable) -> StudyTable:
         rows = tuple(
             dataclasses.replace(row, status="missing", loss=None, curve_loss=[])
@@ -189,8 +189,8 @@ def test_what_was_not_measured_is_said_and_not_made_up(tmp_path: Path) -> None:
     assert analysis.comparisons == ()
     assert analysis.remarks == ("sas has no finished run.",)
     (analysis,) = analyze(without("mha", table), num_draws=50)
-    assert analysis.remarks == ("mha, the baseline, has no finished run, so nothing is compared with it.",)
-    # At one budget SAS's FLOPs, half as many again, have no runs of mha on both sides.
+    assert analysis.remarks == ("The baseline mha has no finished run: no variant can be compared.",)
+    # At a single budget, SAS uses 1.5 times the FLOPs, so that no runs of mha enclose it.
     write_study_report(made_up_table(budgets=(4,)), tmp_path, num_draws=50)
     summary = (tmp_path / "summary.md").read_text()
     assert summary.count("| not compared | not compared |") == 1
@@ -198,35 +198,35 @@ def test_what_was_not_measured_is_said_and_not_made_up(tmp_path: Path) -> None:
     assert "- gqa, sas: No test of a shared irreducible loss: " in summary
     one_budget = made_up_table(budgets=(4,))
     (analysis,) = analyze(one_budget, num_draws=50)
-    assert all(law.report is None or not math.isnan(law.report.fit.surface.E) for law in analysis.laws)
+    assert all(law.fit is None or not math.isnan(law.fit.fit.surface.E) for law in analysis.laws)
 
 
-def test_time_is_of_one_kind_in_all_runs(tmp_path: Path) -> None:
+def test_all_runs_use_the_same_kind_of_time() -> None:
     table = made_up_table()
     rows = tuple(
         dataclasses.replace(row, step_seconds=None) if row.variant == "sas" else row for row in table.rows
     )
     (mixed,) = cut_slices(dataclasses.replace(table, rows=rows))
     assert [outcome.seconds for outcome in mixed.outcomes] == [row.training_seconds for row in table.rows]
-    (whole,) = cut_slices(table)
-    assert whole.outcomes[0].seconds == pytest.approx((table.rows[0].step_seconds or 0) * table.rows[0].steps)
+    (timed,) = cut_slices(table)
+    assert timed.outcomes[0].seconds == pytest.approx((table.rows[0].step_seconds or 0) * table.rows[0].steps)
 
 
-def test_a_report_takes_nothing_away_from_a_folder(tmp_path: Path) -> None:
+def test_report_keeps_other_files_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "mine.svg").write_text("dear to me")
+    (tmp_path / "figures" / "other.svg").write_text("other content")
     write_study_report(made_up_table(seeds={"mha": 1}, budgets=(4,)), tmp_path, num_draws=50)
-    assert (tmp_path / "figures" / "mine.svg").read_text() == "dear to me"
+    assert (tmp_path / "figures" / "other.svg").read_text() == "other content"
 
 
-def test_a_table_comes_back_as_it_was_and_another_file_is_refused(tmp_path: Path) -> None:
+def test_table_round_trips_and_other_files_are_refused(tmp_path: Path) -> None:
     table = made_up_table()
     write_table(table, tmp_path / "study.parquet")
     assert read_table(tmp_path / "study.parquet") == table
     with pytest.raises(
-        FileProblem, match=r"none.parquet: is not there; run `sas-megatron study collect` first"
+        FileProblem, match=r"none.parquet: does not exist; run `sas-megatron study collect` first"
     ):
         read_table(tmp_path / "none.parquet")
-    (tmp_path / "text").write_text("no table")
+    (tmp_path / "text").write_text("not a table")
     with pytest.raises(FileProblem, match="cannot be read"):
         read_table(tmp_path / "text")

@@ -1,4 +1,4 @@
-"""Studies on real text: run, stopped, killed, resumed and collected."""
+"""Studies on real text that are run, stopped, killed, resumed and collected."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study import runner
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.plan import Plan
-from sas_megatron.scaling.study.run_states import is_locked, locked, log_of, status_of
+from sas_megatron.scaling.study.run_states import acquire_lock, is_locked, log_path, read_status
 from sas_megatron.scaling.study.study_file import load_study
+from sas_megatron.scaling.study.study_table import read_table
 from sas_megatron.scaling.study.sweeps import plan_with_rates
-from sas_megatron.scaling.study.table import read_table
 from tests.conftest import ROOT
 from tests.fork_server import fork_context
 from tests.scaling.study.running_studies import base_tree, complete, study_run, wait_until
@@ -46,7 +46,7 @@ def plan_at(path: Path) -> Plan:
 
 
 def results(path: Path) -> dict[str, tuple[Any, ...]]:
-    """What the table says of each run, but for times and for where its files are."""
+    """Return the table's values of each run, except for times and paths."""
     rows = collect(plan_at(path)).rows
     return {
         row.run: (row.status, row.loss, row.train_loss, row.tokens, row.training_flops, row.curve_loss)
@@ -56,14 +56,14 @@ def results(path: Path) -> dict[str, tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def finished(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that ran undisturbed."""
+    """A study that ran without interruption."""
     folder = tmp_path_factory.mktemp("finished")
     path = write_study(folder, base_tree(small_data, folder / "none"), **STUDY)
     complete(path, "--jobs", "2")
     return path
 
 
-def test_a_study_starts_each_run_as_a_command(small_data: SmallData, tmp_path: Path) -> None:
+def test_study_starts_each_run_as_a_command(small_data: SmallData, tmp_path: Path) -> None:
     study = {**STUDY, "variants": {"mha": {}}, "budgets": {"tokens": [3_200]}}
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **study)
     (run,) = plan_at(path).runs
@@ -78,11 +78,11 @@ def test_a_study_starts_each_run_as_a_command(small_data: SmallData, tmp_path: P
     started, ended = done.stdout.splitlines()
     assert started == f"» {run.name}: started, 10 steps"
     assert re.fullmatch(rf"» {run.name}: done, validation loss \d\.\d+, \d+ s", ended)
-    assert "validation" in log_of(run).read_text(), "what the run prints is in its log"
+    assert "validation" in log_path(run).read_text(), "the output of the run is not in its log"
     assert not is_locked(run)
 
 
-def test_a_finished_study_is_collected_and_never_run_again(finished: Path) -> None:
+def test_finished_study_is_collected_and_not_run_again(finished: Path) -> None:
     written = {
         file: file.stat().st_mtime_ns for file in (finished.parent / "study").rglob("*") if file.is_file()
     }
@@ -93,9 +93,9 @@ def test_a_finished_study_is_collected_and_never_run_again(finished: Path) -> No
     assert after == written
     done = CliRunner().invoke(cli, ["study", "collect", str(finished), "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.output)
-    assert (told["rows"], told["done"], told["remarks"]) == (4, 4, [])
-    table = read_table(told["table"])
+    record = json.loads(done.output)
+    assert (record["rows"], record["done"], record["remarks"]) == (4, 4, [])
+    table = read_table(record["table"])
     assert table.baseline == "mha"
     assert [row.run for row in table.rows] == [
         *("mha-one-3200-s1234", "mha-one-6400-s1234", "sas-one-3200-s1234", "sas-one-6400-s1234")
@@ -108,17 +108,17 @@ def test_a_finished_study_is_collected_and_never_run_again(finished: Path) -> No
         assert row.curve_loss[-1] == row.loss
         assert row.training_flops == row.tokens * sum(row.flops_per_token.values()) == row.curve_flops[-1]
         assert row.flops_6nd == 6 * row.params * row.tokens
-    # What branches share they have from one trunk.
+    # Branches of one trunk have the same loss before the branch point.
     short, long = table.rows[:2]
     assert short.curve_loss[0] == long.curve_loss[0]
     assert short.curve_loss[1] != long.curve_loss[1]
-    # Nobody mistakes a trunk for a result.
+    # The two trunks are included.
     statuses = CliRunner().invoke(cli, ["study", "status", str(finished), "--json"])
     assert json.loads(statuses.output)["counts"] == {"done": 6}
 
 
 def times_of_finished(plan: Plan) -> dict[Path, int]:
-    """When the results of the runs that have finished were written."""
+    """Return the modification times of the results of the finished runs."""
     return {
         file: file.stat().st_mtime_ns
         for run in plan.runs
@@ -127,26 +127,24 @@ def times_of_finished(plan: Plan) -> dict[Path, int]:
     }
 
 
-def test_a_killed_study_ends_with_the_same_table(
-    small_data: SmallData, tmp_path: Path, finished: Path
-) -> None:
+def test_killed_study_gives_the_same_table(small_data: SmallData, tmp_path: Path, finished: Path) -> None:
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
     plan = plan_at(path)
     trunks = [run for run in plan.runs if run.role == "trunk"]
     branches = [run for run in plan.runs if run.role != "trunk"]
     with study_run(path, "--jobs", "2") as process:
-        # Between the checkpoints of steps 3 and 6 or later, and before the last one.
-        wait_until(lambda: any(status_of(run).step >= 4 for run in trunks))
+        # Between two checkpoints, which are saved every 3 steps.
+        wait_until(lambda: any(read_status(run).step >= 4 for run in trunks))
     assert process.wait() == -signal.SIGKILL, "ended before it could be killed"
     assert not all(has_finished(run.directory) for run in trunks)
 
     with study_run(path, "--jobs", "2") as process:
-        # A run makes its directory itself.
+        # A run creates its directory itself.
         wait_until(lambda: any(run.directory.exists() for run in branches))
         process.kill()
         started = [run for run in branches if run.directory.exists()]
         finished_before = times_of_finished(plan)
-        # The runs outlive the killed study with their locks, and another one does not start them again.
+        # The runs continue after the study is killed; they keep their locks and are not started again.
         assert any(is_locked(run) for run in started)
         assert all(is_locked(run) or has_finished(run.directory) for run in started)
         printed = complete(path, "--jobs", "2")
@@ -157,52 +155,52 @@ def test_a_killed_study_ends_with_the_same_table(
 
 
 @exhaustive
-def test_a_study_killed_at_random_moments_ends_with_the_same_table(
+def test_study_killed_at_random_times_gives_the_same_table(
     small_data: SmallData, tmp_path: Path, finished: Path
 ) -> None:
-    moments = random.Random(20)
+    generator = random.Random(20)
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
     finished_files: dict[Path, int] = {}
     for _ in range(20):
         with study_run(path, "--jobs", "2") as process:
             try:
-                process.wait(timeout=moments.uniform(0.2, 3))
+                process.wait(timeout=generator.uniform(0.2, 3))
             except subprocess.TimeoutExpired:
                 process.kill()
-                # Its runs outlive it, here for a while.
-                time.sleep(moments.choice([0, 0, moments.uniform(0, 3)]))
-        for file, written in finished_files.items():
-            assert file.stat().st_mtime_ns == written, f"{file} was finished and has run again"
+                # Its runs continue, here for some time before the study is started again.
+                time.sleep(generator.choice([0, 0, generator.uniform(0, 3)]))
+        for file, modified in finished_files.items():
+            assert file.stat().st_mtime_ns == modified, f"{file} belongs to a finished run that has run again"
         finished_files = times_of_finished(plan_at(path))
     complete(path, "--jobs", "2")
     assert results(path) == results(finished)
 
 
-def test_a_run_whose_lock_is_held_is_not_started_again(
+def test_run_whose_lock_is_held_is_not_started(
     small_data: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **STUDY)
     run = plan_at(path).runs[0]
-    looks = 0
+    num_waits = 0
 
-    def look_twice(self: runner.StudyRunner) -> None:
-        nonlocal looks
+    def wait_twice(self: runner.StudyRunner) -> None:
+        nonlocal num_waits
         assert not self._started
-        looks += 1
-        if looks == 2:
-            raise TimeoutError("it still waits for the run of another process")
+        num_waits += 1
+        if num_waits == 2:
+            raise TimeoutError("still waiting for the run of another process")
 
-    monkeypatch.setattr(runner.StudyRunner, "_wait", look_twice)
-    with locked(run) as descriptor:
+    monkeypatch.setattr(runner.StudyRunner, "_wait", wait_twice)
+    with acquire_lock(run) as descriptor:
         assert descriptor is not None
-        assert status_of(run).state == "running"
+        assert read_status(run).state == "running"
         with pytest.raises(TimeoutError):
-            runner.StudyRunner(lambda: plan_at(path), jobs=2, say=print).run(wanted=lambda r: r == run)
-        assert not log_of(run).exists()
+            runner.StudyRunner(lambda: plan_at(path), jobs=2, log=print).run(selected=lambda r: r == run)
+        assert not log_path(run).exists()
 
 
-def test_a_stopped_study_saves_its_runs_and_says_what_failed(small_data: SmallData, tmp_path: Path) -> None:
-    # A run of many steps is stopped; one that diverges fails, and what branches off it waits.
+def test_stopped_study_saves_its_runs_and_reports_failures(small_data: SmallData, tmp_path: Path) -> None:
+    # A run of many steps is stopped; another diverges and fails, so that its branches wait.
     sizes = {
         "good": {"model.num_layers": 1},
         "bad": {"model.num_layers": 1, "optimizer.learning_rate": 1e30, "optimizer.clip_gradient_norm": 0},
@@ -211,13 +209,13 @@ def test_a_stopped_study_saves_its_runs_and_says_what_failed(small_data: SmallDa
     path = write_study(tmp_path, base_tree(small_data, tmp_path / "none"), **study)
     with study_run(path, "--jobs", "2", "--only", "*trunk*") as process:
         good, bad = [run for run in plan_at(path).runs if run.role == "trunk"]
-        # The short branch leaves the trunk at step 8.
-        wait_until(lambda: status_of(good).step > 8 and status_of(bad).state == "failed")
+        # The short branch starts at step 8 of the trunk.
+        wait_until(lambda: read_status(good).step > 8 and read_status(bad).state == "failed")
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
-    assert f"» {good.name}: saved and stopped" in process.output()
+    assert f"» {good.name}: saved a checkpoint and stopped" in process.output()
     assert (good.directory / "stopped.json").exists()
-    statuses = {run.name: status_of(run) for run in plan_at(path).runs}
+    statuses = {run.name: read_status(run) for run in plan_at(path).runs}
     assert statuses[good.name].state == "interrupted"
     assert re.match(
         r".*TrainingFault: step 5 after 3 skipped in a row .* is nan", str(statuses[bad.name].reason)
@@ -226,12 +224,12 @@ def test_a_stopped_study_saves_its_runs_and_says_what_failed(small_data: SmallDa
     assert statuses["mha-good-3200-s1234"].state == "ready"
     shown = CliRunner().invoke(cli, ["study", "status", str(path)]).output
     assert "4 waiting" not in shown
-    assert "of computing left" in shown
+    assert "of training remaining" in shown
     with pytest.raises(UserError, match=r"none of the study's 4 runs has finished"):
         collect(plan_at(path))
 
 
-def test_runs_that_differ_from_plan_or_each_other_are_not_mixed(
+def test_runs_that_differ_from_the_plan_or_each_other_are_not_collected(
     small_data: SmallData, tmp_path: Path, finished: Path
 ) -> None:
     base = base_tree(small_data, finished.parent / "none")
@@ -239,7 +237,7 @@ def test_runs_that_differ_from_plan_or_each_other_are_not_mixed(
     other = write_study(tmp_path, base, **{**STUDY, "directory": str(finished.parent / "study")})
     with pytest.raises(UserError, match=r"mha-one-3200-s1234: optimizer\.weight_decay is 0\.1, planned 0\.2"):
         collect(plan_at(other))
-    # What has finished is done, whatever is planned now.
+    # A finished run stays done, even if the plan has changed.
     complete(other, "--only", "sas*6400*")
     provenance = finished.parent / "study" / "runs" / "sas-one-6400-s1234" / "run.json"
     kept = provenance.read_text()
@@ -252,20 +250,20 @@ def test_runs_that_differ_from_plan_or_each_other_are_not_mixed(
             collect(plan_at(finished))
         tree["packages"] = json.loads(kept)["packages"]
         provenance.write_text(json.dumps(tree))
-        assert any("their seconds do not compare" in remark for remark in collect(plan_at(finished)).remarks)
+        assert any(
+            "their times are not comparable" in remark for remark in collect(plan_at(finished)).remarks
+        )
     finally:
         provenance.write_text(kept)
 
 
 @pytest.mark.parametrize("command", ["run", "status"])
-def test_a_name_that_no_run_has_is_refused(finished: Path, command: str) -> None:
+def test_pattern_without_matching_run_is_refused(finished: Path, command: str) -> None:
     done = CliRunner().invoke(cli, ["study", command, str(finished), "--only", "nix*"])
-    assert str(done.exception).startswith(
-        "--only=nix*: is the name of no run; use one that `study plan` shows"
-    )
+    assert str(done.exception).startswith("--only=nix*: matches no run; use a name that `study plan` shows")
 
 
-def test_what_is_missing_stays_missing(finished: Path) -> None:
+def test_missing_run_stays_missing_in_the_table(finished: Path) -> None:
     summary = finished.parent / "study" / "runs" / "sas-one-6400-s1234" / "summary.json"
     kept = summary.read_text()
     summary.unlink()
@@ -278,7 +276,7 @@ def test_what_is_missing_stays_missing(finished: Path) -> None:
     assert table.remarks == ("1 of 4 runs are missing: sas-one-6400-s1234.",)
 
 
-def test_steps_are_timed_in_turn_and_stand_in_the_table(
+def test_step_times_are_measured_and_added_to_the_table(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = fork_context()
@@ -293,10 +291,10 @@ def test_steps_are_timed_in_turn_and_stand_in_the_table(
         f"{name}-3200-s1234": sum(measured) / 2 for name, measured in seconds.items()
     }
 
-    # The seconds of a cell whose config has changed since are not its own; a learning rate changes none.
+    # Step times of an earlier config are ignored; the learning rate does not affect them.
     assert "optimizer.learning_rate" not in record["cells"]["sas-one"]["config"]
     record["cells"]["sas-one"]["config"]["attention.head_expansion"] += 1
     path.write_text(json.dumps(record))
     table = collect(plan_at(finished))
     assert {row.variant for row in table.rows if row.step_seconds is None} == {"sas"}
-    assert any("No seconds of a step were measured for sas-one as" in remark for remark in table.remarks)
+    assert any("The step times of sas-one were not measured with" in remark for remark in table.remarks)

@@ -1,4 +1,4 @@
-"""Sweeps of learning rates as their runs' files tell of them, and studies that are edited meanwhile."""
+"""Learning rate sweeps, read from the files of their runs, and studies that are edited after a sweep."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.learning_rates import step_law_rate
-from sas_megatron.scaling.study.plan import Plan, wanted_tokens
-from sas_megatron.scaling.study.run_states import status_of
+from sas_megatron.scaling.study.plan import Plan, count_budget_tokens
+from sas_megatron.scaling.study.run_states import read_status
 from sas_megatron.scaling.study.runner import StudyRunner
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.sweeps import plan_with_rates
@@ -26,7 +26,7 @@ def plan_at(folder: Path, **changes: object) -> Plan:
 
 
 def leave_sweep(plan: Plan, *, best: float = 3e-4) -> None:
-    """Trials with a lowest loss at `best`; those at twice the rate diverged."""
+    """Write finished trials with the lowest loss at `best`; those at twice the rate have diverged."""
     for run in plan.runs:
         if run.role == "sweep":
             rate = run.config.optimizer.learning_rate
@@ -36,27 +36,27 @@ def leave_sweep(plan: Plan, *, best: float = 3e-4) -> None:
                 leave_run(run, loss=4 + math.log(rate / best) ** 2)
 
 
-def test_a_trial_that_diverged_is_a_result_and_not_run_again(tmp_path: Path) -> None:
+def test_diverged_trial_is_a_result_and_is_not_run_again(tmp_path: Path) -> None:
     leave_sweep(plan_at(tmp_path))
     plan = plan_at(tmp_path)
     assert all(run.is_ready for run in plan.runs)
-    states = [status_of(run) for run in plan.runs if run.role == "sweep"]
+    states = [read_status(run) for run in plan.runs if run.role == "sweep"]
     assert [status.state for status in states] == ["done", "done", "diverged"] * 2
     assert {status.remaining_steps for status in states} == {0}
-    said: list[str] = []
-    runner = StudyRunner(lambda: plan, jobs=1, say=said.append)
-    assert runner.run(wanted=lambda run: run.role == "sweep")
-    assert said == []
+    messages: list[str] = []
+    runner = StudyRunner(lambda: plan, jobs=1, log=messages.append)
+    assert runner.run(selected=lambda run: run.role == "sweep")
+    assert messages == []
 
 
-def test_the_table_tells_of_rates_at_the_edge_and_of_those_never_tried(tmp_path: Path) -> None:
+def test_table_remarks_on_rates_at_the_edge_of_a_sweep(tmp_path: Path) -> None:
     sizes = {**SIZES, "huge": {"model.num_layers": 9}}
     leave_sweep(plan_at(tmp_path, sizes=sizes), best=1e-4)
     plan = plan_at(tmp_path, sizes=sizes)
     leave_run(plan.results[0])
     remarks = collect(plan).remarks
     law = {
-        cell.size: step_law_rate(cell.parameters_without_embeddings, wanted_tokens(plan.study, cell, 1))
+        cell.size: step_law_rate(cell.parameters_without_embeddings, count_budget_tokens(plan.study, cell, 1))
         for cell in plan.cells
     }
     small, large = 1.5e-4 / law["small"], 1.5e-4 / law["large"]
@@ -70,7 +70,7 @@ def test_the_table_tells_of_rates_at_the_edge_and_of_those_never_tried(tmp_path:
     )
 
 
-def test_a_study_that_grew_since_its_sweep_is_told_what_to_do(tmp_path: Path) -> None:
+def test_study_extended_after_its_sweep_is_refused(tmp_path: Path) -> None:
     leave_sweep(plan_at(tmp_path))
     plan_at(tmp_path)
     grown = {"variants": {"mha": {}, "gqa": {"num_kv_heads": 2}}}
@@ -80,7 +80,7 @@ def test_a_study_that_grew_since_its_sweep_is_told_what_to_do(tmp_path: Path) ->
         plan_at(tmp_path, sizes={**SIZES, "huge": {"model.num_layers": 9}})
 
 
-def test_losses_of_other_rates_than_planned_decide_nothing(tmp_path: Path) -> None:
+def test_trials_with_other_rates_than_planned_are_refused(tmp_path: Path) -> None:
     leave_sweep(plan_at(tmp_path))
     path = write_study(tmp_path, build_tree(optimizer__learning_rate=1e-4), **SWEEP)
     with pytest.raises(FieldError, match=r"optimizer\.learning_rate=0\.00015: .* the study now plans 5e-05"):

@@ -1,20 +1,21 @@
-"""All that is fitted to one table of runs: the law, its intervals, other approaches beside it, a prediction.
+"""Complete fit of a scaling law to one table of runs: law, intervals, alternative methods and a prediction.
 
-points -> without the highest losses -> law by Huber loss -> bootstrap -> intervals, isoFLOP intervals
-                                     -> law by least squares -> profile likelihood
-                                     -> law by variable projection
-                                     -> law of all but the largest runs -> those predicted
+points -> drop the highest losses -> Huber loss -> bootstrap -> intervals, isoFLOP intervals
+                                  -> least squares -> profile likelihood
+                                  -> variable projection
+                                  -> fit without the largest runs -> prediction of those
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from sas_megatron.scaling.attempts import Attempts
+from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.hold_out import HoldOut, predict_largest
 from sas_megatron.scaling.laws.isoflop import IsoflopFit, fit_isoflop
 from sas_megatron.scaling.laws.loss_surface import (
@@ -33,17 +34,33 @@ from sas_megatron.scaling.laws.points import Points
 from sas_megatron.scaling.laws.power_law import PowerLawFit, find_frontier, fit_power_law
 from sas_megatron.scaling.laws.profile import OpenInterval, profile_intervals
 from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percentile_intervals
-from sas_megatron.scaling.numbers import format_share, without_infinities
+from sas_megatron.scaling.numbers import format_share, replace_non_finite
 
+_Result = TypeVar("_Result")
 NO_FLOPS = (
-    "The points have no column flops: C = 6ND is assumed, which leaves attention's scores out. Variants that "
-    "differ in them cannot be compared so."
+    "The points have no column flops: C = 6ND is assumed, which excludes the attention scores. Variants that "
+    "differ in their attention scores cannot be compared on this basis."
 )
+
+
+class Attempts:
+    """Runs computations that the data may not allow; `remarks` gets a sentence for each that fails."""
+
+    def __init__(self) -> None:
+        self.remarks: list[str] = []
+
+    def run(self, name: str, function: Callable[[], _Result]) -> _Result | None:
+        """Return the result of `function`, or None if it raises `FieldError`."""
+        try:
+            return function()
+        except FieldError as error:
+            self.remarks.append(f"No {name}: {error}.")
+            return None
 
 
 @dataclass(frozen=True)
 class ComputeOptimal:
-    """The powers of C in the best N, the best D and the loss above E, and what the largest budget buys."""
+    """Exponents of C in the optimal N and D and the reducible loss, and the optimum of the largest budget."""
 
     cost: TokenCost
     exponents: dict[str, float]
@@ -52,11 +69,11 @@ class ComputeOptimal:
 
 
 @dataclass(frozen=True)
-class FitReport:
-    """Everything `sas-megatron fit` prints; what could not be done is None, and why is among the remarks.
+class LawFit:
+    """A fitted law L(N, D) with its intervals and alternative fits.
 
-    `compute_law` and `pure_compute_law` (without E) are of loss over FLOPs along the runs that none beats for
-    fewer.
+    Results that the points do not allow are None; `remarks` state why. `compute_law` and `pure_compute_law`
+    (without E) are power laws of loss over FLOPs along the Pareto frontier of the runs.
     """
 
     fit: SurfaceFit
@@ -73,13 +90,20 @@ class FitReport:
     remarks: tuple[str, ...]
 
 
-def build_fit_report(
+def fit_law(
     points: Points, *, drop_highest: int = 0, num_draws: int = 1000, seed: int = 1, hold_out: float = 0.1
-) -> FitReport:
-    """Fits the law to the points, `hold_out` of which (a share) are predicted from the rest.
+) -> LawFit:
+    """Fit the law to points and estimate its uncertainty.
+
+    Args:
+        points: At least six runs.
+        drop_highest: Number of points with the highest losses to leave out.
+        num_draws: Bootstrap draws.
+        seed: Seed of the bootstrap.
+        hold_out: Fraction of the runs, the largest, that are predicted from the others.
 
     Raises:
-        FieldError: the points, or an option, do not allow the law to be fitted.
+        FieldError: The points or an option do not allow the law to be fitted.
     """
     points, dropped = points.drop_highest(drop_highest)
     fit = fit_surface(points)
@@ -92,57 +116,57 @@ def build_fit_report(
     def over_compute(*, irreducible: bool) -> PowerLawFit:
         return fit_power_law(frontier.compute, frontier.loss, irreducible=irreducible)
 
-    return FitReport(
+    return LawFit(
         fit=fit,
         dropped=dropped,
         ci95=percentile_intervals(draws),
         compute_optimal=_find_optimal(fit, draws, cost),
         compute_optimal_6nd=_find_optimal(fit, draws, TokenCost(6.0, 1.0, "6ND")),
-        profile95=attempts.make(
+        profile95=attempts.run(
             "profile likelihood", lambda: profile_intervals(fit_surface(points, delta=np.inf))
         ),
-        projected=attempts.make("variable projection", lambda: project_surface(points)),
-        isoflop=attempts.make("isoFLOP profiles", lambda: fit_isoflop(points, weights_RI=weights_RI)),
-        compute_law=attempts.make("power law of compute", lambda: over_compute(irreducible=True)),
-        pure_compute_law=attempts.make("pure power law of compute", lambda: over_compute(irreducible=False)),
-        hold_out=attempts.make(
+        projected=attempts.run("variable projection", lambda: project_surface(points)),
+        isoflop=attempts.run("isoFLOP profiles", lambda: fit_isoflop(points, weights_RI=weights_RI)),
+        compute_law=attempts.run("power law of compute", lambda: over_compute(irreducible=True)),
+        pure_compute_law=attempts.run("pure power law of compute", lambda: over_compute(irreducible=False)),
+        hold_out=attempts.run(
             "prediction of held-out runs",
             lambda: predict_largest(points, share=hold_out, num_draws=num_draws, seed=seed),
         ),
-        # Last, when all has been tried.
+        # Evaluated last, after all attempts.
         remarks=(*_remark_on_points(points), *_remark_on_fit(fit, draws), *attempts.remarks),
     )
 
 
-def report_tree(report: FitReport) -> dict[str, Any]:
-    """The report as JSON takes it; what is missing or infinite is null."""
-    surface = report.fit.surface
+def law_fit_record(law: LawFit) -> dict[str, Any]:
+    """Return the fit as JSON values; missing and non-finite numbers are null."""
+    surface = law.fit.surface
     tree = {
         **dataclasses.asdict(surface),
-        "objective": report.fit.fit.objective,
-        "n_points": len(report.fit.points),
-        "ci95": report.ci95,
-        "compute_optimal": _optimal_tree(report.compute_optimal),
-        "compute_optimal_6nd": _optimal_tree(report.compute_optimal_6nd),
-        "profile95": report.profile95,
-        "projection": None if report.projected is None else _projected_tree(report.projected),
-        "isoflop": None if report.isoflop is None else dataclasses.asdict(report.isoflop),
-        "compute_law": _compute_law_tree(report.compute_law),
-        "pure_compute_law": _compute_law_tree(report.pure_compute_law),
-        "hold_out": None if report.hold_out is None else _hold_out_tree(report.hold_out),
+        "objective": law.fit.fit.objective,
+        "n_points": len(law.fit.points),
+        "ci95": law.ci95,
+        "compute_optimal": _optimal_tree(law.compute_optimal),
+        "compute_optimal_6nd": _optimal_tree(law.compute_optimal_6nd),
+        "profile95": law.profile95,
+        "projection": None if law.projected is None else _projected_tree(law.projected),
+        "isoflop": None if law.isoflop is None else dataclasses.asdict(law.isoflop),
+        "compute_law": _compute_law_tree(law.compute_law),
+        "pure_compute_law": _compute_law_tree(law.pure_compute_law),
+        "hold_out": None if law.hold_out is None else _hold_out_tree(law.hold_out),
         "dropped": [
             {"params": params, "tokens": tokens, "loss": loss}
             for params, tokens, loss in zip(
-                report.dropped.params.tolist(),
-                report.dropped.tokens.tolist(),
-                report.dropped.loss.tolist(),
+                law.dropped.params.tolist(),
+                law.dropped.tokens.tolist(),
+                law.dropped.loss.tolist(),
                 strict=True,
             )
         ],
-        "remarks": report.remarks,
+        "remarks": law.remarks,
     }
-    finite: dict[str, Any] = without_infinities(tree)
-    return finite
+    record: dict[str, Any] = replace_non_finite(tree)
+    return record
 
 
 def _find_optimal(fit: SurfaceFit, draws: Quantities, cost: TokenCost) -> ComputeOptimal:
@@ -160,24 +184,24 @@ def _remark_on_points(points: Points) -> list[str]:
     remarks = [] if points.flops is not None else [NO_FLOPS]
     _, counts = np.unique(points.sizes, return_counts=True)
     if (counts == 1).all():
-        remarks.append("No size has two runs, so the bootstrap draws from all runs as one stratum.")
+        remarks.append("No size has two runs, so that all runs form one stratum of the bootstrap.")
     elif (single := int((counts == 1).sum())) > 1:
-        remarks.append(f"{single} sizes have one run each and are one stratum of the bootstrap.")
+        remarks.append(f"{single} sizes have one run each and form one common stratum of the bootstrap.")
     elif single:
-        remarks.append("One size has a single run, which is in every draw of the bootstrap.")
+        remarks.append("One size has a single run, which every bootstrap draw contains.")
     return remarks
 
 
 def _remark_on_fit(fit: SurfaceFit, draws: Quantities) -> list[str]:
     remarks = []
     if fit.surface.E / fit.points.loss.min() < NEGLIGIBLE_SHARE:
-        remarks.append("E is at its bound of zero: the points do not reach down to an irreducible loss.")
+        remarks.append("E is at its lower bound of zero: the points do not determine an irreducible loss.")
     exponents = np.stack([draws["alpha"], draws["beta"]])
-    odd = ((exponents <= 0) | (exponents > LARGEST_EXPONENT)).any(axis=0).mean()
-    if odd > 0:
+    invalid = ((exponents <= 0) | (exponents > LARGEST_EXPONENT)).any(axis=0).mean()
+    if invalid > 0:
         remarks.append(
-            f"In {format_share(odd)} of the bootstrap draws an exponent is not between 0 and "
-            f"{LARGEST_EXPONENT:g}; they count in the intervals."
+            f"In {format_share(invalid)} of the bootstrap draws an exponent is not between 0 and "
+            f"{LARGEST_EXPONENT:g}; these draws are included in the intervals."
         )
     return remarks
 

@@ -1,6 +1,6 @@
-"""The study's one table: a row for each planned result, with its curve; missing results stay missing.
+"""The collected table of a study: one row per planned result, with its validation curve.
 
-Parquet, so that any tool reads it; the page, the laws and the comparison read this and no run.
+It is stored as Parquet. The report, the laws and the comparison read this table and no run directories.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Losses in nats a token, on the held-out windows; FLOPs by `costs.flops`, attention in
-    full.
+    """One run.
 
-    `status` is done, diverged or missing. Of a run that is not done all that is measured is None; what is
-    counted is that of the plan. `levels` are the further axes; curves hold the evaluations.
+    Losses are in nats per token on the held-out windows. FLOPs are counted by `costs.flops`, with full
+    attention. `status` is done, diverged or missing; if it is not done, measured values are None and counted
+    values are those of the plan. `levels` are the levels of further axes; curves contain the evaluations.
     """
 
     run: str
@@ -43,7 +43,7 @@ class Row:
     tokens: int
     steps: int
     training_flops: float
-    # 6 N D, N with embeddings: what is often taken for the FLOPs.
+    # 6 N D, a common approximation of the training FLOPs; N includes embeddings.
     flops_6nd: float
     flops_per_token: dict[str, float]
     learning_rate: float
@@ -55,13 +55,13 @@ class Row:
     bits_per_byte: float | None = None
     training_seconds: float | None = None
     median_step_seconds: float | None = None
-    # Measured in turn with the other cells (`study time`), and so comparable; None where it was not.
+    # Measured in alternation with the other cells (`study time`), hence comparable; None if not measured.
     step_seconds: float | None = None
     peak_memory_bytes: int | None = None
     world_size: int | None = None
     machine: str | None = None
     git: str | None = None
-    # Of run.json: what says which files made this row.
+    # Checksum of run.json, which identifies the run that the row was collected from.
     provenance_sha256: str | None = None
     curve_steps: list[int] = field(default_factory=list)
     curve_tokens: list[int] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class StudyTable:
-    """All rows of a study, its name and baseline, and what the collection remarked."""
+    """The rows of a study, its name and baseline, and the remarks of the collection."""
 
     name: str
     baseline: str
@@ -81,7 +81,7 @@ class StudyTable:
     remarks: tuple[str, ...] = ()
 
 
-# Mappings travel as JSON text: their keys differ from row to row.
+# Mappings are stored as JSON text, since their keys differ between rows.
 _MAPPINGS = ("levels", "flops_per_token")
 _TYPES: dict[str, pa.DataType] = {
     "str": pa.string(),
@@ -100,11 +100,7 @@ _SCHEMA = pa.schema([(item.name, _TYPES[str(item.type)]) for item in dataclasses
 
 
 def write_table(table: StudyTable, path: Path) -> None:
-    """Write the table atomically.
-
-    Raises:
-        FileProblem: The file cannot be written.
-    """
+    """Write the table atomically: on an error, an existing file is unchanged."""
     rows = [
         {name: json.dumps(value) if name in _MAPPINGS else value for name, value in _fields(row).items()}
         for row in table.rows
@@ -124,17 +120,17 @@ def write_table(table: StudyTable, path: Path) -> None:
 
 
 def read_table(path: str | Path) -> StudyTable:
-    """The table that `write_table` wrote.
+    """Read a table that `write_table` wrote.
 
     Raises:
-        FileProblem: there is none, or it is of another version.
+        FileProblem: The file is missing, is not a study's table, or has an unknown schema version.
     """
     remedy = "give the table that `sas-megatron study collect` wrote"
     try:
         built = pq.read_table(path)
     except FileNotFoundError:
         raise FileProblem(
-            path, "is not there", "run `sas-megatron study collect` first, which writes it"
+            path, "does not exist", "run `sas-megatron study collect` first, which writes it"
         ) from None
     except (OSError, pa.ArrowException) as error:
         raise FileProblem(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from None
@@ -142,7 +138,7 @@ def read_table(path: str | Path) -> StudyTable:
     if about.get("schema_version") != SCHEMA_VERSION:
         raise FileProblem(
             path,
-            f"is no study's table of version {SCHEMA_VERSION}, but of {about.get('schema_version')}",
+            f"has schema version {about.get('schema_version')}, not {SCHEMA_VERSION}, of a study's table",
             remedy,
         )
     rows = tuple(
