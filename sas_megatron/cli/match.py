@@ -110,7 +110,7 @@ def _build_solver(
         base,
         variant,
         measure=lambda configs: measure_step_seconds(configs, rounds=rounds),
-        announce=lambda text: click.echo(text, err=True),
+        log=lambda text: click.echo(text, err=True),
         free=free,
         degrees=degrees,
         tolerance=tolerance,

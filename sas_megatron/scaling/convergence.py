@@ -1,8 +1,8 @@
-"""Convergence saving: by how many fewer steps a run reaches another's final loss.
+"""Convergence saving: the share of steps by which a run reaches another's final loss earlier.
 
-The claim of the SAS paper (arXiv 2507.07694) is of this kind: the baseline's loss in 40 % fewer steps. It
-means something only where both runs' schedules are alike at every step; other pairs get a reason and no
-number. Where their peak rates differ, each variant having its own, a remark says so.
+The SAS paper (arXiv 2507.07694) makes a claim of this kind: the baseline's loss in 40 % fewer steps. It is
+meaningful only if both runs have the same schedule at every step; for other pairs there is a reason instead
+of a number. A remark states different peak learning rates.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sas_megatron.scaling.seed_noise import LEVEL
 
 CONSTANT = "constant"
 FALLING = (
-    "The candidate is read before its learning rate had finished falling, the reference after: that "
+    "The candidate is read before the end of its learning rate decay, the reference at its end, which "
     "understates the saving."
 )
 
 
 @dataclass(frozen=True)
 class ConvergenceSaving:
-    """A pair of runs; `saving` is the share of the reference's steps not needed, None with a reason.
+    """A pair of runs; `saving` is the share of the reference's steps that is not needed, or None.
 
-    `loss` is the reference's at its end.
+    `loss` is the final loss of the reference.
     """
 
     seed: int
@@ -44,9 +44,9 @@ class ConvergenceSaving:
 
 @dataclass(frozen=True)
 class MeanSaving:
-    """Over the seeds of one size and budget; the interval is None with fewer than two savings.
+    """The mean over the seeds of one size and budget; the interval is None with fewer than two savings.
 
-    `reason` is why there is no saving; `is_comparable` is then true where only the loss was not reached.
+    `reason` states why there is no saving. `is_comparable` is True if the loss was merely not reached.
     """
 
     reference: str
@@ -61,12 +61,12 @@ class MeanSaving:
 
     @property
     def is_comparable(self) -> bool:
-        """Whether all pairs of runs have schedules that can be compared."""
+        """Whether the schedules of all pairs of runs are comparable."""
         return all(pair.loss is not None for pair in self.pairs)
 
 
 def find_savings(curves: Sequence[LossCurve], *, reference: str, candidate: str) -> tuple[MeanSaving, ...]:
-    """Savings of each size and budget that both variants were trained on, by seeds that both have."""
+    """Return the savings of each size and budget, over the seeds that both variants have."""
     runs = {(curve.variant, curve.size, curve.budget, curve.seed): curve for curve in curves}
     cells = sorted({(curve.size, curve.budget) for curve in curves if curve.variant == candidate})
     found = []
@@ -88,9 +88,9 @@ def find_savings(curves: Sequence[LossCurve], *, reference: str, candidate: str)
 
 
 def find_saving(reference: LossCurve, candidate: LossCurve) -> ConvergenceSaving:
-    """When the candidate first reaches the reference's final loss, on the line between its evaluations."""
+    """Return the step at which the candidate reaches the reference's final loss, by linear interpolation."""
     planned = reference.planned_steps
-    if reason := _say_incomparable(reference, candidate):
+    if reason := _find_difference(reference, candidate):
         return ConvergenceSaving(candidate.seed, None, planned, None, None, reason)
     loss, last = reference.losses[-1], reference.steps[-1]
     steps = find_first_step(candidate, loss)
@@ -103,7 +103,7 @@ def find_saving(reference: LossCurve, candidate: LossCurve) -> ConvergenceSaving
 
 
 def find_first_step(curve: LossCurve, loss: float) -> float | None:
-    """The first step at which the curve is at the loss or below; None where it never is."""
+    """Return the first step at which the curve is at most `loss`; None if it never is."""
     if curve.losses[0] <= loss:
         return float(curve.steps[0])
     points = zip(curve.steps, curve.losses, strict=True)
@@ -113,27 +113,27 @@ def find_first_step(curve: LossCurve, loss: float) -> float | None:
     return None
 
 
-def _say_incomparable(reference: LossCurve, candidate: LossCurve) -> str | None:
+def _find_difference(reference: LossCurve, candidate: LossCurve) -> str | None:
     names = f"{candidate.variant} and {reference.variant}"
     for curve in (reference, candidate):
         if not curve.losses or not np.isfinite(curve.losses).all():
-            return f"{curve.variant} has no loss at some of its evaluations, or none at all"
+            return f"{curve.variant} has missing losses or no evaluations"
     if reference.steps[-1] < reference.planned_steps:
         reached = f"{reference.steps[-1]:,} of {reference.planned_steps:,}"
         return f"{reference.variant} was evaluated up to step {reached}"
     if reference.schedule != candidate.schedule:
         return (
-            f"{names} have different schedules ({candidate.schedule} and {reference.schedule}), so a step "
-            "of one is not a step of the other"
+            f"{names} have different schedules ({candidate.schedule} and {reference.schedule}), so that "
+            "their steps are not comparable"
         )
     if reference.planned_steps != candidate.planned_steps:
         return (
-            f"the schedules of {names} are for {candidate.planned_steps:,} and {reference.planned_steps:,} "
-            "steps, so their learning rates differ at the same step"
+            f"the schedules of {names} have {candidate.planned_steps:,} and {reference.planned_steps:,} "
+            "steps, so that their learning rates differ at the same step"
         )
     if abs(candidate.tokens_per_step / reference.tokens_per_step - 1) > SAME_LEVEL:
         tokens = f"{candidate.tokens_per_step:,.0f} and {reference.tokens_per_step:,.0f} tokens"
-        return f"a step of {names} takes {tokens}"
+        return f"the steps of {names} have {tokens}"
     return None
 
 
@@ -159,13 +159,13 @@ def _average(
     size, budget = cell
     savings = [pair.saving for pair in pairs if pair.saving is not None]
     if len(savings) < len(pairs):
-        # A mean over those seeds only that got there would be too good.
+        # The mean over the seeds that reach the loss would be biased.
         reason = "; ".join(sorted({pair.reason for pair in pairs if pair.reason is not None}))
         return MeanSaving(reference, candidate, size, budget, None, None, pairs, reason, remarks=())
     mean = float(np.mean(savings))
     interval = None
     if len(savings) > 1:
         error = float(np.std(savings, ddof=1)) / math.sqrt(len(savings))
-        reach = float(special.stdtrit(len(savings) - 1, (1 + LEVEL) / 2)) * error
-        interval = (mean - reach, mean + reach)
+        half_width = float(special.stdtrit(len(savings) - 1, (1 + LEVEL) / 2)) * error
+        interval = (mean - half_width, mean + half_width)
     return MeanSaving(reference, candidate, size, budget, mean, interval, pairs, None, remarks)

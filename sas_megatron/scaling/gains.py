@@ -1,10 +1,11 @@
-"""Compute- and time-equivalent gain: what the baseline must spend for the candidate's loss, by budget.
+"""Compute- and time-equivalent gain: the baseline's budget for the candidate's loss over the candidate's.
 
-outcomes -> the runs of each variant that none beats for less -> a power law of loss over FLOPs (or seconds)
-         -> gain(C) = C_baseline(L_candidate(C)) / C, with a band by bootstrap
+outcomes -> Pareto frontier of each variant -> power law of loss over FLOPs (or seconds)
+         -> gain(C) = C_baseline(L_candidate(C)) / C, with a bootstrap band
 
-Above 1 the candidate is worth its cost. Runs are drawn together for all variants (`laws.resampling`), so that
-what is hard for both is no noise between them. Which runs are on the frontier is settled once, for all draws.
+Above 1 the candidate is worth its cost. The bootstrap draws runs jointly for all variants
+(`laws.resampling`), so that errors that they share cancel. The frontier is determined once, not for each
+draw.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percent
 from sas_megatron.scaling.outcomes import AXIS_NAMES, Outcome, choose_variant
 
 Spending = Literal["flops", "seconds"]
-# With fewer amounts spent, E and a power are too much to ask of them.
+# With fewer distinct amounts, E cannot be fitted in addition to the power law.
 FEWEST_FOR_IRREDUCIBLE = 5
-# A band takes this share of the draws; in the others too few amounts were drawn to lay a law through.
+# A band needs this share of the draws; in the others, too few distinct amounts were drawn for a law.
 LEAST_SHARE_OF_DRAWS = 0.9
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """A variant's best loss by what is spent, between its cheapest and its dearest run on the frontier.
+    """The lowest loss of a variant by the amount spent, between the smallest and largest run on the frontier.
 
-    `draws` holds the law of each bootstrap draw, NaN where a draw could not tell one.
+    `draws` holds the law of each bootstrap draw, NaN if a draw does not determine it.
     """
 
     variant: str
@@ -47,16 +48,16 @@ class Frontier:
     irreducible: bool
 
     def covers(self, spent: float) -> bool:
-        """Whether the amount lies within what was measured (1 %)."""
+        """Return whether the amount is within the measured range (with a margin of 1 %)."""
         return self.lowest * (1 - SAME_LEVEL) <= spent <= self.highest * (1 + SAME_LEVEL)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """At one budget: what the candidate gains, and its loss less the baseline's at the same budget.
+    """The gain of the candidate at one budget, and its loss minus the baseline's at the same budget.
 
-    None where it would take reading a frontier beyond its runs; `reason` says which. Intervals are None too
-    where too few draws tell one, and end at infinity where draws of the baseline never reach the loss.
+    Values that would need extrapolation are None, and `reason` states why. Intervals are also None if too few
+    draws determine them; they end at infinity if draws of the baseline never reach the loss.
     """
 
     budget: float
@@ -75,15 +76,22 @@ def fit_frontiers(
     num_draws: int = 1000,
     seed: int = 1,
 ) -> dict[str, Frontier]:
-    """The frontiers of variants, with draws that belong together.
+    """Fit the frontiers of variants with joint bootstrap draws.
+
+    Args:
+        outcomes: The runs of all variants.
+        variants: Names of the variants.
+        axis: The amount spent.
+        num_draws: Bootstrap draws.
+        seed: Seed of the bootstrap.
 
     Raises:
-        FieldError: a variant has no runs with a loss, or its frontier has a single amount.
+        FieldError: A variant has no runs with a loss, or its frontier has fewer than two distinct amounts.
     """
     chosen = {variant: _measured(choose_variant(outcomes, variant), variant, axis) for variant in variants}
-    repeats = sorted({(*run.cell, run.seed) for runs in chosen.values() for run in runs})
-    weights_RC = draw_weights([size for size, _, _ in repeats], num_draws=num_draws, seed=seed)
-    column = {repeat: number for number, repeat in enumerate(repeats)}
+    runs_of_all = sorted({(*run.cell, run.seed) for runs in chosen.values() for run in runs})
+    weights_RC = draw_weights([size for size, _, _ in runs_of_all], num_draws=num_draws, seed=seed)
+    column = {run: number for number, run in enumerate(runs_of_all)}
     return {
         variant: _fit_frontier(
             variant, runs, axis, weights_RC[:, [column[(*run.cell, run.seed)] for run in runs]]
@@ -93,7 +101,7 @@ def fit_frontiers(
 
 
 def find_gains(baseline: Frontier, candidate: Frontier, budgets: Sequence[float]) -> tuple[Gain, ...]:
-    """The candidate's gain at each budget."""
+    """Return the candidate's gain at each budget."""
     return tuple(_find_gain(baseline, candidate, budget) for budget in budgets)
 
 
@@ -101,16 +109,16 @@ def _find_gain(baseline: Frontier, candidate: Frontier, budget: float) -> Gain:
     name = AXIS_NAMES[candidate.axis]
     if not candidate.covers(budget):
         reason = (
-            f"{candidate.variant}'s runs spend between {candidate.lowest:.3g} and {candidate.highest:.3g}"
+            f"the runs of {candidate.variant} are between {candidate.lowest:.3g} and {candidate.highest:.3g}"
         )
-        return Gain(budget, None, None, None, None, f"{reason} in {name}; it is not read beyond them.")
+        return Gain(budget, None, None, None, None, f"{reason} in {name}; losses are not extrapolated.")
     difference = difference_interval = gain = gain_interval = None
     reasons = []
     if baseline.covers(budget):
         difference = float(candidate.law.predict(budget) - baseline.law.predict(budget))
         difference_interval = _interval(candidate.draws.predict(budget) - baseline.draws.predict(budget))
     else:
-        reasons.append(f"{baseline.variant} has no run on either side of this budget.")
+        reasons.append(f"The runs of {baseline.variant} do not enclose this budget.")
     needed = float(baseline.law.spend_for(candidate.law.predict(budget)))
     if baseline.covers(needed):
         gain = needed / budget
@@ -118,8 +126,8 @@ def _find_gain(baseline: Frontier, candidate: Frontier, budget: float) -> Gain:
     else:
         side = "more" if needed > baseline.highest else "less"
         reasons.append(
-            f"{baseline.variant} would reach {candidate.variant}'s loss with {side} {name} than any of its "
-            "runs spent; it is not read beyond them."
+            f"{baseline.variant} would reach the loss of {candidate.variant} with {side} {name} than any of "
+            "its runs; losses are not extrapolated."
         )
     return Gain(budget, gain, gain_interval, difference, difference_interval, " ".join(reasons) or None)
 
@@ -130,7 +138,7 @@ def _interval(draws_R: FloatArray) -> Interval | None:
         return None
     with np.errstate(invalid="ignore"):
         low, high = percentile_interval(draws_R[known])
-    # Where many draws never reach the loss, the gain has no upper end.
+    # If many draws never reach the loss, the gain has no upper end.
     return (low, high if math.isfinite(high) else math.inf) if math.isfinite(low) else None
 
 
@@ -138,7 +146,7 @@ def _measured(runs: Sequence[Outcome], variant: str, axis: Spending) -> list[Out
     measured = [run for run in runs if getattr(run, axis) is not None]
     if not measured:
         raise FieldError(
-            "variant", variant, f"has no run with measured {axis}", "measure, or compare by flops"
+            "variant", variant, f"has no run with measured {axis}", "measure them, or compare by FLOPs"
         )
     return measured
 
@@ -154,14 +162,14 @@ def _fit_frontier(variant: str, runs: Sequence[Outcome], axis: Spending, weights
     weights_RI = weights_RI[:, kept]
     draws = fitted.refit(weights_RI)
     needed = 3 if irreducible else 2
-    told = np.array(
+    is_determined = np.array(
         [count_levels(spent[row > 0]) >= needed if (row > 0).any() else False for row in weights_RI]
     )
     return Frontier(
         variant,
         axis,
         fitted.law,
-        PowerLaw(*(np.where(told, value, np.nan) for value in (draws.E, draws.K, draws.gamma))),
+        PowerLaw(*(np.where(is_determined, value, np.nan) for value in (draws.E, draws.K, draws.gamma))),
         float(spent.min()),
         float(spent.max()),
         levels,
@@ -170,7 +178,7 @@ def _fit_frontier(variant: str, runs: Sequence[Outcome], axis: Spending, weights
 
 
 def _frontier_cells(runs: Sequence[Outcome], axis: Spending) -> set[tuple[str, str]]:
-    """The cells on the frontier, in the mean over seeds."""
+    """Return the cells on the Pareto frontier of the means over seeds."""
     cells = sorted({run.cell for run in runs})
     spent, loss = (
         np.array([np.mean([run.known(field) for run in runs if run.cell == cell]) for cell in cells])

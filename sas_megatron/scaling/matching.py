@@ -1,8 +1,8 @@
-"""Fair matches: a variant's free dimensions, so that it costs what a base costs on one axis.
+"""Matching: solve for a variant's free dimensions so that its cost on one axis equals that of a base.
 
-base, variant -> every legal choice of the attention's free dimensions
-  -> for each the MLP width that brings it nearest to the base -> those within tolerance
-  -> the one whose MLP stays nearest to the base's, so that attention pays for attention
+base, variant -> all valid choices of the attention's free dimensions
+  -> for each, the MLP width whose cost is nearest to the base -> choices within the tolerance
+  -> the choice whose MLP width is nearest to the base's, so that attention compensates for attention
 """
 
 from __future__ import annotations
@@ -20,40 +20,44 @@ from sas_megatron.costs.attention import build_attention_costs
 from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters
 
-# Matrix widths in multiples of 8 fill the tensor cores' tiles in 16-bit precision (NVIDIA's
-# "Matrix Multiplication Background" guide); each rank's share of the width should be one.
+# Tensor cores are used efficiently in 16-bit precision if matrix widths are multiples of 8 (NVIDIA's "Matrix
+# Multiplication Background" guide); this applies to each rank's shard of the width.
 WIDTH_MULTIPLE = 8
-# Largest difference of a match, as a share of the base's cost.
+# Largest difference of a match, relative to the base's cost.
 TOLERANCE = 0.01
 MLP, DEPTH = "model.ffn_hidden_size", "model.num_layers"
-# How far up from where it starts a dimension is looked for.
+# Upper limits of the search, as multiples of a dimension's initial value.
 LARGEST_FACTOR = 16
 LARGEST_COUNT_FACTOR = 8
 COUNTS = (DEPTH, "attention.num_heads", "attention.num_kv_heads")
 
-# What a match may be equal on, of those that are counted (a step's time is measured, in `time_matching`).
+# Costs that are counted. The time of a step is measured instead, in `time_matching`.
 COUNTED_AXES = ("params", "flops", "kv")
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """The tensor- and context-parallel sizes that a match must allow, each with each."""
+    """Tensor- and context-parallel sizes that a match must support, in all combinations."""
 
     tensor: tuple[int, ...] = (1,)
     context: tuple[int, ...] = (1,)
 
     @staticmethod
     def of(config: RunConfig) -> Degrees:
-        """Those of a run's own layout."""
+        """Return the sizes of a run's layout."""
         return Degrees((config.parallel.tensor,), (config.parallel.context,))
 
     @property
     def width_step(self) -> int:
-        """What an MLP width must be a multiple of, so that each rank's share of it is one of 8."""
+        """The unit of MLP widths, so that each rank's shard is a multiple of 8."""
         return WIDTH_MULTIPLE * math.lcm(*self.tensor)
 
     def check(self, config: RunConfig) -> None:
-        """Raises `FieldError` where the heads do not divide."""
+        """Check that the heads can be sharded.
+
+        Raises:
+            FieldError: The number of heads is not divisible.
+        """
         for tensor, context in itertools.product(self.tensor, self.context):
             config.attention.check_tensor_parallel(tensor)
             config.attention.check_context_parallel(tensor, context)
@@ -61,16 +65,16 @@ class Degrees:
 
 @dataclass(frozen=True)
 class Match:
-    """A variant's config, and what it costs for each unit of the base's cost, by axis."""
+    """A variant's config and the ratios of its costs to the base's, by axis."""
 
     config: RunConfig
     ratios: dict[str, float]
-    # The solved fields, and what they were before.
+    # The changed fields, with their values before and after.
     changes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def counted_costs(config: RunConfig) -> dict[str, int]:
-    """By axis: parameters, training FLOPs a token at the config's length, KV-cache bytes a token."""
+    """Return the parameters, training FLOPs per token, and KV-cache bytes per token of a config."""
     return {
         "params": sum(count_parameters(config).values()),
         "flops": sum(count_training_flops(config).values()),
@@ -87,20 +91,20 @@ def match(
     degrees: Degrees | None = None,
     tolerance: float = TOLERANCE,
 ) -> Match:
-    """`variant`, changed in its free dimensions until it costs what `base` does.
+    """Return `variant` with free dimensions at which its cost equals that of `base`.
 
     Args:
-        base: the run to equal.
-        variant: a run with the attention to match; what is not free stays as it is.
-        axis: one of `COUNTED_AXES`.
-        free: fields to solve for; None: those of the attention that its class names, and the MLP's width;
-            then depth too, where these are not enough. Where the MLP's width has no part in the axis (kv),
-            it is solved for equal parameters.
-        degrees: what the heads must divide by; None: what the variant's own layout needs.
-        tolerance: largest difference on the axis, as a share of the base's cost.
+        base: The reference run.
+        variant: A run with the attention to match; fields that are not free are unchanged.
+        axis: One of `COUNTED_AXES`.
+        free: Fields to solve for. None: the fields that the attention's class lists and the MLP width, then
+            the depth as well if these are not enough. The MLP width does not affect kv; there it is solved
+            for equal parameters.
+        degrees: Parallel sizes that the heads must support; None: those of the variant's layout.
+        tolerance: Largest difference on the axis, relative to the base's cost.
 
     Raises:
-        UserError: nothing within `tolerance`; says by how much, and what would have to give.
+        UserError: No choice is within `tolerance`; the message states the nearest and possible remedies.
     """
     degrees = degrees or Degrees.of(variant)
     choices = _default_fields(variant, axis) if free is None else [free]
@@ -120,7 +124,7 @@ def _default_fields(variant: RunConfig, axis: str) -> list[tuple[str, ...]]:
 
 
 class _Search:
-    """One variant against one base, over every legal choice of some fields."""
+    """Search over all valid choices of some fields of one variant."""
 
     def __init__(
         self,
@@ -135,21 +139,21 @@ class _Search:
         self.base, self.variant, self.axis, self.fields = base, variant, axis, fields
         self.degrees, self.tolerance = degrees, tolerance
         self.target = counted_costs(base)
-        # For the message, should nothing be found: the choice that came nearest, and the last refused.
+        # For the error message: the nearest choice, and the error of the last invalid one.
         self.nearest: Match | None = None
-        self.refusal: UserError | None = None
+        self.last_error: UserError | None = None
 
     def matches(self) -> Iterator[Match]:
-        """The choices within tolerance, each with the nearest MLP width where that is free."""
+        """Yield the choices within the tolerance, each with the nearest MLP width if that is free."""
         names = [name for name in self.fields if name != MLP]
         for values in itertools.product(*(self._values(name) for name in names)):
             changes = dict(zip(names, values, strict=True))
             try:
-                if self.axis == "kv" and not self._may_keep_as_much(changes):
+                if self.axis == "kv" and not self._has_similar_cache(changes):
                     continue
                 candidate = self._candidate(changes)
-            except UserError as refusal:
-                self.refusal = refusal
+            except UserError as error:
+                self.last_error = error
                 continue
             if self.nearest is None or self._distance(candidate) < self._distance(self.nearest):
                 self.nearest = candidate
@@ -161,23 +165,23 @@ class _Search:
         self.degrees.check(config)
         if MLP in self.fields:
             config = self._with_nearest_width(config)
-        return compare(self.target, config, start=self.variant, fields=self.fields)
+        return build_match(self.target, config, start=self.variant, fields=self.fields)
 
     def _distance(self, candidate: Match) -> float:
         return abs(candidate.ratios[self.axis] - 1)
 
-    def _may_keep_as_much(self, changes: dict[str, int]) -> bool:
-        """Whether the cache is near the base's; told from the attention alone, as most choices are not."""
+    def _has_similar_cache(self, changes: dict[str, int]) -> bool:
+        """Return whether the cache size is near the base's: a fast check that rejects most choices."""
         fields = {name.removeprefix("attention."): value for name, value in changes.items() if name != DEPTH}
         attention = self.variant.attention
         changed = type(attention).model_validate(attention.model_dump(exclude_unset=True) | fields)
         layers = changes.get(DEPTH, self.variant.model.num_layers)
-        kept = layers * sum(build_attention_costs(changed).count_kv_cache_elements().values())
-        wanted = self.base.model.num_layers * sum(
+        elements = layers * sum(build_attention_costs(changed).count_kv_cache_elements().values())
+        target = self.base.model.num_layers * sum(
             build_attention_costs(self.base.attention).count_kv_cache_elements().values()
         )
         margin = max(2 * self.tolerance, 0.1)
-        return abs(kept / wanted - 1) <= margin
+        return abs(elements / target - 1) <= margin
 
     def _values(self, name: str) -> list[int]:
         steps = {f"attention.{field}": step for field, step in self.variant.attention.dimension_steps.items()}
@@ -187,19 +191,22 @@ class _Search:
                 "--free",
                 name,
                 f"cannot be solved for with {self._kind}",
-                f"use some of {', '.join([MLP, *steps])}",
+                f"use one of {', '.join([MLP, *steps])}",
             )
         start, step = _stated(self.variant, name), steps[name]
         if name == "attention.num_heads":
             step = math.lcm(step, *self.degrees.tensor)
         factor = LARGEST_COUNT_FACTOR if name in COUNTS else LARGEST_FACTOR
-        # What stands in the config is a choice too, whatever multiple it is.
+        # The value in the config is always a choice, even if it is not a multiple of the step.
         return sorted({start, *range(step, factor * max(start, step) + 1, step)})
 
     def _with_nearest_width(self, config: RunConfig) -> RunConfig:
-        """The MLP width, a multiple of 8 on each rank, with which the config costs nearest to the base.
+        """Set the MLP width, a multiple of 8 on each rank, at which the cost is nearest to the base.
 
-        Parameters and FLOPs are affine in the width, so two counts give the line and the line gives it.
+        Parameters and FLOPs are affine in the width, so that two counts determine it.
+
+        Raises:
+            UserError: Without any MLP, the config costs more than the base.
         """
         axis = "params" if self.axis == "kv" else self.axis
         one, two = (
@@ -208,51 +215,61 @@ class _Search:
         per_step, without_mlp, target = two - one, 2 * one - two, self.target[axis]
         if without_mlp >= target:
             raise UserError(
-                f"{self._kind}: without any MLP it has {without_mlp:,} {axis}, the base with its MLP "
-                f"{target:,}; give the variant fewer or narrower heads, or the base a larger {MLP}"
+                f"{self._kind}: without any MLP it has {without_mlp:,} {axis}, but the base with its MLP has "
+                f"{target:,}; use fewer or narrower heads in the variant, or a larger {MLP} in the base"
             )
         below = (target - without_mlp) // per_step
-        # The smaller of two that are equally near.
+        # The smaller width if two are equally near.
         nearest = min((below, below + 1), key=lambda count: abs(without_mlp + count * per_step - target))
         return _with_width(config, max(1, nearest) * self.degrees.width_step)
 
     def deviation(self, candidate: Match) -> tuple[float, float]:
-        """How far the MLP is from the base's (to the nearest percent), then how far all else was moved."""
+        """Return the relative difference of the MLP width, rounded to percents, then that of other fields."""
         width = candidate.config.model.ffn_hidden_size / self.base.model.ffn_hidden_size
-        moved = sum(
+        others = sum(
             math.log(after / before) ** 2
             for name, (before, after) in candidate.changes.items()
             if name != MLP
         )
-        return round(abs(width - 1), 2), moved
+        return round(abs(width - 1), 2), others
 
     @property
     def _kind(self) -> str:
         return f"attention.kind={self.variant.attention.kind}"
 
     def failure(self) -> UserError:
-        """Why there is no match: what came nearest and what was refused, and what would have to give."""
+        """Return an error with the nearest choice, the error of an invalid choice, and possible remedies."""
         fields = ", ".join(self.fields)
-        refused = "" if self.refusal is None else f"; other choices were refused, the last by: {self.refusal}"
+        invalid = ""
+        if self.last_error is not None:
+            invalid = f"; other choices are invalid, for example: {self.last_error}"
         if self.nearest is None:
             degrees = f"parallel.tensor={list(self.degrees.tensor)} and context={list(self.degrees.context)}"
-            return UserError(f"{self._kind}: no choice of {fields} is legal at {degrees}{refused}")
+            return UserError(f"{self._kind}: no choice of {fields} is valid for {degrees}{invalid}")
         solved = ", ".join(f"{name}={_value(self.nearest.config, name)}" for name in self.fields)
         steps = self.variant.attention.dimension_steps
         unused = [
             name for name in (*(f"attention.{field}" for field in steps), DEPTH) if name not in self.fields
         ]
         return UserError(
-            f"{self._kind}: nearest to the base in {self.axis} is {solved}, "
-            f"{self.nearest.ratios[self.axis] - 1:+.1%} off where {self.tolerance:.1%} is allowed "
-            f"({MLP} goes in steps of {self.degrees.width_step} = {WIDTH_MULTIPLE} × tensor degrees)"
-            f"{refused}; free more ({', '.join(unused)}), ask for fewer degrees, or take a larger base"
+            f"{self._kind}: the nearest match in {self.axis} is {solved}, "
+            f"with a difference of {self.nearest.ratios[self.axis] - 1:+.1%}, more than {self.tolerance:.1%} "
+            f"({MLP} has steps of {self.degrees.width_step} = {WIDTH_MULTIPLE} × tensor-parallel sizes)"
+            f"{invalid}; free more fields ({', '.join(unused)}), require fewer parallel sizes, or use a "
+            "larger base"
         )
 
 
-def compare(target: dict[str, int], config: RunConfig, *, start: RunConfig, fields: tuple[str, ...]) -> Match:
-    """What `config` costs for each unit of the base's `counted_costs`, and which of `fields` differ from
-    those of `start`.
+def build_match(
+    target: dict[str, int], config: RunConfig, *, start: RunConfig, fields: tuple[str, ...]
+) -> Match:
+    """Return the cost ratios of `config` to `target` (the base's `counted_costs`), and the changed `fields`.
+
+    Args:
+        target: Costs of the base.
+        config: The solved variant.
+        start: The variant before solving.
+        fields: Fields that may have changed.
     """
     costs = counted_costs(config)
     ratios = {axis: costs[axis] / target[axis] for axis in COUNTED_AXES}
@@ -261,7 +278,7 @@ def compare(target: dict[str, int], config: RunConfig, *, start: RunConfig, fiel
 
 
 def _stated(config: RunConfig, name: str) -> int:
-    """A field's value; where the config leaves it open, what it defaults to, or a head's width."""
+    """Return a field's value, or its default if the config does not set it."""
     value = _value(config, name)
     if value is None and name == "attention.num_kv_heads":
         return config.attention.num_key_value_heads
@@ -274,5 +291,5 @@ def _value(config: RunConfig, name: str) -> Any:
 
 
 def _with_width(config: RunConfig, width: int) -> RunConfig:
-    # Multiples of parallel.tensor satisfy the one rule that crosses sections here.
+    # Not validated again: the only rule across sections is divisibility by parallel.tensor.
     return config.model_copy(update={"model": config.model.model_copy(update={"ffn_hidden_size": width})})

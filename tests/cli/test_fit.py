@@ -1,4 +1,4 @@
-"""`sas-megatron fit`: what it prints, what it refuses, and how long it takes."""
+"""`sas-megatron fit`: its output, its errors, and its run time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.fork_server import run_command
 from tests.scaling.synthetic import CHINCHILLA, draw_grid, draw_isoflops
 from tests.selection import exhaustive
 
-# On two cores; a fit, and a fit with its intervals.
+# Limits on two cores, for a fit without and with intervals.
 FIT_SECONDS, THOUSAND_BOOTSTRAPS_SECONDS = 10, 60
 
 
@@ -48,7 +48,7 @@ def fit_json(*arguments: object) -> dict[str, Any]:
     return tree
 
 
-def test_json_has_the_law_its_intervals_and_the_compute_optimal_powers(tmp_path: Path) -> None:
+def test_json_contains_the_law_its_intervals_and_the_optimal_exponents(tmp_path: Path) -> None:
     points = draw_grid(0)
     tree = fit_json(write(tmp_path / "points.csv", points), "--bootstraps", 100)
     surface = fit_surface(points).surface
@@ -77,7 +77,7 @@ def test_json_has_the_law_its_intervals_and_the_compute_optimal_powers(tmp_path:
     assert any(remark.startswith("No isoFLOP profiles") for remark in tree["remarks"])
 
 
-def test_recorded_flops_and_not_6nd_decide_what_is_optimal(tmp_path: Path) -> None:
+def test_optimum_uses_recorded_flops_instead_of_6nd(tmp_path: Path) -> None:
     points = draw_grid(0)
     attention = Points.of(
         points.params, points.tokens, points.loss, flops=90 * points.params**0.88 * points.tokens
@@ -93,7 +93,7 @@ def test_recorded_flops_and_not_6nd_decide_what_is_optimal(tmp_path: Path) -> No
     assert not any("C = 6ND is assumed" in remark for remark in tree["remarks"])
 
 
-def test_the_highest_losses_are_left_out_and_printed(tmp_path: Path) -> None:
+def test_highest_losses_are_dropped_and_printed(tmp_path: Path) -> None:
     points = draw_grid(0)
     loss = points.loss.copy()
     loss[[7, 31]] = 8.125, 9.5
@@ -110,7 +110,7 @@ def test_the_highest_losses_are_left_out_and_printed(tmp_path: Path) -> None:
     ]
 
 
-def test_tables_show_what_the_json_says(tmp_path: Path) -> None:
+def test_tables_agree_with_the_json(tmp_path: Path) -> None:
     path = write(tmp_path / "points.csv", draw_isoflops(0), size=[f"s{number % 9}" for number in range(240)])
     printed = fit(path, "--bootstraps", 60)
     tree = fit_json(path, "--bootstraps", 60)
@@ -122,7 +122,7 @@ def test_tables_show_what_the_json_says(tmp_path: Path) -> None:
     assert f"Prediction of the {len(tree['hold_out']['runs'])} largest runs" in printed
 
 
-def test_one_variant_of_several_is_chosen_by_name(tmp_path: Path) -> None:
+def test_variant_is_chosen_by_name(tmp_path: Path) -> None:
     points = draw_grid(0)
     both = Points.of(
         *(np.concatenate([values, values]) for values in (points.params, points.tokens)),
@@ -132,7 +132,7 @@ def test_one_variant_of_several_is_chosen_by_name(tmp_path: Path) -> None:
     chosen = fit_json(path, "--variant", "sas", "--bootstraps", 60)
     assert chosen["n_points"] == 60
     assert chosen["E"] == pytest.approx(1.1 * fit_surface(points).surface.E, rel=1e-4)
-    assert "--variant=None: a law is fitted to one variant, and the points are of mha, sas" in fit(
+    assert "--variant=None: a law is fitted to one variant, but the points contain mha, sas" in fit(
         path, status=2
     )
 
@@ -150,7 +150,7 @@ LINE = GOOD.splitlines()[4]
     [
         (
             GOOD.replace(LINE, "1e7,1e9,nan"),
-            "line 5: loss=nan: must be a positive number; leave runs out",
+            "line 5: loss=nan: must be a positive number; remove diverged runs",
         ),
         (GOOD.replace(LINE, "1e7,1e9,-3.1"), "line 5: loss=-3.1: must be a positive number"),
         (GOOD.replace(LINE, "-1e7,1e9,3.1"), "line 5: params=-1e7: must be a positive number"),
@@ -159,7 +159,7 @@ LINE = GOOD.splitlines()[4]
         (GOOD.replace(LINE, "1e7,1e9,low"), "line 5: loss=low: must be a positive number"),
         (
             GOOD.replace("loss\n", "perplexity\n"),
-            "has no column loss; its first line must name params,",
+            "has no column loss; its first line must contain params,",
         ),
         ("params,tokens,loss\n", "has no points"),
         ("", "has no column params, tokens, loss"),
@@ -180,7 +180,7 @@ LINE = GOOD.splitlines()[4]
         "one size",
     ],
 )
-def test_a_degenerate_study_ends_in_a_message(text: str, message: str, tmp_path: Path) -> None:
+def test_degenerate_points_are_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "points.csv"
     path.write_text(text)
     done = CliRunner().invoke(cli, ["fit", str(path), "--json"])
@@ -188,12 +188,12 @@ def test_a_degenerate_study_ends_in_a_message(text: str, message: str, tmp_path:
     assert done.stdout == ""
 
 
-def test_the_study_without_what_makes_it_degenerate_has_a_law(tmp_path: Path) -> None:
+def test_valid_points_have_a_law(tmp_path: Path) -> None:
     (tmp_path / "points.csv").write_text(GOOD)
     assert fit_json(tmp_path / "points.csv", "--bootstraps", 60)["alpha"] == pytest.approx(0.34, rel=1e-4)
 
 
-def test_degenerate_points_exit_with_two_and_no_numbers(tmp_path: Path) -> None:
+def test_degenerate_points_exit_with_status_two(tmp_path: Path) -> None:
     (tmp_path / "points.csv").write_text("\n".join(GOOD.splitlines()[:3]))
     message = fit(tmp_path / "points.csv", "--json", status=2)
     assert message == (
@@ -205,25 +205,25 @@ def test_degenerate_points_exit_with_two_and_no_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--bootstraps", "10"], "--bootstraps=10: an interval takes at least 40"),
-        (["--drop-highest", "-1"], "--drop-highest=-1: must leave some of the 9 points"),
-        (["--drop-highest", "9"], "--drop-highest=9: must leave some of the 9 points"),
+        (["--bootstraps", "10"], "--bootstraps=10: an interval needs at least 40"),
+        (["--drop-highest", "-1"], "--drop-highest=-1: must be less than the number of points, 9"),
+        (["--drop-highest", "9"], "--drop-highest=9: must be less than the number of points, 9"),
         (["--variant", "sas"], "--variant=sas: the points have no column variant"),
     ],
 )
-def test_an_option_that_cannot_be_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_invalid_option_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "points.csv").write_text(GOOD)
     done = CliRunner().invoke(cli, ["fit", str(tmp_path / "points.csv"), *arguments])
     assert message in str(done.exception)
 
 
 @exhaustive
-def test_240_points_take_seconds_and_a_thousand_bootstraps_less_than_a_minute(tmp_path: Path) -> None:
+def test_fit_of_240_points_takes_seconds_and_1000_draws_less_than_a_minute(tmp_path: Path) -> None:
     path = write(tmp_path / "points.csv", draw_isoflops(0))
     before = resource.getrusage(resource.RUSAGE_SELF)
     fit_surface(draw_isoflops(0))
     after = resource.getrusage(resource.RUSAGE_SELF)
-    # Of CPU, since a machine that is busy with other work makes any wall clock fail.
+    # CPU time, since other load on the machine affects the wall-clock time.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < FIT_SECONDS
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "sas_megatron", "fit", str(path), "--bootstraps", "1000", "--json"]

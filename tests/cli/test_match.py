@@ -19,7 +19,7 @@ def match(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["match", str(BASE), *map(str, arguments)])
 
 
-def test_written_configs_load_and_cost_what_was_printed(tmp_path: Path) -> None:
+def test_written_configs_have_the_printed_costs(tmp_path: Path) -> None:
     done = match(
         "--variants", "sas,mla", "--equal", "flops", "--tolerance", 0.02, "--output", tmp_path, "--json"
     )
@@ -35,10 +35,10 @@ def test_written_configs_load_and_cost_what_was_printed(tmp_path: Path) -> None:
         assert abs(found[kind]["ratios"]["flops"] - 1) <= 0.02
 
 
-def test_a_table_shows_the_residual_on_the_other_axes() -> None:
+def test_table_shows_the_cost_ratios_on_all_axes() -> None:
     done = match("--variants", "gqa", "--equal", "params")
     assert done.exit_code == 0, done.output
-    # As printed: parameters within a percent, and half the cache.
+    # Equal parameters within one percent, and half the cache.
     (row,) = [line for line in done.stdout.splitlines() if "│ gqa" in line]
     params, _, cache = (float(cell) for cell in row.split("│")[2:5])
     assert abs(params - 1) <= 0.01
@@ -46,7 +46,7 @@ def test_a_table_shows_the_residual_on_the_other_axes() -> None:
     assert "model.ffn_hidden_size 344 →" in row
 
 
-def test_overrides_apply_to_the_base_and_so_to_the_match(tmp_path: Path) -> None:
+def test_overrides_apply_to_the_base_and_the_match(tmp_path: Path) -> None:
     done = match("model.num_layers=3", "--variants", "mqa", "--equal", "params", "--output", tmp_path)
     assert done.exit_code == 0, done.output
     assert load_run_config(tmp_path / "mqa.yaml").model.num_layers == 3
@@ -72,9 +72,7 @@ def test_overrides_apply_to_the_base_and_so_to_the_match(tmp_path: Path) -> None
         ),
     ],
 )
-def test_what_cannot_be_matched_is_said_and_nothing_is_written(
-    arguments: list[str], message: str, tmp_path: Path
-) -> None:
+def test_failed_match_raises_and_writes_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = match(*arguments, "--output", tmp_path / "configs")
     assert isinstance(done.exception, UserError)
     assert message in str(done.exception)

@@ -13,7 +13,7 @@ MUTANTS = (
     ),
     Mutant(
         "huber-delta-ignored",
-        "sas_megatron.scaling.laws.loss_surface:pose_surface",
+        "sas_megatron.scaling.laws.loss_surface:build_surface_problem",
         "points.loss, delta=delta)",
         "points.loss)",
         "A least-squares fit uses Huber's loss with the default delta.",
@@ -48,7 +48,7 @@ MUTANTS = (
     ),
     Mutant(
         "profile-degrees-of-freedom",
-        "sas_megatron.scaling.laws.profile:largest_rise",
+        "sas_megatron.scaling.laws.profile:max_relative_increase",
         "degrees = num_points - num_parameters",
         "degrees = num_points",
         "Profile-likelihood intervals count the parameters of the law as degrees of freedom.",

@@ -1,4 +1,4 @@
-"""Run directories written by hand: the files a finished run leaves, with odd numbers in them."""
+"""Synthetic run directories with the files of a finished run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS_PER_STEP = 7 * 51
 
 
 def build_tree(**changes: Any) -> dict[str, Any]:
-    """A small config as a tree; `changes` are dotted keys with __ for the dot."""
+    """Return a small config as a tree; `changes` are dotted keys with __ for the dot."""
     tree: dict[str, Any] = {
         "model": {"num_layers": 3, "hidden_size": 36, "ffn_hidden_size": 104, "vocab_size": 515},
         "attention": {"kind": "mha", "num_heads": 6, "head_dim": 6},
@@ -70,7 +70,7 @@ def write_run_directory(
     summary: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a finished run whose validation losses stand at the steps given, and returns its directory."""
+    """Write a finished run with validation losses at the given steps, and return its directory."""
     directory = root / "runs" / name
     directory.mkdir(parents=True)
     tree = build_tree(**{"logging__run_directory": f"runs/{name}", **(config or {})})
@@ -112,5 +112,5 @@ WriteRun = Callable[..., Path]
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """`write_run_directory` under the test's own directory."""
+    """`write_run_directory` in the temporary directory of the test."""
     return functools.partial(write_run_directory, tmp_path)

@@ -1,4 +1,4 @@
-"""Studies with known laws: points and outcomes drawn from a loss surface, with noise in the logarithm."""
+"""Synthetic studies: points and outcomes drawn from a loss surface, with noise in the log loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw_grid(
     noise: float = 0.004,
     truth: LossSurface = CHINCHILLA,
 ) -> Points:
-    """Every size on budgets of 5 to 160 tokens a parameter; with 7 sizes, 3 budgets, 2 seeds 42 points."""
+    """Draw every size at budgets of 5 to 160 tokens per parameter, with several seeds."""
     params = np.repeat(np.geomspace(2e7, 5e9, sizes), budgets * seeds)
     tokens = params * np.tile(np.repeat(np.geomspace(5, 160, budgets), seeds), sizes)
     normal = np.random.default_rng(seed).standard_normal(len(params))
@@ -35,7 +35,7 @@ def draw_grid(
 def draw_isoflops(
     seed: int, *, count: int = 240, noise: float = 0.01, outliers: int = 5, truth: LossSurface = CHINCHILLA
 ) -> Points:
-    """Runs around eight budgets as the Chinchilla paper has them, some far too high."""
+    """Draw runs around eight budgets, as in the Chinchilla paper, with some outliers of high loss."""
     generator = np.random.default_rng(seed)
     flops = np.repeat(np.geomspace(6e18, 3e21, 8), count // 8)
     params = np.sqrt(flops / 120) * np.exp(generator.uniform(-1.6, 1.6, count))
@@ -47,7 +47,7 @@ def draw_isoflops(
 
 @dataclass(frozen=True)
 class Variant:
-    """How a variant's loss follows from N and D, and what its tokens cost against 6N and a second of 1e15."""
+    """Loss surface of a variant, and factors on 6N FLOPs per token and on the time at 1e15 FLOP/s."""
 
     surface: LossSurface = CHINCHILLA
     flops_factor: float = 1.0
@@ -65,9 +65,10 @@ def draw_outcomes(
     shared_noise: float = 0.0,
     trunk_noise: float = 0.0,
 ) -> list[Outcome]:
-    """A ladder for each variant; `shared_noise` is what a seed adds to all variants alike.
+    """Draw the runs of all sizes, budgets and seeds of each variant.
 
-    `trunk_noise` is what it adds to all budgets of a variant's size alike.
+    `shared_noise` is the standard deviation of the error that all variants share for a seed; `trunk_noise` is
+    that of the error that all budgets of a variant and size share.
     """
     generator = np.random.default_rng(seed)
     of_trunks = trunk_noise * np.random.default_rng([seed, 1]).standard_normal((sizes, seeds, len(variants)))
@@ -78,7 +79,7 @@ def draw_outcomes(
                 tokens = params * ratio
                 common = shared_noise * generator.standard_normal()
                 for index, (name, variant) in enumerate(variants.items()):
-                    own = float(of_trunks[number, run_seed, index] + noise * generator.standard_normal())
+                    error = float(of_trunks[number, run_seed, index] + noise * generator.standard_normal())
                     loss = variant.surface.predict(np.array(params), np.array(tokens))
                     flops = 6 * params * tokens * variant.flops_factor
                     outcomes.append(
@@ -91,7 +92,7 @@ def draw_outcomes(
                             tokens=int(tokens),
                             flops=flops,
                             seconds=flops / 1e15 * variant.seconds_factor,
-                            loss=float(loss * np.exp(common + own)),
+                            loss=float(loss * np.exp(common + error)),
                         )
                     )
     return outcomes

@@ -1,4 +1,4 @@
-"""Gains by budget: known ones come back within their bands, and nothing is read beyond the runs."""
+"""Gains by budget: known gains are within their bands, and losses are not extrapolated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.selection import draws
 NAMES = ("mha", "sas")
 
 
-def test_a_variant_that_costs_less_for_the_same_gains_the_factor() -> None:
+def test_cheaper_variant_gains_its_cost_factor() -> None:
     outcomes = draw_outcomes(
         {"mha": Variant(), "sas": Variant(flops_factor=0.8, seconds_factor=2.5)}, noise=0
     )
@@ -31,23 +31,23 @@ def test_a_variant_that_costs_less_for_the_same_gains_the_factor() -> None:
 
 
 @draws(30, 100)
-def test_bands_hold_the_gain_as_often_as_they_say(num_draws: int) -> None:
-    held = 0
+def test_bands_have_their_nominal_coverage(num_draws: int) -> None:
+    covered = 0
     for seed in range(num_draws):
         variants = {"mha": Variant(), "sas": Variant(flops_factor=0.8)}
         outcomes = draw_outcomes(variants, seed=seed, sizes=4, noise=0.003)
         frontiers = fit_frontiers(outcomes, NAMES, axis="flops", num_draws=100, seed=seed)
         (found,) = find_gains(frontiers["mha"], frontiers["sas"], [3e18])
         assert found.gain_interval is not None
-        held += found.gain_interval[0] <= 1.25 <= found.gain_interval[1]
+        covered += found.gain_interval[0] <= 1.25 <= found.gain_interval[1]
     fewest, most = stats.binom.interval(0.999, num_draws, 0.95)
-    assert fewest <= held <= most
+    assert fewest <= covered <= most
 
 
-def test_noise_that_variants_share_does_not_widen_a_band() -> None:
-    def width(shared: float, own: float) -> float:
+def test_shared_noise_does_not_widen_a_band() -> None:
+    def width(shared: float, separate: float) -> float:
         outcomes = draw_outcomes(
-            {"mha": Variant(), "sas": Variant(flops_factor=0.8)}, noise=own, shared_noise=shared
+            {"mha": Variant(), "sas": Variant(flops_factor=0.8)}, noise=separate, shared_noise=shared
         )
         frontiers = fit_frontiers(outcomes, NAMES, axis="flops", num_draws=200)
         (found,) = find_gains(frontiers["mha"], frontiers["sas"], [3e18])
@@ -57,7 +57,7 @@ def test_noise_that_variants_share_does_not_widen_a_band() -> None:
     assert width(0.01, 0.0005) < width(0.0, 0.01) / 3
 
 
-def test_budgets_beyond_the_runs_get_a_reason_and_no_number() -> None:
+def test_budget_outside_the_runs_has_a_reason_instead_of_a_gain() -> None:
     better = dataclasses.replace(CHINCHILLA, E=CHINCHILLA.E - 0.1)
     outcomes = draw_outcomes({"mha": Variant(), "sas": Variant(better)}, noise=0)
     frontiers = fit_frontiers(outcomes, NAMES, axis="flops", num_draws=60)
@@ -66,16 +66,16 @@ def test_budgets_beyond_the_runs_get_a_reason_and_no_number() -> None:
     for outside in (below, above):
         assert (outside.gain, outside.difference) == (None, None)
         assert outside.reason is not None
-        assert "sas's runs spend between" in outside.reason
-    # Measured at its end, but the baseline never gets there.
+        assert "the runs of sas are between" in outside.reason
+    # The largest budget is measured, but the baseline never reaches its loss.
     assert last.gain is None
     assert last.difference == pytest.approx(-0.1, abs=0.01)
     assert last.reason == (
-        "mha would reach sas's loss with more FLOPs than any of its runs spent; it is not read beyond them."
+        "mha would reach the loss of sas with more FLOPs than any of its runs; losses are not extrapolated."
     )
 
 
-def test_runs_that_others_beat_for_less_are_not_on_the_frontier() -> None:
+def test_dominated_runs_are_not_on_the_frontier() -> None:
     outcomes = draw_outcomes({"mha": Variant()}, noise=0)
     wasted = dataclasses.replace(outcomes[-1], size="wasted", flops=outcomes[-1].flops / 2, loss=9.0)
     plain = fit_frontiers(outcomes, ["mha"], axis="flops", num_draws=60)["mha"]
@@ -84,7 +84,7 @@ def test_runs_that_others_beat_for_less_are_not_on_the_frontier() -> None:
     assert with_waste.num_levels == plain.num_levels
 
 
-def test_units_of_flops_change_no_gain() -> None:
+def test_gains_are_independent_of_the_unit_of_flops() -> None:
     outcomes = draw_outcomes({"mha": Variant(), "sas": Variant(flops_factor=0.8)})
     scaled = [dataclasses.replace(run, flops=run.flops / 1e18) for run in outcomes]
     gains = []
@@ -95,7 +95,7 @@ def test_units_of_flops_change_no_gain() -> None:
     assert gains[1].gain_interval == pytest.approx(gains[0].gain_interval, rel=1e-4)
 
 
-def test_runs_that_tell_no_frontier_are_refused() -> None:
+def test_runs_that_do_not_determine_a_frontier_are_refused() -> None:
     outcomes = draw_outcomes({"mha": Variant(), "sas": Variant()}, sizes=1, budgets=1)
     with pytest.raises(FieldError, match="needs at least 2"):
         fit_frontiers(outcomes, NAMES, axis="flops", num_draws=60)

@@ -1,4 +1,4 @@
-"""Fair matches: the choice that is found is legal, near enough, and the one a person would take."""
+"""Matching by counted costs: solutions are valid, within the tolerance, and nearest to the base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ["mha", "gqa", "mqa", "mla", "mfa", "tpa", "sas"]
 
 
 def base_config(**changes: object) -> RunConfig:
-    """Large enough that a step of the MLP's width is less than a percent."""
+    """Return a base in which a step of the MLP width changes the cost by less than one percent."""
     sizes: dict[str, object] = {
         "model__num_layers": 3,
         "model__hidden_size": 640,
@@ -29,11 +29,11 @@ def base_config(**changes: object) -> RunConfig:
     return build_config(**{**sizes, **changes})
 
 
-def test_the_width_grows_by_what_fewer_key_value_heads_save() -> None:
+def test_width_compensates_for_fewer_key_value_heads() -> None:
     base = build_config()
     candidate = build_config(attention__kind="gqa", attention__num_kv_heads=2, model__ffn_hidden_size=8)
     found = match(base, candidate, axis="params", free=(MLP,))
-    # Saved a layer: 36 · 6 · 2 · 4 = 1728 = 108 · 16.
+    # Parameters saved per layer: 36 · 6 · 2 · 4 = 1728 = 108 · 16.
     assert found.config.model.ffn_hidden_size == 104 + 16
     assert found.ratios["params"] == 1
     assert found.ratios["kv"] == pytest.approx(1 / 3)
@@ -42,7 +42,7 @@ def test_the_width_grows_by_what_fewer_key_value_heads_save() -> None:
     assert candidate.model.ffn_hidden_size == 8
 
 
-def test_each_rank_of_every_degree_gets_a_multiple_of_eight() -> None:
+def test_each_rank_has_a_multiple_of_eight_at_every_tensor_parallel_size() -> None:
     base = base_config()
     _, variant = build_variant(base, "mqa")
     found = match(base, variant, axis="params", degrees=Degrees(tensor=(1, 2, 4)))
@@ -51,7 +51,7 @@ def test_each_rank_of_every_degree_gets_a_multiple_of_eight() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axis", COUNTED_AXES)
-def test_every_kind_meets_the_base_on_every_axis(axis: str, kind: str) -> None:
+def test_every_kind_matches_the_base_on_every_axis(axis: str, kind: str) -> None:
     base = base_config(attention__kind="gqa", attention__num_kv_heads=4)
     degrees = Degrees(tensor=(1, 2, 4))
     name, variant = build_variant(base, kind)
@@ -65,11 +65,11 @@ def test_every_kind_meets_the_base_on_every_axis(axis: str, kind: str) -> None:
         section, attribute = field.split(".")
         assert getattr(getattr(found.config, section), attribute) == after != before
     if axis == "kv":
-        # What the cache does not decide is used for equal parameters.
+        # Fields without effect on the cache are solved for equal parameters.
         assert abs(costs["params"] / target["params"] - 1) <= 0.01
 
 
-def test_among_equals_the_mlp_nearest_to_the_bases_is_taken() -> None:
+def test_match_has_the_mlp_width_nearest_to_the_base() -> None:
     base = base_config()
     _, variant = build_variant(base, "tpa")
     found = match(base, variant, axis="params")
@@ -84,7 +84,7 @@ def test_among_equals_the_mlp_nearest_to_the_bases_is_taken() -> None:
         assert round(abs(other.model.ffn_hidden_size / 1728 - 1), 2) >= round(drift, 2), heads
 
 
-def test_depth_is_solved_for_where_the_mlp_is_not_enough() -> None:
+def test_depth_is_solved_for_if_the_mlp_width_is_not_enough() -> None:
     base = base_config(data__sequence_length=4096)
     _, variant = build_variant(base, "sas")
     with pytest.raises(UserError, match="without any MLP"):
@@ -94,20 +94,20 @@ def test_depth_is_solved_for_where_the_mlp_is_not_enough() -> None:
     assert abs(found.ratios["flops"] - 1) <= 0.01
 
 
-def test_heads_that_the_degrees_forbid_are_said() -> None:
+def test_error_states_that_heads_are_not_divisible() -> None:
     base = base_config()
     _, variant = build_variant(base, "sas")
     with pytest.raises(UserError) as caught:
         match(base, variant, axis="params", degrees=Degrees(tensor=(1, 16)))
     assert str(caught.value) == (
-        "attention.kind=sas: no choice of model.num_layers, model.ffn_hidden_size is legal at "
-        "parallel.tensor=[1, 16] and context=[1]; other choices were refused, the last by: "
+        "attention.kind=sas: no choice of model.num_layers, model.ffn_hidden_size is valid for "
+        "parallel.tensor=[1, 16] and context=[1]; other choices are invalid, for example: "
         "attention.num_heads=8: must be divisible by parallel.tensor=16, the ranks that share the heads; "
         "set parallel.tensor to one of [1, 2, 4, 8]"
     )
 
 
-def test_a_context_degree_that_does_not_divide_the_heads_is_said() -> None:
+def test_error_states_that_context_parallel_size_does_not_divide_the_heads() -> None:
     base = base_config()
     _, variant = build_variant(base, "gqa")
     with pytest.raises(UserError, match="must divide the 8 heads"):
@@ -116,19 +116,19 @@ def test_a_context_degree_that_does_not_divide_the_heads_is_said() -> None:
     assert match(base, simulated, axis="params", degrees=Degrees(context=(3,))).config
 
 
-def test_where_nothing_is_near_enough_what_would_have_to_give_is_said() -> None:
+def test_error_states_the_nearest_match_and_remedies() -> None:
     base = build_config(model__ffn_hidden_size=100)
     with pytest.raises(UserError) as caught:
         match(base, base, axis="params", free=(MLP,), tolerance=0.001)
     assert str(caught.value) == (
-        "attention.kind=mha: nearest to the base in params is model.ffn_hidden_size=96, -1.4% off where 0.1% "
-        "is allowed (model.ffn_hidden_size goes in steps of 8 = 8 × tensor degrees); free more "
-        "(attention.num_heads, attention.head_dim, model.num_layers), ask for fewer degrees, or take a "
-        "larger base"
+        "attention.kind=mha: the nearest match in params is model.ffn_hidden_size=96, with a difference of "
+        "-1.4%, more than 0.1% (model.ffn_hidden_size has steps of 8 = 8 × tensor-parallel sizes); free more "
+        "fields (attention.num_heads, attention.head_dim, model.num_layers), require fewer parallel sizes, or "
+        "use a larger base"
     )
 
 
-def test_a_field_that_cannot_be_solved_for_is_refused() -> None:
+def test_unsupported_field_is_refused() -> None:
     base = build_config()
     with pytest.raises(
         FieldError, match=r"--free=attention\.dropout: cannot be solved for .* attention\.head_dim"
@@ -143,7 +143,7 @@ def test_a_field_that_cannot_be_solved_for_is_refused() -> None:
     tensor=st.sampled_from([1, 2, 4]),
     axis=st.sampled_from(["params", "flops"]),
 )
-def test_no_multiple_is_nearer_than_the_one_found(width: int, kind: str, tensor: int, axis: str) -> None:
+def test_no_other_multiple_is_nearer(width: int, kind: str, tensor: int, axis: str) -> None:
     base = base_config(model__ffn_hidden_size=width)
     _, variant = build_variant(base, kind)
     try:
@@ -166,14 +166,14 @@ def test_no_multiple_is_nearer_than_the_one_found(width: int, kind: str, tensor:
             assert distance(found) <= distance(found.replaced({MLP: other}))
 
 
-def test_depth_alone_is_a_free_dimension_too() -> None:
+def test_depth_alone_can_be_solved_for() -> None:
     base = base_config()
     found = match(base, base.replaced({DEPTH: 1}), axis="params", free=(DEPTH,))
     assert found.changes == {DEPTH: (1, 3)}
     assert found.config.model == base.model
 
 
-def test_a_solved_head_count_divides_by_every_degree() -> None:
+def test_solved_head_count_is_divisible_by_every_tensor_parallel_size() -> None:
     base = base_config()
     _, variant = build_variant(base, "tpa")
     found = match(base, variant, axis="params", degrees=Degrees(tensor=(1, 3, 4), context=(1,)))
@@ -182,7 +182,7 @@ def test_a_solved_head_count_divides_by_every_degree() -> None:
         found.config.attention.check_context_parallel(tensor, context)
 
 
-def test_what_stands_in_the_config_is_a_choice_whatever_multiple_it_is() -> None:
+def test_value_of_the_config_is_a_valid_choice_for_any_multiple() -> None:
     base = base_config(attention__head_dim=12)
     found = match(base, base, axis="kv")
     assert found.changes == {}

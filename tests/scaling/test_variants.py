@@ -1,3 +1,5 @@
+"""Variants of a base run, by kind or by file."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,7 +14,7 @@ from tests.scaling.conftest import build_config
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base_kind", KINDS)
-def test_a_kind_is_modelled_on_the_base(kind: str, base_kind: str) -> None:
+def test_kind_has_defaults_from_the_base(kind: str, base_kind: str) -> None:
     base = build_config(attention__num_heads=8, attention__head_dim=4)
     _, base = build_variant(base, base_kind)
     name, variant = build_variant(base, kind)
@@ -23,12 +25,12 @@ def test_a_kind_is_modelled_on_the_base(kind: str, base_kind: str) -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (8, 2), (12, 4), (16, 4), (32, 8), (9, 3), (5, 1)])
-def test_grouped_attention_has_about_a_quarter_of_the_heads_for_keys(heads: int, groups: int) -> None:
+def test_grouped_attention_has_about_a_quarter_of_the_heads_as_key_heads(heads: int, groups: int) -> None:
     _, variant = build_variant(build_config(attention__num_heads=heads), "gqa")
     assert variant.attention.num_kv_heads == groups
 
 
-def test_the_bases_groups_its_dropout_and_its_back_end_are_kept() -> None:
+def test_groups_dropout_and_backend_of_the_base_are_kept() -> None:
     base = build_config(
         attention__kind="gqa",
         attention__num_kv_heads=3,
@@ -44,12 +46,12 @@ def test_the_bases_groups_its_dropout_and_its_back_end_are_kept() -> None:
     ("directory", "expected"),
     [("runs/a", "runs/a_tpa"), ("runs/125m/mha", "runs/125m/tpa"), ("runs/1_mha", "runs/1_tpa")],
 )
-def test_its_run_directory_stands_beside_the_bases(directory: str, expected: str) -> None:
+def test_run_directory_is_next_to_that_of_the_base(directory: str, expected: str) -> None:
     _, variant = build_variant(build_config(logging__run_directory=directory), "tpa")
     assert variant.logging.run_directory == expected
 
 
-def test_a_file_gives_an_attention_and_nothing_else(tmp_path: Path) -> None:
+def test_file_replaces_only_the_attention(tmp_path: Path) -> None:
     path = tmp_path / "wide.yaml"
     path.write_text(
         "model: {num_layers: 99}\nattention: {kind: sas, num_heads: 6, head_dim: 6, head_expansion: 2}\n"
@@ -61,13 +63,13 @@ def test_a_file_gives_an_attention_and_nothing_else(tmp_path: Path) -> None:
     assert variant.model == base.model
 
 
-def test_a_file_without_attention_is_refused(tmp_path: Path) -> None:
+def test_file_without_attention_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("model: {num_layers: 99}\n")
     with pytest.raises(UserError, match="has no section attention; add one, with its kind"):
         build_variant(build_config(), str(path))
 
 
-def test_an_unknown_kind_is_refused() -> None:
+def test_unknown_kind_is_refused() -> None:
     with pytest.raises(UserError, match=r"attention\.kind=ring: is not a known variant; use one of gqa, mfa"):
         build_variant(build_config(), "ring")

@@ -1,4 +1,4 @@
-"""The largest runs held out and predicted from the rest: the test of a law on points that it did not see."""
+"""Prediction of the largest runs by a law that is fitted to the other runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sas_megatron.scaling.laws.resampling import Interval, draw_weights, percent
 
 @dataclass(frozen=True)
 class HeldOutRun:
-    """A run that the law did not see: its loss, the law's, and where 95 % of such runs should lie."""
+    """A held-out run: its loss, the predicted loss, and the 95 % prediction interval."""
 
     params: float
     tokens: float
@@ -26,13 +26,13 @@ class HeldOutRun:
 
     @property
     def relative_error(self) -> float:
-        """Prediction less measurement, as a share of the measurement."""
+        """(Predicted − measured) / measured loss."""
         return self.predicted / self.loss - 1
 
 
 @dataclass(frozen=True)
 class HoldOut:
-    """All held-out runs, smallest FLOPs first; `reach` is their FLOPs over the largest that were fitted."""
+    """The held-out runs in order of FLOPs; `reach` is their largest FLOPs over those fitted."""
 
     runs: tuple[HeldOutRun, ...]
     num_fitted: int
@@ -40,23 +40,29 @@ class HoldOut:
 
     @property
     def root_mean_square_error(self) -> float:
-        """Of relative errors."""
+        """Root mean square of the relative errors."""
         return math.sqrt(sum(run.relative_error**2 for run in self.runs) / len(self.runs))
 
     @property
     def share_inside(self) -> float:
-        """Of runs in their intervals."""
+        """Fraction of the runs within their prediction intervals."""
         return sum(run.interval[0] <= run.loss <= run.interval[1] for run in self.runs) / len(self.runs)
 
 
 def predict_largest(points: Points, *, share: float, num_draws: int, seed: int) -> HoldOut:
-    """Holds out the `share` of runs with the most FLOPs, with others of the same FLOPs, and predicts them.
+    """Fit a law without the runs with the most FLOPs, and predict these.
+
+    Args:
+        points: All runs.
+        share: Fraction of the runs to hold out; runs with equal FLOPs are held out together.
+        num_draws: Bootstrap draws for the intervals.
+        seed: Seed of the bootstrap.
 
     Raises:
-        FieldError: the share is none, or what is left cannot be fitted.
+        FieldError: The share is not between 0 and 1, or the law cannot be fitted to the remaining runs.
     """
     if not 0 < share < 1:
-        raise FieldError("--hold-out", share, "must be a share of the runs between 0 and 1", "use 0.1")
+        raise FieldError("--hold-out", share, "must be a fraction of the runs between 0 and 1", "use 0.1")
     count = max(1, math.ceil(share * len(points)))
     threshold = np.sort(points.compute)[-count] * (1 - SAME_LEVEL)
     largest = points.compute >= threshold
@@ -77,12 +83,15 @@ def predict_largest(points: Points, *, share: float, num_draws: int, seed: int) 
 
 
 def _predict_intervals(fit: SurfaceFit, held: Points, *, num_draws: int, seed: int) -> list[Interval]:
-    """Of the bootstrap's predictions, each with a residual of the fit on top as the noise of a single run."""
+    """Return percentile intervals of the bootstrap predictions plus the noise of a single run.
+
+    The noise is drawn from the residuals of the fit.
+    """
     weights_RI = draw_weights(fit.points.sizes.tolist(), num_draws=num_draws, seed=seed)
     theta_RP = fit.problem.refit(weights_RI, fit.fit)
     predicted_RI = fit.problem.predict(theta_RP, np.log(np.stack([held.params, held.tokens])))
     residuals_I: FloatArray = fit.log_residuals
-    # Five parameters have taken some of the noise into the fit.
+    # The residuals of a fit with five parameters are smaller than the noise.
     inflation = math.sqrt(len(residuals_I) / max(1, len(residuals_I) - len(fit.fit.theta)))
     noise_RI = np.random.default_rng([seed, 1]).choice(residuals_I, size=predicted_RI.shape) * inflation
     return [percentile_interval(column) for column in (predicted_RI * np.exp(-noise_RI)).T]

@@ -1,7 +1,8 @@
-"""IsoFLOP profiles: at each budget a parabola of loss over log size, and how its minimum moves with budgets.
+"""IsoFLOP profiles: a parabola of loss over log size for each budget, and power laws of the minima.
 
-Hoffmann et al. 2022, approach 2 (section 3.2). A parabola is not the law's own profile, so the exponents are
-biased where sizes reach far to one side of the minimum (arXiv 2603.22339): a check on the surface, no rival.
+Hoffmann et al. 2022, approach 2 (section 3.2). A parabola is not the exact profile of the law, so that the
+exponents are biased if the sizes are mostly on one side of the minimum (arXiv 2603.22339). It is a check of
+the surface fit, not a replacement.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from sas_megatron.scaling.laws.log_sum import FloatArray, IntArray
 from sas_megatron.scaling.laws.points import Points, count_levels
 from sas_megatron.scaling.laws.resampling import Interval, percentile_interval
 
-# Runs whose FLOPs are within this share of a profile's lowest are of one budget.
+# Runs belong to one budget if their FLOPs exceed the lowest of the group by at most this share.
 SAME_BUDGET = 0.1
 FEWEST_SIZES, FEWEST_BUDGETS = 3, 2
-# An interval needs most of the draws: in the others a profile had lost too many sizes to have a minimum.
+# An interval needs most of the draws; in the others, too few sizes were drawn for a minimum.
 LEAST_SHARE_OF_DRAWS = 0.9
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The minimum of one budget's parabola."""
+    """The minimum of the parabola of one budget."""
 
     flops: float
     params: float
@@ -35,9 +36,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class IsoflopFit:
-    """Minima by budget, and the powers of C in the best N and the best D.
+    """Minima by budget, and the exponents of C in the optimal N and the optimal D.
 
-    Intervals are None without a bootstrap. `without_minimum` budgets had theirs outside of their sizes.
+    Intervals are None without a bootstrap. `without_minimum` counts the budgets whose minimum is outside the
+    trained sizes.
     """
 
     profiles: tuple[Profile, ...]
@@ -49,10 +51,14 @@ class IsoflopFit:
 
 
 def fit_isoflop(points: Points, *, weights_RI: FloatArray | None = None) -> IsoflopFit:
-    """Fits the profiles, and lines through the logarithms of their minima; `weights_RI` are bootstrap draws.
+    """Fit the profiles, and lines through the logarithms of their minima.
+
+    Args:
+        points: The runs.
+        weights_RI: Bootstrap draws for the intervals.
 
     Raises:
-        FieldError: fewer than two budgets have three sizes and a minimum among them.
+        FieldError: Fewer than two budgets have three sizes with a minimum between them.
     """
     ones_1I = np.ones((1, len(points)))
     profiles, members, without = [], [], 0
@@ -104,7 +110,7 @@ def fit_isoflop(points: Points, *, weights_RI: FloatArray | None = None) -> Isof
 
 
 def group_budgets(flops: FloatArray) -> list[IntArray]:
-    """Indices of the points of each budget, smallest budget first."""
+    """Return the indices of the points of each budget, in ascending order."""
     order = np.argsort(flops, kind="stable")
     groups: list[list[int]] = []
     for index in order:
@@ -133,7 +139,7 @@ def _interval(
 def _find_minima(
     log_size_I: FloatArray, loss_I: FloatArray, weights_RI: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Where each row's parabola is lowest, and its loss there; NaN where that is not inside the sizes."""
+    """Return the position and the loss of each row's minimum; NaN if it is outside the sizes."""
     centre, spread = log_size_I.mean(), np.ptp(log_size_I) / 2
     x_I = (log_size_I - centre) / spread
     powers_PI = np.stack([np.ones_like(x_I), x_I, x_I**2])
@@ -150,7 +156,7 @@ def _find_minima(
 
 
 def _slopes(log_flops_B: FloatArray, minima_RB: FloatArray) -> FloatArray:
-    """The slope of each row's line through the budgets that have a minimum; NaN with fewer than two."""
+    """Return the slope of each row's line through the budgets with a minimum; NaN with fewer than two."""
     present_RB = np.isfinite(minima_RB)
     count_R1 = np.maximum(present_RB.sum(axis=1, keepdims=True), 1)
     x_RB = np.where(present_RB, log_flops_B, 0.0)

@@ -1,7 +1,7 @@
-"""L(N, D) = E + A/N^α + B/D^β, and the sizes and tokens it calls best for a compute budget.
+"""L(N, D) = E + A/N^α + B/D^β, and the optimal size and tokens for a compute budget.
 
 Hoffmann et al. 2022 (arXiv 2203.15556), section 3.3: the law is their equation 2, the fit equation 3, the
-optimum equation 4. There C = 6 N D; here a token costs k N^p FLOPs, which the runs' own FLOPs give.
+optimum equation 4. There C = 6 N D; here a token costs k N^p FLOPs, fitted to the FLOPs of the runs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, FloatArray
 from sas_megatron.scaling.laws.points import Points
 from sas_megatron.scaling.laws.sum_of_powers import Fit, SumOfPowers
 
-# Hoffmann et al. 2022 search exponents up to 2. Beyond 5 a term is a step at the smallest runs.
+# Hoffmann et al. 2022 search exponents up to 2. Beyond 5, a term affects the smallest runs only.
 LARGEST_EXPONENT = 5.0
-# A term that is nowhere more than this share of the loss is not there.
+# A term that never exceeds this share of the loss counts as absent.
 NEGLIGIBLE_SHARE = 1e-6
 
-# By name, a value for each row of parameters.
+# Values by name, one per row of parameters.
 Quantities = dict[str, FloatArray]
 
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Training FLOPs of a token, k N^p, from the points' `flops` or assumed to be 6 N."""
+    """Training FLOPs per token, k N^p, fitted to the `flops` of the points or assumed to be 6 N."""
 
     coefficient: float
     exponent: float
@@ -35,7 +35,7 @@ class TokenCost:
 
     @staticmethod
     def of(points: Points) -> TokenCost:
-        """The straight line through log(FLOPs / tokens) over log N; 6 N where no FLOPs are recorded."""
+        """Fit a line to log(FLOPs / tokens) over log N; return 6 N if no FLOPs are recorded."""
         if points.flops is None:
             return TokenCost(6.0, 1.0, "6ND")
         per_token = np.log(points.flops / points.tokens)
@@ -45,7 +45,7 @@ class TokenCost:
 
 @dataclass(frozen=True)
 class Optimum:
-    """Of a budget of FLOPs: the best size, its tokens, and the loss the law gives them."""
+    """The optimal size and tokens for a budget of FLOPs, and their predicted loss."""
 
     flops: float
     params: float
@@ -55,7 +55,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class LossSurface:
-    """The five numbers of the law, in the units of the points."""
+    """The five parameters of the law, in the units of the points."""
 
     E: float
     A: float
@@ -64,12 +64,12 @@ class LossSurface:
     beta: float
 
     def predict(self, params: FloatArray, tokens: FloatArray) -> FloatArray:
-        """The loss of runs of those sizes and tokens."""
+        """Return the predicted loss for parameters and tokens."""
         loss: FloatArray = self.E + self.A * params**-self.alpha + self.B * tokens**-self.beta
         return loss
 
     def optimum(self, flops: float, cost: TokenCost) -> Optimum:
-        """Where α A N^-α = p β B D^-β on k N^p D = C; for p = 1 equation 4 of Hoffmann et al. 2022."""
+        """Solve α A N^-α = p β B D^-β with k N^p D = C; for p = 1, equation 4 of Hoffmann et al. 2022."""
         joint = self.alpha + cost.exponent * self.beta
         balance = self.alpha * self.A / (cost.exponent * self.beta * self.B)
         params = (balance * (flops / cost.coefficient) ** self.beta) ** (1 / joint)
@@ -79,7 +79,7 @@ class LossSurface:
 
 @dataclass(frozen=True)
 class SurfaceFit:
-    """A fitted law: the numbers, and the problem and parameters that intervals start from."""
+    """A fitted law, with the problem and parameters from which intervals are computed."""
 
     surface: LossSurface
     points: Points
@@ -88,50 +88,50 @@ class SurfaceFit:
 
     @property
     def log_residuals(self) -> FloatArray:
-        """Logarithm of the predicted less that of the measured loss, of each point."""
+        """The log of the predicted minus the log of the measured loss of each point."""
         residuals: FloatArray = self.problem.problem.residuals(self.fit.theta[None])[0]
         return residuals
 
 
-def pose_surface(points: Points, *, delta: float = HUBER_DELTA) -> SumOfPowers:
-    """The law on these points, not yet fitted."""
+def build_surface_problem(points: Points, *, delta: float = HUBER_DELTA) -> SumOfPowers:
+    """Return the fitting problem of the law on these points."""
     return SumOfPowers.of([points.params, points.tokens], points.loss, delta=delta)
 
 
 def fit_surface(points: Points, *, delta: float = HUBER_DELTA) -> SurfaceFit:
-    """Fits the law by the sum of Huber losses of log residuals; `delta` of infinity is least squares.
+    """Fit the law by the sum of Huber losses of log residuals; an infinite `delta` gives least squares.
 
     Raises:
-        FieldError: the points cannot tell the law, or the loss does not fall with N or with D in them.
+        FieldError: The points do not determine the law, or the loss does not decrease with N or with D.
     """
     points.check_surface()
-    problem = pose_surface(points, delta=delta)
+    problem = build_surface_problem(points, delta=delta)
     fit = problem.fit()
     return _checked(points, problem, fit)
 
 
 def project_surface(points: Points) -> SurfaceFit:
-    """Fits the law by variable projection: least squares of relative residuals, non-negative coefficients.
+    """Fit the law by variable projection: least squares of relative residuals, non-negative coefficients.
 
     Raises:
-        FieldError: as for `fit_surface`.
+        FieldError: As for `fit_surface`.
     """
     points.check_surface()
-    problem = pose_surface(points, delta=np.inf)
+    problem = build_surface_problem(points, delta=np.inf)
     return _checked(points, problem, problem.fit_projected())
 
 
 def surface_quantities(problem: SumOfPowers, theta_RP: FloatArray) -> Quantities:
-    """E, A, B, alpha and beta of each row."""
+    """Return E, A, B, alpha and beta of each row."""
     E, A, B = problem.coefficients(theta_RP).T
     alpha, beta = problem.exponents(theta_RP).T
     return {"E": E, "A": A, "B": B, "alpha": alpha, "beta": beta}
 
 
 def optimal_exponents(quantities: Quantities, cost: TokenCost) -> Quantities:
-    """The powers of C in the best N, the best D, and the loss above E that they leave.
+    """Return the exponents of C in the optimal N, the optimal D and the loss above E.
 
-    β/(α+pβ), α/(α+pβ) and αβ/(α+pβ), where a token costs k N^p.
+    They are β/(α+pβ), α/(α+pβ) and αβ/(α+pβ) if a token costs k N^p.
     """
     alpha, beta = quantities["alpha"], quantities["beta"]
     joint = alpha + cost.exponent * beta
@@ -158,14 +158,14 @@ def _check_falls(problem: SumOfPowers, fit: Fit) -> None:
             raise FieldError(
                 "points",
                 len(problem.log_loss),
-                f"the loss does not fall with {name} in them, so the law has no meaning here",
-                f"look for runs that diverged, or add {remedy} further apart",
+                f"the loss does not decrease with {name}, so that the law does not apply",
+                f"check for diverged runs, or add {remedy} that differ more",
             )
         if exponent > LARGEST_EXPONENT:
             raise FieldError(
                 "points",
                 len(problem.log_loss),
-                f"the best exponent of {name} is beyond {LARGEST_EXPONENT:g}: beside the smallest value "
-                f"the loss hardly depends on {name}",
-                f"add {remedy} further apart",
+                f"the fitted exponent of {name} exceeds {LARGEST_EXPONENT:g}: the loss hardly depends on "
+                f"{name} except at the smallest value",
+                f"add {remedy} that differ more",
             )

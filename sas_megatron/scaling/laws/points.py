@@ -1,4 +1,4 @@
-"""The points that a law is fitted to, from a CSV file or arrays; those that can tell no law are refused."""
+"""Points to which a law is fitted, from a CSV file or arrays, and checks that they determine the law."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from sas_megatron.scaling.laws.log_sum import BoolArray, FloatArray, IntArray
 
 REQUIRED = ("params", "tokens", "loss")
 OPTIONAL = ("flops", "size", "variant")
-# The law has five parameters; with as many points it goes through each and says nothing.
+# The law has five parameters; with five points it interpolates them without any residual.
 FEWEST_POINTS = 6
-# E + A/N^α has three unknowns in the sizes alone, and E + B/D^β in the tokens.
+# E + A/N^α has three parameters, and so has E + B/D^β.
 FEWEST_LEVELS = 3
-# Values so near are one: matched sizes, and tokens rounded to whole batches.
+# Relative difference up to which values count as equal: matched sizes, and tokens rounded to full batches.
 SAME_LEVEL = 0.01
-# Where log D is a line in log N up to this share of its variance, N^-α and D^-β cannot be told apart.
+# If log D is linear in log N up to this share of its variance, N^-α and D^-β cannot be separated.
 LEAST_FREE_VARIANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Points:
-    """One run a row. `flops` are all that its training took, attention included; None: not recorded.
+    """Runs as columns. `flops` are the training FLOPs with attention, or None if they are not recorded.
 
-    `sizes` name what the bootstrap is stratified by.
+    `sizes` are the strata of the bootstrap.
     """
 
     params: FloatArray
@@ -52,10 +52,10 @@ class Points:
         flops: Iterable[float] | None = None,
         sizes: Sequence[str] | None = None,
     ) -> Points:
-        """From columns; without `sizes` each number of parameters is one.
+        """Build points from columns; by default, equal parameter counts form a size.
 
         Raises:
-            FieldError: a value is not a positive number.
+            FieldError: A value is not a positive number.
         """
         columns = {"params": params, "tokens": tokens, "loss": loss}
         if flops is not None:
@@ -76,16 +76,16 @@ class Points:
 
     @property
     def flops_6nd(self) -> FloatArray:
-        """6 N D: without attention's scores, and what Hoffmann et al. 2022 call C (section 3.3)."""
+        """6 N D, the C of Hoffmann et al. 2022 (section 3.3), which excludes the attention scores."""
         return 6 * self.params * self.tokens
 
     @property
     def compute(self) -> FloatArray:
-        """The recorded FLOPs, or 6 N D where none are."""
+        """The recorded FLOPs, or 6 N D if they are not recorded."""
         return self.flops_6nd if self.flops is None else self.flops
 
     def take(self, chosen: BoolArray | IntArray) -> Points:
-        """Some of the points, by mask or by index."""
+        """Select points by mask or index."""
         return dataclasses.replace(
             self,
             params=self.params[chosen],
@@ -96,25 +96,25 @@ class Points:
         )
 
     def drop_highest(self, count: int) -> tuple[Points, Points]:
-        """What is left without the points of the highest losses, and those, highest first.
+        """Return the points without the highest losses, and the dropped points, highest first.
 
-        Besiroglu et al. 2024 leave out five so, as outliers of the Chinchilla runs.
+        Besiroglu et al. 2024 drop five outliers of the Chinchilla runs in this way.
 
         Raises:
-            FieldError: `count` is negative, or leaves nothing.
+            FieldError: `count` is negative, or no points remain.
         """
         if not 0 <= count < len(self):
             raise FieldError(
-                "--drop-highest", count, f"must leave some of the {len(self)} points", "drop fewer"
+                "--drop-highest", count, f"must be less than the number of points, {len(self)}", "drop fewer"
             )
         order = np.argsort(-self.loss, kind="stable")
         return self.take(np.sort(order[count:])), self.take(order[:count])
 
     def check_surface(self) -> None:
-        """Whether L(N, D) can be fitted to these points at all.
+        """Check that the points determine L(N, D).
 
         Raises:
-            FieldError: too few points, sizes or token budgets, or tokens that follow from the size.
+            FieldError: There are too few points, sizes or token budgets, or tokens are a function of size.
         """
         if len(self) < FEWEST_POINTS:
             raise FieldError(
@@ -129,7 +129,7 @@ class Points:
                 raise FieldError(
                     name,
                     f"{levels} value{'s' if levels > 1 else ''}",
-                    f"the law can be told from at least {FEWEST_LEVELS} that differ by more than "
+                    f"the law needs at least {FEWEST_LEVELS} values that differ by more than "
                     f"{SAME_LEVEL:.0%}",
                     "add sizes" if name == "params" else "add token budgets",
                 )
@@ -138,22 +138,22 @@ class Points:
             raise FieldError(
                 "tokens",
                 "a power of params",
-                "N and D must vary apart from each other, since A/N^α and B/D^β are one term otherwise",
+                "N and D must vary independently, since A/N^α and B/D^β cannot be separated otherwise",
                 "train a size on several token budgets",
             )
 
 
 def count_levels(values: FloatArray, *, tolerance: float = SAME_LEVEL) -> int:
-    """How many values there are that differ by more than the tolerance, as a share."""
+    """Return the number of distinct values, where values within the relative tolerance are equal."""
     return int((np.diff(np.log(np.sort(values))) > tolerance).sum()) + 1
 
 
 def read_points(path: str | Path, *, variant: str | None = None) -> Points:
-    """Reads a CSV file with the columns params, tokens, loss, and flops, size and variant if they are there.
+    """Read a CSV file with the columns params, tokens, loss, and optionally flops, size and variant.
 
     Raises:
-        FileProblem: the file cannot be read, lacks a column, or has a value that is no positive number.
-        FieldError: it holds several variants and none is chosen, or not the one that is.
+        FileProblem: The file cannot be read, lacks a column, or has a value that is not a positive number.
+        FieldError: The file contains several variants and none is chosen, or not the chosen one.
     """
     try:
         with (
@@ -165,16 +165,16 @@ def read_points(path: str | Path, *, variant: str | None = None) -> Points:
             reader.fieldnames = header
             rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise FileProblem(path, f"is not a CSV file ({error})", "write comma-separated text") from None
+        raise FileProblem(path, f"is not a CSV file ({error})", "use comma-separated text") from None
     missing = [name for name in REQUIRED if name not in header]
     if missing:
         raise FileProblem(
             path,
             f"has no column {', '.join(missing)}",
-            f"its first line must name {','.join(REQUIRED)}, and may name {', '.join(OPTIONAL)}",
+            f"its first line must contain {','.join(REQUIRED)}, and may contain {', '.join(OPTIONAL)}",
         )
     if not rows:
-        raise FileProblem(path, "has no points", "write a line for each run")
+        raise FileProblem(path, "has no points", "add a line for each run")
     rows = _choose_variant(rows, variant, has_column="variant" in header)
     columns = {
         name: [_number(path, line, name, row[name]) for line, row in rows]
@@ -201,12 +201,12 @@ def _choose_variant(rows: _Rows, variant: str | None, *, has_column: bool) -> _R
         return rows
     if variant not in present:
         if not present:
-            raise FieldError("--variant", variant, "the points have no column variant", "leave it out")
+            raise FieldError("--variant", variant, "the points have no column variant", "omit the option")
         raise FieldError(
             "--variant",
             variant,
-            f"a law is fitted to one variant, and the points are of {', '.join(present)}",
-            "choose one of them",
+            f"a law is fitted to one variant, but the points contain {', '.join(present)}",
+            "choose one of these",
         )
     return [(line, row) for line, row in rows if row["variant"] == variant]
 
@@ -223,5 +223,5 @@ def _number(path: str | Path, line: int, name: str, text: str | None) -> float:
 
 
 def _positive(name: str) -> tuple[str, str]:
-    remedy = "leave runs out that diverged" if name == "loss" else "leave the run out or mend the value"
+    remedy = "remove diverged runs" if name == "loss" else "remove the run or correct the value"
     return "must be a positive number", remedy

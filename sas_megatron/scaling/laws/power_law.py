@@ -1,7 +1,7 @@
-"""L(C) = E + K/C^γ, with the irreducible loss E or without: loss along one axis of spending.
+"""Power law L(C) = E + K/C^γ of the loss over parameters, tokens, FLOPs or seconds, with or without E.
 
-Hestness et al. 2017 (arXiv 1712.00409, section 3) with E, Kaplan et al. 2020 (arXiv 2001.08361, equation 1.3)
-without; fitted like the surface, by Huber loss on log residuals.
+With E: Hestness et al. 2017 (arXiv 1712.00409, section 3); without: Kaplan et al. 2020 (arXiv 2001.08361,
+equation 1.3). Fitted by Huber loss on log residuals, as the surface.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from sas_megatron.scaling.laws.sum_of_powers import Fit, SumOfPowers
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """The numbers of the law, in the units of what it was fitted to; E is 0 where there is none.
+    """Parameters of the law, in the units of the data; E is 0 for a law without irreducible loss.
 
-    Each may also be an array, of one law for each draw of a bootstrap.
+    They may also be arrays with one value per bootstrap draw.
     """
 
     E: float | FloatArray
@@ -28,12 +28,12 @@ class PowerLaw:
     gamma: float | FloatArray
 
     def predict(self, spent: float | FloatArray) -> FloatArray:
-        """The loss at what was spent."""
+        """Return the loss at the amount spent."""
         loss: FloatArray = np.asarray(self.E + self.K * np.asarray(spent) ** -np.asarray(self.gamma))
         return loss
 
     def spend_for(self, loss: float | FloatArray) -> FloatArray:
-        """What has to be spent for a loss; infinite where it is not above E."""
+        """Return the amount needed for a loss; infinite if the loss is not above E."""
         above = np.asarray(loss) - self.E
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             spent = (np.maximum(above, 0) / self.K) ** (-1 / np.asarray(self.gamma))
@@ -42,7 +42,7 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class PowerLawFit:
-    """A fitted power law, and the problem and parameters that other weights start from."""
+    """A fitted power law, with the problem and parameters from which `refit` starts."""
 
     law: PowerLaw
     objective: float
@@ -50,7 +50,7 @@ class PowerLawFit:
     fit: Fit
 
     def refit(self, weights_RI: FloatArray) -> PowerLaw:
-        """The law for each row of weights, as arrays."""
+        """Return the laws for rows of weights, as arrays."""
         return _natural(self.problem, self.problem.refit(weights_RI, self.fit))
 
 
@@ -61,10 +61,16 @@ def fit_power_law(
     irreducible: bool,
     delta: float = HUBER_DELTA,
 ) -> PowerLawFit:
-    """Fits the law to losses at parameters, tokens, FLOPs or seconds spent.
+    """Fit the law to losses.
+
+    Args:
+        spent: Parameters, tokens, FLOPs or seconds of each run.
+        loss: Loss of each run.
+        irreducible: Whether the law has a parameter E.
+        delta: Parameter of the Huber loss.
 
     Raises:
-        FieldError: fewer different values than the law has numbers, or losses that do not fall.
+        FieldError: There are fewer distinct amounts than parameters, or the loss does not decrease.
     """
     needed = 3 if irreducible else 2
     levels = count_levels(np.asarray(spent)) if len(spent) else 0
@@ -72,8 +78,8 @@ def fit_power_law(
         raise FieldError(
             "amounts spent",
             levels,
-            f"a power law needs at least {needed} that differ",
-            "add runs that spend other amounts",
+            f"a power law needs at least {needed} distinct values",
+            "add runs with other amounts",
         )
     problem = SumOfPowers.of([spent], loss, irreducible=irreducible, delta=delta)
     fit = problem.fit()
@@ -83,14 +89,14 @@ def fit_power_law(
         raise FieldError(
             "amounts spent",
             levels,
-            "the loss does not fall with what is spent",
-            "look for runs that diverged",
+            "the loss does not decrease with the amount spent",
+            "check for diverged runs",
         )
     return PowerLawFit(single, fit.objective, problem, fit)
 
 
 def find_frontier(spent: FloatArray, loss: FloatArray) -> BoolArray:
-    """Which runs no other beats with less or equal spending."""
+    """Return a mask of the Pareto frontier: runs for which no run of at most equal cost has a lower loss."""
     cheaper = spent[:, None] <= spent[None, :]
     better = loss[:, None] < loss[None, :]
     frontier: BoolArray = np.asarray(~(cheaper & better).any(axis=0))

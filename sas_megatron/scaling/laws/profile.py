@@ -1,8 +1,8 @@
-"""Profile likelihood: how far one parameter goes before the best of the others fits worse than chance allows.
+"""Profile-likelihood intervals of single parameters.
 
-Residuals of log losses are taken as normal, of one unknown spread. With RSS the least sum of squares at a
-fixed value of the parameter, those values are kept for which RSS/RSS_min ≤ 1 + F(1, n − 5)/(n − 5): the
-likelihood ratio's interval with the F distribution in place of χ², exact where a law is linear (Bates and
+Residuals of log losses are assumed normal with one unknown variance. With RSS the minimum sum of squares at a
+fixed value of the parameter, the interval contains the values with RSS/RSS_min ≤ 1 + F(1, n − 5)/(n − 5): the
+likelihood-ratio interval with the F distribution instead of χ², which is exact for a linear law (Bates and
 Watts 1988, Nonlinear Regression Analysis, section 6.1).
 """
 
@@ -17,9 +17,9 @@ from sas_megatron.scaling.laws.log_sum import FloatArray, minimize
 from sas_megatron.scaling.laws.loss_surface import SurfaceFit, surface_quantities
 from sas_megatron.scaling.laws.resampling import LEVEL
 
-# Where they stand among log E, log A, log B, α, β; A and B are of centred logarithms and not profiled.
+# Indices among log E, log A, log B, α, β. A and B refer to centred logarithms and are not profiled.
 PROFILED = {"E": 0, "alpha": 3, "beta": 4}
-# Standard errors to begin with, doubled until the end is passed; beyond the last an interval is open.
+# Initial step in standard errors, doubled until the limit is passed; the interval is open beyond the last.
 FIRST_STEP, NUM_DOUBLINGS = 1.0, 8
 NUM_BISECTIONS = 26
 
@@ -27,9 +27,9 @@ OpenInterval = tuple[float | None, float | None]
 
 
 def profile_intervals(least_squares: SurfaceFit, *, level: float = LEVEL) -> dict[str, OpenInterval]:
-    """Intervals of E, α and β around a fit by least squares; None is an end that the points do not give.
+    """Return the intervals of E, α and β around a least-squares fit; None is an end that is not determined.
 
-    E is open below at zero, which is then its end.
+    An undetermined lower end of E is 0.
     """
     names = list(PROFILED)
     indices = [PROFILED[name] for name in names]
@@ -44,8 +44,8 @@ def profile_intervals(least_squares: SurfaceFit, *, level: float = LEVEL) -> dic
     return intervals
 
 
-def largest_rise(num_points: int, num_parameters: int, *, level: float = LEVEL) -> float:
-    """By what share the sum of squares may rise for one fixed parameter."""
+def max_relative_increase(num_points: int, num_parameters: int, *, level: float = LEVEL) -> float:
+    """Return the largest relative increase of the sum of squares within the interval of one parameter."""
     degrees = num_points - num_parameters
     return float(special.fdtri(1, degrees, level) / degrees)
 
@@ -57,10 +57,10 @@ def _natural(fit: SurfaceFit, name: str, value: float) -> float:
 
 
 def _find_ends(fit: SurfaceFit, indices: Sequence[int], *, sign: int, level: float) -> FloatArray:
-    """The parameters' values at which the profile passes its limit on one side, NaN where it never does."""
+    """Return the values at which the profile passes its limit on one side; NaN if it never does."""
     problem, best_P = fit.problem.problem, fit.fit.theta
     weights_1I = np.ones((1, len(fit.points)))
-    limit = fit.fit.objective * (1 + largest_rise(len(fit.points), len(best_P), level=level))
+    limit = fit.fit.objective * (1 + max_relative_increase(len(fit.points), len(best_P), level=level))
     hessian_PP = problem.expand(best_P[None], weights_1I).hessian[0]
     variance = 2 * fit.fit.objective / (len(fit.points) - len(best_P))
     errors_P = np.sqrt(variance * np.maximum(np.diag(np.linalg.pinv(hessian_PP)), 0))
@@ -68,7 +68,7 @@ def _find_ends(fit: SurfaceFit, indices: Sequence[int], *, sign: int, level: flo
     frozen_RP = np.zeros((len(rows), len(best_P)), bool)
     frozen_RP[rows, indices] = True
 
-    def rises(distance_R: FloatArray, starts_RP: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def compute_excess(distance_R: FloatArray, starts_RP: FloatArray) -> tuple[FloatArray, FloatArray]:
         starts_RP = starts_RP.copy()
         starts_RP[rows, indices] = best_P[indices] + sign * distance_R
         minima = minimize(problem, starts_RP, weights_1I, frozen_RP=frozen_RP)
@@ -78,7 +78,7 @@ def _find_ends(fit: SurfaceFit, indices: Sequence[int], *, sign: int, level: flo
     theta_RP = np.tile(best_P, (len(rows), 1))
     passed = np.zeros(len(rows), bool)
     for _ in range(NUM_DOUBLINGS):
-        excess_R, found_RP = rises(outside_R, theta_RP)
+        excess_R, found_RP = compute_excess(outside_R, theta_RP)
         passed |= excess_R > 0
         if passed.all():
             break
@@ -87,7 +87,7 @@ def _find_ends(fit: SurfaceFit, indices: Sequence[int], *, sign: int, level: flo
         outside_R = np.where(passed, outside_R, 2 * outside_R)
     for _ in range(NUM_BISECTIONS):
         middle_R = (inside_R + outside_R) / 2
-        excess_R, found_RP = rises(middle_R, theta_RP)
+        excess_R, found_RP = compute_excess(middle_R, theta_RP)
         inside = excess_R <= 0
         inside_R, outside_R = np.where(inside, middle_R, inside_R), np.where(inside, outside_R, middle_R)
         theta_RP = np.where(inside[:, None], found_RP, theta_RP)

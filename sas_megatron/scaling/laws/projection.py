@@ -1,10 +1,10 @@
-"""Variable projection: given the exponents, a law's coefficients are a small non-negative least squares.
+"""Variable projection: for given exponents, the coefficients follow from non-negative least squares.
 
-L_i ≈ Σ_t c_t f_t(x_i; exponents), c ≥ 0, so a grid over the exponents alone searches the whole law (Golub and
-Pereyra 1973, SIAM J. Numer. Anal. 10; for scaling laws arXiv 2603.22339). Residuals are relative, (L̂ − L)/L,
-which to first order are those of the logarithms; they make the fit the same in any unit of loss.
+L_i ≈ Σ_t c_t f_t(x_i; exponents), c ≥ 0, so that a grid over the exponents alone covers all parameters (Golub
+and Pereyra 1973, SIAM J. Numer. Anal. 10; for scaling laws arXiv 2603.22339). Residuals are relative,
+(L̂ − L)/L, which equals log residuals to first order and makes the fit independent of the unit of the loss.
 
-Letters of shapes: R rows of weights, G grid points, T terms, I points.
+Shape letters: R rows of weights, G grid points, T terms, I points.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import numpy as np
 
 from sas_megatron.scaling.laws.log_sum import FloatArray
 
-# Keeps normal equations solvable where two terms coincide; relative to their trace.
+# Keeps the normal equations solvable if two terms coincide; relative to their trace.
 RIDGE = 1e-13
 
 
 class Projection(NamedTuple):
-    """For each row and grid point the best coefficients and the sum of squares they leave."""
+    """Optimal coefficients and the residual sum of squares, for each row and grid point."""
 
     coefficients: FloatArray
     squares: FloatArray
 
 
 def project(terms_GIT: FloatArray, weights_RI: FloatArray) -> Projection:
-    """Solves min_c≥0 Σ_i w_i (1 − Σ_t c_t terms[g, i, t])² for each row and grid point.
+    """Solve min_c≥0 Σ_i w_i (1 − Σ_t c_t terms[g, i, t])² for each row and grid point.
 
-    `terms_GIT` are the law's terms divided by the measured losses.
+    Args:
+        terms_GIT: Terms of the law divided by the measured losses.
+        weights_RI: Weights of the points.
     """
     grid, points, num_terms = terms_GIT.shape
     products_GXI = np.concatenate(
@@ -50,12 +52,12 @@ def project(terms_GIT: FloatArray, weights_RI: FloatArray) -> Projection:
 
 
 def solve_non_negative(gram: FloatArray, target: FloatArray) -> FloatArray:
-    """argmin_c≥0 cᵀ·gram·c − 2 target·c, for stacks of a few terms: by trying every set of positive ones."""
+    """Return argmin_c≥0 cᵀ·gram·c − 2 target·c for few terms, by trying every set of positive terms."""
     num_terms = target.shape[-1]
     best = np.zeros_like(target)
     lowest = np.zeros(target.shape[:-1])
     trace = np.trace(gram, axis1=-2, axis2=-1)
-    # A row whose weights are all zero, a draw without any run of a variant, has nothing to be relative to.
+    # A row with zero weights, a draw without any run of a variant, has no trace to refer to.
     ridge = np.where(trace > 0, RIDGE * trace, 1.0)[..., None, None] * np.eye(num_terms)
     for size in range(1, num_terms + 1):
         for chosen in itertools.combinations(range(num_terms), size):

@@ -1,9 +1,9 @@
-"""L = E + Σ_j K_j / x_j^p_j on given points: starts by variable projection, minima by Newton.
+"""Fit of L = E + Σ_j K_j / x_j^p_j: starting points by variable projection, minima by Newton's method.
 
-regressors, losses -> logarithms about their means -> grid of exponents, coefficients projected
-  -> the best of the grid and some far from it, each to its minimum -> the lowest
+regressors, losses -> centred logarithms -> grid of exponents with projected coefficients
+  -> Newton's method from the best grid points and some distant ones -> lowest minimum
 
-Means are taken off first, so that units of loss, parameters, tokens and FLOPs change no exponent.
+Logarithms are centred, so that the units of loss, parameters, tokens and FLOPs do not affect the exponents.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sas_megatron.scaling.laws.projection import project
 # Exponents of published laws lie between 0.05 and 0.8 (Kaplan et al. 2020, Hoffmann et al. 2022).
 GRID_EXPONENTS = np.geomspace(0.02, 3.0, 20)
 NUM_STARTS = 32
-# By number of regressors, every combination of exponents.
+# For each number of regressors: all combinations of exponents.
 _EXPONENT_GRIDS = {count: np.array(list(itertools.product(GRID_EXPONENTS, repeat=count))) for count in (1, 2)}
-# The steps of `fit_projected`, as logarithms of ratios of exponents, and how many grids it may take.
+# Final step of `fit_projected`, as the logarithm of a ratio of exponents, and its maximum number of grids.
 FINEST_RATIO, MAX_REFINEMENTS = 1e-9, 400
-# Where the projection makes a term zero, Newton starts it at this share of the mean loss: it can grow.
+# A term that the projection sets to zero starts at this share of the mean loss, so that it can grow.
 SMALLEST_START = 1e-2
 
 
 class Fit(NamedTuple):
-    """Parameters (log coefficients, then exponents, of centred logarithms), and the objective there."""
+    """Parameters (log coefficients, then exponents, for centred logarithms) and their objective."""
 
     theta: FloatArray
     objective: float
@@ -39,7 +39,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class SumOfPowers:
-    """The law on its points: logarithms of J regressors at I points, `log_x` (J, I), and of losses (I)."""
+    """The law on its points: logarithms of J regressors, `log_x` (J, I), and of the losses (I)."""
 
     log_x: FloatArray
     log_loss: FloatArray
@@ -54,7 +54,7 @@ class SumOfPowers:
         irreducible: bool = True,
         delta: float = HUBER_DELTA,
     ) -> SumOfPowers:
-        """From positive values as they were measured."""
+        """Build the problem from measured positive values."""
         return SumOfPowers(
             np.log(np.stack([np.asarray(values, float) for values in regressors])),
             np.log(np.asarray(loss, float)),
@@ -64,17 +64,17 @@ class SumOfPowers:
 
     @property
     def num_terms(self) -> int:
-        """Regressors, and the irreducible loss if there is one."""
+        """Number of regressors, plus one for the irreducible loss."""
         return len(self.log_x) + self.irreducible
 
     @property
     def num_parameters(self) -> int:
-        """A coefficient for each term, and an exponent for each regressor."""
+        """Number of coefficients (one per term) and exponents (one per regressor)."""
         return self.num_terms + len(self.log_x)
 
     @functools.cached_property
     def problem(self) -> LogSumProblem:
-        """The terms as linear forms in the parameters."""
+        """The terms as linear forms of the parameters."""
         num_points = len(self.log_loss)
         forms_TIP = np.zeros((self.num_terms, num_points, self.num_parameters))
         for term in range(self.num_terms):
@@ -84,10 +84,10 @@ class SumOfPowers:
         return LogSumProblem(forms_TIP, self.log_loss - self.log_loss.mean(), self.delta)
 
     def fit(self) -> Fit:
-        """The lowest minimum found from a grid of starts."""
+        """Return the lowest minimum over a grid of starting points."""
         ones_1I = np.ones((1, len(self.log_loss)))
         starts_1GP, squares_1G = self._grid_starts(ones_1I)
-        # By rank, densely at the best and thinly over the rest of the grid.
+        # Selected by rank: dense among the best grid points, sparse among the others.
         ranks = np.unique(np.geomspace(1, starts_1GP.shape[1], NUM_STARTS).round().astype(int)) - 1
         starts_RP = starts_1GP[0, np.argsort(squares_1G[0])[ranks]]
         minima = minimize(self.problem, starts_RP, ones_1I)
@@ -95,7 +95,7 @@ class SumOfPowers:
         return Fit(minima.theta[lowest], float(minima.value[lowest]))
 
     def refit(self, weights_RI: FloatArray, fit: Fit) -> FloatArray:
-        """Parameters (R, P) for other weights; rows start from `fit` and from their own best grid point."""
+        """Return the parameters (R, P) for other weights, started from `fit` and the best grid point."""
         starts_RGP, squares_RG = self._grid_starts(weights_RI)
         rows = np.arange(len(weights_RI))
         starts = np.concatenate(
@@ -108,9 +108,9 @@ class SumOfPowers:
         return theta_RP
 
     def fit_projected(self) -> Fit:
-        """The law by variable projection alone: least squares of relative residuals, Σ (1 − L̂/L)².
+        """Fit by variable projection alone: least squares of relative residuals, Σ (1 − L̂/L)².
 
-        The grid's best exponents become the middle of a finer one, until its steps are rounding.
+        The grid is refined around its best exponents until its steps are as small as rounding errors.
         """
         ones_1I = np.ones((1, len(self.log_loss)))
         _, squares_1G = project(self._relative_terms(_EXPONENT_GRIDS[len(self.log_x)]), ones_1I)
@@ -121,21 +121,21 @@ class SumOfPowers:
             exponents_GJ = centre_J * np.exp(offsets_GJ * ratio)
             terms_GIT = self._relative_terms(exponents_GJ)
             coefficients_GT = project(terms_GIT, ones_1I).coefficients[0]
-            # From the residuals themselves: the difference of sums would end at half the digits.
+            # Computed from the residuals: a difference of sums would lose half of the digits.
             squares_G = ((1 - (terms_GIT @ coefficients_GT[:, :, None])[..., 0]) ** 2).sum(axis=1)
             best = int(squares_G.argmin())
             centre_J = exponents_GJ[best]
-            # At its border the grid moves on as it is, so that a slanting valley is followed to its end.
+            # If the best point is on the border, the grid moves without refinement, along a valley.
             if np.abs(offsets_GJ[best]).max() < 2:
                 ratio /= 2
             if ratio < FINEST_RATIO:
                 break
-        # The logarithm of a coefficient of zero would be no number to go on with.
+        # Avoid the logarithm of zero.
         logs_T = np.log(np.maximum(coefficients_GT[best], np.finfo(float).tiny))
         return Fit(np.concatenate([logs_T, centre_J]), float(squares_G[best]))
 
     def coefficients(self, theta_RP: FloatArray) -> FloatArray:
-        """E (if there is one) and the K_j in the units of the points, (R, T)."""
+        """Return E (if the law has one) and the K_j in the units of the points, (R, T)."""
         logs_RT = theta_RP[:, : self.num_terms] + self.log_loss.mean()
         logs_RT[:, int(self.irreducible) :] += self.exponents(theta_RP) * self.log_x.mean(axis=1)
         with np.errstate(over="ignore"):
@@ -143,11 +143,11 @@ class SumOfPowers:
         return coefficients
 
     def exponents(self, theta_RP: FloatArray) -> FloatArray:
-        """The p_j, (R, J)."""
+        """Return the p_j, (R, J)."""
         return theta_RP[:, self.num_terms :]
 
     def predict(self, theta_RP: FloatArray, log_x_JI: FloatArray) -> FloatArray:
-        """Losses at other points, (R, I)."""
+        """Return the losses at other points, (R, I)."""
         centred_JI = log_x_JI - self.log_x.mean(axis=1, keepdims=True)
         powers_RJI = -self.exponents(theta_RP)[:, :, None] * centred_JI
         logs_RTI = np.repeat(theta_RP[:, : self.num_terms, None], log_x_JI.shape[1], axis=2)
@@ -161,7 +161,7 @@ class SumOfPowers:
         return centred
 
     def _relative_terms(self, exponents_GJ: FloatArray) -> FloatArray:
-        """The terms of centred logarithms, without coefficients and over the losses, (G, I, T)."""
+        """Return the terms without coefficients, divided by the losses, (G, I, T)."""
         powers_GIJ = -exponents_GJ[:, None, :] * self._centred_x.T
         constant_GI1 = np.zeros((*powers_GIJ.shape[:2], int(self.irreducible)))
         terms: FloatArray = np.exp(
@@ -170,7 +170,7 @@ class SumOfPowers:
         return terms
 
     def _grid_starts(self, weights_RI: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """The whole grid as parameters (R, G, P), and the squares left at each point of it."""
+        """Return the grid as parameters (R, G, P), and the residual sum of squares of each point (R, G)."""
         exponents_GJ = _EXPONENT_GRIDS[len(self.log_x)]
         coefficients_RGT, squares_RG = project(self._relative_terms(exponents_GJ), weights_RI)
         logs_RGT = np.log(np.maximum(coefficients_RGT, SMALLEST_START))

@@ -71,7 +71,7 @@ def _check_configs(plan: Plan, found: dict[str, Run]) -> None:
         for run in plan.results
         if run.name in found
         for field, (planned, actual) in find_differences(
-            [run.config, found[run.name].config], but=IGNORED_FIELDS
+            [run.config, found[run.name].config], ignored=IGNORED_FIELDS
         ).items()
     ]
     if lines:

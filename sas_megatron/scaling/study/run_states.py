@@ -128,7 +128,7 @@ def check_config(run: PlannedRun) -> None:
     if not path.exists():
         return
     for field, (planned, found) in find_differences(
-        [run.config, load_run_config(path)], but=IGNORED_FIELDS
+        [run.config, load_run_config(path)], ignored=IGNORED_FIELDS
     ).items():
         raise FieldError(
             field,

@@ -1,3 +1,5 @@
+"""IsoFLOP profiles of exact parabolas and of noisy runs."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,7 +17,7 @@ SIZES = np.geomspace(0.25, 4, 7)
 
 
 def valleys(*, noise: float = 0.0, power: float = 0.46, seed: int = 0) -> Points:
-    """At each budget an exact parabola in log N, lowest at 0.1 C^power."""
+    """Return points on an exact parabola in log N for each budget, with the minimum at 0.1 C^power."""
     flops = np.repeat(BUDGETS, len(SIZES))
     best = 0.1 * flops**power
     params = best * np.tile(SIZES, len(BUDGETS)) * 1.1
@@ -25,7 +27,7 @@ def valleys(*, noise: float = 0.0, power: float = 0.46, seed: int = 0) -> Points
     return Points.of(params, flops / 6 / params, loss, flops=flops, sizes=sizes)
 
 
-def test_minima_of_exact_parabolas_and_their_power_come_back() -> None:
+def test_exact_parabolas_are_recovered() -> None:
     found = fit_isoflop(valleys())
     assert [profile.params for profile in found.profiles] == pytest.approx(0.1 * BUDGETS**0.46, rel=1e-8)
     assert [profile.tokens for profile in found.profiles] == pytest.approx(BUDGETS**0.54 / 0.6, rel=1e-8)
@@ -34,7 +36,7 @@ def test_minima_of_exact_parabolas_and_their_power_come_back() -> None:
     assert found.params_interval is None
 
 
-def test_intervals_hold_the_power_and_units_change_nothing() -> None:
+def test_intervals_cover_the_exponent_and_are_independent_of_units() -> None:
     held = 0
     for seed in range(40):
         points = valleys(noise=0.003, seed=seed)
@@ -42,12 +44,12 @@ def test_intervals_hold_the_power_and_units_change_nothing() -> None:
         interval = fit_isoflop(points, weights_RI=weights).params_interval
         assert interval is not None
         held += interval[0] <= 0.46 <= interval[1]
-    assert held >= 33  # of 40 at 95 %, once in a thousand fewer
+    assert held >= 33  # of 40 at 95 %; fewer with a probability of 0.1 %
     scaled = dataclasses.replace(points, flops=np.asarray(points.flops) / 1e18, loss=points.loss / np.log(2))
     assert fit_isoflop(scaled).params_exponent == pytest.approx(fit_isoflop(points).params_exponent)
 
 
-def test_a_budget_whose_best_size_is_not_among_its_sizes_is_counted_and_left_out() -> None:
+def test_budget_with_its_minimum_outside_the_sizes_is_excluded() -> None:
     points = valleys()
     small = (points.compute > 9e20) & (points.params > 0.2 * 0.1 * BUDGETS[-1] ** 0.46 * 4)
     found = fit_isoflop(points.take(~small))
@@ -55,7 +57,7 @@ def test_a_budget_whose_best_size_is_not_among_its_sizes_is_counted_and_left_out
     assert found.params_exponent == pytest.approx(0.46)
 
 
-def test_budgets_are_groups_of_a_tenth() -> None:
+def test_runs_within_a_tenth_form_a_budget() -> None:
     groups = group_budgets(np.array([1.0, 5.0, 1.05, 5.4, 1.2]))
     assert [group.tolist() for group in groups] == [[0, 2], [4], [1, 3]]
 

@@ -1,4 +1,4 @@
-"""The optimizer under every law: its derivatives, and that it ends where another optimizer does."""
+"""The optimizer of all laws: its derivatives, and agreement with another optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_problem(delta: float) -> tuple[LogSumProblem, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("delta", [0.05, np.inf])
-def test_derivatives_are_those_of_the_objective(delta: float) -> None:
+def test_derivatives_equal_finite_differences_of_the_objective(delta: float) -> None:
     problem, theta, weights = draw_problem(delta)
     found = problem.expand(theta[None], weights[None])
     step = 1e-6
@@ -35,7 +35,7 @@ def test_derivatives_are_those_of_the_objective(delta: float) -> None:
         )
 
 
-def test_the_objective_is_the_sum_of_hubers_losses() -> None:
+def test_objective_is_the_sum_of_huber_losses() -> None:
     problem, theta, weights = draw_problem(0.05)
     residuals = problem.residuals(theta[None])[0]
     assert (np.abs(residuals) > 0.05).any()
@@ -46,7 +46,7 @@ def test_the_objective_is_the_sum_of_hubers_losses() -> None:
 
 
 @pytest.mark.parametrize("delta", [0.05, np.inf])
-def test_each_row_ends_at_a_minimum_of_its_own_weights(delta: float) -> None:
+def test_each_row_converges_to_a_minimum_for_its_weights(delta: float) -> None:
     problem, theta, weights = draw_problem(delta)
     rows = np.stack([weights, weights[::-1]])
     minima = minimize(problem, np.stack([theta, theta]), rows)
@@ -62,7 +62,7 @@ def test_each_row_ends_at_a_minimum_of_its_own_weights(delta: float) -> None:
         np.testing.assert_allclose(problem.expand(found[None], row[None]).gradient, 0, atol=1e-8)
 
 
-def test_frozen_parameters_stay_and_the_others_are_at_their_best() -> None:
+def test_frozen_parameters_are_unchanged_and_the_others_optimal() -> None:
     problem, theta, weights = draw_problem(np.inf)
     frozen = np.array([[False, False, False, True, False]])
     start = theta + 0.3
@@ -72,10 +72,10 @@ def test_frozen_parameters_stay_and_the_others_are_at_their_best() -> None:
     assert np.abs(np.delete(gradient, 3)).max() < 1e-8 < abs(gradient[3])
 
 
-def test_rows_do_not_depend_on_their_neighbours() -> None:
+def test_rows_are_independent() -> None:
     problem, theta, weights = draw_problem(0.05)
     starts = theta + np.random.default_rng(1).standard_normal((3600, 5)) / 5
-    # More residuals than are taken at once.
+    # More residuals than fit into one block.
     together = minimize(problem, starts, weights[None])
     for row in (0, 3528, 3529, 3599):
         alone = minimize(problem, starts[row : row + 1], weights[None])

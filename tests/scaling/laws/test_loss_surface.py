@@ -1,4 +1,4 @@
-"""The law: known surfaces come back, SciPy's optimum is reached, units do not matter, nonsense is refused."""
+"""The law: known surfaces are recovered, SciPy's optimum is reached, and invalid points are refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.loss_surface import (
     LossSurface,
     TokenCost,
+    build_surface_problem,
     fit_surface,
     optimal_exponents,
-    pose_surface,
     project_surface,
     surface_quantities,
 )
@@ -30,13 +30,13 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("truth", [CHINCHILLA, *OTHERS], ids=["chinchilla", "wide", "narrow"])
-def test_a_surface_without_noise_comes_back(truth: LossSurface) -> None:
+def test_surface_without_noise_is_recovered(truth: LossSurface) -> None:
     points = draw_grid(0, noise=0, truth=truth)
     for fit in (fit_surface(points), fit_surface(points, delta=np.inf), project_surface(points)):
         assert dataclasses.astuple(fit.surface) == pytest.approx(dataclasses.astuple(truth), rel=1e-5)
 
 
-def test_least_squares_agree_with_scipys_curve_fit() -> None:
+def test_least_squares_agree_with_scipy_curve_fit() -> None:
     points = draw_grid(3, noise=0.004)
     log_params, log_tokens = np.log(points.params), np.log(points.tokens)
     at = (log_params - log_params.mean(), log_tokens - log_tokens.mean())
@@ -59,7 +59,7 @@ def test_least_squares_agree_with_scipys_curve_fit() -> None:
 
 
 def reach_by_lbfgs(points: Points, *, every: int) -> float:
-    """The lowest objective of SciPy's L-BFGS from every n-th of Hoffmann's 4,500 starts, converged hard."""
+    """Return the lowest objective of SciPy's L-BFGS over every n-th of Hoffmann's 4,500 starting points."""
     log_params, log_tokens, log_loss = np.log(points.params), np.log(points.tokens), np.log(points.loss)
 
     def objective(theta):  # type: ignore[no-untyped-def]
@@ -82,7 +82,7 @@ def reach_by_lbfgs(points: Points, *, every: int) -> float:
     starts = [np.array(start, float) for start in grid]
     assert len(starts) == 4500
     options = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 3000, "maxfun": 20_000}
-    # A stride that shares no factor with the grid's sides reaches all of its levels.
+    # A stride that is coprime to the sides of the grid reaches all of its levels.
     return min(
         float(optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options).fun)
         for start in starts[::every]
@@ -95,7 +95,7 @@ SURFACES = {
     "27": draw_grid(0, sizes=3, budgets=3, seeds=3),
     "12": draw_grid(2, sizes=4, budgets=3, seeds=1, noise=0.01),
     "60, other exponents": draw_grid(5, noise=0.01, truth=OTHERS[0]),
-    # With minima of their own far from the lowest.
+    # With local minima far from the global one.
     "12, noise of 5 %": draw_grid(10, sizes=4, budgets=3, seeds=1, noise=0.05),
     "12, noise of 5 %, others": draw_grid(14, sizes=4, budgets=3, seeds=1, noise=0.05),
 }
@@ -105,20 +105,20 @@ SURFACES = {
 @pytest.mark.parametrize(
     "name", cases(SURFACES, default=("240 with outliers", "60, other exponents", "12, noise of 5 %"))
 )
-def test_the_optimum_of_lbfgs_from_the_grid_of_starts_is_reached(name: str, every: int) -> None:
+def test_optimum_of_lbfgs_over_a_grid_of_starts_is_reached(name: str, every: int) -> None:
     points = SURFACES[name]
     reached = reach_by_lbfgs(points, every=every)
-    assert pose_surface(points).fit().objective <= reached * (1 + 1e-9)
+    assert build_surface_problem(points).fit().objective <= reached * (1 + 1e-9)
 
 
 @exhaustive
 @pytest.mark.timeout(3600)
-def test_the_optimum_of_all_4500_starts_is_reached() -> None:
+def test_optimum_of_all_4500_starts_is_reached() -> None:
     points = draw_isoflops(2)
     assert fit_surface(points).fit.objective <= reach_by_lbfgs(points, every=1) * (1 + 1e-9)
 
 
-def test_units_change_no_exponent() -> None:
+def test_exponents_are_independent_of_units() -> None:
     points = draw_isoflops(4)
     assert points.flops is not None
     scaled = Points.of(
@@ -139,7 +139,7 @@ def test_units_change_no_exponent() -> None:
         assert exponents[1][name] == pytest.approx(value, rel=1e-6)
 
 
-def test_a_weight_of_two_is_the_point_twice() -> None:
+def test_weight_of_two_equals_a_duplicated_point() -> None:
     points = draw_grid(1)
     weights = np.random.default_rng(0).integers(0, 3, len(points))
     fit = fit_surface(points)
@@ -149,7 +149,7 @@ def test_a_weight_of_two_is_the_point_twice() -> None:
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.9])
-def test_no_other_size_at_equal_flops_has_a_lower_loss_than_the_optimum(exponent: float) -> None:
+def test_optimum_has_the_lowest_loss_at_equal_flops(exponent: float) -> None:
     cost = TokenCost(7.5, exponent, "flops")
     best = CHINCHILLA.optimum(3e20, cost)
     assert cost.coefficient * best.params**exponent * best.tokens == pytest.approx(3e20)
@@ -161,7 +161,7 @@ def test_no_other_size_at_equal_flops_has_a_lower_loss_than_the_optimum(exponent
     searched = optimize.minimize_scalar(loss, bounds=(15, 28), method="bounded", options={"xatol": 1e-10})
     assert np.log(best.params) == pytest.approx(searched.x, abs=1e-5)
     assert best.loss == pytest.approx(searched.fun)
-    # And the powers are those by which the optimum moves.
+    # The exponents are those with which the optimum changes.
     more = CHINCHILLA.optimum(3e21, cost)
     powers = optimal_exponents(
         {"alpha": np.array([CHINCHILLA.alpha]), "beta": np.array([CHINCHILLA.beta])}, cost
@@ -172,7 +172,7 @@ def test_no_other_size_at_equal_flops_has_a_lower_loss_than_the_optimum(exponent
     assert np.log10(excess) == pytest.approx(powers["loss_exponent"][0])
 
 
-def test_the_cost_of_a_token_comes_from_the_recorded_flops() -> None:
+def test_cost_per_token_is_fitted_to_the_recorded_flops() -> None:
     points = draw_grid(0)
     attention = dataclasses.replace(points, flops=40 * points.params**0.91 * points.tokens)
     assert dataclasses.astuple(TokenCost.of(attention)) == pytest.approx((40, 0.91, "flops"))
@@ -197,22 +197,21 @@ GRID = {"params": SIZES * 3, "tokens": [tokens for tokens in BUDGETS for _ in ra
         ),
         (
             along([3.0] * 9, params=[1e7, 1.001e7, 1e7] * 3, tokens=GRID["tokens"]),
-            "params=1 value: the law can be told from at least 3 that differ by more than 1%; add sizes",
+            "params=1 value: the law needs at least 3 values that differ by more than 1%; add sizes",
         ),
         (
             along([3.0] * 9, params=GRID["params"], tokens=[1e9, 4e9, 4e9] * 3),
-            "tokens=2 values: the law can be told from at least 3 that differ by more than 1%; "
-            "add token budgets",
+            "tokens=2 values: the law needs at least 3 values that differ by more than 1%; add token budgets",
         ),
         (
             along([3.0] * 9, params=GRID["params"], tokens=[20 * size for size in SIZES] * 3),
-            "tokens=a power of params: N and D must vary apart from each other, since A/N^α and B/D^β are "
-            "one term otherwise; train a size on several token budgets",
+            "tokens=a power of params: N and D must vary independently, since A/N^α and B/D^β cannot "
+            "be separated otherwise; train a size on several token budgets",
         ),
     ],
     ids=["two points", "one size", "two token budgets", "tokens by size"],
 )
-def test_points_that_can_tell_no_law_are_refused(points: Points, message: str) -> None:
+def test_points_that_do_not_determine_the_law_are_refused(points: Points, message: str) -> None:
     for fit in (fit_surface, project_surface):
         with pytest.raises(FieldError) as caught:
             fit(points)
@@ -222,13 +221,13 @@ def test_points_that_can_tell_no_law_are_refused(points: Points, message: str) -
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda n, d: 2 + n * 1e-8 + 50 / d**0.2, "does not fall with params"),
-        (lambda n, d: 2 + 50 / n**0.3 + d * 1e-11, "does not fall with tokens"),
-        (lambda n, d: 2 + (n < 2e7) + 50 / d**0.2, "the best exponent of params is beyond 5"),
+        (lambda n, d: 2 + n * 1e-8 + 50 / d**0.2, "does not decrease with params"),
+        (lambda n, d: 2 + 50 / n**0.3 + d * 1e-11, "does not decrease with tokens"),
+        (lambda n, d: 2 + (n < 2e7) + 50 / d**0.2, "the fitted exponent of params exceeds 5"),
     ],
     ids=["rises with size", "rises with tokens", "a step"],
 )
-def test_losses_that_do_not_fall_end_in_a_message(loss, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_losses_that_do_not_decrease_are_refused(loss, message: str) -> None:  # type: ignore[no-untyped-def]
     params, tokens = np.array(GRID["params"]), np.array(GRID["tokens"])
     with pytest.raises(FieldError, match=message):
         fit_surface(Points.of(params, tokens, loss(params, tokens)))

@@ -1,3 +1,5 @@
+"""Power laws of one variable, with and without an irreducible loss."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,13 +15,13 @@ SPENT = np.geomspace(1e15, 3e19, 7)
 @pytest.mark.parametrize(
     ("law", "irreducible"), [(PowerLaw(1.7, 90.0, 0.13), True), (PowerLaw(0.0, 40.0, 0.06), False)]
 )
-def test_a_law_without_noise_comes_back_and_inverts(law: PowerLaw, irreducible: bool) -> None:
+def test_law_without_noise_is_recovered_and_inverted(law: PowerLaw, irreducible: bool) -> None:
     found = fit_power_law(SPENT, law.predict(SPENT), irreducible=irreducible).law
     assert (found.E, found.K, found.gamma) == pytest.approx((law.E, law.K, law.gamma), rel=1e-6)
     np.testing.assert_allclose(found.spend_for(law.predict(SPENT)), SPENT, rtol=1e-5)
 
 
-def test_least_squares_agree_with_scipys_least_squares() -> None:
+def test_least_squares_agree_with_scipy() -> None:
     noise = np.exp(0.01 * np.random.default_rng(4).standard_normal(7))
     loss = PowerLaw(1.7, 90.0, 0.13).predict(SPENT) * noise
     found = fit_power_law(SPENT, loss, irreducible=True, delta=np.inf).law
@@ -33,7 +35,7 @@ def test_least_squares_agree_with_scipys_least_squares() -> None:
     assert (found.E, found.gamma) == pytest.approx((expected[0], expected[2]), rel=1e-4)
 
 
-def test_no_spending_reaches_the_irreducible_loss() -> None:
+def test_irreducible_loss_needs_an_infinite_amount() -> None:
     law = PowerLaw(2.0, 10.0, 0.2)
     assert law.spend_for(np.array([2.0, 1.0])).tolist() == [np.inf, np.inf]
 
@@ -43,17 +45,17 @@ def test_no_spending_reaches_the_irreducible_loss() -> None:
     [
         ([1e15], [3.0], False, "amounts spent=1: a power law needs at least 2"),
         ([1e15, 1.001e15, 1e16], [3.0, 3.0, 2.9], True, "amounts spent=2: a power law needs at least 3"),
-        ([1e15, 1e16, 1e17], [2.9, 3.0, 3.1], False, "does not fall"),
+        ([1e15, 1e16, 1e17], [2.9, 3.0, 3.1], False, "does not decrease"),
     ],
 )
-def test_amounts_that_tell_no_law_are_refused(
+def test_amounts_that_do_not_determine_the_law_are_refused(
     spent: list[float], loss: list[float], irreducible: bool, message: str
 ) -> None:
     with pytest.raises(FieldError, match=message):
         fit_power_law(np.array(spent), np.array(loss), irreducible=irreducible)
 
 
-def test_the_frontier_is_what_none_beats_for_less() -> None:
+def test_frontier_contains_the_undominated_runs() -> None:
     spent = np.array([1.0, 2.0, 3.0, 3.0, 4.0])
     loss = np.array([5.0, 4.0, 4.5, 3.0, 3.0])
     assert find_frontier(spent, loss).tolist() == [True, True, False, True, True]

@@ -1,4 +1,4 @@
-"""Variable projection: the small non-negative least squares under it are SciPy's."""
+"""Variable projection: its non-negative least squares agree with SciPy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sas_megatron.scaling.laws.projection import project
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3]))
-def test_coefficients_are_those_of_scipys_nnls(seed: int, num_terms: int) -> None:
+def test_coefficients_agree_with_scipy_nnls(seed: int, num_terms: int) -> None:
     generator = np.random.default_rng(seed)
-    # Around zero, so that some coefficients want to be negative.
+    # Around zero, so that some unconstrained coefficients are negative.
     terms = generator.standard_normal((2, 11, num_terms)) + 0.3
     weights = generator.uniform(0, 2, (3, 11))
     found = project(terms, weights)
@@ -26,7 +26,7 @@ def test_coefficients_are_those_of_scipys_nnls(seed: int, num_terms: int) -> Non
             assert found.squares[row, grid] == pytest.approx(norm**2, abs=1e-9)
 
 
-def test_terms_that_coincide_share_a_coefficient_and_raise_nothing() -> None:
+def test_equal_terms_share_a_coefficient() -> None:
     terms = np.ones((1, 7, 2))
     found = project(terms, np.ones((1, 7)))
     assert found.coefficients.sum() == pytest.approx(1)

@@ -1,3 +1,5 @@
+"""The test of a shared irreducible loss: level, power and message."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,7 +17,7 @@ OTHER_TERMS = dataclasses.replace(CHINCHILLA, A=380.0, B=430.0, alpha=0.335, bet
 
 
 @draws(30, 100)
-def test_a_shared_irreducible_loss_is_rejected_as_often_as_chance_says(num_draws: int) -> None:
+def test_shared_irreducible_loss_is_rejected_at_the_nominal_level(num_draws: int) -> None:
     tests = [
         compare_irreducible(
             {
@@ -23,7 +25,7 @@ def test_a_shared_irreducible_loss_is_rejected_as_often_as_chance_says(num_draws
                 "b": draw_grid(2 * seed + 1, sizes=4, budgets=3, seeds=1, truth=OTHER_TERMS),
             }
         )
-        # With 24 points the χ² of many points would reject far more often.
+        # With 24 points, the asymptotic χ² would reject far more often.
         for seed in range(num_draws)
     ]
     rejected = sum(test.differs for test in tests)
@@ -32,12 +34,12 @@ def test_a_shared_irreducible_loss_is_rejected_as_often_as_chance_says(num_draws
     for test in tests:
         ratio = np.exp(test.statistic / 24)
         assert test.p_value == pytest.approx(stats.f.sf((ratio - 1) * 14, 1, 14))
-    # Not only its tail: the p-values are uniform.
+    # The p-values are uniform, not only in their tail.
     assert stats.kstest([test.p_value for test in tests], "uniform").pvalue > 0.001
-    assert "do not tell the irreducible losses apart" in next(t for t in tests if not t.differs).text
+    assert "irreducible losses do not differ significantly" in next(t for t in tests if not t.differs).text
 
 
-def test_a_difference_is_found_and_said() -> None:
+def test_difference_is_detected_and_phrased() -> None:
     higher = dataclasses.replace(CHINCHILLA, E=1.85)
     test = compare_irreducible({"mha": draw_grid(1), "sas": draw_grid(2, truth=higher)})
     assert test.differs
@@ -46,7 +48,7 @@ def test_a_difference_is_found_and_said() -> None:
     assert test.separate["sas"] == pytest.approx(1.85, abs=0.1)
 
 
-def test_equal_laws_share_what_each_has() -> None:
+def test_equal_laws_have_the_shared_value() -> None:
     points = draw_grid(4, noise=0)
     test = compare_irreducible({"a": points, "b": points})
     assert test.shared == pytest.approx(1.69, rel=1e-6)
@@ -55,7 +57,7 @@ def test_equal_laws_share_what_each_has() -> None:
     assert doubled.p_value == pytest.approx(1)
 
 
-def test_one_variant_is_refused() -> None:
+def test_single_variant_is_refused() -> None:
     with pytest.raises(FieldError, match="at least two"):
         compare_irreducible({"a": draw_grid(0)})
     with pytest.raises(FieldError, match="needs at least 6 points"):

@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say: bootstrap and profile likelihood, on surfaces drawn anew."""
+"""Coverage of bootstrap and profile-likelihood intervals on randomly drawn surfaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sas_megatron.scaling.laws.loss_surface import (
     surface_quantities,
 )
 from sas_megatron.scaling.laws.points import Points
-from sas_megatron.scaling.laws.profile import largest_rise, profile_intervals
+from sas_megatron.scaling.laws.profile import max_relative_increase, profile_intervals
 from sas_megatron.scaling.laws.resampling import draw_weights, percentile_interval, percentile_intervals
 from tests.scaling.synthetic import CHINCHILLA, draw_grid
 from tests.selection import draws
@@ -27,7 +27,7 @@ NUM_BOOTSTRAPS = 100
 
 
 def assert_nominal(held: Counter[str], num_draws: int) -> None:
-    """Intervals of 95 %: of 200, 179 to 198 hold the truth in all but one case of a thousand."""
+    """Check the coverage: 179 to 198 of 200 intervals contain the truth with a probability of 99.9 %."""
     fewest, most = stats.binom.interval(0.999, num_draws, 0.95)
     assert fewest <= min(held.values()) <= max(held.values()) <= most, held
 
@@ -39,7 +39,7 @@ def true_values() -> dict[str, float]:
 
 
 @draws(25, 200)
-def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say(num_draws: int) -> None:
+def test_bootstrap_intervals_have_their_nominal_coverage(num_draws: int) -> None:
     truth, held = true_values(), Counter[str]()
     for seed in range(num_draws):
         points = draw_grid(seed)
@@ -54,7 +54,7 @@ def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say(num_draws: int)
 
 
 @draws(25, 200)
-def test_profile_intervals_hold_the_truth_as_often_as_they_say(num_draws: int) -> None:
+def test_profile_intervals_have_their_nominal_coverage(num_draws: int) -> None:
     truth, held = true_values(), Counter[str]()
     for seed in range(num_draws):
         intervals = profile_intervals(fit_surface(draw_grid(seed), delta=np.inf))
@@ -64,11 +64,11 @@ def test_profile_intervals_hold_the_truth_as_often_as_they_say(num_draws: int) -
     assert_nominal(held, num_draws)
 
 
-def test_at_the_ends_of_a_profile_the_best_of_the_rest_is_as_bad_as_allowed() -> None:
+def test_profile_reaches_its_limit_at_the_ends_of_the_interval() -> None:
     points = draw_grid(3)
     fit = fit_surface(points, delta=np.inf)
-    limit = fit.fit.objective * (1 + largest_rise(len(points), 5))
-    # With α fixed, SciPy minimizes over the other four.
+    limit = fit.fit.objective * (1 + max_relative_increase(len(points), 5))
+    # With α fixed, SciPy minimizes over the other four parameters.
     for end in profile_intervals(fit)["alpha"]:
         assert end is not None
 
@@ -82,36 +82,36 @@ def test_at_the_ends_of_a_profile_the_best_of_the_rest_is_as_bad_as_allowed() ->
         assert found.fun == pytest.approx(limit, rel=1e-3)
 
 
-def test_an_end_that_the_points_do_not_give_is_open() -> None:
-    # There is no irreducible loss, and nothing says that there is a little.
+def test_undetermined_end_of_an_interval_is_open() -> None:
+    # The irreducible loss is zero, and the points do not exclude a small one.
     truth = dataclasses.replace(CHINCHILLA, E=1e-6)
     intervals = profile_intervals(fit_surface(draw_grid(0, noise=0.02, truth=truth), delta=np.inf))
     assert intervals["E"][0] == 0.0
 
 
-def test_draws_keep_each_stratum_as_heavy_as_it_is_and_singles_together() -> None:
+def test_draws_preserve_the_weight_of_each_stratum() -> None:
     strata = ["a"] * 3 + ["b"] * 5 + ["c", "d", "e"]
     weights = draw_weights(strata, num_draws=400, seed=3)
     for rows in (slice(0, 3), slice(3, 8), slice(8, 11)):
         np.testing.assert_allclose(weights[:, rows].sum(axis=1), rows.stop - rows.start)
     assert not np.allclose(weights[:, 8], 1)
-    # A single run has nothing to be exchanged with.
+    # A single run cannot be exchanged with another.
     np.testing.assert_array_equal(draw_weights(["a", "a", "b"], num_draws=40, seed=0)[:, 2], 1)
 
 
 @pytest.mark.parametrize("runs", [2, 3, 7])
-def test_the_variance_of_a_mean_is_not_too_small_with_few_seeds(runs: int) -> None:
+def test_variance_of_a_mean_is_unbiased_with_few_seeds(runs: int) -> None:
     values = np.random.default_rng(0).standard_normal(runs)
     means = draw_weights(["a"] * runs, num_draws=40_000, seed=1) @ values / runs
     assert means.var() == pytest.approx(values.var(ddof=1) / runs, rel=0.05)
 
 
-def test_percentiles_leave_a_fortieth_on_each_side() -> None:
+def test_percentile_interval_excludes_a_fortieth_on_each_side() -> None:
     assert percentile_interval(np.arange(1001.0)) == pytest.approx((25, 975))
 
 
 @pytest.mark.parametrize(("strata", "number"), [(["a"], 100), (["a", "b"], 39)])
-def test_too_little_to_draw_from_is_refused(strata: list[str], number: int) -> None:
+def test_too_few_runs_or_draws_are_refused(strata: list[str], number: int) -> None:
     with pytest.raises(FieldError):
         draw_weights(strata, num_draws=number, seed=0)
 

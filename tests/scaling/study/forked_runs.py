@@ -1,4 +1,4 @@
-"""`sas-megatron` whose `study run` forks its training processes instead of starting `python` anew.
+"""`sas-megatron` whose `study run` forks its training processes instead of starting new interpreters.
 
 Run it with `ForkedCommand(..., module="tests.scaling.study.forked_runs")`. Locks, sessions, logs, signals and
 exit statuses are those of the product; only the imports of each training process are left out.

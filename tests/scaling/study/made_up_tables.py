@@ -1,4 +1,4 @@
-"""A study's table with losses from known laws: SAS lower at equal tokens, dearer by half in FLOPs."""
+"""Tables of synthetic studies: SAS has a lower loss at equal tokens and 1.5 times the FLOPs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from sas_megatron.scaling.study.study_table import Row, StudyTable
 
-# E, the factor of both terms, and the FLOPs of a token for each of mha's.
+# E, the factor of both terms, and the FLOPs per token relative to mha.
 LAWS = {"mha": (1.8, 1.0, 1.0), "gqa": (1.8, 1.03, 1.0), "sas": (1.8, 0.93, 1.5)}
 STEP_TOKENS = 2048
 
@@ -21,7 +21,7 @@ def made_up_table(
     num_sizes: int = 5,
     noise: float = 0.004,
 ) -> StudyTable:
-    """So many seeds of each variant, by default at five sizes; `lengths` are levels of a further axis."""
+    """Build a table with the given seeds of each variant; `lengths` are levels of a further axis."""
     generator = np.random.default_rng(0)
     rows = [
         _row(variant, size, budget, seed, length, float(generator.normal(0, noise)))

@@ -1,4 +1,4 @@
-"""Studies that run in tests: `study run` as a forked command, and the processes of its runs."""
+"""`study run` as a forked command, and the processes of its runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def base_tree(small_data: SmallData, directory: Path, **sections: dict[str, Any]
 
 @contextmanager
 def study_run(path: Path, *options: str) -> Iterator[ForkedCommand]:
-    """`study run`, which forks its runs; at the end neither it nor one of its runs is left."""
+    """Start `study run`, which forks its runs; kill it and its runs at the end."""
     arguments = ("study", "run", path, *options)
     module = "tests.scaling.study.forked_runs"
     command = ForkedCommand(*arguments, module=module, stderr=subprocess.STDOUT)
@@ -42,7 +42,7 @@ def study_run(path: Path, *options: str) -> Iterator[ForkedCommand]:
 
 
 def complete(path: Path, *options: str) -> str:
-    """Let `study run` end by itself; return what it printed."""
+    """Run `study run` to its end and return its output."""
     with study_run(path, *options) as process:
         status = process.wait(300)
     assert status == 0, process.output()

@@ -1,4 +1,4 @@
-"""Small studies for tests, as files."""
+"""Files of small studies, and of their runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = {
 
 
 def study_tree(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Two attentions at two sizes and two budgets; `changes` replace top-level keys."""
+    """Return a study of two attentions, sizes and budgets; `changes` replace top-level keys."""
     return {
         "base": "base.yaml",
         "directory": str(folder / "study"),
@@ -30,7 +30,7 @@ def study_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def write_study(folder: Path, base: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """The file of a study whose base is that of `tests.scaling.conftest`, or another tree."""
+    """Write a study file and its base, by default that of `tests.scaling.conftest`."""
     (folder / "base.yaml").write_text(dump_tree(base or build_tree()), encoding="utf-8")
     path = folder / "study.yaml"
     path.write_text(dump_tree(study_tree(folder, **changes)), encoding="utf-8")
@@ -38,7 +38,7 @@ def write_study(folder: Path, base: dict[str, Any] | None = None, **changes: Any
 
 
 def leave_run(run: PlannedRun, *, loss: float | None = 4.0, exit_reason: str | None = "finished") -> None:
-    """The files of a run that has ended; without a reason it had stopped, for steps that were not finite."""
+    """Write the files of a finished run; without `exit_reason`, those of a run that diverged."""
     run.directory.mkdir(parents=True)
     (run.directory / "config.yaml").write_text(dump_yaml(run.config), encoding="utf-8")
     provenance = {"machine": "made up", "world_size": 1, "packages": {"torch": "2"}, "corpus": "tales"}

@@ -171,7 +171,7 @@ def test_only_sweep_runs_are_ready_before_the_sweep_has_finished(tmp_path: Path)
         ({"sizes": {"a": {"model.hiden_size": 24}}}, r"did you mean model\.hidden_size\?"),
         (
             {"match": "params", "tolerance": 1e-6},
-            r"variants\.sas, sizes\.small: .*nearest to the base in params",
+            r"variants\.sas, sizes\.small: .*the nearest match in params",
         ),
         (
             {"learning_rate": {"rule": "sweep"}, "sizes": {"a": {}}},
