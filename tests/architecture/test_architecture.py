@@ -15,6 +15,7 @@ LONGEST_FILE_LINES = 400
 # What may be read and computed on a machine without torch, at the speed of a command line.
 WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
+    *sorted((PACKAGE / "io").glob("*.py")),
     *sorted((PACKAGE / "scaling").rglob("*.py")),
     *sorted((PACKAGE / "costs").rglob("*.py")),
     *(

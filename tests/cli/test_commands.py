@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit status, standard error, and how light its help is."""
+"""Tests of the command line: exit status, standard error, and imports and time of the help."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def command(*arguments: object, folder: Path, **environment: str) -> subprocess.
     )
 
 
-def refused(done: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
+def check_refused(done: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip() == f"sas-megatron: error: {message}"
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    assert not list(folder.iterdir()), "a refused command left files"
+    assert not list(folder.iterdir()), "a refused command must not leave files"
 
 
-def test_a_wrong_override_ends_training_before_it_starts(tmp_path: Path) -> None:
-    refused(
+def test_invalid_override_ends_training_before_it_starts(tmp_path: Path) -> None:
+    check_refused(
         command("train", QUICKSTART, "attention.kernel_size=4", "training.num_steps=50", folder=tmp_path),
         "attention.kernel_size=4: must be odd, so that the convolution keeps head_dim; use 3 or 5",
         tmp_path,
     )
 
 
-def test_a_world_that_does_not_fit_ends_training_before_it_starts(tmp_path: Path) -> None:
-    refused(
+def test_wrong_world_size_ends_training_before_it_starts(tmp_path: Path) -> None:
+    check_refused(
         command("train", QUICKSTART, folder=tmp_path, WORLD_SIZE="3", RANK="0"),
         "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
         "start 2 processes (launch/torchrun.sh 2 CONFIG), or change the parallel degrees",
@@ -60,7 +60,7 @@ def test_a_world_that_does_not_fit_ends_training_before_it_starts(tmp_path: Path
     )
 
 
-def test_of_many_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
+def test_only_rank_0_prints_the_error(tmp_path: Path) -> None:
     done = command("train", "missing.yaml", folder=tmp_path, RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stderr) == (2, "")
 
@@ -106,7 +106,7 @@ def test_help_imports_neither_torch_nor_pydantic(arguments: list[str]) -> None:
     ],
     ids=" ".join,
 )
-def test_numbers_and_folders_that_cannot_be_are_refused_by_the_option(arguments: list[str]) -> None:
+def test_error_names_the_option_of_an_invalid_number_or_folder(arguments: list[str]) -> None:
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 2
     *_, option, value = arguments
@@ -114,7 +114,7 @@ def test_numbers_and_folders_that_cannot_be_are_refused_by_the_option(arguments:
     assert value in done.output
 
 
-def test_help_takes_little_time_and_names_every_command(tmp_path: Path) -> None:
+def test_help_is_fast_and_lists_every_command(tmp_path: Path) -> None:
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -126,7 +126,7 @@ def test_help_takes_little_time_and_names_every_command(tmp_path: Path) -> None:
     assert min(seconds) < HELP_CPU_SECONDS, f"{min(seconds):.2f} s of CPU"
 
 
-def test_costs_prints_json_that_programs_can_read() -> None:
+def test_costs_prints_valid_json() -> None:
     paths = [str(QUICKSTART), str(ROOT / "configs" / "quickstart_mha.yaml")]
     done = CliRunner().invoke(cli, ["costs", *paths, "--json"])
     assert done.exit_code == 0, done.output
@@ -142,28 +142,28 @@ def test_costs_prints_json_that_programs_can_read() -> None:
             "total": sum(parameters.values()),
             "without embeddings": sum(parameters.values()) - tables,
         }
-        # Of 256 tokens the average one attends to 128.5.
+        # With 256 tokens a token attends to 128.5 tokens on average.
         skipped = (flops["scores"] + flops["values"]) * (1 - 257 / 512)
         assert counted[path]["forward_flops_per_token"]["totals"] == {
             "total": sum(flops.values()),
             "with the causal half of scores and values": round(sum(flops.values()) - skipped),
             "without embeddings": sum(flops.values()) - flops["head"],
         }
-        # Four layers of four heads of 32 features, keys and values, two bytes each.
+        # 4 layers × 4 heads × 32 features × (keys and values) × 2 bytes.
         assert counted[path]["kv_cache_bytes_per_token"]["totals"] == {"total": 4 * 4 * 32 * 2 * 2}
 
 
-def test_costs_include_what_a_rank_sends_in_a_world_of_that_size() -> None:
+def test_costs_include_the_bytes_that_a_rank_sends() -> None:
     path = str(ROOT / "configs" / "2.7b" / "sas.yaml")
     done = CliRunner().invoke(cli, ["costs", path, "--world-size", "4", "--json"])
     assert done.exit_code == 0, done.output
-    wire = json.loads(done.stdout)[path]["wire_bytes_per_step"]
+    traffic = json.loads(done.stdout)[path]["wire_bytes_per_step"]
     sent = count_communication_bytes(load_run_config(path), world_size=4)
-    assert wire["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
-    assert wire["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
+    assert traffic["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
+    assert traffic["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
 
 
-def test_costs_tell_what_is_computed_again_from_the_models_own_work() -> None:
+def test_costs_separate_recomputation_from_the_work_of_the_model() -> None:
     path = str(ROOT / "configs" / "1.3b" / "sas.yaml")
     config = load_run_config(path)
     for device in ("gpu", "cpu"):
@@ -171,26 +171,26 @@ def test_costs_tell_what_is_computed_again_from_the_models_own_work() -> None:
         assert done.exit_code == 0, done.output
         counted = json.loads(done.stdout)[path]
         training = counted["training_flops_per_token"]
-        again = sum(count_recompute_flops(config, device=device).values())
-        assert training["terms"]["recompute"] == again > 0
+        recomputed = sum(count_recompute_flops(config, device=device).values())
+        assert training["terms"]["recompute"] == recomputed > 0
         assert training["totals"]["of the model"] == 3 * sum(count_forward_flops(config).values())
         kept = count_peak_activation_bytes(config, device=device, num_microbatches=128)
         assert counted["activation_bytes_of_a_rank"]["terms"] == kept
 
 
-def test_a_world_that_does_not_fit_is_refused_by_costs() -> None:
+def test_costs_refuses_a_wrong_world_size() -> None:
     done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "--world-size", "3"])
     assert isinstance(done.exception, FieldError)
     assert str(done.exception).startswith("world size=3: must be a multiple of 2")
 
 
-def test_costs_are_counted_at_another_sequence_length() -> None:
+def test_costs_count_at_an_overridden_sequence_length() -> None:
     done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "data.sequence_length=1024", "--json"])
     flops = json.loads(done.stdout)[str(QUICKSTART)]["forward_flops_per_token"]["terms"]
     assert flops == count_forward_flops(load_run_config(QUICKSTART), sequence_length=1024)
 
 
-def test_costs_of_overrides_alone_are_refused() -> None:
+def test_costs_refuses_overrides_without_a_config() -> None:
     done = CliRunner().invoke(cli, ["costs", "data.sequence_length=1024"])
     assert isinstance(done.exception, UserError)
     assert str(done.exception).startswith("data.sequence_length=1024: is an override, of no config")
@@ -203,7 +203,7 @@ def test_costs_prints_tables_with_totals() -> None:
     assert f"{total:,}" in done.stdout
 
 
-def test_a_dry_run_prints_the_config_and_its_costs_and_leaves_nothing(tmp_path: Path) -> None:
+def test_dry_run_prints_the_config_and_its_costs_and_leaves_no_files(tmp_path: Path) -> None:
     done = command("train", QUICKSTART, "model.num_layers=3", "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "num_layers: 3" in done.stdout

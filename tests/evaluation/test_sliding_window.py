@@ -158,7 +158,7 @@ def test_windows_longer_than_the_validation_text_are_refused(ranks: Any, run: Tr
     (message,) = ranks(1).run(refusal_on_rank, run.directory, 10**6)
     told = re.fullmatch(
         r"data\.sequence_length=1000000: must be less than the (\d+) validation tokens of \S+, or a window "
-        r"would hold the same text twice; use at most (\d+), or raise the second share of data\.split=.*",
+        r"would contain the same text twice; use at most (\d+), or raise the second share of data\.split=.*",
         message,
     )
     assert told is not None, message

@@ -82,7 +82,7 @@ def test_a_config_that_does_not_fit_and_a_master_that_nobody_knows_are_failures(
     config.write_text(dump_yaml(small_config(logging={"run_directory": str(tmp_path / "run")})))
     status, found = doctor(str(config), MASTER_ADDR="no-such-host.invalid")
     assert status == 1
-    assert "there is no such tokenizer" in found["config"]["observed"]
+    assert "does not exist" in found["config"]["observed"]
     assert "no-such-host.invalid: is not known on" in found["meeting place"]["observed"]
     assert "address" in found["meeting place"]["remedy"]
 
