@@ -222,7 +222,8 @@ class HealthConfig(Section):
     )
     spike_window: int = Field(
         default=64,
-        description="Number of previous updates that a step is compared with; the check starts after that number of updates.",
+        description="Number of previous updates that a step is compared with; the check starts after that "
+        "number of updates.",
     )
     replica_check_interval: int | None = Field(
         default=None,
