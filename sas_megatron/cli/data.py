@@ -48,6 +48,7 @@ def data() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest of the files as JSON.")
 def prepare(
     sources: tuple[str, ...],
+    *,
     tokenizer_path: Path,
     prefix: str,
     workers: int | None,
@@ -104,7 +105,7 @@ def prepare(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("--verify", is_flag=True, help="Check every byte and token, not only sizes and headers.")
-def inspect(prefix: str, document: int, tokenizer_path: Path | None, as_json: bool, verify: bool) -> None:
+def inspect(prefix: str, *, document: int, tokenizer_path: Path | None, as_json: bool, verify: bool) -> None:
     """Show a summary of token files and the beginning of a document."""
     import json
 

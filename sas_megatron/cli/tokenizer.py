@@ -42,6 +42,7 @@ def tokenizer() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     sources: tuple[str, ...],
+    *,
     vocab_size: int,
     output: Path,
     text_column: str,

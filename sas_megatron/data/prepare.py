@@ -91,14 +91,7 @@ def prepare_token_files(
     started = time.perf_counter()
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0))
-    if num_workers < 1:
-        raise FieldError(
-            "workers", num_workers, "must be at least one process", "use the number of processors"
-        )
-    if str(prefix).endswith(os.sep) or not Path(prefix).name:
-        raise FieldError(
-            "output", prefix, "must end in a file name", "append a name without ending, such as tokens"
-        )
+    _check_arguments(prefix, num_workers=num_workers)
     prefix = Path(prefix)
     tokenizer = Tokenizer(tokenizer_path)
     files = find_source_files(sources)
@@ -120,20 +113,34 @@ def prepare_token_files(
         ):
             pool.wait_until_ready(tokenizer.sha256)
             ready = time.perf_counter()
-            resumed_chunks, encoded_tokens = _encode(pool, partial, files, text_column, report_progress)
+            resumed_chunks, encoded_tokens = _encode(
+                pool, partial, files=files, text_column=text_column, report_progress=report_progress
+            )
             if partial.totals.num_documents == 0:
                 partial.totals.num_chunks = 0
                 raise empty_corpus(sources)
-            manifest = _build_manifest(partial, tokenizer, sources, files, text_column)
+            manifest = _build_manifest(
+                partial, tokenizer=tokenizer, sources=sources, files=files, text_column=text_column
+            )
             partial.write_manifest(manifest.model_dump_json(indent=2) + "\n")
         publish(prefix)
     ended = time.perf_counter()
     return Preparation(manifest, False, resumed_chunks, encoded_tokens, ready - started, ended - ready)
 
 
+def _check_arguments(prefix: str | Path, *, num_workers: int) -> None:
+    if num_workers < 1:
+        raise FieldError("workers", num_workers, "must be at least one process", "use the number of CPUs")
+    if str(prefix).endswith(os.sep) or not Path(prefix).name:
+        raise FieldError(
+            "output", prefix, "must end in a file name", "append a name without ending, such as tokens"
+        )
+
+
 def _encode(
     pool: EncodingPool,
     partial: PartialTokens,
+    *,
     files: Sequence[SourceFile],
     text_column: str,
     report_progress: Callable[[PreparationProgress], None] | None,
@@ -189,6 +196,7 @@ def _find_complete(prefix: Path, files: Sequence[SourceFile], plan: dict[str, An
 
 def _build_manifest(
     partial: PartialTokens,
+    *,
     tokenizer: Tokenizer,
     sources: Sequence[str | Path],
     files: Sequence[SourceFile],

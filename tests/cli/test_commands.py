@@ -126,7 +126,7 @@ def test_help_is_fast_and_lists_every_command(tmp_path: Path) -> None:
     assert min(seconds) < HELP_CPU_SECONDS, f"{min(seconds):.2f} s of CPU"
 
 
-def test_costs_prints_valid_json() -> None:
+def test_costs_prints_json_that_programs_can_read() -> None:
     paths = [str(QUICKSTART), str(ROOT / "configs" / "quickstart_mha.yaml")]
     done = CliRunner().invoke(cli, ["costs", *paths, "--json"])
     assert done.exit_code == 0, done.output
@@ -142,28 +142,28 @@ def test_costs_prints_valid_json() -> None:
             "total": sum(parameters.values()),
             "without embeddings": sum(parameters.values()) - tables,
         }
-        # With 256 tokens a token attends to 128.5 tokens on average.
+        # Of 256 tokens the average one attends to 128.5.
         skipped = (flops["scores"] + flops["values"]) * (1 - 257 / 512)
         assert counted[path]["forward_flops_per_token"]["totals"] == {
             "total": sum(flops.values()),
             "with the causal half of scores and values": round(sum(flops.values()) - skipped),
             "without embeddings": sum(flops.values()) - flops["head"],
         }
-        # 4 layers × 4 heads × 32 features × (keys and values) × 2 bytes.
+        # Four layers of four heads of 32 features, keys and values, two bytes each.
         assert counted[path]["kv_cache_bytes_per_token"]["totals"] == {"total": 4 * 4 * 32 * 2 * 2}
 
 
-def test_costs_include_the_bytes_that_a_rank_sends() -> None:
+def test_costs_include_what_a_rank_sends_in_a_world_of_that_size() -> None:
     path = str(ROOT / "configs" / "2.7b" / "sas.yaml")
     done = CliRunner().invoke(cli, ["costs", path, "--world-size", "4", "--json"])
     assert done.exit_code == 0, done.output
-    traffic = json.loads(done.stdout)[path]["wire_bytes_per_step"]
+    wire = json.loads(done.stdout)[path]["wire_bytes_per_step"]
     sent = count_communication_bytes(load_run_config(path), world_size=4)
-    assert traffic["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
-    assert traffic["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
+    assert wire["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
+    assert wire["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}
 
 
-def test_costs_separate_recomputation_from_the_work_of_the_model() -> None:
+def test_costs_tell_what_is_computed_again_from_the_models_own_work() -> None:
     path = str(ROOT / "configs" / "1.3b" / "sas.yaml")
     config = load_run_config(path)
     for device in ("gpu", "cpu"):
@@ -171,26 +171,26 @@ def test_costs_separate_recomputation_from_the_work_of_the_model() -> None:
         assert done.exit_code == 0, done.output
         counted = json.loads(done.stdout)[path]
         training = counted["training_flops_per_token"]
-        recomputed = sum(count_recompute_flops(config, device=device).values())
-        assert training["terms"]["recompute"] == recomputed > 0
+        again = sum(count_recompute_flops(config, device=device).values())
+        assert training["terms"]["recompute"] == again > 0
         assert training["totals"]["of the model"] == 3 * sum(count_forward_flops(config).values())
         kept = count_peak_activation_bytes(config, device=device, num_microbatches=128)
         assert counted["activation_bytes_of_a_rank"]["terms"] == kept
 
 
-def test_costs_refuses_a_wrong_world_size() -> None:
+def test_a_world_that_does_not_fit_is_refused_by_costs() -> None:
     done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "--world-size", "3"])
     assert isinstance(done.exception, FieldError)
     assert str(done.exception).startswith("world size=3: must be a multiple of 2")
 
 
-def test_costs_count_at_an_overridden_sequence_length() -> None:
+def test_costs_are_counted_at_another_sequence_length() -> None:
     done = CliRunner().invoke(cli, ["costs", str(QUICKSTART), "data.sequence_length=1024", "--json"])
     flops = json.loads(done.stdout)[str(QUICKSTART)]["forward_flops_per_token"]["terms"]
     assert flops == count_forward_flops(load_run_config(QUICKSTART), sequence_length=1024)
 
 
-def test_costs_refuses_overrides_without_a_config() -> None:
+def test_costs_of_overrides_alone_are_refused() -> None:
     done = CliRunner().invoke(cli, ["costs", "data.sequence_length=1024"])
     assert isinstance(done.exception, UserError)
     assert str(done.exception).startswith("data.sequence_length=1024: is an override, of no config")
@@ -209,3 +209,16 @@ def test_dry_run_prints_the_config_and_its_costs_and_leaves_no_files(tmp_path: P
     assert "num_layers: 3" in done.stdout
     assert "head_simulation" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_output_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "configs"
+    done = command(
+        "match", QUICKSTART, "--variants", "mha", "--equal", "params", "--output", output, folder=ROOT
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith(
+        f"error: {output}: cannot be written (Not a directory); name another --output\n"
+    )
+    assert "Traceback" not in done.stderr
