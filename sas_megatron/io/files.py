@@ -1,4 +1,4 @@
-"""Atomic file writes: after a crash or a power cut a file is complete or absent.
+"""Atomic file writes: after a crash or a power failure a file has its old or its complete new contents.
 
     temporary file in the same folder -> fsync -> rename -> fsync of the folder
 
