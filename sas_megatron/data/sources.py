@@ -40,7 +40,7 @@ FORMAT_OF_ENDING: dict[str, DocumentFormat] = {
     ".tex": DocumentFormat.TEXT,
     ".py": DocumentFormat.TEXT,
 }
-# Parquet and Arrow compress inside the file, so the endings .gz and .zst are accepted for these formats only.
+# Parquet and Arrow compress inside the file; .gz and .zst are accepted for the other formats only.
 COMPRESSIBLE = (DocumentFormat.JSON_LINES, DocumentFormat.TEXT)
 COMPRESSION_OF_ENDING = {".gz": "gzip", ".zst": "zstd"}
 
