@@ -1,4 +1,4 @@
-"""`sas-megatron data`: token files from documents, and what is in them."""
+"""`sas-megatron data`: encode documents as token files, and inspect token files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def data() -> None:
-    """Turn documents into token files, and look into them."""
+    """Encode documents as token files, and inspect token files."""
 
 
 @data.command()
@@ -35,14 +35,20 @@ def data() -> None:
     help="A sentencepiece .model file.",
 )
 @click.option(
-    "--output", "prefix", type=str, required=True, metavar="PREFIX", help="Files to write, without ending."
+    "--output",
+    "prefix",
+    type=str,
+    required=True,
+    metavar="PREFIX",
+    help="Path of the token files, without ending.",
 )
-@click.option("--workers", type=int, default=None, help="Processes that encode; by default one a processor.")
-@click.option("--text-column", default="text", show_default=True, help="Column that holds the text.")
-@click.option("--overwrite", is_flag=True, help="Replace token files of other documents, or damaged ones.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record of the files as JSON.")
+@click.option("--workers", type=int, default=None, help="Worker processes; by default one per CPU.")
+@click.option("--text-column", default="text", show_default=True, help="Column with the text.")
+@click.option("--overwrite", is_flag=True, help="Replace token files of other documents, and damaged ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest of the files as JSON.")
 def prepare(
     sources: tuple[str, ...],
+    *,
     tokenizer_path: Path,
     prefix: str,
     workers: int | None,
@@ -50,10 +56,10 @@ def prepare(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write PREFIX.bin, PREFIX.idx and PREFIX.json from documents.
+    """Encode documents as PREFIX.bin, PREFIX.idx and PREFIX.json.
 
-    SOURCE is a file or folder of documents (Parquet, Arrow, JSON lines, text), or the word builtin: the
-    source of the Python standard library. A run that was stopped goes on where it was.
+    SOURCE is a file or folder of documents (Parquet, Arrow, JSON Lines, text), or the word builtin for the
+    source code of the Python standard library. A run that was interrupted resumes where it stopped.
     """
     from sas_megatron.data.corpus import resolve_sources
     from sas_megatron.data.prepare import prepare_token_files
@@ -78,24 +84,29 @@ def prepare(
     if manifest.empty_documents:
         facts += f" ({manifest.empty_documents:,} empty documents left out)"
     if preparation.was_complete:
-        click.echo(f"{prefix}: complete already; {facts}")
+        click.echo(f"{prefix}: already complete; {facts}")
         return
     if preparation.resumed_chunks:
-        click.echo(f"{prefix}: took over {preparation.resumed_chunks} chunks from the run before")
+        click.echo(f"{prefix}: resumed after {preparation.resumed_chunks} chunks of an earlier run")
     speed = preparation.encoded_tokens / max(preparation.encoding_seconds, 1e-9)
     click.echo(f"{prefix}: {facts}, in {preparation.encoding_seconds:.1f} s ({speed:,.0f} tokens/s)")
 
 
 @data.command()
 @click.argument("prefix")
-@click.option("--document", type=int, default=0, show_default=True, help="Document to show, counting from 0.")
 @click.option(
-    "--tokenizer", "tokenizer_path", type=click.Path(path_type=Path), help="If it is no longer where it was."
+    "--document", type=int, default=0, show_default=True, help="Index of the document to show, from 0."
+)
+@click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    type=click.Path(path_type=Path),
+    help="Path of the tokenizer, if it has moved.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("--verify", is_flag=True, help="Check every byte and token, not only sizes and headers.")
-def inspect(prefix: str, document: int, tokenizer_path: Path | None, as_json: bool, verify: bool) -> None:
-    """Show what token files hold, with the beginning of a document."""
+def inspect(prefix: str, *, document: int, tokenizer_path: Path | None, as_json: bool, verify: bool) -> None:
+    """Show a summary of token files and the beginning of a document."""
     import json
 
     from sas_megatron.data.token_files import read_document_tokens, verify_token_files
@@ -110,7 +121,7 @@ def inspect(prefix: str, document: int, tokenizer_path: Path | None, as_json: bo
     _print_facts(prefix, manifest)
     click.echo(f"\ndocument {document}, {len(tokens):,} tokens:\n{text[:EXCERPT_CHARACTERS]}")
     if verify:
-        click.echo("\nevery byte and token is as it was written")
+        click.echo("\nverified: every byte and token is unchanged")
 
 
 def _load_tokenizer(manifest: TokenManifest, tokenizer_path: Path | None) -> Tokenizer:
@@ -120,7 +131,7 @@ def _load_tokenizer(manifest: TokenManifest, tokenizer_path: Path | None) -> Tok
     tokenizer = Tokenizer(tokenizer_path or manifest.tokenizer_path)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise FileProblem(
-            tokenizer.path, "is not the tokenizer that wrote the tokens", "give that with --tokenizer"
+            tokenizer.path, "is not the tokenizer that encoded the tokens", "name that one with --tokenizer"
         )
     return tokenizer
 
@@ -131,13 +142,13 @@ def _print_facts(prefix: str, manifest: TokenManifest) -> None:
 
     table = Table(title=prefix, title_justify="left")
     table.add_column("fact")
-    table.add_column("value", overflow="fold")  # paths and hashes are there to be copied
+    table.add_column("value", overflow="fold")  # keep paths and hashes complete for copying
     table.add_row(
         "documents", f"{manifest.num_documents:,} ({manifest.empty_documents:,} empty ones left out)"
     )
-    table.add_row("tokens", f"{manifest.num_tokens:,} as {manifest.dtype}, one end of document each")
+    table.add_row("tokens", f"{manifest.num_tokens:,} as {manifest.dtype}, with end-of-document tokens")
     table.add_row(
-        "text", f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.num_tokens:.2f} a token"
+        "text", f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.num_tokens:.2f} per token"
     )
     table.add_row("vocabulary", f"{manifest.vocab_size:,}, largest token id {manifest.max_token_id:,}")
     table.add_row("tokenizer", f"{manifest.tokenizer_path} (sha256 {manifest.tokenizer_sha256[:12]}…)")
@@ -151,7 +162,7 @@ def _print_facts(prefix: str, manifest: TokenManifest) -> None:
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[PreparationProgress], None]]:
-    """What `prepare_token_files` is to report to; shows it on standard error."""
+    """Yield a progress callback that shows a bar on a terminal and prints occasional lines elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -176,7 +187,7 @@ def show_progress() -> Iterator[Callable[[PreparationProgress], None]]:
 
 
 class _LineReporter:
-    """Prints a line when the last is some seconds old, so that logs stay short."""
+    """Print a line at most every `SECONDS_BETWEEN_LINES`, so that logs stay short."""
 
     def __init__(self) -> None:
         self._started = self._printed = time.monotonic()
@@ -185,8 +196,8 @@ class _LineReporter:
         now = time.monotonic()
         if now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
-            share = 100 * state.source_bytes_read / max(state.source_bytes, 1)
-            print(f"{share:.0f}% {_describe(state, now - self._started)}", file=sys.stderr, flush=True)
+            percent = 100 * state.source_bytes_read / max(state.source_bytes, 1)
+            print(f"{percent:.0f}% {_describe(state, now - self._started)}", file=sys.stderr, flush=True)
 
 
 def _describe(state: PreparationProgress, seconds: float) -> str:

@@ -1,6 +1,6 @@
-"""The `sas-megatron` command: finds the subcommand's file, runs it, turns errors into exit statuses.
+"""The `sas-megatron` command: imports and runs a subcommand, and exits with status 2 after a user error.
 
-Subcommands are imported only when they run, so that `--help` stays fast.
+A subcommand is imported only when it runs, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import click
 from sas_megatron import __version__
 from sas_megatron.config.errors import UserError
 
-# How long other nodes' first processes let rank 0 speak alone.
-SECONDS_FOR_THE_FIRST = 3.0
+# Delay of the error message on the first process of every other node, so that rank 0 prints first.
+SECONDS_AFTER_RANK0 = 3.0
 
-# name -> (module:attribute, one line of help); the help stands here so that listing imports nothing.
+# name -> (module:attribute, one line of help); the help is here so that `--help` imports no subcommand.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": (
         "sas_megatron.cli.quickstart:quickstart",
-        "Train MHA and SAS side by side on real text and compare them.",
+        "Train MHA and SAS on the same text and compare them.",
     ),
     "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
-    "data": ("sas_megatron.cli.data:data", "Turn documents into token files, and look into them."),
+    "data": ("sas_megatron.cli.data:data", "Encode documents as token files, and inspect token files."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
     "evaluate": (
         "sas_megatron.cli.evaluate:evaluate",
-        "Measure a trained model: held-out loss, and tasks of lm-evaluation-harness.",
+        "Evaluate a trained model: held-out loss and tasks of lm-evaluation-harness.",
     ),
-    "generate": ("sas_megatron.cli.generate:generate", "Let a trained model go on from prompts."),
+    "generate": ("sas_megatron.cli.generate:generate", "Generate text with a trained model."),
     "checkpoint": (
         "sas_megatron.cli.checkpoint:checkpoint",
-        "Check saved checkpoints; take models to transformers, and from it.",
+        "Verify checkpoints; export and import transformers models.",
     ),
     "costs": ("sas_megatron.cli.costs:costs", "Count parameters and FLOPs of configs."),
     "match": (
         "sas_megatron.cli.match:match",
-        "Solve attention variants' dimensions until they cost what a base costs.",
+        "Find dimensions of attention variants that match the cost of a base config.",
     ),
-    "study": ("sas_megatron.cli.study:study", "Plan, run and compare many runs that one file describes."),
+    "study": ("sas_megatron.cli.study:study", "Plan, run and compare the runs that a study file describes."),
     "estimate": (
         "sas_megatron.cli.estimate:estimate",
         "Estimate memory, communication and step time of a run on any number of ranks.",
@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("sas_megatron.cli.fit:fit", "Fit a scaling law to a table of runs."),
     "doctor": (
         "sas_megatron.cli.doctor:doctor",
-        "Look for what would make training fail, on a node or an allocation.",
+        "Check a node or an allocation for problems that would make training fail.",
     ),
     "bench": ("sas_megatron.cli.bench:bench", "Measure speed and memory on this machine."),
 }
@@ -62,7 +62,7 @@ class LazyGroup(click.Group):
     """A click group whose subcommands are imported on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names in the order of `COMMANDS`."""
+        """Return the names in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -81,7 +81,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the list of commands without importing any."""
+        """Write the list of commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
@@ -93,16 +93,16 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line; exit status 2 for what the user can mend, with its message and no traceback."""
+    """Run the command line; after a user error print its message without traceback and exit with status 2."""
     try:
         cli.main(standalone_mode=True)
     except UserError as error:
-        # Under a launcher rank 0 speaks for all, and where others may have met something else, the first
-        # process of each node for those of its node.
+        # Under a launcher only rank 0 prints the message. If other ranks may have raised another error, the
+        # first process of each node prints its own as well.
         if os.environ.get("RANK", "0") != "0":
             if os.environ.get("LOCAL_RANK") != "0" or error.raised_on_all_ranks:
                 sys.exit(2)
-            # Launchers that end all when one ends (srun --kill-on-bad-exit) then show it once.
-            time.sleep(SECONDS_FOR_THE_FIRST)
+            # A launcher that ends all processes when one ends (srun --kill-on-bad-exit) then shows it once.
+            time.sleep(SECONDS_AFTER_RANK0)
         print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

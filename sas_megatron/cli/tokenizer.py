@@ -1,4 +1,4 @@
-"""`sas-megatron tokenizer`: training of a sentencepiece tokenizer."""
+"""`sas-megatron tokenizer`: train a sentencepiece tokenizer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ def tokenizer() -> None:
 @tokenizer.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
-    "--vocab-size", type=int, default=8192, show_default=True, help="Tokens, control tokens included."
+    "--vocab-size",
+    type=int,
+    default=8192,
+    show_default=True,
+    help="Number of tokens, including control tokens.",
 )
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The .model file to write.")
-@click.option("--text-column", default="text", show_default=True, help="Column that holds the text.")
+@click.option("--text-column", default="text", show_default=True, help="Column with the text.")
 @click.option(
-    "--sample-bytes", type=int, default=10_000_000, show_default=True, help="Text to train on at most."
+    "--sample-bytes",
+    type=int,
+    default=10_000_000,
+    show_default=True,
+    help="Maximum size of the sample of the text.",
 )
 @click.option(
     "--model-type",
@@ -34,6 +42,7 @@ def tokenizer() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     sources: tuple[str, ...],
+    *,
     vocab_size: int,
     output: Path,
     text_column: str,
@@ -42,10 +51,10 @@ def train(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Train a tokenizer that gives back every text exactly.
+    """Train a tokenizer that reproduces every text exactly.
 
-    SOURCE is a file or folder of documents (Parquet, Arrow, JSON lines, text), or the word builtin: the
-    source of the Python standard library.
+    SOURCE is a file or folder of documents (Parquet, Arrow, JSON Lines, text), or the word builtin for the
+    source code of the Python standard library.
     """
     from sas_megatron.data.corpus import resolve_sources
     from sas_megatron.data.documents import stream_documents

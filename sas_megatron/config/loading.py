@@ -191,7 +191,7 @@ def _describe(problem: Any, tree: dict[str, Any]) -> str:
         return f"{path}: is required; add it"
     if kind == "literal_error":
         return f"{path}={problem['input']!r}: is not one of the choices; use {problem['ctx']['expected']}"
-    expected = problem["msg"].removeprefix("Input should be ")
+    expected = problem["msg"].removeprefix("Input should be ").split(" or instance of ")[0]
     return f"{path}={problem['input']!r}: must be {expected}; {TYPE_REMEDIES.get(kind, f'use {expected}')}"
 
 

@@ -1,1 +1,1 @@
-"""Documents -> sentencepiece pieces -> Megatron indexed datasets -> batches."""
+"""Documents -> tokens of a sentencepiece tokenizer -> Megatron-core indexed datasets -> batches."""

@@ -1,8 +1,8 @@
-"""Token files -> Megatron datasets -> the batches of one rank.
+"""Token files -> Megatron-core datasets -> the batches of one rank.
 
-Samples have a fixed order, decided by seed, split, sequence length and the length of the run. Step
-t takes the next `global_batch_size` of them; microbatch and data-parallel rank only decide who reads
-which. The one piece of state is therefore how many samples were consumed.
+The order of the samples is fixed by seed, split, sequence length and the length of the run. Each step reads
+the next `global_batch_size` samples; the layout only determines which rank reads which of them. The number of
+consumed samples is therefore the only state.
 """
 
 from __future__ import annotations
@@ -28,35 +28,40 @@ from sas_megatron.data.tokenizer import Tokenizer
 
 Sample = Mapping[str, torch.Tensor]
 
-# Validation windows are the same for every seed, so that runs of several seeds compare.
+# The same for every training seed, so that the validation losses of several seeds are comparable.
 VALIDATION_SEED = 0
 
 
 def build_training_samples(
     data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int
 ) -> torch.utils.data.Dataset[Sample]:
-    """At least `num_samples` samples of the training documents, in the order of `seed`."""
+    """Build a dataset of at least `num_samples` samples of the training documents, shuffled by `seed`.
+
+    Raises:
+        FieldError: The training split has no documents, or `data.index_cache` cannot be written.
+    """
     return _build_samples(data, tokenizer, num_samples=num_samples, seed=seed, split=0)
 
 
 def build_validation_samples(
     data: DataConfig, tokenizer: Tokenizer, *, num_samples: int
 ) -> torch.utils.data.Dataset[Sample]:
-    """The fixed windows of the validation documents, equal for every seed and layout.
+    """Build the dataset of fixed validation windows, which are the same for every seed and layout.
 
     Raises:
-        FieldError: a file has fewer validation tokens than one window, which would hold the same text twice.
+        FieldError: A file has fewer validation tokens than one window, which would contain the same text
+            twice, or the validation split has no documents, or `data.index_cache` cannot be written.
     """
     samples = _build_samples(data, tokenizer, num_samples=num_samples, seed=VALIDATION_SEED, split=1)
     for prefix, part in zip(data.prefixes, getattr(samples, "datasets", [samples]), strict=True):
         num_tokens = int(part.dataset.sequence_lengths[part.indices].sum())
-        # A window reads S tokens and predicts S, the last of which it does not read.
+        # A window has S + 1 tokens: it reads the first S and predicts the last S.
         if num_tokens <= data.sequence_length:
             raise FieldError(
                 "data.sequence_length",
                 data.sequence_length,
-                f"must be less than the {num_tokens} validation tokens of {prefix}, or a window would hold "
-                "the same text twice",
+                f"must be less than the {num_tokens} validation tokens of {prefix}, or a window would "
+                "contain the same text twice",
                 f"use at most {num_tokens - 1}, or raise the second share of data.split={data.split}",
             )
     return samples
@@ -65,7 +70,7 @@ def build_validation_samples(
 def _build_samples(
     data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int, split: int
 ) -> torch.utils.data.Dataset[Sample]:
-    """One split, by Megatron-core's builder, which finds its indices in the cache."""
+    """Build one split with Megatron-core's builder and the sample indices in the cache."""
     sizes = [1, 1, 0]
     sizes[split] = num_samples
     total = sum(data.split)
@@ -90,7 +95,7 @@ def _build_samples(
         ).build()
 
     cache = index_folder(data, tokenizer, sizes=sizes, seed=seed)
-    provide_folder(cache, lambda aside: build(aside, lambda *_place: dist.get_rank() == 0))
+    provide_folder(cache, lambda folder: build(folder, lambda *_place: dist.get_rank() == 0))
     samples = build(cache, lambda *_place: True)[split]
     if samples is None:
         raise FieldError(
@@ -104,13 +109,13 @@ def _build_samples(
 
 
 def index_folder(data: DataConfig, tokenizer: Tokenizer, *, sizes: list[int], seed: int) -> Path:
-    """Where the indices of such samples are kept: a folder for all that decides them.
+    """Return the folder of the sample indices, named by a hash of everything that determines them.
 
-    By the contents of the token files, not by their names alone, as Megatron-core's cache would have it.
+    The hash includes the contents of the token files. Megatron-core's own cache only uses their paths.
     """
     root = Path(data.index_cache) if data.index_cache else Path(data.prefixes[0]).parent / "index_cache"
     manifests = [load_manifest(prefix) for prefix in data.prefixes]
-    decided_by = [
+    determining = [
         megatron.core.__version__,
         [[manifest.bin_sha256, manifest.idx_sha256] for manifest in manifests],
         tokenizer.sha256,
@@ -118,7 +123,7 @@ def index_folder(data: DataConfig, tokenizer: Tokenizer, *, sizes: list[int], se
         sizes,
         seed,
     ]
-    return root / hashlib.sha256(json.dumps(decided_by).encode()).hexdigest()[:16]
+    return root / hashlib.sha256(json.dumps(determining).encode()).hexdigest()[:16]
 
 
 def microbatches(
@@ -133,47 +138,49 @@ def microbatches(
     device: torch.device,
     context_group: dist.ProcessGroup | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's `num_microbatches` of the samples [first_sample, first_sample + num_samples).
+    """Yield this rank's microbatches of the samples [first_sample, first_sample + num_samples).
 
-    All have one shape on every rank, as pipeline stages need: where the samples do not fill them, the
-    last sample stands in again, with no weight in the loss.
+    All microbatches have the same shape on every rank, as pipeline stages require. If the samples do not fill
+    them, the last sample is repeated with a loss mask of zero.
 
     Yields:
-        tokens, labels [B, S] int64, loss_mask [B, S] float32, position_ids [B, S], and attention_mask
-        [B, 1, S, S] bool, True where attention is forbidden, if documents are kept apart. Under context
-        parallelism all but the mask are this rank's tokens.
+        tokens and labels [B, S] int64, loss_mask [B, S] float32 and position_ids [B, S]; with
+        `data.reset_at_document_ends` also attention_mask [B, 1, S, S] bool, True at masked positions. With
+        context parallelism all but attention_mask hold only this rank's tokens.
     """
     stride = micro_batch_size * data_size
     end = first_sample + num_samples
     for microbatch in range(num_microbatches):
         start = first_sample + microbatch * stride + data_rank * micro_batch_size
         indices = range(start, start + micro_batch_size)
-        parts = [samples[min(index, end - 1)] for index in indices]
+        examples = [samples[min(index, end - 1)] for index in indices]
         batch = {
-            name: torch.stack([torch.as_tensor(part[name]) for part in parts]).to(device, non_blocking=True)
-            for name in parts[0]
+            name: torch.stack([torch.as_tensor(example[name]) for example in examples]).to(
+                device, non_blocking=True
+            )
+            for name in examples[0]
         }
         batch["loss_mask"][max(0, end - start) :] = 0.0
         if context_group is not None and context_group.size() > 1:
-            # Attention sees all tokens of a head, so it needs the whole mask.
+            # Attention reads all tokens of a head (Ulysses), so every rank keeps the full mask.
             batch = {
-                name: value if name == "attention_mask" else _context_share(value, context_group)
+                name: value if name == "attention_mask" else _slice_context(value, context_group)
                 for name, value in batch.items()
             }
         yield batch
 
 
-def _context_share(values_BS: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Chunks c and 2C-1-c of 2C, rank c's tokens by Megatron-core's zigzag.
+def _slice_context(values_BS: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return chunks c and 2C-1-c of 2C, the tokens of context rank c in Megatron-core's zigzag order.
 
-    Its own function for this takes other arguments in 0.19 than in 0.16.
+    Megatron-core's own function for this has different arguments in 0.16 and 0.19.
     """
     chunks = values_BS.chunk(2 * group.size(), dim=1)
     return torch.cat([chunks[group.rank()], chunks[-1 - group.rank()]], dim=1)
 
 
 class ByteLengths:
-    """UTF-8 bytes that label tokens stand for, for losses in bits per byte."""
+    """Number of UTF-8 bytes that label tokens decode to, for losses in bits per byte."""
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
         self._lengths = torch.from_numpy(np.asarray(tokenizer.token_byte_lengths(), dtype=np.int64)).to(
@@ -181,5 +188,5 @@ class ByteLengths:
         )
 
     def __call__(self, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Total bytes of the labels where `mask` is not zero, a scalar tensor."""
+        """Return the total number of bytes of the labels where `mask` is not zero, a scalar tensor."""
         return (self._lengths[labels] * (mask != 0)).sum()

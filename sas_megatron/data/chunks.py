@@ -1,4 +1,4 @@
-"""Chunks: the unit in which a corpus is encoded, checked and resumed."""
+"""Chunks of consecutive documents: the unit in which a corpus is encoded, verified and resumed."""
 
 from __future__ import annotations
 
@@ -13,50 +13,52 @@ import numpy.typing as npt
 
 from sas_megatron.config.errors import FileProblem
 
-if TYPE_CHECKING:  # workers import this file, and do without pyarrow
+if TYPE_CHECKING:  # worker processes import this module and must not import pyarrow
     from sas_megatron.data.documents import TextBatch
 
-# Small, because at the end of a corpus workers wait for the last chunk: 0.1 s at a million tokens a second.
+# Small, because at the end of a corpus workers wait for the last chunk: 0.1 s at 1 million tokens/s.
 CHUNK_BYTES = 1 << 19
-# sentencepiece counts in 32 bits and needs about 30 bytes of memory a byte of document.
+# sentencepiece counts in 32 bits and needs about 30 bytes of memory per byte of a document.
 MAX_DOCUMENT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents: their UTF-8 in one buffer, none of them empty."""
+    """Consecutive documents that are not empty, as UTF-8 in one buffer."""
 
     index: int
-    document_bytes: npt.NDArray[np.int64]  # [documents], the length of each
+    document_bytes: npt.NDArray[np.int64]  # [documents], length of each document
     text: bytes
-    empty_documents: int  # left out since the chunk before
+    empty_documents: int  # number of empty documents left out since the previous chunk
     source_bytes_read: int
 
     @cached_property
     def digest(self) -> bytes:
-        """The sha256 over lengths and texts."""
+        """The sha256 of the document lengths and texts."""
         digest = hashlib.sha256(self.document_bytes.astype("<i8").tobytes())
         digest.update(self.text)
         return digest.digest()
 
     def documents(self) -> list[bytes]:
-        """The UTF-8 of each document."""
+        """Return each document as UTF-8."""
         ends = np.cumsum(self.document_bytes).tolist()
         starts = [0, *ends[:-1]]
         return [self.text[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def cut_chunks(batches: Iterable[TextBatch], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Chunks of the first documents that fill `chunk_bytes`; where they end depends on the documents alone.
+    """Split documents into chunks of at least `chunk_bytes`; a chunk ends with the document that reaches it.
+
+    The boundaries depend only on the documents, not on the batches that they arrive in.
 
     Raises:
-        FileProblem: one document is larger than sentencepiece can take.
+        FileProblem: A document is larger than sentencepiece supports.
     """
     lengths: list[npt.NDArray[np.int64]] = []
     texts: list[bytes] = []
-    gathered_bytes = empty_documents = source_bytes_read = index = 0
+    size_bytes = empty_documents = source_bytes_read = index = 0
 
-    def gathered() -> Chunk:
+    def build_chunk() -> Chunk:
         return Chunk(index, np.concatenate(lengths), b"".join(texts), empty_documents, source_bytes_read)
 
     for batch in batches:
@@ -66,25 +68,25 @@ def cut_chunks(batches: Iterable[TextBatch], chunk_bytes: int = CHUNK_BYTES) -> 
         ends = np.cumsum(batch_lengths)
         row = start = 0
         while row < len(batch_lengths):
-            # The document that fills the chunk is its last one.
-            last = int(np.searchsorted(ends, start + chunk_bytes - gathered_bytes))
+            # The document that reaches chunk_bytes is the last one of its chunk.
+            last = int(np.searchsorted(ends, start + chunk_bytes - size_bytes))
             end_row = min(last + 1, len(batch_lengths))
             end = int(ends[end_row - 1])
             lengths.append(batch_lengths[row:end_row])
             texts.append(batch_text[start:end])
-            gathered_bytes += end - start
+            size_bytes += end - start
             row, start = end_row, end
-            if gathered_bytes >= chunk_bytes:
-                yield gathered()
-                lengths, texts, gathered_bytes, empty_documents = [], [], 0, 0
+            if size_bytes >= chunk_bytes:
+                yield build_chunk()
+                lengths, texts, size_bytes, empty_documents = [], [], 0, 0
                 index += 1
     if lengths or empty_documents:
         lengths.append(np.zeros(0, dtype=np.int64))
-        yield gathered()
+        yield build_chunk()
 
 
 def _lengths_and_text(batch: TextBatch) -> tuple[npt.NDArray[np.int64], bytes]:
-    """The lengths of the documents that are not empty, and all their UTF-8, from Arrow's buffers."""
+    """Return the lengths of the documents that are not empty and their UTF-8, read from Arrow's buffers."""
     texts = batch.texts.drop_null() if batch.texts.null_count else batch.texts
     if len(texts) == 0:
         return np.zeros(0, dtype=np.int64), b""
@@ -95,7 +97,7 @@ def _lengths_and_text(batch: TextBatch) -> tuple[npt.NDArray[np.int64], bytes]:
     if len(lengths) and lengths.max() > MAX_DOCUMENT_BYTES:
         raise FileProblem(
             batch.file.path,
-            f"holds a document of {lengths.max()} bytes; {MAX_DOCUMENT_BYTES} is the most one may have",
+            f"has a document of {lengths.max()} bytes, and the maximum is {MAX_DOCUMENT_BYTES}",
             "split it into several documents",
         )
     text = b"" if text_buffer is None else text_buffer[int(offsets[0]) : int(offsets[-1])].to_pybytes()

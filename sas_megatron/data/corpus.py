@@ -1,4 +1,4 @@
-"""The built-in corpus: the source of the Python standard library, about 31 MB that every machine has."""
+"""The built-in corpus: the source code of the Python standard library, about 31 MB on every machine."""
 
 from __future__ import annotations
 
@@ -22,28 +22,32 @@ ROW_GROUP_DOCUMENTS = 128
 
 
 def default_cache_folder() -> Path:
-    """`sas_megatron` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    """Return `sas_megatron` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
     configured = os.environ.get("XDG_CACHE_HOME")
     return (Path(configured) if configured else Path.home() / ".cache") / "sas_megatron"
 
 
 def resolve_sources(sources: list[str]) -> list[str]:
-    """The sources with the word `builtin` replaced by the path of the built-in corpus."""
+    """Return the sources with the word `builtin` replaced by the path of the built-in corpus.
+
+    Raises:
+        FileProblem: The built-in corpus cannot be written.
+    """
     return [str(builtin_corpus()) if source == BUILTIN_NAME else source for source in sources]
 
 
 def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = None) -> Path:
-    """The Parquet file of the built-in corpus (columns text and path), written on the first call.
+    """Return the Parquet file of the built-in corpus (columns text and path); the first call writes it.
 
-    One document a file, in the order of a hash of its path, without installed packages and without the
-    few test files that are not UTF-8. Beside it stands a JSON record with the sha256 of its contents.
+    Each source file is one document, ordered by a hash of its path. Installed packages and the few test files
+    that are not UTF-8 are left out. A JSON record in the same folder holds the sha256 of the contents.
 
     Args:
-        cache_folder: where the file is kept; by default `default_cache_folder()`.
-        max_bytes: leave out the files with which the text would grow beyond this; by default take all.
+        cache_folder: Folder of the file; by default `default_cache_folder()`.
+        max_bytes: Skip each file that would make the text larger than this; by default skip none.
 
     Raises:
-        FileProblem: the folder cannot be written, or the standard library has no source files here.
+        FileProblem: The folder cannot be written, or this Python has no source files of the standard library.
     """
     folder = default_cache_folder() if cache_folder is None else cache_folder
     part = "" if max_bytes is None else f"-{max_bytes}"
@@ -74,7 +78,7 @@ def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = 
 
 
 def hash_documents(paths: list[str], texts: list[str]) -> str:
-    """The sha256 over each document's path and text, each preceded by its length in bytes."""
+    """Return the sha256 of each document's path and text, each preceded by its length in bytes."""
     digest = hashlib.sha256()
     for path, text in zip(paths, texts, strict=True):
         for part in (path.encode(), text.encode()):
@@ -84,13 +88,13 @@ def hash_documents(paths: list[str], texts: list[str]) -> str:
 
 
 def hash_order(relative_path: str) -> str:
-    """What the documents are sorted by; the same on every machine."""
+    """Return the sort key of a document, which is the same on every machine."""
     return hashlib.sha256(relative_path.encode()).hexdigest()
 
 
 def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    # In the order of a hash: a split by documents, and the head of the corpus, are then fair samples.
+    # Ordered by a hash, so that a split by documents and the first documents are unbiased samples.
     relative_paths = sorted(
         (
             path.as_posix()
@@ -106,7 +110,7 @@ def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str]]
         try:
             text = (root / relative_path).read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            continue  # tests of the tokenizer module, in other encodings on purpose
+            continue  # test files of Python's tokenizer in other encodings
         if not text:
             continue
         if remaining_bytes is not None:
@@ -118,7 +122,7 @@ def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str]]
         paths.append(relative_path)
     if not texts:
         raise FileProblem(
-            root, "holds no Python source to make the built-in corpus of", "name documents of your own"
+            root, "has no Python source files for the built-in corpus", "name documents of your own"
         )
     return texts, paths
 

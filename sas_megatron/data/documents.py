@@ -1,9 +1,9 @@
-"""Documents streamed from files, in bounded memory.
+"""Stream documents from files in bounded memory.
 
-    files and folders -> SourceFile -> TextBatch (an Arrow array of texts, about a mebibyte) -> str
+    files and folders -> SourceFile -> TextBatch (an Arrow array of texts, about 1 MiB) -> str
 
-Arrow arrays keep the texts of a batch in one buffer, which later stages hash, cut and hand to other
-processes without making a Python string of each document.
+An Arrow array holds the texts of a batch in one buffer. Later stages hash and split this buffer and send it
+to other processes without creating a Python string for each document.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ MAX_ROWS_PER_BATCH = 8192
 class TextBatch:
     """Consecutive documents of one file."""
 
-    texts: pa.LargeStringArray  # valid UTF-8; null where a row holds no text
+    texts: pa.LargeStringArray  # valid UTF-8; null for a row without text
     file: SourceFile
-    source_bytes_read: int  # of all files up to here, as they lie on disk; an estimate, for progress
+    source_bytes_read: int  # bytes on disk of all files read so far; an estimate for progress reports
 
 
 def stream_documents(sources: Sequence[str | Path], *, text_column: str = "text") -> Iterator[str]:
-    """Every document that is not empty, in order: files as named, a folder's sorted by path.
+    """Yield every document that is not empty: files in the given order, files of a folder sorted by path.
 
     Raises:
-        FileProblem: a file is missing, damaged, undecodable or of an unknown ending.
-        FieldError: a file lacks the text column, or it holds no strings.
-        UserError: there is no document, or only empty ones.
+        FileProblem: A file is missing, damaged, not UTF-8 or of an unknown ending.
+        FieldError: A file has no text column, or the column is not of strings.
+        UserError: The sources have no documents, or only empty ones.
     """
     num_documents = 0
     for batch in stream_text_batches(find_source_files(sources), text_column=text_column):
@@ -54,13 +54,18 @@ def stream_documents(sources: Sequence[str | Path], *, text_column: str = "text"
 
 
 def empty_corpus(sources: Sequence[str | Path]) -> UserError:
-    """The error for sources without a single document that has text."""
+    """Return the error for sources without any document that has text."""
     names = ", ".join(str(source) for source in sources)
-    return UserError(f"sources={names}: hold no documents, or only empty ones; name files with text in them")
+    return UserError(f"sources={names}: have no documents, or only empty ones; name files with text in them")
 
 
 def stream_text_batches(files: Sequence[SourceFile], *, text_column: str = "text") -> Iterator[TextBatch]:
-    """The texts of the files in order, in batches of about a mebibyte. Raises as `stream_documents`."""
+    """Yield the texts of the files in order, in batches of about 1 MiB.
+
+    Raises:
+        FileProblem: A file is missing, damaged or not UTF-8.
+        FieldError: A file has no text column, or the column is not of strings.
+    """
     bytes_before = 0
     for file in files:
         reader = _READERS[file.document_format]
@@ -71,9 +76,9 @@ def stream_text_batches(files: Sequence[SourceFile], *, text_column: str = "text
                 rows_before += len(strings)
                 yield TextBatch(strings, file, bytes_before + int(share_read * file.size_bytes))
         except FileNotFoundError as error:
-            raise FileProblem(file.path, "there is no such file", "check the path") from error
+            raise FileProblem(file.path, "does not exist", "check the path") from error
         except (pa.ArrowException, OSError) as error:
-            # Arrow reports damaged data as ArrowInvalid or as OSError, depending on the format.
+            # Arrow raises ArrowInvalid or OSError for damaged data, depending on the format.
             raise FileProblem(
                 file.path,
                 f"cannot be read as {file.document_format.value}: it is damaged or truncated "
@@ -84,7 +89,7 @@ def stream_text_batches(files: Sequence[SourceFile], *, text_column: str = "text
 
 
 def _read_parquet(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, float]]:
-    # A buffered stream: otherwise a whole column chunk, which may be the whole file, is read at once.
+    # Use a buffered stream; otherwise Arrow reads an entire column chunk, possibly the entire file, at once.
     with pq.ParquetFile(file.path, buffer_size=BATCH_BYTES, pre_buffer=False) as parquet:
         schema = parquet.schema_arrow
         _check_column(schema, text_column, file)
@@ -114,7 +119,7 @@ def _read_arrow(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, 
         mapped.seek(0)
         if start[:4] == b"FEA1":
             raise FileProblem(
-                file.path, "is a Feather file of version 1", "write it again as version 2 (Arrow IPC)"
+                file.path, "is a Feather file of version 1", "convert it to version 2 (Arrow IPC)"
             )
         if start == b"ARROW1":
             reader = pa.ipc.open_file(mapped)
@@ -125,7 +130,7 @@ def _read_arrow(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, 
             _check_column(reader.schema, text_column, file)
             batches = iter(reader)
         for batch in batches:
-            # A batch in the file may hold everything: slices of it share its memory.
+            # One batch may hold the entire file, so yield slices, which share its memory.
             column = batch.column(batch.schema.get_field_index(text_column))
             rows = max(1, min(MAX_ROWS_PER_BATCH, BATCH_BYTES * len(column) // max(1, column.nbytes)))
             for row in range(0, len(column), rows):
@@ -138,7 +143,7 @@ def _check_column(schema: pa.Schema, text_column: str, file: SourceFile) -> None
             "text_column",
             text_column,
             f"{file.path} has no such column; its columns are {', '.join(schema.names) or 'none'}",
-            "name the one that holds the text",
+            "name the column with the text",
         )
     column_type = schema.field(text_column).type
     value_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
@@ -156,8 +161,8 @@ def _check_column(schema: pa.Schema, text_column: str, file: SourceFile) -> None
 
 
 def _read_json_lines(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, float]]:
-    # The json module, a line at a time, and not pyarrow.json: that one fixes a schema from the first block,
-    # fails when another field changes its type later, limits the length of a line, and names no line.
+    # Parse line by line with the json module instead of pyarrow.json, which derives the schema from the first
+    # block, fails when another field changes its type later, limits the line length and names no line.
     texts: list[str | None] = []
     texts_bytes = offset = 0
     with pa.OSFile(str(file.path)) as raw, _open_lines(file, raw) as lines:
@@ -182,18 +187,18 @@ def _text_of_line(line: str, file: SourceFile, line_number: int, text_column: st
         raise FileProblem(
             where,
             f"is not JSON ({error})",
-            "JSON lines hold one whole object on each line; mend or drop the line",
+            "JSON Lines files have one complete object per line; fix or remove the line",
         ) from error
     if not isinstance(row, dict):
         raise FileProblem(
-            where, f"holds a {type(row).__name__}, not an object", 'write {"text": "…"} on each line'
+            where, f"is a {type(row).__name__}, not an object", 'write {"text": "…"} on each line'
         )
     if text_column not in row:
         raise FieldError(
             "text_column",
             text_column,
             f"{where} has no such column; its columns are {', '.join(row) or 'none'}",
-            "name the one that holds the text",
+            "name the column with the text",
         )
     text: object = row[text_column]
     if text is None:
@@ -202,7 +207,7 @@ def _text_of_line(line: str, file: SourceFile, line_number: int, text_column: st
         raise FieldError(
             "text_column",
             text_column,
-            f"holds a {type(text).__name__} in {where}",
+            f"is of type {type(text).__name__} in {where}, not string",
             "name a column of strings",
         )
     if not text.isascii():
@@ -211,14 +216,14 @@ def _text_of_line(line: str, file: SourceFile, line_number: int, text_column: st
         except UnicodeEncodeError as error:
             raise FileProblem(
                 where,
-                f"holds half of a surrogate pair ({error.object[error.start]!r})",
-                "mend or drop the line",
+                f"has an unpaired surrogate ({error.object[error.start]!r})",
+                "fix or remove the line",
             ) from error
     return text
 
 
 def _read_text(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Array, float]]:
-    del text_column  # a text file is one document, without columns
+    del text_column  # a text file is one document and has no columns
     with pa.OSFile(str(file.path)) as raw, _open_lines(file, raw) as stream:
         yield pa.array([_decode(stream.read(), file, 0)], pa.large_string()), 1.0
 
@@ -235,14 +240,14 @@ def _decode(data: bytes, file: SourceFile, offset: int) -> str:
         within = " of the uncompressed text" if file.compression else ""
         raise FileProblem(
             file.path,
-            f"holds bytes that are not UTF-8 at byte offset {offset + error.start}{within} "
+            f"has bytes that are not UTF-8 at byte offset {offset + error.start}{within} "
             f"(0x{data[error.start]:02x})",
             "convert it to UTF-8",
         ) from error
 
 
 def _checked_utf8(texts: pa.Array, file: SourceFile, rows_before: int) -> pa.LargeStringArray:
-    """The texts as large strings; Arrow's readers take the bytes of a string column on trust."""
+    """Return the texts as large strings after validating their UTF-8, which Arrow's readers do not do."""
     if pa.types.is_dictionary(texts.type):
         texts = pc.dictionary_decode(texts)
     strings = texts.cast(pa.large_string())
@@ -255,7 +260,7 @@ def _checked_utf8(texts: pa.Array, file: SourceFile, rows_before: int) -> pa.Lar
             except UnicodeDecodeError as error:
                 raise FileProblem(
                     file.path,
-                    f"holds bytes that are not UTF-8 at byte offset {error.start} of the text in row {row} "
+                    f"has bytes that are not UTF-8 at byte offset {error.start} of the text in row {row} "
                     f"(0x{value[error.start]:02x}), counting from 0",
                     "convert it to UTF-8",
                 ) from error

@@ -1,7 +1,7 @@
-"""Worker processes that encode chunks, with results in the order of the chunks.
+"""Worker processes that encode chunks and return the results in the order of the chunks.
 
-Not concurrent.futures: its processes outlive a parent that is killed, and import the parent's main module,
-which in training brings torch along. These end with their parent and import only what they need.
+The processes of concurrent.futures would outlive a parent that is killed, and would import the parent's main
+module, which in training imports torch. These workers end with their parent and import only what they need.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.data.chunks import Chunk
 from sas_megatron.data.encoding_worker import EncodedChunk, WorkerFailure
 
-# Results that may wait for one before them, for each worker; bounds the memory.
+# Results per worker that may wait for an earlier result; bounds the memory.
 MAX_CHUNKS_AHEAD_PER_WORKER = 4
 
 
 class EncodingPool:
-    """Processes with a tokenizer each; a context manager, which ends them."""
+    """Worker processes with one tokenizer each; a context manager that ends them on exit."""
 
     def __init__(self, tokenizer_path: Path, num_workers: int) -> None:
         self._connections: list[Connection] = []
@@ -46,31 +46,32 @@ class EncodingPool:
             process.wait()
 
     def wait_until_ready(self, tokenizer_sha256: str) -> None:
-        """Returns when each worker has imported its modules and read the tokenizer.
+        """Wait until each worker has imported its modules and read the tokenizer.
 
         Raises:
-            UserError: a worker read another tokenizer than its parent.
+            UserError: A worker was killed, or read another tokenizer than its parent.
+            RuntimeError: A worker failed with an error of the program.
         """
         for connection in self._connections:
             if self._receive(connection) != tokenizer_sha256:
-                raise UserError("tokenizer: the file changed while it was read; run the command again")
+                raise UserError("tokenizer: the file changed while it was being read; run the command again")
 
     @property
     def process_ids(self) -> list[int]:
-        """The workers, for whoever measures their memory."""
+        """Process ids of the workers, for measurements of their memory."""
         return [process.pid for process in self._processes]
 
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
-        """Each chunk with its tokens, in order; takes chunks only as fast as workers finish them.
+        """Yield each chunk with its tokens, in order; chunks are read only as fast as workers finish them.
 
         Raises:
-            UserError: a worker was killed, or refused what the user gave.
-            RuntimeError: a worker failed.
+            UserError: A worker was killed, or raised a user error.
+            RuntimeError: A worker failed with an error of the program.
         """
         remaining = iter(chunks)
         upcoming = next(remaining, None)
         idle = list(self._connections)
-        in_flight: list[Chunk] = []  # in order
+        in_flight: list[Chunk] = []  # in the order of the chunks
         finished: dict[int, EncodedChunk] = {}
         max_in_flight = MAX_CHUNKS_AHEAD_PER_WORKER * len(self._connections)
 
@@ -79,58 +80,58 @@ class EncodingPool:
             while upcoming is not None and idle and len(in_flight) < max_in_flight:
                 self._send(idle.pop(), upcoming)
                 in_flight.append(upcoming)
-                upcoming = next(remaining, None)  # read while the workers encode
+                upcoming = next(remaining, None)  # read the next chunk while the workers encode
 
         feed_workers()
         while in_flight:
             busy = [connection for connection in self._connections if connection not in idle]
             for ready in wait(busy):
-                assert isinstance(ready, Connection)
+                assert isinstance(ready, Connection), "wait returns the connections that it is given"
                 encoded = self._receive(ready)
-                assert isinstance(encoded, EncodedChunk)
+                assert isinstance(encoded, EncodedChunk), "a worker answers a chunk with its tokens"
                 finished[encoded.index] = encoded
                 idle.append(ready)
-            feed_workers()  # before the results are written
+            feed_workers()  # keep workers busy while the caller writes the results
             while in_flight and in_flight[0].index in finished:
                 chunk = in_flight.pop(0)
                 yield chunk, finished.pop(chunk.index)
-            feed_workers()  # a chunk that all waited for may have come
+            feed_workers()  # yielded chunks have left in_flight and made room for more
 
     def _start_worker(self, tokenizer_path: Path) -> None:
-        ours, theirs = Pipe()
+        parent_end, worker_end = Pipe()
         environment = dict(os.environ)
-        # The parent may have found the package by other means than the environment.
+        # The parent may have found the package by other means than PYTHONPATH.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        command = [sys.executable, "-m", "sas_megatron.data.encoding_worker", str(theirs.fileno())]
+        command = [sys.executable, "-m", "sas_megatron.data.encoding_worker", str(worker_end.fileno())]
         process = subprocess.Popen(
             [*command, str(tokenizer_path.absolute())],
-            pass_fds=[theirs.fileno()],
+            pass_fds=[worker_end.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,
         )
-        theirs.close()
-        self._connections.append(ours)
+        worker_end.close()
+        self._connections.append(parent_end)
         self._processes.append(process)
 
     def _send(self, connection: Connection, chunk: Chunk) -> None:
         try:
             connection.send(chunk)
         except (BrokenPipeError, ConnectionResetError) as error:
-            raise self._ended(connection) from error
+            raise self._report_exit(connection) from error
 
     def _receive(self, connection: Connection) -> object:
         try:
             message = connection.recv()
         except (EOFError, ConnectionResetError) as error:
-            raise self._ended(connection) from error
+            raise self._report_exit(connection) from error
         if isinstance(message, WorkerFailure):
             raise (UserError if message.is_user_error else RuntimeError)(message.message)
         return message
 
-    def _ended(self, connection: Connection) -> UserError:
+    def _report_exit(self, connection: Connection) -> UserError:
         process = self._processes[self._connections.index(connection)]
         status = process.wait()
         return UserError(
-            f"workers={len(self._processes)}: process {process.pid} ended by itself (status {status}), "
-            "perhaps for want of memory; run the command again, with fewer workers, to go on"
+            f"workers={len(self._processes)}: process {process.pid} ended unexpectedly (status {status}), "
+            "possibly out of memory; run the command again with fewer workers to resume"
         )

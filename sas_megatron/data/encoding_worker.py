@@ -1,7 +1,8 @@
-"""A worker process: receives chunks of documents, sends back their tokens.
+"""A worker process that receives chunks of documents and sends back their tokens.
 
-Run as `python -m sas_megatron.data.encoding_worker DESCRIPTOR TOKENIZER`. It imports neither torch nor
-Megatron-core, which would take seconds, and ends when its parent does, because its connection closes.
+Run as `python -m sas_megatron.data.encoding_worker DESCRIPTOR TOKENIZER`. The worker imports neither torch
+nor Megatron-core, which would take seconds. It ends with its parent process, because the connection then
+closes.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from sas_megatron.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The tokens of a chunk as the bytes that go to disk."""
+    """The tokens of a chunk, as the bytes to write to disk."""
 
     index: int
-    tokens: bytes  # of the tokenizer's token_dtype, each document ended by end of document
-    document_tokens: bytes  # int32 [documents], with end of document
+    tokens: bytes  # of the tokenizer's token_dtype; each document ends with an end-of-document token
+    document_tokens: bytes  # int32 [documents], number of tokens including the end-of-document token
     max_token_id: int
 
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """Why a worker could not go on; sent in place of a result."""
+    """The error of a worker; sent instead of a result."""
 
     message: str
     is_user_error: bool
 
 
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> EncodedChunk:
-    """The chunk's documents as tokens, each ended by end of document."""
+    """Encode the documents of a chunk, and append an end-of-document token to each."""
     if len(chunk.document_bytes) == 0:
         return EncodedChunk(chunk.index, b"", b"", -1)
     documents = tokenizer.encode_documents(chunk.documents())
     end = np.array([tokenizer.eos_id], dtype=np.int32)
-    tokens = np.concatenate([part for document in documents for part in (document, end)])
+    tokens = np.concatenate([array for document in documents for array in (document, end)])
     lengths = np.fromiter((len(document) + 1 for document in documents), dtype="<i4", count=len(documents))
     return EncodedChunk(
         chunk.index, tokens.astype(tokenizer.token_dtype).tobytes(), lengths.tobytes(), int(tokens.max())
@@ -51,7 +52,7 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> EncodedChunk:
 
 
 def serve(connection: Connection, tokenizer_path: str) -> None:
-    """Says that it is ready, then answers chunks until the other end closes."""
+    """Send the tokenizer's sha256 when ready, then answer each chunk until the other end closes."""
     try:
         tokenizer = Tokenizer(tokenizer_path)
         connection.send(tokenizer.sha256)
@@ -62,7 +63,7 @@ def serve(connection: Connection, tokenizer_path: str) -> None:
                 return
             connection.send(encode_chunk(tokenizer, chunk))
     except (BrokenPipeError, ConnectionResetError):
-        return  # the parent ended first
+        return  # the parent process ended
     except UserError as error:
         connection.send(WorkerFailure(str(error), is_user_error=True))
     except Exception:
@@ -70,9 +71,9 @@ def serve(connection: Connection, tokenizer_path: str) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C reaches the whole group of processes: the parent ends in order, and with it the connection.
+    # Ctrl-C signals every process of the group. The parent shuts down in order and closes the connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # As this file is __main__ here, what it sends must be of the classes the parent imports.
+    # This file runs as __main__ here; the import makes it send the classes that the parent imports.
     from sas_megatron.data import encoding_worker
 
     encoding_worker.serve(Connection(int(sys.argv[1])), sys.argv[2])

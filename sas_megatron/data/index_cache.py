@@ -1,7 +1,7 @@
-"""A folder of sample indices that ranks, jobs and nodes share: built once, whole or not there at all.
+"""A folder of sample indices that ranks, jobs and nodes share; built once, and either complete or absent.
 
-rank 0, of one job at a time -> builds it aside -> renames it
-nodes that do not see it     -> get rank 0's files, into a folder of their own
+rank 0 of one job at a time          -> builds it in a temporary folder -> renames it
+nodes that do not see rank 0's disk  -> receive rank 0's files and write a copy
 """
 
 from __future__ import annotations
@@ -23,49 +23,50 @@ from sas_megatron.distributed.object_collectives import gather_from_ranks, raise
 from sas_megatron.distributed.shared_directory import wait_until_visible
 from sas_megatron.io.files import make_folder, sync
 
-# A network file system may show a folder late: then the rank gets what it would have found.
-SECONDS_UNTIL_SEEN = 3.0
-PIECE_BYTES = 2**25
-# What a builder that was killed has left lies for so long: another may be at work on its own.
-LEFT_OVER_SECONDS = 24 * 3600
+# A network file system may show a new folder late. After this time the rank's node gets a copy.
+SECONDS_UNTIL_VISIBLE = 3.0
+BLOCK_BYTES = 2**25
+# Age at which the temporary folder of a killed job is removed; a younger one may still be in use.
+STALE_SECONDS = 24 * 3600
 
 
 def provide_folder(folder: Path, build: Callable[[Path], object]) -> None:
-    """Sees to it that `folder` is there for every rank, with what `build` writes; all must call it.
+    """Make `folder` available to every rank with the files that `build` writes; a collective call.
 
     Args:
-        folder: Its name stands for all that decides its contents.
-        build: Writes them, on rank 0, into the new folder that it is given; all ranks call it.
+        folder: Its name must identify its contents.
+        build: Called on all ranks with a new folder; rank 0 writes the files into it.
 
     Raises:
-        FieldError: it cannot be written, or some rank does not see it; the same on every rank.
+        FieldError: The folder cannot be written, or is not visible to some rank; the same error on every
+            rank.
     """
-    with contextlib.ExitStack() as turn:
-        aside = run_on_rank0(lambda: _begin(folder, turn))
-        if aside is not None:
-            build(aside)
-            run_on_rank0(lambda: _publish(aside, folder))
-    _hand_out(folder)
+    with contextlib.ExitStack() as lock:
+        temporary = run_on_rank0(lambda: _begin(folder, lock))
+        if temporary is not None:
+            build(temporary)
+            run_on_rank0(lambda: _publish(temporary, folder))
+    _copy_to_other_nodes(folder)
 
 
-def _begin(folder: Path, turn: contextlib.ExitStack) -> Path | None:
-    """A new folder to build in, with nobody else building until `turn` ends; None if there is no need."""
+def _begin(folder: Path, lock: contextlib.ExitStack) -> Path | None:
+    """Return a new folder to build in, locked against other jobs until `lock` closes; None if one exists."""
     if folder.is_dir():
         return None
-    with _written(folder):
+    with _writing(folder):
         make_folder(folder.parent)
-        turn.enter_context(_locked(folder.with_name(f".{folder.name}.lock")))
-        if folder.is_dir():  # another job built it meanwhile
+        lock.enter_context(_locked(folder.with_name(f".{folder.name}.lock")))
+        if folder.is_dir():  # another job built it in the meantime
             return None
-        _remove_left_over(folder)
-        return _new_aside(folder)
+        _remove_stale_folders(folder)
+        return _make_temporary_folder(folder)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """A lock between processes that see one file system.
+    """Hold a lock among processes that share a file system.
 
-    Where it knows no locks, two jobs may build the same at the same time, and one of them in vain.
+    On a file system without locks two jobs may build the same folder; the one that finishes first wins.
     """
     with path.open("a") as file:
         with contextlib.suppress(OSError):
@@ -73,80 +74,80 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Whoever has waited at it, or makes it anew, looks first for what was built.
+            # A process that waits for this file, or creates a new one, checks for the built folder first.
             path.unlink(missing_ok=True)
 
 
-def _new_aside(folder: Path) -> Path:
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    aside.mkdir()
-    return aside
+def _make_temporary_folder(folder: Path) -> Path:
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    return temporary
 
 
-def _remove_left_over(folder: Path) -> None:
+def _remove_stale_folders(folder: Path) -> None:
     for path in folder.parent.glob(f".{folder.name}.*"):
-        with contextlib.suppress(FileNotFoundError):  # it was published just now
-            if path.is_dir() and time.time() - path.stat().st_mtime > LEFT_OVER_SECONDS:
+        with contextlib.suppress(FileNotFoundError):  # renamed by another job in the meantime
+            if path.is_dir() and time.time() - path.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _publish(aside: Path, folder: Path) -> None:
-    with _written(folder):
-        for path in (*aside.iterdir(), aside):
+def _publish(temporary: Path, folder: Path) -> None:
+    with _writing(folder):
+        for path in (*temporary.iterdir(), temporary):
             sync(path)
         try:
-            aside.rename(folder)
+            temporary.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-            shutil.rmtree(aside)  # another was faster, with the same
+            shutil.rmtree(temporary)  # another job published the same contents first
         sync(folder.parent)
 
 
-def _hand_out(folder: Path) -> None:
-    """Gives rank 0's files to the nodes that have none."""
+def _copy_to_other_nodes(folder: Path) -> None:
+    """Write a copy of rank 0's files on each node that does not see them."""
     host, rank = socket.gethostname(), dist.get_rank()
-    blind = gather_from_ranks(None if wait_until_visible(folder, seconds=SECONDS_UNTIL_SEEN) else host)
-    if not any(blind):
+    lacking = gather_from_ranks(None if wait_until_visible(folder, seconds=SECONDS_UNTIL_VISIBLE) else host)
+    if not any(lacking):
         return
-    is_writer = blind[rank] is not None and blind.index(host) == rank
-    aside = raise_on_all_ranks(lambda: _begin_copy(folder) if is_writer else None)
-    pieces = _pieces(folder)
-    while (piece := run_on_rank0(lambda: next(pieces, None))) is not None:
-        raise_on_all_ranks(functools.partial(_append, aside, *piece))
-    raise_on_all_ranks(lambda: _publish(aside, folder) if aside is not None else None)
-    unseen = [place for place in gather_from_ranks(None if folder.is_dir() else host) if place is not None]
-    if unseen:
+    is_writer = lacking[rank] is not None and lacking.index(host) == rank
+    temporary = raise_on_all_ranks(lambda: _begin_copy(folder) if is_writer else None)
+    blocks = _read_blocks(folder)
+    while (block := run_on_rank0(lambda: next(blocks, None))) is not None:
+        raise_on_all_ranks(functools.partial(_append, temporary, *block))
+    raise_on_all_ranks(lambda: _publish(temporary, folder) if temporary is not None else None)
+    unshared = [name for name in gather_from_ranks(None if folder.is_dir() else host) if name is not None]
+    if unshared:
         raise FieldError(
             "data.index_cache",
             folder.parent,
-            f"is another folder to one process on {unseen[0]} than to the next",
-            "name one that all processes of a node share",
+            f"must be the same folder for all processes of a node, and is not on {unshared[0]}",
+            "name a folder that all processes of a node share",
         )
 
 
 def _begin_copy(folder: Path) -> Path:
-    with _written(folder):
+    with _writing(folder):
         make_folder(folder.parent)
-        return _new_aside(folder)
+        return _make_temporary_folder(folder)
 
 
-def _pieces(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """What the files hold, each with its file's name."""
+def _read_blocks(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the contents of the files in blocks, each with its file name."""
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             yield path.name, b""
-            while content := file.read(PIECE_BYTES):
+            while content := file.read(BLOCK_BYTES):
                 yield path.name, content
 
 
-def _append(aside: Path | None, name: str, content: bytes) -> None:
-    if aside is not None:
-        with _written(aside), (aside / name).open("ab") as file:
+def _append(temporary: Path | None, name: str, content: bytes) -> None:
+    if temporary is not None:
+        with _writing(temporary), (temporary / name).open("ab") as file:
             file.write(content)
 
 
-def _written(folder: Path) -> contextlib.AbstractContextManager[None]:
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
     return translate_os_errors(
         folder.parent,
         problem=f"cannot be written on {socket.gethostname()}",

@@ -1,13 +1,14 @@
-"""An unfinished preparation on disk: what PREFIX.partial/ holds, and how it becomes PREFIX.bin and .idx.
+"""The files of an unfinished preparation, PREFIX.partial/, and their publication as .bin, .idx and .json.
 
-    plan.json      tokenizer and settings; another plan starts over
-    tokens.bin     the tokens so far, in order
-    lengths.bin    the tokens of each document so far, int32
-    journal.jsonl  one line for each chunk that is in both, with the sha256 of its text
-    manifest.json  only when all is done: what is left is to rename
+    plan.json      tokenizer and settings; a different plan starts from the beginning
+    tokens.bin     the tokens written so far, in order
+    lengths.bin    the number of tokens of each document written so far, int32
+    journal.jsonl  one line for each chunk in both files, with the sha256 of its text
+    manifest.json  written when everything is encoded; only renaming remains
 
-A line of the journal follows its data, so that what a killed run leaves is whole up to the last line. On
-going on the texts are read again (not encoded) and compared with the journal, chunk by chunk.
+The journal line of a chunk is written after its data, so the files of a killed run are complete up to the
+last line. A resumed run reads the texts again, without encoding them, and compares them with the journal by
+chunk.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PUBLISHED = {"tokens.bin": ".bin", "index.idx": ".idx", "manifest.json": ".json"
 
 @dataclass
 class Totals:
-    """Sums over the chunks that are done."""
+    """Sums over the finished chunks."""
 
     num_chunks: int = 0
     num_documents: int = 0
@@ -52,7 +53,8 @@ class PartialTokens:
     """The folder of an unfinished preparation, locked while it is open; a context manager.
 
     Raises:
-        FileProblem: another process is preparing the same files.
+        FileProblem: Another process is preparing the same files.
+        OSError: The folder cannot be written.
     """
 
     def __init__(self, prefix: Path, plan: dict[str, Any], dtype: np.dtype[np.generic]) -> None:
@@ -62,7 +64,7 @@ class PartialTokens:
         self._bin_hash = hashlib.sha256()
         self._text_hash = hashlib.sha256()
         make_folder(self._folder)
-        self._lock = open(self._folder / "lock", "w")  # noqa: SIM115  # held until close
+        self._lock = open(self._folder / "lock", "w")  # noqa: SIM115  # locked until closed
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -70,9 +72,9 @@ class PartialTokens:
             raise FileProblem(
                 self._folder,
                 "another process is preparing these files",
-                "wait for it, or name another --output",
+                "wait for it to finish, or name another --output",
             ) from error
-        self._start_or_go_on(plan)
+        self._start_or_resume(plan)
 
     def __enter__(self) -> PartialTokens:
         return self
@@ -81,10 +83,10 @@ class PartialTokens:
         for stream in (self._tokens, self._lengths, self._journal, self._lock):
             stream.close()
         if self._folder.exists() and self.totals.num_chunks == 0:
-            shutil.rmtree(self._folder)  # nothing worth going on from
+            shutil.rmtree(self._folder)  # no chunk to resume from
 
     def skip_finished(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The chunks that are still to be encoded; the rest is checked against the journal and kept."""
+        """Yield the chunks to encode; chunks that match the journal keep their tokens and are skipped."""
         remaining = iter(chunks)
         changed: Chunk | None = None
         for record in self._read_journal():
@@ -96,13 +98,13 @@ class PartialTokens:
                 changed = chunk
                 break
             self._count(chunk, encoded)
-        self._cut_to_totals()
+        self._truncate_to_totals()
         if changed is not None:
             yield changed
         yield from remaining
 
     def append(self, chunk: Chunk, encoded: EncodedChunk) -> None:
-        """Adds the chunk that follows."""
+        """Append the tokens of the next chunk."""
         self._tokens.write(encoded.tokens)
         self._lengths.write(encoded.document_tokens)
         self._tokens.flush()
@@ -119,15 +121,15 @@ class PartialTokens:
         self._count(chunk, encoded)
 
     def text_sha256(self) -> str:
-        """The sha256 over the digests of the chunks so far."""
+        """Return the sha256 of the digests of the finished chunks."""
         return self._text_hash.hexdigest()
 
     def bin_sha256(self) -> str:
-        """The sha256 of the tokens so far."""
+        """Return the sha256 of the tokens written so far."""
         return self._bin_hash.hexdigest()
 
     def write_index(self) -> Path:
-        """Writes the .idx, brings it and the tokens to disk, and returns its path."""
+        """Write the .idx file, sync it and the tokens to disk, and return its path."""
         path = self._folder / "index.idx"
         write_index(path, np.memmap(self._folder / "lengths.bin", dtype="<i4", mode="r"), self._dtype)
         sync(path)
@@ -135,16 +137,16 @@ class PartialTokens:
         return path
 
     def write_manifest(self, text: str) -> None:
-        """Marks the preparation as done: from here on only `publish` is left."""
+        """Write the manifest, which marks the preparation as ready for `publish`."""
         write_file(self._folder / "manifest.json", text)
 
-    def _start_or_go_on(self, plan: dict[str, Any]) -> None:
+    def _start_or_resume(self, plan: dict[str, Any]) -> None:
         plan_path = self._folder / "plan.json"
         if _read_json(plan_path) != plan:
             for name in ("journal.jsonl", "tokens.bin", "lengths.bin"):
                 (self._folder / name).unlink(missing_ok=True)
             write_file(plan_path, json.dumps(plan, indent=2) + "\n")
-        # "a+b" makes the file where there is none, and lets it be read and cut.
+        # "a+b" creates a missing file and allows reading and truncation.
         self._tokens = open(self._folder / "tokens.bin", "a+b")  # noqa: SIM115
         self._lengths = open(self._folder / "lengths.bin", "a+b")  # noqa: SIM115
         self._journal = open(self._folder / "journal.jsonl", "a+", encoding="utf-8")  # noqa: SIM115
@@ -157,11 +159,11 @@ class PartialTokens:
                 try:
                     record = json.loads(line)
                 except ValueError:
-                    return  # the line that was being written when the run was killed
+                    return  # an incomplete line, written when the run was killed
                 yield record
 
     def _read_back(self, chunk: Chunk, record: dict[str, Any]) -> EncodedChunk | None:
-        """The chunk's tokens from an earlier run, or None if the text or the files are not as then."""
+        """Return the chunk's tokens of an earlier run; None if its text or the files have changed."""
         if record["text_sha256"] != chunk.digest.hex():
             return None
         tokens = self._tokens.read(record["token_bytes"])
@@ -182,8 +184,8 @@ class PartialTokens:
         totals.token_bytes += len(encoded.tokens)
         totals.length_bytes += len(encoded.document_tokens)
 
-    def _cut_to_totals(self) -> None:
-        """Drops whatever lies beyond the chunks that are counted."""
+    def _truncate_to_totals(self) -> None:
+        """Truncate the files after the counted chunks."""
         self._journal.seek(0)
         lines = [self._journal.readline() for _ in range(self.totals.num_chunks)]
         journal_bytes = sum(len(line.encode()) for line in lines)
@@ -193,15 +195,22 @@ class PartialTokens:
 
 
 def publish(prefix: Path) -> bool:
-    """Renames a preparation that is done to PREFIX.bin, .idx and .json; goes on from a run killed in between.
+    """Rename the files of a completed preparation to PREFIX.bin, .idx and .json.
 
-    Returns whether there was one. The record comes last: with it the files are complete.
+    PREFIX.json is renamed last and marks the token files as complete. A run that was killed between two
+    renames is completed by the next call.
+
+    Returns:
+        Whether there was a completed preparation.
+
+    Raises:
+        OSError: A file cannot be renamed.
     """
     folder = token_file(prefix, ".partial")
     if not (folder / "manifest.json").exists():
         return False
     if (folder / "tokens.bin").exists():
-        token_file(prefix, ".json").unlink(missing_ok=True)  # the record of what is now replaced
+        token_file(prefix, ".json").unlink(missing_ok=True)  # the manifest of the files to be replaced
     for name, ending in PUBLISHED.items():
         if (folder / name).exists():
             rename_file(folder / name, token_file(prefix, ending))

@@ -1,9 +1,9 @@
-"""Documents to token files: PREFIX.bin, PREFIX.idx and PREFIX.json.
+"""Encode documents as token files: PREFIX.bin, PREFIX.idx and PREFIX.json.
 
     files -> text batches -> chunks -> worker processes -> PREFIX.partial/ -> renamed to PREFIX.*
 
-One process reads, cuts and writes in order; the workers encode. Memory holds a few chunks a worker. A run
-that was killed goes on from the chunks it had finished; the result does not depend on the number of workers.
+One process reads, splits and writes in order; the workers encode. Memory holds a few chunks per worker. A run
+that was killed resumes after its finished chunks. The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sas_megatron.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class PreparationProgress:
-    """How far a preparation is, with what an earlier run had done."""
+    """Progress of a preparation, including the chunks of an earlier run."""
 
     num_documents: int
     num_tokens: int
@@ -48,14 +48,14 @@ class PreparationProgress:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `prepare_token_files` did."""
+    """Result of `prepare_token_files`."""
 
     manifest: TokenManifest
-    was_complete: bool  # the files were there, of the same documents
-    resumed_chunks: int  # taken over from a run that did not end
-    encoded_tokens: int  # without those taken over
-    startup_seconds: float  # until the workers had imported their modules
-    encoding_seconds: float  # from there until the files were renamed
+    was_complete: bool  # token files of the same documents existed already
+    resumed_chunks: int  # chunks encoded by an earlier run that did not finish
+    encoded_tokens: int  # tokens encoded by this run
+    startup_seconds: float  # time until the workers had imported their modules
+    encoding_seconds: float  # time from then until the files were renamed
 
 
 def prepare_token_files(
@@ -68,33 +68,30 @@ def prepare_token_files(
     overwrite: bool = False,
     report_progress: Callable[[PreparationProgress], None] | None = None,
 ) -> Preparation:
-    """Writes the documents of the sources as token files for Megatron-core's datasets.
+    """Write the documents of the sources as token files for Megatron-core's datasets.
 
-    Each document is one sequence ended by the tokenizer's end of document; empty documents are left out and
-    counted. Returns at once when the files are there and the sources unchanged.
+    Each document is one sequence that ends with the tokenizer's end-of-document token. Empty documents are
+    left out and counted. If the files exist and the sources are unchanged, the function returns immediately.
 
     Args:
-        num_workers: processes that encode; by default as many as this process may use processors.
-        overwrite: replace token files of other documents, or damaged ones.
-        report_progress: called after each chunk.
+        sources: Files and folders of documents.
+        tokenizer_path: A sentencepiece .model file.
+        prefix: Path of the token files without ending.
+        text_column: Column of the documents' text.
+        num_workers: Number of worker processes; by default the number of CPUs available to this process.
+        overwrite: Replace token files of other documents and damaged ones.
+        report_progress: Called after each chunk.
 
     Raises:
-        FieldError: `text_column` or `num_workers` is wrong.
-        FileProblem: a source or the tokenizer cannot be read, or the files cannot be written, or others stand
-            in their way.
-        UserError: there is no document with text, or a worker was killed.
+        FieldError: `text_column`, `num_workers` or `prefix` is invalid.
+        FileProblem: A source or the tokenizer cannot be read, the token files cannot be written, or token
+            files of other documents exist.
+        UserError: No document has text, or a worker was killed.
     """
     started = time.perf_counter()
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0))
-    if num_workers < 1:
-        raise FieldError(
-            "workers", num_workers, "must be at least one process", "use the number of processors"
-        )
-    if str(prefix).endswith(os.sep) or not Path(prefix).name:
-        raise FieldError(
-            "output", prefix, "must end in a name", "the files get the endings .bin, .idx and .json"
-        )
+    _check_arguments(prefix, num_workers=num_workers)
     prefix = Path(prefix)
     tokenizer = Tokenizer(tokenizer_path)
     files = find_source_files(sources)
@@ -116,25 +113,39 @@ def prepare_token_files(
         ):
             pool.wait_until_ready(tokenizer.sha256)
             ready = time.perf_counter()
-            resumed_chunks, encoded_tokens = _encode(pool, partial, files, text_column, report_progress)
+            resumed_chunks, encoded_tokens = _encode(
+                pool, partial, files=files, text_column=text_column, report_progress=report_progress
+            )
             if partial.totals.num_documents == 0:
                 partial.totals.num_chunks = 0
                 raise empty_corpus(sources)
-            manifest = _build_manifest(partial, tokenizer, sources, files, text_column)
+            manifest = _build_manifest(
+                partial, tokenizer=tokenizer, sources=sources, files=files, text_column=text_column
+            )
             partial.write_manifest(manifest.model_dump_json(indent=2) + "\n")
         publish(prefix)
     ended = time.perf_counter()
     return Preparation(manifest, False, resumed_chunks, encoded_tokens, ready - started, ended - ready)
 
 
+def _check_arguments(prefix: str | Path, *, num_workers: int) -> None:
+    if num_workers < 1:
+        raise FieldError("workers", num_workers, "must be at least one process", "use the number of CPUs")
+    if str(prefix).endswith(os.sep) or not Path(prefix).name:
+        raise FieldError(
+            "output", prefix, "must end in a file name", "append a name without ending, such as tokens"
+        )
+
+
 def _encode(
     pool: EncodingPool,
     partial: PartialTokens,
+    *,
     files: Sequence[SourceFile],
     text_column: str,
     report_progress: Callable[[PreparationProgress], None] | None,
 ) -> tuple[int, int]:
-    """Brings the partial files to the end of the sources; returns chunks taken over and tokens encoded."""
+    """Encode the remaining chunks; return the number of earlier chunks and of newly encoded tokens."""
     source_bytes = sum(file.size_bytes for file in files)
     chunks = cut_chunks(stream_text_batches(files, text_column=text_column))
     encoded_chunks = encoded_tokens = 0
@@ -158,30 +169,34 @@ def _encode(
 
 
 def _find_complete(prefix: Path, files: Sequence[SourceFile], plan: dict[str, Any]) -> TokenManifest | None:
-    """The record of token files of the same documents; None when there are no files yet."""
+    """Return the manifest of existing token files of the same documents; None if no token files exist.
+
+    Raises:
+        FileProblem: The token files are damaged, or were written from other documents or with another
+            tokenizer.
+    """
     if not any(token_file(prefix, ending).exists() for ending in (".bin", ".idx", ".json")):
         return None
     manifest = verify_token_files(prefix)
     remedy = "name another --output, or give --overwrite to replace them"
     path = token_file(prefix, ".json")
     if manifest.tokenizer_sha256 != plan["tokenizer_sha256"]:
-        raise FileProblem(
-            path, f"the token files are there, of another tokenizer ({manifest.tokenizer_path})", remedy
-        )
+        raise FileProblem(path, f"token files of another tokenizer exist ({manifest.tokenizer_path})", remedy)
     fingerprint = fingerprint_files(files)
     if manifest.sources_fingerprint == fingerprint and manifest.text_column == plan["text_column"]:
         return manifest
-    # Copied or touched files hold perhaps the same text: reading it again is cheap, encoding it is not.
+    # Copied or touched files may have the same text. Reading it again is cheap, encoding it is not.
     digest = hashlib.sha256()
     for chunk in cut_chunks(stream_text_batches(files, text_column=plan["text_column"])):
         digest.update(chunk.digest)
     if digest.hexdigest() != manifest.text_sha256:
-        raise FileProblem(path, "the token files are there, of other documents", remedy)
+        raise FileProblem(path, "token files of other documents exist", remedy)
     return manifest
 
 
 def _build_manifest(
     partial: PartialTokens,
+    *,
     tokenizer: Tokenizer,
     sources: Sequence[str | Path],
     files: Sequence[SourceFile],

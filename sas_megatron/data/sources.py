@@ -1,4 +1,4 @@
-"""The files a corpus is made of: formats by file ending, folders walked in order, changes noticed."""
+"""The source files of a corpus: formats by file ending, sorted walks of folders, change detection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class DocumentFormat(enum.Enum):
-    """How documents lie in a file."""
+    """File format of documents."""
 
     PARQUET = "Parquet"
     ARROW = "Arrow"
@@ -40,14 +40,14 @@ FORMAT_OF_ENDING: dict[str, DocumentFormat] = {
     ".tex": DocumentFormat.TEXT,
     ".py": DocumentFormat.TEXT,
 }
-# Parquet and Arrow compress inside the file, so only these two come compressed as a whole.
+# Parquet and Arrow compress inside the file; .gz and .zst are accepted for the other formats only.
 COMPRESSIBLE = (DocumentFormat.JSON_LINES, DocumentFormat.TEXT)
 COMPRESSION_OF_ENDING = {".gz": "gzip", ".zst": "zstd"}
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of documents."""
+    """A file of documents."""
 
     path: Path
     document_format: DocumentFormat
@@ -57,21 +57,21 @@ class SourceFile:
 
 
 def known_endings() -> str:
-    """The file endings that name a format, as one line for messages."""
+    """Return the supported file endings as one line for messages."""
     return ", ".join(FORMAT_OF_ENDING) + "; JSON lines and text also with .gz or .zst"
 
 
 def find_source_files(sources: Sequence[str | Path]) -> list[SourceFile]:
-    """The files of the named files and folders; a folder's recursively, sorted by their path in it.
+    """Return the files of `sources`; a folder is searched recursively, and its files are sorted by path.
 
-    In a folder, hidden files and files of an unknown ending are passed over; how many is logged.
+    In a folder, hidden files and files of an unknown ending are skipped; the number of the latter is logged.
 
     Raises:
-        FileProblem: a source is missing, unreadable, of an unknown ending, or a folder without documents.
-        UserError: no source is named.
+        FileProblem: A source is missing, unreadable, of an unknown ending, or a folder without documents.
+        UserError: `sources` is empty.
     """
     if not sources:
-        raise UserError("sources: none is named; give at least one file or folder of documents")
+        raise UserError("sources: none given; name at least one file or folder of documents")
     files: list[SourceFile] = []
     for source in sources:
         path = Path(source)
@@ -82,15 +82,15 @@ def find_source_files(sources: Sequence[str | Path]) -> list[SourceFile]:
         if found is None and path.exists():
             raise FileProblem(
                 path,
-                f"has an ending of no known format ({path.suffix or 'none'})",
-                f"known are {known_endings()}",
+                f"has an unknown file ending ({path.suffix or 'none'})",
+                f"known endings are {known_endings()}",
             )
         files.append(_stat_file(path, found))
     return files
 
 
 def fingerprint_files(files: Iterable[SourceFile]) -> str:
-    """A sha256 over path, size and time of change of each file: equal while nobody touched them."""
+    """Return a sha256 of path, size and modification time of each file, to detect changed files."""
     digest = hashlib.sha256()
     for file in files:
         line = f"{file.path.absolute()}\0{file.size_bytes}\0{file.modified_nanoseconds}\n"
@@ -114,12 +114,12 @@ def _stat_file(path: Path, found: tuple[DocumentFormat, str | None] | None) -> S
         path,
         problem="cannot be read",
         remedy="check its permissions",
-        missing=("there is no such file or folder", "check the path"),
+        missing=("does not exist", "check the path"),
     ):
         status = path.stat()
     if not os.access(path, os.R_OK):
         raise FileProblem(path, "cannot be read (permission denied)", "check its permissions")
-    assert found is not None, "a missing file is reported before its ending"
+    assert found is not None, "the caller checks the ending of an existing file"
     return SourceFile(path, found[0], found[1], status.st_size, status.st_mtime_ns)
 
 
@@ -132,11 +132,11 @@ def _files_in_folder(folder: Path) -> list[SourceFile]:
     for parent, folder_names, file_names in os.walk(folder, onerror=report):
         folder_names[:] = [name for name in folder_names if not name.startswith(".")]
         paths.extend(Path(parent, name) for name in file_names if not name.startswith("."))
-    # Sorted by their parts, so that the order is the same on every file system.
+    # Sort by path components, so that the order is the same on every file system.
     paths.sort(key=lambda path: path.relative_to(folder).parts)
     known = [(path, found) for path in paths if (found := _format_of(path)) is not None]
     if len(known) < len(paths):
-        logger.warning("%s: passed over %d files of unknown endings", folder, len(paths) - len(known))
+        logger.warning("%s: skipped %d files of unknown endings", folder, len(paths) - len(known))
     if not known:
-        raise FileProblem(folder, "holds no documents", f"known endings are {known_endings()}")
+        raise FileProblem(folder, "has no documents", f"known endings are {known_endings()}")
     return [_stat_file(path, found) for path, found in known]

@@ -1,13 +1,14 @@
-"""Megatron-core's indexed datasets, PREFIX.bin and PREFIX.idx, and our record of them, PREFIX.json.
+"""Megatron-core's indexed datasets, PREFIX.bin and PREFIX.idx, and their manifest, PREFIX.json.
 
-Read and written here with numpy alone, so that looking at them needs neither torch nor Megatron-core.
-The layout is that of megatron.core.datasets.indexed_dataset (0.16 to 0.19):
+This module reads and writes them with numpy, so that inspecting them requires neither torch nor
+Megatron-core. The format is that of megatron.core.datasets.indexed_dataset (0.16 to 0.19):
 
-    .bin   the tokens of all documents one after the other
-    .idx   "MMIDIDX\\0\\0", version (u64), type of token (u8), sequences (u64), documents + 1 (u64),
-           tokens of each sequence (i32), byte at which it begins (i64), first sequence of each document (i64)
+    .bin   the concatenated tokens of all documents
+    .idx   "MMIDIDX\\0\\0", version (u64), code of the token type (u8), number of sequences (u64),
+           number of documents + 1 (u64), tokens of each sequence (i32), byte offset of each sequence (i64),
+           index of the first sequence of each document (i64)
 
-Here each document is one sequence.
+Each document is one sequence.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ BLOCK_BYTES = 1 << 22
 PREPARE_AGAIN = "prepare it again with `sas-megatron data prepare --overwrite`"
 
 
-# Up to this many bytes, a second or so, token files are read whole before a run; beyond it their
-# sizes, headers and records are compared (`sas-megatron data inspect --verify` reads them whole).
-VERIFIED_WHOLE_BYTES = 2**30
+# Token files up to this size are read completely before a run, which takes about 1 s. Of larger ones only
+# sizes, headers and manifests are compared; `sas-megatron data inspect --verify` reads them completely.
+MAX_FULLY_VERIFIED_BYTES = 2**30
 
 
 class SourceRecord(BaseModel):
-    """A file or folder that was named, as it was then."""
+    """A source file or folder, as it was when the documents were encoded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,15 +52,15 @@ class SourceRecord(BaseModel):
 
 
 class TokenManifest(BaseModel):
-    """What PREFIX.bin and PREFIX.idx hold and what they were made of; kept as PREFIX.json."""
+    """Contents and sources of PREFIX.bin and PREFIX.idx; stored as PREFIX.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int
     num_documents: int
-    num_tokens: int  # with one end of document each
+    num_tokens: int  # including one end-of-document token per document
     text_bytes: int
-    empty_documents: int  # left out
+    empty_documents: int  # number of documents left out because they are empty
     dtype: Literal["uint16", "int32"]
     vocab_size: int
     eos_id: int
@@ -68,8 +69,8 @@ class TokenManifest(BaseModel):
     tokenizer_sha256: str
     text_column: str
     sources: list[SourceRecord]
-    sources_fingerprint: str  # path, size and time of change of each file
-    text_sha256: str  # over the sha256 of each chunk of text as read
+    sources_fingerprint: str  # sha256 of path, size and modification time of each file
+    text_sha256: str  # sha256 of the digests of all chunks
     bin_bytes: int
     bin_sha256: str
     idx_bytes: int
@@ -79,15 +80,15 @@ class TokenManifest(BaseModel):
 
 
 def token_file(prefix: str | Path, ending: str) -> Path:
-    """The file of a prefix: `.bin`, `.idx` or `.json`. A prefix may have dots in its name."""
+    """Return the path of a prefix with an ending such as `.bin`; the prefix itself may contain dots."""
     return Path(f"{prefix}{ending}")
 
 
 def load_manifest(prefix: str | Path) -> TokenManifest:
-    """The record of token files.
+    """Load the manifest of token files.
 
     Raises:
-        FileProblem: it is missing, unreadable, or of another version.
+        FileProblem: It is missing, unreadable, or of another schema version.
     """
     path = token_file(prefix, ".json")
     with translate_os_errors(
@@ -95,7 +96,7 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         problem="cannot be read",
         remedy=PREPARE_AGAIN,
         missing=(
-            f"there is no record of token files {prefix}",
+            "does not exist, so the token files are missing or incomplete",
             "prepare them with `sas-megatron data prepare`",
         ),
     ):
@@ -104,14 +105,14 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         manifest = TokenManifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        where = ".".join(str(part) for part in first["loc"]) or "the entire file"
         raise FileProblem(
-            path, f"is not a record of token files ({where}: {first['msg']})", PREPARE_AGAIN
+            path, f"is not a manifest of token files ({where}: {first['msg']})", PREPARE_AGAIN
         ) from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise FileProblem(
             path,
-            f"has schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}",
+            f"has schema version {manifest.schema_version}, and this program reads {SCHEMA_VERSION}",
             PREPARE_AGAIN,
         )
     return manifest
@@ -120,12 +121,18 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
 def verify_token_files(
     prefix: str | Path, vocab_size: int | None = None, *, full: bool = False
 ) -> TokenManifest:
-    """Checks token files against their record, each other and a vocabulary; returns the record.
+    """Check token files against their manifest, each other and a vocabulary.
 
-    Sizes and headers always; with `full`, also every byte (sha256) and every token id.
+    Args:
+        prefix: Path of the token files without ending.
+        vocab_size: Number of tokens of the vocabulary; by default that of the manifest.
+        full: Check every byte (sha256) and every token id in addition to sizes and headers.
+
+    Returns:
+        The manifest.
 
     Raises:
-        FileProblem: a file is missing, damaged or truncated, or holds a token beyond the vocabulary.
+        FileProblem: A file is missing, damaged or truncated, or has a token outside of the vocabulary.
     """
     manifest = load_manifest(prefix)
     bin_path, idx_path = token_file(prefix, ".bin"), token_file(prefix, ".idx")
@@ -136,72 +143,80 @@ def verify_token_files(
     if manifest.bin_bytes != expected_bytes:
         raise FileProblem(
             bin_path,
-            f"has {manifest.bin_bytes} bytes where {manifest.num_tokens} tokens take {expected_bytes}",
+            f"has {manifest.bin_bytes} bytes, but {manifest.num_tokens} tokens take {expected_bytes}",
             PREPARE_AGAIN,
         )
     max_token_id = manifest.max_token_id
     if full:
         for path, sha256 in ((bin_path, manifest.bin_sha256), (idx_path, manifest.idx_sha256)):
             if hash_file(path) != sha256:
-                raise FileProblem(path, "differs from what was written (sha256)", PREPARE_AGAIN)
+                raise FileProblem(path, "has changed since it was written (sha256)", PREPARE_AGAIN)
         max_token_id = max((int(block.max()) for block in _token_blocks(bin_path, manifest)), default=-1)
     limit = manifest.vocab_size if vocab_size is None else vocab_size
     if max_token_id >= limit:
         raise FileProblem(
             bin_path,
-            f"holds token id {max_token_id}, beyond the vocabulary of {limit}",
-            "use the tokenizer that wrote it, or prepare the data with yours",
+            f"has token id {max_token_id}, outside of the vocabulary of {limit}",
+            "use the tokenizer that encoded it, or prepare the data with yours",
         )
     return manifest
 
 
 def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False) -> Tokenizer:
-    """Checks the token files and their tokenizer against each other and the model, and opens the latter.
+    """Check token files, tokenizer and model against each other before a run, and return the tokenizer.
 
     Args:
-        data: Names the files.
-        vocab_size: Rows of the model's embedding that stand for tokens.
-        verify: Read files of up to `VERIFIED_WHOLE_BYTES` whole, for damage and tokens beyond the vocabulary.
+        data: Names the token files and the tokenizer.
+        vocab_size: Vocabulary size of the model, without padding.
+        verify: Read files up to `MAX_FULLY_VERIFIED_BYTES` completely, to find damage and invalid token ids.
 
     Raises:
-        FieldError: the tokenizer is another than the one that wrote a token file, or larger than the model;
-            or a file is shorter than one sample.
-        FileProblem: a file is missing, damaged or holds a token the model has no row for.
+        FieldError: A token file was encoded with another tokenizer or is shorter than one sample, or the
+            tokenizer has more tokens than the model.
+        FileProblem: A file is missing or damaged, or has a token outside of the model's vocabulary.
     """
     tokenizer = Tokenizer(data.tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise FieldError(
             "model.vocab_size",
             vocab_size,
-            f"is less than the {tokenizer.vocab_size} pieces of {data.tokenizer}",
+            f"must not be less than the {tokenizer.vocab_size} tokens of {data.tokenizer}",
             f"use {tokenizer.vocab_size}",
         )
     for prefix in data.prefixes:
         manifest = load_manifest(prefix)
-        # Megatron-core would look for a sample's tokens in it for ever.
+        # Megatron-core would search for the tokens of a sample in an endless loop.
         if manifest.num_tokens <= data.sequence_length:
             raise FieldError(
                 "data.sequence_length",
                 data.sequence_length,
                 f"must be less than the {manifest.num_tokens} tokens of {prefix}",
-                "prepare more documents, or use a shorter one",
+                "prepare more documents, or use a shorter sequence",
             )
-        verify_token_files(prefix, vocab_size, full=verify and manifest.bin_bytes <= VERIFIED_WHOLE_BYTES)
+        verify_token_files(prefix, vocab_size, full=verify and manifest.bin_bytes <= MAX_FULLY_VERIFIED_BYTES)
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise FieldError(
                 "data.tokenizer",
                 data.tokenizer,
-                f"is not the tokenizer that wrote {prefix}",
-                "give that one, or prepare the data again",
+                f"is not the tokenizer that encoded {prefix}",
+                "name that tokenizer, or prepare the data again",
             )
     return tokenizer
 
 
 def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.int64]:
-    """The token ids of one document, with its end of document.
+    """Return the token ids of one document, including the end-of-document token.
+
+    Args:
+        prefix: Path of the token files without ending.
+        document: Index of the document.
+
+    Returns:
+        int64 [tokens of the document].
 
     Raises:
-        FieldError: there is no such document.
+        FieldError: The files have fewer documents.
+        FileProblem: The manifest is missing or invalid.
     """
     manifest = load_manifest(prefix)
     if not 0 <= document < manifest.num_documents:
@@ -209,7 +224,7 @@ def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.in
             "document",
             document,
             f"{prefix} has {manifest.num_documents} documents",
-            "count from 0 to one less",
+            f"use 0 to {manifest.num_documents - 1}",
         )
     idx_path = token_file(prefix, ".idx")
     lengths = np.memmap(
@@ -228,7 +243,16 @@ def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.in
 
 
 def write_index(path: Path, document_tokens: npt.NDArray[np.int32], dtype: np.dtype[np.generic]) -> None:
-    """Writes the .idx of documents with these numbers of tokens, in blocks, so that memory stays flat."""
+    """Write the .idx file in blocks, so that memory does not grow with the number of documents.
+
+    Args:
+        path: The file to write.
+        document_tokens: int32 [documents], number of tokens of each document.
+        dtype: Data type of the tokens in the .bin file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     num_documents = len(document_tokens)
     with open(path, "wb") as stream:
         code = CODE_OF_DTYPE[dtype.name]
@@ -246,7 +270,11 @@ def write_index(path: Path, document_tokens: npt.NDArray[np.int32], dtype: np.dt
 
 
 def hash_file(path: Path) -> str:
-    """The sha256 of a file."""
+    """Return the sha256 of a file.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -268,7 +296,7 @@ def _check_size(path: Path, expected_bytes: int) -> None:
     ):
         size_bytes = path.stat().st_size
     if size_bytes != expected_bytes:
-        state = "truncated" if size_bytes < expected_bytes else "longer than was written"
+        state = "truncated" if size_bytes < expected_bytes else "longer than when it was written"
         raise FileProblem(path, f"is {state}: {size_bytes} bytes of {expected_bytes}", PREPARE_AGAIN)
 
 
@@ -285,6 +313,6 @@ def _check_index(path: Path, manifest: TokenManifest) -> None:
     if fields[2:] != expected:
         raise FileProblem(
             path,
-            f"says type, sequences, documents + 1 = {fields[2:]} where the record says {expected}",
+            f"has token type, sequences, documents + 1 = {fields[2:]}, but the manifest has {expected}",
             PREPARE_AGAIN,
         )

@@ -13,23 +13,23 @@ import sentencepiece
 
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 
-# sentencepiece writes a space as U+2581, so that its decoder makes a space of a literal U+2581.
+# sentencepiece writes a space as U+2581, and decodes a literal U+2581 as a space.
 SPACE_MARK = "\u2581"
 SPACE_MARK_BYTES = SPACE_MARK.encode()
 TRAIN_ONE = "train one with `sas-megatron tokenizer train`"
-# What a tokenizer that normalizes its input would not give back.
+# A text that a tokenizer with normalization does not reproduce.
 PROBE = " a  b\t\r\nc\u00a0\ufb01e\u0301\0\U0001f600 "
 
 
 class Tokenizer:
-    """A sentencepiece model whose `decode` gives back exactly the text that `encode` was given.
+    """A sentencepiece model whose `decode` returns exactly the text that was passed to `encode`.
 
-    The model must keep text as it is (identity normalization, no space put in front or taken away) and
-    fall back to bytes: `train_tokenizer` makes such models. A literal U+2581, the one character that
-    sentencepiece cannot tell from another, is encoded as its three bytes.
+    The model must not change the text (identity normalization, no added or removed spaces) and must have byte
+    fallback; `train_tokenizer` trains such models. A literal U+2581, which sentencepiece does not distinguish
+    from a space, is encoded as its three bytes.
 
     Raises:
-        FileProblem: the file is missing, no sentencepiece model, or not reversible.
+        FileProblem: The file is missing, is not a sentencepiece model, or is not reversible.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,16 +44,16 @@ class Tokenizer:
         self._check_reversible()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, without end of document.
+        """Return the token ids of a text, without an end-of-document token.
 
         Raises:
-            UnicodeEncodeError: the text holds half of a surrogate pair and so is no UTF-8.
+            UnicodeEncodeError: The text has an unpaired surrogate, which UTF-8 cannot represent.
         """
         tokens: list[int] = self.encode_documents([text.encode()])[0].tolist()
         return tokens
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
-        """The token ids of each document, given as UTF-8, without end of document; in one thread."""
+        """Encode UTF-8 documents in one thread, without end-of-document tokens."""
         encoded: list[npt.NDArray[np.int32]] = self._processor.encode(
             list(documents), return_type="numpy", num_threads=1
         )
@@ -63,48 +63,48 @@ class Tokenizer:
         return encoded
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8, as a model may generate, become U+FFFD."""
+        """Return the text of token ids; invalid UTF-8, which a model may generate, becomes U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of token ids; those of control tokens such as end of document are none."""
+        """Return the bytes of token ids; control tokens such as end-of-document have no bytes."""
         return b"".join([self._token_bytes[token] for token in tokens])
 
     def token_byte_lengths(self) -> npt.NDArray[np.int32]:
-        """The UTF-8 bytes that each token stands for, int32 [vocab_size]; 0 for control tokens."""
+        """Return the number of UTF-8 bytes of each token, int32 [vocab_size]; 0 for control tokens."""
         return np.array([len(token_bytes) for token_bytes in self._token_bytes], dtype=np.int32)
 
     def piece(self, token: int) -> str:
-        """A token under its name in the sentencepiece model, such as `</s>`."""
+        """Return a token's name in the sentencepiece model, such as `</s>`."""
         name: str = self._processor.id_to_piece(token)
         return name
 
     @property
     def token_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.int32]:
-        """The type of stored tokens that Megatron-core takes (DType.optimal_dtype): uint16 below 65500."""
+        """Data type of stored tokens, as Megatron-core's DType.optimal_dtype: uint16 below 65500 tokens."""
         return np.dtype(np.uint16) if self.vocab_size < 65500 else np.dtype(np.int32)
 
     @property
     def eod(self) -> int:
-        """The token at the end of each document, under Megatron-core's name."""
+        """The end-of-document token id, under Megatron-core's name."""
         return self.eos_id
 
     @property
     def eos(self) -> int:
-        """The token at the end of each document, under Megatron-core's other name."""
+        """The end-of-document token id, under Megatron-core's alternative name."""
         return self.eos_id
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, object]:
-        """What Megatron-core hashes into the name of its cached sample indices: the model, not its path."""
+        """The values that Megatron-core hashes into the name of cached sample indices; not the path."""
         return OrderedDict([("class", type(self).__name__), ("sha256", self.sha256)])
 
     def tokenize(self, text: str) -> list[int]:
-        """`encode`, under Megatron-core's name."""
+        """Call `encode`, under Megatron-core's name."""
         return self.encode(text)
 
     def detokenize(self, tokens: Iterable[int]) -> str:
-        """`decode`, under Megatron-core's name."""
+        """Call `decode`, under Megatron-core's name."""
         return self.decode(tokens)
 
     def _bytes_of(self, token: int) -> bytes:
@@ -118,25 +118,24 @@ class Tokenizer:
     def _encode_around_space_marks(self, document: bytes) -> npt.NDArray[np.int32]:
         mark = np.array(self._space_mark_ids, dtype=np.int32)
         between = self._processor.encode(document.split(SPACE_MARK_BYTES), return_type="numpy", num_threads=1)
-        parts = [between[0]]
+        arrays = [between[0]]
         for tokens in between[1:]:
-            parts += [mark, tokens]
-        return np.concatenate(parts)
+            arrays += [mark, tokens]
+        return np.concatenate(arrays)
 
     def _check_reversible(self) -> None:
-        remedy = TRAIN_ONE
         if self.eos_id < 0:
-            raise FileProblem(self.path, "has no token for the end of a document", remedy)
+            raise FileProblem(self.path, "has no end-of-document token", TRAIN_ONE)
         if not all(self._processor.is_byte(token) for token in self._space_mark_ids):
             raise FileProblem(
-                self.path, "has no tokens for single bytes, so that some texts have no encoding", remedy
+                self.path, "has no byte fallback, so that some texts cannot be encoded", TRAIN_ONE
             )
         probe = PROBE + SPACE_MARK
         if self.decode(self.encode(probe)) != probe:
             raise FileProblem(
                 self.path,
-                "does not give back the text it encodes (it normalizes or drops characters)",
-                remedy,
+                "does not reproduce the text that it encodes (it normalizes or drops characters)",
+                TRAIN_ONE,
             )
 
 
@@ -145,19 +144,19 @@ def _read_model(path: Path) -> bytes:
         path,
         problem="cannot be read",
         remedy="name a sentencepiece .model file",
-        missing=("there is no such tokenizer", TRAIN_ONE),
+        missing=("does not exist", TRAIN_ONE),
     ):
         return path.read_bytes()
 
 
 def _load_processor(path: Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
-        if not model:  # sentencepiece takes an empty model for one without pieces
+        if not model:  # sentencepiece accepts an empty file as a model without tokens
             raise RuntimeError("empty file")
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         raise FileProblem(
             path,
-            "is damaged, or no sentencepiece model",
+            "is damaged, or is not a sentencepiece model",
             f"copy it again, or {TRAIN_ONE}",
         ) from error

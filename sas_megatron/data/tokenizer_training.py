@@ -1,4 +1,4 @@
-"""Training of sentencepiece models on a sample of a corpus, always with the same result."""
+"""Train sentencepiece models on a deterministic sample of a corpus."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from sas_megatron.io.files import make_folder, replace_file, write_file
 
 ModelType = Literal["bpe", "unigram"]
 
-# Vocabulary 8192, 10 MB of Python source, two cores: bpe trains in 2 s and encodes 1.3 M tokens/s a process,
-# unigram trains in 21 s and encodes 6 M tokens/s; bpe needs 2 % fewer tokens.
+# Measured with vocabulary 8192, 10 MB of Python source and two cores: bpe trains in 2 s and encodes 1.3 M
+# tokens/s per process, unigram trains in 21 s and encodes 6 M tokens/s; bpe needs 2 % fewer tokens.
 DEFAULT_MODEL_TYPE: ModelType = "bpe"
 DEFAULT_SAMPLE_BYTES = 10_000_000
-PASSAGE_BYTES = 16_384
-# sentencepiece drops every passage with U+2585, which it uses itself; U+2581 would count as a space.
+PASSAGE_CHARACTERS = 16_384
+# sentencepiece drops every passage with U+2585, which it uses internally, and counts U+2581 as a space.
 RESERVED = re.compile(f"[{SPACE_MARK}\u2585]+")
 TRAINER_OPTIONS: dict[str, Any] = {
-    # Text is kept as it is: see Tokenizer.
+    # The text must not be changed; see Tokenizer.
     "normalization_rule_name": "identity",
     "byte_fallback": True,
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,
     "allow_whitespace_only_pieces": True,
-    "max_sentence_length": 4 * PASSAGE_BYTES,
+    "max_sentence_length": 4 * PASSAGE_CHARACTERS,
     "unk_id": 0,
     "eos_id": 1,
     "bos_id": -1,
     "pad_id": -1,
-    # Fixed: unigram sums over threads, and another number of them would be another model.
+    # Fixed, because unigram training sums over threads, so that their number changes the model.
     "num_threads": 2,
     "minloglevel": 2,
 }
@@ -47,7 +47,7 @@ TRAINER_OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """What `train_tokenizer` made, and of what; also written beside the model as JSON."""
+    """Result of `train_tokenizer`; also written as a JSON file next to the model."""
 
     model_path: Path
     sha256: str
@@ -66,15 +66,24 @@ def train_tokenizer(
     model_type: ModelType = DEFAULT_MODEL_TYPE,
     overwrite: bool = False,
 ) -> TrainedTokenizer:
-    """Trains a sentencepiece model on a sample of the documents and writes it, with a JSON record beside it.
+    """Train a sentencepiece model on a sample of the documents, and write it and a JSON record.
 
-    The same documents and options give the same file. Documents keep their newlines, so that pieces may
-    hold them (")\\n", ":\\n").
+    The same documents and options give the same file. Documents keep their newlines, so tokens may contain
+    newlines (")\\n", ":\\n").
+
+    Args:
+        documents: The texts to sample from.
+        vocab_size: Number of tokens, including control tokens.
+        model_path: The .model file to write.
+        sample_bytes: Maximum size of the sample.
+        model_type: Algorithm of sentencepiece.
+        overwrite: Replace an existing file with another model.
 
     Raises:
-        FieldError: the vocabulary is too large or too small for the documents.
-        UserError: there are no documents.
-        FileProblem: the model cannot be written, or another one is there and `overwrite` is False.
+        FieldError: `vocab_size` or `sample_bytes` is not positive, or the vocabulary is too large or too
+            small for the documents.
+        UserError: The documents have no text.
+        FileProblem: The model cannot be written, or another model exists and `overwrite` is False.
     """
     if vocab_size < 1:
         raise FieldError("vocab_size", vocab_size, "must be positive", "use 8192, for example")
@@ -84,21 +93,21 @@ def train_tokenizer(
         )
     sample = sample_passages(documents, sample_bytes)
     if not any(passage.strip("\r\n") for passage in sample.passages):
-        raise UserError("documents: there is no text to train a tokenizer on; name files with text in them")
+        raise UserError("documents: have no text to train a tokenizer on; name files with text in them")
     model = _train(sample.passages, vocab_size, model_type)
     with translate_os_errors(model_path, problem="cannot be written", remedy="name another --output"):
         if not overwrite and model_path.exists() and model_path.read_bytes() != model:
             raise FileProblem(
                 model_path,
-                "holds another tokenizer, which token files and checkpoints may need",
+                "is another tokenizer, which token files and checkpoints may need",
                 "name another --output, or give --overwrite",
             )
         make_folder(model_path.parent)
-        with replace_file(model_path) as aside:
-            aside.write_bytes(model)
+        with replace_file(model_path) as temporary:
+            temporary.write_bytes(model)
             trained = TrainedTokenizer(
                 model_path,
-                Tokenizer(aside).sha256,
+                Tokenizer(temporary).sha256,
                 vocab_size,
                 model_type,
                 sample.sampled_bytes,
@@ -110,7 +119,7 @@ def train_tokenizer(
 
 @dataclass(frozen=True)
 class PassageSample:
-    """Passages of a corpus in its order, and how much of it they are."""
+    """Passages of a corpus in their original order, with the sizes of sample and corpus."""
 
     passages: list[str]
     sampled_bytes: int
@@ -118,20 +127,20 @@ class PassageSample:
 
 
 def sample_passages(documents: Iterable[str], sample_bytes: int) -> PassageSample:
-    """At most `sample_bytes` of passages drawn evenly over all documents, the same ones on every call.
+    """Draw at most `sample_bytes` of passages uniformly from all documents, the same ones on every call.
 
-    Each passage gets a number from a seeded generator; kept are those with the smallest numbers.
+    Each passage gets a number from a seeded generator; the passages with the smallest numbers are kept.
     """
     generator = random.Random(0)
     kept: list[
         tuple[float, int, int, str]
-    ] = []  # (minus its number, place, bytes, passage): largest number first
+    ] = []  # heap of (minus the number, index, bytes, passage): the largest number is popped first
     sampled_bytes = corpus_bytes = 0
-    for place, passage in enumerate(_cut_into_passages(documents)):
+    for index, passage in enumerate(_split_into_passages(documents)):
         passage_bytes = len(passage.encode())
         corpus_bytes += passage_bytes
         number = generator.random()
-        heapq.heappush(kept, (-number, place, passage_bytes, passage))
+        heapq.heappush(kept, (-number, index, passage_bytes, passage))
         sampled_bytes += passage_bytes
         while sampled_bytes > sample_bytes and len(kept) > 1:
             sampled_bytes -= heapq.heappop(kept)[2]
@@ -139,13 +148,13 @@ def sample_passages(documents: Iterable[str], sample_bytes: int) -> PassageSampl
     return PassageSample(passages, sampled_bytes, corpus_bytes)
 
 
-def _cut_into_passages(documents: Iterable[str]) -> Iterator[str]:
-    """Pieces of about PASSAGE_BYTES characters, cut after a newline where there is one."""
+def _split_into_passages(documents: Iterable[str]) -> Iterator[str]:
+    """Yield passages of at most PASSAGE_CHARACTERS, split after the last newline if they have one."""
     for document in documents:
         for text in RESERVED.split(document):
             start = 0
             while start < len(text):
-                end = start + PASSAGE_BYTES
+                end = start + PASSAGE_CHARACTERS
                 newline = text.rfind("\n", start, end)
                 if end < len(text) and newline > start:
                     end = newline + 1
@@ -169,7 +178,7 @@ def _train(passages: list[str], vocab_size: int, model_type: ModelType) -> bytes
 
 
 def _vocabulary_error(vocab_size: int, message: str) -> FieldError:
-    """sentencepiece's refusal of a vocabulary in our words; it says the bound only in its message."""
+    """Return the error for a vocabulary that sentencepiece refuses; its bound is parsed from the message."""
     too_high = re.search(r"Vocabulary size too high .*<= (\d+)|too large.*?<= (\d+)", message)
     too_low = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if too_high:
@@ -177,21 +186,23 @@ def _vocabulary_error(vocab_size: int, message: str) -> FieldError:
         return FieldError(
             "vocab_size",
             vocab_size,
-            "is more than the text has pieces for",
+            "is too large for the text",
             f"use at most {largest}, or more text",
         )
     if too_low:
         return FieldError(
             "vocab_size",
             vocab_size,
-            "has no room for the 256 bytes, the control tokens and each character of the text",
+            "is too small for the 256 bytes, the control tokens and each character of the text",
             f"use at least {too_low.group(1)}",
         )
-    return FieldError("vocab_size", vocab_size, f"is refused by sentencepiece ({message})", "use another")
+    return FieldError(
+        "vocab_size", vocab_size, f"is refused by sentencepiece ({message})", "use another size"
+    )
 
 
 def record_training(trained: TrainedTokenizer) -> dict[str, Any]:
-    """The JSON record of a training: its result, and the options that led to it."""
+    """Return the JSON record of a training: its result and its options."""
     return {
         "sha256": trained.sha256,
         "vocab_size": trained.vocab_size,

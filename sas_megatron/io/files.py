@@ -1,4 +1,4 @@
-"""Atomic file writes: after a crash or a power cut a file is complete or absent.
+"""Atomic file writes: after a crash or a power failure a file has its old or its complete new contents.
 
     temporary file in the same folder -> fsync -> rename -> fsync of the folder
 
@@ -56,7 +56,7 @@ def save_file(path: Path, content: str | bytes, *, remedy: str) -> None:
     Args:
         path: The file.
         content: Its new contents.
-        remedy: What the error message advises if the file cannot be written.
+        remedy: The remedy in the error message, such as "name another --output".
 
     Raises:
         FileProblem: The file or a folder cannot be written.

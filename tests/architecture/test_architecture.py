@@ -15,6 +15,7 @@ LONGEST_FILE_LINES = 400
 # Modules that the command line imports without torch, which takes seconds to import.
 WITHOUT_TORCH = [
     *sorted((PACKAGE / "config").glob("*.py")),
+    *sorted((PACKAGE / "io").glob("*.py")),
     *sorted((PACKAGE / "scaling").rglob("*.py")),
     *sorted((PACKAGE / "costs").rglob("*.py")),
     *(

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit status, standard error, and how light its help is."""
+"""Tests of the command line: exit status, standard error, and imports and time of the help."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def command(*arguments: object, folder: Path, **environment: str) -> subprocess.
     )
 
 
-def refused(done: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
+def check_refused(done: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip() == f"sas-megatron: error: {message}"
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    assert not list(folder.iterdir()), "a refused command left files"
+    assert not list(folder.iterdir()), "a refused command must not leave files"
 
 
-def test_an_invalid_override_is_refused_before_training(tmp_path: Path) -> None:
-    refused(
+def test_invalid_override_ends_training_before_it_starts(tmp_path: Path) -> None:
+    check_refused(
         command("train", QUICKSTART, "attention.kernel_size=4", "training.num_steps=50", folder=tmp_path),
         "attention.kernel_size=4: must be odd, so that the convolution preserves head_dim; use 3 or 5",
         tmp_path,
     )
 
 
-def test_an_invalid_world_size_is_refused_before_training(tmp_path: Path) -> None:
-    refused(
+def test_wrong_world_size_ends_training_before_it_starts(tmp_path: Path) -> None:
+    check_refused(
         command("train", QUICKSTART, folder=tmp_path, WORLD_SIZE="3", RANK="0"),
         "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
         "start 2 processes (launch/torchrun.sh 2 CONFIG), or change the parallel degrees",
@@ -63,7 +63,7 @@ def test_an_invalid_world_size_is_refused_before_training(tmp_path: Path) -> Non
     )
 
 
-def test_of_many_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
+def test_only_rank_0_prints_the_error(tmp_path: Path) -> None:
     done = command("train", "missing.yaml", folder=tmp_path, RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stderr) == (2, "")
 
@@ -109,7 +109,7 @@ def test_help_imports_neither_torch_nor_pydantic(arguments: list[str]) -> None:
     ],
     ids=" ".join,
 )
-def test_numbers_and_folders_that_cannot_be_are_refused_by_the_option(arguments: list[str]) -> None:
+def test_error_names_the_option_of_an_invalid_number_or_folder(arguments: list[str]) -> None:
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 2
     *_, option, value = arguments
@@ -117,7 +117,7 @@ def test_numbers_and_folders_that_cannot_be_are_refused_by_the_option(arguments:
     assert value in done.output
 
 
-def test_help_takes_little_time_and_names_every_command(tmp_path: Path) -> None:
+def test_help_is_fast_and_lists_every_command(tmp_path: Path) -> None:
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -240,9 +240,22 @@ def test_amounts_have_four_digits_and_a_prefix(amount: int, text: str) -> None:
     assert format_amount(amount) == text
 
 
-def test_a_dry_run_prints_the_config_and_its_costs_and_leaves_nothing(tmp_path: Path) -> None:
+def test_dry_run_prints_the_config_and_its_costs_and_leaves_no_files(tmp_path: Path) -> None:
     done = command("train", QUICKSTART, "model.num_layers=3", "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "num_layers: 3" in done.stdout
     assert "head_simulation" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_output_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "configs"
+    done = command(
+        "match", QUICKSTART, "--variants", "mha", "--equal", "params", "--output", output, folder=ROOT
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith(
+        f"error: {output}: cannot be written (Not a directory); name another --output\n"
+    )
+    assert "Traceback" not in done.stderr

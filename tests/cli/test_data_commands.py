@@ -1,4 +1,4 @@
-"""`tokenizer train`, `data prepare` and `data inspect`: output, exit statuses, how light their help is."""
+"""Tests of `tokenizer train`, `data prepare` and `data inspect`: output, exit status, imports of the help."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_inspect_shows_facts_and_the_document(folder: Path) -> None:
+def test_inspect_shows_a_summary_and_the_document(folder: Path) -> None:
     shown = invoke("data", "inspect", folder / "made" / "tokens", "--document", 2, "--verify")
     assert shown.exit_code == 0, shown.output
     assert "# file 2\ndef twice(number):" in shown.output
-    assert "every byte and token is as it was written" in shown.output
-    assert "uint16, one end of document each" in shown.output
+    assert "verified: every byte and token is unchanged" in shown.output
+    assert "uint16, with end-of-document tokens" in shown.output
 
 
-def test_inspect_prints_json_that_programs_can_read(folder: Path) -> None:
+def test_inspect_prints_valid_json(folder: Path) -> None:
     facts = json.loads(invoke("data", "inspect", folder / "made" / "tokens", "--json").stdout)
     assert (facts["num_documents"], facts["vocab_size"]) == (3, 300)
     assert facts["document"]["text"] == f"# file 0\n{TEXT}"
 
 
-def test_prepare_says_when_there_is_nothing_to_do(folder: Path) -> None:
+def test_prepare_reports_complete_files(folder: Path) -> None:
     made = folder / "made"
     arguments = [
         "data",
@@ -65,7 +65,7 @@ def test_prepare_says_when_there_is_nothing_to_do(folder: Path) -> None:
         "--output",
         made / "tokens",
     ]
-    assert "complete already" in invoke(*arguments).output
+    assert "already complete" in invoke(*arguments).output
     assert json.loads(invoke(*arguments, "--json").stdout)["num_documents"] == 3
 
 
@@ -74,34 +74,34 @@ def test_inspect_refuses_another_tokenizer(folder: Path) -> None:
     invoke("tokenizer", "train", folder / "texts", "--vocab-size", 290, "--output", other)
     shown = invoke("data", "inspect", folder / "made" / "tokens", "--tokenizer", other)
     assert isinstance(shown.exception, UserError)
-    assert "other.model: is not the tokenizer that wrote the tokens" in str(shown.exception)
+    assert "other.model: is not the tokenizer that encoded the tokens" in str(shown.exception)
 
 
-def test_the_builtin_corpus_is_a_source(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, corpus_of_a_few: Path
+def test_builtin_corpus_is_a_source(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, small_corpus: Path
 ) -> None:
-    monkeypatch.setattr("sas_megatron.data.corpus.builtin_corpus", lambda: corpus_of_a_few)
+    monkeypatch.setattr("sas_megatron.data.corpus.builtin_corpus", lambda: small_corpus)
     model = folder / "builtin.model"
     trained = invoke("tokenizer", "train", "builtin", "--vocab-size", 500, "--output", model, "--json")
     assert json.loads(trained.stdout)["corpus_bytes"] > 10_000
 
 
 @pytest.fixture(scope="module")
-def corpus_of_a_few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sas_megatron.data.corpus import builtin_corpus
 
     return builtin_corpus(tmp_path_factory.mktemp("builtin"), max_bytes=100_000)
 
 
-def test_what_the_user_can_mend_exits_with_two_and_no_traceback(folder: Path, tmp_path: Path) -> None:
+def test_user_error_exits_with_status_2_and_no_traceback(folder: Path, tmp_path: Path) -> None:
     absent = tmp_path / "absent.jsonl"
     model = folder / "made" / "t.model"
     (tmp_path / "file").write_text("")
     for arguments, message in [
-        (("data", "inspect", tmp_path / "none"), f"{tmp_path}/none.json: there is no record of token files"),
+        (("data", "inspect", tmp_path / "none"), f"{tmp_path}/none.json: does not exist, so the token files"),
         (
             ("data", "prepare", absent, "--tokenizer", model, "--output", tmp_path / "t"),
-            f"{absent}: there is no such file or folder; check the path",
+            f"{absent}: does not exist; check the path",
         ),
         (
             (
@@ -127,7 +127,7 @@ def test_what_the_user_can_mend_exits_with_two_and_no_traceback(folder: Path, tm
 @pytest.mark.parametrize(
     "arguments", [("tokenizer",), ("tokenizer", "train"), ("data",), ("data", "prepare"), ("data", "inspect")]
 )
-def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+def test_help_imports_no_heavy_package(arguments: tuple[str, ...]) -> None:
     script = (
         "import sys\nfrom sas_megatron.cli.main import cli\n"
         f"cli.main([*{arguments!r}, '--help'], standalone_mode=False)\n"

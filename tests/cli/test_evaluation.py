@@ -133,5 +133,5 @@ def test_empty_names_and_missing_files_are_rejected() -> None:
         TaskSettings(names=())
     with pytest.raises(UserError, match="--files='domain=': contains no path; give one"):
         _find_files(("domain=",))
-    with pytest.raises(UserError, match=r"lost\.txt: there is no such file"):
+    with pytest.raises(UserError, match=r"lost\.txt: does not exist"):
         _find_files(("one=builtin", "two=lost.txt"))

@@ -1,4 +1,4 @@
-"""Progress is a line now and then where there is no terminal."""
+"""Tests of the progress display of `data prepare`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATE = PreparationProgress(
 )
 
 
-def test_lines_come_only_after_some_seconds(
+def test_lines_are_printed_only_after_some_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with show_progress() as report:
@@ -24,7 +24,7 @@ def test_lines_come_only_after_some_seconds(
     assert capsys.readouterr().err.startswith("25% 1,234 documents, 5,678 tokens, ")
 
 
-def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "150")
     with show_progress() as report:

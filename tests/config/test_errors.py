@@ -59,7 +59,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"attention": {"kind": "flash", "num_heads": 6}},
         "attention.kind=flash: is not a known variant; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
-    "kind that is no name": (
+    "kind that is not a string": (
         {"attention": {"kind": ["sas"]}},
         "attention.kind=['sas']: is not a known variant; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
     ),

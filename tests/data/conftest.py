@@ -1,4 +1,4 @@
-"""A small corpus, its tokenizer and token files."""
+"""Fixtures: a small corpus, its tokenizer and its token files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def prepared(corpus: Path, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token files of the corpus, prepared by one worker without an interruption."""
+    """Return the prefix of token files of the corpus, prepared by one worker without interruption."""
     prefix = tmp_path_factory.mktemp("prepared") / "v1.0" / "tokens"
     prepare(corpus, tokenizer_path, prefix)
     return prefix

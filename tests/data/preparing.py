@@ -1,4 +1,4 @@
-"""Token files that tests prepare, and what they hold."""
+"""Functions that prepare token files and read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in corpus is the standard library, the same on every call."""
+"""Tests of the built-in corpus: the standard library, the same on every call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sas_megatron.data.corpus import (
 MAX_BYTES = 200_003
 
 
-def test_it_is_deterministic_bounded_and_recorded(tmp_path: Path) -> None:
+def test_corpus_is_deterministic_and_bounded_and_matches_its_record(tmp_path: Path) -> None:
     first, second = (builtin_corpus(tmp_path / name, max_bytes=MAX_BYTES) for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
     table = pq.read_table(first)
@@ -35,27 +35,27 @@ def test_it_is_deterministic_bounded_and_recorded(tmp_path: Path) -> None:
     assert record["num_documents"] == len(texts)
 
 
-def test_a_second_call_reuses_it_and_a_damaged_one_is_written_again(tmp_path: Path) -> None:
+def test_complete_corpus_is_reused_and_damaged_corpus_is_rewritten(tmp_path: Path) -> None:
     path = builtin_corpus(tmp_path, max_bytes=MAX_BYTES)
     written = path.stat().st_mtime_ns
     assert builtin_corpus(tmp_path, max_bytes=MAX_BYTES).stat().st_mtime_ns == written
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    assert builtin_corpus(tmp_path, max_bytes=MAX_BYTES).read_bytes() == whole
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert builtin_corpus(tmp_path, max_bytes=MAX_BYTES).read_bytes() == content
 
 
-def test_the_cache_folder_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_xdg_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_folder() == tmp_path / "sas_megatron"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_folder() == Path.home() / ".cache" / "sas_megatron"
 
 
-def test_other_sources_stay_as_they_are() -> None:
+def test_other_sources_are_unchanged() -> None:
     assert resolve_sources(["a.txt", "./builtin"]) == ["a.txt", "./builtin"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_error_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileProblem, match=r"cannot be written \(.*\); set XDG_CACHE_HOME"):
         builtin_corpus(tmp_path / "file", max_bytes=MAX_BYTES)

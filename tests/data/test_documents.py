@@ -1,4 +1,4 @@
-"""Documents come out of every format as they went in, and whatever is wrong is said."""
+"""Tests of reading documents from every format, and of the errors for invalid files."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def write_ipc(path: Path, texts: list[str], *, stream: bool, text_type: pa.DataT
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json", "jsonl.gz", "jsonl.zst"])
-def test_json_lines_come_back_as_written(tmp_path: Path, ending: str) -> None:
+def test_json_lines_are_read_as_written(tmp_path: Path, ending: str) -> None:
     data = json_lines(TEXTS)
-    if ending.endswith("gz"):  # two members, as tools that append write them
+    if ending.endswith("gz"):  # two members, as written by tools that append
         data = gzip.compress(data[:40]) + gzip.compress(data[40:])
     elif ending.endswith("zst"):
         data = zstandard.compress(data)
@@ -51,7 +51,7 @@ def test_json_lines_come_back_as_written(tmp_path: Path, ending: str) -> None:
     assert list(stream_documents([path])) == TEXTS
 
 
-def test_json_lines_may_begin_with_a_byte_order_mark_and_hold_blank_lines(tmp_path: Path) -> None:
+def test_json_lines_may_have_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json_lines(TEXTS).replace(b"\n", b"\n\n") + b'{"text": "no newline"}')
     assert list(stream_documents([path])) == [*TEXTS, "no newline"]
@@ -59,22 +59,20 @@ def test_json_lines_may_begin_with_a_byte_order_mark_and_hold_blank_lines(tmp_pa
 
 @pytest.mark.parametrize("text_type", [pa.string(), pa.large_string(), pa.string_view(), "dictionary"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_arrow_files_and_streams_come_back_as_written(
-    tmp_path: Path, stream: bool, text_type: object
-) -> None:
+def test_arrow_files_and_streams_are_read_as_written(tmp_path: Path, stream: bool, text_type: object) -> None:
     arrow_type = pa.dictionary(pa.int32(), pa.string()) if text_type == "dictionary" else text_type
     path = write_ipc(tmp_path / "a.arrow", TEXTS, stream=stream, text_type=arrow_type)
     assert list(stream_documents([path])) == TEXTS
 
 
-def test_feather_and_parquet_come_back_as_written(tmp_path: Path) -> None:
+def test_feather_and_parquet_are_read_as_written(tmp_path: Path) -> None:
     feather = tmp_path / "a.feather"
     pyarrow.feather.write_feather(pa.table({"text": TEXTS}), feather)
     parquet = write_parquet(tmp_path / "b.parquet", row_group_size=2, compression="zstd")
     assert list(stream_documents([feather, parquet])) == TEXTS + TEXTS
 
 
-def test_a_folder_is_read_recursively_in_order_and_mixed(tmp_path: Path) -> None:
+def test_folder_of_mixed_formats_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
     for name, text in [
         ("b/2.txt", "second"),
         ("b/10.md", "first"),
@@ -89,7 +87,7 @@ def test_a_folder_is_read_recursively_in_order_and_mixed(tmp_path: Path) -> None
     assert list(stream_documents([tmp_path])) == ["zeroth", "first", "second", "fourth", "fifth", "sixth"]
 
 
-def test_memory_is_bounded_by_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_bound_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents_module, "BATCH_BYTES", 10_000)
     texts = [str(number) * 1000 for number in range(99)]
     write_parquet(tmp_path / "a.parquet", texts)
@@ -103,7 +101,7 @@ def test_memory_is_bounded_by_batches(tmp_path: Path, monkeypatch: pytest.Monkey
     assert reads[-1] == sum(file.size_bytes for file in find_source_files([tmp_path]))
 
 
-def test_a_touched_file_changes_the_fingerprint(tmp_path: Path) -> None:
+def test_changed_file_changes_the_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("same")
     before = fingerprint_files(find_source_files([path]))
@@ -118,22 +116,22 @@ def message_of(*sources: Path, text_column: str = "text") -> str:
     return str(caught.value)
 
 
-def test_missing_files_and_unknown_endings_are_named(tmp_path: Path) -> None:
+def test_error_names_missing_files_and_unknown_endings(tmp_path: Path) -> None:
     absent = tmp_path / "absent.parquet"
-    assert message_of(absent) == f"{absent}: there is no such file or folder; check the path"
+    assert message_of(absent) == f"{absent}: does not exist; check the path"
     table = tmp_path / "table.csv"
     table.write_text("text\n")
-    assert f"{table}: has an ending of no known format (.csv); known are .parquet, .arrow" in message_of(
+    assert f"{table}: has an unknown file ending (.csv); known endings are .parquet, .arrow" in message_of(
         table
     )
-    assert "none is named" in message_of()
+    assert "sources: none given" in message_of()
 
 
-def test_columns_that_are_missing_or_no_strings_are_named(tmp_path: Path) -> None:
+def test_error_names_missing_columns_and_columns_of_other_types(tmp_path: Path) -> None:
     parquet = write_parquet(tmp_path / "a.parquet")
     assert message_of(parquet, text_column="body") == (
         f"text_column=body: {parquet} has no such column; its columns are number, text; "
-        "name the one that holds the text"
+        "name the column with the text"
     )
     assert f"text_column=number: is of type int64 in {parquet}, not string" in message_of(
         parquet, text_column="number"
@@ -141,10 +139,12 @@ def test_columns_that_are_missing_or_no_strings_are_named(tmp_path: Path) -> Non
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(json_lines(["a", "b"]) + b'{"body": "c", "id": 3}\n')
     assert f"{lines}, line 3 has no such column; its columns are body, id" in message_of(lines)
-    assert f"text_column=id: holds a int in {lines}, line 1" in message_of(lines, text_column="id")
+    assert f"text_column=id: is of type int in {lines}, line 1, not string" in message_of(
+        lines, text_column="id"
+    )
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
+def test_error_names_damaged_files(tmp_path: Path) -> None:
     parquet = write_parquet(tmp_path / "a.parquet")
     parquet.write_bytes(parquet.read_bytes()[:-30])
     assert f"{parquet}: cannot be read as Parquet: it is damaged or truncated" in message_of(parquet)
@@ -159,7 +159,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "other"])
-def test_damaged_compression_is_named(tmp_path: Path, ending: str, damage: str) -> None:
+def test_error_names_files_with_damaged_compression(tmp_path: Path, ending: str, damage: str) -> None:
     data = json_lines([f"{number} words {number * 7919}" for number in range(5000)])
     options = zstandard.ZstdCompressor(write_checksum=True)
     packed = bytearray(gzip.compress(data) if ending == "gz" else options.compress(data))
@@ -171,26 +171,25 @@ def test_damaged_compression_is_named(tmp_path: Path, ending: str, damage: str) 
         packed = bytearray(data)
     path = tmp_path / f"a.jsonl.{ending}"
     path.write_bytes(packed)
-    # A flipped byte may come out as text that is no JSON before the checksum is reached.
+    # A flipped byte may decompress to text that is not JSON, before the checksum is reached.
     assert str(path) in message_of(path)
 
 
-def test_lines_that_are_no_json_object_are_numbered(tmp_path: Path) -> None:
+def test_error_numbers_lines_that_are_not_json_objects(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(["a"]) + b'{"text": "cut')
     assert f"{path}, line 2: is not JSON (Unterminated string" in message_of(path)
     path.write_bytes(b'["a"]\n')
-    assert f"{path}, line 1: holds a list, not an object" in message_of(path)
+    assert f"{path}, line 1: is a list, not an object" in message_of(path)
     path.write_bytes(b'{"text": "\\ud800"}\n')
-    assert f"{path}, line 1: holds half of a surrogate pair" in message_of(path)
+    assert f"{path}, line 1: has an unpaired surrogate" in message_of(path)
 
 
-def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:
+def test_error_locates_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_bytes("é".encode() + b"ab\xffcd")
-    assert (
-        f"{text}: holds bytes that are not UTF-8 at byte offset 4 (0xff); convert it to UTF-8"
-        in message_of(text)
+    assert f"{text}: has bytes that are not UTF-8 at byte offset 4 (0xff); convert it to UTF-8" in message_of(
+        text
     )
     first = json_lines(["a"])
     lines = tmp_path / "a.jsonl"
@@ -199,28 +198,28 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     assert f"at byte offset {len(first) + 10} of the uncompressed text (0xe9)" in message_of(packed)
-    # Arrow takes the bytes of string columns on trust.
+    # Arrow's readers do not validate the bytes of string columns.
     wrong = pa.array([b"fine", b"ab\xff"]).cast(pa.binary()).view(pa.string())
     parquet = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": wrong}), parquet)
-    assert f"{parquet}: holds bytes that are not UTF-8 at byte offset 2 of the text in row 1" in message_of(
+    assert f"{parquet}: has bytes that are not UTF-8 at byte offset 2 of the text in row 1" in message_of(
         parquet
     )
 
 
-def test_a_corpus_without_text_is_an_error(tmp_path: Path) -> None:
+def test_corpus_without_text_is_an_error(tmp_path: Path) -> None:
     empty = tmp_path / "a.txt"
     empty.write_text("")
     nulls = write_parquet(tmp_path / "b.parquet", [None, ""])
     for source in (empty, nulls):
         assert message_of(source) == (
-            f"sources={source}: hold no documents, or only empty ones; name files with text in them"
+            f"sources={source}: have no documents, or only empty ones; name files with text in them"
         )
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert f"{folder}: holds no documents" in message_of(folder)
+    assert f"{folder}: has no documents" in message_of(folder)
 
 
-def test_errors_have_the_two_forms() -> None:
+def test_errors_are_user_errors() -> None:
     assert issubclass(FileProblem, UserError)
     assert issubclass(FieldError, UserError)

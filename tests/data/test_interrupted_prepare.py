@@ -1,4 +1,4 @@
-"""A run that is killed or stopped continues where it stopped, and damage to its files is found."""
+"""Tests that a killed run resumes where it stopped, and that damage to its files is found."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def children_of(process_id: int) -> list[int]:
     ]
 
 
-def test_a_killed_run_goes_on_and_its_workers_end(
+def test_killed_run_resumes_and_its_workers_end(
     prepared: Path, corpus: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     prefix = tmp_path / "tokens"
     process = start_command(corpus, tokenizer_path, prefix)
     while journal_lines(prefix) < 2:
-        assert process.poll() is None, "ended before it could be killed: the corpus is too small"
+        assert process.poll() is None, "the command ended before it could be killed: the corpus is too small"
         time.sleep(0.002)
     workers = children_of(process.pid)
     process.send_signal(signal.SIGKILL)
@@ -75,7 +75,7 @@ class InterruptedRunError(Exception):
 
 
 def interrupt_after(source: Path, tokenizer_path: Path, prefix: Path, num_chunks: int) -> Path:
-    """Leaves a partial folder with these chunks finished; returns it."""
+    """Stop a preparation after `num_chunks` finished chunks; return its partial folder."""
     calls = 0
 
     def stop(state: PreparationProgress) -> None:
@@ -90,16 +90,16 @@ def interrupt_after(source: Path, tokenizer_path: Path, prefix: Path, num_chunks
 
 
 @pytest.mark.parametrize(
-    "damage", ["torn journal", "torn tokens", "flipped token", "missing lengths", "none"]
+    "damage", ["truncated journal", "truncated tokens", "flipped token", "missing lengths", "none"]
 )
-def test_damage_to_unfinished_files_is_found_and_mended(
+def test_damaged_chunks_of_unfinished_files_are_encoded_again(
     damage: str, prepared: Path, corpus: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     folder = interrupt_after(corpus, tokenizer_path, tmp_path / "tokens", 3)
     tokens, lengths, journal = (folder / name for name in ("tokens.bin", "lengths.bin", "journal.jsonl"))
-    if damage == "torn journal":
+    if damage == "truncated journal":
         os.truncate(journal, journal.stat().st_size - 9)
-    elif damage == "torn tokens":
+    elif damage == "truncated tokens":
         os.truncate(tokens, tokens.stat().st_size - 5)
     elif damage == "flipped token":
         content = bytearray(tokens.read_bytes())
@@ -112,7 +112,9 @@ def test_damage_to_unfinished_files_is_found_and_mended(
     assert files_of(tmp_path) == files_of(prepared.parent)
 
 
-def test_documents_that_changed_after_a_stop_are_encoded_again(tokenizer_path: Path, tmp_path: Path) -> None:
+def test_documents_changed_after_an_interruption_are_encoded_again(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(5):
@@ -126,7 +128,7 @@ def test_documents_that_changed_after_a_stop_are_encoded_again(tokenizer_path: P
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
-def test_documents_taken_away_after_a_stop_are_dropped(tokenizer_path: Path, tmp_path: Path) -> None:
+def test_documents_removed_after_an_interruption_are_dropped(tokenizer_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(4):
@@ -140,7 +142,7 @@ def test_documents_taken_away_after_a_stop_are_dropped(tokenizer_path: Path, tmp
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_run_killed_while_renaming_is_finished_by_the_next(
+def test_run_killed_while_renaming_is_completed_by_the_next_run(
     renames: int,
     corpus: Path,
     tokenizer_path: Path,
@@ -168,7 +170,7 @@ def test_a_run_killed_while_renaming_is_finished_by_the_next(
     assert not token_file(prefix, ".partial").exists()
 
 
-def test_a_killed_worker_is_an_error_that_can_be_gone_on_from(
+def test_run_with_a_killed_worker_is_an_error_and_can_be_resumed(
     corpus: Path, tokenizer_path: Path, prepared: Path, tmp_path: Path
 ) -> None:
     prefix = tmp_path / "tokens"
@@ -179,7 +181,7 @@ def test_a_killed_worker_is_an_error_that_can_be_gone_on_from(
                 os.kill(worker, signal.SIGKILL)
 
     with pytest.raises(
-        UserError, match=r"workers=1: process \d+ ended by itself \(status -9\), perhaps for want of"
+        UserError, match=r"workers=1: process \d+ ended unexpectedly \(status -9\), possibly out of memory"
     ):
         prepare(corpus, tokenizer_path, prefix, report_progress=kill_a_worker)
     assert files_of(tmp_path) == {}

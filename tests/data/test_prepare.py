@@ -1,4 +1,4 @@
-"""Token files hold the documents in order, whatever the number of workers and whenever the run is killed."""
+"""Tests that token files hold the documents in order for any number of workers, and of the errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.selection import exhaustive
 ENDINGS = (".bin", ".idx", ".json")
 
 
-def test_megatron_reads_each_document_ended_by_eos(
+def test_megatron_core_reads_each_document_with_its_end_token(
     prepared: Path, corpus: Path, tokenizer: Tokenizer
 ) -> None:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
@@ -38,7 +38,7 @@ def test_megatron_reads_each_document_ended_by_eos(
         assert dataset[index].tolist() == [*tokenizer.encode(document), tokenizer.eos_id]
 
 
-def test_the_files_are_what_megatron_would_write(
+def test_files_are_equal_to_those_of_megatron_core(
     prepared: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     import torch
@@ -51,7 +51,7 @@ def test_the_files_are_what_megatron_would_write(
     assert files_of(tmp_path) == files_of(prepared.parent)
 
 
-def test_the_record_says_what_the_files_hold(prepared: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_manifest_describes_the_files(prepared: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     manifest = load_manifest(prepared)
     documents = list(stream_documents([corpus]))
     tokens = np.fromfile(f"{prepared}.bin", dtype=np.uint16)
@@ -73,7 +73,7 @@ def test_the_record_says_what_the_files_hold(prepared: Path, corpus: Path, token
 
 
 @pytest.mark.parametrize("num_workers", [pytest.param(2, marks=exhaustive), 3])
-def test_the_number_of_workers_changes_no_byte(
+def test_files_do_not_depend_on_the_number_of_workers(
     num_workers: int, prepared: Path, corpus: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     states: list[PreparationProgress] = []
@@ -87,7 +87,7 @@ def test_the_number_of_workers_changes_no_byte(
     assert states[-1].source_bytes_read == states[-1].source_bytes == corpus.stat().st_size
 
 
-def test_other_formats_of_the_same_documents_give_the_same_bytes(
+def test_files_do_not_depend_on_the_format_of_the_documents(
     prepared: Path, corpus: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     lines = tmp_path / "a.jsonl"
@@ -99,7 +99,9 @@ def test_other_formats_of_the_same_documents_give_the_same_bytes(
     assert manifest.empty_documents == 2 * manifest.num_documents
 
 
-def test_documents_of_odd_sizes_come_back(tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_documents_of_very_different_sizes_are_encoded(
+    tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     texts = ["a", "\u2581", "long " * 250_000, "é\u2581\n" * 7, "<unk>", "x" * (1 << 19), "b"]
     source = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": texts}), source)
@@ -109,7 +111,7 @@ def test_documents_of_odd_sizes_come_back(tokenizer_path: Path, tokenizer: Token
     assert [tokenizer.decode(document.tolist()) for document in documents] == texts
 
 
-def test_a_second_call_starts_no_worker(
+def test_second_call_starts_no_worker(
     prepared: Path, corpus: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparation, "EncodingPool", None)
@@ -120,7 +122,7 @@ def test_a_second_call_starts_no_worker(
     assert {ending: token_file(prepared, ending).stat() for ending in ENDINGS} == before
 
 
-def test_a_copy_of_the_same_documents_counts_as_unchanged(
+def test_copy_of_the_same_documents_counts_as_unchanged(
     prepared: Path, corpus: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy.parquet"
@@ -138,14 +140,14 @@ def test_files_of_other_documents_are_replaced_only_on_request(
     before = files_of(tmp_path)
     source.write_text("second")
     with pytest.raises(
-        FileProblem, match=r"tokens\.json: the token files are there, of other documents; name another"
+        FileProblem, match=r"tokens\.json: token files of other documents exist; name another"
     ):
         prepare(source, tokenizer_path, prefix)
     other = tokenizer_path.with_name("other.model")
     from sas_megatron.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(stream_documents([corpus]), vocab_size=500, model_path=other, sample_bytes=50_000)
-    with pytest.raises(FileProblem, match="the token files are there, of another tokenizer"):
+    with pytest.raises(FileProblem, match="token files of another tokenizer exist"):
         prepare(source, other, prefix)
     assert files_of(tmp_path) == before
     prepare(source, tokenizer_path, prefix, overwrite=True)
@@ -153,7 +155,9 @@ def test_files_of_other_documents_are_replaced_only_on_request(
     verify_token_files(prefix, full=True)
 
 
-def test_two_runs_at_once_do_not_mix(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+def test_concurrent_run_for_the_same_files_is_refused(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
     prefix = tmp_path / "tokens"
 
     def start_another(state: PreparationProgress) -> None:
@@ -166,7 +170,7 @@ def test_two_runs_at_once_do_not_mix(corpus: Path, tokenizer_path: Path, tmp_pat
     assert load_manifest(prefix).num_documents == 1
 
 
-def test_errors_leave_nothing_behind(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+def test_errors_leave_no_files(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     prefix = tmp_path / "out" / "tokens"
     prefix.parent.mkdir()
     empty = tmp_path / "empty.txt"
@@ -174,25 +178,25 @@ def test_errors_leave_nothing_behind(corpus: Path, tokenizer_path: Path, tmp_pat
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes(b"PAR1 nothing")
     for source, message in [
-        (empty, "hold no documents, or only empty ones"),
+        (empty, "have no documents, or only empty ones"),
         (damaged, "cannot be read as Parquet"),
-        (tmp_path / "absent.txt", "there is no such file"),
+        (tmp_path / "absent.txt", "does not exist"),
     ]:
         with pytest.raises(UserError, match=message):
             prepare(source, tokenizer_path, prefix)
         assert list(prefix.parent.iterdir()) == []
     with pytest.raises(FieldError, match="workers=0: must be at least one process"):
         prepare(corpus, tokenizer_path, prefix, num_workers=0)
-    with pytest.raises(FileProblem, match="is damaged, or no sentencepiece model"):
+    with pytest.raises(FileProblem, match="is damaged, or is not a sentencepiece model"):
         prepare(corpus, corpus, prefix)
-    with pytest.raises(FieldError, match="must end in a name"):
+    with pytest.raises(FieldError, match="must end in a file name"):
         prepare_token_files([corpus], tokenizer_path=tokenizer_path, prefix=f"{prefix}/")
     with pytest.raises(FileProblem, match=r"cannot be written \(Not a directory\); name another --output"):
         prepare(corpus, tokenizer_path, empty / "tokens")
     assert list(prefix.parent.iterdir()) == []
 
 
-def test_workers_import_neither_torch_nor_megatron_nor_pyarrow() -> None:
+def test_workers_import_neither_torch_nor_megatron_core_nor_pyarrow() -> None:
     script = (
         "import sys, sas_megatron.data.encoding_worker\n"
         "print([name for name in ('torch', 'megatron', 'pyarrow', 'pydantic') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""Whatever is wrong with token files is found and said, before a training reads them."""
+"""Tests of the checks of token files before a training run reads them."""
 
 from __future__ import annotations
 
@@ -46,88 +46,89 @@ def edit_manifest(prefix: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_whole_files_pass(prefix: Path, tokenizer: Tokenizer) -> None:
+def test_undamaged_files_pass(prefix: Path, tokenizer: Tokenizer) -> None:
     assert verify_token_files(prefix, tokenizer.vocab_size, full=True) == load_manifest(prefix)
 
 
-def test_a_document_is_read_by_its_number(prefix: Path, tokenizer: Tokenizer) -> None:
+def test_document_is_read_by_its_index(prefix: Path, tokenizer: Tokenizer) -> None:
     for number in range(7):
         tokens = read_document_tokens(prefix, number).tolist()
         assert tokens[-1] == tokenizer.eos_id
         assert tokenizer.decode(tokens) == f"document number {number}\n" * (number + 1)
     for number in (7, -1):
-        with pytest.raises(FieldError, match=f"document={number}: .* has 7 documents; count from 0"):
+        with pytest.raises(FieldError, match=f"document={number}: .* has 7 documents; use 0 to 6"):
             read_document_tokens(prefix, number)
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
-def test_missing_truncated_and_longer_files_are_named(prefix: Path, ending: str) -> None:
+def test_error_names_missing_truncated_and_longer_files(prefix: Path, ending: str) -> None:
     path = token_file(prefix, ending)
     content = path.read_bytes()
     path.write_bytes(content[:-3])
     again = "prepare it again with `sas-megatron data prepare --overwrite`"
     assert problem(prefix) == f"{ending}: is truncated: {len(content) - 3} bytes of {len(content)}; {again}"
     path.write_bytes(content + b"\0")
-    assert f"{ending}: is longer than was written" in problem(prefix)
+    assert f"{ending}: is longer than when it was written" in problem(prefix)
     path.unlink()
     assert problem(prefix) == f"{ending}: is missing; {again}"
 
 
-def test_a_record_that_is_missing_or_wrong_is_named(prefix: Path) -> None:
+def test_error_names_a_missing_or_invalid_manifest(prefix: Path) -> None:
     path = token_file(prefix, ".json")
     edit_manifest(prefix, schema_version=99)
-    assert ".json: has schema version 99, this program reads 1" in problem(prefix)
+    assert ".json: has schema version 99, and this program reads 1" in problem(prefix)
     edit_manifest(prefix, num_tokens="many")
-    assert ".json: is not a record of token files (num_tokens: Input should be a valid integer" in problem(
+    assert ".json: is not a manifest of token files (num_tokens: Input should be a valid integer" in problem(
         prefix
     )
     path.write_text('{"schema_version": 1')
-    assert ".json: is not a record of token files (the whole file: Invalid JSON" in problem(prefix)
+    assert ".json: is not a manifest of token files (the entire file: Invalid JSON" in problem(prefix)
     path.write_bytes(b"\xff\xfe")
-    assert ".json: is not a record of token files (the whole file: Invalid JSON" in problem(prefix)
+    assert ".json: is not a manifest of token files (the entire file: Invalid JSON" in problem(prefix)
     path.unlink()
-    assert ".json: there is no record of token files" in problem(prefix)
+    assert ".json: does not exist, so the token files are missing or incomplete" in problem(prefix)
 
 
-def test_headers_are_held_against_the_record(prefix: Path) -> None:
+def test_index_header_is_compared_with_the_manifest(prefix: Path) -> None:
     path = token_file(prefix, ".idx")
     content = bytearray(path.read_bytes())
     path.write_bytes(b"X" + content[1:])
     assert ".idx: is not an index of token files" in problem(prefix)
     content[18:26] = struct.pack("<Q", 6)
     path.write_bytes(content)
-    assert ".idx: says type, sequences, documents + 1 = (8, 6, 8) where the record says (8, 7, 8)" in problem(
-        prefix
+    assert (
+        ".idx: has token type, sequences, documents + 1 = (8, 6, 8), but the manifest has (8, 7, 8)"
+        in problem(prefix)
     )
 
 
-def test_sizes_are_held_against_the_number_of_tokens(prefix: Path) -> None:
+def test_file_size_is_compared_with_the_number_of_tokens(prefix: Path) -> None:
     edit_manifest(prefix, num_tokens=load_manifest(prefix).num_tokens + 1)
     assert ".bin: has " in problem(prefix)
 
 
-def test_tokens_beyond_the_vocabulary_are_found_at_no_cost(prefix: Path) -> None:
+def test_tokens_outside_of_the_vocabulary_are_found_without_reading_the_file(prefix: Path) -> None:
     largest = load_manifest(prefix).max_token_id
     verify_token_files(prefix, largest + 1)
     assert problem(prefix, largest) == (
-        f".bin: holds token id {largest}, beyond the vocabulary of {largest}; "
-        "use the tokenizer that wrote it, or prepare the data with yours"
+        f".bin: has token id {largest}, outside of the vocabulary of {largest}; "
+        "use the tokenizer that encoded it, or prepare the data with yours"
     )
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
-def test_a_full_check_finds_every_changed_byte(prefix: Path, ending: str) -> None:
+def test_full_check_finds_a_changed_byte(prefix: Path, ending: str) -> None:
     path = token_file(prefix, ending)
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content)
     verify_token_files(prefix)
-    assert f"{ending}: differs from what was written (sha256)" in problem(prefix, full=True)
+    assert f"{ending}: has changed since it was written (sha256)" in problem(prefix, full=True)
 
 
-def test_a_full_check_scans_every_token(prefix: Path) -> None:
+def test_full_check_scans_every_token(prefix: Path) -> None:
     tokens = np.fromfile(token_file(prefix, ".bin"), dtype=np.uint16)
     largest = int(tokens.max())
     edit_manifest(prefix, max_token_id=0)
     verify_token_files(prefix, largest)
-    assert f".bin: holds token id {largest}" in problem(prefix, largest, full=True)
+    assert f".bin: has token id {largest}" in problem(prefix, largest, full=True)

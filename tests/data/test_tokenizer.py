@@ -1,4 +1,4 @@
-"""Every text comes back exactly, byte lengths add up, and training is the same each time."""
+"""Tests of the tokenizer: exact round trips, byte lengths, and deterministic training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.data.tokenizer_training import sample_passages, train_tokenizer
 
-AWKWARD = [
+DIFFICULT = [
     "", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\r", "\0", "\u2581", " \u2581 ", "\u2581\u2581", "\u2585",
     "\u2047", "<unk>", "<s>", "</s>", "<pad>", "<0x0A>", "<0xE2>", "\ufeff", "\u00a0", "\u3000", "\u200b",
     "\ufb01", "Ａ①", "é", "e\u0301", "😀", "👩‍👩‍👧", "\U0010ffff", "\ufffd", "\ufffe",
@@ -25,8 +25,8 @@ AWKWARD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", AWKWARD)
-def test_awkward_texts_come_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+@pytest.mark.parametrize("text", DIFFICULT)
+def test_difficult_texts_are_decoded_exactly(tokenizer: Tokenizer, text: str) -> None:
     lengths = tokenizer.token_byte_lengths()
     for surrounded in (text, f"a{text}b", text * 3, f" {text} ", f"\n{text}\n"):
         tokens = tokenizer.encode(surrounded)
@@ -36,20 +36,20 @@ def test_awkward_texts_come_back_exactly(tokenizer: Tokenizer, text: str) -> Non
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.one_of(st.text(), st.sampled_from(AWKWARD))).map("".join))
-def test_every_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+@given(st.lists(st.one_of(st.text(), st.sampled_from(DIFFICULT))).map("".join))
+def test_any_text_is_decoded_exactly(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     assert tokenizer.token_byte_lengths()[tokens].sum() == len(text.encode())
 
 
-def test_documents_of_a_corpus_come_back_exactly(tokenizer: Tokenizer, corpus: Path) -> None:
+def test_documents_of_a_corpus_are_decoded_exactly(tokenizer: Tokenizer, corpus: Path) -> None:
     documents = list(stream_documents([corpus]))
     encoded = tokenizer.encode_documents([document.encode() for document in documents])
     assert [tokenizer.decode(tokens.tolist()) for tokens in encoded] == documents
 
 
-def test_it_has_what_megatron_asks_of_a_tokenizer(tokenizer: Tokenizer) -> None:
+def test_tokenizer_has_the_interface_of_megatron_core(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 1023
     assert tokenizer.eod == tokenizer.eos == tokenizer.eos_id == 1
     assert tokenizer.decode([tokenizer.eos_id]) == ""
@@ -58,18 +58,18 @@ def test_it_has_what_megatron_asks_of_a_tokenizer(tokenizer: Tokenizer) -> None:
     assert json.loads(json.dumps(tokenizer.unique_identifiers))["sha256"] == tokenizer.sha256
 
 
-def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+def test_unpaired_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(UnicodeEncodeError):
         tokenizer.encode("a\ud800")
 
 
-def test_generated_bytes_that_are_no_utf8_are_shown_as_such(tokenizer: Tokenizer) -> None:
+def test_generated_invalid_utf8_becomes_the_replacement_character(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("é")[:1]) in ("é", "\ufffd")
     assert tokenizer.decode(tokenizer.encode("\U0010ffff")[:2]) == "\ufffd"
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_training_gives_the_same_file_each_time(tmp_path: Path, corpus: Path, model_type: str) -> None:
+def test_training_is_deterministic(tmp_path: Path, corpus: Path, model_type: str) -> None:
     models = []
     for name in ("a", "b"):
         path = tmp_path / name / "t.model"
@@ -87,12 +87,12 @@ def test_training_gives_the_same_file_each_time(tmp_path: Path, corpus: Path, mo
     assert models[0] == models[1]
 
 
-def test_pieces_may_hold_newlines_and_runs_of_spaces(tokenizer: Tokenizer) -> None:
+def test_tokens_may_contain_newlines_and_runs_of_spaces(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("):\n")) < 3
     assert len(tokenizer.encode("        ")) == 1
 
 
-def test_the_sample_is_spread_over_the_whole_stream_and_bounded() -> None:
+def test_sample_is_bounded_and_drawn_from_all_documents() -> None:
     documents = [f"{number:05d}\n" * 100 for number in range(997)]
     sample = sample_passages(iter(documents), 60_000)
     assert sample.corpus_bytes == 997 * 600
@@ -106,7 +106,7 @@ def test_the_sample_is_spread_over_the_whole_stream_and_bounded() -> None:
     assert len(one_long.passages) > 2
 
 
-def test_characters_that_sentencepiece_reserves_do_not_drop_their_passage() -> None:
+def test_passages_with_reserved_characters_of_sentencepiece_are_kept() -> None:
     assert sample_passages(["left\u2581\u2585right"], 1000).passages == ["left", "right"]
 
 
@@ -116,28 +116,28 @@ def error_of_training(documents: list[str], vocab_size: int, model_path: Path) -
     return str(caught.value)
 
 
-def test_training_errors_say_what_to_do(tmp_path: Path) -> None:
+def test_training_errors_name_a_remedy(tmp_path: Path) -> None:
     path = tmp_path / "t.model"
     few = ["some words\nand some more"]
     message = error_of_training(few, 9999, path)
-    assert message.startswith("vocab_size=9999: is more than the text has pieces for; use at most ")
+    assert message.startswith("vocab_size=9999: is too large for the text; use at most ")
     largest = int(message.split("at most ")[1].split(",")[0])
-    assert "vocab_size=100: has no room for the 256 bytes" in error_of_training(few, 100, path)
+    assert "vocab_size=100: is too small for the 256 bytes" in error_of_training(few, 100, path)
     assert "vocab_size=0: must be positive" in error_of_training(few, 0, path)
     for documents in ([], [""], ["\n\r\n"]):
-        assert "there is no text to train a tokenizer on" in error_of_training(documents, 500, path)
+        assert "have no text to train a tokenizer on" in error_of_training(documents, 500, path)
     assert list(tmp_path.iterdir()) == []
     train_tokenizer(few, vocab_size=largest, model_path=path)
     (tmp_path / "file").write_text("")
     assert "cannot be written" in error_of_training(few, largest, tmp_path / "file" / "t.model")
 
 
-def test_another_tokenizer_is_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_another_tokenizer_is_replaced_only_on_request(tmp_path: Path) -> None:
     path, documents = tmp_path / "t.model", ["some words\nand some more"]
     first = train_tokenizer(documents, vocab_size=270, model_path=path)
     assert train_tokenizer(documents, vocab_size=270, model_path=path) == first
     assert error_of_training(documents, 271, path) == (
-        f"{path}: holds another tokenizer, which token files and checkpoints may need; name another "
+        f"{path}: is another tokenizer, which token files and checkpoints may need; name another "
         "--output, or give --overwrite"
     )
     assert Tokenizer(path).sha256 == first.sha256
@@ -145,20 +145,20 @@ def test_another_tokenizer_is_replaced_only_where_that_is_asked_for(tmp_path: Pa
     assert Tokenizer(path).vocab_size == 271
 
 
-def test_unigram_says_the_largest_vocabulary_too(tmp_path: Path) -> None:
-    with pytest.raises(FieldError, match="is more than the text has pieces for; use at most"):
+def test_unigram_error_names_the_largest_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="is too large for the text; use at most"):
         train_tokenizer(
             ["some words"], vocab_size=9999, model_path=tmp_path / "t.model", model_type="unigram"
         )
 
 
-def test_unusable_models_are_named(tmp_path: Path, tokenizer_path: Path) -> None:
+def test_error_names_invalid_models(tmp_path: Path, tokenizer_path: Path) -> None:
     path = tmp_path / "t.model"
-    with pytest.raises(FileProblem, match=r"t\.model: there is no such tokenizer; train one with"):
+    with pytest.raises(FileProblem, match=r"t\.model: does not exist; train one with"):
         Tokenizer(path)
     for content in (b"", b"garbage", tokenizer_path.read_bytes()[:5000]):
         path.write_bytes(content)
-        with pytest.raises(FileProblem, match=r"t\.model: is damaged, or no sentencepiece model"):
+        with pytest.raises(FileProblem, match=r"t\.model: is damaged, or is not a sentencepiece model"):
             Tokenizer(path)
     with pytest.raises(FileProblem, match="cannot be read"):
         Tokenizer(tmp_path)
@@ -167,14 +167,12 @@ def test_unusable_models_are_named(tmp_path: Path, tokenizer_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({}, "has no tokens for single bytes"),
-        ({"byte_fallback": True}, "does not give back the text it encodes"),
-        ({"byte_fallback": True, "eos_id": -1}, "has no token for the end of a document"),
+        ({}, "has no byte fallback"),
+        ({"byte_fallback": True}, "does not reproduce the text that it encodes"),
+        ({"byte_fallback": True, "eos_id": -1}, "has no end-of-document token"),
     ],
 )
-def test_models_that_are_not_reversible_are_refused(
-    tmp_path: Path, options: dict[str, object], problem: str
-) -> None:
+def test_irreversible_models_are_refused(tmp_path: Path, options: dict[str, object], problem: str) -> None:
     model = io.BytesIO()
     lines = [f"some words {number} and more of them" for number in range(99)]
     sentencepiece.SentencePieceTrainer.train(

@@ -162,7 +162,7 @@ def test_windows_longer_than_the_validation_text_are_rejected(ranks: Any, run: T
     (message,) = ranks(1).run(error_of_validation, run.directory, 10**6)
     match = re.fullmatch(
         r"data\.sequence_length=1000000: must be less than the (\d+) validation tokens of \S+, or a window "
-        r"would hold the same text twice; use at most (\d+), or raise the second share of data\.split=.*",
+        r"would contain the same text twice; use at most (\d+), or raise the second share of data\.split=.*",
         message,
     )
     assert match is not None, message

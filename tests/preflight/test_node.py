@@ -83,7 +83,7 @@ def test_an_invalid_config_and_an_unknown_master_are_failures(tmp_path: Path) ->
     config.write_text(dump_yaml(small_config(logging={"run_directory": str(tmp_path / "run")})))
     status, found = doctor(str(config), MASTER_ADDR="no-such-host.invalid")
     assert status == 1
-    assert "there is no such tokenizer" in found["config"]["observed"]
+    assert "does not exist" in found["config"]["observed"]
     assert "no-such-host.invalid: cannot be resolved on" in found["rendezvous"]["observed"]
     assert "address" in found["rendezvous"]["remedy"]
 

@@ -176,13 +176,15 @@ def test_a_tokenizer_that_did_not_write_the_data_is_refused(small_data: SmallDat
     other = tmp_path / "other.model"
     train_tokenizer(["some text, and some more of it\n" * 50], vocab_size=300, model_path=other)
     config = small_data.run(tmp_path, data={"tokenizer": str(other)})
-    with pytest.raises(FieldError, match=r"data\.tokenizer=.*is not the tokenizer that wrote"):
+    with pytest.raises(FieldError, match=r"data\.tokenizer=.*is not the tokenizer that encoded"):
         open_token_files(config.data, vocab_size=512)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(small_data: SmallData, tmp_path: Path) -> None:
     config = small_data.run(tmp_path)
-    with pytest.raises(FieldError, match=r"model\.vocab_size=300: is less than the 512 pieces .*; use 512"):
+    with pytest.raises(
+        FieldError, match=r"model\.vocab_size=300: must not be less than the 512 tokens .*; use 512"
+    ):
         open_token_files(config.data, vocab_size=300)
 
 
@@ -194,7 +196,7 @@ def test_damaged_token_files_are_refused_before_a_run(small_data: SmallData, tmp
     (tmp_path / "text.bin").write_bytes(tokens)
     config = small_data.run(tmp_path / "run", data={"prefixes": [str(tmp_path / "text")]})
     open_token_files(config.data, vocab_size=512)
-    with pytest.raises(FileProblem, match=r"text\.bin: differs from what was written \(sha256\)"):
+    with pytest.raises(FileProblem, match=r"text\.bin: has changed since it was written \(sha256\)"):
         open_token_files(config.data, vocab_size=512, verify=True)
 
 
