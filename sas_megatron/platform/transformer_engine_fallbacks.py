@@ -1,7 +1,7 @@
 """Replacements for parts of TransformerEngine that Megatron-core uses: norms and the fused rotary kernel.
 
-They take effect only if TransformerEngine is not installed. This module must not import Megatron-core when it
-is imported itself: on CPU, `platform.cpu.install` has to run first.
+The norms are always used; the functions below them change Megatron-core only if TransformerEngine is absent.
+Importing this module must not import Megatron-core: on CPU, `platform.cpu.install` has to run first.
 """
 
 from __future__ import annotations

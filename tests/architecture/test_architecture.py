@@ -34,6 +34,8 @@ WITHOUT_TORCH = [
             "settings.py",
         )
     ),
+    *(PACKAGE / "platform" / name for name in ("__init__.py", "launcher.py", "local_machine.py")),
+    *(PACKAGE / "preflight" / name for name in ("__init__.py", "finding.py", "network.py", "node.py")),
     *(
         PACKAGE / "planning" / name
         for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "workload.py")
