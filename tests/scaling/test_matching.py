@@ -123,8 +123,8 @@ def test_error_states_the_nearest_match_and_remedies() -> None:
     assert str(caught.value) == (
         "attention.kind=mha: the nearest match in params is model.ffn_hidden_size=96, with a difference of "
         "-1.4%, more than 0.1% (model.ffn_hidden_size has steps of 8 = 8 × tensor-parallel sizes); free more "
-        "fields (attention.num_heads, attention.head_dim, model.num_layers), require fewer parallel sizes, or "
-        "use a larger base"
+        "fields (attention.num_heads, attention.head_dim, model.num_layers), require fewer parallel sizes, "
+        "or use a larger base"
     )
 
 
