@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sas_megatron.config.run import RunConfig
     from sas_megatron.scaling.matching import Degrees, Match
 
-AXES = ("params", "flops", "kv", "time")
+MATCHED_COSTS = ("params", "flops", "kv", "time")
 
 
 @click.command()
@@ -27,7 +27,7 @@ AXES = ("params", "flops", "kv", "time")
 @click.option(
     "--equal",
     "axis",
-    type=click.Choice(AXES),
+    type=click.Choice(MATCHED_COSTS),
     required=True,
     help="params; flops: training FLOPs per token; kv: cache bytes per token; time: measured step time.",
 )

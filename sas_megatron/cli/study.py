@@ -181,7 +181,7 @@ def status(study: Path, *, only: str, as_json: bool) -> None:
 def collect(study: Path, *, output: Path | None, as_json: bool) -> None:
     """Collect the finished runs into one Parquet table.
 
-    Runs that differ in fields other than those that STUDY varies are an error.
+    It is an error if runs differ in fields that STUDY does not vary.
     """
     from sas_megatron.scaling.study.collecting import collect as collect_table
     from sas_megatron.scaling.study.study_table import write_table

@@ -50,8 +50,8 @@ def compare_variants(
 ) -> tuple[Comparison, ...]:
     """Compare each candidate with the baseline in every way that the runs allow.
 
-    The p-values of all candidates on an axis are adjusted together, and so are those of the tests of a shared
-    irreducible loss.
+    The p-values of all candidates on an axis are adjusted for their number, and so are the p-values of the
+    tests of a shared irreducible loss.
 
     Args:
         outcomes: The finished runs of all variants.

@@ -100,7 +100,7 @@ def match(
         free: Fields to solve for. None: the fields that the attention's class lists and the MLP width, then
             the depth as well if these are not enough. The MLP width does not affect kv; there it is solved
             for equal parameters.
-        degrees: Parallel sizes that the heads must support; None: those of the variant's layout.
+        degrees: Parallel sizes that the heads must support; None: the sizes of the variant's layout.
         tolerance: Largest difference on the axis, relative to the base's cost.
 
     Raises:

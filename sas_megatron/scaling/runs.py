@@ -21,7 +21,7 @@ from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.scaling.outcomes import Axis
 
-# The fields that a comparison varies, and those that do not affect the result. A resumed run equals the
+# The fields that a comparison varies, and fields that do not affect the result. A resumed run equals the
 # uninterrupted one, so checkpoint settings may differ.
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (

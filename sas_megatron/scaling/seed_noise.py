@@ -43,7 +43,7 @@ class CellDifference:
 
 
 @dataclass(frozen=True)
-class Noise:
+class DifferenceNoise:
     """Standard deviation of the difference between two single seeds, averaged over the budgets of a size.
 
     `degrees` are its degrees of freedom. `assumed` is True if it was estimated from repeated seeds within one
@@ -66,7 +66,7 @@ class MeanDifference:
     difference: float
     interval: tuple[float, float] | None
     p_value: float | None
-    noise: Noise | None
+    noise: DifferenceNoise | None
     seeds_needed: int | None
 
 
@@ -74,7 +74,9 @@ class MeanDifference:
 LossesByBudget = Sequence[Mapping[int, float]]
 
 
-def estimate_noise(cells: Sequence[CellDifference], repetitions: Iterable[LossesByBudget]) -> Noise | None:
+def estimate_noise(
+    cells: Sequence[CellDifference], repetitions: Iterable[LossesByBudget]
+) -> DifferenceNoise | None:
     """Estimate the noise from pairs of seeds, or from repetitions if no size has two pairs.
 
     Args:
@@ -83,9 +85,9 @@ def estimate_noise(cells: Sequence[CellDifference], repetitions: Iterable[Losses
     """
     pooled = pool_deviation(average_budgets([cell.pairs for cell in group]) for group in _by_size(cells))
     if pooled is not None:
-        return Noise(*pooled, assumed=False)
+        return DifferenceNoise(*pooled, assumed=False)
     pooled = pool_deviation(average_budgets(budgets) for budgets in repetitions)
-    return None if pooled is None else Noise(math.sqrt(2) * pooled[0], pooled[1], assumed=True)
+    return None if pooled is None else DifferenceNoise(math.sqrt(2) * pooled[0], pooled[1], assumed=True)
 
 
 def pool_deviation(groups: Iterable[Sequence[float]]) -> tuple[float, int] | None:
@@ -120,7 +122,7 @@ def average_budgets(budgets: LossesByBudget) -> tuple[float, ...]:
 
 
 def average_difference(
-    cells: Sequence[CellDifference], noise: Noise | None, *, num_comparisons: int = 1
+    cells: Sequence[CellDifference], noise: DifferenceNoise | None, *, num_comparisons: int = 1
 ) -> MeanDifference:
     """Return the unweighted mean over cells.
 

@@ -41,7 +41,7 @@ def match_time(
         measure: Measures steps of several runs in alternation; ratios are computed within a round.
         log: Called with each measured ratio, since measuring takes minutes.
         free: MLP width, depth or both. None: both, but the depth changes only if the width is not enough.
-        degrees: Parallel sizes that the width must support; None: those of the variant's layout.
+        degrees: Parallel sizes that the width must support; None: the sizes of the variant's layout.
         tolerance: Largest difference, relative to the base's time.
 
     Raises:

@@ -66,7 +66,7 @@ class Verdict:
         reservations: Sentences that limit the result.
         statement: The result and the reservations in words, without the axis.
         budget: For losses read from validation curves during training: the amount spent at the reading.
-        readings: For such losses: those of the baseline and of the candidate.
+        readings: For such losses: the readings of the baseline and of the candidate.
     """
 
     axis: Axis
@@ -271,7 +271,7 @@ def _format_budget(axis: Axis, budget: float) -> str:
 def _phrase(verdict: Verdict) -> str:
     baseline, candidate, mean = verdict.baseline, verdict.candidate, verdict.mean
     if mean is None:
-        return f"no comparison with {baseline}, since no runs of {baseline} enclose those of {candidate}."
+        return f"no comparison with {baseline}, since its runs do not enclose the runs of {candidate}."
     side = "lower" if mean.difference < 0 else "higher"
     size = f"the loss of {candidate} is {side} by {format_loss(abs(mean.difference))}"
     count = len(verdict.cells)
@@ -308,11 +308,11 @@ def _list_reservations(
         )
     if mean is not None and num_unmatched:
         texts.append(
-            f"{_count(num_unmatched)} of {variants[1]} not included: no runs of {variants[0]} enclose them."
+            f"Not included: {_count(num_unmatched)} of {variants[1]} that no runs of {variants[0]} enclose."
         )
     for variant in variants:
         if diverged := count_diverged(outcomes, variant):
-            texts.append(f"{_count(diverged)} of {variant} without a loss not included.")
+            texts.append(f"Not included: {_count(diverged)} of {variant} without a loss.")
     return texts
 
 

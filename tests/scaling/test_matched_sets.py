@@ -1,4 +1,4 @@
-"""The shipped sets: every kind at every size, as `sas-megatron match` makes them from the multi-head one."""
+"""The shipped configs of every kind and size, which `sas-megatron match` derives from the multi-head one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.scaling.matching import counted_costs
 from tests.conftest import ROOT
 
-# Of each size: its name in parameters, and the tensor-parallel degrees that all its kinds allow.
+# Name of each size in parameters, and the tensor-parallel sizes that all of its kinds support.
 SIZES = {"125m": "1,2,4", "350m": "1,2,4,8", "1.3b": "1,2,4,8", "2.7b": "1,2,4,8", "6.7b": "1,2,4,8"}
 
 
@@ -28,7 +28,7 @@ def shipped(size: str, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_set_is_what_match_makes_of_its_multi_head_config(size: str, tmp_path: Path) -> None:
+def test_set_equals_the_output_of_match_for_its_multi_head_config(size: str, tmp_path: Path) -> None:
     others = [kind for kind in KINDS if kind != "mha"]
     arguments = [str(shipped(size, "mha")), "--variants", ",".join(others), "--equal", "params"]
     made = CliRunner().invoke(cli, ["match", *arguments, "--tensor", SIZES[size], "--output", str(tmp_path)])
@@ -39,7 +39,7 @@ def test_a_set_is_what_match_makes_of_its_multi_head_config(size: str, tmp_path:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_set_is_of_one_size_and_differs_in_nothing_but_the_model(size: str) -> None:
+def test_configs_of_a_set_have_equal_size_and_differ_only_in_the_model(size: str) -> None:
     configs = {kind: load_run_config(shipped(size, kind)) for kind in KINDS}
     base = configs["mha"]
     parameters = sum(count_parameters(base).values())
@@ -55,14 +55,14 @@ def test_a_set_is_of_one_size_and_differs_in_nothing_but_the_model(size: str) ->
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_set_is_trained_on_twenty_tokens_a_parameter(size: str) -> None:
+def test_set_is_trained_on_twenty_tokens_per_parameter(size: str) -> None:
     config = load_run_config(shipped(size, "mha"))
     tokens = config.training.num_steps * config.training.global_batch_size * config.data.sequence_length
     assert 19 <= tokens / sum(count_parameters(config).values()) <= 21
 
 
-@pytest.mark.exhaustive  # a busy machine's processors are slower, too
-def test_the_costs_of_ten_thousand_configs_take_seconds() -> None:
+@pytest.mark.exhaustive  # slower on a machine with other load
+def test_costs_of_ten_thousand_configs_are_counted_in_seconds() -> None:
     tree = read_yaml(shipped("125m", "sas"))
     begun = time.process_time()
     for step in range(1, 10_001):
@@ -75,7 +75,7 @@ def test_the_costs_of_ten_thousand_configs_take_seconds() -> None:
     assert time.process_time() - begun < 5
 
 
-def test_the_documentation_prints_the_costs_of_the_set() -> None:
+def test_documentation_states_the_costs_of_the_set() -> None:
     base = counted_costs(load_run_config(shipped("1.3b", "mha")))
     rows = re.findall(
         r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|",

@@ -10,7 +10,7 @@ from scipy import stats
 
 from sas_megatron.scaling.seed_noise import (
     CellDifference,
-    Noise,
+    DifferenceNoise,
     SeedNoise,
     adjust_p_values,
     average_budgets,
@@ -100,7 +100,7 @@ def test_noise_without_repeated_pairs_is_that_of_one_variant() -> None:
 def test_variants_without_shared_seeds_are_compared_by_their_means() -> None:
     losses = dict(enumerate((4.0, 4.0, 1.0, 3.0)))
     unpaired = CellDifference("s", "b", {}, candidate={7: 1.0, 8: 2.0}, baseline=losses)
-    found = average_difference([unpaired], Noise(0.2, 3, assumed=True))
+    found = average_difference([unpaired], DifferenceNoise(0.2, 3, assumed=True))
     assert found.difference == pytest.approx(-1.5)
     assert found.interval is not None
     # Variance 1/2 + 1/4 of that of a run (Welch), which is half of that of a pair.

@@ -38,7 +38,7 @@ def test_costly_improvement_wins_at_equal_tokens_and_loses_at_equal_flops() -> N
     assert verdicts["tokens"].text.startswith("At equal tokens: sas wins: the loss of sas is lower by 0.0")
     # The largest budget of each size exceeds the baseline's FLOPs; the smallest is below its seconds.
     assert verdicts["flops"].num_unmatched == 9
-    assert "9 runs of sas not included: no runs of mha enclose them." in verdicts["flops"].text
+    assert "Not included: 9 runs of sas that no runs of mha enclose." in verdicts["flops"].text
     assert verdicts["seconds"].num_unmatched == 9
 
 
@@ -165,7 +165,7 @@ def test_runs_that_diverged_are_counted() -> None:
         dataclasses.replace(run, loss=None) if (run.variant, run.seed) == ("sas", 1) else run
         for run in outcomes
     ]
-    assert "12 runs of sas without a loss not included." in judge(broken, "tokens").text
+    assert "Not included: 12 runs of sas without a loss." in judge(broken, "tokens").text
 
 
 def test_variants_without_overlapping_budgets_are_not_compared() -> None:
@@ -173,7 +173,7 @@ def test_variants_without_overlapping_budgets_are_not_compared() -> None:
     verdict = judge(outcomes, "flops")
     assert (verdict.result, verdict.mean, verdict.num_unmatched) == ("inconclusive", None, 36)
     assert verdict.text == (
-        "At equal FLOPs: no comparison with mha, since no runs of mha enclose those of sas."
+        "At equal FLOPs: no comparison with mha, since its runs do not enclose the runs of sas."
     )
     untimed = [dataclasses.replace(run, seconds=None) for run in outcomes]
     assert judge(untimed, "seconds").mean is None
@@ -197,7 +197,7 @@ def test_unmatched_sizes_are_interpolated_at_equal_parameters() -> None:
     # An effect of the size alone appears at equal tokens, but not at equal parameters.
     assert abs(equal.mean.difference) < 0.003 < 0.03 < -unequal.mean.difference
     assert equal.text.startswith("At equal parameters and tokens: ")
-    # The candidate's largest size exceeds those of the baseline.
+    # The candidate's largest size exceeds the baseline's.
     assert (len(equal.cells), equal.num_unmatched) == (12, 12)
 
 

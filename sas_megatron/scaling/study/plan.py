@@ -60,7 +60,7 @@ class PlannedRun:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the run, including those of its trunk."""
+        """Tokens of the run, including the steps of its trunk."""
         return self.config.training.num_steps * self.cell.step_tokens
 
     @property

@@ -59,6 +59,11 @@ class _PlanBuilder:
         self.cells: tuple[Cell, ...] = ()
 
     def build(self) -> Plan:
+        """Build the cells and their runs.
+
+        Raises:
+            UserError: As for `build_plan`.
+        """
         self.cells = tuple(self._build_cells())
         runs: list[PlannedRun] = []
         if self.study.learning_rate.rule == "sweep":

@@ -48,7 +48,7 @@ class RunStatus:
 
     @property
     def remaining_steps(self) -> int:
-        """Steps that remain to be trained, without those of the trunk."""
+        """Steps that remain to be trained, without the steps of the trunk."""
         if self.state in ("done", "diverged"):
             return 0
         return self.run.config.training.num_steps - max(self.step, self.run.trunk_steps)

@@ -27,13 +27,13 @@ from sas_megatron.scaling.study.grids import (
 from sas_megatron.scaling.study.study_table import StudyTable
 from sas_megatron.scaling.verdicts import Verdict, phrase_verdict
 
-# Version 2 had other names of a verdict's fields, and "cannot be told" for "inconclusive".
+# Version 2 had other names of a verdict's fields and of its result.
 FORMAT_VERSION = 3
 FILES = ReportFiles("report.html", "report.json", "summary.md")
 
 VERDICT_NOTE = (
     "Loss of the variant minus that of {baseline}: the mean over sizes, budgets and seeds that can be "
-    "compared, with the 95 % interval of each variant by itself. Lower is better. A variant wins if the "
+    "compared, with the 95 % interval of each variant alone. Lower is better. A variant wins if the "
     "difference is negative and significant at 95 % among all comparisons on its axis (Holm's method). "
     "Budgets of one seed share most of their steps and count once."
 )

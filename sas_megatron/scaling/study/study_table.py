@@ -26,7 +26,7 @@ class Row:
 
     Losses are in nats per token on the held-out windows. FLOPs are counted by `costs.flops`, with full
     attention. `status` is done, diverged or missing; if it is not done, measured values are None and counted
-    values are those of the plan. `levels` are the levels of further axes; curves contain the evaluations.
+    values are taken from the plan. `levels` are the levels of further axes; curves contain the evaluations.
     """
 
     run: str

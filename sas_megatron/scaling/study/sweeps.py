@@ -73,7 +73,7 @@ def list_sweep_remarks(study: Study) -> tuple[str, ...]:
     if "multiples" in chosen:
         found = "; ".join(_describe(variant, sizes) for variant, sizes in chosen["multiples"].items())
         remarks.append(
-            "Learning rates are those of the step law (1.79 N^−0.713 D^0.307, with D of the smallest budget) "
+            "Learning rates follow the step law (1.79 N^−0.713 D^0.307, with D of the smallest budget) "
             "times a factor per variant, the geometric mean over its sweeps of best rate / step law: "
             f"{found}."
         )

@@ -38,7 +38,7 @@ def write_study(folder: Path, base: dict[str, Any] | None = None, **changes: Any
 
 
 def leave_run(run: PlannedRun, *, loss: float | None = 4.0, exit_reason: str | None = "finished") -> None:
-    """Write the files of a finished run; without `exit_reason`, those of a run that diverged."""
+    """Write the files of a finished run; without `exit_reason`, of a diverged run."""
     run.directory.mkdir(parents=True)
     (run.directory / "config.yaml").write_text(dump_yaml(run.config), encoding="utf-8")
     provenance = {"machine": "made up", "world_size": 1, "packages": {"torch": "2"}, "corpus": "tales"}

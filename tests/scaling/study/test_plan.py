@@ -54,7 +54,7 @@ def test_branches_share_a_trunk_and_have_the_steps_of_their_budget(tmp_path: Pat
         assert trunk.config.schedule.kind == "constant"
         assert trunk.config.training.num_ordered_samples == training.num_ordered_samples
         assert trunk.seed == run.seed
-    # The trained steps are those of the branches and of the trunk, each counted once.
+    # The steps of the trunk and of each branch are counted once.
     of_cell = [run for run in plan.runs if run.name.startswith("mha-small") and run.seed == 1234]
     flops = sum(count_training_flops(of_cell[0].config).values())
     trunk, short, long = of_cell
