@@ -227,7 +227,7 @@ class SimulatedAttentionConfig(AttentionConfig):
         heads that features are simulated from are, whole; and y is, in two of the features' kernels. (Not
         looked at: heads that came from other ranks by `all_to_all` are kept instead.)
         """
-        from sas_megatron.attention.sas.fused.padding import taps_at_once
+        from sas_megatron.attention.sas.fused.tiling import taps_at_once
         from sas_megatron.attention.sas.kernel_choice import is_fused
 
         if not is_fused(self, device=device, element_bytes=element_bytes):
