@@ -58,12 +58,7 @@ def measure_attention(
     blocks, hidden, static_storages = _build_blocks(
         shape, topology, dtype, compiled=compiled, backend=backend
     )
-    difference = _difference(blocks["sas"](hidden), blocks["literal"](hidden))
-    if difference > MAX_DIFFERENCE[dtype]:
-        raise RuntimeError(
-            f"relative difference of the SAS block and its literal form={difference:.1e}: must be at most "
-            f"{MAX_DIFFERENCE[dtype]:.0e}, since only equal functions are compared; report the sizes as a bug"
-        )
+    difference = _check_difference(blocks["sas"](hidden), blocks["literal"](hidden), dtype)
     preparations = {name: _preparation(block, hidden) for name, block in blocks.items()}
     seconds = time_in_turn(preparations, device=topology.device, rounds=repeats)
     kept = {
@@ -189,9 +184,20 @@ def _copy_weights(literal: LiteralSimulatedAttention, sas: Any) -> None:
                 getattr(target, f"{layer}_bias").copy_(getattr(source, layer).bias)
 
 
-def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def _check_difference(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """Return the relative difference of the outputs of the SAS block and of its literal form.
+
+    Raises:
+        RuntimeError: The outputs differ by more than rounding.
+    """
     with torch.no_grad():
-        return float((actual - expected).norm() / expected.norm())
+        difference = float((actual - expected).norm() / expected.norm())
+    if difference > MAX_DIFFERENCE[dtype]:
+        raise RuntimeError(
+            f"relative difference of the SAS block and its literal form={difference:.1e}: must be at most "
+            f"{MAX_DIFFERENCE[dtype]:.0e}, since only equal functions are compared; report the sizes as a bug"
+        )
+    return difference
 
 
 def _preparation(block: Block, hidden: torch.Tensor) -> Preparation:

@@ -33,12 +33,12 @@ class BlockShape:
 
     @property
     def hidden_size(self) -> int:
-        """H = N·D."""
+        """Hidden size of the model, H = N·D."""
         return self.num_heads * self.head_dim
 
     @property
     def num_tokens(self) -> int:
-        """T = S·B."""
+        """Number of tokens, T = S·B."""
         return self.sequence_length * self.batch_size
 
     def simulated(self, **fields: Any) -> SimulatedAttentionConfig:

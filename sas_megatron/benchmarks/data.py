@@ -82,56 +82,72 @@ def measure_preparation(
         RuntimeError: The measured command failed.
     """
     megatron_script = _find_megatron_script(megatron_lm) if megatron_lm is not None else None
-    prepare_speeds: list[float] = []
-    bare_speeds: list[float] = []
-    command_seconds: list[float] = []
-    megatron_lm_seconds: list[float] = []
-    tokens = text_bytes = 0
     with tempfile.TemporaryDirectory() as folder:
-        prefix = Path(folder, "tokens")
-        command = _command(source_parquet, tokenizer_path, prefix, workers)
-        json_lines = Path(folder, "texts.jsonl")
         if megatron_script is not None:
-            _write_json_lines(source_parquet, json_lines)
-        for _ in range(repeats):
-            os.sync()  # so that this round does not wait for earlier writes
-            preparation = prepare_token_files(
-                [source_parquet],
-                tokenizer_path=tokenizer_path,
-                prefix=prefix,
-                num_workers=workers,
-                overwrite=True,
-            )
-            tokens, text_bytes = preparation.manifest.num_tokens, preparation.manifest.text_bytes
-            prepare_speeds.append(tokens / preparation.encoding_seconds)
-            bare_speeds.append(_measure_bare(source_parquet, tokenizer_path, workers))
-            command_seconds.append(_time_command(command))
-            if megatron_script is not None:
-                seconds, token_bytes = _run_script(megatron_script, json_lines, tokenizer_path, workers)
-                megatron_lm_seconds.append(seconds)
-                if token_bytes != prefix.with_suffix(".bin").stat().st_size:
-                    raise FileProblem(
-                        megatron_script, "produced other tokens from the same texts", "use another version"
-                    )
-        peak = _measure_memory(command)
+            _write_json_lines(source_parquet, _json_lines(Path(folder)))
+        rounds = [
+            _measure_round(source_parquet, tokenizer_path, Path(folder), workers, megatron_script)
+            for _ in range(repeats)
+        ]
+        prefix = Path(folder, "tokens")
+        peak = _measure_memory(_command(source_parquet, tokenizer_path, prefix, workers))
         triple = _write_triple(source_parquet, Path(folder, "triple.parquet"))
         peak_of_triple = _measure_memory(_command(triple, tokenizer_path, prefix, workers))
-    prepare_speed, bare_speed = statistics.median(prepare_speeds), statistics.median(bare_speeds)
+    median = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     return asdict(
         PreparationMeasurement(
-            workers,
-            repeats,
-            tokens,
-            text_bytes,
-            prepare_speed,
-            bare_speed,
-            prepare_speed / bare_speed,
-            statistics.median(command_seconds),
-            statistics.median(megatron_lm_seconds) if megatron_lm_seconds else None,
-            peak,
-            peak_of_triple,
+            workers=workers,
+            repeats=repeats,
+            tokens=int(rounds[-1]["tokens"]),
+            text_bytes=int(rounds[-1]["text_bytes"]),
+            prepare_tokens_per_second=median["prepare"],
+            bare_tokens_per_second=median["bare"],
+            ratio=median["prepare"] / median["bare"],
+            command_seconds=median["command"],
+            megatron_lm_seconds=median.get("megatron_lm"),
+            peak_memory_bytes=peak,
+            peak_memory_bytes_of_triple=peak_of_triple,
         )
     )
+
+
+def _measure_round(
+    source_parquet: Path, tokenizer_path: Path, folder: Path, workers: int, megatron_script: Path | None
+) -> dict[str, float]:
+    """Return tokens and text bytes, tokens per second of `prepare` and `bare`, and seconds of the commands.
+
+    Raises:
+        FileProblem: The script of Megatron-LM produced other tokens.
+    """
+    os.sync()  # so that this round does not wait for earlier writes
+    prefix = folder / "tokens"
+    preparation = prepare_token_files(
+        [source_parquet],
+        tokenizer_path=tokenizer_path,
+        prefix=prefix,
+        num_workers=workers,
+        overwrite=True,
+    )
+    tokens = preparation.manifest.num_tokens
+    measured = {
+        "tokens": tokens,
+        "text_bytes": preparation.manifest.text_bytes,
+        "prepare": tokens / preparation.encoding_seconds,
+        "bare": _measure_bare(source_parquet, tokenizer_path, workers),
+        "command": _time_command(_command(source_parquet, tokenizer_path, prefix, workers)),
+    }
+    if megatron_script is not None:
+        seconds, token_bytes = _run_script(megatron_script, _json_lines(folder), tokenizer_path, workers)
+        measured["megatron_lm"] = seconds
+        if token_bytes != prefix.with_suffix(".bin").stat().st_size:
+            raise FileProblem(
+                megatron_script, "produced other tokens from the same texts", "use another version"
+            )
+    return measured
+
+
+def _json_lines(folder: Path) -> Path:
+    return folder / "texts.jsonl"
 
 
 def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int) -> float:

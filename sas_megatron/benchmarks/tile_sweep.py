@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from sas_megatron.attention.sas.fused.padding import padded
-from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
+from sas_megatron.attention.sas.fused.tiling import Tile, Tiling, padded
 from sas_megatron.attention.sas.simulation_kernels import FusedKernels
 from sas_megatron.benchmarks.attention_blocks import BlockShape
 from sas_megatron.benchmarks.simulation import SimulationCase

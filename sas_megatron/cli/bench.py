@@ -77,7 +77,10 @@ def attention(
     as_json: bool,
     **sizes: int,
 ) -> None:
-    """Time the SAS block, forward and backward, against its literal form and against multi-head attention."""
+    """Time an SAS block against literal SAS and multi-head.
+
+    Each block runs forward and backward.
+    """
     device = _prepare(threads)
 
     from sas_megatron.benchmarks.attention import measure_attention, roofline_points
@@ -116,9 +119,15 @@ def simulation(
     as_json: bool,
     **sizes: int,
 ) -> None:
-    """Time only the head and feature simulation, against the least time for its bytes and FLOPs."""
+    """Time the simulation against the least possible time.
+
+    The least time follows from the bytes and the FLOPs of the head and feature simulation.
+    """
     device = _prepare(threads)
-    _check_sweep(device, sweep)
+    if sweep and device.type != "cuda":
+        from sas_megatron.config.errors import UserError
+
+        raise UserError("--sweep: the fused kernels need a CUDA device; leave it out")
 
     from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.benchmarks.simulation import measure_simulation, roofline_points
@@ -146,9 +155,9 @@ def simulation(
 def step(
     base: str, other: str, overrides: tuple[str, ...], microbatches: int, rounds: int, as_json: bool
 ) -> None:
-    """Time complete training steps of OTHER against BASE, and compare with their FLOPs.
+    """Compare times and FLOPs of training steps of two configs.
 
-    Each model has one replica. OVERRIDES (section.field=value) apply to both configs.
+    OTHER is compared with BASE, each with one model replica. Both get the OVERRIDES (section.field=value).
     """
     from sas_megatron.config.loading import load_run_config
 
@@ -176,9 +185,10 @@ def step(
 )
 @JSON_OPTION
 def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> None:
-    """Measure the time of the training loop outside forward, backward and optimizer, in a real run of CONFIG.
+    """Time the training loop outside of the engine.
 
-    OVERRIDES (section.field=value) apply to the config. The run trains on the built-in corpus.
+    The engine runs forward, backward and optimizer. OVERRIDES (section.field=value) apply to CONFIG. The run
+    is a real one, on the built-in corpus.
     """
     import contextlib
     import sys
@@ -214,7 +224,7 @@ def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> 
     type=click.Path(path_type=Path),
     help="Parquet file with a column `text`; default: the built-in corpus.",
 )
-@click.option("--workers", type=POSITIVE, default=2, show_default=True)
+@click.option("--workers", type=POSITIVE, default=2, show_default=True, help="Processes of each program.")
 @click.option("--repeats", type=POSITIVE, default=5, show_default=True)
 @click.option(
     "--megatron-lm",
@@ -230,7 +240,7 @@ def data(
     megatron_lm: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare `data prepare` with the same number of processes that only run sentencepiece."""
+    """Compare `data prepare` with sentencepiece alone."""
     import tempfile
 
     from sas_megatron.benchmarks.data import measure_preparation
@@ -268,7 +278,10 @@ def data(
 @click.option("--repeats", type=POSITIVE, default=5, show_default=True)
 @JSON_OPTION
 def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -> None:
-    """Time how long a save blocks training, against one copy in memory, and compare its rate with dd."""
+    """Time how long a save blocks training, and its rate.
+
+    The time is compared with one copy in memory, and the rate with dd.
+    """
     import tempfile
 
     from sas_megatron.platform.device import prepare_device
@@ -303,7 +316,10 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
 def scoring(
     config: str | None, num_tokens: int, batch_tokens: int, threads: int | None, repeats: int, as_json: bool
 ) -> None:
-    """Compare the rate of scoring passages, as in `evaluate`, with a bare forward pass of the same model."""
+    """Compare the rate of scoring with bare forward passes.
+
+    Passages are scored as in `evaluate`, by the same model.
+    """
     device = _prepare(threads)
 
     from sas_megatron.benchmarks.scoring import measure_scoring
@@ -332,11 +348,3 @@ def _prepare(threads: int | None) -> torch.device:
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     return device
-
-
-def _check_sweep(device: torch.device, sweep: bool) -> None:
-    """Check that the device can run a sweep over the tiles of the fused kernels."""
-    from sas_megatron.config.errors import UserError
-
-    if sweep and device.type != "cuda":
-        raise UserError("--sweep: the fused kernels need a CUDA device; leave it out")

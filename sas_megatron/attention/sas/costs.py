@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing_extensions import override
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.fused.padding import taps_at_once
+from sas_megatron.attention.sas.fused.tiling import taps_at_once
 from sas_megatron.attention.sas.kernel_choice import is_fused
 from sas_megatron.attention.sas.tensor_parallel import exchange_traffic, resolve_exchange
 from sas_megatron.costs.activation_spec import ActivationSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.fused.padding import TILE_ROWS, padded, split
+from sas_megatron.attention.sas.fused.tiling import TILE_ROWS, padded, split
 from sas_megatron.costs.attention_backend import Device
 
 # Shared memory that a program may use on a multiprocessor of compute capability 9.0 (H100, H200 data sheet).

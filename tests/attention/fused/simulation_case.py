@@ -1,4 +1,4 @@
-"""Inputs for the kernels, and how their results are held against plain torch in float64."""
+"""Inputs for the kernels, and the comparison of their results with plain torch in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def cases_in_dtypes(
     names: Collection[str], *, float32: Collection[str], bfloat16: Collection[str]
 ) -> pytest.MarkDecorator:
-    """Parametrize `name` and `dtype`: each case in both dtypes, the ones listed in the default run."""
+    """Parametrize `name` and `dtype`: each case in both dtypes; the listed ones are in the default run."""
     default = {torch.float32: float32, torch.bfloat16: bfloat16}
     assert set(names) >= {*float32, *bfloat16}, "the default run has a case that is not in the table"
     parameters = [
@@ -36,30 +36,30 @@ def cases_in_dtypes(
 
 
 class Draws:
-    """Tensors that depend on a seed, each amid NaNs: what reads beside a tensor does not go unnoticed."""
+    """Random tensors from a seed, with NaNs before and after each in memory to detect reads out of bounds."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = dtype
 
     def tensor(self, *shape: int, scale: float = 0.5) -> torch.Tensor:
-        """Normal, rounded to the dtype; a leaf that wants its gradient."""
+        """Return a leaf with normal values, rounded to the dtype, that requires a gradient."""
         drawn = scale * torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-        amid = torch.full((drawn.numel() + 256,), float("nan"), dtype=self.dtype, device=DEVICE)
-        amid[128:-128] = drawn.flatten()
-        return amid[128:-128].view(shape).requires_grad_()
+        padded = torch.full((drawn.numel() + 256,), float("nan"), dtype=self.dtype, device=DEVICE)
+        padded[128:-128] = drawn.flatten()
+        return padded[128:-128].view(shape).requires_grad_()
 
     def map_weights(
         self, expand: tuple[int, ...], refine: tuple[int, ...], *, bias: bool
     ) -> ResidualMapWeights:
-        """Of a residual map."""
+        """Return random weights of a residual map with these shapes."""
         biases = [self.tensor(expand[0]) if bias else None for _ in range(2)]
         return ResidualMapWeights(self.tensor(*expand), self.tensor(*refine), *biases)
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within, whatever torch leaves uninitialized is NaN."""
+    """Fill memory that torch leaves uninitialized with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -68,22 +68,22 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_tensors() -> Iterator[set[int]]:
-    """Within, where in memory the tensors lie that autograd keeps."""
-    kept: set[int] = set()
+def saved_addresses() -> Iterator[set[int]]:
+    """Yield the set of addresses of the tensors that autograd saves within the block."""
+    saved: set[int] = set()
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept.add(tensor.data_ptr())
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(tensor.data_ptr())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield kept
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
 
 
 def gradients_of(
     function: Callable[[], Sequence[torch.Tensor]], leaves: Sequence[torch.Tensor], seed: int = 7
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The function's results, and the leaves' gradients for random gradients of the results."""
+    """Return the results, and the gradients of the leaves for random gradients of the results."""
     results = list(function())
     draws = Draws(seed, torch.float64)
     outer = [draws.tensor(*result.shape).detach().to(result.dtype) for result in results]
@@ -91,19 +91,19 @@ def gradients_of(
 
 
 def in_float64(weights: ResidualMapWeights | None) -> ResidualMapWeights | None:
-    """The same values as new leaves."""
+    """Return the same values as new leaves in float64."""
     if weights is None:
         return None
     return ResidualMapWeights(*(None if weight is None else as_float64(weight) for weight in weights))  # type: ignore[arg-type]
 
 
 def as_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as a new leaf."""
+    """Return the same values as a new leaf in float64."""
     return tensor.detach().double().requires_grad_()
 
 
 def leaves_of(*weights: ResidualMapWeights | None) -> list[torch.Tensor]:
-    """The tensors that there are."""
+    """Return all tensors of the weights."""
     return [leaf for each in weights if each is not None for leaf in each if leaf is not None]
 
 
@@ -112,9 +112,9 @@ def assert_all_near(
     expected: tuple[list[torch.Tensor], list[torch.Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """Results and gradients."""
-    for what, mine, theirs in zip(("result", "gradient"), actual, expected, strict=True):
-        assert len(mine) == len(theirs)
-        for place, (tensor, other) in enumerate(zip(mine, theirs, strict=True)):
+    """Compare results and gradients of the kernels with the expected ones."""
+    for kind, actual_tensors, expected_tensors in zip(("result", "gradient"), actual, expected, strict=True):
+        assert len(actual_tensors) == len(expected_tensors)
+        for index, (tensor, other) in enumerate(zip(actual_tensors, expected_tensors, strict=True)):
             assert tensor.dtype == dtype
-            assert_within(KERNEL_ERROR[dtype], tensor, other, f"{what} {place}")
+            assert_within(KERNEL_ERROR[dtype], tensor, other, f"{kind} {index}")

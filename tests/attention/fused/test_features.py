@@ -1,4 +1,4 @@
-"""The fused feature simulation against the plain one with rotary positions: results and every gradient."""
+"""The fused feature simulation has the results and gradients of plain torch with rotary embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from sas_megatron.attention.sas.fused.features import Recomputation, pair_order, simulate_features, turns_of
 from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
-from sas_megatron.attention.sas.simulated_attention import simulate_features as simulate_plainly
+from sas_megatron.attention.sas.simulated_attention import simulate_features as simulate_plain
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 from tests.attention.fused.simulation_case import (
     DEVICE,
@@ -18,9 +18,9 @@ from tests.attention.fused.simulation_case import (
     cases_in_dtypes,
     gradients_of,
     in_float64,
-    kept_tensors,
     leaves_of,
     poisoned_memory,
+    saved_addresses,
 )
 
 TILING = Tiling(
@@ -44,7 +44,7 @@ class Case:
     bias: bool = True
 
     def angles(self) -> torch.Tensor:
-        """As Megatron-core's, [S, 1, 1, R]."""
+        """Return rotary angles in Megatron-core's shape [S, 1, 1, R]."""
         positions = torch.arange(self.length, dtype=torch.float32, device=DEVICE)
         half = positions[:, None] * 0.9 ** torch.arange(self.rotary // 2, device=DEVICE)
         return torch.cat([half, half], dim=-1)[:, None, None]
@@ -55,7 +55,7 @@ CASES = {
     "two tiles of features": Case(narrow=17, wide=24, rotary=24),
     "a power of two": Case(narrow=16, wide=32, rotary=32),
     "partial rotary": Case(rotary=4),
-    "rotary in the first tile alone": Case(wide=40, rotary=22),
+    "rotary only in the first tile": Case(wide=40, rotary=22),
     "rotary into the second tile": Case(wide=40, rotary=36),
     "odd features": Case(narrow=5, wide=7, rotary=4),
     "no rotary": Case(rotary=0),
@@ -67,14 +67,14 @@ CASES = {
 
 
 def plain(heads: torch.Tensor, weights: object, case: Case) -> list[torch.Tensor]:
-    simulated = simulate_plainly(heads, weights)  # type: ignore[arg-type]
+    simulated = simulate_plain(heads, weights)  # type: ignore[arg-type]
     if not case.rotary:
         return [simulated]
-    turned = apply_rope(simulated.unflatten(0, (case.length, case.batch)), case.angles().double())
-    return [turned.flatten(0, 1)[..., pair_order(case.wide, case.rotary).to(DEVICE)]]
+    rotated = apply_rope(simulated.unflatten(0, (case.length, case.batch)), case.angles().double())
+    return [rotated.flatten(0, 1)[..., pair_order(case.wide, case.rotary).to(DEVICE)]]
 
 
-# Each branch of the kernels once; a dtype changes none of them.
+# The default run covers each branch of the kernels once; no branch depends on the dtype.
 @cases_in_dtypes(
     CASES,
     float32=(
@@ -88,20 +88,20 @@ def plain(heads: torch.Tensor, weights: object, case: Case) -> list[torch.Tensor
     bfloat16=(
         "one tile of features",
         "a power of two",
-        "rotary in the first tile alone",
+        "rotary only in the first tile",
         "odd features",
         "no rotary in two tiles",
         "many heads, one sequence",
     ),
 )
-def test_results_and_gradients_are_those_of_the_plain_simulation(name: str, dtype: torch.dtype) -> None:
+def test_results_and_gradients_equal_those_of_the_plain_simulation(name: str, dtype: torch.dtype) -> None:
     case, draws = CASES[name], Draws(len(name), dtype)
     heads = draws.tensor(case.length * case.batch, case.heads, case.narrow, scale=1.0)
     weights = draws.map_weights((case.wide, case.narrow), (case.wide, case.wide), bias=case.bias)
-    turns = turns_of(case.angles()) if case.rotary else None
+    rope_table = turns_of(case.angles()) if case.rotary else None
     with poisoned_memory():
         actual = gradients_of(
-            lambda: [simulate_features(heads, weights, turns=turns, tiling=TILING)],
+            lambda: [simulate_features(heads, weights, turns=rope_table, tiling=TILING)],
             [heads, *leaves_of(weights)],
         )
     wide_heads, wide_weights = as_float64(heads), in_float64(weights)
@@ -111,41 +111,41 @@ def test_results_and_gradients_are_those_of_the_plain_simulation(name: str, dtyp
     assert_all_near(actual, expected, dtype)
 
 
-def test_heads_and_gradients_may_lie_in_memory_as_they_like() -> None:
+def test_heads_and_gradients_may_have_any_strides() -> None:
     case, draws = Case(), Draws(2, torch.float32)
     weights = draws.map_weights((case.wide, case.narrow), (case.wide, case.wide), bias=True)
     heads = draws.tensor(case.heads, case.length * case.batch, 2 * case.narrow)
-    turns = turns_of(case.angles())
+    rope_table = turns_of(case.angles())
     transposed = heads.transpose(0, 1)[..., ::2]
     results = []
     for given in (transposed, transposed.contiguous()):
-        simulated = simulate_features(given, weights, turns=turns, tiling=TILING)
+        simulated = simulate_features(given, weights, turns=rope_table, tiling=TILING)
         outer = Draws(3, torch.float32).tensor(*simulated.shape[::-1]).detach().permute(2, 1, 0)
         results.append([simulated, *torch.autograd.grad(simulated, [heads, *weights], outer)])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
-def test_what_can_be_computed_again_is_not_kept() -> None:
+def test_heads_that_can_be_recomputed_are_not_saved() -> None:
     case, draws = Case(), Draws(4, torch.float32)
     base = draws.tensor(case.length * case.batch, case.heads, case.narrow)
     weights = draws.map_weights((case.wide, case.narrow), (case.wide, case.wide), bias=True)
-    turns = turns_of(case.angles())
+    rope_table = turns_of(case.angles())
     results = []
     for recomputation in (None, Recomputation(lambda source: 2 * source, (base,))):
         heads = 2 * base
-        with kept_tensors() as kept:
+        with saved_addresses() as saved:
             simulated = simulate_features(
-                heads, weights, turns=turns, tiling=TILING, recomputation=recomputation
+                heads, weights, turns=rope_table, tiling=TILING, recomputation=recomputation
             )
-        assert (heads.data_ptr() in kept) == (recomputation is None)
-        assert (base.data_ptr() in kept) == (recomputation is not None)
+        assert (heads.data_ptr() in saved) == (recomputation is None)
+        assert (base.data_ptr() in saved) == (recomputation is not None)
         results.append(torch.autograd.grad(simulated.sum(), [base, *weights]))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
-def test_scores_do_not_notice_the_order_of_pairs() -> None:
+def test_scores_do_not_depend_on_pair_order() -> None:
     order = pair_order(10, 6)
     assert order.tolist() == [0, 3, 1, 4, 2, 5, 6, 7, 8, 9]
     query, key = torch.randn(2, 7, 10, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The fused head simulation against the plain one: results and every gradient."""
+"""The fused head simulation has the results and gradients of plain torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 
 from sas_megatron.attention.sas.fused.head_parts import HeadColumns, HeadPart
 from sas_megatron.attention.sas.fused.heads import simulate_heads
-from sas_megatron.attention.sas.fused.padding import taps_at_once
-from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
-from sas_megatron.attention.sas.simulated_attention import simulate_heads as simulate_plainly
+from sas_megatron.attention.sas.fused.tiling import Tile, Tiling, taps_at_once
+from sas_megatron.attention.sas.simulated_attention import simulate_heads as simulate_plain
 from tests.attention.fused.simulation_case import (
     Draws,
     as_float64,
@@ -19,19 +18,19 @@ from tests.attention.fused.simulation_case import (
     cases_in_dtypes,
     gradients_of,
     in_float64,
-    kept_tensors,
     leaves_of,
     poisoned_memory,
+    saved_addresses,
 )
 
-# Small tiles, of four tokens of up to 16 features: 15 tokens are more tiles than programs, and neither their
-# last one nor that of seven tokens is full.
+# Small tiles of four tokens with up to 16 features: 15 tokens are more tiles than programs, and their last
+# tile is partly filled, as it is with seven tokens.
 TILING = Tiling(head_forward=Tile(rows=64), head_backward=Tile(rows=64), head_refine_gradient=Tile(rows=64))
 
 
 @dataclass(frozen=True)
 class Case:
-    """Heads of query, key and value, in Megatron-core's order of columns."""
+    """Sizes of the heads of query, key and value, in Megatron-core's order of columns."""
 
     num_heads: int = 3
     num_groups: int = 3
@@ -40,31 +39,31 @@ class Case:
     kernel_size: int = 3
     bias: bool = True
     tokens: int = 15
-    ranks: int = 1  # the heads wanted are those of the last one
+    ranks: int = 1  # the last rank is tested
     simulated: tuple[bool, bool, bool] = (True, True, True)
 
     def parts(self, draws: Draws) -> list[HeadPart]:
-        """Query, key and value."""
+        """Return query, key and value."""
         queries = self.num_heads // self.num_groups
         stride = (queries + 2) * self.head_dim
-        places = [
+        gather_columns = [
             HeadColumns(0, self.num_heads, queries, stride, self.head_dim),
             HeadColumns(queries * self.head_dim, self.num_groups, 1, stride, self.head_dim),
             HeadColumns((queries + 1) * self.head_dim, self.num_groups, 1, stride, self.head_dim),
         ]
         parts = []
-        for columns, simulated in zip(places, self.simulated, strict=True):
+        for columns, simulated in zip(gather_columns, self.simulated, strict=True):
             base, many = columns.num_heads, columns.num_heads * self.expansion
             weights = draws.map_weights(
                 (many, base, self.kernel_size), (many, many, self.kernel_size), bias=self.bias
             )
-            own = slice(base - base // self.ranks, base)
-            parts.append(HeadPart(columns, weights if simulated else None, own))
+            base_heads = slice(base - base // self.ranks, base)
+            parts.append(HeadPart(columns, weights if simulated else None, base_heads))
         return parts
 
     @property
     def num_columns(self) -> int:
-        """C."""
+        """(N+2G)·D."""
         return (self.num_heads + 2 * self.num_groups) * self.head_dim
 
 
@@ -79,10 +78,10 @@ CASES = {
     "grouped": Case(num_heads=6, num_groups=2, tokens=7),
     "multi-query": Case(num_heads=5, num_groups=1, expansion=3),
     "seventeen heads": Case(num_heads=17, num_groups=17, expansion=1, tokens=5),
-    "own heads of a rank": Case(num_heads=4, num_groups=4, expansion=3, ranks=2),
-    "own heads of grouped": Case(num_heads=8, num_groups=4, ranks=4, bias=False, tokens=7),
+    "local heads of a rank": Case(num_heads=4, num_groups=4, expansion=3, ranks=2),
+    "local heads of grouped": Case(num_heads=8, num_groups=4, ranks=4, bias=False, tokens=7),
     "no query heads": Case(simulated=(False, True, True), tokens=7),
-    "only value heads, of a rank": Case(num_heads=4, num_groups=2, ranks=2, simulated=(False, False, True)),
+    "only local value heads": Case(num_heads=4, num_groups=2, ranks=2, simulated=(False, False, True)),
     "fewer tokens than a tile": Case(tokens=1),
 }
 
@@ -94,11 +93,11 @@ def plain(columns: torch.Tensor, parts: list[HeadPart]) -> list[torch.Tensor]:
         if part.weights is None:
             results.append(heads[:, part.base_heads])
         else:
-            results.append(simulate_plainly(heads, part.weights, base_heads=part.base_heads))
+            results.append(simulate_plain(heads, part.weights, base_heads=part.base_heads))
     return results
 
 
-# Each branch of the kernels once; a dtype changes none of them.
+# The default run covers each branch of the kernels once; no branch depends on the dtype.
 @cases_in_dtypes(
     CASES,
     float32=(
@@ -106,7 +105,7 @@ def plain(columns: torch.Tensor, parts: list[HeadPart]) -> list[torch.Tensor]:
         "wider than a tile's rows",
         "grouped",
         "seventeen heads",
-        "own heads of a rank",
+        "local heads of a rank",
         "no query heads",
         "fewer tokens than a tile",
     ),
@@ -115,11 +114,11 @@ def plain(columns: torch.Tensor, parts: list[HeadPart]) -> list[torch.Tensor]:
         "as wide as a tile",
         "no biases",
         "multi-query",
-        "own heads of grouped",
-        "only value heads, of a rank",
+        "local heads of grouped",
+        "only local value heads",
     ),
 )
-def test_results_and_gradients_are_those_of_the_plain_simulation(name: str, dtype: torch.dtype) -> None:
+def test_results_and_gradients_equal_those_of_the_plain_simulation(name: str, dtype: torch.dtype) -> None:
     case, draws = CASES[name], Draws(len(name), dtype)
     columns, parts = draws.tensor(case.tokens, case.num_columns, scale=1.0), case.parts(draws)
     leaves = [columns, *leaves_of(*(part.weights for part in parts))]
@@ -131,14 +130,14 @@ def test_results_and_gradients_are_those_of_the_plain_simulation(name: str, dtyp
     assert_all_near(actual, gradients_of(lambda: plain(wide_columns, wide_parts), wide_leaves), dtype)
 
 
-def test_sums_that_fill_the_registers_are_made_tap_by_tap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_that_do_not_fit_are_accumulated_tap_by_tap(monkeypatch: pytest.MonkeyPatch) -> None:
     case, draws = Case(simulated=(False, False, True)), Draws(3, torch.float32)
     columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
     leaves = [columns, *leaves_of(*(part.weights for part in parts))]
     sizes = {"own": case.num_heads * case.expansion, "every": case.num_heads * case.expansion}
     assert taps_at_once(case.kernel_size, **sizes) == case.kernel_size
     at_once = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
-    monkeypatch.setattr("sas_megatron.attention.sas.fused.padding.LARGEST_SUM_BYTES", 0)
+    monkeypatch.setattr("sas_megatron.attention.sas.fused.tiling.LARGEST_SUM_BYTES", 0)
     assert taps_at_once(case.kernel_size, **sizes) == 1
     with poisoned_memory():
         tap_by_tap = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
@@ -146,7 +145,7 @@ def test_sums_that_fill_the_registers_are_made_tap_by_tap(monkeypatch: pytest.Mo
         assert torch.equal(one, other)
 
 
-def test_equal_runs_are_equal_to_the_bit_and_others_are_not() -> None:
+def test_equal_inputs_give_bit_identical_results_and_others_do_not() -> None:
     case = Case(kernel_size=1)
     runs = []
     for seed in (1, 1, 2):
@@ -155,17 +154,17 @@ def test_equal_runs_are_equal_to_the_bit_and_others_are_not() -> None:
         leaves = [columns, *leaves_of(*(part.weights for part in parts))]
         results, gradients = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)  # noqa: B023
         runs.append((results, gradients))
-    (results, gradients), (again, gradients_again), (others, _) = runs
-    for first, second in zip([*results, *gradients], [*again, *gradients_again], strict=True):
+    (results, gradients), (repeated, repeated_gradients), (others, _) = runs
+    for first, second in zip([*results, *gradients], [*repeated, *repeated_gradients], strict=True):
         assert torch.equal(first, second)
     for first, other in zip(results, others, strict=True):
         assert not torch.equal(first, other)
 
 
-def test_nothing_is_kept_but_columns_and_weights() -> None:
+def test_only_columns_and_weights_are_saved() -> None:
     case, draws = Case(), Draws(5, torch.float32)
     columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
     known = {leaf.data_ptr() for leaf in (columns, *leaves_of(*(part.weights for part in parts)))}
-    with kept_tensors() as kept:
+    with saved_addresses() as saved:
         simulate_heads(columns, parts, tiling=TILING)
-    assert kept == known
+    assert saved == known

@@ -1,1 +1,1 @@
-"""Fused kernels in Triton; the functions they stand in for are those of `attention`, in plain torch."""
+"""Triton kernels of the head and feature simulation, equal to the plain functions of `attention.sas`."""

@@ -1,16 +1,22 @@
-"""Triton kernels of the feature simulation: z = y + ReLU(y)·A2ᵀ + a2, y = x·A1ᵀ + a1, and rotary positions.
+"""Triton kernels of the feature simulation with rotary embeddings.
 
-A row is one head of one token. A program has all weights at hand and goes through tiles of rows; ReLU(y)
-goes from the first product into the second without leaving registers.
+    y = x·A1ᵀ + a1,  z = y + ReLU(y)·A2ᵀ + a2,  result = rotary embeddings applied to z
 
-E features are seldom a power of two, so they lie in two tiles that are (192 = 128 + 64). They are in
-**pair order**, in the tiles and in memory: the two features that rotary positions turn together, i and
-i + R/2, are neighbours, so that one thread has both. Scores do not notice, since query and key agree.
+A row is one head of one token. A program keeps all weights in registers and shared memory, and loops over
+tiles of rows. ReLU(y) stays in registers between the two matrix products.
+
+The size of a tile is a power of two and E seldom is, so the features are in two tiles (192 = 128 + 64). In
+the tiles and in memory they are in **pair order**: the features i and i + R/2, which rotary embeddings rotate
+together, are neighbours, so that one thread has both. The attention scores do not depend on the order, since
+it is the same for query and key.
 
     column of the tiles:   0  1      2  3        ...  R-2    R-1     R  R+1  ...
     feature:               0  R/2    1  R/2 + 1  ...  R/2-1  R-1     R  R+1  ...
 
-The table of turns, [S, R] in float32, has the cosine and the sine of a pair in its two columns.
+The rope table, [S, R] in float32, contains the cosine and the sine of a pair in its two columns.
+
+Letters: D features of x (NARROW), E features of y and z (WIDE), R rotary features (ROTARY), S positions. `i`,
+`out` and `into` are indices of feature tiles; tile `i` starts at column i·MAIN.
 """
 
 # Triton reads the annotations themselves, so they must not become strings.
@@ -18,16 +24,16 @@ import triton
 import triton.language as tl
 
 from sas_megatron.attention.sas.fused.feature_tiles import (
+    apply_rope,
     columns_of_tiles,
-    expanded,
+    expand_rows,
     load_bias,
     load_expand,
     load_gradient,
     load_refine,
     load_rows,
+    store_partial_sum,
     store_rows,
-    store_sum,
-    turned,
 )
 from sas_megatron.attention.sas.fused.products import ones, product
 
@@ -39,7 +45,7 @@ def feature_forward(
     expand_bias,
     refine,
     refine_bias,
-    turns,
+    rope_table,
     simulated,
     num_rows,
     NARROW: tl.constexpr,
@@ -53,7 +59,7 @@ def feature_forward(
     ROWS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """heads [rows, D] -> simulated [rows, E], turned by the angles of the rows' positions."""
+    """Compute z [rows, E] with rotary embeddings from heads [rows, D]."""
     DTYPE: tl.constexpr = heads.dtype.element_ty
     columns = columns_of_tiles(MAIN, REST)
     expand_tiles = load_expand(expand, columns, tl.arange(0, NARROW_TILE), NARROW, WIDE, ROTARY)
@@ -63,21 +69,23 @@ def feature_forward(
         x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
         active = ()
         z = ()
-        for part in tl.static_range(len(columns)):
-            y = expanded(
-                x, expand_tiles[part], expand_bias, columns[part], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
+        for i in tl.static_range(len(columns)):
+            y = expand_rows(
+                x, expand_tiles[i], expand_bias, columns[i], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
             )
             active = active + (tl.maximum(y, 0.0).to(DTYPE),)
-            z_part = y + load_bias(refine_bias, columns[part], ROWS, WIDE, ROTARY, HAS_BIAS)
-            z_part = product(active[part], tl.trans(refine_tiles[part][part]), z_part, COMPUTE)
-            z = z + (z_part,)
-        # The small tile first: no registers spill then (by the compiler, at the sizes of `tiling`).
+            z_i = y + load_bias(refine_bias, columns[i], ROWS, WIDE, ROTARY, HAS_BIAS)
+            z_i = product(active[i], tl.trans(refine_tiles[i][i]), z_i, COMPUTE)
+            z = z + (z_i,)
+        # With the small tile first no registers spill (by the compiler's report, at the sizes of `tiling`).
         for out in tl.static_range(len(columns) - 1, -1, -1):
             z_out = z[out]
             for into in tl.static_range(len(columns)):
                 if into != out:
                     z_out = product(active[into], tl.trans(refine_tiles[out][into]), z_out, COMPUTE)
-            z_out = turned(z_out, turns, tile, num_rows, out * MAIN, ROTARY, ROWS, ROWS_PER_POSITION, False)
+            z_out = apply_rope(
+                z_out, rope_table, tile, num_rows, out * MAIN, ROTARY, ROWS, ROWS_PER_POSITION, False
+            )
             store_rows(z_out, simulated, tile, num_rows, out * MAIN, WIDE, ROWS)
 
 
@@ -87,7 +95,7 @@ def feature_backward(
     expand,
     expand_bias,
     refine,
-    turns,
+    rope_table,
     gradient,
     head_gradient,
     expanded_gradient,
@@ -103,7 +111,10 @@ def feature_backward(
     ROWS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Gradient of z [rows, E] -> that of heads, [rows, D], and that of y, [rows, E]."""
+    """Compute the gradients of the heads [rows, D] and of y [rows, E] from the gradient of z [rows, E].
+
+    dy = dz + (dz·A2) where y > 0, and dx = dy·A1.
+    """
     DTYPE: tl.constexpr = heads.dtype.element_ty
     columns = columns_of_tiles(MAIN, REST)
     expand_tiles = load_expand(expand, columns, tl.arange(0, NARROW_TILE), NARROW, WIDE, ROTARY)
@@ -112,31 +123,31 @@ def feature_backward(
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
         dz = ()
-        for part in tl.static_range(len(columns)):
-            dz_part = load_gradient(
+        for i in tl.static_range(len(columns)):
+            dz_i = load_gradient(
                 gradient,
-                turns,
+                rope_table,
                 tile,
                 num_rows,
-                part * MAIN,
-                columns[part].shape[0],
+                columns[i],
+                i * MAIN,
                 WIDE,
                 ROTARY,
                 ROWS,
                 ROWS_PER_POSITION,
             )
-            dz = dz + (dz_part,)
+            dz = dz + (dz_i,)
         dx = tl.zeros([ROWS, NARROW_TILE], tl.float32)
-        for part in tl.static_range(len(columns)):
-            into_active = tl.zeros([ROWS, columns[part].shape[0]], tl.float32)
+        for i in tl.static_range(len(columns)):
+            d_active = tl.zeros([ROWS, columns[i].shape[0]], tl.float32)
             for out in tl.static_range(len(columns)):
-                into_active = product(dz[out], refine_tiles[out][part], into_active, COMPUTE)
-            y = expanded(
-                x, expand_tiles[part], expand_bias, columns[part], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
+                d_active = product(dz[out], refine_tiles[out][i], d_active, COMPUTE)
+            y = expand_rows(
+                x, expand_tiles[i], expand_bias, columns[i], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
             )
-            dy = (dz[part].to(tl.float32) + tl.where(y > 0, into_active, 0.0)).to(DTYPE)
-            store_rows(dy, expanded_gradient, tile, num_rows, part * MAIN, WIDE, ROWS)
-            dx = product(dy, expand_tiles[part], dx, COMPUTE)
+            dy = (dz[i].to(tl.float32) + tl.where(y > 0, d_active, 0.0)).to(DTYPE)
+            store_rows(dy, expanded_gradient, tile, num_rows, i * MAIN, WIDE, ROWS)
+            dx = product(dy, expand_tiles[i], dx, COMPUTE)
         store_rows(dx, head_gradient, tile, num_rows, 0, NARROW, ROWS)
 
 
@@ -144,8 +155,8 @@ def feature_backward(
 def expand_gradient(
     heads,
     expanded_gradient,
-    expand_parts,
-    expand_bias_parts,
+    expand_partials,
+    expand_bias_partials,
     num_rows,
     NARROW: tl.constexpr,
     WIDE: tl.constexpr,
@@ -157,39 +168,38 @@ def expand_gradient(
     ROWS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Gradient of y -> those of A1 and a1, dyᵀ·[x, 1], as a sum a program: [programs, E, D] and
-    [programs, E].
+    """Compute partial sums of the gradients of A1 and a1, dyᵀ·[x, 1], from the gradient of y.
+
+    Each program stores one partial sum, over its tiles: [programs, E, D] and [programs, E].
     """
     columns = columns_of_tiles(MAIN, REST)
     narrow = tl.arange(0, NARROW_TILE)
     totals = ()
     bias_totals = ()
-    for part in tl.static_range(len(columns)):
-        totals = totals + (tl.zeros([columns[part].shape[0], NARROW_TILE], tl.float32),)
-        bias_totals = bias_totals + (tl.zeros([columns[part].shape[0], 16], tl.float32),)
+    for i in tl.static_range(len(columns)):
+        totals = totals + (tl.zeros([columns[i].shape[0], NARROW_TILE], tl.float32),)
+        bias_totals = bias_totals + (tl.zeros([columns[i].shape[0], 16], tl.float32),)
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
         updated = ()
         bias_updated = ()
-        for part in tl.static_range(len(columns)):
-            dy = tl.trans(
-                load_rows(expanded_gradient, tile, num_rows, part * MAIN, columns[part].shape[0], WIDE, ROWS)
-            )
-            updated = updated + (product(dy, x, totals[part], COMPUTE),)
+        for i in tl.static_range(len(columns)):
+            dy = load_rows(expanded_gradient, tile, num_rows, i * MAIN, columns[i].shape[0], WIDE, ROWS)
+            updated = updated + (product(tl.trans(dy), x, totals[i], COMPUTE),)
             if HAS_BIAS:
-                of_ones = ones(ROWS, heads.dtype.element_ty)
-                bias_updated = bias_updated + (product(dy, of_ones, bias_totals[part], COMPUTE),)
+                row_ones = ones(ROWS, heads.dtype.element_ty)
+                bias_updated = bias_updated + (product(tl.trans(dy), row_ones, bias_totals[i], COMPUTE),)
         totals = updated
         if HAS_BIAS:
             bias_totals = bias_updated
 
-    for part in tl.static_range(len(columns)):
-        store_sum(totals[part], expand_parts, columns[part], narrow, WIDE, NARROW, ROTARY, 0)
+    for i in tl.static_range(len(columns)):
+        store_partial_sum(totals[i], expand_partials, columns[i], narrow, WIDE, NARROW, ROTARY, 0)
         if HAS_BIAS:
-            # Of the columns of the product with ones, which are equal, the first.
+            # The 16 columns of the product with ones are equal; INTO = 1 stores the first one.
             one = tl.arange(0, 16)
-            store_sum(bias_totals[part], expand_bias_parts, columns[part], one, WIDE, 1, ROTARY, 0)
+            store_partial_sum(bias_totals[i], expand_bias_partials, columns[i], one, WIDE, 1, ROTARY, 0)
 
 
 @triton.jit
@@ -197,10 +207,10 @@ def refine_gradient(
     heads,
     expand,
     expand_bias,
-    turns,
+    rope_table,
     gradient,
-    refine_parts,
-    refine_bias_parts,
+    refine_partials,
+    refine_bias_partials,
     num_rows,
     NARROW: tl.constexpr,
     WIDE: tl.constexpr,
@@ -213,7 +223,10 @@ def refine_gradient(
     ROWS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Gradient of z -> those of A2 and a2, dzᵀ·[ReLU(y), 1], as a sum a program: [programs, E, E], …"""
+    """Compute partial sums of the gradients of A2 and a2, dzᵀ·[ReLU(y), 1], from the gradient of z.
+
+    Each program stores one partial sum, over its tiles: [programs, E, E] and [programs, E].
+    """
     DTYPE: tl.constexpr = heads.dtype.element_ty
     columns = columns_of_tiles(MAIN, REST)
     expand_tiles = load_expand(expand, columns, tl.arange(0, NARROW_TILE), NARROW, WIDE, ROTARY)
@@ -226,38 +239,38 @@ def refine_gradient(
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         x = load_rows(heads, tile, num_rows, 0, NARROW_TILE, NARROW, ROWS)
-        # Rows that do not exist have no gradient, whatever their ReLU.
+        # Rows beyond the last one have the ReLU of the bias, but a gradient of zero.
         active = ()
         dz = ()
         updated = ()
         bias_updated = ()
-        for part in tl.static_range(len(columns)):
-            y = expanded(
-                x, expand_tiles[part], expand_bias, columns[part], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
+        for i in tl.static_range(len(columns)):
+            y = expand_rows(
+                x, expand_tiles[i], expand_bias, columns[i], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
             )
             active = active + (tl.maximum(y, 0.0).to(DTYPE),)
-            dz_part = load_gradient(
+            dz_i = load_gradient(
                 gradient,
-                turns,
+                rope_table,
                 tile,
                 num_rows,
-                part * MAIN,
-                columns[part].shape[0],
+                columns[i],
+                i * MAIN,
                 WIDE,
                 ROTARY,
                 ROWS,
                 ROWS_PER_POSITION,
             )
-            dz = dz + (tl.trans(dz_part),)
-            # Each product once its tiles are there: of two tiles, that is the order of `totals`.
-            for out in tl.static_range(part + 1):
-                for into in tl.static_range(part + 1):
-                    if out == part or into == part:
+            dz = dz + (tl.trans(dz_i),)
+            # Each product is computed as soon as both of its tiles are loaded. With one tile or two, this is
+            # the order of `totals`.
+            for out in tl.static_range(i + 1):
+                for into in tl.static_range(i + 1):
+                    if out == i or into == i:
                         total = totals[out * len(columns) + into]
                         updated = updated + (product(dz[out], active[into], total, COMPUTE),)
             if HAS_BIAS:
-                of_ones = ones(ROWS, DTYPE)
-                bias_updated = bias_updated + (product(dz[part], of_ones, bias_totals[part], COMPUTE),)
+                bias_updated = bias_updated + (product(dz[i], ones(ROWS, DTYPE), bias_totals[i], COMPUTE),)
         totals = updated
         if HAS_BIAS:
             bias_totals = bias_updated
@@ -265,7 +278,7 @@ def refine_gradient(
     for out in tl.static_range(len(columns)):
         for into in tl.static_range(len(columns)):
             total = totals[out * len(columns) + into]
-            store_sum(total, refine_parts, columns[out], columns[into], WIDE, WIDE, ROTARY, ROTARY)
+            store_partial_sum(total, refine_partials, columns[out], columns[into], WIDE, WIDE, ROTARY, ROTARY)
         if HAS_BIAS:
             one = tl.arange(0, 16)
-            store_sum(bias_totals[out], refine_bias_parts, columns[out], one, WIDE, 1, ROTARY, 0)
+            store_partial_sum(bias_totals[out], refine_bias_partials, columns[out], one, WIDE, 1, ROTARY, 0)

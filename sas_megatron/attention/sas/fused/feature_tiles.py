@@ -1,7 +1,8 @@
-"""Parts of the feature kernels: tiles of rows, and of weights in the pair order of `feature_kernels`.
+"""Device functions of the feature kernels: tiles of rows, and tiles of weights in pair order.
 
-E features lie in one tile or two: `columns` is a tuple of the columns of each, and what is loaded for both is
-such a tuple, too.
+Letters and pair order as in `feature_kernels`. The E features are in one tile or two. `columns` is a tuple
+with the columns of each tile, and weights and rows of all features are tuples of tiles as well. Functions
+that return pointers also return their mask.
 """
 
 # Triton reads the annotations themselves, so they must not become strings.
@@ -13,7 +14,7 @@ from sas_megatron.attention.sas.fused.products import product
 
 @triton.jit
 def columns_of_tiles(MAIN: tl.constexpr, REST: tl.constexpr):
-    """Of one tile, or of two."""
+    """Return the columns of one tile of MAIN columns, or of that and a second one of REST columns."""
     columns = (tl.arange(0, MAIN),)
     if REST > 0:
         columns = columns + (MAIN + tl.arange(0, REST),)
@@ -22,13 +23,13 @@ def columns_of_tiles(MAIN: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def feature_of(column, ROTARY: tl.constexpr):
-    """The feature that lies in a column, by pair order."""
+    """Return the feature of a column, by pair order over the first ROTARY columns."""
     paired = column // 2 + (column % 2) * (ROTARY // 2)
     return tl.where(column < ROTARY, paired, column)
 
 
 @triton.jit
-def weight_places(
+def weight_pointers(
     pointer,
     out,
     into,
@@ -37,36 +38,36 @@ def weight_places(
     ROTARY: tl.constexpr,
     INTO_ROTARY: tl.constexpr,
 ):
-    """Pointers into a matrix [WIDE, INTO], whose order is that of features, and which there are."""
-    places = pointer + feature_of(out, ROTARY)[:, None] * INTO + feature_of(into, INTO_ROTARY)[None, :]
-    return places, (out < WIDE)[:, None] & (into < INTO)[None, :]
+    """Return pointers to elements (out, into) of a matrix [WIDE, INTO] in feature order, and their mask."""
+    pointers = pointer + feature_of(out, ROTARY)[:, None] * INTO + feature_of(into, INTO_ROTARY)[None, :]
+    return pointers, (out < WIDE)[:, None] & (into < INTO)[None, :]
 
 
 @triton.jit
 def load_expand(pointer, columns, narrow, NARROW: tl.constexpr, WIDE: tl.constexpr, ROTARY: tl.constexpr):
-    """A1, as [columns, D] for each tile."""
+    """Load A1 as a tuple of tiles [columns, D]."""
     tiles = ()
-    for part in tl.static_range(len(columns)):
-        places, exist = weight_places(pointer, columns[part], narrow, WIDE, NARROW, ROTARY, 0)
-        tiles = tiles + (tl.load(places, mask=exist, other=0.0),)
+    for i in tl.static_range(len(columns)):
+        pointers, mask = weight_pointers(pointer, columns[i], narrow, WIDE, NARROW, ROTARY, 0)
+        tiles = tiles + (tl.load(pointers, mask=mask, other=0.0),)
     return tiles
 
 
 @triton.jit
 def load_refine(pointer, columns, WIDE: tl.constexpr, ROTARY: tl.constexpr):
-    """A2: for each tile of z, for each of y, [columns of z, columns of y]."""
+    """Load A2 as a tuple, over tiles of z, of tuples, over tiles of y, of [columns of z, columns of y]."""
     tiles = ()
     for out in tl.static_range(len(columns)):
-        of_tile = ()
+        tiles_of_out = ()
         for into in tl.static_range(len(columns)):
-            places, exist = weight_places(pointer, columns[out], columns[into], WIDE, WIDE, ROTARY, ROTARY)
-            of_tile = of_tile + (tl.load(places, mask=exist, other=0.0),)
-        tiles = tiles + (of_tile,)
+            pointers, mask = weight_pointers(pointer, columns[out], columns[into], WIDE, WIDE, ROTARY, ROTARY)
+            tiles_of_out = tiles_of_out + (tl.load(pointers, mask=mask, other=0.0),)
+        tiles = tiles + (tiles_of_out,)
     return tiles
 
 
 @triton.jit
-def store_sum(
+def store_partial_sum(
     total,
     pointer,
     out,
@@ -76,17 +77,17 @@ def store_sum(
     ROTARY: tl.constexpr,
     INTO_ROTARY: tl.constexpr,
 ):
-    """A tile of a program's sum [programs, WIDE, INTO]."""
-    part = pointer + tl.program_id(0).to(tl.int64) * (WIDE * INTO)
-    places, exist = weight_places(part, out, into, WIDE, INTO, ROTARY, INTO_ROTARY)
-    tl.store(places, total, mask=exist)
+    """Store a tile of this program's sum in [programs, WIDE, INTO], in feature order."""
+    partial = pointer + tl.program_id(0).to(tl.int64) * (WIDE * INTO)
+    pointers, mask = weight_pointers(partial, out, into, WIDE, INTO, ROTARY, INTO_ROTARY)
+    tl.store(pointers, total, mask=mask)
 
 
 @triton.jit
 def load_bias(
     pointer, column, ROWS: tl.constexpr, WIDE: tl.constexpr, ROTARY: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """A bias in each row. Read for each tile anew: kept, it would take as many registers as a tile."""
+    """Load a bias, repeated in each row. It is loaded again for each tile of rows to save registers."""
     if HAS_BIAS:
         bias = tl.load(pointer + feature_of(column, ROTARY), mask=column < WIDE, other=0.0)
         tile = tl.broadcast_to(bias.to(tl.float32)[None, :], [ROWS, column.shape[0]])
@@ -96,7 +97,7 @@ def load_bias(
 
 
 @triton.jit
-def row_places(
+def row_pointers(
     pointer,
     tile,
     num_rows,
@@ -105,14 +106,14 @@ def row_places(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Pointers to columns FIRST to FIRST + SIZE of a tile of rows [·, COLUMNS], and which there are."""
+    """Return pointers to columns FIRST to FIRST + SIZE of a tile of rows [·, COLUMNS], and their mask."""
     row = tl.arange(0, ROWS)
     column = FIRST + tl.arange(0, SIZE)
     start = pointer + tl.cast(tile, tl.int64) * (ROWS * COLUMNS)
-    exist = tl.broadcast_to((row < num_rows - tile * ROWS)[:, None], [ROWS, SIZE])
+    mask = tl.broadcast_to((row < num_rows - tile * ROWS)[:, None], [ROWS, SIZE])
     if FIRST + SIZE > COLUMNS:
-        exist = exist & (column < COLUMNS)[None, :]
-    return start + row[:, None] * COLUMNS + column[None, :], exist
+        mask = mask & (column < COLUMNS)[None, :]
+    return start + row[:, None] * COLUMNS + column[None, :], mask
 
 
 @triton.jit
@@ -125,71 +126,74 @@ def load_rows(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A tile of rows from memory; zeros where there is none."""
-    places, exist = row_places(pointer, tile, num_rows, FIRST, SIZE, COLUMNS, ROWS)
-    return tl.load(places, mask=exist, other=0.0)
+    """Load columns FIRST to FIRST + SIZE of a tile of rows; zeros outside of the matrix."""
+    pointers, mask = row_pointers(pointer, tile, num_rows, FIRST, SIZE, COLUMNS, ROWS)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(
     values, pointer, tile, num_rows, FIRST: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """A tile of rows into memory, from column FIRST on, as far as they exist."""
-    places, exist = row_places(pointer, tile, num_rows, FIRST, values.shape[1], COLUMNS, ROWS)
-    tl.store(places, values.to(pointer.dtype.element_ty), mask=exist)
+    """Store a tile of rows from column FIRST on, without what is outside of the matrix."""
+    pointers, mask = row_pointers(pointer, tile, num_rows, FIRST, values.shape[1], COLUMNS, ROWS)
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def turned(
+def apply_rope(
     wide,
-    turns,
+    rope_table,
     tile,
     num_rows,
     FIRST: tl.constexpr,
     ROTARY: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PER_POSITION: tl.constexpr,
-    BACK: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):
-    """Pairs of neighbouring columns turned by the angles of the rows' positions, or turned back."""
+    """Rotate pairs of neighbouring columns by the angles of the rows' positions, or by their negatives.
+
+    Columns beyond ROTARY are rotated by zero: cosine 1 in the even and sine 0 in the odd columns.
+    """
     if FIRST < ROTARY:
         SIZE: tl.constexpr = wide.shape[1]
         row = tile * ROWS + tl.arange(0, ROWS)
         column = FIRST + tl.arange(0, SIZE)
-        places = turns + (row // ROWS_PER_POSITION)[:, None] * ROTARY + column[None, :]
-        known = (row < num_rows)[:, None] & (column < ROTARY)[None, :]
-        no_turn = tl.broadcast_to((1.0 - column % 2)[None, :], [ROWS, SIZE])
-        table = tl.load(places, mask=known, other=no_turn)
+        pointers = rope_table + (row // ROWS_PER_POSITION)[:, None] * ROTARY + column[None, :]
+        mask = (row < num_rows)[:, None] & (column < ROTARY)[None, :]
+        identity = tl.broadcast_to((1.0 - column % 2)[None, :], [ROWS, SIZE])
+        table = tl.load(pointers, mask=mask, other=identity)
         cosine, sine = tl.split(tl.reshape(table, [ROWS, SIZE // 2, 2]))
-        if BACK:
+        if INVERSE:
             sine = -sine
         first, second = tl.split(tl.reshape(wide, [ROWS, SIZE // 2, 2]))
-        turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
-        wide = tl.reshape(turned, [ROWS, SIZE])
+        rotated = tl.join(first * cosine - second * sine, second * cosine + first * sine)
+        wide = tl.reshape(rotated, [ROWS, SIZE])
     return wide
 
 
 @triton.jit
 def load_gradient(
     gradient,
-    turns,
+    rope_table,
     tile,
     num_rows,
+    column,
     FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
     WIDE: tl.constexpr,
     ROTARY: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PER_POSITION: tl.constexpr,
 ):
-    """A tile of that of z, turned back."""
-    dz = load_rows(gradient, tile, num_rows, FIRST, SIZE, WIDE, ROWS).to(tl.float32)
-    dz = turned(dz, turns, tile, num_rows, FIRST, ROTARY, ROWS, ROWS_PER_POSITION, True)
+    """Load the columns `column`, from FIRST on, of the gradient of the rotated z, and rotate them back."""
+    dz = load_rows(gradient, tile, num_rows, FIRST, column.shape[0], WIDE, ROWS).to(tl.float32)
+    dz = apply_rope(dz, rope_table, tile, num_rows, FIRST, ROTARY, ROWS, ROWS_PER_POSITION, True)
     return dz.to(gradient.dtype.element_ty)
 
 
 @triton.jit
-def expanded(
+def expand_rows(
     x,
     weight,
     bias,
@@ -200,5 +204,5 @@ def expanded(
     HAS_BIAS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """A tile of y, in float32."""
+    """Compute a tile of y = x·A1ᵀ + a1 in float32."""
     return product(x, tl.trans(weight), load_bias(bias, column, ROWS, WIDE, ROTARY, HAS_BIAS), COMPUTE)

@@ -1,17 +1,19 @@
 """Triton kernels of the head simulation: w = u + conv2(ReLU(u)), u = conv1(x), heads as channels.
 
-A program has all weights at hand and goes through tiles of whole tokens. A row of a tile is one feature
-of one token, a column one head, so that a convolution's tap is a product [rows, heads] · [heads, heads]
-with the rows' features shifted:
+A program keeps all weights in registers and shared memory, and loops over tiles of complete tokens. A row of
+a tile is one feature of one token, and a column is one head. A tap of a convolution is then a matrix product
+[rows, heads] · [heads, heads], whose rows are read at shifted features:
 
-    x, k taps, from memory at shifted features  ->  u, ReLU, in registers  ->  w, transposed into memory
+    x, k taps, loaded at shifted features  ->  u and ReLU(u), in registers  ->  w, transposed, stored
 
-The second convolution needs ReLU(u) at shifted features too. Registers cannot be shifted, so the forward
-kernel computes u once for each tap, a quarter of the work at r = 3. The backward kernel shifts its result,
-of the width of the base heads. Rows and heads are padded to powers of two, 16 at least.
+The second convolution needs ReLU(u) at shifted features as well, but registers cannot be shifted. The forward
+kernel therefore computes u again for each tap, which is a quarter of its work at r = 3. The backward kernel
+shifts its result instead, which has only the width of the base heads (`tl.gather`). The numbers of rows and
+of heads are padded to powers of two, at least 16.
 
-Letters: T tokens, C base heads, m = r·C simulated heads, of which the own ones are computed, D features,
-k taps. An own head is head `first + i` of some block of C, for 0 ≤ i < `count`.
+Letters: T tokens, N base heads (for key and value the number G of key/value heads), M = r·N simulated heads,
+D features, k taps. A tensor-parallel rank computes the *local* simulated heads: the copies of its COUNT base
+heads in each of the r blocks. Local head g·COUNT + i is simulated head g·N + FIRST + i.
 """
 
 # Triton reads the annotations themselves, so they must not become strings.
@@ -19,15 +21,15 @@ import triton
 import triton.language as tl
 
 from sas_megatron.attention.sas.fused.head_tiles import (
-    column_places,
-    convolved,
+    column_offsets,
+    convolve,
     load_bias,
     load_heads,
     load_taps,
-    no_taps,
-    own_heads,
+    local_head_index,
     store_bias,
     store_taps,
+    zero_taps,
 )
 from sas_megatron.attention.sas.fused.products import ones, product
 
@@ -46,38 +48,40 @@ def head_forward(
     BLOCKS: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    FEATURES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     TAPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
     GROUP_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BASE_TILE: tl.constexpr,
     ALL_TILE: tl.constexpr,
-    OWN_TILE: tl.constexpr,
+    LOCAL_TILE: tl.constexpr,
     FEATURE_TILE: tl.constexpr,
     TOKEN_TILE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """columns -> simulated [T, own heads, D], contiguous."""
+    """Compute the local simulated heads [T, r·COUNT, D], contiguous, from the projected columns."""
     ALL: tl.constexpr = BLOCKS * BASE
-    OWN: tl.constexpr = BLOCKS * COUNT
+    LOCAL: tl.constexpr = BLOCKS * COUNT
     CENTRE: tl.constexpr = TAPS // 2
     base = tl.arange(0, BASE_TILE)
-    base_exists = base < BASE
-    places = column_places(base, PER_GROUP, GROUP_WIDTH, FEATURES)
-    every = tl.arange(0, ALL_TILE)
-    every_exists = every < ALL
-    own = tl.arange(0, OWN_TILE)
-    own_exists = own < OWN
-    own_head = own_heads(own, BASE, FIRST, COUNT)
+    base_mask = base < BASE
+    offsets = column_offsets(base, PER_GROUP, GROUP_WIDTH, HEAD_DIM)
+    inputs = (columns, offsets, base_mask, num_tokens, token_stride)
+    all_heads = tl.arange(0, ALL_TILE)
+    all_mask = all_heads < ALL
+    local = tl.arange(0, LOCAL_TILE)
+    local_mask = local < LOCAL
+    local_head = local_head_index(local, BASE, FIRST, COUNT)
 
-    expand_taps = load_taps(expand, every, every_exists, base, base_exists, BASE, TAPS)
-    refine_taps = load_taps(refine, own_head, own_exists, every, every_exists, ALL, TAPS)
-    first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
-    second_bias = load_bias(refine_bias, own_head, own_exists, HAS_BIAS)
+    expand_taps = load_taps(expand, all_heads, all_mask, base, base_mask, BASE, TAPS)
+    refine_taps = load_taps(refine, local_head, local_mask, all_heads, all_mask, ALL, TAPS)
+    first_bias = load_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
+    second_bias = load_bias(refine_bias, local_head, local_mask, HAS_BIAS)
     if COUNT != BASE:
-        own_taps = load_taps(expand, own_head, own_exists, base, base_exists, BASE, TAPS)
-        second_bias += load_bias(expand_bias, own_head, own_exists, HAS_BIAS)
+        # The residual u of the local heads alone, with the bias of both convolutions.
+        local_taps = load_taps(expand, local_head, local_mask, base, base_mask, BASE, TAPS)
+        second_bias += load_bias(expand_bias, local_head, local_mask, HAS_BIAS)
 
     rows = tl.arange(0, TOKEN_TILE * FEATURE_TILE)
     feature = rows % FEATURE_TILE
@@ -85,45 +89,22 @@ def head_forward(
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         token = tile * TOKEN_TILE + rows // FEATURE_TILE
         if COUNT == BASE:
-            total = tl.zeros([TOKEN_TILE * FEATURE_TILE, OWN_TILE], tl.float32) + second_bias[None, :]
+            total = tl.zeros([TOKEN_TILE * FEATURE_TILE, LOCAL_TILE], tl.float32) + second_bias[None, :]
         else:
-            total = convolved(
-                columns,
-                places,
-                base_exists,
-                token,
-                feature,
-                num_tokens,
-                token_stride,
-                own_taps,
-                second_bias,
-                FEATURES,
-                COMPUTE,
-            )
-        for shift in tl.static_range(TAPS):
-            shifted = feature + shift - CENTRE
-            expanded = convolved(
-                columns,
-                places,
-                base_exists,
-                token,
-                shifted,
-                num_tokens,
-                token_stride,
-                expand_taps,
-                first_bias,
-                FEATURES,
-                COMPUTE,
-            )
-            if COUNT == BASE and shift == CENTRE:
-                total += expanded
-            # The second convolution pads with zeros, where the first would have its bias.
-            inside = (shifted >= 0) & (shifted < FEATURES)
-            active = tl.where(inside[:, None], tl.maximum(expanded, 0.0), 0.0)
-            total = product(active.to(columns.dtype.element_ty), tl.trans(refine_taps[shift]), total, COMPUTE)
-        out = (token.to(tl.int64) * (OWN * FEATURES) + feature)[None, :] + own[:, None] * FEATURES
-        kept = own_exists[:, None] & ((token < num_tokens) & (feature < FEATURES))[None, :]
-        tl.store(simulated + out, tl.trans(total).to(simulated.dtype.element_ty), mask=kept)
+            total = convolve(inputs, token, feature, local_taps, second_bias, HEAD_DIM, COMPUTE)
+        for tap in tl.static_range(TAPS):
+            shifted = feature + tap - CENTRE
+            u = convolve(inputs, token, shifted, expand_taps, first_bias, HEAD_DIM, COMPUTE)
+            if COUNT == BASE and tap == CENTRE:
+                total += u
+            # The second convolution pads ReLU(u) with zeros. Outside of the features, u would be the sum of
+            # the first bias and the taps that still reach x.
+            inside = (shifted >= 0) & (shifted < HEAD_DIM)
+            active = tl.where(inside[:, None], tl.maximum(u, 0.0), 0.0)
+            total = product(active.to(columns.dtype.element_ty), tl.trans(refine_taps[tap]), total, COMPUTE)
+        out = (token.to(tl.int64) * (LOCAL * HEAD_DIM) + feature)[None, :] + local[:, None] * HEAD_DIM
+        out_mask = local_mask[:, None] & ((token < num_tokens) & (feature < HEAD_DIM))[None, :]
+        tl.store(simulated + out, tl.trans(total).to(simulated.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit
@@ -134,8 +115,8 @@ def head_backward(
     refine,
     gradient,
     column_gradient,
-    expand_parts,
-    expand_bias_parts,
+    expand_partials,
+    expand_bias_partials,
     num_tokens,
     token_stride,
     gradient_token_stride,
@@ -144,132 +125,99 @@ def head_backward(
     BLOCKS: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    FEATURES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     TAPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
     GROUP_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BASE_TILE: tl.constexpr,
     ALL_TILE: tl.constexpr,
-    OWN_TILE: tl.constexpr,
+    LOCAL_TILE: tl.constexpr,
     FEATURE_TILE: tl.constexpr,
     TOKEN_TILE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Gradient of the own simulated heads -> that of the columns; those of the first convolution's weights
-    as a sum a program: [programs, m, C, k] and [programs, m].
+    """Compute the gradient of the columns, and partial sums of the gradients of the first convolution.
+
+    `gradient` belongs to the local simulated heads w. Each program stores one partial sum, over its tiles, of
+    the gradients of weight and bias: [programs, M, N, k] and [programs, M].
     """
     ALL: tl.constexpr = BLOCKS * BASE
-    OWN: tl.constexpr = BLOCKS * COUNT
+    LOCAL: tl.constexpr = BLOCKS * COUNT
     CENTRE: tl.constexpr = TAPS // 2
     ROWS: tl.constexpr = TOKEN_TILE * FEATURE_TILE
     DTYPE: tl.constexpr = columns.dtype.element_ty
     base = tl.arange(0, BASE_TILE)
-    base_exists = base < BASE
-    places = column_places(base, PER_GROUP, GROUP_WIDTH, FEATURES)
-    every = tl.arange(0, ALL_TILE)
-    every_exists = every < ALL
-    own = tl.arange(0, OWN_TILE)
-    own_exists = own < OWN
-    own_places = own * gradient_head_stride
-    # Of every simulated head: whether it is an own one, and which.
-    within = every % BASE - FIRST
-    every_is_own = every_exists & (within >= 0) & (within < COUNT)
-    every_places = ((every // BASE) * COUNT + within) * gradient_head_stride
+    base_mask = base < BASE
+    offsets = column_offsets(base, PER_GROUP, GROUP_WIDTH, HEAD_DIM)
+    inputs = (columns, offsets, base_mask, num_tokens, token_stride)
+    all_heads = tl.arange(0, ALL_TILE)
+    all_mask = all_heads < ALL
+    local = tl.arange(0, LOCAL_TILE)
+    local_mask = local < LOCAL
+    local_gradient = (gradient, local * gradient_head_stride, local_mask, num_tokens, gradient_token_stride)
+    # The same gradient, as a tile of all simulated heads in which only the local heads exist.
+    within = all_heads % BASE - FIRST
+    is_local = all_mask & (within >= 0) & (within < COUNT)
+    all_offsets = ((all_heads // BASE) * COUNT + within) * gradient_head_stride
+    gradient_of_all = (gradient, all_offsets, is_local, num_tokens, gradient_token_stride)
 
-    expand_taps = load_taps(expand, every, every_exists, base, base_exists, BASE, TAPS)
-    own_head = own_heads(own, BASE, FIRST, COUNT)
-    refine_taps = load_taps(refine, own_head, own_exists, every, every_exists, ALL, TAPS)
-    first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
-    expand_totals = no_taps(ALL_TILE, BASE_TILE, TAPS)
+    expand_taps = load_taps(expand, all_heads, all_mask, base, base_mask, BASE, TAPS)
+    local_head = local_head_index(local, BASE, FIRST, COUNT)
+    refine_taps = load_taps(refine, local_head, local_mask, all_heads, all_mask, ALL, TAPS)
+    first_bias = load_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
+    expand_totals = zero_taps(ALL_TILE, BASE_TILE, TAPS)
     bias_total = tl.zeros([ALL_TILE, 16], tl.float32)
 
     rows = tl.arange(0, ROWS)
     feature = rows % FEATURE_TILE
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, TOKEN_TILE), tl.num_programs(0)):
         token = tile * TOKEN_TILE + rows // FEATURE_TILE
-        exists = (token < num_tokens) & (feature < FEATURES)
-        expanded = convolved(
-            columns,
-            places,
-            base_exists,
-            token,
-            feature,
-            num_tokens,
-            token_stride,
-            expand_taps,
-            first_bias,
-            FEATURES,
-            COMPUTE,
-        )
+        row_mask = (token < num_tokens) & (feature < HEAD_DIM)
+        u = convolve(inputs, token, feature, expand_taps, first_bias, HEAD_DIM, COMPUTE)
 
-        into_active = tl.zeros([ROWS, ALL_TILE], tl.float32)
+        # d ReLU(u)[d] = Σ_tap dw[d - (tap - centre)] · W2[tap], since ReLU(u)[d + tap - centre] enters w[d].
+        d_active = tl.zeros([ROWS, ALL_TILE], tl.float32)
         for tap in tl.static_range(TAPS):
-            # Row d of ReLU(u) went into row d - tap of w.
-            dw = load_heads(
-                gradient,
-                own_places,
-                own_exists,
-                token,
-                feature - tap + CENTRE,
-                num_tokens,
-                gradient_token_stride,
-                FEATURES,
-            )
-            into_active = product(tl.trans(dw), refine_taps[tap], into_active, COMPUTE)
+            shifted = feature - tap + CENTRE
+            dw = load_heads(local_gradient, token, shifted, HEAD_DIM)
+            d_active = product(tl.trans(dw), refine_taps[tap], d_active, COMPUTE)
             if tap == CENTRE:
                 residual = dw
         if COUNT != BASE:
-            residual = load_heads(
-                gradient,
-                every_places,
-                every_is_own,
-                token,
-                feature,
-                num_tokens,
-                gradient_token_stride,
-                FEATURES,
-            )
-        positive = (expanded > 0) & exists[:, None]
-        into_expanded = tl.where(positive, into_active, 0.0) + tl.trans(residual).to(tl.float32)
-        into_expanded = into_expanded.to(DTYPE)
+            # Only the local heads have a gradient on the residual path; for the other heads it is zero.
+            residual = load_heads(gradient_of_all, token, feature, HEAD_DIM)
+        # Rows beyond the tokens and the features have no gradient, although their u is the bias.
+        positive = (u > 0) & row_mask[:, None]
+        du = (tl.where(positive, d_active, 0.0) + tl.trans(residual).to(tl.float32)).to(DTYPE)
         if HAS_BIAS:
-            bias_total = product(tl.trans(into_expanded), ones(ROWS, DTYPE), bias_total, COMPUTE)
+            bias_total = product(tl.trans(du), ones(ROWS, DTYPE), bias_total, COMPUTE)
 
-        into_x = tl.zeros([ROWS, BASE_TILE], tl.float32)
+        dx = tl.zeros([ROWS, BASE_TILE], tl.float32)
         updated = ()
         for tap in tl.static_range(TAPS):
-            x = load_heads(
-                columns,
-                places,
-                base_exists,
-                token,
-                feature + tap - CENTRE,
-                num_tokens,
-                token_stride,
-                FEATURES,
-            )
-            updated = updated + (product(tl.trans(into_expanded), tl.trans(x), expand_totals[tap], COMPUTE),)
-            # Row d + tap of x went into row d of u.
-            of_tap = product(
-                into_expanded, expand_taps[tap], tl.zeros([ROWS, BASE_TILE], tl.float32), COMPUTE
-            )
+            shifted = feature + tap - CENTRE
+            x = load_heads(inputs, token, shifted, HEAD_DIM)
+            updated = updated + (product(tl.trans(du), tl.trans(x), expand_totals[tap], COMPUTE),)
+            # x[d + tap - centre] enters u[d], so row d of this product belongs to row d + tap - centre of dx.
+            dx_tap = product(du, expand_taps[tap], tl.zeros([ROWS, BASE_TILE], tl.float32), COMPUTE)
             if tap != CENTRE:
+                # Rows are clamped to the tile; the mask drops those whose source is in another token.
                 source = tl.minimum(tl.maximum(rows - tap + CENTRE, 0), ROWS - 1)
-                of_tap = tl.gather(of_tap, tl.broadcast_to(source[:, None], [ROWS, BASE_TILE]), axis=0)
-                inside = (feature - tap + CENTRE >= 0) & (feature - tap + CENTRE < FEATURES)
-                of_tap = tl.where(inside[:, None], of_tap, 0.0)
-            into_x += of_tap
+                dx_tap = tl.gather(dx_tap, tl.broadcast_to(source[:, None], [ROWS, BASE_TILE]), axis=0)
+                inside = (feature - tap + CENTRE >= 0) & (feature - tap + CENTRE < HEAD_DIM)
+                dx_tap = tl.where(inside[:, None], dx_tap, 0.0)
+            dx += dx_tap
         expand_totals = updated
-        out = (token.to(tl.int64) * token_stride + feature)[None, :] + places[:, None]
-        kept = base_exists[:, None] & exists[None, :]
-        tl.store(column_gradient + out, tl.trans(into_x).to(DTYPE), mask=kept)
+        out = (token.to(tl.int64) * token_stride + feature)[None, :] + offsets[:, None]
+        out_mask = base_mask[:, None] & row_mask[None, :]
+        tl.store(column_gradient + out, tl.trans(dx).to(DTYPE), mask=out_mask)
 
     program = tl.program_id(0).to(tl.int64)
-    part = expand_parts + program * (ALL * BASE * TAPS)
-    store_taps(expand_totals, part, every, every_exists, base, base_exists, BASE, TAPS)
+    partial = expand_partials + program * (ALL * BASE * TAPS)
+    store_taps(expand_totals, partial, all_heads, all_mask, base, base_mask, BASE, TAPS)
     if HAS_BIAS:
-        store_bias(bias_total, expand_bias_parts + program * ALL, every, every_exists)
+        store_bias(bias_total, expand_bias_partials + program * ALL, all_heads, all_mask)
 
 
 @triton.jit
@@ -278,8 +226,8 @@ def refine_gradient(
     expand,
     expand_bias,
     gradient,
-    refine_parts,
-    refine_bias_parts,
+    refine_partials,
+    refine_bias_partials,
     num_tokens,
     token_stride,
     gradient_token_stride,
@@ -287,7 +235,7 @@ def refine_gradient(
     BASE: tl.constexpr,
     BLOCKS: tl.constexpr,
     COUNT: tl.constexpr,
-    FEATURES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     TAPS: tl.constexpr,
     TAPS_AT_ONCE: tl.constexpr,
     PER_GROUP: tl.constexpr,
@@ -295,79 +243,62 @@ def refine_gradient(
     HAS_BIAS: tl.constexpr,
     BASE_TILE: tl.constexpr,
     ALL_TILE: tl.constexpr,
-    OWN_TILE: tl.constexpr,
+    LOCAL_TILE: tl.constexpr,
     FEATURE_TILE: tl.constexpr,
     TOKEN_TILE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Gradient of the own simulated heads -> those of the second convolution's weights, their own rows alone,
-    as a sum a program: [programs, own heads, m, k] and [programs, own heads].
+    """Compute partial sums of the gradients of the second convolution, for its local output heads.
 
-    By itself and, with many heads, tap by tap (of the grid's second axis): its sums fill the registers.
+    Each program stores one partial sum, over its tiles: [programs, r·COUNT, M, k] and [programs, r·COUNT].
+    The kernel is separate from `head_backward`, since its sums fill the registers. With many heads a program
+    accumulates only one tap (TAPS_AT_ONCE = 1), which the second axis of the grid selects.
     """
     ALL: tl.constexpr = BLOCKS * BASE
-    OWN: tl.constexpr = BLOCKS * COUNT
+    LOCAL: tl.constexpr = BLOCKS * COUNT
     CENTRE: tl.constexpr = TAPS // 2
     ROWS: tl.constexpr = TOKEN_TILE * FEATURE_TILE
     DTYPE: tl.constexpr = columns.dtype.element_ty
     base = tl.arange(0, BASE_TILE)
-    base_exists = base < BASE
-    places = column_places(base, PER_GROUP, GROUP_WIDTH, FEATURES)
-    every = tl.arange(0, ALL_TILE)
-    every_exists = every < ALL
-    own = tl.arange(0, OWN_TILE)
-    own_exists = own < OWN
+    base_mask = base < BASE
+    offsets = column_offsets(base, PER_GROUP, GROUP_WIDTH, HEAD_DIM)
+    inputs = (columns, offsets, base_mask, num_tokens, token_stride)
+    all_heads = tl.arange(0, ALL_TILE)
+    all_mask = all_heads < ALL
+    local = tl.arange(0, LOCAL_TILE)
+    local_mask = local < LOCAL
+    local_gradient = (gradient, local * gradient_head_stride, local_mask, num_tokens, gradient_token_stride)
     if TAPS_AT_ONCE == TAPS:
-        first = 0
+        first_tap = 0
     else:
-        first = tl.program_id(1) * TAPS_AT_ONCE
+        first_tap = tl.program_id(1) * TAPS_AT_ONCE
 
-    expand_taps = load_taps(expand, every, every_exists, base, base_exists, BASE, TAPS)
-    first_bias = load_bias(expand_bias, every, every_exists, HAS_BIAS)
-    totals = no_taps(OWN_TILE, ALL_TILE, TAPS_AT_ONCE)
-    bias_total = tl.zeros([OWN_TILE, 16], tl.float32)
+    expand_taps = load_taps(expand, all_heads, all_mask, base, base_mask, BASE, TAPS)
+    first_bias = load_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
+    totals = zero_taps(LOCAL_TILE, ALL_TILE, TAPS_AT_ONCE)
+    bias_total = tl.zeros([LOCAL_TILE, 16], tl.float32)
 
     rows = tl.arange(0, ROWS)
     feature = rows % FEATURE_TILE
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, TOKEN_TILE), tl.num_programs(0)):
         token = tile * TOKEN_TILE + rows // FEATURE_TILE
-        exists = (token < num_tokens) & (feature < FEATURES)
-        expanded = convolved(
-            columns,
-            places,
-            base_exists,
-            token,
-            feature,
-            num_tokens,
-            token_stride,
-            expand_taps,
-            first_bias,
-            FEATURES,
-            COMPUTE,
-        )
-        active = tl.where(exists[:, None], tl.maximum(expanded, 0.0), 0.0).to(DTYPE)
+        row_mask = (token < num_tokens) & (feature < HEAD_DIM)
+        u = convolve(inputs, token, feature, expand_taps, first_bias, HEAD_DIM, COMPUTE)
+        active = tl.where(row_mask[:, None], tl.maximum(u, 0.0), 0.0).to(DTYPE)
         updated = ()
         for tap in tl.static_range(TAPS_AT_ONCE):
-            dw = load_heads(
-                gradient,
-                own * gradient_head_stride,
-                own_exists,
-                token,
-                feature - (first + tap) + CENTRE,
-                num_tokens,
-                gradient_token_stride,
-                FEATURES,
-            )
+            shifted = feature - (first_tap + tap) + CENTRE
+            dw = load_heads(local_gradient, token, shifted, HEAD_DIM)
             updated = updated + (product(dw, active, totals[tap], COMPUTE),)
             if HAS_BIAS:
-                # Of the tap that shifts nothing: the others lose what they shift out.
+                # The bias gradient sums dw at the unshifted tap; the other taps shift some features out.
                 if tap == CENTRE % TAPS_AT_ONCE:
                     bias_total = product(dw, ones(ROWS, DTYPE), bias_total, COMPUTE)
         totals = updated
 
     program = tl.program_id(0).to(tl.int64)
-    part = refine_parts + program * (OWN * ALL * TAPS) + first
-    store_taps(totals, part, own, own_exists, every, every_exists, ALL, TAPS)
+    partial = refine_partials + program * (LOCAL * ALL * TAPS) + first_tap
+    store_taps(totals, partial, local, local_mask, all_heads, all_mask, ALL, TAPS)
     if HAS_BIAS:
-        if first <= CENTRE and first + TAPS_AT_ONCE > CENTRE:
-            store_bias(bias_total, refine_bias_parts + program * OWN, own, own_exists)
+        if first_tap <= CENTRE and first_tap + TAPS_AT_ONCE > CENTRE:
+            store_bias(bias_total, refine_bias_partials + program * LOCAL, local, local_mask)

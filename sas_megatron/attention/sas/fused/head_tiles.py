@@ -1,4 +1,8 @@
-"""Parts of the head kernels: tiles of heads and of weights. Letters as in `head_kernels`."""
+"""Device functions of the head kernels: tiles of heads and of convolution weights.
+
+Letters as in `head_kernels`. A mask selects the indices of a padded tile that exist. The `source` of heads is
+a tuple (pointer, offsets of the heads, mask of the heads, number of tokens, stride of a token).
+"""
 
 # Triton reads the annotations themselves, so they must not become strings.
 import triton
@@ -8,78 +12,75 @@ from sas_megatron.attention.sas.fused.products import product
 
 
 @triton.jit
-def load_bias(pointer, index, exists, HAS_BIAS: tl.constexpr):
-    """A bias at these places, in float32; zeros where there is none."""
+def load_bias(pointer, index, mask, HAS_BIAS: tl.constexpr):
+    """Load the biases of the heads `index` in float32; zeros for masked heads, or without biases."""
     if HAS_BIAS:
-        bias = tl.load(pointer + index, mask=exists, other=0.0).to(tl.float32)
+        bias = tl.load(pointer + index, mask=mask, other=0.0).to(tl.float32)
     else:
         bias = tl.zeros(index.shape, tl.float32)
     return bias
 
 
 @triton.jit
-def column_places(base, PER_GROUP: tl.constexpr, GROUP_WIDTH: tl.constexpr, FEATURES: tl.constexpr):
-    """Where base heads begin among a token's columns."""
-    return (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * FEATURES
+def column_offsets(base, PER_GROUP: tl.constexpr, GROUP_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return the offsets of the first features of base heads among the columns of a token.
+
+    Groups of PER_GROUP heads start GROUP_WIDTH columns apart: Megatron-core interleaves query, key and value.
+    """
+    return (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * HEAD_DIM
 
 
 @triton.jit
-def own_heads(index, BASE: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Of the own simulated heads, in order, which they are of all."""
+def local_head_index(index, BASE: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Convert indices of local simulated heads to indices among all simulated heads."""
     return (index // COUNT) * BASE + FIRST + index % COUNT
 
 
 @triton.jit
-def load_heads(pointer, places, exist, token, feature, num_tokens, token_stride, FEATURES: tl.constexpr):
-    """A tile [heads, rows] of some heads at the rows' features; zeros outside, as a convolution pads."""
-    inside = (token < num_tokens) & (feature >= 0) & (feature < FEATURES)
+def load_heads(source, token, feature, HEAD_DIM: tl.constexpr):
+    """Load a tile [heads, rows] of the heads of `source`; row i is `feature[i]` of `token[i]`.
+
+    Features outside of a head are zero, which is the padding of the convolution.
+    """
+    pointer, offsets, mask, num_tokens, token_stride = source
+    inside = (token < num_tokens) & (feature >= 0) & (feature < HEAD_DIM)
     row = token.to(tl.int64) * token_stride + feature
-    return tl.load(pointer + places[:, None] + row[None, :], mask=exist[:, None] & inside[None, :], other=0.0)
+    return tl.load(pointer + offsets[:, None] + row[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
-def convolved(
-    pointer,
-    places,
-    exist,
-    token,
-    feature,
-    num_tokens,
-    token_stride,
-    taps,
-    bias,
-    FEATURES: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """A convolution of some heads at the rows' features, [rows, heads that it makes], in float32."""
+def convolve(source, token, feature, taps, bias, HEAD_DIM: tl.constexpr, COMPUTE: tl.constexpr):
+    """Convolve the heads of `source` at the rows' features: [rows, output heads] in float32.
+
+    Each tap is a matrix product [rows, input heads] · [input heads, output heads] with shifted features.
+    """
     total = tl.zeros([token.shape[0], bias.shape[0]], tl.float32) + bias[None, :]
     for tap in tl.static_range(len(taps)):
-        shifted = feature + tap - len(taps) // 2
-        x = load_heads(pointer, places, exist, token, shifted, num_tokens, token_stride, FEATURES)
+        x = load_heads(source, token, feature + tap - len(taps) // 2, HEAD_DIM)
         total = product(tl.trans(x), tl.trans(taps[tap]), total, COMPUTE)
     return total
 
 
 @triton.jit
-def tap_places(pointer, out, out_exist, into, into_exist, INTO: tl.constexpr, TAPS: tl.constexpr):
-    """Pointers to the first tap of a convolution's weight [·, INTO, TAPS], and which there are."""
-    places = pointer + out[:, None] * (INTO * TAPS) + into[None, :] * TAPS
-    return places, out_exist[:, None] & into_exist[None, :]
+def tap_pointers(pointer, out, out_mask, into, into_mask, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Return pointers to the first tap of a convolution weight [·, INTO, TAPS], and their mask."""
+    pointers = pointer + out[:, None] * (INTO * TAPS) + into[None, :] * TAPS
+    return pointers, out_mask[:, None] & into_mask[None, :]
 
 
 @triton.jit
-def load_taps(pointer, out, out_exist, into, into_exist, INTO: tl.constexpr, TAPS: tl.constexpr):
-    """A convolution's weight as a tuple of tiles [out, into], one a tap."""
-    places, exist = tap_places(pointer, out, out_exist, into, into_exist, INTO, TAPS)
+def load_taps(pointer, out, out_mask, into, into_mask, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Load a convolution weight as a tuple of tiles [output heads, input heads], one per tap."""
+    pointers, mask = tap_pointers(pointer, out, out_mask, into, into_mask, INTO, TAPS)
     taps = ()
     for tap in tl.static_range(TAPS):
-        taps = taps + (tl.load(places + tap, mask=exist, other=0.0),)
+        taps = taps + (tl.load(pointers + tap, mask=mask, other=0.0),)
     return taps
 
 
 @triton.jit
-def no_taps(OUT: tl.constexpr, INTO: tl.constexpr, TAPS: tl.constexpr):
-    """A tuple of zeros, a tile for each tap."""
+def zero_taps(OUT: tl.constexpr, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Return a tuple of TAPS tiles of zeros in float32, for the sums of a weight gradient."""
     totals = ()
     for _ in tl.static_range(TAPS):
         totals = totals + (tl.zeros([OUT, INTO], tl.float32),)
@@ -87,15 +88,15 @@ def no_taps(OUT: tl.constexpr, INTO: tl.constexpr, TAPS: tl.constexpr):
 
 
 @triton.jit
-def store_taps(totals, pointer, out, out_exist, into, into_exist, INTO: tl.constexpr, TAPS: tl.constexpr):
-    """Sums for some of the taps, side by side."""
-    places, exist = tap_places(pointer, out, out_exist, into, into_exist, INTO, TAPS)
+def store_taps(totals, pointer, out, out_mask, into, into_mask, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Store the sums of consecutive taps, the first of which `pointer` points to."""
+    pointers, mask = tap_pointers(pointer, out, out_mask, into, into_mask, INTO, TAPS)
     for tap in tl.static_range(len(totals)):
-        tl.store(places + tap, totals[tap], mask=exist)
+        tl.store(pointers + tap, totals[tap], mask=mask)
 
 
 @triton.jit
-def store_bias(total, pointer, heads, exist):
-    """The first column of a product with ones, whose columns are equal."""
+def store_bias(total, pointer, heads, mask):
+    """Store the bias gradient: the first of the 16 equal columns of a product with ones."""
     column = tl.arange(0, 16)
-    tl.store(pointer + heads[:, None] + column[None, :], total, mask=exist[:, None] & (column == 0)[None, :])
+    tl.store(pointer + heads[:, None] + column[None, :], total, mask=mask[:, None] & (column == 0)[None, :])
