@@ -24,7 +24,7 @@ SUMMARY = (
     ("training_flops_per_token", "of the model", "training FLOPs\nper token", ""),
     ("kv_cache_bytes_per_token", "total", "KV cache\nper token", "B"),
     ("activation_bytes_of_a_rank", "total", "activations\nper rank", "B"),
-    ("wire_bytes_per_step", "total", "bytes sent\nper step", "B"),
+    ("communication_bytes_per_step", "total", "bytes sent\nper step", "B"),
 )
 
 
@@ -253,5 +253,5 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
     if config.training.engine == "megatron":
         sent = count_communication_bytes(config, world_size=world_size)
         terms = {f"{group}: {term}": size for group, terms in sent.items() for term, size in terms.items()}
-        counted["wire_bytes_per_step"] = {"terms": terms, "totals": {"total": sum(terms.values())}}
+        counted["communication_bytes_per_step"] = {"terms": terms, "totals": {"total": sum(terms.values())}}
     return counted

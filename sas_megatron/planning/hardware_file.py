@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -16,10 +16,21 @@ SHIPPED = Path(__file__).parent / "hardware"
 BYTES_PER_GIB = 2**30
 
 
+def _rename_fields(fields: Any, **names: str) -> Any:
+    """Return the fields with `names` (former name to current name) replaced; a current name has priority."""
+    if not isinstance(fields, dict):
+        return fields
+    renamed = {name: value for name, value in fields.items() if name not in names}
+    for former, name in names.items():
+        if former in fields:
+            renamed.setdefault(name, fields[former])
+    return renamed
+
+
 class LinkFigures(Section):
     """Bandwidth and latency of a link between two devices."""
 
-    section_name: ClassVar[str] = "wire"
+    section_name: ClassVar[str] = "link"
 
     gigabytes_per_second: float = Field(
         description="Bandwidth of one device in one direction; 1 GB is 10⁹ bytes."
@@ -43,11 +54,17 @@ class AttainableShares(Section):
         description="Share of matrix_teraflops in fused attention, which skips the masked half of the scores."
     )
     memory: float = Field(description="Share of memory_gigabytes_per_second.")
-    wire: float = Field(description="Share of gigabytes_per_second of both links.")
+    link: float = Field(description="Share of gigabytes_per_second of both links.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, fields: Any) -> Any:
+        """Rename `wire`, the earlier name of `link`."""
+        return _rename_fields(fields, wire="link")
 
     @model_validator(mode="after")
     def _check(self) -> AttainableShares:
-        self.require_positive("matrix", "convolution", "attention", "memory", "wire")
+        self.require_positive("matrix", "convolution", "attention", "memory", "link")
         return self
 
 
@@ -61,9 +78,9 @@ class Hardware(Section):
     memory_gib: float = Field(description="Memory of one device; on CPU, of one process.")
     matrix_teraflops: dict[str, float] = Field(description="Dense peak by dtype, 10¹² FLOP/s.")
     memory_gigabytes_per_second: float = Field(description="Peak of reading and writing together.")
-    node_wire: LinkFigures | None = Field(description="Link within a node; null for a single device.")
-    network_wire: LinkFigures | None = Field(description="Link between nodes; null for a single node.")
-    devices_per_node: int = Field(description="Ranks that node_wire connects.")
+    node_link: LinkFigures | None = Field(description="Link within a node; null for a single device.")
+    network_link: LinkFigures | None = Field(description="Link between nodes; null for a single node.")
+    devices_per_node: int = Field(description="Ranks that node_link connects.")
     reserved_gib: float = Field(description="Memory reserved for the context, libraries and buffers.")
     fragmentation: float = Field(
         description="Memory lost by the allocator, as a share of the memory of all tensors."
@@ -72,6 +89,12 @@ class Hardware(Section):
         description="Time on the host to launch one operation of the training code."
     )
     attainable: AttainableShares
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, fields: Any) -> Any:
+        """Rename `node_wire` and `network_wire`, the earlier names of the links."""
+        return _rename_fields(fields, node_wire="node_link", network_wire="network_link")
 
     @model_validator(mode="after")
     def _check(self) -> Hardware:
@@ -102,7 +125,7 @@ class Hardware(Section):
             UserError: The hardware file has no such link.
         """
         nodes = {rank // self.devices_per_node for rank in ranks}
-        field = "node_wire" if len(nodes) == 1 else "network_wire"
+        field = "node_link" if len(nodes) == 1 else "network_link"
         link: LinkFigures | None = getattr(self, field)
         if link is None:
             raise self.problem(

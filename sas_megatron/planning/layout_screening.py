@@ -156,7 +156,7 @@ def _transfer_seconds(ranks: int, num_bytes: float, *, stride: int, hardware: Ha
     if ranks == 1:
         return 0.0
     link = hardware.link_between([0, (ranks - 1) * stride])
-    return (ranks - 1) / ranks * num_bytes / (1e9 * link.gigabytes_per_second * hardware.attainable.wire)
+    return (ranks - 1) / ranks * num_bytes / (1e9 * link.gigabytes_per_second * hardware.attainable.link)
 
 
 def _parameters_per_rank(config: RunConfig) -> float:

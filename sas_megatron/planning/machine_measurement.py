@@ -41,8 +41,8 @@ def build_hardware(by_rank: list[dict[str, float]], *, num_processes: int) -> Ha
         memory_gib=read_memory_bytes("/proc/meminfo", "MemTotal") / num_processes / BYTES_PER_GIB,
         matrix_teraflops={dtype: mean[dtype] / 1e12 for dtype in ("float32", "bfloat16")},
         memory_gigabytes_per_second=mean["memory_bytes_per_second"] / 1e9,
-        node_wire=link,
-        network_wire=None,
+        node_link=link,
+        network_link=None,
         devices_per_node=num_processes,
         reserved_gib=0.0,
         fragmentation=0.0,
@@ -52,7 +52,7 @@ def build_hardware(by_rank: list[dict[str, float]], *, num_processes: int) -> Ha
             convolution=mean["convolution"] / mean["float32"],
             attention=mean["attention"] / mean["float32"],
             memory=1.0,
-            wire=1.0,
+            link=1.0,
         ),
     )
 

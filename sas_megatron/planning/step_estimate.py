@@ -158,7 +158,7 @@ def _communication_seconds(
     """Return the bytes over the bandwidth, plus ⌈log₂ ranks⌉ latencies per collective call."""
     ranks = report.group_ranks.get(group, report.group_ranks["other"])
     link = hardware.link_between(ranks)
-    bandwidth = 1e9 * link.gigabytes_per_second * hardware.attainable.wire
+    bandwidth = 1e9 * link.gigabytes_per_second * hardware.attainable.link
     hops = 1 if operation == "send" else math.ceil(math.log2(max(2, len(ranks))))
     calls = workload.collective_calls[group][operation]
     return workload.bytes_sent[group][operation] / bandwidth + 1e-6 * link.latency_microseconds * hops * calls

@@ -160,7 +160,7 @@ def test_costs_include_the_communication_of_a_rank_for_the_given_world_size() ->
     path = str(ROOT / "configs" / "2.7b" / "sas.yaml")
     done = CliRunner().invoke(cli, ["costs", path, "--world-size", "4", "--json"])
     assert done.exit_code == 0, done.output
-    counted = json.loads(done.stdout)[path]["wire_bytes_per_step"]
+    counted = json.loads(done.stdout)[path]["communication_bytes_per_step"]
     sent = count_communication_bytes(load_run_config(path), world_size=4)
     assert counted["terms"]["data: gradients"] == sent["data"]["gradients"] > 0
     assert counted["totals"] == {"total": sum(sum(terms.values()) for terms in sent.values())}

@@ -22,8 +22,8 @@ def test_a_shipped_file_loads_and_states_its_sources(name: str) -> None:
 
 def test_groups_within_a_node_use_its_link_and_other_groups_the_network() -> None:
     hardware = load_hardware("h100")
-    assert hardware.link_between([0, 7]) == hardware.node_wire
-    assert hardware.link_between([7, 8]) == hardware.network_wire
+    assert hardware.link_between([0, 7]) == hardware.node_link
+    assert hardware.link_between([7, 8]) == hardware.network_link
 
 
 def test_the_error_names_the_file_and_its_wrong_field(tmp_path: Path) -> None:
@@ -39,6 +39,23 @@ def test_the_error_names_the_file_and_its_wrong_field(tmp_path: Path) -> None:
         load_hardware("h900")
 
 
+def test_a_file_with_the_former_names_of_the_links_loads(tmp_path: Path) -> None:
+    path = tmp_path / "former.yaml"
+    text = (SHIPPED / "h100.yaml").read_text(encoding="utf-8")
+    former = text
+    for name, former_name in (
+        ("node_link:", "node_wire:"),
+        ("network_link:", "network_wire:"),
+        (" link:", " wire:"),
+    ):
+        assert former.count(name) == 1
+        former = former.replace(name, former_name)
+    path.write_text(former, encoding="utf-8")
+    assert load_hardware(path) == load_hardware("h100")
+    path.write_text(former + "node_link: null\n", encoding="utf-8")
+    assert load_hardware(path).node_link is None
+
+
 def test_needed_memory_includes_fragmentation_and_reserve() -> None:
     hardware = load_hardware("h100")
     available = (hardware.memory_gib - hardware.reserved_gib) * 2**30 / (1 + hardware.fragmentation)
@@ -52,8 +69,8 @@ def test_a_missing_rate_is_reported() -> None:
 
 
 def test_a_missing_link_is_reported() -> None:
-    single_node = load_hardware("h100").model_copy(update={"network_wire": None})
+    single_node = load_hardware("h100").model_copy(update={"network_link": None})
     with pytest.raises(
-        UserError, match=r"hardware\.network_wire=None: must be given for 2 ranks; add it to the"
+        UserError, match=r"hardware\.network_link=None: must be given for 2 ranks; add it to the"
     ):
         single_node.link_between([7, 8])

@@ -13,11 +13,11 @@ from tests.planning.toy_machines import toy_machine
 from tests.run_configs import small_config
 
 HARDWARE = toy_machine(
-    node_wire=LinkFigures(gigabytes_per_second=0.002, latency_microseconds=1.0),
-    network_wire=LinkFigures(gigabytes_per_second=0.0005, latency_microseconds=1.0),
+    node_link=LinkFigures(gigabytes_per_second=0.002, latency_microseconds=1.0),
+    network_link=LinkFigures(gigabytes_per_second=0.0005, latency_microseconds=1.0),
     devices_per_node=4,
     operation_microseconds=1000.0,
-    attainable=AttainableShares(matrix=1.0, convolution=1.0, attention=1.0, memory=1.0, wire=0.5),
+    attainable=AttainableShares(matrix=1.0, convolution=1.0, attention=1.0, memory=1.0, link=0.5),
 )
 # Attained bytes per second within a node and between nodes.
 NODE, NETWORK = 1e6, 0.25e6

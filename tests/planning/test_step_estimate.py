@@ -17,11 +17,11 @@ from tests.run_configs import small_config
 HARDWARE = toy_machine(
     matrix_teraflops={"float32": 2.0, "bfloat16": 5.0},
     memory_gigabytes_per_second=100.0,
-    node_wire=LinkFigures(gigabytes_per_second=10.0, latency_microseconds=3.0),
-    network_wire=LinkFigures(gigabytes_per_second=2.0, latency_microseconds=7.0),
+    node_link=LinkFigures(gigabytes_per_second=10.0, latency_microseconds=3.0),
+    network_link=LinkFigures(gigabytes_per_second=2.0, latency_microseconds=7.0),
     devices_per_node=4,
     operation_microseconds=11.0,
-    attainable=AttainableShares(matrix=0.5, convolution=0.25, attention=0.4, memory=0.8, wire=0.5),
+    attainable=AttainableShares(matrix=0.5, convolution=0.25, attention=0.4, memory=0.8, link=0.5),
 )
 CPU = HARDWARE.model_copy(update={"device": "cpu"})
 

@@ -24,12 +24,12 @@ def toy_machine(
         "memory_gib": memory_gib,
         "matrix_teraflops": {"float32": 1.0, "bfloat16": 1.0},
         "memory_gigabytes_per_second": 1000.0,
-        "node_wire": link,
-        "network_wire": link,
+        "node_link": link,
+        "network_link": link,
         "devices_per_node": 8,
         "reserved_gib": 0.0,
         "fragmentation": 0.0,
         "operation_microseconds": 0.001,
-        "attainable": AttainableShares(matrix=1.0, convolution=1.0, attention=1.0, memory=1.0, wire=1.0),
+        "attainable": AttainableShares(matrix=1.0, convolution=1.0, attention=1.0, memory=1.0, link=1.0),
     }
     return Hardware(**{**defaults, **figures})
