@@ -7,16 +7,11 @@ from pathlib import Path
 from tests.architecture.import_graph import find_cycles, read_imports
 from tests.conftest import ROOT
 
-# Cycles that are still to be removed.
-KNOWN_CYCLES = [
-    [f"sas_megatron.training.{name}" for name in ("deepspeed_engine", "engine", "megatron_engine")],
-]
-
 
 def test_no_modules_import_each_other() -> None:
     graph = read_imports(ROOT, "sas_megatron")
     assert "sas_megatron.config.attention" in graph["sas_megatron.attention.sas.config"]
-    assert not [cycle for cycle in find_cycles(graph) if cycle not in KNOWN_CYCLES]
+    assert find_cycles(graph) == []
 
 
 def test_deferred_and_type_only_imports_close_a_cycle(tmp_path: Path) -> None:
