@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from sas_megatron.attention.sas.fused.tiling import Tile, Tiling, padded
+from sas_megatron.attention.sas.costs import padded_size
+from sas_megatron.attention.sas.fused.features import Tile, Tiling
 from sas_megatron.attention.sas.simulation_kernels import FusedKernels
 from sas_megatron.benchmarks.attention_blocks import BlockShape
 from sas_megatron.benchmarks.simulation import SimulationCase
@@ -75,5 +76,5 @@ def sweep_tiles(
 
 def distinct_tiles(kernel: str, shape: BlockShape, tiles: Sequence[Tile]) -> list[Tile]:
     """Drop tiles that divide the work like an earlier tile; a head tile has at least one full token."""
-    least = padded(shape.head_dim) if kernel.startswith("head") else 1
+    least = padded_size(shape.head_dim) if kernel.startswith("head") else 1
     return list(dict.fromkeys(dataclasses.replace(tile, rows=max(tile.rows, least)) for tile in tiles))

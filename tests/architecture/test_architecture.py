@@ -40,10 +40,7 @@ WITHOUT_TORCH = [
         PACKAGE / "planning" / name
         for name in ("__init__.py", "hardware_file.py", "step_estimate.py", "workload.py")
     ),
-    *(
-        PACKAGE / "attention" / name
-        for name in ("__init__.py", "sas/kernel_choice.py", "sas/tensor_parallel.py")
-    ),
+    *(PACKAGE / "attention" / name for name in ("__init__.py", "sas/tensor_parallel.py")),
     *(
         path
         for variant in ("gqa", "mfa", "mla", "sas", "tpa")

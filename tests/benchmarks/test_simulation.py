@@ -65,7 +65,7 @@ def test_the_least_work_counts_each_byte_and_each_product_once(ranks: Any) -> No
 
 def sweep() -> Any:
     """Sweep without warm-up rounds, which do not make Triton's interpreter faster."""
-    from sas_megatron.attention.sas.fused.tiling import Tile
+    from sas_megatron.attention.sas.fused.features import Tile
     from sas_megatron.benchmarks import timing
     from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.benchmarks.tile_sweep import sweep_tiles
@@ -121,7 +121,7 @@ def test_a_tile_that_cannot_be_compiled_does_not_discard_other_times(ranks: Any)
 
 
 def test_head_tiles_that_divide_the_work_equally_are_timed_once() -> None:
-    from sas_megatron.attention.sas.fused.tiling import Tile
+    from sas_megatron.attention.sas.fused.features import Tile
     from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.benchmarks.tile_sweep import candidate_tiles, distinct_tiles
 

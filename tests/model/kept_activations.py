@@ -117,9 +117,9 @@ def _meter_of(pieces: list[Any], *, fused: bool) -> KeptMeter:
         # Computed once per model, like the fused kernels' table of cosines and sines.
         meter.ignore(angles)
         if fused:
-            from sas_megatron.attention.sas.fused.features import turns_of
+            from sas_megatron.attention.sas.fused.features import build_rope_table
 
-            meter.ignore(turns_of(angles))
+            meter.ignore(build_rope_table(angles))
 
     for piece in pieces:
         meter.ignore(*piece.parameters())

@@ -149,7 +149,7 @@ MUTANTS = (
     ),
     Mutant(
         "kernel-gradient-rotated-forward",
-        "sas_megatron.attention.sas.fused.feature_tiles:apply_rope",
+        "sas_megatron.attention.sas.fused.tiles:apply_rope",
         "sine = -sine",
         "sine = sine",
         "The fused backward pass rotates the gradient forward instead of back.",
@@ -157,28 +157,28 @@ MUTANTS = (
     Mutant(
         "kernel-refine-gradient-of-first-heads",
         "sas_megatron.attention.sas.fused.heads:_scatter_rows",
-        "[:, part.base_heads]",
-        "[:, : part.num_wanted]",
+        "[:, shard.base_heads]",
+        "[:, : shard.num_base_heads]",
         "The fused backward pass writes the gradients of a rank's rows to the rows of the first rank.",
     ),
     # parallel
     Mutant(
         "gather-backward-splits",
-        "sas_megatron.distributed.head_exchange:GatherExchange.gather_columns",
+        "sas_megatron.attention.sas.tensor_parallel:GatherExchange.gather_columns",
         "all_gather_last_dim_from_tensor_parallel_region(",
         _GATHER_THAT_SPLITS + ".gather_from_tensor_model_parallel_region(",
         "The backward pass of the gather exchange splits the gradient instead of a reduce-scatter.",
     ),
     Mutant(
         "shared-key-head-of-first-rank",
-        "sas_megatron.distributed.head_exchange:HeadExchange.local_base_heads",
+        "sas_megatron.attention.sas.tensor_parallel:HeadExchange.local_base_heads",
         "self.rank * num_heads // self.num_ranks",
         "self.rank * (num_heads // self.num_ranks)",
         "With fewer key/value heads than ranks every rank takes the first head.",
     ),
     Mutant(
         "shared-key-heads-tiled",
-        "sas_megatron.distributed.head_exchange:AllToAllExchange._split_by_rank",
+        "sas_megatron.attention.sas.tensor_parallel:AllToAllExchange._split_by_rank",
         "grouped.repeat_interleave(self.num_ranks // base, dim=2)",
         "grouped.repeat(1, 1, self.num_ranks // base, 1)",
         "With all_to_all and fewer key/value heads than ranks rank p gets head p mod G.",

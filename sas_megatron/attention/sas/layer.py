@@ -38,9 +38,8 @@ from sas_megatron.attention.sas.simulation_kernels import (
     build_simulation_kernels,
     check_kernel,
 )
-from sas_megatron.attention.sas.tensor_parallel import choose_exchange
+from sas_megatron.attention.sas.tensor_parallel import HeadExchange, build_head_exchange, choose_exchange
 from sas_megatron.distributed.gradient_sums import sum_gradients_over
-from sas_megatron.distributed.head_exchange import HeadExchange, build_head_exchange
 
 
 def build_simulation(

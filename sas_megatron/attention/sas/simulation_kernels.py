@@ -13,8 +13,7 @@ import torch
 from typing_extensions import override
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.fused.head_parts import HeadColumns, HeadPart
-from sas_megatron.attention.sas.kernel_choice import find_misfit, find_unfused_reason
+from sas_megatron.attention.sas.costs import find_misfit, find_unfused_reason
 from sas_megatron.attention.sas.simulated_attention import (
     ResidualMapWeights,
     simulate_features,
@@ -25,6 +24,7 @@ from sas_megatron.costs.attention_backend import Device
 
 if TYPE_CHECKING:
     from sas_megatron.attention.sas.fused.features import Recomputation
+    from sas_megatron.attention.sas.fused.heads import HeadShard
 
 logger = logging.getLogger(__name__)
 
@@ -142,10 +142,10 @@ class FusedKernels(SimulationKernels):
     def __init__(self, attention: SimulatedAttentionConfig) -> None:
         super().__init__(attention)
         # Imported here, since only these kernels need Triton.
-        from sas_megatron.attention.sas.fused import features, heads, tiling
+        from sas_megatron.attention.sas.fused import features, heads
 
         self._heads, self._features = heads, features
-        self.tiling = tiling.Tiling()
+        self.tiling = features.Tiling()
 
     @override
     def heads(
@@ -154,8 +154,8 @@ class FusedKernels(SimulationKernels):
         weights: Mapping[str, ResidualMapWeights],
         computed_heads: HeadSelection,
     ) -> list[torch.Tensor]:
-        parts = [self._part(name, weights.get(f"heads.{name}"), computed_heads) for name in NAMES]
-        return list(self._heads.simulate_heads(columns_TW, parts, tiling=self.tiling))
+        shards = [self._shard(name, weights.get(f"heads.{name}"), computed_heads) for name in NAMES]
+        return list(self._heads.simulate_heads(columns_TW, shards, tiling=self.tiling))
 
     @override
     def features(
@@ -171,21 +171,23 @@ class FusedKernels(SimulationKernels):
         simulated: torch.Tensor = self._features.simulate_features(
             heads_TMD,
             weights[f"features.{name}"],
-            turns=None if rope is None else self._features.turns_of(rope),
+            rope_table=None if rope is None else self._features.build_rope_table(rope),
             tiling=self.tiling,
             recomputation=None if source is None else self._recomputation(name, source, weights),
         )
         return simulated
 
-    def _part(self, name: str, weights: ResidualMapWeights | None, computed_heads: HeadSelection) -> HeadPart:
+    def _shard(
+        self, name: str, weights: ResidualMapWeights | None, computed_heads: HeadSelection
+    ) -> HeadShard:
         attention, width = self.attention, self.attention.head_dim
         groups = attention.num_key_value_heads
         queries = attention.num_heads // groups
         # Megatron-core's order: for each group its queries, its key, its value.
         first = {"query": 0, "key": queries, "value": queries + 1}[name] * width
         per_group = queries if name == "query" else 1
-        columns = HeadColumns(first, groups * per_group, per_group, (queries + 2) * width, width)
-        return HeadPart(columns, weights, computed_heads(columns.num_heads))
+        columns = self._heads.HeadColumns(first, groups * per_group, per_group, (queries + 2) * width, width)
+        return self._heads.HeadShard(columns, weights, computed_heads(columns.num_heads))
 
     def _recomputation(
         self, name: str, source: HeadSource, weights: Mapping[str, ResidualMapWeights]
@@ -193,8 +195,8 @@ class FusedKernels(SimulationKernels):
         map_weights = weights.get(f"heads.{name}")
 
         def compute(columns_TW: torch.Tensor, *saved: torch.Tensor) -> torch.Tensor:
-            part = self._part(name, ResidualMapWeights(*saved) if saved else None, source.computed_heads)
-            heads: torch.Tensor = self._heads.compute_heads(columns_TW, part, self.tiling)
+            shard = self._shard(name, ResidualMapWeights(*saved) if saved else None, source.computed_heads)
+            heads: torch.Tensor = self._heads.compute_heads(columns_TW, shard, self.tiling)
             return heads if saved else heads.repeat(1, self.attention.head_expansion, 1)
 
         return self._features.Recomputation(compute, (source.columns, *(map_weights or ())))

@@ -22,9 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
+from sas_megatron.attention.sas.costs import taps_at_once
 from sas_megatron.attention.sas.fused import feature_kernels, features, head_kernels, heads
-from sas_megatron.attention.sas.fused.head_parts import HeadColumns, HeadPart
-from sas_megatron.attention.sas.fused.tiling import Tile, Tiling, taps_at_once
+from sas_megatron.attention.sas.fused.features import Tile, Tiling
+from sas_megatron.attention.sas.fused.heads import HeadColumns, HeadShard
 from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -54,15 +55,15 @@ def compiled_kernels(
     # Only shapes matter. On the meta device, operands keep their dtype instead of the interpreter's float32.
     like = torch.empty(1, 3 * base * width, dtype=torch.bfloat16, device="meta")
     maps = ResidualMapWeights(like.new_empty(many, base, taps), like.new_empty(many, many, taps), like, like)
-    part = HeadPart(HeadColumns(0, base, 1, 3 * width, width), maps, slice(0, base))
+    shard = HeadShard(HeadColumns(0, base, 1, 3 * width, width), maps, slice(0, base))
     linear = ResidualMapWeights(like.new_empty(wide, width), like.new_empty(wide, wide), like, like)
     launcher = features._Launcher(like.new_empty(8, many, width), linear, like.new_empty(4, wide))
-    at_once = taps_at_once(taps, own=many, every=many)
+    at_once = taps_at_once(taps, num_outputs=many, num_inputs=many)
     launches: dict[str, tuple[Any, Tile, dict[str, Any]]] = {
-        name: (getattr(head_kernels, name), tile, {**heads._kernel_constants(part, tile, like), "FIRST": 0})
+        name: (getattr(head_kernels, name), tile, {**heads._kernel_constants(shard, tile, like), "FIRST": 0})
         for name, tile in (("head_forward", tiling.head_forward), ("head_backward", tiling.head_backward))
     }
-    constants = heads._kernel_constants(part, tiling.head_refine_gradient, like)
+    constants = heads._kernel_constants(shard, tiling.head_refine_gradient, like)
     constants["TAPS_AT_ONCE"] = at_once
     launches["head_refine_gradient"] = (head_kernels.refine_gradient, tiling.head_refine_gradient, constants)
     for name, tile in (

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sas_megatron.attention.sas.fused.features import Recomputation, pair_order, simulate_features, turns_of
-from sas_megatron.attention.sas.fused.tiling import Tile, Tiling
+from sas_megatron.attention.sas.fused.features import (
+    Recomputation,
+    Tile,
+    Tiling,
+    build_rope_table,
+    pair_order,
+    simulate_features,
+)
 from sas_megatron.attention.sas.simulated_attention import simulate_features as simulate_plain
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 from tests.attention.fused.simulation_case import (
@@ -98,10 +104,10 @@ def test_results_and_gradients_equal_those_of_the_plain_simulation(name: str, dt
     case, draws = CASES[name], Draws(len(name), dtype)
     heads = draws.tensor(case.length * case.batch, case.heads, case.narrow, scale=1.0)
     weights = draws.map_weights((case.wide, case.narrow), (case.wide, case.wide), bias=case.bias)
-    rope_table = turns_of(case.angles()) if case.rotary else None
+    rope_table = build_rope_table(case.angles()) if case.rotary else None
     with poisoned_memory():
         actual = gradients_of(
-            lambda: [simulate_features(heads, weights, turns=rope_table, tiling=TILING)],
+            lambda: [simulate_features(heads, weights, rope_table=rope_table, tiling=TILING)],
             [heads, *leaves_of(weights)],
         )
     wide_heads, wide_weights = as_float64(heads), in_float64(weights)
@@ -115,11 +121,11 @@ def test_heads_and_gradients_may_have_any_strides() -> None:
     case, draws = Case(), Draws(2, torch.float32)
     weights = draws.map_weights((case.wide, case.narrow), (case.wide, case.wide), bias=True)
     heads = draws.tensor(case.heads, case.length * case.batch, 2 * case.narrow)
-    rope_table = turns_of(case.angles())
+    rope_table = build_rope_table(case.angles())
     transposed = heads.transpose(0, 1)[..., ::2]
     results = []
     for given in (transposed, transposed.contiguous()):
-        simulated = simulate_features(given, weights, turns=rope_table, tiling=TILING)
+        simulated = simulate_features(given, weights, rope_table=rope_table, tiling=TILING)
         outer = Draws(3, torch.float32).tensor(*simulated.shape[::-1]).detach().permute(2, 1, 0)
         results.append([simulated, *torch.autograd.grad(simulated, [heads, *weights], outer)])
     for one, other in zip(*results, strict=True):
@@ -130,13 +136,13 @@ def test_heads_that_can_be_recomputed_are_not_saved() -> None:
     case, draws = Case(), Draws(4, torch.float32)
     base = draws.tensor(case.length * case.batch, case.heads, case.narrow)
     weights = draws.map_weights((case.wide, case.narrow), (case.wide, case.wide), bias=True)
-    rope_table = turns_of(case.angles())
+    rope_table = build_rope_table(case.angles())
     results = []
     for recomputation in (None, Recomputation(lambda source: 2 * source, (base,))):
         heads = 2 * base
         with saved_addresses() as saved:
             simulated = simulate_features(
-                heads, weights, turns=rope_table, tiling=TILING, recomputation=recomputation
+                heads, weights, rope_table=rope_table, tiling=TILING, recomputation=recomputation
             )
         assert (heads.data_ptr() in saved) == (recomputation is None)
         assert (base.data_ptr() in saved) == (recomputation is not None)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from sas_megatron.attention.sas.fused.head_parts import HeadColumns, HeadPart
-from sas_megatron.attention.sas.fused.heads import simulate_heads
-from sas_megatron.attention.sas.fused.tiling import Tile, Tiling, taps_at_once
+from sas_megatron.attention.sas.costs import taps_at_once
+from sas_megatron.attention.sas.fused.features import Tile, Tiling
+from sas_megatron.attention.sas.fused.heads import HeadColumns, HeadShard, simulate_heads
 from sas_megatron.attention.sas.simulated_attention import simulate_heads as simulate_plain
 from tests.attention.fused.simulation_case import (
     Draws,
@@ -42,7 +42,7 @@ class Case:
     ranks: int = 1  # the last rank is tested
     simulated: tuple[bool, bool, bool] = (True, True, True)
 
-    def parts(self, draws: Draws) -> list[HeadPart]:
+    def shards(self, draws: Draws) -> list[HeadShard]:
         """Return query, key and value."""
         queries = self.num_heads // self.num_groups
         stride = (queries + 2) * self.head_dim
@@ -51,15 +51,15 @@ class Case:
             HeadColumns(queries * self.head_dim, self.num_groups, 1, stride, self.head_dim),
             HeadColumns((queries + 1) * self.head_dim, self.num_groups, 1, stride, self.head_dim),
         ]
-        parts = []
+        shards = []
         for columns, simulated in zip(gather_columns, self.simulated, strict=True):
             base, many = columns.num_heads, columns.num_heads * self.expansion
             weights = draws.map_weights(
                 (many, base, self.kernel_size), (many, many, self.kernel_size), bias=self.bias
             )
             base_heads = slice(base - base // self.ranks, base)
-            parts.append(HeadPart(columns, weights if simulated else None, base_heads))
-        return parts
+            shards.append(HeadShard(columns, weights if simulated else None, base_heads))
+        return shards
 
     @property
     def num_columns(self) -> int:
@@ -86,14 +86,14 @@ CASES = {
 }
 
 
-def plain(columns: torch.Tensor, parts: list[HeadPart]) -> list[torch.Tensor]:
+def plain(columns: torch.Tensor, shards: list[HeadShard]) -> list[torch.Tensor]:
     results = []
-    for part in parts:
-        heads = part.columns.of(columns).flatten(1, 2)
-        if part.weights is None:
-            results.append(heads[:, part.base_heads])
+    for shard in shards:
+        heads = shard.columns.view(columns).flatten(1, 2)
+        if shard.weights is None:
+            results.append(heads[:, shard.base_heads])
         else:
-            results.append(simulate_plain(heads, part.weights, base_heads=part.base_heads))
+            results.append(simulate_plain(heads, shard.weights, base_heads=shard.base_heads))
     return results
 
 
@@ -120,27 +120,27 @@ def plain(columns: torch.Tensor, parts: list[HeadPart]) -> list[torch.Tensor]:
 )
 def test_results_and_gradients_equal_those_of_the_plain_simulation(name: str, dtype: torch.dtype) -> None:
     case, draws = CASES[name], Draws(len(name), dtype)
-    columns, parts = draws.tensor(case.tokens, case.num_columns, scale=1.0), case.parts(draws)
-    leaves = [columns, *leaves_of(*(part.weights for part in parts))]
+    columns, shards = draws.tensor(case.tokens, case.num_columns, scale=1.0), case.shards(draws)
+    leaves = [columns, *leaves_of(*(shard.weights for shard in shards))]
     with poisoned_memory():
-        actual = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
+        actual = gradients_of(lambda: simulate_heads(columns, shards, tiling=TILING), leaves)
     wide_columns = as_float64(columns)
-    wide_parts = [part._replace(weights=in_float64(part.weights)) for part in parts]
-    wide_leaves = [wide_columns, *leaves_of(*(part.weights for part in wide_parts))]
-    assert_all_near(actual, gradients_of(lambda: plain(wide_columns, wide_parts), wide_leaves), dtype)
+    wide_shards = [shard._replace(weights=in_float64(shard.weights)) for shard in shards]
+    wide_leaves = [wide_columns, *leaves_of(*(shard.weights for shard in wide_shards))]
+    assert_all_near(actual, gradients_of(lambda: plain(wide_columns, wide_shards), wide_leaves), dtype)
 
 
 def test_sums_that_do_not_fit_are_accumulated_tap_by_tap(monkeypatch: pytest.MonkeyPatch) -> None:
     case, draws = Case(simulated=(False, False, True)), Draws(3, torch.float32)
-    columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
-    leaves = [columns, *leaves_of(*(part.weights for part in parts))]
-    sizes = {"own": case.num_heads * case.expansion, "every": case.num_heads * case.expansion}
+    columns, shards = draws.tensor(case.tokens, case.num_columns), case.shards(draws)
+    leaves = [columns, *leaves_of(*(shard.weights for shard in shards))]
+    sizes = {"num_outputs": case.num_heads * case.expansion, "num_inputs": case.num_heads * case.expansion}
     assert taps_at_once(case.kernel_size, **sizes) == case.kernel_size
-    at_once = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
-    monkeypatch.setattr("sas_megatron.attention.sas.fused.tiling.LARGEST_SUM_BYTES", 0)
+    at_once = gradients_of(lambda: simulate_heads(columns, shards, tiling=TILING), leaves)
+    monkeypatch.setattr("sas_megatron.attention.sas.costs.LARGEST_SUM_BYTES", 0)
     assert taps_at_once(case.kernel_size, **sizes) == 1
     with poisoned_memory():
-        tap_by_tap = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)
+        tap_by_tap = gradients_of(lambda: simulate_heads(columns, shards, tiling=TILING), leaves)
     for one, other in zip(at_once[1], tap_by_tap[1], strict=True):
         assert torch.equal(one, other)
 
@@ -150,9 +150,9 @@ def test_equal_inputs_give_bit_identical_results_and_others_do_not() -> None:
     runs = []
     for seed in (1, 1, 2):
         draws = Draws(seed, torch.bfloat16)
-        columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
-        leaves = [columns, *leaves_of(*(part.weights for part in parts))]
-        results, gradients = gradients_of(lambda: simulate_heads(columns, parts, tiling=TILING), leaves)  # noqa: B023
+        columns, shards = draws.tensor(case.tokens, case.num_columns), case.shards(draws)
+        leaves = [columns, *leaves_of(*(shard.weights for shard in shards))]
+        results, gradients = gradients_of(lambda: simulate_heads(columns, shards, tiling=TILING), leaves)  # noqa: B023
         runs.append((results, gradients))
     (results, gradients), (repeated, repeated_gradients), (others, _) = runs
     for first, second in zip([*results, *gradients], [*repeated, *repeated_gradients], strict=True):
@@ -163,8 +163,8 @@ def test_equal_inputs_give_bit_identical_results_and_others_do_not() -> None:
 
 def test_only_columns_and_weights_are_saved() -> None:
     case, draws = Case(), Draws(5, torch.float32)
-    columns, parts = draws.tensor(case.tokens, case.num_columns), case.parts(draws)
-    known = {leaf.data_ptr() for leaf in (columns, *leaves_of(*(part.weights for part in parts)))}
+    columns, shards = draws.tensor(case.tokens, case.num_columns), case.shards(draws)
+    known = {leaf.data_ptr() for leaf in (columns, *leaves_of(*(shard.weights for shard in shards)))}
     with saved_addresses() as saved:
-        simulate_heads(columns, parts, tiling=TILING)
+        simulate_heads(columns, shards, tiling=TILING)
     assert saved == known

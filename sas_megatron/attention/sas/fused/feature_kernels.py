@@ -23,19 +23,20 @@ Letters: D features of x (NARROW), E features of y and z (WIDE), R rotary featur
 import triton
 import triton.language as tl
 
-from sas_megatron.attention.sas.fused.feature_tiles import (
+from sas_megatron.attention.sas.fused.tiles import (
     apply_rope,
     columns_of_tiles,
     expand_rows,
-    load_bias,
     load_expand,
+    load_feature_bias,
     load_gradient,
     load_refine,
     load_rows,
+    ones,
+    product,
     store_partial_sum,
     store_rows,
 )
-from sas_megatron.attention.sas.fused.products import ones, product
 
 
 @triton.jit
@@ -74,10 +75,10 @@ def feature_forward(
                 x, expand_tiles[i], expand_bias, columns[i], ROWS, WIDE, ROTARY, HAS_BIAS, COMPUTE
             )
             active = active + (tl.maximum(y, 0.0).to(DTYPE),)
-            z_i = y + load_bias(refine_bias, columns[i], ROWS, WIDE, ROTARY, HAS_BIAS)
+            z_i = y + load_feature_bias(refine_bias, columns[i], ROWS, WIDE, ROTARY, HAS_BIAS)
             z_i = product(active[i], tl.trans(refine_tiles[i][i]), z_i, COMPUTE)
             z = z + (z_i,)
-        # With the small tile first no registers spill (by the compiler's report, at the sizes of `tiling`).
+        # With the small tile first no registers spill (by the compiler's report, at the sizes of `Tiling`).
         for out in tl.static_range(len(columns) - 1, -1, -1):
             z_out = z[out]
             for into in tl.static_range(len(columns)):

@@ -5,26 +5,53 @@
                gradients of A1 and A2. Each program stores a partial sum, and these are added in a fixed order
 
 With rotary embeddings, the results are in pair order (`feature_kernels`). Scores do not depend on the order.
+
+The launch parameters of all fused kernels, `Tiling`, are here as well.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 
+from sas_megatron.attention.sas.costs import TILE_ROWS, padded_size, split_size
 from sas_megatron.attention.sas.fused import feature_kernels
-from sas_megatron.attention.sas.fused.tiling import (
-    Tile,
-    Tiling,
-    compute_type,
-    count_programs,
-    padded,
-    split,
-)
 from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
+
+# Triton's interpreter runs programs one after another; a few are enough to test that they share the work.
+INTERPRETED_PROGRAMS = 3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch parameters of one kernel."""
+
+    rows: int = TILE_ROWS  # below 64, the matrix units of compute capability 9.0 are not used
+    warps: int = 8
+    stages: int = 1  # tiles that are loaded ahead, and are in shared memory at the same time
+    programs: int = 1  # per multiprocessor
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Launch parameters of all kernels, of the head simulation and of the feature simulation.
+
+    The defaults follow from the compiler's report for compute capability 9.0 (registers, spills, shared
+    memory, instructions) at N = 16 and 32, r = 3, D = 128, E = 192, k = 3. No device has confirmed them yet.
+    """
+
+    head_forward: Tile = field(default=Tile(programs=2))
+    head_backward: Tile = field(default=Tile())
+    head_refine_gradient: Tile = field(default=Tile())
+    feature_forward: Tile = field(default=Tile())
+    feature_backward: Tile = field(default=Tile())
+    feature_expand_gradient: Tile = field(default=Tile(stages=2))
+    feature_refine_gradient: Tile = field(default=Tile())
 
 
 class Recomputation(NamedTuple):
@@ -40,8 +67,33 @@ def pair_order(num_features: int, rotary_dim: int) -> torch.Tensor:
     return torch.where(column < rotary_dim, column // 2 + column % 2 * (rotary_dim // 2), column)
 
 
+def compute_type(dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the Triton dtype of product operands: the tensors' dtype, or float32 in the interpreter.
+
+    The interpreter has no bfloat16.
+    """
+    if device.type == "cpu":
+        return tl.float32
+    dtypes = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+    return dtypes[str(dtype).removeprefix("torch.")]
+
+
+def count_programs(tile: Tile, num_tiles: int, device: torch.device) -> int:
+    """Return the number of programs of a launch, at most one per tile.
+
+    It is the same in every run on a device, so that sums are added in the same order.
+    """
+    limit = INTERPRETED_PROGRAMS if device.type == "cpu" else tile.programs * _count_multiprocessors(device)
+    return max(1, min(num_tiles, limit))
+
+
+@functools.lru_cache(maxsize=8)
+def _count_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 @functools.lru_cache(maxsize=4)
-def turns_of(angles: torch.Tensor) -> torch.Tensor:
+def build_rope_table(angles: torch.Tensor) -> torch.Tensor:
     """Return the rope table [S, R], cosine and sine of each pair, of Megatron-core's angles [S, 1, 1, R]."""
     half = angles.flatten(1)[:, : angles.shape[-1] // 2].float()
     return torch.stack([half.cos(), half.sin()], dim=-1).flatten(1)
@@ -51,7 +103,7 @@ def simulate_features(
     heads_TMD: torch.Tensor,
     weights: ResidualMapWeights,
     *,
-    turns: torch.Tensor | None,
+    rope_table: torch.Tensor | None,
     tiling: Tiling,
     recomputation: Recomputation | None = None,
 ) -> torch.Tensor:
@@ -60,12 +112,12 @@ def simulate_features(
     Args:
         heads_TMD: Heads of T = S·B tokens; the B tokens of a position are contiguous.
         weights: expand [E, D], refine [E, E], biases [E] or None.
-        turns: The rope table of S positions, by `turns_of`; None: no rotary embeddings, and the features
-            keep their order.
+        rope_table: Cosines and sines of S positions, by `build_rope_table`; None: no rotary embeddings, and
+            the features keep their order.
         tiling: Launch parameters of the kernels.
         recomputation: Recomputes `heads_TMD` in the backward pass; None: the heads are saved.
     """
-    simulated: torch.Tensor = _FeatureSimulation.apply(heads_TMD, turns, tiling, recomputation, *weights)
+    simulated: torch.Tensor = _FeatureSimulation.apply(heads_TMD, rope_table, tiling, recomputation, *weights)
     return simulated
 
 
@@ -163,14 +215,14 @@ class _Launcher:
             weights.refine,
             weights.refine if weights.refine_bias is None else weights.refine_bias,
         )
-        main, rest = split(num_features)
+        main, rest = split_size(num_features)
         self.constants = {
             "NARROW": head_dim,
             "WIDE": num_features,
             "ROTARY": 0 if rope_table is None else rope_table.shape[1],
             "ROWS_PER_POSITION": 1 if rope_table is None else self.num_rows // rope_table.shape[0],
             "HAS_BIAS": weights.expand_bias is not None,
-            "NARROW_TILE": padded(head_dim),
+            "NARROW_TILE": padded_size(head_dim),
             "MAIN": main,
             "REST": rest,
             "COMPUTE": compute_type(heads.dtype, heads.device),

@@ -20,18 +20,19 @@ heads in each of the r blocks. Local head g·COUNT + i is simulated head g·N + 
 import triton
 import triton.language as tl
 
-from sas_megatron.attention.sas.fused.head_tiles import (
+from sas_megatron.attention.sas.fused.tiles import (
     column_offsets,
     convolve,
-    load_bias,
+    load_head_bias,
     load_heads,
     load_taps,
     local_head_index,
+    ones,
+    product,
     store_bias,
     store_taps,
     zero_taps,
 )
-from sas_megatron.attention.sas.fused.products import ones, product
 
 
 @triton.jit
@@ -76,12 +77,12 @@ def head_forward(
 
     expand_taps = load_taps(expand, all_heads, all_mask, base, base_mask, BASE, TAPS)
     refine_taps = load_taps(refine, local_head, local_mask, all_heads, all_mask, ALL, TAPS)
-    first_bias = load_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
-    second_bias = load_bias(refine_bias, local_head, local_mask, HAS_BIAS)
+    first_bias = load_head_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
+    second_bias = load_head_bias(refine_bias, local_head, local_mask, HAS_BIAS)
     if COUNT != BASE:
         # The residual u of the local heads alone, with the bias of both convolutions.
         local_taps = load_taps(expand, local_head, local_mask, base, base_mask, BASE, TAPS)
-        second_bias += load_bias(expand_bias, local_head, local_mask, HAS_BIAS)
+        second_bias += load_head_bias(expand_bias, local_head, local_mask, HAS_BIAS)
 
     rows = tl.arange(0, TOKEN_TILE * FEATURE_TILE)
     feature = rows % FEATURE_TILE
@@ -165,7 +166,7 @@ def head_backward(
     expand_taps = load_taps(expand, all_heads, all_mask, base, base_mask, BASE, TAPS)
     local_head = local_head_index(local, BASE, FIRST, COUNT)
     refine_taps = load_taps(refine, local_head, local_mask, all_heads, all_mask, ALL, TAPS)
-    first_bias = load_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
+    first_bias = load_head_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
     expand_totals = zero_taps(ALL_TILE, BASE_TILE, TAPS)
     bias_total = tl.zeros([ALL_TILE, 16], tl.float32)
 
@@ -274,7 +275,7 @@ def refine_gradient(
         first_tap = tl.program_id(1) * TAPS_AT_ONCE
 
     expand_taps = load_taps(expand, all_heads, all_mask, base, base_mask, BASE, TAPS)
-    first_bias = load_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
+    first_bias = load_head_bias(expand_bias, all_heads, all_mask, HAS_BIAS)
     totals = zero_taps(LOCAL_TILE, ALL_TILE, TAPS_AT_ONCE)
     bias_total = tl.zeros([LOCAL_TILE, 16], tl.float32)
 

@@ -1,15 +1,120 @@
-"""Device functions of the feature kernels: tiles of rows, and tiles of weights in pair order.
+"""Device functions of the kernels: matrix products, tiles of heads, and tiles of features.
 
-Letters and pair order as in `feature_kernels`. The E features are in one tile or two. `columns` is a tuple
-with the columns of each tile, and weights and rows of all features are tuples of tiles as well. Functions
-that return pointers also return their mask.
+Letters as in `head_kernels` and `feature_kernels`. A mask selects the indices of a padded tile that exist.
+Functions that return pointers also return their mask. The head kernels use the functions up to `store_bias`,
+and the feature kernels those from `columns_of_tiles` on.
+
+The `source` of heads is a tuple (pointer, offsets of the heads, mask of the heads, number of tokens, stride
+of a token). The E features, in pair order, are in one tile or two: `columns` is a tuple with the columns of
+each tile, and weights and rows of all features are tuples of tiles as well.
 """
 
 # Triton reads the annotations themselves, so they must not become strings.
 import triton
 import triton.language as tl
 
-from sas_megatron.attention.sas.fused.products import product
+
+@triton.jit
+def product(left, right, total, COMPUTE: tl.constexpr):
+    """Return total + left · right, accumulated in float32, with operands of the dtype COMPUTE."""
+    return tl.dot(left.to(COMPUTE), right.to(COMPUTE), total, input_precision="ieee")
+
+
+@triton.jit
+def ones(ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """Return ones [ROWS, 16]. A product with them sums over the rows; `tl.dot` needs at least 16 columns."""
+    return tl.full([ROWS, 16], 1.0, tl.float32).to(DTYPE)
+
+
+@triton.jit
+def load_head_bias(pointer, index, mask, HAS_BIAS: tl.constexpr):
+    """Load the biases of the heads `index` in float32; zeros for masked heads, or without biases."""
+    if HAS_BIAS:
+        bias = tl.load(pointer + index, mask=mask, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros(index.shape, tl.float32)
+    return bias
+
+
+@triton.jit
+def column_offsets(base, PER_GROUP: tl.constexpr, GROUP_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return the offsets of the first features of base heads among the columns of a token.
+
+    Groups of PER_GROUP heads start GROUP_WIDTH columns apart: Megatron-core interleaves query, key and value.
+    """
+    return (base // PER_GROUP) * GROUP_WIDTH + (base % PER_GROUP) * HEAD_DIM
+
+
+@triton.jit
+def local_head_index(index, BASE: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Convert indices of local simulated heads to indices among all simulated heads."""
+    return (index // COUNT) * BASE + FIRST + index % COUNT
+
+
+@triton.jit
+def load_heads(source, token, feature, HEAD_DIM: tl.constexpr):
+    """Load a tile [heads, rows] of the heads of `source`; row i is `feature[i]` of `token[i]`.
+
+    Features outside of a head are zero, which is the padding of the convolution.
+    """
+    pointer, offsets, mask, num_tokens, token_stride = source
+    inside = (token < num_tokens) & (feature >= 0) & (feature < HEAD_DIM)
+    row = token.to(tl.int64) * token_stride + feature
+    return tl.load(pointer + offsets[:, None] + row[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def convolve(source, token, feature, taps, bias, HEAD_DIM: tl.constexpr, COMPUTE: tl.constexpr):
+    """Convolve the heads of `source` at the rows' features: [rows, output heads] in float32.
+
+    Each tap is a matrix product [rows, input heads] · [input heads, output heads] with shifted features.
+    """
+    total = tl.zeros([token.shape[0], bias.shape[0]], tl.float32) + bias[None, :]
+    for tap in tl.static_range(len(taps)):
+        x = load_heads(source, token, feature + tap - len(taps) // 2, HEAD_DIM)
+        total = product(tl.trans(x), tl.trans(taps[tap]), total, COMPUTE)
+    return total
+
+
+@triton.jit
+def tap_pointers(pointer, out, out_mask, into, into_mask, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Return pointers to the first tap of a convolution weight [·, INTO, TAPS], and their mask."""
+    pointers = pointer + out[:, None] * (INTO * TAPS) + into[None, :] * TAPS
+    return pointers, out_mask[:, None] & into_mask[None, :]
+
+
+@triton.jit
+def load_taps(pointer, out, out_mask, into, into_mask, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Load a convolution weight as a tuple of tiles [output heads, input heads], one per tap."""
+    pointers, mask = tap_pointers(pointer, out, out_mask, into, into_mask, INTO, TAPS)
+    taps = ()
+    for tap in tl.static_range(TAPS):
+        taps = taps + (tl.load(pointers + tap, mask=mask, other=0.0),)
+    return taps
+
+
+@triton.jit
+def zero_taps(OUT: tl.constexpr, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Return a tuple of TAPS tiles of zeros in float32, for the sums of a weight gradient."""
+    totals = ()
+    for _ in tl.static_range(TAPS):
+        totals = totals + (tl.zeros([OUT, INTO], tl.float32),)
+    return totals
+
+
+@triton.jit
+def store_taps(totals, pointer, out, out_mask, into, into_mask, INTO: tl.constexpr, TAPS: tl.constexpr):
+    """Store the sums of consecutive taps, the first of which `pointer` points to."""
+    pointers, mask = tap_pointers(pointer, out, out_mask, into, into_mask, INTO, TAPS)
+    for tap in tl.static_range(len(totals)):
+        tl.store(pointers + tap, totals[tap], mask=mask)
+
+
+@triton.jit
+def store_bias(total, pointer, heads, mask):
+    """Store the bias gradient: the first of the 16 equal columns of a product with ones."""
+    column = tl.arange(0, 16)
+    tl.store(pointer + heads[:, None] + column[None, :], total, mask=mask[:, None] & (column == 0)[None, :])
 
 
 @triton.jit
@@ -84,7 +189,7 @@ def store_partial_sum(
 
 
 @triton.jit
-def load_bias(
+def load_feature_bias(
     pointer, column, ROWS: tl.constexpr, WIDE: tl.constexpr, ROTARY: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
     """Load a bias, repeated in each row. It is loaded again for each tile of rows to save registers."""
@@ -205,4 +310,6 @@ def expand_rows(
     COMPUTE: tl.constexpr,
 ):
     """Compute a tile of y = x·A1ᵀ + a1 in float32."""
-    return product(x, tl.trans(weight), load_bias(bias, column, ROWS, WIDE, ROTARY, HAS_BIAS), COMPUTE)
+    return product(
+        x, tl.trans(weight), load_feature_bias(bias, column, ROWS, WIDE, ROTARY, HAS_BIAS), COMPUTE
+    )
