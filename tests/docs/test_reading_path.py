@@ -16,6 +16,7 @@ FILES = (
     "sas_megatron/training/loop.py",
 )
 MAX_LINES = 900
+MAX_SAS_FILES = 12
 PAGE = ROOT / "docs" / "reading_the_code.md"
 
 
@@ -28,6 +29,16 @@ def test_the_page_lists_the_files_in_reading_order() -> None:
     table = read_page(PAGE).partition("\n## ")[0]
     assert tuple(re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)) == FILES
     assert f"at most {MAX_LINES} lines" in table
+
+
+def test_the_page_lists_the_few_files_of_sas() -> None:
+    section = read_page(PAGE).partition("## The files of SAS")[2].partition("\n## ")[0]
+    folder = ROOT / "sas_megatron" / "attention" / "sas"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if path.name != "__init__.py"}
+    files.add("sas_megatron/distributed/gradient_sums.py")
+    assert len(files) <= MAX_SAS_FILES
+    rows = re.findall(r"^\| (`.+?`) \|", section, flags=re.MULTILINE)
+    assert set(re.findall(r"`([^`]+)`", " ".join(rows))) == files
 
 
 def test_the_operator_imports_torch_only() -> None:

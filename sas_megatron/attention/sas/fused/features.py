@@ -6,7 +6,7 @@
 
 With rotary embeddings, the results are in pair order (`feature_kernels`). Scores do not depend on the order.
 
-The launch parameters of all fused kernels, `Tiling`, are here as well.
+This module also defines the launch parameters of all fused kernels (`Tiling`).
 """
 
 from __future__ import annotations
