@@ -16,7 +16,7 @@ each rank computes 1/P of the work. This is possible because the simulation work
 Elements sent per token and rank in forward (the same in backward; ring convention):
 gather (P-1)/P·W; all_to_all (P-1)/P²·(W + the width of all simulated heads sent back).
 
-No torch at import: the costs import the choice.
+The module imports torch only inside functions, since the costs import the choice without torch.
 """
 
 from __future__ import annotations
