@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -134,13 +133,12 @@ def _measure_this_machine(world_size: int) -> Hardware:
     """Measure this machine, and write the figures to a file that --hardware accepts."""
     _prepare_cpu()
     from sas_megatron.config.loading import dump_tree
-    from sas_megatron.io.files import save_file
+    from sas_megatron.io.files import save_file, user_cache_folder
     from sas_megatron.planning.machine_measurement import measure_this_machine
 
     num_processes = min(world_size, os.cpu_count() or 1)
     hardware = measure_this_machine(num_processes=num_processes)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sas_megatron"
-    path = cache / f"this-machine-{num_processes}.yaml"
+    path = user_cache_folder() / f"this-machine-{num_processes}.yaml"
     text = dump_tree(hardware.model_dump(mode="json"))
     save_file(path, text, remedy="set XDG_CACHE_HOME to a writable folder")
     click.echo(f"wrote the measured figures of this machine to {path}", err=True)

@@ -231,7 +231,7 @@ def _measure_loss(
 
     trained = source.config.data.sequence_length
     settings = [
-        WindowSettings(length, stride=stride or length, batch_tokens=batch_tokens)
+        WindowSettings(length, stride=length if stride is None else stride, batch_tokens=batch_tokens)
         for length in lengths or (trained,)
     ]
     paths = _find_files(files)

@@ -54,6 +54,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("sas_megatron.cli.bench:bench", "Measure speed and memory on this machine."),
 }
 
+# Commands that join the process group of a launcher. All others are independent in each process.
+COLLECTIVE_COMMANDS = ("train", "evaluate", "generate", "doctor")
+
 # old name -> present name
 RENAMED_COMMANDS = {"simulate": "estimate"}
 
@@ -99,10 +102,21 @@ def main() -> None:
     except UserError as error:
         # Under a launcher only rank 0 prints the message. If other ranks may have raised another error, the
         # first process of each node prints its own as well.
-        if os.environ.get("RANK", "0") != "0":
-            if os.environ.get("LOCAL_RANK") != "0" or error.raised_on_all_ranks:
+        if _is_launched_rank_above_0():
+            if os.environ["LOCAL_RANK"] != "0" or error.raised_on_all_ranks:
                 sys.exit(2)
             # A launcher that ends all processes when one ends (srun --kill-on-bad-exit) then shows it once.
             time.sleep(SECONDS_AFTER_RANK0)
         print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _is_launched_rank_above_0() -> bool:
+    """Whether a launcher started this process, as a rank other than 0, for a command that all ranks run.
+
+    RANK alone does not show it: some cluster operators set RANK in every pod. torchrun and deepspeed set
+    LOCAL_RANK as well.
+    """
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    is_launched = "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0"
+    return is_launched and command in COLLECTIVE_COMMANDS

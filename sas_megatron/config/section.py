@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from sas_megatron.config.errors import FieldError
 
+# Largest integer of a field: float64 and JSON readers represent integers exactly up to it.
+MAX_INTEGER = 2**53
+# Error messages list divisors up to this one: a search for all divisors of a huge number would not end.
+MAX_LISTED_DIVISOR = 4096
 
-def divisors(number: int) -> list[int]:
-    """Return the divisors of `number` in ascending order; error messages list them as valid values."""
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+def divisors(number: int, *, limit: int = MAX_LISTED_DIVISOR) -> list[int]:
+    """Return the divisors of `number` that are at most `limit`, in ascending order."""
+    return [candidate for candidate in range(1, min(number, limit) + 1) if number % candidate == 0]
 
 
 class Section(BaseModel):
@@ -20,6 +25,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     section_name: ClassVar[str]
+
+    @model_validator(mode="after")
+    def _check_integers(self) -> Self:
+        for field in type(self).model_fields:
+            value = getattr(self, field)
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(number, int) and abs(number) > MAX_INTEGER for number in numbers):
+                raise self.problem(
+                    field, f"must be between -2^53 and 2^53 ({MAX_INTEGER})", "use a smaller number"
+                )
+        return self
 
     def problem(self, field: str, rule: str, remedy: str) -> FieldError:
         """Return the error to raise when `field` of this section breaks `rule`."""

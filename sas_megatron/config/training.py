@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from sas_megatron.config.section import Section
 
+# numpy, which shuffles the samples of Megatron-core's data sets, accepts seeds of 32 bits.
+NUM_SEEDS = 2**32
+
 
 class TrainingConfig(Section):
     """Length, batch sizes, precision and engine of the training loop."""
@@ -82,8 +85,8 @@ class TrainingConfig(Section):
                 f"must be at least training.num_steps={self.num_steps}",
                 f"use {self.num_steps} or more, or leave it out",
             )
-        if self.seed < 0:
-            raise self.problem("seed", "must not be negative", "use 1234, for example")
+        if not 0 <= self.seed < NUM_SEEDS:
+            raise self.problem("seed", f"must be at least 0 and below {NUM_SEEDS}", "use 1234, for example")
         if self.global_batch_size % self.micro_batch_size:
             raise self.problem(
                 "global_batch_size",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -14,17 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sas_megatron.config.errors import FileProblem, translate_os_errors
-from sas_megatron.io.files import make_folder, replace_file, write_file
+from sas_megatron.io.files import make_folder, replace_file, user_cache_folder, write_file
 
 BUILTIN_NAME = "builtin"
 SCHEMA_VERSION = 1
 ROW_GROUP_DOCUMENTS = 128
-
-
-def default_cache_folder() -> Path:
-    """Return `sas_megatron` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    configured = os.environ.get("XDG_CACHE_HOME")
-    return (Path(configured) if configured else Path.home() / ".cache") / "sas_megatron"
 
 
 def resolve_sources(sources: list[str]) -> list[str]:
@@ -43,13 +36,13 @@ def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = 
     that are not UTF-8 are left out. A JSON record in the same folder holds the sha256 of the contents.
 
     Args:
-        cache_folder: Folder of the file; by default `default_cache_folder()`.
+        cache_folder: Folder of the file; by default `user_cache_folder()`.
         max_bytes: Skip each file that would make the text larger than this; by default skip none.
 
     Raises:
         FileProblem: The folder cannot be written, or this Python has no source files of the standard library.
     """
-    folder = default_cache_folder() if cache_folder is None else cache_folder
+    folder = user_cache_folder() if cache_folder is None else cache_folder
     part = "" if max_bytes is None else f"-{max_bytes}"
     path = (
         folder

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -116,6 +117,12 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
             PREPARE_AGAIN,
         )
     return manifest
+
+
+def name_token_files(prefixes: Sequence[str]) -> dict[str, str]:
+    """Return a unique name for each prefix: its last component, or the prefix if several end in the same."""
+    counts = Counter(Path(prefix).name for prefix in set(prefixes))
+    return {prefix: name if counts[name := Path(prefix).name] == 1 else prefix for prefix in prefixes}
 
 
 def verify_token_files(

@@ -14,7 +14,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sas_megatron.config.errors import translate_os_errors
+from sas_megatron.config.errors import FieldError, translate_os_errors
+
+
+def user_cache_folder() -> Path:
+    """Return `sas_megatron` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
+
+    Raises:
+        FieldError: XDG_CACHE_HOME is not set, and the user has no home folder.
+    """
+    configured = os.environ.get("XDG_CACHE_HOME")
+    if configured:
+        return Path(configured) / "sas_megatron"
+    try:
+        return Path.home() / ".cache" / "sas_megatron"
+    except RuntimeError:  # HOME is not set, and the user id has no entry in the password database
+        raise FieldError(
+            "XDG_CACHE_HOME",
+            "",
+            "must name the cache folder of a user without a home folder",
+            "set it to a writable folder",
+        ) from None
 
 
 def make_folder(path: Path) -> None:

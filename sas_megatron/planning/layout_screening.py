@@ -38,14 +38,16 @@ def legal_layouts(config: RunConfig, *, world_size: int, hardware: Hardware) -> 
     optimizer: both send the same number of bytes and need less memory. Tensor groups stay within a node,
     all stages have equally many layers, and the options of `training.recompute` have their defaults.
     """
-    degrees = divisors(world_size)
+    degrees = divisors(world_size, limit=world_size)
     axes: dict[str, list[Any]] = {
         "parallel.tensor": [degree for degree in degrees if degree <= hardware.devices_per_node],
         "parallel.context": degrees,
         "parallel.pipeline": [degree for degree in degrees if degree <= config.model.num_layers],
         "parallel.virtual_pipeline": list(VIRTUAL_PIPELINES),
         "training.recompute": list(RECOMPUTED_SHARE),
-        "training.micro_batch_size": divisors(config.training.global_batch_size),
+        "training.micro_batch_size": divisors(
+            config.training.global_batch_size, limit=config.training.global_batch_size
+        ),
     }
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))

@@ -14,7 +14,7 @@ from sas_megatron.checkpoint.manifest import CONFIG, find_damage, raise_if_damag
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.token_files import load_manifest
+from sas_megatron.data.token_files import load_manifest, name_token_files
 
 # Fields that may change when a run is resumed. They do not affect samples, weights or losses, except that
 # `health` decides whether harmful steps are skipped.
@@ -171,9 +171,17 @@ def _check_corpus(config: RunConfig, directory: Path) -> None:
         recorded_sha256 = {name: files["bin_sha256"] for name, files in corpus.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileProblem(path, f"is damaged ({error!r})", "restore it from a copy, or remove it") from None
-    for prefix in config.data.prefixes:
-        recorded = recorded_sha256.get(Path(prefix).name)
-        if recorded != load_manifest(prefix).bin_sha256:
+    current_sha256 = {prefix: load_manifest(prefix).bin_sha256 for prefix in config.data.prefixes}
+    for prefix, name in name_token_files(config.data.prefixes).items():
+        if name in recorded_sha256:
+            is_equal = recorded_sha256[name] == current_sha256[prefix]
+        else:
+            # Earlier versions recorded one of the prefixes that end in the same name.
+            candidates = {
+                sha256 for path, sha256 in current_sha256.items() if Path(path).name == Path(prefix).name
+            }
+            is_equal = recorded_sha256.get(Path(prefix).name) in candidates
+        if not is_equal:
             raise FieldError(
                 "data.prefixes",
                 prefix,

@@ -121,9 +121,13 @@ class RunFiles:
         if self._with_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            # Also from step 0: an earlier session may have recorded steps before the first checkpoint.
             self._tensorboard = SummaryWriter(
-                str(self.directory / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
+                str(self.directory / "tensorboard"), purge_step=resumed_step + 1
             )
+            if branch is not None:
+                for line in kept:
+                    self._add_scalars(json.loads(line))
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl without buffering it, and its numbers to TensorBoard.
@@ -135,6 +139,9 @@ class RunFiles:
         with _accessing(self.directory / METRICS):
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
+        self._add_scalars(record)
+
+    def _add_scalars(self, record: dict[str, Any]) -> None:
         if self._tensorboard is not None:
             for name, value in record.items():
                 if isinstance(value, float):

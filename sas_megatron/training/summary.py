@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters
-from sas_megatron.data.token_files import load_manifest
+from sas_megatron.data.token_files import load_manifest, name_token_files
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.fault_tolerance.stop_request import RunExit
@@ -37,8 +36,8 @@ def describe_provenance(config: RunConfig, topology: Topology, start: StartingPo
         "initial_weights": None if start.initial_weights is None else start.initial_weights.describe(),
         "branched_from": None if start.branch is None else str(start.branch.checkpoint),
         "corpus": {
-            Path(prefix).name: load_manifest(prefix).model_dump(mode="json")
-            for prefix in config.data.prefixes
+            name: load_manifest(prefix).model_dump(mode="json")
+            for prefix, name in name_token_files(config.data.prefixes).items()
         },
     }
 

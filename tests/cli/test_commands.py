@@ -63,9 +63,30 @@ def test_wrong_world_size_ends_training_before_it_starts(tmp_path: Path) -> None
     )
 
 
-def test_only_rank_0_prints_the_error(tmp_path: Path) -> None:
-    done = command("train", "missing.yaml", folder=tmp_path, RANK="1", WORLD_SIZE="2")
+def test_only_rank_0_of_a_launcher_prints_the_error(tmp_path: Path) -> None:
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    done = command("train", "missing.yaml", folder=tmp_path, **launched)
     assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["costs", "missing.yaml"], {"RANK": "1", "WORLD_SIZE": "2"}),
+        (["data", "inspect", "missing"], {"RANK": "3", "WORLD_SIZE": "4"}),
+        (["train", "missing.yaml"], {"RANK": "1", "WORLD_SIZE": "2"}),
+        # A command that does not join the ranks of the launcher that started its shell.
+        (["fit", "missing.csv"], {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}),
+        (["checkpoint", "verify", "missing"], {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_rank_that_a_cluster_operator_sets_silences_no_error(
+    arguments: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = command(*arguments, folder=tmp_path, **environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sas-megatron: error: missing")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -102,7 +103,20 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negative seed": (
         {"training": {"seed": -1}},
-        "training.seed=-1: must not be negative; use 1234, for example",
+        "training.seed=-1: must be at least 0 and below 4294967296; use 1234, for example",
+    ),
+    "seed of more than 32 bits": (
+        {"training": {"seed": 2**32}},
+        "training.seed=4294967296: must be at least 0 and below 4294967296; use 1234, for example",
+    ),
+    "number of layers that float64 cannot represent": (
+        {"model": {"num_layers": 10**30}},
+        f"model.num_layers={10**30}: must be between -2^53 and 2^53 (9007199254740992); use a smaller number",
+    ),
+    "numbers of a list that float64 cannot represent": (
+        {"logging": {"profile_steps": [1, 10**30]}},
+        f"logging.profile_steps=[1, {10**30}]: must be between -2^53 and 2^53 (9007199254740992); "
+        "use a smaller number",
     ),
     "fraction instead of an integer": (
         {"model": {"num_layers": 2.5}},
@@ -166,3 +180,12 @@ def test_wrong_world_size_names_world_sizes_that_fit(world_size: int, message: s
         config.check_world_size(world_size)
     assert str(caught.value) == message
     assert {size: config.check_world_size(size) for size in (2, 4, 6, 12)} == {2: 1, 4: 2, 6: 3, 12: 6}
+
+
+def test_a_message_about_a_huge_number_lists_small_divisors_at_once() -> None:
+    start = time.process_time()
+    with pytest.raises(
+        UserError, match=r"^attention\.num_kv_heads=3: must divide .*; use one of \[1, 2, 4, 8, "
+    ):
+        small_config(attention={"kind": "gqa", "num_heads": 2**52, "num_kv_heads": 3, "head_dim": 8})
+    assert time.process_time() - start < 5

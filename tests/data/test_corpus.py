@@ -9,13 +9,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.data.corpus import (
     builtin_corpus,
-    default_cache_folder,
     hash_documents,
     hash_order,
     resolve_sources,
+    user_cache_folder,
 )
 
 MAX_BYTES = 200_003
@@ -46,9 +46,24 @@ def test_complete_corpus_is_reused_and_damaged_corpus_is_rewritten(tmp_path: Pat
 
 def test_cache_folder_follows_xdg_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_folder() == tmp_path / "sas_megatron"
+    assert user_cache_folder() == tmp_path / "sas_megatron"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache_folder() == Path.home() / ".cache" / "sas_megatron"
+    assert user_cache_folder() == Path.home() / ".cache" / "sas_megatron"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_user_without_a_home_folder_is_told_to_name_a_cache_folder(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    with pytest.raises(FieldError, match=r"^XDG_CACHE_HOME=: must name .*; set it to a writable folder"):
+        builtin_corpus()
 
 
 def test_other_sources_are_unchanged() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from sas_megatron.attention.tpa.config import TensorProductAttentionConfig
 from sas_megatron.config.run import RunConfig
 from tests.model.model_parts import initial_weights, joined_weights, logits_part
 from tests.run_configs import small_config
-from tests.small_attentions import GQA, MFA, MHA, SAS_GROUPED, TPA
+from tests.small_attentions import GQA, MFA, MHA, SAS_GROUPED, TPA, TPA_WHOLE_QUERIES
 from tests.tolerances import assert_near
 
 SAS = {**SAS_GROUPED, "head_expansion": 2}
@@ -103,20 +104,55 @@ def test_weights_have_the_documented_distribution(ranks: Any) -> None:
             assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel()), name
 
 
-def test_tensor_products_start_with_the_authors_or_the_models_distribution(ranks: Any) -> None:
-    model = {"hidden_size": 60, "num_layers": 2, "init_std": 0.05}
+def xavier_bound(*shape: int) -> float:
+    """Return the bound of `xavier_uniform_`, computed by torch itself, for a tensor of this shape."""
+    return float(torch.nn.init.xavier_uniform_(torch.empty(shape, dtype=torch.float64)).abs().max())
+
+
+@pytest.mark.parametrize("attention", [TPA, TPA_WHOLE_QUERIES], ids=["all factorized", "KV-only"])
+def test_tensor_products_start_as_in_the_authors_code(ranks: Any, attention: dict[str, Any]) -> None:
+    """The authors apply `xavier_uniform_` to [H, N, R] and [H, R, D] views (tensorgi/T6, model/T6.py)."""
+    hidden, model = 60, {"hidden_size": 60, "num_layers": 2, "init_std": 0.05}
     authors, normal = (
-        joined_weights(ranks(1).run(initial_weights, config_of({**TPA, "initialization": name}, **model)))
+        joined_weights(
+            ranks(1).run(initial_weights, config_of({**attention, "initialization": name}, **model))
+        )
         for name in ("authors", "normal")
     )
+    config = config_of(attention, **model).attention
+    heads, head_dim = config.num_heads, config.head_dim
+    ranks_of = {"key": config.key_rank, "value": config.value_rank}
+    if attention is TPA:
+        ranks_of["query"] = config.resolved_fields()["query_rank"]
+    expected = {"heads.query": xavier_bound(heads * head_dim, hidden)}
+    for tensor, rank in ranks_of.items():
+        expected[f"heads.{tensor}"] = xavier_bound(hidden, heads, rank)
+        expected[f"features.{tensor}"] = xavier_bound(hidden, rank, head_dim)
+    found = set()
     for name, weight in authors.items():
         if name.endswith("self_attention.linear_proj.weight"):
             assert not weight.any(), name
             assert normal[name].std() > 0.02, name
         elif ".linear_qkv." in name:
-            bound = math.sqrt(6 / sum(weight.shape))
-            assert 0.99 * bound < weight.abs().max() <= bound, name
+            factor = name.partition(".linear_qkv.")[2]
+            found.add(factor)
+            # The largest of n uniform numbers falls short of the bound by 1/(n + 1) on average.
+            assert weight.abs().max() == pytest.approx(expected[factor], rel=0.05), name
             assert abs(normal[name].std().item() / 0.05 - 1) < 5 / math.sqrt(2 * weight.numel()), name
+    assert found == expected.keys()
+
+
+def test_tensor_products_no_longer_start_wider_than_in_the_authors_code() -> None:
+    """Xavier's rule for matrices, which was used before, is this many times as wide at 34 heads of 64."""
+    config = TensorProductAttentionConfig(num_heads=34, head_dim=64, query_rank=6)
+    columns = {"heads.query": 34 * 6, "features.query": 6 * 64, "heads.key": 34 * 2, "features.key": 2 * 64}
+    ratios = {
+        factor: math.sqrt(6 / (768 + rows))
+        / config.initial_weights(f"linear_qkv.{factor}", (rows, 768)).scale
+        for factor, rows in columns.items()
+    }
+    measured = {"heads.query": 2.23, "features.query": 6.56, "heads.key": 1.39, "features.key": 7.42}
+    assert ratios == pytest.approx(measured, abs=0.01)
 
 
 def test_identity_starts_as_the_base_model(ranks: Any) -> None:

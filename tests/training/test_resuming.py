@@ -13,7 +13,10 @@ import pytest
 from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.prepare import prepare_token_files
+from sas_megatron.data.token_files import load_manifest, name_token_files
 from sas_megatron.training import entry
+from sas_megatron.training.resuming import check_resumable
 from sas_megatron.training.run_files import RunFiles
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
@@ -188,6 +191,41 @@ def test_fields_that_affect_the_samples_must_not_change_on_resume(
     )
     with pytest.raises(FieldError, match=r"training\.global_batch_size=16: was 8 in the run"):
         entry.check_run(other, world_size=2)
+
+
+@pytest.fixture
+def prefixes(small_data: SmallData, tmp_path: Path) -> list[str]:
+    """Return the prefixes of different token files that end in the same name."""
+    found = []
+    for language, words in (("en", "one two three "), ("fr", "un deux trois ")):
+        (tmp_path / f"{language}.txt").write_text(words * 5000)
+        prefix = tmp_path / language / "tokens"
+        sources = [tmp_path / f"{language}.txt"]
+        prepare_token_files(sources, tokenizer_path=small_data.tokenizer, prefix=prefix, num_workers=1)
+        found.append(str(prefix))
+    return found
+
+
+def test_token_files_that_end_in_one_name_are_recorded_and_compared_apart(
+    small_data: SmallData, tmp_path: Path, prefixes: list[str]
+) -> None:
+    config = small_data.run(tmp_path / "run", data={"prefixes": prefixes}, checkpoint={"resume": True})
+    manifests = {prefix: load_manifest(prefix) for prefix in prefixes}
+    corpus = {name: manifests[prefix].model_dump() for prefix, name in name_token_files(prefixes).items()}
+    assert list(corpus) == prefixes, "a base name is used only if it is unique"
+    assert list(name_token_files(prefixes[:1]).values()) == ["tokens"]
+    record = tmp_path / "run" / "run.json"
+    record.parent.mkdir()
+    record.write_text(json.dumps({"corpus": corpus}))
+    check_resumable(config)
+    # Earlier versions recorded one of both, under the base name.
+    record.write_text(json.dumps({"corpus": {"tokens": manifests[prefixes[1]].model_dump()}}))
+    check_resumable(config)
+    swapped = dict(zip(corpus, reversed(corpus.values()), strict=True))
+    for wrong in (swapped, {"tokens": {**manifests[prefixes[0]].model_dump(), "bin_sha256": "0"}}, {}):
+        record.write_text(json.dumps({"corpus": wrong}))
+        with pytest.raises(FieldError, match=r"^data\.prefixes=.*en/tokens: differs from the tokens"):
+            check_resumable(config)
 
 
 def start_another_session(run: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -45,3 +48,37 @@ def test_a_damaged_run_json_is_reported_before_the_run_is_resumed(tmp_path: Path
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(FileProblem, match=r"run\.json: is damaged \(.*\); restore it from a copy, or"):
             RunFiles.check_directory(config)
+
+
+def tensorboard_steps(folder: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars("train/train_loss")]
+
+
+def write_steps(directory: Path, steps: range, *, resumed_step: int, branch: Any = None) -> None:
+    config = small_config(logging={"run_directory": str(directory), "tensorboard": True})
+    files = RunFiles(config)
+    files.open(config, {}, resumed_step=resumed_step, branch=branch)
+    for step in steps:
+        files.write_record({"kind": "train", "step": step, "train_loss": 1.0 / step})
+    files.close()
+
+
+@pytest.mark.parametrize("resumed_step", [0, 1, 3])
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path, resumed_step: int) -> None:
+    write_steps(tmp_path, range(1, 5), resumed_step=0)
+    write_steps(tmp_path, range(resumed_step + 1, 7), resumed_step=resumed_step)
+    assert tensorboard_steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_of_a_branch_starts_with_the_steps_of_its_trunk(tmp_path: Path) -> None:
+    write_steps(tmp_path / "trunk", range(1, 5), resumed_step=0)
+    lines = (tmp_path / "trunk" / "metrics.jsonl").read_text().splitlines()[:3]
+    branch = SimpleNamespace(read_metrics=lambda _config: lines)
+    write_steps(tmp_path / "branch", range(4, 6), resumed_step=3, branch=branch)
+    assert tensorboard_steps(tmp_path / "branch") == [1, 2, 3, 4, 5]
+    records = (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(record)["step"] for record in records] == [1, 2, 3, 4, 5]

@@ -47,8 +47,8 @@ class TensorProductAttentionConfig(AttentionConfig):
     value_rank: int = Field(default=DEFAULT_KEY_VALUE_RANK, description="R_v, products in a value.")
     initialization: Literal["authors", "normal"] = Field(
         default="authors",
-        description="authors: Xavier uniform for factors, zeros for the output projection; normal: as for "
-        "the model's other matrices.",
+        description="authors: Xavier uniform for factors as in the authors' code, zeros for the output "
+        "projection; normal: as for the model's other matrices.",
     )
 
     @model_validator(mode="after")
@@ -86,12 +86,24 @@ class TensorProductAttentionConfig(AttentionConfig):
 
     @override
     def initial_weights(self, name: str, full_shape: tuple[int, ...]) -> InitialWeights | None:
-        """Return the authors' initialization: Xavier uniform by each matrix's shape, output projection 0."""
+        """Return the initialization of the authors' code (repository tensorgi/T6, model/T6{,_kvonly}.py).
+
+        It applies `torch.nn.init.xavier_uniform_` to the weights of factors as tensors of three dimensions,
+        [H, N, R] and [H, R, D]. torch takes the first two as fans and multiplies both by the last, so the
+        bounds are √(6/((H + N)·R)) and √(6/((H + R)·D)). A query that is not factorized has the bound of a
+        matrix, √(6/(H + N·D)); the output projection is 0.
+        """
         if self.initialization == "normal":
             return None
         if name == "linear_proj.weight":
             return InitialWeights("normal", 0.0)
-        return InitialWeights("uniform", math.sqrt(6 / sum(full_shape)))
+        _, kind, tensor = name.rsplit(".", 2)
+        num_columns, hidden_size = full_shape
+        if tensor not in self.ranks:
+            return InitialWeights("uniform", math.sqrt(6 / (hidden_size + num_columns)))
+        rank = self.ranks[tensor]
+        fan, receptive_field = (self.num_heads, rank) if kind == "heads" else (rank, self.head_dim)
+        return InitialWeights("uniform", math.sqrt(6 / ((hidden_size + fan) * receptive_field)))
 
     @override
     def resolved_fields(self) -> dict[str, Any]:
