@@ -24,7 +24,7 @@ def log_one_step(config: RunConfig, *, is_rank0: bool = True, peak_flops: float 
     from sas_megatron.training.records import Recorder
     from sas_megatron.training.step import StepResult
 
-    topology: Any = SimpleNamespace(is_first=is_rank0, world_size=2, device=torch.device("cpu"))
+    topology: Any = SimpleNamespace(is_rank0=is_rank0, world_size=2, device=torch.device("cpu"))
     recorder = Recorder(config, topology, peak_flops=peak_flops)
     recorder._files = None
     result = StepResult(
