@@ -42,3 +42,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Write each line to a log file immediately.
 export PYTHONUNBUFFERED=1
+
+# ignores_sighup: whether this shell was started to ignore SIGHUP, as by nohup.
+ignores_sighup() {
+  local mask
+  mask=$(awk '/^SigIgn:/ { print $2 }' "/proc/$$/status" 2>/dev/null) || return 1
+  [ -n "$mask" ] && (( 0x$mask & 1 ))
+}

@@ -28,7 +28,10 @@ check_node_variables "$processes" "$nodes" "$node_rank"
 check_variable MAX_RESTARTS "$restarts" '[0-9]+' 'the number of restarts of failed processes'
 options=(--nproc-per-node "$processes" --max-restarts "$restarts")
 # torchrun passes the signals that ask a run to save and stop on to the processes.
-options+=(--signals-to-handle 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1')
+signals='SIGTERM,SIGINT,SIGQUIT,SIGUSR1'
+# torchrun would otherwise handle a SIGHUP that nohup has made this shell ignore.
+if ! ignores_sighup; then signals+=',SIGHUP'; fi
+options+=(--signals-to-handle "$signals")
 if [ "$restarts" != 0 ] || [[ $nodes == *:* ]]; then
   # Restarted processes need a new store. torch otherwise keeps one store for all restarts, in which they find the
   # addresses of processes that have ended (torch 2.13).

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sas_megatron.checkpoint.hf_config import HFConfig
+from sas_megatron.checkpoint.llama import check_tied_output
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.model import ModelConfig
 
@@ -74,6 +75,8 @@ def from_neox(
     for native, neox in _NAMES.items():
         if not (model.tie_embeddings and native.startswith("output_layer")):
             yield native, weights[neox]
+    if model.tie_embeddings:
+        check_tied_output(weights, embedding="gpt_neox.embed_in.weight", output="embed_out.weight")
     for layer in range(model.num_layers):
         for native, neox in _LAYER_NAMES.items():
             for kind in ("weight", "bias"):

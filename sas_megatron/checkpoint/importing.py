@@ -120,6 +120,9 @@ class _TrackedTensors(Mapping[str, torch.Tensor]):
         self.unread.discard(name)
         return self.stored[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
 

@@ -13,6 +13,7 @@ import torch
 from sas_megatron.checkpoint.hf_config import HFConfig
 from sas_megatron.checkpoint.tensor_files import NamedTensors
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
 
 Weights = Mapping[str, torch.Tensor]
@@ -131,6 +132,8 @@ def from_llama(
     for native, llama in _NAMES.items():
         if not (model.tie_embeddings and native == "output_layer"):
             yield f"{native}.weight", weights[f"{llama}.weight"]
+    if model.tie_embeddings:
+        check_tied_output(weights, embedding="model.embed_tokens.weight", output="lm_head.weight")
     for layer in range(model.num_layers):
         prefix, llama_prefix = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for native, llama in _LAYER_NAMES.items():
@@ -141,6 +144,21 @@ def from_llama(
             yield f"{prefix}{_FUSED}.{kind}", fuse_projections(parts, attention)
             gated = [weights[f"{llama_prefix}{part}.{kind}"] for part in _GATED_PARTS]
             yield f"{prefix}{_GATED}.{kind}", torch.cat(gated)
+
+
+def check_tied_output(weights: Weights, *, embedding: str, output: str) -> None:
+    """Check that a stored output layer of a model with tied embeddings is the embedding; it may be missing.
+
+    Raises:
+        FieldError: The output layer differs from the embedding.
+    """
+    if output in weights and not torch.equal(weights[output], weights[embedding]):
+        raise FieldError(
+            "tie_word_embeddings",
+            True,
+            f"means that {output} equals {embedding}, but the stored tensors differ",
+            "set tie_word_embeddings to false in the model's config.json",
+        )
 
 
 def split_projection(fused: torch.Tensor, attention: AttentionConfig) -> list[torch.Tensor]:

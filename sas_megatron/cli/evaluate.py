@@ -255,13 +255,14 @@ def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
 
     paths_by_domain: dict[str, list[str]] = {}
     for given in files:
-        name, equals, path = given.partition("=")
-        path = path if equals else given
+        # A path may contain "=", as in lang=en/part-0.jsonl.
+        is_path = "=" not in given or Path(given).exists()
+        name, path = (Path(given).name, given) if is_path else given.split("=", 1)
         if not path:
             raise FieldError(
                 "--files", f"{given!r}", "contains no path", "give one, or . for the current folder"
             )
-        paths_by_domain.setdefault(name if equals else Path(path).name, []).extend(resolve_sources([path]))
+        paths_by_domain.setdefault(name, []).extend(resolve_sources([path]))
     for paths in paths_by_domain.values():
         find_source_files(paths)
     return paths_by_domain

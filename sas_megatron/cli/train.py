@@ -24,8 +24,8 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, check_only: bo
     """Train the model that CONFIG describes. OVERRIDES have the form section.field=value.
 
     The command runs as a single process, or under torchrun, deepspeed or srun (see launch/). On SIGTERM,
-    SIGINT or SIGUSR1, or after training.stop_after_seconds, it saves a checkpoint at the end of the step and
-    exits with status 75. checkpoint.resume=true resumes the run.
+    SIGINT, SIGUSR1 or SIGHUP, or after training.stop_after_seconds, it saves a checkpoint at the end of the
+    step and exits with status 75. checkpoint.resume=true resumes the run.
     """
     from sas_megatron.config.loading import dump_yaml, load_run_config
     from sas_megatron.platform.launcher import (

@@ -39,7 +39,10 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()
         self.eos_id: int = self._processor.eos_id()
-        self._token_bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
+        try:
+            self._token_bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
+        except ValueError as error:  # among them UnicodeDecodeError: a piece is not UTF-8
+            raise _damaged(self.path) from error
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK_BYTES]
         self._check_reversible()
 
@@ -155,8 +158,8 @@ def _load_processor(path: Path, model: bytes) -> sentencepiece.SentencePieceProc
             raise RuntimeError("empty file")
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise FileProblem(
-            path,
-            "is damaged, or is not a sentencepiece model",
-            f"copy it again, or {TRAIN_ONE}",
-        ) from error
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> FileProblem:
+    return FileProblem(path, "is damaged, or is not a sentencepiece model", f"copy it again, or {TRAIN_ONE}")

@@ -49,6 +49,7 @@ from sas_megatron.fault_tolerance.final_report import (
 )
 from sas_megatron.fault_tolerance.flight_recorder import FlightRecorder
 from sas_megatron.fault_tolerance.status_store import StatusStore
+from sas_megatron.fault_tolerance.stop_request import find_stop_signals
 
 # How long ranks wait for each other's status: several polls, and well below the 30 s after which torchrun
 # kills processes that have not ended.
@@ -57,15 +58,13 @@ POLL_SECONDS = 1.0
 COUNTER_POLL_SECONDS = 0.1
 EXIT_STATUS = 1  # user errors exit with 2
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
 
 class FailureWatchdog:
     """A context manager in which a failure on any rank ends all ranks, with one final report.
 
-    SIGTERM, SIGINT and SIGUSR1 end all ranks as well, unless `handles_signal` returns True. A `UserError`
-    passes through, because all ranks are expected to raise it. In a world of one rank nothing is watched, and
-    all errors pass through. The main thread must enter it.
+    The signals of `find_stop_signals` end all ranks as well, unless `handles_signal` returns True. A
+    `UserError` passes through, because all ranks are expected to raise it. In a world of one rank nothing is
+    watched, and all errors pass through. The main thread must enter it.
 
     Args:
         store: The store of the rendezvous.
@@ -113,7 +112,7 @@ class FailureWatchdog:
         self._wake.setblocking(False)
         # Python writes the number of a signal here at once, whatever the main thread is doing.
         self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, _ignore_signal) for number in _SIGNALS}
+        self._old_handlers = {number: signal.signal(number, _ignore_signal) for number in find_stop_signals()}
         self._thread = threading.Thread(target=self._watch, name="failure watchdog", daemon=True)
         self._thread.start()
         return self
@@ -198,7 +197,7 @@ class FailureWatchdog:
 
         A signal that the application handles starts an alive check instead.
         """
-        for number in _SIGNALS:
+        for number in self._old_handlers:
             if number in received:
                 if not self._handles_signal(number):
                     return StatusReport(StatusKind.TERMINATED, f"received {number.name}")

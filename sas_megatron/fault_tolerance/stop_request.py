@@ -8,6 +8,7 @@ A second signal ends the process at once, as the first signal would without this
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,7 +16,8 @@ import time
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# From schedulers (SIGTERM, SIGUSR1), a keyboard (SIGINT) and a terminal that closes (SIGHUP).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # EX_TEMPFAIL of sysexits.h: the failure is temporary, and the command can be repeated.
 STOPPED_STATUS = 75
 # torchrun and the scheduler may each send a signal for the same stop; within this time they count as one.
@@ -35,6 +37,14 @@ class RunExit:
     def exit_status(self) -> int:
         """The exit status of the process: `STOPPED_STATUS` if the run can be resumed, else 0."""
         return STOPPED_STATUS if self.is_resumable else 0
+
+
+def find_stop_signals() -> list[signal.Signals]:
+    """Return the signals that stop a run: `STOP_SIGNALS` without those that this process ignores already.
+
+    nohup, for example, starts a process that ignores SIGHUP.
+    """
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopRequest:
@@ -58,7 +68,9 @@ class StopRequest:
         self._logs = False
 
     def __enter__(self) -> StopRequest:
-        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._old_handlers = {
+            number: signal.signal(number, self._on_signal) for number in find_stop_signals()
+        }
         return self
 
     def __exit__(
@@ -95,7 +107,9 @@ class StopRequest:
             self._signal, self._received_at = signal.Signals(number), time.monotonic()
         if self._logs:
             text = f"received {self._signal.name}: saving after this step; another signal ends at once"
-            os.write(2, f"{text}\n".encode())  # `print` is not reentrant, and may be what was interrupted
+            # `print` is not reentrant, and may be what was interrupted. The terminal may have closed.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{text}\n".encode())
         return True
 
     @property

@@ -8,7 +8,10 @@ A record has a `kind`: `train` for a logged step, `validation` for an evaluation
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -43,27 +46,40 @@ class Console:
     def log(self, text: str) -> None:
         """Print one line, above the progress bar if one is shown."""
         line = f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}"
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False)
-        elif self._is_rank0:
-            print(line, flush=True)
+        with self._tolerating_closed_output():
+            if self._bar is not None:
+                self._bar.console.print(line, highlight=False, markup=False)
+            elif self._is_rank0:
+                print(line, flush=True)
 
     def log_step(self, text: str, *, loss: float) -> None:
         """Print the line of a step; on a terminal, show only the loss, in the progress bar."""
         if self._bar is None:
             self.log(text)
         else:
-            self._bar.update(self._task, description=f"loss {loss:.3f}")
+            with self._tolerating_closed_output():
+                self._bar.update(self._task, description=f"loss {loss:.3f}")
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`, if one is shown."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            with self._tolerating_closed_output():
+                self._bar.update(self._task, completed=step)
 
     def close(self) -> None:
         """Remove the progress bar, if one is shown."""
         if self._bar is not None:
-            self._bar.stop()
+            with self._tolerating_closed_output():
+                self._bar.stop()
+
+    @contextlib.contextmanager
+    def _tolerating_closed_output(self) -> Iterator[None]:
+        """Stop printing if the terminal or pipe has closed; the run continues to write its files."""
+        try:
+            yield
+        except OSError:
+            self._bar = None
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
 
 
 class Recorder:

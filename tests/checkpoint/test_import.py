@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from sas_megatron.checkpoint.export import export_model
@@ -110,6 +111,35 @@ def test_imported_models_have_the_logits_of_transformers(ranks: Any, tmp_path: P
     (logits,) = ranks(1).run(compute_logits, weights, config)
     assert_near(logits, expected, torch.float64, "logits")
     assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "output"),
+    [
+        ("llama, biased and tied", "model.embed_tokens.weight", "lm_head.weight"),
+        ("neox, tied", "gpt_neox.embed_in.weight", "embed_out.weight"),
+    ],
+    ids=["llama", "neox"],
+)
+def test_a_stored_output_layer_of_a_tied_model_must_equal_the_embedding(
+    tmp_path: Path, name: str, embedding: str, output: str
+) -> None:
+    save_random_model(name, tmp_path / "source")
+    stored = dict(StoredTensors(tmp_path / "source", stem="model"))
+    without = dict(open_model(tmp_path / "source").tensors)
+    stored[output] = stored[embedding].clone()
+    for path in (tmp_path / "source").glob("model*"):
+        path.unlink()
+    safetensors.torch.save_file(stored, tmp_path / "source" / "model.safetensors")
+    for key, tensor in open_model(tmp_path / "source").tensors:
+        assert torch.equal(tensor, without.pop(key)), key
+    assert not without
+    stored[output][3, 5] += 1e-6
+    safetensors.torch.save_file(stored, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(
+        FieldError, match=rf"^tie_word_embeddings=True: means that {output} equals {embedding}, "
+    ):
+        list(open_model(tmp_path / "source").tensors)
 
 
 def test_embeddings_are_padded_to_the_requested_multiple(ranks: Any, tmp_path: Path) -> None:

@@ -124,6 +124,23 @@ def test_options_without_effect_are_rejected(arguments: list[str], message: str)
         _check_options(evaluate.make_context("evaluate", ["run", *arguments]))
 
 
+def test_a_path_that_contains_an_equals_sign_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sas_megatron.cli.evaluate import _find_files
+
+    monkeypatch.chdir(tmp_path)
+    for folder in ("lang=en", "a=b=c"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "part-0.jsonl").write_text('{"text": "some text"}\n')
+    given = ("lang=en/part-0.jsonl", "french=a=b=c/part-0.jsonl", "lang=en")
+    assert _find_files(given) == {
+        "part-0.jsonl": ["lang=en/part-0.jsonl"],
+        "french": ["a=b=c/part-0.jsonl"],
+        "lang=en": ["lang=en"],
+    }
+
+
 def test_empty_names_and_missing_files_are_rejected() -> None:
     from sas_megatron.cli.evaluate import _find_files
     from sas_megatron.config.errors import UserError

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.data.documents import stream_documents
-from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer import SPACE_MARK, Tokenizer
 from sas_megatron.data.tokenizer_training import sample_passages, train_tokenizer
 
 DIFFICULT = [
@@ -156,7 +156,11 @@ def test_error_names_invalid_models(tmp_path: Path, tokenizer_path: Path) -> Non
     path = tmp_path / "t.model"
     with pytest.raises(FileProblem, match=r"t\.model: does not exist; train one with"):
         Tokenizer(path)
-    for content in (b"", b"garbage", tokenizer_path.read_bytes()[:5000]):
+    model = tokenizer_path.read_bytes()
+    not_utf8 = model.replace(SPACE_MARK.encode(), b"\xff\xfe\xfd")
+    not_hexadecimal = model.replace(b"<0x41>", b"<0xZZ>")
+    assert model not in (not_utf8, not_hexadecimal)
+    for content in (b"", b"garbage", model[:5000], not_utf8, not_hexadecimal):
         path.write_bytes(content)
         with pytest.raises(FileProblem, match=r"t\.model: is damaged, or is not a sentencepiece model"):
             Tokenizer(path)

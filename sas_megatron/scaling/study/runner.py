@@ -79,7 +79,7 @@ class StudyRunner:
     def run(self, *, selected: Callable[[PlannedRun], bool]) -> bool:
         """Run until all selected runs are done, have failed or are blocked; return whether all are done.
 
-        On SIGINT or SIGTERM, the started runs save a checkpoint and stop.
+        On SIGINT, SIGTERM or SIGHUP, the started runs save a checkpoint and stop.
 
         Raises:
             UserError: A run directory contains a run other than the planned one.
@@ -195,7 +195,9 @@ class StudyRunner:
                     started.process.send_signal(signal.SIGTERM)
 
         before: dict[signal.Signals, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_IGN:  # as nohup starts a process
+                continue
             before[number] = signal.signal(number, handle)
         try:
             yield
