@@ -214,7 +214,7 @@ def check_backend(attention: AttentionConfig) -> None:
     """Check that `attention.backend` can run, before Megatron-core builds the layer and replaces the error.
 
     Raises:
-        FieldError: it cannot run on this machine.
+        FieldError: It cannot run on this machine.
     """
     if attention.backend == "cudnn" and not torch.cuda.is_available():
         raise FieldError("attention.backend", "cudnn", "needs a CUDA device", "use auto")
@@ -240,7 +240,7 @@ def build_self_attention_spec(
         module_options: Further arguments of `module`.
 
     Raises:
-        FieldError: the configured backend cannot run on this machine.
+        FieldError: The configured backend cannot run on this machine.
     """
     check_backend(attention)
     return ModuleSpec(

@@ -183,7 +183,7 @@ def resolve_layer(attention: AttentionConfig) -> type[AttentionLayer]:
     """Return the layer class of an attention's kind.
 
     Raises:
-        FieldError: the kind is unknown, or its package registers it by the former contract.
+        FieldError: The kind is unknown, or its package registers it by the former contract.
     """
     layer: type[AttentionLayer] = resolve_part(attention.kind, "layer")
     return layer

@@ -63,7 +63,7 @@ def print_plan(plan: Plan) -> None:
         hours += " by estimated step times" if is_estimated else f" at {teraflops:g} TFLOP/s"
     price = "" if totals["price"] is None else f", price {totals['price']:,.2f}"
     console.print(
-        f"{totals['runs']} runs, {totals['results']} of them results: {format_power(totals['flops'])} "
+        f"{totals['runs']} runs, of which {totals['results']} are compared: {format_power(totals['flops'])} "
         f"training FLOPs with full attention ({format_power(totals['flops_without_trunks'])} without shared "
         f"trunks), {hours}{price}.",
         soft_wrap=True,

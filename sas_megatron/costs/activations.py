@@ -44,7 +44,7 @@ def count_activation_bytes(config: RunConfig, *, device: Device, stage: int = 0)
         stage: The pipeline stage.
 
     Raises:
-        FieldError: the stage does not exist.
+        FieldError: The stage does not exist.
     """
     return _sum_terms(_count_chunks(config, device, stage))
 
@@ -63,7 +63,7 @@ def count_peak_activation_bytes(
         stage: The pipeline stage.
 
     Raises:
-        FieldError: the stage does not exist.
+        FieldError: The stage does not exist.
     """
     chunks = _count_chunks(config, device, stage)
     sizes = [sum(terms.values()) for terms in chunks]

@@ -60,7 +60,7 @@ def count_communication_bytes(
         stage: The pipeline stage.
 
     Raises:
-        FieldError: the layout does not fit the world size, the stage does not exist, or the engine is
+        FieldError: The layout does not fit the world size, the stage does not exist, or the engine is
             DeepSpeed.
     """
     data_parallel = config.check_world_size(world_size)

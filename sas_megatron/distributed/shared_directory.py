@@ -21,7 +21,7 @@ def check_directory_is_shared(directory: Path) -> None:
     """Check that a file which rank 0 creates in `directory` is visible to all ranks; every rank must call it.
 
     Raises:
-        FieldError: one or more ranks do not see the file. All ranks raise it.
+        FieldError: One or more ranks do not see the file. All ranks raise it.
     """
     rank = dist.get_rank()
     if dist.get_world_size() == 1:

@@ -134,7 +134,7 @@ def build_layer_spec(config: RunConfig) -> ModuleSpec:
     """Build the spec of one transformer layer with the run's attention variant.
 
     Raises:
-        FieldError: the attention's backend or kernel cannot run on this machine.
+        FieldError: The attention's backend or kernel cannot run on this machine.
     """
     return ModuleSpec(
         module=TransformerLayer,

@@ -80,7 +80,7 @@ def check_rendezvous_address() -> None:
     JOIN_SECONDS. Without NODE_RANK only the address is resolved.
 
     Raises:
-        FieldError: the address or the port cannot be used.
+        FieldError: The address or the port cannot be used.
     """
     if "MASTER_ADDR" not in os.environ or "RANK" in os.environ:
         return
@@ -110,7 +110,7 @@ def resolve_address(address: str) -> str:
     """Return the IP address of a host.
 
     Raises:
-        FieldError: this host cannot resolve it.
+        FieldError: This host cannot resolve it.
     """
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
@@ -128,7 +128,7 @@ def check_port_is_free(port: int) -> None:
     """Check that this host can listen on `port`.
 
     Raises:
-        FieldError: it cannot, usually because another process listens there.
+        FieldError: It cannot, usually because another process listens there.
     """
     with socket.socket() as probe:
         # As torch's store does: connections of an ended run in TIME_WAIT do not block the port.
@@ -148,7 +148,7 @@ def wait_for_listener(address: str, port: int, *, seconds: float) -> None:
     """Wait until a process listens on `port` of `address`.
 
     Raises:
-        FieldError: none does within `seconds`.
+        FieldError: None does within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while True:
