@@ -9,9 +9,9 @@ import torch
 # Norm of the difference divided by the norm of the expected tensor. (A single element of a gradient is a sum
 # whose terms may cancel, so in bfloat16 its error can be large relative to its value.)
 RELATIVE_ERROR: dict[torch.dtype, float] = {
-    # The same sums of about a hundred terms in another order, with an error of 2e-16 for each term.
+    # Sums of about a hundred terms are computed in another order, with an error of 2e-16 for each term.
     torch.float64: 1e-10,
-    # As float64, with 1e-7 for each term; gradients of the first layer pass through about ten products.
+    # The error of each term is 1e-7. Gradients of the first layer pass through about ten products.
     torch.float32: 2e-5,
     # The definition itself, computed in bfloat16 by one process, has errors of up to 8e-2 in the gradients of
     # operations before the softmax (differences of nearly equal terms), and of 1e-2 in outputs.

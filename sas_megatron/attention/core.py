@@ -187,7 +187,7 @@ class CoreAttention(MegatronModule):
     def _dropout_randomness(self, dropout: float) -> contextlib.AbstractContextManager[None]:
         """Return a context in which each tensor rank draws different dropout masks, since its heads differ.
 
-        Under sequence parallelism, the whole layer already runs in this context. Entering it again would
+        Under sequence parallelism, the entire layer already runs in this context. Entering it again would
         draw the same numbers again, and recomputation would then draw a mask that differs from the forward
         pass.
         """

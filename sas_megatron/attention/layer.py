@@ -114,7 +114,7 @@ class AttentionLayer:
     ) -> torch.Tensor | None:
         """Return the rotary angles [positions, 1, 1, R], by default the model's; None to apply none."""
         assert cache is None or rotary_pos_emb is not None, "decoding needs the model's rotary angles"
-        # From Megatron-LM's scripts: the layers that have no rotary embeddings.
+        # Megatron-LM's scripts select layers without rotary embeddings in this list.
         layers_without = self.config.no_rope_freq
         return None if layers_without and layers_without[self.layer_number - 1] else rotary_pos_emb
 

@@ -294,7 +294,7 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
     from sas_megatron.config.shipped_configs import shipped_configs
     from sas_megatron.distributed.topology import joined_topology
 
-    # Any run of one process will do: it configures the saver and is stored in the checkpoint.
+    # The config of any run of one process is suitable. It configures the saver and is saved as well.
     config = load_run_config(shipped_configs() / "quickstart_mha.yaml", ["parallel.tensor=1"])
     with (
         tempfile.TemporaryDirectory(dir=directory, prefix="bench_checkpoint_") as folder,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sas_megatron.config.run import RunConfig
     from sas_megatron.costs.attention_backend import Device
 
-# By quantity: its terms, and its totals by convention.
+# quantity -> {"terms": {term: amount}, "totals": {convention: amount}}
 Counted = dict[str, dict[str, dict[str, int]]]
 
 # The width of a terminal, and of a table's first column, in which long names are folded.

@@ -259,7 +259,7 @@ def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
         path = path if equals else given
         if not path:
             raise FieldError(
-                "--files", f"{given!r}", "contains no path", "give one, or . for the current folder"
+                "--files", f"{given!r}", "contains no path", "name one, or use . for the current folder"
             )
         paths_by_domain.setdefault(name if equals else Path(path).name, []).extend(resolve_sources([path]))
     for paths in paths_by_domain.values():

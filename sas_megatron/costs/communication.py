@@ -114,7 +114,8 @@ class _Step:
         if self.is_first:
             terms["embedding"] = self.num_microbatches * group.row_parallel_output(hidden).total
         if self.is_last:
-            # Per token, in float32: the largest logit, the label's logit, and the sum of exponentials.
+            # Three float32 values per token are reduced: the largest logit, the label's logit, and the sum of
+            # exponentials.
             loss = 3 * _all_reduce(4 * self.tokens, ranks)
             terms["head"] = self.num_microbatches * (group.column_parallel_input(hidden).total + loss)
         for name, elements in self._count_summed_weights().items():

@@ -312,8 +312,8 @@ def _print_error(text: str) -> None:
 
 
 def _end_process() -> NoReturn:
-    # Without unwinding the stack: a main thread in a collective cannot be interrupted, and destroying process
-    # groups that other ranks have left may block.
+    # The stack is not unwound, because a main thread in a collective cannot be interrupted, and destroying
+    # process groups that other ranks have left may block.
     sys.stdout.flush()
     os._exit(EXIT_STATUS)
 

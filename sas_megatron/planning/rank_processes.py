@@ -100,7 +100,7 @@ def _work(rendezvous: tuple[int, int, str], pipe: Connection) -> None:
     rank, world_size, path = rendezvous
     try:
         # This must run before the function is received: its module may import Megatron-core, which must find
-        # the stand-in for CUDA on CPU.
+        # the CPU replacement for CUDA calls.
         device = prepare_device()
         function, args = pipe.recv()
         dist.init_process_group(

@@ -17,7 +17,7 @@ def prepare_device() -> torch.device:
     """Select the device of this process and prepare Megatron-core for it; call it before importing that.
 
     Returns:
-        The CUDA device with number LOCAL_RANK, or the CPU (with the stand-in installed) if torch finds no
+        The CUDA device with number LOCAL_RANK, or the CPU (with `platform.cpu` installed) if torch finds no
         CUDA device.
 
     Raises:
@@ -53,7 +53,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process: allocated memory on a GPU, resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage, whose peak starts at the memory of the parent when it started this process.
+    # getrusage is not used, because its peak includes the memory of the parent process at the fork.
     return read_memory_bytes("/proc/self/status", "VmHWM")
 
 

@@ -131,7 +131,7 @@ def check_port_is_free(port: int) -> None:
         FieldError: It cannot, usually because another process listens there.
     """
     with socket.socket() as probe:
-        # As torch's store does: connections of an ended run in TIME_WAIT do not block the port.
+        # torch's store sets the same option: connections of an ended run in TIME_WAIT do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))

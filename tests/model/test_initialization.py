@@ -39,7 +39,7 @@ def test_shards_form_the_same_full_weights_for_any_number_of_ranks(
     biased = activation == "gelu"
     make = functools.partial(config_of, attention, activation=activation, linear_bias=biased)
     (alone,) = ranks(1).run(initial_weights, make(1))
-    assert any(part.num_pieces == 2 for part in alone.values()) == (activation == "swiglu")
+    assert any(part.num_matrices == 2 for part in alone.values()) == (activation == "swiglu")
     full = joined_weights([alone])
     for tensor in (2, 4):
         joined = joined_weights(ranks(tensor).run(initial_weights, make(tensor)))

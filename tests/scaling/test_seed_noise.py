@@ -116,7 +116,7 @@ def test_interval_is_missing_without_repetitions() -> None:
 
 
 def test_p_values_are_adjusted_by_holms_method() -> None:
-    # In ascending order: 3 × 0.01, 2 × 0.03, and 1 × 0.04, which is raised to the one before it.
+    # In ascending order the p-values become 3 × 0.01, 2 × 0.03, and 1 × 0.04, which is raised to 0.06.
     assert adjust_p_values([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert adjust_p_values([0.6, 0.7]) == pytest.approx([1.0, 1.0])
     assert adjust_p_values([0.02]) == [0.02]
