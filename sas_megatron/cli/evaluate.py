@@ -244,7 +244,7 @@ def _measure_loss(
 
 
 def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return paths by domain, whose name is given or else that of the file. A domain may have several paths.
+    """Return paths by domain. A domain has the given name, or that of its file; it may have several paths.
 
     Raises:
         UserError: A file does not exist or has an unsupported type.

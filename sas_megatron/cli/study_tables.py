@@ -72,7 +72,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def _print_named_rows(console: Console, names: Sequence[str], columns: dict[str, list[str]]) -> None:
-    """Print a row of numbers for each run; the name has a line of its own if the table is too wide."""
+    """Print a row of numbers for each run; the name has a separate line if the table is too wide."""
     from rich.measure import measure_renderables
 
     def build(first: Sequence[str] | None) -> Table:

@@ -180,7 +180,7 @@ class AttentionConfig(Section):
         """Check that the heads can be sharded over `tensor` ranks.
 
         Raises:
-            FieldError: they cannot.
+            FieldError: The heads cannot be sharded.
         """
         groups = self.num_key_value_heads
         if self.num_heads % tensor:
@@ -210,7 +210,7 @@ class AttentionConfig(Section):
         """Check that the heads of a tensor rank can be sharded over `context` ranks.
 
         Raises:
-            FieldError: they cannot.
+            FieldError: The heads of a tensor rank cannot be sharded.
         """
         heads = self.num_attended_heads // tensor
         if heads % context:

@@ -192,6 +192,6 @@ class CoreAttentionSpec:
         value = layer.element_bytes * self._rows * queries * self.value_width
         return (
             layer.element_bytes * queries * (2 * self._rows * self.query_key_width + weights)
-            # A value from other context ranks is a tensor of its own.
+            # A value from other context ranks is a separate tensor.
             + (self.value_bytes if layer.context == 1 else value)
         )

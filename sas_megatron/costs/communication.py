@@ -240,7 +240,7 @@ def count_buffer_elements(
         tensor: Number of tensor ranks.
         data_ranks: Number of ranks that share a bucket, context ranks included.
         bucket_elements: A bucket ends when it has this many elements; None for a single bucket.
-        separate_terms: Cost terms of tables that have a bucket of their own.
+        separate_terms: Cost terms of tables that have separate buckets.
     """
     alignment = math.lcm(data_ranks, BUCKET_ALIGNMENT)
     limit = math.inf if bucket_elements is None else bucket_elements

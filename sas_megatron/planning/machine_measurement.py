@@ -21,7 +21,10 @@ MEASURED_SECONDS = 0.4
 
 
 def measure_this_machine(*, num_processes: int) -> Hardware:
-    """Measure what each of `num_processes` busy processes gets of this machine, in about ten seconds."""
+    """Measure the speed of each of `num_processes` processes that use this machine at the same time.
+
+    The measurement takes about ten seconds.
+    """
     by_rank = run_on_ranks(measure_rank, world_size=num_processes)
     return build_hardware(by_rank, num_processes=num_processes)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int, threads: int = 1) -> list[Any]:
-    """Run `function(*args)` in `world_size` new processes, each on a device of its own.
+    """Run `function(*args)` in `world_size` new processes, each on a separate device.
 
     Args:
         function: A function that can be imported by name.

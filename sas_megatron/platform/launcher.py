@@ -52,7 +52,7 @@ def _read_positive_integer(name: str, default: str, *, maximum: int) -> int:
 
 
 def is_rank0() -> bool:
-    """Return whether this process is rank 0; a single process is."""
+    """Return whether this process is rank 0, as a single process always is."""
     return os.environ.get("RANK", "0") == "0"
 
 

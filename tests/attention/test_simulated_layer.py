@@ -52,7 +52,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
 }
 
 # Layouts of the default run: tensor ranks, exchange, sequence parallelism. The three ways to shard key and
-# value heads run in every layout; the other options in the layouts that they interact with.
+# value heads run in every layout. The other options run in the layouts that they interact with.
 EVERY_LAYOUT = tuple(itertools.product((2, 4), BOTH, (False, True)))
 DEFAULT_LAYOUTS: dict[str, tuple[tuple[int, str, bool], ...]] = {
     "plain": EVERY_LAYOUT,

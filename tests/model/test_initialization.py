@@ -99,7 +99,7 @@ def test_weights_have_the_documented_distribution(ranks: Any) -> None:
         else:
             ends_branch = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             std = 0.05 / math.sqrt(6) if ends_branch else 0.05
-            # The standard error of σ is σ/√(2n); five of them.
+            # Five standard errors, which are σ/√(2n) each.
             assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel()), name
 
 

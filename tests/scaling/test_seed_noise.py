@@ -103,7 +103,7 @@ def test_variants_without_shared_seeds_are_compared_by_their_means() -> None:
     found = average_difference([unpaired], DifferenceNoise(0.2, 3, assumed=True))
     assert found.difference == pytest.approx(-1.5)
     assert found.interval is not None
-    # Variance 1/2 + 1/4 of that of a run (Welch), which is half of that of a pair.
+    # The variance is 1/2 + 1/4 of a run's variance (Welch), which is half of a pair's variance.
     half_width = stats.t.ppf(0.975, 3) * 0.2 * math.sqrt(0.375)
     assert found.interval[1] - found.difference == pytest.approx(half_width)
 

@@ -87,7 +87,7 @@ class SumOfPowers:
         """Return the lowest minimum over a grid of starting points."""
         ones_1I = np.ones((1, len(self.log_loss)))
         starts_1GP, squares_1G = self._grid_starts(ones_1I)
-        # Selected by rank: dense among the best grid points, sparse among the others.
+        # Starts are selected by rank, densely among the best grid points and sparsely among the others.
         ranks = np.unique(np.geomspace(1, starts_1GP.shape[1], NUM_STARTS).round().astype(int)) - 1
         starts_RP = starts_1GP[0, np.argsort(squares_1G[0])[ranks]]
         minima = minimize(self.problem, starts_RP, ones_1I)
