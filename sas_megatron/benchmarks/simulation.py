@@ -76,7 +76,10 @@ class SimulationCase:
         return {"forward": lambda: lambda: self.run(kernels), "backward": backward}
 
     def least_work(self) -> dict[str, tuple[float, float]]:
-        """Return the least bytes and FLOPs of each pass: inputs and outputs once, and no recomputation."""
+        """Return the minimum bytes and FLOPs of each pass.
+
+        Inputs are read once, outputs are written once, and nothing is recomputed.
+        """
         attention, tokens = self.attention, self.shape.num_tokens
         output_width = attention.num_simulated_heads * (2 * attention.query_key_dim + attention.head_dim)
         terms = build_attention_costs(attention).count_forward_flops(

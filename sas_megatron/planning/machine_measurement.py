@@ -128,7 +128,7 @@ def _attention_rate() -> float:
 
 
 def _memory_rate() -> float:
-    # Larger than the processor's caches, and with a newly allocated result, like most operations of a model.
+    # Operands exceed the processor's caches, and the result is newly allocated, as in most model operations.
     source = torch.randn(2**22)
     return 2 * source.numel() * 4 / _seconds(lambda: source + 1.0)
 

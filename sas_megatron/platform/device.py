@@ -14,7 +14,7 @@ from sas_megatron.platform.transformer_engine_fallbacks import install_fused_rop
 
 
 def prepare_device() -> torch.device:
-    """Select the device of this process and prepare Megatron-core for it; call this function before importing Megatron-core.
+    """Select the device of this process and prepare Megatron-core for it, before Megatron-core is imported.
 
     Returns:
         The CUDA device with number LOCAL_RANK, or the CPU (with `platform.cpu` installed) if torch finds no

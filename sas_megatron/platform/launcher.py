@@ -1,8 +1,8 @@
 """The environment variables of launchers: rank, world size and rendezvous address. Imports no torch.
 
 torchrun, deepspeed   set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torch reads
-plain srun            sets SLURM_*, from which `set_rank_from_slurm` derives those
-a single process      has none of them: a world of one rank
+plain srun            sets SLURM_*, from which `set_rank_from_slurm` derives these variables
+a single process      has none of these variables; it is a world of one rank
 """
 
 from __future__ import annotations

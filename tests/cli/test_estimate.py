@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_commands import QUICKSTART, refused
+from tests.cli.test_commands import QUICKSTART, check_refused
 from tests.fork_server import run_command
 
 
@@ -32,7 +32,7 @@ from tests.fork_server import run_command
     ],
 )
 def test_runs_that_cannot_be_estimated_are_errors(arguments: list[Any], message: str, tmp_path: Path) -> None:
-    refused(run_command("estimate", QUICKSTART, *arguments, cwd=tmp_path), message, tmp_path)
+    check_refused(run_command("estimate", QUICKSTART, *arguments, cwd=tmp_path), message, tmp_path)
 
 
 def test_a_world_size_that_does_not_fit_the_layout_is_an_error(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_world_size_that_does_not_fit_the_layout_is_an_error(tmp_path: Path) -
 
 def test_the_old_name_of_the_command_is_an_error_that_names_the_new_one(tmp_path: Path) -> None:
     message = "command simulate: has been renamed; use sas-megatron estimate"
-    refused(run_command("simulate", QUICKSTART, "--world-size", 2, cwd=tmp_path), message, tmp_path)
+    check_refused(run_command("simulate", QUICKSTART, "--world-size", 2, cwd=tmp_path), message, tmp_path)
 
 
 def _terms_sum(step: dict[str, Any]) -> float:
