@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_file_longer_than(num_bytes: int) -> Iterator[None]:
-    """Let writes in this process fail beyond `num_bytes` of a file, as on a full disk."""
+    """Make writes in this process fail beyond `num_bytes` of a file, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:

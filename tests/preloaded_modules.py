@@ -38,12 +38,12 @@ def _import_all() -> None:
     from sas_megatron.platform.device import prepare_device
 
     torch.set_num_threads(1)
-    # Must precede the import of Megatron-core, which requires the CPU stand-in.
+    # Must precede the import of Megatron-core, which requires the CPU replacement for CUDA calls.
     device = prepare_device()
     for module in MODULES:
         importlib.import_module(module)
     if device.type == "cpu":
-        # As in `training/deepspeed_engine.py`; DeepSpeed chooses its accelerator only once.
+        # `training/deepspeed_engine.py` sets it as well. DeepSpeed chooses its accelerator only once.
         os.environ["DS_ACCELERATOR"] = "cpu"
         for module in DEEPSPEED_MODULES:
             importlib.import_module(module)

@@ -46,7 +46,7 @@ class RankPool:
         """Run a function on all ranks and return the results in rank order.
 
         Raises:
-            AssertionError: the function failed on one or more ranks; the message has their tracebacks.
+            AssertionError: The function failed on one or more ranks; the message has their tracebacks.
         """
         if not self._processes:
             self._start()

@@ -46,7 +46,7 @@ fi
 source launch/environment.sh
 export OMP_NUM_THREADS=1
 
-# run_tests [pytest arguments]: two processes, each of which takes whole files.
+# run_tests [pytest arguments]: two processes, each of which runs entire test files.
 run_tests() {
   python tests/measured_run.py python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
     --install-system-packages "$@" ${arguments[@]+"${arguments[@]}"}

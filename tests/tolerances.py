@@ -9,9 +9,9 @@ import torch
 # Norm of the difference divided by the norm of the expected tensor. (A single element of a gradient is a sum
 # whose terms may cancel, so in bfloat16 its error can be large relative to its value.)
 RELATIVE_ERROR: dict[torch.dtype, float] = {
-    # The same sums of about a hundred terms in another order, with an error of 2e-16 for each term.
+    # Sums of about a hundred terms are computed in another order, with an error of 2e-16 for each term.
     torch.float64: 1e-10,
-    # As float64, with 1e-7 for each term; gradients of the first layer pass through about ten products.
+    # The error of each term is 1e-7. Gradients of the first layer pass through about ten products.
     torch.float32: 2e-5,
     # The definition itself, computed in bfloat16 by one process, has errors of up to 8e-2 in the gradients of
     # operations before the softmax (differences of nearly equal terms), and of 1e-2 in outputs.
@@ -22,7 +22,8 @@ RELATIVE_ERROR: dict[torch.dtype, float] = {
 KERNEL_ERROR: dict[torch.dtype, float] = {
     torch.float32: 1e-6,
     # Operands and intermediate results are rounded (relative error 2^-9; Triton's interpreter truncates, with
-    # 2^-8). Sums are not: rounding each of a hundred terms would give an error of several per cent.
+    # 2^-8). Sums are not rounded, since rounding each of a hundred terms would give an error of several per
+    # cent.
     torch.bfloat16: 2e-2,
 }
 
@@ -49,12 +50,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str) -> None:
-    """Check that the relative error does not exceed the tolerance of `dtype`; `what` names the tensor."""
-    assert_within(RELATIVE_ERROR[dtype], actual, expected, what)
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """Check that the relative error does not exceed the tolerance of `dtype`; `name` names the tensor."""
+    assert_within(RELATIVE_ERROR[dtype], actual, expected, name)
 
 
-def assert_within(allowed: float, actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+def assert_within(allowed: float, actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
     """Check that the relative error does not exceed `allowed`, an entry of this table."""
     error = relative_error(actual, expected)
-    assert error <= allowed, f"{what}: relative error {error:.2e}, allowed {allowed:.0e}"
+    assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.0e}"

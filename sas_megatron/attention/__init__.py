@@ -1,1 +1,1 @@
-"""Attention variants, one folder each, and what their layers share."""
+"""Attention variants, one folder each, and the code that their layers share."""

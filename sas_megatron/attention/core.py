@@ -187,7 +187,7 @@ class CoreAttention(MegatronModule):
     def _dropout_randomness(self, dropout: float) -> contextlib.AbstractContextManager[None]:
         """Return a context in which each tensor rank draws different dropout masks, since its heads differ.
 
-        Under sequence parallelism, the whole layer already runs in this context. Entering it again would
+        Under sequence parallelism, the entire layer already runs in this context. Entering it again would
         draw the same numbers again, and recomputation would then draw a mask that differs from the forward
         pass.
         """
@@ -214,7 +214,7 @@ def check_backend(attention: AttentionConfig) -> None:
     """Check that `attention.backend` can run, before Megatron-core builds the layer and replaces the error.
 
     Raises:
-        FieldError: it cannot run on this machine.
+        FieldError: It cannot run on this machine.
     """
     if attention.backend == "cudnn" and not torch.cuda.is_available():
         raise FieldError("attention.backend", "cudnn", "needs a CUDA device", "use auto")
@@ -240,7 +240,7 @@ def build_self_attention_spec(
         module_options: Further arguments of `module`.
 
     Raises:
-        FieldError: the configured backend cannot run on this machine.
+        FieldError: The configured backend cannot run on this machine.
     """
     check_backend(attention)
     return ModuleSpec(

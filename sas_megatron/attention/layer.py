@@ -1,8 +1,8 @@
 """The base class of attention layers: one route from hidden states to the output for training and decoding.
 
     hidden states [S, B, H]
-      -> project: queries, and what the layer keeps of each token for keys and values
-      -> the KV cache (decoding only): what it keeps of all T tokens
+      -> project: queries, and the tensors kept of each token for its key and value
+      -> the KV cache (decoding only): the kept tensors of all T tokens
       -> expand: keys and values of all T tokens
       -> core attention -> output projection
 
@@ -49,7 +49,7 @@ class AttentionLayer:
         """Build the spec of this layer for a config of its kind.
 
         Raises:
-            FieldError: the configured backend or kernel cannot run on this machine.
+            FieldError: The configured backend or kernel cannot run on this machine.
         """
         raise NotImplementedError
 
@@ -81,7 +81,7 @@ class AttentionLayer:
             packed_seq_params: Must be None.
 
         Raises:
-            NotImplementedError: an additive bias or packed sequences are given.
+            NotImplementedError: An additive bias or packed sequences are given.
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise NotImplementedError(
@@ -114,7 +114,7 @@ class AttentionLayer:
     ) -> torch.Tensor | None:
         """Return the rotary angles [positions, 1, 1, R], by default the model's; None to apply none."""
         assert cache is None or rotary_pos_emb is not None, "decoding needs the model's rotary angles"
-        # From Megatron-LM's scripts: the layers that have no rotary embeddings.
+        # Megatron-LM's scripts select layers without rotary embeddings in this list.
         layers_without = self.config.no_rope_freq
         return None if layers_without and layers_without[self.layer_number - 1] else rotary_pos_emb
 
@@ -136,7 +136,7 @@ class AttentionLayer:
     def expand(
         self, kept: list[torch.Tensor], rope: torch.Tensor | None, *, is_decoding: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys [T, B, G, E] and values [T, B, G, D] of all T tokens; by default what is kept.
+        """Return keys [T, B, G, E] and values [T, B, G, D] of all T tokens; by default the kept tensors.
 
         Args:
             kept: The tensors of `project`, for all T tokens.
@@ -147,7 +147,7 @@ class AttentionLayer:
         return key, value
 
     def apply_rope(self, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
-        """Apply rotary embeddings to heads [S, B, heads, E], by Megatron-core's kernel where it can.
+        """Apply rotary embeddings to heads [S, B, heads, E], by Megatron-core's kernel where possible.
 
         Megatron-core's kernels require the same positions in all sequences, [S, 1, 1, R].
         """
@@ -183,7 +183,7 @@ def resolve_layer(attention: AttentionConfig) -> type[AttentionLayer]:
     """Return the layer class of an attention's kind.
 
     Raises:
-        FieldError: the kind is unknown, or its package registers it by the former contract.
+        FieldError: The kind is unknown, or its package registers it by the former contract.
     """
     layer: type[AttentionLayer] = resolve_part(attention.kind, "layer")
     return layer

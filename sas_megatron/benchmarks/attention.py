@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.benchmarks.attention_blocks import BlockShape, LiteralSimulatedAttention
 from sas_megatron.benchmarks.roofline import Point, measure_ceilings
-from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
+from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_alternately
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.costs.attention import build_attention_costs
 from sas_megatron.costs.flops import TRAINING_FACTOR, causal_half
@@ -60,7 +60,7 @@ def measure_attention(
     )
     difference = _check_difference(blocks["sas"](hidden), blocks["literal"](hidden), dtype)
     preparations = {name: _preparation(block, hidden) for name, block in blocks.items()}
-    seconds = time_in_turn(preparations, device=topology.device, rounds=repeats)
+    seconds = time_alternately(preparations, device=topology.device, rounds=repeats)
     kept = {
         name: _saved_bytes(block, hidden, static_storages)
         for name, block in blocks.items()

@@ -94,7 +94,8 @@ class EngineTimer:
 
         # The methods of this instance are replaced, so that the run calls the timed ones.
         engine.forward_backward = timed_accumulate  # type: ignore[method-assign]
-        engine.compute_gradient_norm = self._timed(engine.compute_gradient_norm)  # type: ignore[method-assign]
+        timed_norm = self._timed(engine.compute_gradient_norm)
+        engine.compute_gradient_norm = timed_norm  # type: ignore[method-assign]
         engine.update = self._timed(engine.update)  # type: ignore[method-assign]
 
     def steps(self) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sas_megatron.benchmarks.timing import time_in_turn
+from sas_megatron.benchmarks.timing import time_alternately
 from sas_megatron.scaling.drawing import COLORS, MARKERS, render
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, rounds: int = 
     side = PRODUCT_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
-    seconds = time_in_turn(
+    seconds = time_alternately(
         {
             "copy": lambda: lambda: target.copy_(source),
             "product": lambda: lambda: torch.mm(left, right, out=product),

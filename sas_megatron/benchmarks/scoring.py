@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
+from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_alternately
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.distributed.topology import Topology
@@ -49,7 +49,7 @@ def measure_scoring(
         preparations[f"{kind} bare"] = functools.partial(
             _bare_passes, gpt, config, topology, passages, batch_tokens
         )
-    seconds = time_in_turn(preparations, device=topology.device, rounds=repeats)
+    seconds = time_alternately(preparations, device=topology.device, rounds=repeats)
     return {
         kind: _rates(passages, scoring=seconds[f"{kind} scoring"], bare=seconds[f"{kind} bare"])
         for kind, passages in kinds.items()
@@ -57,7 +57,7 @@ def measure_scoring(
 
 
 class _NoTokenizer(Tokenizer):
-    """Stand in for the tokenizer of a model that only scores tokens."""
+    """A placeholder for the tokenizer of a model that only scores tokens."""
 
     def __init__(self) -> None: ...
 

@@ -21,7 +21,7 @@ from sas_megatron.attention.sas.simulation_kernels import (
 )
 from sas_megatron.benchmarks.attention_blocks import BlockShape
 from sas_megatron.benchmarks.roofline import Ceilings, Point, measure_ceilings
-from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_in_turn
+from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_alternately
 from sas_megatron.costs.attention import build_attention_costs
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
@@ -76,7 +76,10 @@ class SimulationCase:
         return {"forward": lambda: lambda: self.run(kernels), "backward": backward}
 
     def least_work(self) -> dict[str, tuple[float, float]]:
-        """Return the least bytes and FLOPs of each pass: inputs and outputs once, and no recomputation."""
+        """Return the minimum bytes and FLOPs of each pass.
+
+        Inputs are read once, outputs are written once, and nothing is recomputed.
+        """
         attention, tokens = self.attention, self.shape.num_tokens
         output_width = attention.num_simulated_heads * (2 * attention.query_key_dim + attention.head_dim)
         terms = build_attention_costs(attention).count_forward_flops(
@@ -100,13 +103,13 @@ def measure_simulation(
         the measured ceilings; and the ratio of the plain to the fused time.
     """
     case = SimulationCase(shape, device=device, dtype=dtype)
-    forms = kernels_that_run(case.attention, device=device, dtype=dtype)
+    forms = usable_kernels(case.attention, device=device, dtype=dtype)
     preparations = {
         f"{form} {name}": prepare
         for form, kernels in forms.items()
         for name, prepare in case.passes(kernels).items()
     }
-    seconds = time_in_turn(preparations, device=device, rounds=repeats)
+    seconds = time_alternately(preparations, device=device, rounds=repeats)
     ceilings = measure_ceilings(device, dtype)
     rows = {
         name: _row(statistics.median(times), case.least_work()[name.split()[1]], ceilings)
@@ -124,7 +127,7 @@ def measure_simulation(
     }
 
 
-def kernels_that_run(
+def usable_kernels(
     attention: SimulatedAttentionConfig, *, device: torch.device, dtype: torch.dtype
 ) -> dict[str, SimulationKernels]:
     """Return the plain kernels and, on a GPU, the fused kernels."""

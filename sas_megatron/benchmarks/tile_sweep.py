@@ -15,7 +15,7 @@ from sas_megatron.attention.sas.fused.features import Tile, Tiling
 from sas_megatron.attention.sas.simulation_kernels import FusedKernels
 from sas_megatron.benchmarks.attention_blocks import BlockShape
 from sas_megatron.benchmarks.simulation import SimulationCase
-from sas_megatron.benchmarks.timing import time_in_turn
+from sas_megatron.benchmarks.timing import time_alternately
 
 PASS_OF_KERNEL = {
     field.name: "forward" if "forward" in field.name else "backward" for field in dataclasses.fields(Tiling)
@@ -65,7 +65,7 @@ def sweep_tiles(
             result: dict[str, Any] = {"kernel": kernel, **dataclasses.asdict(tile)}
             try:
                 prepare = case.passes(fused)[name]
-                seconds = time_in_turn({name: prepare}, device=device, rounds=repeats)[name]
+                seconds = time_alternately({name: prepare}, device=device, rounds=repeats)[name]
                 results.append({**result, "seconds": statistics.median(seconds)})
             # Triton raises many types of errors, by resource, compiler stage and version. An error with one
             # tile must not discard the times of the others.

@@ -17,7 +17,7 @@ WARM_UP_ROUNDS = 2
 HEAD_START_CYCLES = 20_000_000
 
 
-def time_in_turn(
+def time_alternately(
     preparations: Mapping[str, Preparation], *, device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
     """Time each action once per round.

@@ -53,7 +53,7 @@ class Manifest:
     engine: str
     # Layout of the ranks that saved the checkpoint (`describe_layout`).
     layout: dict[str, Any]
-    # By path relative to the folder of the checkpoint.
+    # The keys are paths relative to the folder of the checkpoint.
     files: dict[str, FileRecord]
 
 
@@ -108,7 +108,7 @@ def publish(partial: Path, manifest: Manifest) -> Path:
     """Write the manifest into a complete temporary folder and rename the folder to its final name."""
     write_synced(partial / MANIFEST, json.dumps({"schema": SCHEMA, **asdict(manifest)}, indent=2) + "\n")
     checksum = describe_file(partial / MANIFEST).sha256
-    # In the format that `sha256sum -c` reads.
+    # `sha256sum -c` reads this format.
     write_synced(partial / MANIFEST_CHECKSUM, f"{checksum}  {MANIFEST}\n")
     for folder in {partial, *(path.parent for path in partial.rglob("*"))}:
         sync(folder)

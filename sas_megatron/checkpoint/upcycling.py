@@ -65,7 +65,7 @@ def _add_simulation(tensors: NamedTensors, config: RunConfig) -> Iterator[tuple[
     """Yield the tensors of the base model, then the simulation of each layer."""
     dtype = torch.float32
     for name, tensor in tensors:
-        # At least float32: in bfloat16, the rounding of (E/D)^¼ would change the attention scores.
+        # The dtype is at least float32, because in bfloat16 the rounding of (E/D)^¼ would change the scores.
         dtype = torch.promote_types(dtype, tensor.dtype)
         yield name, tensor
     for layer in range(config.model.num_layers):

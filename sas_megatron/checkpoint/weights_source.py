@@ -124,7 +124,7 @@ def read_record(folder: Path) -> WeightsRecord:
     """Read the record of unsharded weights.
 
     Raises:
-        FileProblem: weights.json is missing, cannot be read, or has a newer format.
+        FileProblem: Weights.json is missing, cannot be read, or has a newer format.
     """
     path, remedy = folder / RECORD, "name a folder that `sas-megatron checkpoint import` wrote"
     try:

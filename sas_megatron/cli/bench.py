@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sas_megatron.cli import bench_tables as tables
+from sas_megatron.config.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,6 @@ def attention(
     Each block runs forward and backward.
     """
     device = _prepare(threads)
-
     from sas_megatron.benchmarks.attention import measure_attention, roofline_points
     from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.config.parallel import ParallelConfig
@@ -122,13 +122,14 @@ def simulation(
     """Time the simulation against the least possible time.
 
     The least time follows from the bytes and the FLOPs of the head and feature simulation.
+
+    \f
+    Raises:
+        UserError: --sweep is used without a CUDA device.
     """
     device = _prepare(threads)
     if sweep and device.type != "cuda":
-        from sas_megatron.config.errors import UserError
-
         raise UserError("--sweep: the fused kernels need a CUDA device; leave it out")
-
     from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.benchmarks.simulation import measure_simulation, roofline_points
     from sas_megatron.model.assembly import DTYPES
@@ -293,7 +294,7 @@ def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -
     from sas_megatron.config.shipped_configs import shipped_configs
     from sas_megatron.distributed.topology import joined_topology
 
-    # Any run of one process will do: it configures the saver and is stored in the checkpoint.
+    # The config of any run of one process is suitable. It configures the saver and is saved as well.
     config = load_run_config(shipped_configs() / "quickstart_mha.yaml", ["parallel.tensor=1"])
     with (
         tempfile.TemporaryDirectory(dir=directory, prefix="bench_checkpoint_") as folder,
@@ -321,7 +322,6 @@ def scoring(
     Passages are scored as in `evaluate`, by the same model.
     """
     device = _prepare(threads)
-
     from sas_megatron.benchmarks.scoring import measure_scoring
     from sas_megatron.config.loading import load_run_config
     from sas_megatron.config.shipped_configs import shipped_configs

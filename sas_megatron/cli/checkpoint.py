@@ -16,13 +16,17 @@ def checkpoint() -> None:
     """
 
 
-@checkpoint.command()
+@checkpoint.command(short_help="Read every file and compare its checksum.")
 @click.argument("path", type=click.Path(path_type=Path))
 def verify(path: Path) -> None:
     """Read every file of a checkpoint, or of all checkpoints of a run, and compare its checksum.
 
     PATH is a checkpoint, a run directory or its checkpoints/ folder. The exit status is 2 if files are
     damaged.
+
+    \f
+    Raises:
+        FileProblem: A checkpoint is damaged or cannot be read.
     """
     from sas_megatron.checkpoint.manifest import DAMAGE_REMEDY, find_run_checkpoints, verify_checkpoint
     from sas_megatron.config.errors import FileProblem
@@ -99,7 +103,7 @@ def export_command(source: Path, output: Path, dtype: str | None, as_json: bool)
     )
 
 
-@checkpoint.command("import")
+@checkpoint.command("import", short_help="Write unsharded weights for a new run.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option(
@@ -117,6 +121,10 @@ def import_command(
 
     SOURCE is the folder of a Hugging Face model (Llama, GPT-NeoX, or exported by this package), a run
     directory or a checkpoint. model.yaml in OUTPUT contains the sections that the config of the run needs.
+
+    \f
+    Raises:
+        FieldError: --vocab-multiple is not positive.
     """
     _prepare()
     from sas_megatron.checkpoint.importing import open_model, write_model

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sas_megatron.config.run import RunConfig
     from sas_megatron.costs.attention_backend import Device
 
-# By quantity: its terms, and its totals by convention.
+# quantity -> {"terms": {term: amount}, "totals": {convention: amount}}
 Counted = dict[str, dict[str, dict[str, int]]]
 
 # The width of a terminal, and of a table's first column, in which long names are folded.
@@ -26,6 +26,12 @@ SUMMARY = (
     ("activation_bytes_of_a_rank", "total", "activations\nper rank", "B"),
     ("communication_bytes_per_step", "total", "bytes sent\nper step", "B"),
 )
+
+# Names in tables of JSON keys that remain for compatibility.
+DISPLAY_NAMES = {
+    "communication_bytes_per_step": "bytes sent per step",
+    "with what is recomputed and padded": "with recompute and padding",
+}
 
 
 @click.command()
@@ -51,6 +57,11 @@ def costs(
 
     Arguments of the form section.field=value override a field in all configs, as in
     data.sequence_length=4096.
+
+    \f
+    Raises:
+        FieldError: The world size is not positive, or does not fit a layout.
+        UserError: There is no config.
     """
     from sas_megatron.config.errors import FieldError, UserError
     from sas_megatron.config.loading import load_run_config
@@ -88,7 +99,7 @@ def print_costs(
         with_terms: Whether to print the tables of terms.
 
     Raises:
-        FieldError: a layout does not fit the world size.
+        FieldError: A layout does not fit the world size.
     """
     from rich.console import Console
 
@@ -109,7 +120,7 @@ def print_costs(
     if with_terms:
         for quantity in dict.fromkeys(quantity for counts in counted.values() for quantity in counts):
             columns = {name: counts[quantity] for name, counts in counted.items() if quantity in counts}
-            for table in _term_tables(quantity.replace("_", " "), columns):
+            for table in _term_tables(DISPLAY_NAMES.get(quantity, quantity.replace("_", " ")), columns):
                 console.print(table)
 
 
@@ -183,7 +194,7 @@ def _term_tables(title: str, columns: dict[str, dict[str, dict[str, int]]]) -> l
         for total, base in first_totals.items():
             table.add_section()
             amounts = [columns[name]["totals"][total] for name in shown]
-            table.add_row(total, *(f"{amount:,}" for amount in amounts))
+            table.add_row(DISPLAY_NAMES.get(total, total), *(f"{amount:,}" for amount in amounts))
             if base:
                 table.add_row("ratio", *(f"{amount / base:.2f}×" for amount in amounts))
         tables.append(table)
@@ -191,7 +202,7 @@ def _term_tables(title: str, columns: dict[str, dict[str, dict[str, int]]]) -> l
 
 
 def count_costs(config: RunConfig, *, world_size: int | None = None, device: Device = "gpu") -> Counted:
-    """Count all quantities of one run; communication only if its engine's is counted.
+    """Count all quantities of one run; communication only for the engine `megatron`.
 
     Args:
         config: The run.
@@ -199,7 +210,7 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
         device: The device that the run uses.
 
     Raises:
-        FieldError: the layout does not fit the world size.
+        FieldError: The layout does not fit the world size.
     """
     from sas_megatron.costs.activations import count_kv_cache_bytes, count_peak_activation_bytes
     from sas_megatron.costs.communication import count_communication_bytes
@@ -216,7 +227,6 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
     data_parallel = config.check_world_size(world_size)
     parameters = count_parameters(config)
     flops = count_forward_flops(config)
-    cache = count_kv_cache_bytes(config)
     causal = sum(causal_half(flops, sequence_length=config.data.sequence_length).values())
     training = count_training_flops(config)
     recomputed = sum(count_recompute_flops(config, device=device).values())
@@ -224,34 +234,37 @@ def count_costs(config: RunConfig, *, world_size: int | None = None, device: Dev
     activations = count_peak_activation_bytes(
         config, device=device, num_microbatches=config.training.num_microbatches(data_parallel)
     )
+    model_total = sum(training.values())
     counted = {
-        "parameters": {
-            "terms": parameters,
-            "totals": {
-                "total": sum(parameters.values()),
-                "without embeddings": sum(without_embeddings(parameters).values()),
-            },
-        },
-        "forward_flops_per_token": {
-            "terms": flops,
-            "totals": {
-                "total": sum(flops.values()),
+        "parameters": _with_total(
+            parameters, {"without embeddings": sum(without_embeddings(parameters).values())}
+        ),
+        "forward_flops_per_token": _with_total(
+            flops,
+            {
                 "with the causal half of scores and values": round(causal),
                 "without embeddings": sum(without_embeddings(flops).values()),
             },
-        },
+        ),
         "training_flops_per_token": {
             "terms": {**training, "recompute": recomputed, "padding": padding},
             "totals": {
-                "of the model": sum(training.values()),
-                "with what is recomputed and padded": sum(training.values()) + recomputed + padding,
+                "of the model": model_total,
+                "with what is recomputed and padded": model_total + recomputed + padding,
             },
         },
-        "kv_cache_bytes_per_token": {"terms": cache, "totals": {"total": sum(cache.values())}},
-        "activation_bytes_of_a_rank": {"terms": activations, "totals": {"total": sum(activations.values())}},
+        "kv_cache_bytes_per_token": _with_total(count_kv_cache_bytes(config)),
+        "activation_bytes_of_a_rank": _with_total(activations),
     }
     if config.training.engine == "megatron":
         sent = count_communication_bytes(config, world_size=world_size)
         terms = {f"{group}: {term}": size for group, terms in sent.items() for term, size in terms.items()}
-        counted["communication_bytes_per_step"] = {"terms": terms, "totals": {"total": sum(terms.values())}}
+        counted["communication_bytes_per_step"] = _with_total(terms)
     return counted
+
+
+def _with_total(
+    terms: dict[str, int], other_totals: dict[str, int] | None = None
+) -> dict[str, dict[str, int]]:
+    """Return terms with their sum and other totals."""
+    return {"terms": terms, "totals": {"total": sum(terms.values()), **(other_totals or {})}}

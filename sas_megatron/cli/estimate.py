@@ -58,6 +58,11 @@ def estimate(
 
     The command builds the real model and runs its training step as one rank, on tensors without storage.
     It needs no GPU and no data.
+
+    \f
+    Raises:
+        FieldError: The world size is not positive, or the layout or the engine does not permit an estimate.
+        UserError: --search and --validate are used together.
     """
     from sas_megatron.config.errors import FieldError, UserError
     from sas_megatron.config.loading import load_run_config

@@ -244,7 +244,7 @@ def _measure_loss(
 
 
 def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return paths by domain, whose name is given or else that of the file. A domain may have several paths.
+    """Return paths by domain. A domain has the given name, or that of its file; it may have several paths.
 
     Raises:
         UserError: A file does not exist or has an unsupported type.
@@ -260,7 +260,7 @@ def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
         name, path = (Path(given).name, given) if is_path else given.split("=", 1)
         if not path:
             raise FieldError(
-                "--files", f"{given!r}", "contains no path", "give one, or . for the current folder"
+                "--files", f"{given!r}", "contains no path", "name one, or use . for the current folder"
             )
         paths_by_domain.setdefault(name, []).extend(resolve_sources([path]))
     for paths in paths_by_domain.values():

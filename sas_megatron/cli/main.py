@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, its file imported now; None: there is no such command.
+        """Import and return the command of that name, or return None if there is no such command.
 
         Raises:
             UserError: The command has been renamed.

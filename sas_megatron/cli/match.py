@@ -32,7 +32,9 @@ MATCHED_COSTS = ("params", "flops", "kv", "time")
     help="params; flops: training FLOPs per token; kv: cache bytes per token; time: measured step time.",
 )
 @click.option("--free", help="Comma-separated fields to solve for. Default: chosen by the variant.")
-@click.option("--tensor", default="", help="Tensor-parallel sizes that heads and widths must support: 1,2,4.")
+@click.option(
+    "--tensor", default="", help="Tensor-parallel sizes that heads and widths must support, such as 1,2,4."
+)
 @click.option("--context", default="", help="Context-parallel sizes that heads must support.")
 @click.option(
     "--tolerance",

@@ -47,13 +47,13 @@ def quickstart(
     The text is the source code of Python's standard library on this machine. The candidate's MLP is narrowed
     until both models have the same number of parameters. OVERRIDES (section.field=value) apply to both runs.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     configs = _build_configs(directory, [baseline, candidate], list(overrides))
     vocab_size = configs[0].model.vocab_size
     _prepare_data(directory / "data", vocab_size=vocab_size, corpus_bytes=corpus_bytes)
     for config in configs:
         _train(config)
-    _report(configs, directory, seconds=time.perf_counter() - began)
+    _report(configs, directory, seconds=time.perf_counter() - start_time)
 
 
 def _log(text: str) -> None:

@@ -42,7 +42,7 @@ def plan(study: Path, *, as_json: bool) -> None:
         print_plan(planned)
 
 
-@study.command()
+@study.command(short_help="Search for the fastest parallel layouts.")
 @_study_file
 @click.option("--hardware", required=True, help="h100, h200, a100, or a hardware file (see `estimate`).")
 def layout(study: Path, *, hardware: str) -> None:
@@ -50,6 +50,10 @@ def layout(study: Path, *, hardware: str) -> None:
 
     The search uses estimated step times. Later plans use the layouts, and the estimated times for their
     hours.
+
+    \f
+    Raises:
+        FieldError: No layout of a cell fits into the memory of the device.
     """
     from sas_megatron.planning.hardware_file import load_hardware
     from sas_megatron.planning.layout_search import search_layouts
@@ -87,6 +91,10 @@ def run(study: Path, *, only: str, jobs: int) -> None:
     """Run the unfinished runs on this machine. A command that is killed and started again resumes them.
 
     On Ctrl-C, the started runs save a checkpoint and stop. The exit status is 0 if all runs have finished.
+
+    \f
+    Raises:
+        click.exceptions.Exit: A run has failed or was stopped; the exit status is 1.
     """
     from sas_megatron.scaling.study.runner import StudyRunner
     from sas_megatron.scaling.study.submission import find_queued_runs
@@ -99,7 +107,7 @@ def run(study: Path, *, only: str, jobs: int) -> None:
         raise click.exceptions.Exit(1)
 
 
-@study.command()
+@study.command(short_help="Measure the step time of every variant and size.")
 @_study_file
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Measurements per cell."
@@ -148,7 +156,7 @@ def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -
         click.echo("» nothing to submit")
 
 
-@study.command()
+@study.command(short_help="Show the state of each run and the remaining time.")
 @_study_file
 @_only
 @_as_json
@@ -205,7 +213,7 @@ def collect(study: Path, *, output: Path | None, as_json: bool) -> None:
     click.echo(f"» {done} of {len(table.rows)} runs in {path}")
 
 
-@study.command()
+@study.command(short_help="Fit laws, compare variants, and write a report.")
 @_study_file
 @click.option("--output", type=click.Path(path_type=Path), help="Folder. Default: report/ next to the table.")
 @click.option(

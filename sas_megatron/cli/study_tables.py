@@ -63,7 +63,7 @@ def print_plan(plan: Plan) -> None:
         hours += " by estimated step times" if is_estimated else f" at {teraflops:g} TFLOP/s"
     price = "" if totals["price"] is None else f", price {totals['price']:,.2f}"
     console.print(
-        f"{totals['runs']} runs, {totals['results']} of them results: {format_power(totals['flops'])} "
+        f"{totals['runs']} runs, of which {totals['results']} are compared: {format_power(totals['flops'])} "
         f"training FLOPs with full attention ({format_power(totals['flops_without_trunks'])} without shared "
         f"trunks), {hours}{price}.",
         soft_wrap=True,
@@ -72,11 +72,11 @@ def print_plan(plan: Plan) -> None:
 
 
 def _print_named_rows(console: Console, names: Sequence[str], columns: dict[str, list[str]]) -> None:
-    """Print a row of numbers for each run; the name has a line of its own if the table is too wide."""
+    """Print a row of numbers for each run; the name has a separate line if the table is too wide."""
     from rich.measure import measure_renderables
 
     def build(first: Sequence[str] | None) -> Table:
-        table = _build_table(*([] if first is None else ["run"]), *columns, right=list(columns), whole=True)
+        table = _build_table(*([] if first is None else ["run"]), *columns, right=list(columns), no_wrap=True)
         for number, cells in enumerate(zip(*columns.values(), strict=True)):
             table.add_row(*([] if first is None else [first[number]]), *cells)
         return table
@@ -266,12 +266,12 @@ def _format_hours(hours: float | None) -> str:
     return MISSING if hours is None else f"{hours:,.3g}"
 
 
-def _build_table(*columns: str, right: Sequence[str], whole: bool = False) -> Table:
-    """Return a table without borders; `whole` keeps every cell on one line, as names always are."""
+def _build_table(*columns: str, right: Sequence[str], no_wrap: bool = False) -> Table:
+    """Return a table without borders; `no_wrap` keeps every cell on one line, as names always are."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for number, column in enumerate(columns):
         justify: Any = "right" if column in right else "left"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=whole or number == 0)
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=no_wrap or number == 0)
     return table

@@ -180,7 +180,7 @@ class AttentionConfig(Section):
         """Check that the heads can be sharded over `tensor` ranks.
 
         Raises:
-            FieldError: they cannot.
+            FieldError: The heads cannot be sharded.
         """
         groups = self.num_key_value_heads
         if self.num_heads % tensor:
@@ -210,7 +210,7 @@ class AttentionConfig(Section):
         """Check that the heads of a tensor rank can be sharded over `context` ranks.
 
         Raises:
-            FieldError: they cannot.
+            FieldError: The heads of a tensor rank cannot be sharded.
         """
         heads = self.num_attended_heads // tensor
         if heads % context:
@@ -245,7 +245,7 @@ def resolve_kind(kind: object) -> type[AttentionConfig]:
     """Return the config class of an attention kind.
 
     Raises:
-        FieldError: the kind is unknown, or its package registers it by the former contract.
+        FieldError: The kind is unknown, or its package registers it by the former contract.
     """
     resolved: type[AttentionConfig] = resolve_part(kind, "config")
     return resolved
@@ -255,7 +255,7 @@ def resolve_part(kind: object, part: Part) -> Any:
     """Import one of the three classes of an attention kind. Built-in kinds precede entry points.
 
     Raises:
-        FieldError: the kind is unknown, or its package registers it by the former contract.
+        FieldError: The kind is unknown, or its package registers it by the former contract.
     """
     if isinstance(kind, str) and kind in KINDS:
         name: str = getattr(KINDS[kind], part)
@@ -268,7 +268,7 @@ def parse_attention(value: Any) -> AttentionConfig:
     """Build the section from a mapping in a config file, by its `kind`.
 
     Raises:
-        UserError: the mapping has no kind or an unknown one, or a field breaks a rule.
+        UserError: The mapping has no kind or an unknown one, or a field breaks a rule.
     """
     if isinstance(value, AttentionConfig):
         return value

@@ -211,7 +211,7 @@ class HealthConfig(Section):
         default=3,
         description="Number of consecutive steps that may be skipped because of a spike or a non-finite loss "
         "or gradient. A skipped step uses up its samples and leaves weights, optimizer and schedule "
-        "unchanged. The next such step ends the run; with 0 the first one does.",
+        "unchanged. The next such step ends the run; with 0, the first such step ends it.",
     )
     spike_response: Literal["record", "skip", "stop"] = Field(
         default="record",
@@ -257,7 +257,7 @@ class HealthConfig(Section):
 
 
 class LoggingConfig(Section):
-    """The run directory, and what is logged how often."""
+    """The run directory, and the intervals and contents of logs."""
 
     section_name: ClassVar[str] = "logging"
 

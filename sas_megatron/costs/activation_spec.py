@@ -118,7 +118,8 @@ class CoreAttentionSpec:
         layer = self.layer
         queries, keys = layer.heads
         heads, width = queries // layer.num_blocks, self.value_width
-        # torch pads the value, and the result is a slice of a padded tensor, which one head does not copy.
+        # torch pads the values to the width of the keys. With one head, the result is a view of the padded
+        # tensor, so the padding is saved as well.
         if layer.backend in ("fused", "composed") and layer.context == 1 and heads == 1:
             width = self.query_key_width
         result = layer.full_bytes(heads * width)
@@ -191,6 +192,6 @@ class CoreAttentionSpec:
         value = layer.element_bytes * self._rows * queries * self.value_width
         return (
             layer.element_bytes * queries * (2 * self._rows * self.query_key_width + weights)
-            # A value from other context ranks is a tensor of its own.
+            # A value from other context ranks is a separate tensor.
             + (self.value_bytes if layer.context == 1 else value)
         )

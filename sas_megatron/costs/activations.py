@@ -11,12 +11,13 @@ counted once, in the term of the operation that saves it first:
     layer_inputs   the inputs of layers that are recomputed entirely
     head           the output layer's input, and the probabilities over the rank's part of the vocabulary
 
-Not counted are tensors that a pass allocates and frees again (gradients included), the sequence-parallel
-buffer and the rotary table, which a model has once, and saved states of random generators.
+Three kinds of memory are not counted: tensors that a pass allocates and frees again (gradients included), the
+sequence-parallel buffer and the rotary table, which a model has once, and saved states of random generators.
 
-On a CPU, every term equals to the byte what torch 2.13 saves on the first tensor rank (tests/model). On a GPU
-it is not measured: fused norms, dropout and a biased MLP's activation function are counted by definition, and
-core attention as its CPU kernel, without the padding or fallbacks that a GPU kernel may have.
+On a CPU, every term equals, to the byte, the memory that torch 2.13 saves on the first tensor rank (see
+tests/model). On a GPU it is not measured: fused norms, dropout and a biased MLP's activation function are
+counted by definition, and core attention as its CPU kernel, without the padding or fallbacks that a GPU
+kernel may have.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def count_activation_bytes(config: RunConfig, *, device: Device, stage: int = 0)
         stage: The pipeline stage.
 
     Raises:
-        FieldError: the stage does not exist.
+        FieldError: The stage does not exist.
     """
     return _sum_terms(_count_chunks(config, device, stage))
 
@@ -63,7 +64,7 @@ def count_peak_activation_bytes(
         stage: The pipeline stage.
 
     Raises:
-        FieldError: the stage does not exist.
+        FieldError: The stage does not exist.
     """
     chunks = _count_chunks(config, device, stage)
     sizes = [sum(terms.values()) for terms in chunks]

@@ -117,7 +117,7 @@ def build_attention_costs(attention: AttentionConfig) -> AttentionCosts:
     """Build the costs class of an attention's kind.
 
     Raises:
-        FieldError: the kind is unknown, or its package registers it by the former contract.
+        FieldError: The kind is unknown, or its package registers it by the former contract.
     """
     costs: type[AttentionCosts] = resolve_part(attention.kind, "costs")
     return costs(attention)

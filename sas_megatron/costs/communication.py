@@ -60,7 +60,7 @@ def count_communication_bytes(
         stage: The pipeline stage.
 
     Raises:
-        FieldError: the layout does not fit the world size, the stage does not exist, or the engine is
+        FieldError: The layout does not fit the world size, the stage does not exist, or the engine is
             DeepSpeed.
     """
     data_parallel = config.check_world_size(world_size)
@@ -114,7 +114,8 @@ class _Step:
         if self.is_first:
             terms["embedding"] = self.num_microbatches * group.row_parallel_output(hidden).total
         if self.is_last:
-            # Per token, in float32: the largest logit, the label's logit, and the sum of exponentials.
+            # Three float32 values per token are reduced: the largest logit, the label's logit, and the sum of
+            # exponentials.
             loss = 3 * _all_reduce(4 * self.tokens, ranks)
             terms["head"] = self.num_microbatches * (group.column_parallel_input(hidden).total + loss)
         for name, elements in self._count_summed_weights().items():
@@ -239,7 +240,7 @@ def count_buffer_elements(
         tensor: Number of tensor ranks.
         data_ranks: Number of ranks that share a bucket, context ranks included.
         bucket_elements: A bucket ends when it has this many elements; None for a single bucket.
-        separate_terms: Cost terms of tables that have a bucket of their own.
+        separate_terms: Cost terms of tables that have separate buckets.
     """
     alignment = math.lcm(data_ranks, BUCKET_ALIGNMENT)
     limit = math.inf if bucket_elements is None else bucket_elements

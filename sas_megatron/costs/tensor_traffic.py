@@ -25,8 +25,8 @@ class Weight:
         sharded: Whether each tensor rank holds 1/P of it; otherwise each rank holds a full copy.
         partial_over: For a replicated weight, why a rank's gradient is a partial sum: it comes from the
             rank's local tokens (under sequence parallelism), or from its local heads. None: it is complete.
-        summed_by: What sums partial gradients over the ranks: the engine once per step, or the layer in
-            every microbatch.
+        summed_by: Where partial gradients are summed over the ranks: in the engine once per step, or in the
+            layer in every microbatch.
     """
 
     term: str

@@ -75,11 +75,11 @@ def _build_samples(
     sizes[split] = num_samples
     total = sum(data.split)
 
-    def build(cache: Path, is_built_here: Callable[..., bool]) -> Any:
+    def build(cache: Path, is_built_by_this_rank: Callable[..., bool]) -> Any:
         return BlendedMegatronDatasetBuilder(
             GPTDataset,
             sizes,
-            is_built_here,
+            is_built_by_this_rank,
             GPTDatasetConfig(
                 random_seed=seed,
                 sequence_length=data.sequence_length,
@@ -95,8 +95,8 @@ def _build_samples(
         ).build()
 
     cache = index_folder(data, tokenizer, sizes=sizes, seed=seed)
-    provide_folder(cache, lambda folder: build(folder, lambda *_place: dist.get_rank() == 0))
-    samples = build(cache, lambda *_place: True)[split]
+    provide_folder(cache, lambda folder: build(folder, lambda *_arguments: dist.get_rank() == 0))
+    samples = build(cache, lambda *_arguments: True)[split]
     if samples is None:
         raise FieldError(
             "data.split",

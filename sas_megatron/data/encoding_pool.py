@@ -86,7 +86,7 @@ class EncodingPool:
         while in_flight:
             busy = [connection for connection in self._connections if connection not in idle]
             for ready in wait(busy):
-                assert isinstance(ready, Connection), "wait returns the connections that it is given"
+                assert isinstance(ready, Connection), "wait returned an object that is not a connection"
                 encoded = self._receive(ready)
                 assert isinstance(encoded, EncodedChunk), "a worker answers a chunk with its tokens"
                 finished[encoded.index] = encoded

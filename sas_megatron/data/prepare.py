@@ -116,13 +116,9 @@ def prepare_token_files(
             resumed_chunks, encoded_tokens = _encode(
                 pool, partial, files=files, text_column=text_column, report_progress=report_progress
             )
-            if partial.totals.num_documents == 0:
-                partial.totals.num_chunks = 0
-                raise empty_corpus(sources)
-            manifest = _build_manifest(
+            manifest = _write_manifest(
                 partial, tokenizer=tokenizer, sources=sources, files=files, text_column=text_column
             )
-            partial.write_manifest(manifest.model_dump_json(indent=2) + "\n")
         publish(prefix)
     ended = time.perf_counter()
     return Preparation(manifest, False, resumed_chunks, encoded_tokens, ready - started, ended - ready)
@@ -194,7 +190,7 @@ def _find_complete(prefix: Path, files: Sequence[SourceFile], plan: dict[str, An
     return manifest
 
 
-def _build_manifest(
+def _write_manifest(
     partial: PartialTokens,
     *,
     tokenizer: Tokenizer,
@@ -202,9 +198,17 @@ def _build_manifest(
     files: Sequence[SourceFile],
     text_column: str,
 ) -> TokenManifest:
+    """Write index and manifest of the encoded documents; return the manifest.
+
+    Raises:
+        UserError: No document has text.
+    """
     totals = partial.totals
+    if totals.num_documents == 0:
+        totals.num_chunks = 0
+        raise empty_corpus(sources)
     idx_path = partial.write_index()
-    return TokenManifest(
+    manifest = TokenManifest(
         schema_version=SCHEMA_VERSION,
         num_documents=totals.num_documents,
         num_tokens=totals.num_tokens,
@@ -227,6 +231,8 @@ def _build_manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         package_version=__version__,
     )
+    partial.write_manifest(manifest.model_dump_json(indent=2) + "\n")
+    return manifest
 
 
 def _record_source(source: str | Path) -> SourceRecord:

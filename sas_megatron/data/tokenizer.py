@@ -1,4 +1,7 @@
-"""The sentencepiece tokenizer: reversible for every text, and what Megatron-core's datasets ask of one."""
+"""The sentencepiece tokenizer, with the interface that Megatron-core's datasets require.
+
+It reproduces every text exactly.
+"""
 
 from __future__ import annotations
 

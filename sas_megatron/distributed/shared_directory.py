@@ -21,7 +21,7 @@ def check_directory_is_shared(directory: Path) -> None:
     """Check that a file which rank 0 creates in `directory` is visible to all ranks; every rank must call it.
 
     Raises:
-        FieldError: one or more ranks do not see the file. All ranks raise it.
+        FieldError: One or more ranks do not see the file. All ranks raise it.
     """
     rank = dist.get_rank()
     if dist.get_world_size() == 1:
@@ -33,10 +33,12 @@ def check_directory_is_shared(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         marker.touch()
     dist.barrier()
-    hosts_without_it = gather_from_ranks(None if wait_until_visible(marker) else socket.gethostname())
+    hosts_without_file = gather_from_ranks(None if wait_until_visible(marker) else socket.gethostname())
     if rank == 0:
         marker.unlink()
-    missing = [f"rank {number} on {host}" for number, host in enumerate(hosts_without_it) if host is not None]
+    missing = [
+        f"rank {number} on {host}" for number, host in enumerate(hosts_without_file) if host is not None
+    ]
     if missing:
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
         error = FieldError(

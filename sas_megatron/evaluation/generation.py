@@ -19,7 +19,7 @@ from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.evaluation.settings import GenerationSettings, Sampling
 from sas_megatron.evaluation.trained_model import TrainedModel
 
-# "length" means that `max_new_tokens` was reached, "full context" that the context of the model was.
+# "length": the text has `max_new_tokens`; "full context": it fills the context of the model.
 Finish = Literal["end of document", "stop string", "length", "full context"]
 
 

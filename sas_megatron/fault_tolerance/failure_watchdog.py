@@ -13,7 +13,7 @@ the remaining ranks after one rank has died, so the watchdog must find out which
     every rank alive       -> confirms
     after a grace period   -> all ranks have confirmed: training continues; otherwise: as after a failure
 
-The watchdog runs in a thread of its own, because the main thread may be inside a collective, which neither an
+The watchdog runs in a separate thread, because the main thread may be inside a collective, which neither an
 exception nor a Python signal handler can interrupt.
 
 With NCCL, NCCL's own watchdog aborts a process whose collective timed out (SIGABRT, -6 in torchrun's table)
@@ -296,7 +296,7 @@ class FailureWatchdog:
     def _end_without_store(self) -> NoReturn:
         if self._traceback is not None:
             _print_error(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
-        # Ranks cannot agree on one that prints, so the first rank of each host does.
+        # The ranks cannot agree on one that prints, so the first rank of each host prints.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _print_error(describe_lost_store(os.environ.get("MASTER_ADDR", "rank 0"), self._last_step))
         _end_process()
@@ -311,8 +311,8 @@ def _print_error(text: str) -> None:
 
 
 def _end_process() -> NoReturn:
-    # Without unwinding the stack: a main thread in a collective cannot be interrupted, and destroying process
-    # groups that other ranks have left may block.
+    # The stack is not unwound, because a main thread in a collective cannot be interrupted, and destroying
+    # process groups that other ranks have left may block.
     sys.stdout.flush()
     os._exit(EXIT_STATUS)
 

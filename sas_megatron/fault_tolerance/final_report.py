@@ -31,7 +31,7 @@ class StatusReport:
 
 @dataclass(frozen=True)
 class RankStatus:
-    """Everything known about one rank; None for what it has not reported."""
+    """The known state of one rank. A field that the rank has not reported is None."""
 
     rank: int
     host: str | None

@@ -28,7 +28,7 @@ def connect_to_store(timeout: timedelta) -> tuple[Store, int, int]:
         The store, this rank, and the world size.
 
     Raises:
-        FieldError: without torchrun, not all ranks have connected within JOIN_SECONDS.
+        FieldError: Without torchrun, not all ranks have connected within JOIN_SECONDS.
     """
     if "RANK" not in os.environ:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # missing from torch's stubs

@@ -47,7 +47,8 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        # Report the same error as for a file among the parents; "File exists" does not name the fault.
+        # mkdir raises this error if a parent is a file. Raise it also if `path` itself is a file, because
+        # "File exists" does not name the fault.
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 

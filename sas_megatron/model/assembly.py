@@ -59,7 +59,8 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         # There is none for GELU without a bias.
         bias_activation_fusion=on_cuda and (model.linear_bias or model.activation == "swiglu"),
         bias_dropout_fusion=on_cuda,
-        # One pass over queries and keys. A layer with its own rotary embedding does not support it.
+        # The fused kernel reads and writes queries and keys once. A layer with its own rotary embedding does
+        # not support it.
         apply_rope_fusion=attention.uses_model_rotary,
         # Requires an extension of Apex or TransformerEngine.
         gradient_accumulation_fusion=False,
@@ -87,7 +88,7 @@ def _layout_options(config: RunConfig, *, on_cuda: bool, is_interleaved: bool) -
         "virtual_pipeline_model_parallel_size": virtual_pipeline_size(parallel),
         "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
         "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
-        # After a stage has sent its output, only the autograd graph of it is needed. (Interleaved stages do
+        # After a stage has sent its output, only its autograd graph is needed. (Interleaved stages do
         # not wait for sends, and gloo, unlike a CUDA stream, may not have read the memory yet.)
         "deallocate_pipeline_outputs": on_cuda or not is_interleaved,
         # In batched communication, two interleaved stages would confuse activations and gradients, since
@@ -117,9 +118,10 @@ def _recompute_options(config: RunConfig) -> dict[str, Any]:
 class RecomputableRowParallelLinear(RowParallelLinear):
     """Megatron-core's row-parallel linear layer, which returns a copy-free view of its bias.
 
-    The MLP returns its last bias, which the residual branch adds. Recomputing the MLP makes its results, in
-    place, results of an autograd operation. Done to the parameter itself, as in 0.16.1, each backward
-    pass then includes all previous microbatches' passes, and ends in a deadlock.
+    The MLP returns its last bias, which the residual branch adds. When the MLP is recomputed, Megatron-core
+    modifies its results in place, so that they become results of an autograd operation. If one of them is
+    the parameter itself, as in 0.16.1, each backward pass includes the passes of all previous microbatches,
+    and ends in a deadlock.
     """
 
     def forward(self, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -134,7 +136,7 @@ def build_layer_spec(config: RunConfig) -> ModuleSpec:
     """Build the spec of one transformer layer with the run's attention variant.
 
     Raises:
-        FieldError: the attention's backend or kernel cannot run on this machine.
+        FieldError: The attention's backend or kernel cannot run on this machine.
     """
     return ModuleSpec(
         module=TransformerLayer,

@@ -51,7 +51,7 @@ class SpecifiedLayer(TransformerLayer):
         """Run the parent's forward pass.
 
         Raises:
-            FieldError: the model's rotary embedding has a different width than the attention's config.
+            FieldError: The model's rotary embedding has a different width than the attention's config.
         """
         if rotary_pos_emb is not None and self.attention.uses_model_rotary:
             width, model_width = self.attention.rotary_width, rotary_pos_emb.shape[-1]

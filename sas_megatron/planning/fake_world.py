@@ -77,7 +77,7 @@ def fake_world(config: ParallelConfig, *, rank: int, world_size: int) -> Iterato
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         with (
-            _replace_attributes(_stand_ins()),
+            _replace_attributes(_replacements()),
             joined_groups(config, device=torch.device("cpu"), seed=1) as topology,
             FakeTensorMode(allow_non_fake_inputs=True),
             _FakeResults(),
@@ -88,7 +88,7 @@ def fake_world(config: ParallelConfig, *, rank: int, world_size: int) -> Iterato
         dist.destroy_process_group()
 
 
-def _stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
+def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
     """Return the functions that need real tensors or peers: (module, attribute name, replacement)."""
     new_group, get_rng_state = dist.new_group, torch.get_rng_state
 
@@ -130,10 +130,10 @@ def _check_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def _replace_attributes(stand_ins: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
-    originals = [(module, name, getattr(module, name)) for module, name, _ in stand_ins]
-    for module, name, stand_in in stand_ins:
-        setattr(module, name, stand_in)
+def _replace_attributes(replacements: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
+    for module, name, replacement in replacements:
+        setattr(module, name, replacement)
     try:
         yield
     finally:

@@ -38,7 +38,7 @@ from sas_megatron.platform.device import prepare_device
 SHALLOW_LAYERS = (1, 2)
 # The search stops after this many families that fit, since the rough cost can be a loose bound.
 MAX_FITTING_FAMILIES = 16
-# A micro batch is large enough if its rough cost is within this factor of the least of its family.
+# A micro batch size is tried if its rough cost is within this factor of the lowest cost in its family.
 LARGE_ENOUGH_FACTOR = 1.02
 # Differences in a term below this share of the step time are not reported.
 NEGLIGIBLE_SHARE = 1e-4
@@ -171,7 +171,7 @@ def _estimate_families(
     with concurrent.futures.ProcessPoolExecutor(
         num_workers,
         multiprocessing.get_context("spawn"),
-        # It must run before Megatron-core is imported, so that the stand-in for CUDA on CPU is installed.
+        # Megatron-core may be imported only after the CPU replacements for CUDA calls are installed.
         initializer=prepare_device,
     ) as pool:
         while num_estimated < len(families) and num_fitting < MAX_FITTING_FAMILIES:

@@ -21,7 +21,10 @@ MEASURED_SECONDS = 0.4
 
 
 def measure_this_machine(*, num_processes: int) -> Hardware:
-    """Measure what each of `num_processes` busy processes gets of this machine, in about ten seconds."""
+    """Measure the speed of each of `num_processes` processes that use this machine at the same time.
+
+    The measurement takes about ten seconds.
+    """
     by_rank = run_on_ranks(measure_rank, world_size=num_processes)
     return build_hardware(by_rank, num_processes=num_processes)
 
@@ -125,7 +128,7 @@ def _attention_rate() -> float:
 
 
 def _memory_rate() -> float:
-    # Larger than the processor's caches, and with a newly allocated result, like most operations of a model.
+    # Operands exceed the processor's caches, and the result is newly allocated, as in most model operations.
     source = torch.randn(2**22)
     return 2 * source.numel() * 4 / _seconds(lambda: source + 1.0)
 

@@ -89,7 +89,7 @@ class RankReport:
 def estimate_rank(config: RunConfig, *, rank: int, world_size: int) -> RankReport:
     """Build the real model and run its training step as `rank` of `world_size`, on tensors without storage.
 
-    `fake_world` states what the process must satisfy.
+    `fake_world` states the requirements on the process.
 
     Raises:
         UserError: The layout does not fit the world size.

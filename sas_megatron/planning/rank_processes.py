@@ -14,7 +14,7 @@ from typing import Any
 
 
 def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int, threads: int = 1) -> list[Any]:
-    """Run `function(*args)` in `world_size` new processes, each on a device of its own.
+    """Run `function(*args)` in `world_size` new processes, each on a separate device.
 
     Args:
         function: A function that can be imported by name.
@@ -100,7 +100,7 @@ def _work(rendezvous: tuple[int, int, str], pipe: Connection) -> None:
     rank, world_size, path = rendezvous
     try:
         # This must run before the function is received: its module may import Megatron-core, which must find
-        # the stand-in for CUDA on CPU.
+        # the CPU replacement for CUDA calls.
         device = prepare_device()
         function, args = pipe.recv()
         dist.init_process_group(

@@ -1,1 +1,1 @@
-"""Device, process-group backend, launcher variables, and the CPU stand-in for Megatron-core's CUDA calls."""
+"""Device, process-group backend, launcher variables, and CPU replacements for CUDA calls of Megatron-core."""

@@ -1,4 +1,4 @@
-"""A CPU stand-in for the CUDA calls of Megatron-core, so that it trains on CPU with gloo.
+"""CPU replacements for the CUDA calls of Megatron-core, so that it trains on CPU with gloo.
 
 Megatron-core calls `torch.cuda` for the current device, streams, events, profiler ranges and random states,
 and its code contains `device="cuda"` and `'torch.cuda.FloatTensor'`. `install()` replaces those calls with
@@ -64,7 +64,7 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
-def _stand_ins() -> dict[str, Any]:
+def _replacements() -> dict[str, Any]:
     """Return the replacements for attributes of `torch.cuda`, by name.
 
     Each is a separate object: torch's compiler keeps a table of these functions and rejects one with two
@@ -105,10 +105,10 @@ def _import_megatron_uncompiled() -> None:
 
 
 def install() -> bool:
-    """Install the stand-in unless CUDA is available; call it before importing megatron.core.
+    """Install the replacements unless CUDA is available; call it before importing megatron.core.
 
     Returns:
-        Whether the stand-in is installed; False on a machine with CUDA, where nothing is changed.
+        Whether the replacements are installed; False on a machine with CUDA, where nothing is changed.
     """
     global _installed
     if torch.cuda.is_available():
@@ -116,8 +116,8 @@ def install() -> bool:
     if _installed:
         return True
     _import_megatron_uncompiled()
-    for name, stand_in in _stand_ins().items():
-        setattr(torch.cuda, name, stand_in)
+    for name, replacement in _replacements().items():
+        setattr(torch.cuda, name, replacement)
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, lambda *_args: None)
     _CudaToCpu().__enter__()

@@ -1,4 +1,4 @@
-"""The device of this process, and the process-group backend that goes with it."""
+"""The device of this process, and its process-group backend."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sas_megatron.platform.transformer_engine_fallbacks import install_fused_rop
 
 
 def prepare_device() -> torch.device:
-    """Select the device of this process and prepare Megatron-core for it; call it before importing that.
+    """Select the device of this process and prepare Megatron-core for it, before Megatron-core is imported.
 
     Returns:
-        The CUDA device with number LOCAL_RANK, or the CPU (with the stand-in installed) if torch finds no
+        The CUDA device with number LOCAL_RANK, or the CPU (with `platform.cpu` installed) if torch finds no
         CUDA device.
 
     Raises:
@@ -53,7 +53,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process: allocated memory on a GPU, resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage, whose peak starts at the memory of the parent when it started this process.
+    # getrusage is not used, because its peak includes the memory of the parent process at the fork.
     return read_memory_bytes("/proc/self/status", "VmHWM")
 
 

@@ -1,8 +1,8 @@
 """The environment variables of launchers: rank, world size and rendezvous address. Imports no torch.
 
 torchrun, deepspeed   set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torch reads
-plain srun            sets SLURM_*, from which `set_rank_from_slurm` derives those
-a single process      has none of them: a world of one rank
+plain srun            sets SLURM_*, from which `set_rank_from_slurm` derives these variables
+a single process      has none of these variables; it is a world of one rank
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _read_positive_integer(name: str, default: str, *, maximum: int) -> int:
 
 
 def is_rank0() -> bool:
-    """Return whether this process is rank 0; a single process is."""
+    """Return whether this process is rank 0, as a single process always is."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -80,7 +80,7 @@ def check_rendezvous_address() -> None:
     JOIN_SECONDS. Without NODE_RANK only the address is resolved.
 
     Raises:
-        FieldError: the address or the port cannot be used.
+        FieldError: The address or the port cannot be used.
     """
     if "MASTER_ADDR" not in os.environ or "RANK" in os.environ:
         return
@@ -110,7 +110,7 @@ def resolve_address(address: str) -> str:
     """Return the IP address of a host.
 
     Raises:
-        FieldError: this host cannot resolve it.
+        FieldError: This host cannot resolve it.
     """
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
@@ -128,10 +128,10 @@ def check_port_is_free(port: int) -> None:
     """Check that this host can listen on `port`.
 
     Raises:
-        FieldError: it cannot, usually because another process listens there.
+        FieldError: It cannot, usually because another process listens there.
     """
     with socket.socket() as probe:
-        # As torch's store does: connections of an ended run in TIME_WAIT do not block the port.
+        # torch's store sets the same option: connections of an ended run in TIME_WAIT do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -148,7 +148,7 @@ def wait_for_listener(address: str, port: int, *, seconds: float) -> None:
     """Wait until a process listens on `port` of `address`.
 
     Raises:
-        FieldError: none does within `seconds`.
+        FieldError: None does within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while True:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def describe_processor() -> dict[str, object]:
-    """Return the model name of the processor (None where the system does not state it) and their number."""
+    """Return the model name of the processor, None if the system does not state it, and their number."""
     names = []
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

@@ -84,7 +84,7 @@ def run_preflight_checks(run_directory: Path, config: RunConfig | None) -> Prefl
 
 
 def _check_node(run_directory: Path, config: RunConfig | None, world_size: int) -> Iterator[Finding]:
-    # Before torch is imported, which opens many files and takes seconds.
+    # This precedes the import of torch, which opens many files and takes seconds.
     yield check_open_files(world_size=world_size)
     yield from check_rendezvous(os.environ)
     yield check_host_name(os.environ)

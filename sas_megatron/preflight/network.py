@@ -49,9 +49,11 @@ def check_interfaces(environment: Mapping[str, str]) -> Iterator[Finding]:
         if not value or value.startswith("^"):
             continue  # NCCL excludes the interfaces after ^
         exact = value.startswith("=") or variable == "GLOO_SOCKET_IFNAME"
-        wanted = value.removeprefix("=").split(",")
+        patterns = value.removeprefix("=").split(",")
         if not any(
-            name == want or (not exact and name.startswith(want)) for name in present for want in wanted
+            name == pattern or (not exact and name.startswith(pattern))
+            for name in present
+            for pattern in patterns
         ):
             yield failure(
                 "interfaces",

@@ -22,7 +22,7 @@ MIB, GIB = 2**20, 2**30
 # rank, 115 with two, 129 with four.
 FILES_PER_RANK, FILES_PER_PEER = 110, 8
 RECOMMENDED_FILES = 1024
-# For NCCL's buffers between two GPUs of a node. The default of Docker is 64 MiB.
+# NCCL's buffers between two GPUs of a node need this size. The default of Docker is 64 MiB.
 NCCL_SHARED_MEMORY_BYTES = 256 * MIB
 PROBE_BYTES = 32 * MIB
 SLOW_DISK_BYTES_PER_SECOND = 20 * MIB

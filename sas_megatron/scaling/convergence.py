@@ -103,7 +103,7 @@ def find_saving(reference: LossCurve, candidate: LossCurve) -> ConvergenceSaving
 
 
 def find_first_step(curve: LossCurve, loss: float) -> float | None:
-    """Return the first step at which the curve is at most `loss`; None if it never is."""
+    """Return the first step at which the curve is at most `loss`; None if there is no such step."""
     if curve.losses[0] <= loss:
         return float(curve.steps[0])
     points = zip(curve.steps, curve.losses, strict=True)

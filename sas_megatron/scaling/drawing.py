@@ -65,7 +65,7 @@ def render(draw: Callable[[Figure], None], *, size: tuple[float, float], file_fo
             no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
         else:
-            # Without the version of matplotlib, so that the output is deterministic.
+            # The version of matplotlib is left out, so that the output is deterministic.
             metadata = {"Software": None}
             figure.savefig(buffer, format=file_format, dpi=200, facecolor="white", metadata=metadata)
     return buffer.getvalue()

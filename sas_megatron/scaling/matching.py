@@ -139,7 +139,7 @@ class _Search:
         self.base, self.variant, self.axis, self.fields = base, variant, axis, fields
         self.degrees, self.tolerance = degrees, tolerance
         self.target = counted_costs(base)
-        # For the error message: the nearest choice, and the error of the last invalid one.
+        # The error message names the nearest choice and the error of the last invalid one.
         self.nearest: Match | None = None
         self.last_error: UserError | None = None
 
@@ -291,5 +291,6 @@ def _value(config: RunConfig, name: str) -> Any:
 
 
 def _with_width(config: RunConfig, width: int) -> RunConfig:
-    # Not validated again: the only rule across sections is divisibility by parallel.tensor.
+    # Validation is not repeated. The only rule across sections is divisibility by parallel.tensor, which
+    # the width satisfies.
     return config.model_copy(update={"model": config.model.model_copy(update={"ffn_hidden_size": width})})

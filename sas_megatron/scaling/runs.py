@@ -139,13 +139,13 @@ def load_run(directory: str | Path) -> Run:
         FileProblem: The directory or a file is missing or invalid, or the run has not finished.
     """
     directory = Path(directory)
-    wrong_place = "give a run directory that `sas-megatron train` wrote"
+    remedy = "give a run directory that `sas-megatron train` wrote"
     if not directory.is_dir():
-        raise FileProblem(directory, "is not a directory", wrong_place)
+        raise FileProblem(directory, "is not a directory", remedy)
     summary_path = directory / "summary.json"
     for name in ("config.yaml", "run.json", "metrics.jsonl"):
         if not (directory / name).is_file():
-            raise FileProblem(directory / name, "is missing", wrong_place)
+            raise FileProblem(directory / name, "is missing", remedy)
     unfinished = "resume it with checkpoint.resume=true, or leave this run out"
     if not summary_path.is_file():
         raise FileProblem(summary_path, "is missing, so the run has not finished", unfinished)
@@ -300,5 +300,5 @@ def _check_order(path: Path, curve: Sequence[CurvePoint]) -> None:
 
 def _describe(error: ValidationError) -> str:
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    return f"{place + ': ' if place else ''}{problem['msg'][0].lower()}{problem['msg'][1:]}"
+    location = ".".join(str(part) for part in problem["loc"])
+    return f"{location + ': ' if location else ''}{problem['msg'][0].lower()}{problem['msg'][1:]}"

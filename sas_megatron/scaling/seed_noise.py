@@ -70,7 +70,7 @@ class MeanDifference:
     seeds_needed: int | None
 
 
-# For each budget of one size: losses or differences by seed.
+# One mapping for each budget of a size: seed -> loss or difference.
 LossesByBudget = Sequence[Mapping[int, float]]
 
 

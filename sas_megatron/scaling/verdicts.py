@@ -275,13 +275,13 @@ def _phrase(verdict: Verdict) -> str:
     side = "lower" if mean.difference < 0 else "higher"
     size = f"the loss of {candidate} is {side} by {format_loss(abs(mean.difference))}"
     count = len(verdict.cells)
-    places = f"{count} {'size and budget' if count == 1 else 'sizes and budgets'}"
+    scope = f"{count} {'size and budget' if count == 1 else 'sizes and budgets'}"
     if mean.interval is None:
         return (
-            f"inconclusive: {size} in {places}, but the variation between seeds is unknown; train at least "
+            f"inconclusive: {size} in {scope}, but the variation between seeds is unknown; train at least "
             "two seeds of one size."
         )
-    measured = f"{size} (95 % interval {format_interval(mean.interval, format_difference)}, {places})"
+    measured = f"{size} (95 % interval {format_interval(mean.interval, format_difference)}, {scope})"
     if verdict.result != "inconclusive":
         return f"{candidate} {verdict.result}: {measured}."
     if mean.p_value is not None and mean.p_value < 1 - LEVEL:

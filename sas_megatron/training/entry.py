@@ -55,7 +55,7 @@ def train(config: RunConfig, *, find_peak_flops: PeakLookup = lambda _gpu, _dtyp
     with StopRequest(after_seconds=config.training.stop_after_seconds) as stop:
         from sas_megatron.platform.device import prepare_device
 
-        # Before Megatron-core is imported: on a CPU it needs the stand-in for CUDA.
+        # This precedes the import of Megatron-core, which on a CPU needs the replacements for CUDA calls.
         device = prepare_device()
 
         import torch

@@ -21,7 +21,8 @@ Quantity = Literal["loss", "gradient_norm"]
 
 # 1/Φ⁻¹(3/4): the ratio of standard deviation to median absolute deviation in a normal distribution.
 TO_STANDARD_DEVIATION = 1.4826
-# As a share of the median. Without it, any change of a nearly constant series would be a spike.
+# Lower limit of the deviation, as a share of the median. Without it, any change of a nearly constant series
+# would be a spike.
 SMALLEST_DEVIATION = 0.01
 
 

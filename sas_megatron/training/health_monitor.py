@@ -37,7 +37,7 @@ class HealthMonitor:
 
     Args:
         config: The run.
-        topology: This rank's place in the run.
+        topology: This rank's position in the run.
         history: The history in the run's progress, which this monitor updates.
         recorder: Writes log lines and health records.
     """
@@ -107,10 +107,10 @@ class HealthMonitor:
         if interval is None or step % interval or (profiled and profiled[0] <= step <= profiled[1]):
             yield
             return
-        timer, began = ComputeTimer(self.topology.device), time.perf_counter()
+        timer, start_time = ComputeTimer(self.topology.device), time.perf_counter()
         with timer.measure():
             yield
-        self._step_seconds += time.perf_counter() - began
+        self._step_seconds += time.perf_counter() - start_time
         by_rank = gather_from_ranks((timer.seconds, self.topology.pipeline_rank))
         seconds = [seconds for seconds, _ in by_rank]
         self._record_compute_time(seconds, [stage for _, stage in by_rank], step)

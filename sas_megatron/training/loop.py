@@ -44,7 +44,7 @@ class Run:
 
     Args:
         config: The run.
-        topology: This rank's place in the run, with its process groups.
+        topology: This rank's position in the run, with its process groups.
         stop: Requests to stop; without it, only `training.stop_after_seconds` can request one.
         peak_flops: Peak FLOP/s of one rank's device, for the logged MFU; None if unknown.
     """
@@ -129,7 +129,7 @@ class Run:
         """Run one optimizer step, check and count it, and record it if it is due."""
         num_samples = self.config.training.global_batch_size
         self._synchronize()
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         with self._counted_communication():
             result = train_step(
                 self.engine,
@@ -140,7 +140,7 @@ class Run:
                 stop_requested=lambda: self.stop.reason is not None,
             )
         self._synchronize()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start_time
         self.last_step = result
         self.health.count_step(result, self.progress.step + 1)
         self.progress.count_step(num_samples, seconds)

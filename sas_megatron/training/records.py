@@ -87,7 +87,7 @@ class Recorder:
 
     Args:
         config: The run.
-        topology: This rank's place in the run.
+        topology: This rank's position in the run.
         peak_flops: Peak FLOP/s of one rank's device; None if unknown, and no MFU is logged then.
     """
 

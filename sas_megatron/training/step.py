@@ -112,7 +112,7 @@ def _reduce_over_ranks(
     totals = torch.zeros(4, dtype=torch.float64, device=topology.device)
     for report in reports:
         totals[:2] += report["loss"]  # summed loss, number of tokens
-    # The norm is the same float32 number on every rank, so that its mean in float64 is exact.
+    # The norm is the same float32 number on every rank, so its mean in float64 is exact.
     totals[2] = gradient_norm
     totals[3] = stop_requested
     topology.sum_over_all_ranks(totals)

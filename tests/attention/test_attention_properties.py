@@ -20,12 +20,12 @@ VARIANTS: dict[str, small.Attention] = {
     "gqa": small.GQA,
     "mqa": small.MQA,
     "mla": {**small.MLA, "head_dim": 5, "rotary_head_dim": 6, "value_head_dim": 7},
-    "mla uncompressed queries": {**small.MLA_WHOLE_QUERIES, "kv_lora_rank": 7},
+    "mla uncompressed queries": {**small.MLA_UNCOMPRESSED_QUERIES, "kv_lora_rank": 7},
     "sas": {**small.SAS, "kernel_size": 5},
     "sas grouped": {**small.SAS_GROUPED, "head_expansion": 2},
     "mfa": small.MFA,
     "tpa": small.TPA,
-    "tpa kv": {**small.TPA_WHOLE_QUERIES, "value_rank": 3},
+    "tpa kv": {**small.TPA_UNFACTORED_QUERIES, "value_rank": 3},
 }
 
 

@@ -29,16 +29,16 @@ CASES = {
     **{f"{name} C=4": (fields, 1, 4, False) for name, fields in VARIANTS.items()},
     **{f"{name} P=2 C=2": (fields, 2, 2, False) for name, fields in VARIANTS.items()},
     **{f"{name} P=2 C=2 sequence": (fields, 2, 2, True) for name, fields in VARIANTS.items()},
-    # Too few keys to shard blocks, or to shard at all: sharded in their order, and copied.
+    # There are too few keys to shard the blocks, or to shard at all: keys are sharded in order, or copied.
     "sas multi-query C=2": ({**VARIANTS["sas"], "num_kv_heads": 1, "head_expansion": 2}, 1, 2, False),
     "sas multi-query C=4": ({**VARIANTS["sas"], "num_kv_heads": 1, "head_expansion": 2}, 1, 4, False),
     # Two base heads on four ranks: there are enough simulated heads.
     "sas C=4 > N": (SAS_OVER_HEADS, 1, 4, False),
 }
 
-# By default, each variant runs on two tensor ranks with or without sequence parallelism, and one variant of
-# each way to shard heads on four context ranks.
-LEFT_TO_ALL = (
+# Cases that run only with `--all`. The default run has each variant on two tensor ranks, with or without
+# sequence parallelism, and each way to shard heads on four context ranks with one variant.
+CASES_OF_ALL = (
     "mha P=2 C=2",
     "gqa P=2 C=2 sequence",
     "mqa P=2 C=2",
@@ -53,7 +53,7 @@ LEFT_TO_ALL = (
 
 
 # Ordered by layout, so that process groups are created once per layout.
-@pytest.mark.parametrize("name", cases(CASES, default=CASES.keys() - set(LEFT_TO_ALL)))
+@pytest.mark.parametrize("name", cases(CASES, default=CASES.keys() - set(CASES_OF_ALL)))
 def test_context_ranks_compute_the_definition(ranks: Any, name: str) -> None:
     fields, tensor, context, sequence = CASES[name]
     case = LayerCase.of(sequence_parallel=sequence, **fields)

@@ -124,5 +124,5 @@ def test_cudnn_supports_values_narrower_than_keys(length: int) -> None:
         context = backend.attend(*leaves)[..., :16]
         outer = drawn("gradient", context.shape, torch.bfloat16).to("cuda", dtype)
         results.append([context, *torch.autograd.grad(context, leaves, outer)])
-    for what, mine, theirs in zip(("context", *shapes), *results, strict=True):
-        assert_near(mine, theirs, torch.bfloat16, what)
+    for name, mine, theirs in zip(("context", *shapes), *results, strict=True):
+        assert_near(mine, theirs, torch.bfloat16, name)

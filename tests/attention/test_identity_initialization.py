@@ -89,10 +89,10 @@ def both_layers(num_kv_heads: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 def test_identity_equals_megatrons_self_attention_forward_and_backward(ranks: Any, num_kv_heads: int) -> None:
     [(ours, theirs)] = ranks(1).run(both_layers, num_kv_heads)
-    for what, mine, expected in zip(
+    for name, mine, expected in zip(
         ("output", "input gradient", "qkv gradient", "projection gradient"), ours, theirs, strict=True
     ):
-        assert_near(mine, expected, torch.float64, what)
+        assert_near(mine, expected, torch.float64, name)
 
 
 def trained_layer() -> dict[str, torch.Tensor]:

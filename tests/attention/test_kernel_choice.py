@@ -53,17 +53,19 @@ def test_shipped_configs_fit_in_shared_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "what"),
+    ("fields", "kernel"),
     [
         ({"num_heads": 64, "head_expansion": 3}, "head simulation"),
         ({"head_dim": 256, "simulated_head_dim": 256}, "feature simulation"),
     ],
 )
-def test_sizes_that_exceed_shared_memory_run_in_torch(fields: dict[str, Any], what: str) -> None:
+def test_sizes_that_exceed_shared_memory_run_in_torch(fields: dict[str, Any], kernel: str) -> None:
     reason = find_unfused_reason(sas(**fields), device="gpu", element_bytes=2)
     assert reason is not None
-    assert re.fullmatch(f"the fused {what} needs \\d+ KiB of shared memory, of which there are 227", reason)
-    with pytest.raises(FieldError, match=f"^attention.kernel=fused: cannot run here, since the fused {what}"):
+    assert re.fullmatch(f"the fused {kernel} needs \\d+ KiB of shared memory, of which there are 227", reason)
+    with pytest.raises(
+        FieldError, match=f"^attention.kernel=fused: cannot run here, since the fused {kernel}"
+    ):
         check_kernel(sas(kernel="fused", **fields))
 
 

@@ -20,7 +20,8 @@ def sas(**fields: Any) -> dict[str, Any]:
     return {"kind": "sas", "head_dim": 6, "head_expansion": 2, "simulated_head_dim": 10, **fields}
 
 
-# Each option of the operator at least once, with N = 4, 6 and 12, and grouped and multi-query heads.
+# The cases contain each option of the operator at least once, with N = 4, 6 and 12, and grouped
+# and multi-query heads.
 OPERATORS: dict[str, dict[str, Any]] = {
     "plain": sas(num_heads=4),
     "wide kernel": sas(num_heads=4, kernel_size=5),
@@ -51,7 +52,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
 }
 
 # Layouts of the default run: tensor ranks, exchange, sequence parallelism. The three ways to shard key and
-# value heads run in every layout; the other options in the layouts that they interact with.
+# value heads run in every layout. The other options run in the layouts that they interact with.
 EVERY_LAYOUT = tuple(itertools.product((2, 4), BOTH, (False, True)))
 DEFAULT_LAYOUTS: dict[str, tuple[tuple[int, str, bool], ...]] = {
     "plain": EVERY_LAYOUT,
@@ -209,7 +210,7 @@ def _of_length(length: int, case: LayerCase, tensor: int) -> Any:
         layer_case.LENGTH = kept
 
 
-# With three sequences: uneven numbers of tokens, and three tokens for four ranks.
+# With three sequences, length 7 gives uneven numbers of tokens, and length 1 three tokens for four ranks.
 @pytest.mark.parametrize("length", [7, 1])
 def test_tokens_need_not_divide_by_the_ranks(
     ranks: Any, monkeypatch: pytest.MonkeyPatch, length: int

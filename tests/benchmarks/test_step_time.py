@@ -35,13 +35,13 @@ def test_a_deeper_model_is_measured_as_slower_on_two_ranks() -> None:
 STEP_SECONDS = (1.0, 7.0, 3.0, 2.0)
 
 
-def seconds_by_a_made_up_clock(configs: list[RunConfig]) -> list[list[float]]:
+def measure_with_fake_clock(configs: list[RunConfig]) -> list[list[float]]:
     """Return the rounds on a rank, with engines that advance a clock by known seconds."""
     from sas_megatron.training import build
 
     clock = SimpleNamespace(now=0.0)
 
-    class MadeUpEngine:
+    class FakeEngine:
         """An engine that takes a quarter of a step for the microbatches, and the rest for the update."""
 
         def __init__(self, config: RunConfig) -> None:
@@ -62,13 +62,13 @@ def seconds_by_a_made_up_clock(configs: list[RunConfig]) -> list[list[float]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_time, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-        patch.setattr(build, "build_engine", MadeUpEngine)
+        patch.setattr(build, "build_engine", FakeEngine)
         return step_time.time_rounds(configs, 2, in_layout(ParallelConfig()))
 
 
 def test_the_time_of_a_config_is_the_median_step_after_the_first(ranks: Any) -> None:
     shallow, deep = small_config(), small_config(model={"num_layers": 3})
-    (rounds,) = ranks(1).run(seconds_by_a_made_up_clock, [shallow, deep])
+    (rounds,) = ranks(1).run(measure_with_fake_clock, [shallow, deep])
     assert rounds == [[pytest.approx(3.0), pytest.approx(30.0)]] * 2
 
 

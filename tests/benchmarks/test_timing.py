@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sas_megatron.benchmarks import timing
-from sas_megatron.benchmarks.timing import WARM_UP_ROUNDS, median_ratio, time_in_turn
+from sas_megatron.benchmarks.timing import WARM_UP_ROUNDS, median_ratio, time_alternately
 
 
 def test_rounds_alternate_and_warm_up_rounds_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +20,7 @@ def test_rounds_alternate_and_warm_up_rounds_are_not_counted(monkeypatch: pytest
 
     monkeypatch.setattr(timing, "time_by_wall_clock", clock)
     preparations = {name: lambda name=name: lambda: timed.append(name) for name in "ab"}
-    seconds = time_in_turn(preparations, device=torch.device("cpu"), rounds=3)
+    seconds = time_alternately(preparations, device=torch.device("cpu"), rounds=3)
     assert timed == ["a", "b"] * (WARM_UP_ROUNDS + 3)
     first = 2 * WARM_UP_ROUNDS + 1
     assert seconds == {"a": [first, first + 2, first + 4], "b": [first + 1, first + 3, first + 5]}

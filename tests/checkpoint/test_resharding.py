@@ -66,7 +66,7 @@ def test_tensor_ranks_save_all_weights_of_every_attention(
         assert torch.equal(part.tensor, expected[name]), f"{name} on one rank"
 
 
-# One layer per model chunk of a pipeline with two interleaved stages.
+# A pipeline of two interleaved stages then has one layer per model chunk.
 FOUR_LAYERS = {"num_layers": 4}
 ALL = Layout(8, {"tensor": 2, "sequence": True, "pipeline": 2, **OVERLAP}, SHARDED)
 OTHERS = {
@@ -129,7 +129,8 @@ def test_eight_ranks_resume_from_one(ranks: Any, uninterrupted: Any, tmp_path: P
 def test_tied_embeddings_are_saved_once_and_loaded_on_both_stages(
     ranks: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
-    # So large that it is sharded over the data ranks. Both stages must shard it identically.
+    # The vocabulary is large enough that the table is sharded over the data ranks. Both stages must
+    # shard it identically.
     model = {**TIED, "vocab_size": 597}
     uneven = {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3}
     tied = Layout(4, uneven, SHARDED, model=model)

@@ -135,7 +135,7 @@ def save_on_a_full_disk(config: RunConfig, folder: Path, full_on: int, num_bytes
             for full in ((0, 20_000), (1, 20_000), (0, 200), (1, 0))
             for asynchronous in (False, True)
         ],
-        # On each rank and for both kinds of saves: in the tensors, and in the first file.
+        # The disk becomes full on each rank, for both kinds of saves, in the tensors or in the first file.
         default=[(0, 20_000, False), (1, 20_000, True), (0, 200, True), (1, 0, False)],
     ),
 )

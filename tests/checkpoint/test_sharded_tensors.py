@@ -1,4 +1,4 @@
-"""Blocks of a run of elements contain each element of the run once, at its position in the tensor."""
+"""The blocks of a range of elements contain each element of the range once, at its position in the tensor."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ ATTENTIONS: dict[str, small.Attention] = {
     "gqa-partly-rotary": {**small.GQA, "rotary_dim": 4},
     "mqa": small.MQA,
     "mla": {**small.MLA, "value_head_dim": 5},
-    "mla-whole-queries": small.MLA_WHOLE_QUERIES,
+    "mla-whole-queries": small.MLA_UNCOMPRESSED_QUERIES,
     "mfa": small.MFA,
     "tpa": {**small.TPA, "initialization": "normal"},
-    "tpa-kv": small.TPA_WHOLE_QUERIES,
+    "tpa-kv": small.TPA_UNFACTORED_QUERIES,
     "sas": small.SAS,
     "sas-grouped": {
         **small.SAS_GROUPED,

@@ -17,9 +17,9 @@ def environment_with(**variables: str) -> dict[str, str]:
 
 def processes_with(**variables: str) -> list[int]:
     """Return the processes that have these variables in their environment."""
-    wanted = {f"{name}={value}" for name, value in variables.items()}
+    required = {f"{name}={value}" for name, value in variables.items()}
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [pid for pid in pids if wanted <= _environment(pid)]
+    return [pid for pid in pids if required <= _environment(pid)]
 
 
 def _environment(pid: int) -> set[str]:

@@ -85,10 +85,10 @@ def test_a_run_continues_when_a_node_leaves_and_returns(
     undisturbed = config_of(small_data, tmp_path / "undisturbed", stop_after_steps=last)
     ranks(2).run(complete, undisturbed)
     assert steps(run_directory) == list(range(1, last + 1)), "each step once"
-    (_, left_at), (_, returned_at) = sessions(run_directory)[1:]
-    assert 0 < left_at < returned_at < last
+    (_, step_of_leaving), (_, step_of_return) = sessions(run_directory)[1:]
+    assert 0 < step_of_leaving < step_of_return < last
     for actual, expected in zip(records(elastic), records(undisturbed), strict=True):
         assert actual["consumed_samples"] == expected["consumed_samples"]
-        if actual["step"] <= left_at:
+        if actual["step"] <= step_of_leaving:
             assert actual["train_loss"] == expected["train_loss"], "the layout is the same until then"
         assert actual["train_loss"] == pytest.approx(expected["train_loss"], abs=LOSS_AFTER_FIVE_STEPS)

@@ -86,10 +86,10 @@ def test_invalid_cluster_variables_are_reported(script: str, variables: dict[str
 
 
 def test_deepspeed_on_one_node_names_a_taken_port_before_it_starts_processes(config_file: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
         done = shell("launch/deepspeed.sh", "2", str(config_file), MASTER_PORT=port)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert f"error: MASTER_PORT={port}: is not available on " in done.stderr

@@ -53,9 +53,9 @@ def hosts() -> Iterator[dict[str, str]]:
 
 
 def start_two(nodes: Nodes, script: str, *arguments: str, **environment: str) -> None:
-    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **PATIENT}
+    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **PATIENT}
     for rank in ("0", "1"):
-        nodes.start(script, "1", *arguments, **{**place, "NODE_RANK": rank, **environment})
+        nodes.start(script, "1", *arguments, **{**variables, "NODE_RANK": rank, **environment})
 
 
 @pytest.mark.exhaustive
@@ -140,11 +140,11 @@ def test_deepspeed_trains_on_two_hosts_over_ssh(
 # Errors at start-up: one rank reports them within a minute, and no process keeps running.
 
 
-def errors_in_time(nodes: Nodes, began: float) -> list[str]:
+def errors_in_time(nodes: Nodes, start_time: float) -> list[str]:
     """Wait until all nodes have failed within the time limit, and return their errors."""
     statuses = nodes.wait(SECONDS_TO_REPORT + MARGIN_SECONDS)
     assert all(statuses), nodes.output()
-    assert time.monotonic() - began < SECONDS_TO_REPORT + MARGIN_SECONDS
+    assert time.monotonic() - start_time < SECONDS_TO_REPORT + MARGIN_SECONDS
     assert not nodes.processes()
     return re.findall(r"^sas-megatron: error: (.*)$", nodes.output(), re.MULTILINE)
 
@@ -157,9 +157,9 @@ SCRIPTS = ["launch/torchrun.sh", "launch/deepspeed.sh"]
 def test_an_unknown_first_node_is_named(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, rank: str, script: str
 ) -> None:
-    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    start_time, config = time.monotonic(), str(write_config(small_data, tmp_path))
     nodes.start(script, "1", config, NNODES="2", NODE_RANK=rank, MASTER_ADDR="no-such-host.invalid")
-    (error,) = errors_in_time(nodes, began)
+    (error,) = errors_in_time(nodes, start_time)
     assert error.startswith(f"MASTER_ADDR=no-such-host.invalid: cannot be resolved on {HOST}")
     assert not (tmp_path / "run").exists()
 
@@ -168,23 +168,23 @@ def test_an_unknown_first_node_is_named(
 def test_a_first_node_that_does_not_answer_is_named(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str
 ) -> None:
-    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
-    place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    nodes.start(script, "1", config, **place, JOIN_SECONDS="2")
-    (error,) = errors_in_time(nodes, began)
-    assert f"accepted no connection from {HOST} on MASTER_PORT={place['MASTER_PORT']} within 2 s" in error
+    start_time, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes.start(script, "1", config, **variables, JOIN_SECONDS="2")
+    (error,) = errors_in_time(nodes, start_time)
+    assert f"accepted no connection from {HOST} on MASTER_PORT={variables['MASTER_PORT']} within 2 s" in error
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str) -> None:
-    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        nodes.start(script, "1", config, **place)
-        (error,) = errors_in_time(nodes, began)
+    start_time, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        nodes.start(script, "1", config, **variables)
+        (error,) = errors_in_time(nodes, start_time)
     assert error.startswith(f"MASTER_PORT={port}: is not available on {HOST} (Address already in use)")
 
 
@@ -193,14 +193,14 @@ def test_a_taken_port_is_named(nodes: Nodes, small_data: SmallData, tmp_path: Pa
 def test_a_first_node_without_others_ends_with_an_error(
     nodes: Nodes, small_data: SmallData, tmp_path: Path, script: str
 ) -> None:
-    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
-    place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    nodes.start(script, "1", config, **place, JOIN_SECONDS="3")
-    errors = errors_in_time(nodes, began)
+    start_time, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes.start(script, "1", config, **variables, JOIN_SECONDS="3")
+    errors = errors_in_time(nodes, start_time)
     assert "1/2 clients joined" in nodes.output()
     if script == "launch/deepspeed.sh":
         (error,) = errors
-        address = f"127.0.0.1:{place['MASTER_PORT']}"
+        address = f"127.0.0.1:{variables['MASTER_PORT']}"
         assert error.startswith(f"WORLD_SIZE=2: not all ranks connected to {address} within 3 s (")
     else:
         assert not errors, "torchrun reports it"
@@ -211,11 +211,11 @@ def test_a_first_node_without_others_ends_with_an_error(
 def test_hosts_do_not_wait_long_for_a_host_unknown_to_ssh(
     hosts: dict[str, str], nodes: Nodes, small_data: SmallData, tmp_path: Path
 ) -> None:
-    began, config = time.monotonic(), str(write_config(small_data, tmp_path))
+    start_time, config = time.monotonic(), str(write_config(small_data, tmp_path))
     (tmp_path / "hosts").write_text("node1 slots=1\nno-such-host.invalid slots=1\n")
-    place = {**over_ssh(hosts), "HOSTFILE": str(tmp_path / "hosts"), "JOIN_SECONDS": "5"}
-    nodes.start("launch/deepspeed.sh", config, **place)
-    assert not errors_in_time(nodes, began), "pdsh prefixes each line with the host"
+    variables = {**over_ssh(hosts), "HOSTFILE": str(tmp_path / "hosts"), "JOIN_SECONDS": "5"}
+    nodes.start("launch/deepspeed.sh", config, **variables)
+    assert not errors_in_time(nodes, start_time), "pdsh prefixes each line with the host"
     assert "Could not resolve hostname no-such-host.invalid" in nodes.output()
     assert nodes.output().count("sas-megatron: error: WORLD_SIZE=2: not all ranks connected to") == 1
 
@@ -266,10 +266,10 @@ def test_tasks_of_a_slurm_step_train_as_ranks(
 
 def test_a_slurm_step_that_cannot_start_reports_it(small_data: SmallData, tmp_path: Path) -> None:
     config = write_config(small_data, tmp_path)
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
         done = run_command("train", config, environment=task_of_step(0, MASTER_PORT=port))
     assert done.returncode == 2
     assert f"error: MASTER_PORT={port}: is not available on {HOST}" in done.stderr
@@ -287,13 +287,13 @@ def test_one_rank_reports_a_run_directory_that_nodes_do_not_share(
         pytest.skip("lacks root, which is needed to give a node its own file system")
     config, folder = write_config(small_data, tmp_path), tmp_path / "run"
     folder.mkdir()
-    place = {**os.environ, **TWO_RANKS, "MASTER_PORT": free_port()}
+    variables = {**os.environ, **TWO_RANKS, "MASTER_PORT": free_port()}
     ranks = [
-        ForkedCommand("train", config, environment={**place, "RANK": "0"}),
+        ForkedCommand("train", config, environment={**variables, "RANK": "0"}),
         ForkedCommand(
             *(folder, config),
             module="tests.end_to_end.training_on_own_file_system",
-            environment={**place, "RANK": "1"},
+            environment={**variables, "RANK": "1"},
         ),
     ]
     try:

@@ -82,11 +82,11 @@ def test_plain_srun_trains_with_one_rank_per_task(
 
 
 @pytest.fixture
-def taken_port() -> Iterator[str]:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        yield str(taken.getsockname()[1])
+def port_in_use() -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        yield str(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,17 @@ def taken_port() -> Iterator[str]:
         "a world size that does not fit",
         *(
             pytest.param(fault, marks=pytest.mark.exhaustive)
-            for fault in ("a taken port", "an unknown host", "an unreachable host")
+            for fault in ("a port in use", "an unknown host", "an unreachable host")
         ),
     ],
 )
 def test_plain_srun_reports_a_start_up_error_once_and_in_time(
-    slurm: SlurmCluster, small_data: SmallData, tmp_path: Path, taken_port: str, fault: str
+    slurm: SlurmCluster, small_data: SmallData, tmp_path: Path, port_in_use: str, fault: str
 ) -> None:
     # An address that is reserved for documentation (RFC 5737).
     unreachable = {"MASTER_ADDR": "192.0.2.1", "JOIN_SECONDS": "5"}
     variables, override, message = {
-        "a taken port": ({"MASTER_PORT": taken_port}, "", f"MASTER_PORT={taken_port}: is not available"),
+        "a port in use": ({"MASTER_PORT": port_in_use}, "", f"MASTER_PORT={port_in_use}: is not available"),
         "a world size that does not fit": ({}, "parallel.context=2", "world size=2: must be a multiple of 4"),
         "an unknown host": (
             {"MASTER_ADDR": "no-such.invalid"},
@@ -114,7 +114,7 @@ def test_plain_srun_reports_a_start_up_error_once_and_in_time(
         ),
         "an unreachable host": (unreachable, "", r"192\.0\.2\.1"),
     }[fault]
-    before, began = set(slurm.processes()), time.monotonic()
+    before, start_time = set(slurm.processes()), time.monotonic()
     slurm.call(
         *("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", f"--chdir={ROOT}", "--time=5"),
         *(f"--output={tmp_path}/output", str(VENV / "bin" / "sas-megatron"), "train"),
@@ -124,7 +124,7 @@ def test_plain_srun_reports_a_start_up_error_once_and_in_time(
         PYTHONPATH=str(ROOT),
         **variables,
     )
-    assert time.monotonic() - began < SECONDS_TO_REPORT + MARGIN_SECONDS
+    assert time.monotonic() - start_time < SECONDS_TO_REPORT + MARGIN_SECONDS
     output = (tmp_path / "output").read_text()
     (error,) = re.findall(r"^sas-megatron: error: (.*)$", output, re.MULTILINE)
     assert re.search(message, error), output

@@ -72,7 +72,7 @@ GREEDY: dict[str, tuple[small.Attention, int, dict[str, int]]] = {
 
 @pytest.mark.parametrize(
     "case",
-    # Each layout once. test_caching.py tests the cache of every attention.
+    # The default run has each layout once. test_caching.py tests the cache of every attention.
     cases(GREEDY, default=("mla", "sas, simulated cache, tensor 2", "sas, pipeline 2", "sas, data 2")),
 )
 def test_greedy_texts_agree_with_full_forward_passes(ranks: Any, small_data: SmallData, case: str) -> None:

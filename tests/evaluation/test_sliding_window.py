@@ -31,7 +31,7 @@ from tests.tolerances import RELATIVE_ERROR
 def windows_of(separate_process: Any) -> Any:
     """Return a function that runs `cut` in another process.
 
-    Importing Megatron-core here would require its stand-in for CUDA calls.
+    Importing Megatron-core here would require the CPU replacement for CUDA calls.
     """
     return lambda *arguments: separate_process(cut, *arguments)
 

@@ -93,12 +93,12 @@ def kept_bytes(config: RunConfig) -> dict[str, int]:
 def _measure_chunks(config: RunConfig) -> dict[str, int]:
     from sas_megatron.model.assembly import build_gpt_chunks
 
-    pieces = build_gpt_chunks(config)
+    chunks = build_gpt_chunks(config)
     microbatch = Microbatch.of(config)
-    meter = _meter_of(pieces, fused=_is_fused(config))
+    meter = _meter_of(chunks, fused=_is_fused(config))
     meter.ignore(*microbatch.tensors())
     with meter:
-        outputs = [microbatch.pass_through(config, piece) for piece in pieces]
+        outputs = [microbatch.pass_through(config, chunk) for chunk in chunks]
     kept = {name: size for name, size in meter.terms.items() if size}
     del outputs
     assert not meter.terms.total(), "tensors are saved after the result is released"
@@ -109,9 +109,9 @@ def _is_fused(config: RunConfig) -> bool:
     return getattr(config.attention, "kernel", "plain") == "fused"
 
 
-def _meter_of(pieces: list[Any], *, fused: bool) -> KeptMeter:
+def _meter_of(chunks: list[Any], *, fused: bool) -> KeptMeter:
     """Return a meter that ignores the tensors that model chunks hold themselves."""
-    meter = KeptMeter(TermTracer(*pieces))
+    meter = KeptMeter(TermTracer(*chunks))
 
     def ignore_angles(_module: Any, _inputs: Any, angles: torch.Tensor) -> None:
         # Computed once per model, like the fused kernels' table of cosines and sines.
@@ -121,10 +121,10 @@ def _meter_of(pieces: list[Any], *, fused: bool) -> KeptMeter:
 
             meter.ignore(build_rope_table(angles))
 
-    for piece in pieces:
-        meter.ignore(*piece.parameters())
-        if hasattr(piece, "rotary_pos_emb"):
-            piece.rotary_pos_emb.register_forward_hook(ignore_angles)
+    for chunk in chunks:
+        meter.ignore(*chunk.parameters())
+        if hasattr(chunk, "rotary_pos_emb"):
+            chunk.rotary_pos_emb.register_forward_hook(ignore_angles)
     return meter
 
 

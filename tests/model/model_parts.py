@@ -19,20 +19,20 @@ class WeightPart:
 
     tensor: torch.Tensor
     dim: int | None
-    num_pieces: int
+    num_matrices: int
 
 
 def weight_parts(
-    pieces: list[Any], value_of: Callable[[Any], torch.Tensor] = torch.detach
+    chunks: list[Any], value_of: Callable[[Any], torch.Tensor] = torch.detach
 ) -> dict[str, WeightPart]:
     """Return the parameters of a rank's model chunks by global name, or the results of `value_of`."""
     from sas_megatron.model.initialization import global_name
 
     parts = {}
-    for piece in pieces:
-        for name, parameter in piece.named_parameters():
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
             shared = getattr(parameter, "tensor_model_parallel", False)
-            parts[global_name(piece, name)] = WeightPart(
+            parts[global_name(chunk, name)] = WeightPart(
                 value_of(parameter).clone(),
                 parameter.partition_dim if shared else None,
                 parameter.partition_stride if shared else 1,
@@ -42,18 +42,18 @@ def weight_parts(
 
 def joined_weights(by_rank: list[dict[str, WeightPart]]) -> dict[str, torch.Tensor]:
     """Return full parameters from the tensor ranks' shards; replicas must be bit-identical."""
-    whole = {}
+    full = {}
     for name, first in by_rank[0].items():
         parts = [parts[name].tensor for parts in by_rank]
         if first.dim is None:
             for rank, part in enumerate(parts):
                 assert torch.equal(part, parts[0]), f"{name} differs between rank 0 and rank {rank}"
-            whole[name] = parts[0]
+            full[name] = parts[0]
             continue
         # Each rank holds a shard of every matrix, such as the MLP's gate and up projections.
-        pieces = zip(*(part.chunk(first.num_pieces, dim=first.dim) for part in parts), strict=True)
-        whole[name] = torch.cat([torch.cat(shares, dim=first.dim) for shares in pieces], dim=first.dim)
-    return whole
+        matrices = zip(*(part.chunk(first.num_matrices, dim=first.dim) for part in parts), strict=True)
+        full[name] = torch.cat([torch.cat(shares, dim=first.dim) for shares in matrices], dim=first.dim)
+    return full
 
 
 def initial_weights(config: RunConfig) -> dict[str, WeightPart]:
@@ -75,13 +75,13 @@ def logits_part(config: RunConfig) -> torch.Tensor | None:
     from sas_megatron.model.assembly import build_gpt_chunks
 
     in_layout(config.parallel)
-    pieces = build_gpt_chunks(config, dtype=torch.float64)
-    for piece in pieces:
-        perturb_weights(piece)
-    return logits_part_of(pieces, config)
+    chunks = build_gpt_chunks(config, dtype=torch.float64)
+    for chunk in chunks:
+        perturb_weights(chunk)
+    return logits_part_of(chunks, config)
 
 
-def logits_part_of(pieces: list[Any], config: RunConfig) -> torch.Tensor | None:
+def logits_part_of(chunks: list[Any], config: RunConfig) -> torch.Tensor | None:
     """Return the logits of a rank's model chunks."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -90,15 +90,15 @@ def logits_part_of(pieces: list[Any], config: RunConfig) -> torch.Tensor | None:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     local = token_positions(tokens.shape[1], topology.context_group.size())[topology.context_rank]
 
-    def forward_step(_batches: Any, piece: Any) -> Any:
-        logits = piece(tokens[:, local], positions[:, local], None)
+    def forward_step(_batches: Any, chunk: Any) -> Any:
+        logits = chunk(tokens[:, local], positions[:, local], None)
         return logits, lambda output: (output.sum(), {"logits": output})
 
     with torch.no_grad():
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[None] * len(pieces),
-            model=pieces,
+            data_iterator=[None] * len(chunks),
+            model=chunks,
             num_microbatches=config.parallel.pipeline,
             seq_length=config.data.sequence_length,
             micro_batch_size=config.training.micro_batch_size,

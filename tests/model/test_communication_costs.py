@@ -253,7 +253,7 @@ def test_each_term_equals_its_formula() -> None:
     features = 2 * (D * E + E * E + 2 * E)
     first, last = (count_communication_bytes(config, world_size=16, stage=stage) for stage in (0, 1))
     assert first["tensor"] == {
-        # All-gather, all-gather again for the weight's gradient, reduce-scatter: T·H/2 each.
+        # T·H/2 each for the all-gather, its repetition for the weight's gradient, and the reduce-scatter.
         "qkv": layers * m * 3 * T * H * a // 2,
         "projection": layers * (m * 2 * T * H * a // 2 + H * g),
         "mlp": layers * (m * 5 * T * H * a // 2 + H * g),

@@ -158,7 +158,8 @@ def test_recomputation_in_fused_kernels_is_counted_but_not_as_model_flops() -> N
     before, after = (count_recompute_flops(config, device="gpu") for config in (plain, fused))
     # The two convolutions from four heads to twelve, with six features and three taps.
     first, second = 2 * 3 * 12 * 4 * 6, 2 * 3 * 12 * 12 * 6
-    # Query, key and value: two more times forward, two backward. Query and key: once more, both convolutions.
+    # Query, key and value repeat the first convolution twice in forward and twice in backward. Query and key
+    # repeat both convolutions once more.
     heads = 3 * (2 + 2) * first + 2 * (3 * first + second)
     # The expanded features of query and key, in two kernels.
     features = 2 * 2 * 12 * (2 * 6 * 10)
@@ -181,7 +182,7 @@ def test_recomputation_does_not_change_the_models_flops() -> None:
     assert count_training_flops(recomputed) == count_training_flops(plain)
     again = count_recompute_flops(recomputed, device="gpu")
     forward = count_forward_flops(plain)
-    # Each layer once more, and the scores a third time in fused attention.
+    # Each layer is computed a second time, and fused attention computes the scores a third time.
     assert again == {
         term: count * (2 if term == "scores" else 1) for term, count in forward.items() if term != "head"
     }

@@ -40,7 +40,7 @@ def test_shards_form_the_same_full_weights_for_any_number_of_ranks(
     biased = activation == "gelu"
     make = functools.partial(config_of, attention, activation=activation, linear_bias=biased)
     (alone,) = ranks(1).run(initial_weights, make(1))
-    assert any(part.num_pieces == 2 for part in alone.values()) == (activation == "swiglu")
+    assert any(part.num_matrices == 2 for part in alone.values()) == (activation == "swiglu")
     full = joined_weights([alone])
     for tensor in (2, 4):
         joined = joined_weights(ranks(tensor).run(initial_weights, make(tensor)))
@@ -100,7 +100,7 @@ def test_weights_have_the_documented_distribution(ranks: Any) -> None:
         else:
             ends_branch = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             std = 0.05 / math.sqrt(6) if ends_branch else 0.05
-            # The standard error of σ is σ/√(2n); five of them.
+            # Five standard errors, which are σ/√(2n) each.
             assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel()), name
 
 

@@ -27,7 +27,7 @@ ATTENTIONS: dict[str, small.Attention] = {
     "sas-grouped-all_to_all": {**small.SAS_GROUPED, "head_expansion": 2, "exchange": "all_to_all"},
     "mfa": small.MFA,
     "tpa": small.TPA,
-    "tpa-kv": small.TPA_WHOLE_QUERIES,
+    "tpa-kv": small.TPA_UNFACTORED_QUERIES,
 }
 # The other parts of the model, so that each is tested in each layout.
 PARTS: dict[str, dict[str, Any]] = {

@@ -107,11 +107,11 @@ def choose_mutants(names: tuple[str, ...]) -> list[Mutant]:
         raise click.UsageError(f"no fault or package is named {', '.join(unknown)}; --list names the faults")
     chosen = [mutant for mutant in MUTANTS if not names or {mutant.name, mutant.package} & {*names}]
     counts = Counter[str]()
-    places = {}
+    positions = {}
     for mutant in chosen:
-        places[mutant.name] = counts[mutant.package]
+        positions[mutant.name] = counts[mutant.package]
         counts[mutant.package] += 1
-    return sorted(chosen, key=lambda mutant: places[mutant.name])
+    return sorted(chosen, key=lambda mutant: positions[mutant.name])
 
 
 def run_mutants(

@@ -169,11 +169,11 @@ MUTANTS = (
     ),
     # platform
     Mutant(
-        "stand-in-installed-on-cuda",
+        "cpu-replacements-installed-on-cuda",
         "sas_megatron.platform.cpu:install",
         "if torch.cuda.is_available():",
         "if _installed and torch.cuda.is_available():",
-        "The CPU stand-in replaces torch.cuda functions on a machine with CUDA as well.",
+        "The CPU replacements are installed for torch.cuda functions on a machine with CUDA as well.",
     ),
     Mutant(
         "slurm-local-rank-is-global",

@@ -161,7 +161,7 @@ MUTANTS = (
     # benchmarks
     Mutant(
         "warm-up-rounds-timed",
-        "sas_megatron.benchmarks.timing:time_in_turn",
+        "sas_megatron.benchmarks.timing:time_alternately",
         "if round_number >= WARM_UP_ROUNDS:",
         "if round_number >= 0:",
         "Benchmarks include the warm-up rounds.",

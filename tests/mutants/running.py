@@ -70,16 +70,16 @@ class Scratch:
 
     def measure(self, mutant: Mutant, tests: Sequence[str]) -> Measured:
         """Run tests, given as files and folders, with the fault."""
-        begun = time.monotonic()
+        start_time = time.monotonic()
         while True:
             deselect = [f"--deselect={test}" for test in self._deselected]
             with self._applied(mutant):
                 status, output = self._run_pytest([*deselect, *tests])
             outcome, test = judge(status, output)
             if outcome == "survived" or test is None or not self._fails_anyway(outcome, test):
-                return Measured(outcome, test, time.monotonic() - begun)
+                return Measured(outcome, test, time.monotonic() - start_time)
             if len(self._deselected) == MOST_DESELECTED or test in self._deselected:
-                return Measured("not measured", test, time.monotonic() - begun)
+                return Measured("not measured", test, time.monotonic() - start_time)
             self._deselected.append(test)
 
     def _fails_anyway(self, outcome: Outcome, test: str) -> bool:

@@ -1,4 +1,4 @@
-"""The search finds the layout that suits a made-up machine best, and reports why the others lose."""
+"""The search finds the layout that suits a hypothetical machine best, and reports why the others lose."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _config(*, sequence_length: int = 12, batch_size: int = 4) -> Any:
 
 
 class _InThisProcess(concurrent.futures.Executor):
-    """Stand in for a pool of processes: run each job in the process that submits it."""
+    """A pool of processes that runs each job in the process that submits it."""
 
     def __init__(self, _workers: int, _context: Any, *, initializer: Callable[[], Any]) -> None:
         assert initializer is prepare_device

@@ -1,4 +1,4 @@
-"""The time of a step, from made-up reports, equals a computation by hand. No torch."""
+"""The time of a step, from synthetic reports, equals a computation by hand. No torch."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_communication_takes_its_bytes_and_a_latency_for_each_doubling_of_the_ra
     }
 
 
-# Over the network, at 1 GB/s attained; each of a thousand calls among three ranks takes two hops of 7 µs.
+# The network attains 1 GB/s. Each of a thousand calls among three ranks takes two hops of 7 µs.
 DATA = {"allreduce": 8e9, "reducescatter": 1e9, "allgather": 6e9}
 
 

@@ -1,4 +1,4 @@
-"""A made-up machine with round figures, any of which a test can replace."""
+"""A hypothetical machine with round figures, any of which a test can replace."""
 
 from __future__ import annotations
 

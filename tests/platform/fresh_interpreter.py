@@ -36,7 +36,7 @@ def install_with_cuda() -> dict[str, Any]:
     after = {name: dict(vars(module)) for name, module in modules.items()}
     return {
         "installed": installed,
-        "unknown": sorted(set(cpu._stand_ins()) - set(before["cuda"])),
+        "unknown": sorted(set(cpu._replacements()) - set(before["cuda"])),
         "changed": [
             f"{module}.{name}"
             for module in modules

@@ -1,4 +1,4 @@
-"""The CPU stand-in for the CUDA calls of Megatron-core."""
+"""The CPU replacements for the CUDA calls of Megatron-core."""
 
 from __future__ import annotations
 
@@ -168,6 +168,6 @@ def _compile() -> list[Any]:
     return [compiled(torch.tensor([-1.0, 2.0])).tolist(), torch._dynamo.utils.counters["frames"]["ok"]]
 
 
-def test_torch_compile_works_with_the_stand_in() -> None:
+def test_torch_compile_works_with_the_replacements() -> None:
     with ProcessPoolExecutor(1, fork_context()) as process:
         assert process.submit(_compile).result() == [[1.0, 3.0], 1]

@@ -58,10 +58,10 @@ def test_a_healthy_node_passes_and_a_wrong_port_limit_and_variable_are_reported(
     assert {each["verdict"] for each in found.values()} <= {"fine", "warning"}
     assert not list(tmp_path.iterdir()), "the checks must delete their files"
 
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
         status, found = doctor_with_limit(
             *("ulimit -n 50", "--run-directory", str(tmp_path)),
             MASTER_ADDR="localhost",

@@ -64,7 +64,7 @@ def test_set_is_trained_on_twenty_tokens_per_parameter(size: str) -> None:
 @pytest.mark.exhaustive  # slower on a machine with other load
 def test_costs_of_ten_thousand_configs_are_counted_in_seconds() -> None:
     tree = read_yaml(shipped("125m", "sas"))
-    begun = time.process_time()
+    start_time = time.process_time()
     for step in range(1, 10_001):
         tree["model"]["ffn_hidden_size"] = 8 * step
         config = build_run_config(tree)
@@ -72,7 +72,7 @@ def test_costs_of_ten_thousand_configs_are_counted_in_seconds() -> None:
         count_recompute_flops(config, device="gpu")
         count_peak_activation_bytes(config, device="gpu", num_microbatches=4)
         count_communication_bytes(config, world_size=8)
-    assert time.process_time() - begun < 5
+    assert time.process_time() - start_time < 5
 
 
 def test_documentation_states_the_costs_of_the_set() -> None:

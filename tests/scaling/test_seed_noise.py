@@ -103,7 +103,7 @@ def test_variants_without_shared_seeds_are_compared_by_their_means() -> None:
     found = average_difference([unpaired], DifferenceNoise(0.2, 3, assumed=True))
     assert found.difference == pytest.approx(-1.5)
     assert found.interval is not None
-    # Variance 1/2 + 1/4 of that of a run (Welch), which is half of that of a pair.
+    # The variance is 1/2 + 1/4 of a run's variance (Welch), which is half of a pair's variance.
     half_width = stats.t.ppf(0.975, 3) * 0.2 * math.sqrt(0.375)
     assert found.interval[1] - found.difference == pytest.approx(half_width)
 
@@ -116,7 +116,7 @@ def test_interval_is_missing_without_repetitions() -> None:
 
 
 def test_p_values_are_adjusted_by_holms_method() -> None:
-    # In ascending order: 3 × 0.01, 2 × 0.03, and 1 × 0.04, which is raised to the one before it.
+    # In ascending order the p-values become 3 × 0.01, 2 × 0.03, and 1 × 0.04, which is raised to 0.06.
     assert adjust_p_values([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert adjust_p_values([0.6, 0.7]) == pytest.approx([1.0, 1.0])
     assert adjust_p_values([0.02]) == [0.02]

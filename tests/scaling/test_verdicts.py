@@ -76,7 +76,7 @@ def test_budgets_of_one_trunk_are_not_independent_repetitions() -> None:
         ).result
         for seed in range(200)
     ]
-    # If the four budgets counted as four times the seeds: 0.3.
+    # The share would be 0.3 if the four budgets counted as four times the seeds.
     assert 0.015 <= np.mean([result != "inconclusive" for result in results]) <= 0.095
 
 

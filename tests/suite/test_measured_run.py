@@ -93,9 +93,9 @@ def test_the_time_of_children_counts_for_the_test_file_that_started_them(
     running = subprocess.Popen([sys.executable, "-c", BUSY + "time.sleep(600)"])
     try:
         subprocess.run([sys.executable, "-c", BUSY], check=True)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         while processor_seconds_of_tree(running.pid) < BUSY_SECONDS - ROUNDING_SECONDS:
-            assert time.monotonic() - begun < 60
+            assert time.monotonic() - start_time < 60
             time.sleep(0.05)
         costs.pytest_runtest_logstart("tests/a/test_a.py::test_two")
         costs.pytest_runtest_logstart("tests/b/test_b.py::test_one")

@@ -46,10 +46,10 @@ def test_a_failed_rank_ends_the_wait_for_the_other_ranks(
     monkeypatch.setattr(rank_pool, "SECONDS_AFTER_FAILURE", 0.5)
     pool = RankPool(3)
     try:
-        begun = time.monotonic()
+        start_time = time.monotonic()
         with pytest.raises(AssertionError, match=f"(?s){message}"):
             pool.run(function, 5)
-        assert time.monotonic() - begun < 60, "without the pool, gloo would wait for half an hour"
+        assert time.monotonic() - start_time < 60, "without the pool, gloo would wait for half an hour"
         assert pool.run(_sum, 5) == [18, 18, 18]
     finally:
         pool.close()

@@ -133,7 +133,10 @@ def test_bits_per_byte_counts_the_bytes_of_the_decoded_labels(
 
 
 def losses_with_other_first_document(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return the losses of a sample of two documents, the losses with another first document, and its end."""
+    """Return the token losses of a sample, with its own and with another first document.
+
+    The third result is the position of the token that ends the first document.
+    """
     from sas_megatron.data.batches import build_training_samples
     from sas_megatron.model.assembly import build_gpt_chunks
 

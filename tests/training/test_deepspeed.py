@@ -15,7 +15,7 @@ from tests.small_data import SmallData
 from tests.tolerances import BFLOAT16_LOSS, LOSS_AFTER_FIVE_STEPS
 from tests.training.layouts import ATTENTIONS
 from tests.training.test_runs import complete, records, summary
-from tests.training.training_runs import Steps, replicas_that_differ, take_steps
+from tests.training.training_runs import Steps, find_differing_replicas, take_steps
 
 # World size -> layout with two data-parallel replicas of the model.
 PARALLEL: dict[int, dict[str, Any]] = {2: {}, 4: {"tensor": 2, "sequence": True}}
@@ -57,7 +57,7 @@ def test_clipping_counts_each_parameter_once(ranks: Any, megatron_steps: Any, st
     # The norm is about 1, so that every step is clipped and a wrong norm changes the losses.
     expected = megatron_steps(4, clip=0.05)
     by_rank = ranks(4).run(take_steps, config_of("deepspeed", clip=0.05, zero_stage=stage))
-    assert not replicas_that_differ(by_rank)
+    assert not find_differing_replicas(by_rank)
     for steps, megatron in zip(by_rank, expected, strict=True):
         assert megatron.gradient_norms[0] > 0.2
         assert steps.gradient_norms == pytest.approx(megatron.gradient_norms, rel=1e-4)
@@ -71,7 +71,7 @@ def test_bfloat16_trains_like_megatrons_engine(
     expected = megatron_steps(world_size, precision="bfloat16")
     config = config_of("deepspeed", world_size=world_size, precision="bfloat16", zero_stage=stage)
     by_rank = ranks(world_size).run(take_steps, config)
-    assert not replicas_that_differ(by_rank)
+    assert not find_differing_replicas(by_rank)
     for steps, megatron in zip(by_rank, expected, strict=True):
         assert steps.losses == pytest.approx(megatron.losses, rel=BFLOAT16_LOSS)
 

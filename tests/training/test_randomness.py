@@ -27,27 +27,29 @@ def config_of(**parallel: Any) -> RunConfig:
     )
 
 
-def kept_and_hidden(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def embedding_mask_and_hidden_states(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return, on a rank, the elements of the embedding that dropout keeps, and the last hidden states."""
     from sas_megatron.model.assembly import build_gpt_chunks
 
     topology = in_layout(config.parallel)
     (model,) = build_gpt_chunks(config)
     seen: dict[str, torch.Tensor] = {}
-    model.embedding.register_forward_hook(lambda _module, _input, output: seen.update(kept=output != 0))
+    model.embedding.register_forward_hook(lambda _module, _input, output: seen.update(mask=output != 0))
     model.decoder.layers[-1].register_forward_hook(
         lambda _module, _input, output: seen.update(hidden=output[0].detach())
     )
     local_tokens = random_tokens(config).chunk(topology.context_group.size(), dim=1)[0]
     positions = torch.arange(local_tokens.shape[1]).expand_as(local_tokens)
     model.train()(local_tokens, positions, None)
-    return seen["kept"], seen["hidden"]
+    return seen["mask"], seen["hidden"]
 
 
 def test_tensor_ranks_have_equal_masks_for_replicated_activations(ranks: Any) -> None:
-    (kept, hidden), (other_kept, other_hidden) = ranks(2).run(kept_and_hidden, config_of(tensor=2))
-    assert 0.4 < kept.float().mean() < 0.6
-    assert torch.equal(kept, other_kept)
+    (mask, hidden), (other_mask, other_hidden) = ranks(2).run(
+        embedding_mask_and_hidden_states, config_of(tensor=2)
+    )
+    assert 0.4 < mask.float().mean() < 0.6
+    assert torch.equal(mask, other_mask)
     # Each rank has its own mask for its attention heads; the all-reduced sum is the same on both.
     assert torch.equal(hidden, other_hidden)
 
@@ -58,11 +60,11 @@ def test_tensor_ranks_have_equal_masks_for_replicated_activations(ranks: Any) ->
     ids=["tokens of a tensor rank", "tokens of a context rank", "samples of a data rank"],
 )
 def test_ranks_have_independent_masks_for_sharded_activations(ranks: Any, parallel: dict[str, Any]) -> None:
-    (kept, _), (other_kept, _) = ranks(2).run(kept_and_hidden, config_of(**parallel))
-    assert kept.shape == other_kept.shape
+    (mask, _), (other_mask, _) = ranks(2).run(embedding_mask_and_hidden_states, config_of(**parallel))
+    assert mask.shape == other_mask.shape
     # Independent masks agree in half of their elements; the tolerance is 5 standard deviations.
-    agreeing = (kept == other_kept).float().mean().item()
-    assert abs(agreeing - 0.5) < 5 * 0.5 / kept.numel() ** 0.5
+    agreeing = (mask == other_mask).float().mean().item()
+    assert abs(agreeing - 0.5) < 5 * 0.5 / mask.numel() ** 0.5
 
 
 def stage_mask(config: RunConfig) -> torch.Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sas_megatron.training.health import SMALLEST_DEVIATION, TO_STANDARD_DEVIATION, find_spike
 
-near_one = st.floats(1.0, 1.1)
+values_near_one = st.floats(1.0, 1.1)
 series = st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=40)
 thresholds = st.floats(0.5, 20)
 
@@ -51,7 +51,7 @@ def test_the_unit_of_the_values_does_not_matter(
 
 
 @settings(deadline=None, derandomize=True, database=None)
-@given(st.lists(near_one, min_size=9, max_size=40), st.data())
+@given(st.lists(values_near_one, min_size=9, max_size=40), st.data())
 def test_earlier_spikes_do_not_hide_a_new_one(before: list[float], data: st.DataObject) -> None:
     num_spikes = data.draw(st.integers(0, (len(before) - 1) // 2))
     mixed = [*before[num_spikes:], *[1e6] * num_spikes]
@@ -59,7 +59,7 @@ def test_earlier_spikes_do_not_hide_a_new_one(before: list[float], data: st.Data
 
 
 @settings(deadline=None, derandomize=True, database=None)
-@given(st.lists(near_one, min_size=3, max_size=40))
+@given(st.lists(values_near_one, min_size=3, max_size=40))
 def test_a_small_change_of_a_nearly_constant_series_is_not_a_spike(before: list[float]) -> None:
     # A spike would exceed the median, at least 1, by 10.1 deviations of at least 1 % of the median: 1.101.
     assert find_spike(max(before), before, threshold=10.1) is None

@@ -9,7 +9,7 @@ import pytest
 from sas_megatron.config.run import RunConfig
 from tests.run_configs import small_config
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
-from tests.training.training_runs import NUM_STEPS, replicas_that_differ, steps_without, take_steps
+from tests.training.training_runs import NUM_STEPS, find_differing_replicas, steps_without, take_steps
 
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "mha": {"kind": "mha", "num_heads": 4, "head_dim": 6},
@@ -74,6 +74,6 @@ def test_a_missing_gradient_reduction_makes_replicas_drift(
     ranks: Any, fault: str, attention: str, sequence: bool
 ) -> None:
     by_rank = ranks(2).run(steps_without, fault, config_of(attention, tensor=2, sequence=sequence))
-    differing = replicas_that_differ(by_rank)
+    differing = find_differing_replicas(by_rank)
     assert differing
     assert all(fault in name for name in differing)

@@ -163,7 +163,7 @@ def tensor_groups(by_rank: list[Steps]) -> list[list[Steps]]:
     return list(groups.values())
 
 
-def replicas_that_differ(by_rank: list[Steps]) -> list[str]:
+def find_differing_replicas(by_rank: list[Steps]) -> list[str]:
     """Return the names of parameters whose replicas are not bit-identical."""
     first_replicas: dict[tuple[str, int], torch.Tensor] = {}
     differing = []
@@ -180,7 +180,7 @@ def steps_without(fault: str, config: RunConfig) -> Any:
     from sas_megatron.attention.sas import layer as simulated_layer
     from sas_megatron.training import megatron_engine
 
-    kept_sum, kept_finalize = simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads
+    original_sum, original_finalize = simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads
     if fault == "simulation":
         simulated_layer.sum_gradients_over = lambda _group, weights: tuple(weights)
     else:
@@ -188,7 +188,10 @@ def steps_without(fault: str, config: RunConfig) -> Any:
     try:
         return take_steps(config)
     finally:
-        simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads = kept_sum, kept_finalize
+        simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads = (
+            original_sum,
+            original_finalize,
+        )
 
 
 def _finalize_without_norms(model: list[Any], *arguments: Any, **options: Any) -> None:

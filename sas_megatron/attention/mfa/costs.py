@@ -50,7 +50,7 @@ class FactorizedCosts(AttentionCosts):
 
     @override
     def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
-        """Return `qkv` (the hidden state and the norm's saved tensors), `query_up`, and core attention."""
+        """Return the bytes of `qkv` (hidden state, saved tensors of the norm), `query_up`, core attention."""
         attention = self.attention
         norm = layer.norm_bytes(attention.query_rank, "rmsnorm", input_width=attention.shared_width)
         return {

@@ -60,10 +60,10 @@ class TensorProductCosts(AttentionCosts):
 
     @override
     def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
-        """Return `qkv`, the hidden state and the concatenated weights, `factor_products`, and core attention.
+        """Return the bytes of `qkv`, `factor_products` and core attention.
 
-        The weights of all head factors are concatenated for one product, and the weights of all feature
-        factors for another; both concatenations are saved.
+        `qkv` saves the hidden state and two concatenated weights: the weights of all head factors, and the
+        weights of all feature factors.
         """
         attention = self.attention
         heads, ranks = attention.num_heads // layer.tensor, sum(attention.ranks.values())

@@ -68,5 +68,5 @@ class SASMegatronConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **options)
-        # Not a field of the base class from transformers 5 on.
+        # The base class has no such field from transformers 5 on.
         self.tie_word_embeddings = tie_word_embeddings

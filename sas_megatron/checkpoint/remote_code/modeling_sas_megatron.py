@@ -136,7 +136,7 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             NotImplementedError: `output_attentions` is set.
-            ValueError: the mask does not cover all tokens, or position ids contradict it.
+            ValueError: The mask does not cover all tokens, or position ids contradict it.
         """
         if output_attentions:
             raise NotImplementedError("output_attentions: fused attention does not return its weights")

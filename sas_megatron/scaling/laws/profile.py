@@ -57,7 +57,7 @@ def _natural(fit: SurfaceFit, name: str, value: float) -> float:
 
 
 def _find_ends(fit: SurfaceFit, indices: Sequence[int], *, sign: int, level: float) -> FloatArray:
-    """Return the values at which the profile passes its limit on one side; NaN if it never does."""
+    """Return the values at which the profile passes its limit on one side; NaN if it stays below it."""
     problem, best_P = fit.problem.problem, fit.fit.theta
     weights_1I = np.ones((1, len(fit.points)))
     limit = fit.fit.objective * (1 + max_relative_increase(len(fit.points), len(best_P), level=level))

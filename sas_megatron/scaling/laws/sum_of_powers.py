@@ -22,7 +22,7 @@ from sas_megatron.scaling.laws.projection import project
 # Exponents of published laws lie between 0.05 and 0.8 (Kaplan et al. 2020, Hoffmann et al. 2022).
 GRID_EXPONENTS = np.geomspace(0.02, 3.0, 20)
 NUM_STARTS = 32
-# For each number of regressors: all combinations of exponents.
+# All combinations of exponents, by number of regressors.
 _EXPONENT_GRIDS = {count: np.array(list(itertools.product(GRID_EXPONENTS, repeat=count))) for count in (1, 2)}
 # Final step of `fit_projected`, as the logarithm of a ratio of exponents, and its maximum number of grids.
 FINEST_RATIO, MAX_REFINEMENTS = 1e-9, 400
@@ -87,7 +87,7 @@ class SumOfPowers:
         """Return the lowest minimum over a grid of starting points."""
         ones_1I = np.ones((1, len(self.log_loss)))
         starts_1GP, squares_1G = self._grid_starts(ones_1I)
-        # Selected by rank: dense among the best grid points, sparse among the others.
+        # Starts are selected by rank, densely among the best grid points and sparsely among the others.
         ranks = np.unique(np.geomspace(1, starts_1GP.shape[1], NUM_STARTS).round().astype(int)) - 1
         starts_RP = starts_1GP[0, np.argsort(squares_1G[0])[ranks]]
         minima = minimize(self.problem, starts_RP, ones_1I)

@@ -73,7 +73,7 @@ class SliceAnalysis:
 
 
 def analyze(table: StudyTable, *, num_draws: int = 1000, seed: int = 1) -> tuple[SliceAnalysis, ...]:
-    """Fit laws and compare variants as far as the runs allow; remarks state what they do not allow.
+    """Fit laws and compare variants; remarks name the results for which the runs are insufficient.
 
     Args:
         table: The collected table.

@@ -80,7 +80,7 @@ def saving_grid(comparisons: Sequence[Comparison]) -> Grid | None:
         cells = lines.setdefault((saving.candidate, saving.size), [MISSING] * len(budgets))
         cells[budgets.index(saving.budget)] = _format_saving(saving)
     headings = ("variant", "size", *(f"budget {budget}" for budget in budgets))
-    return Grid(headings, tuple((*place, *cells) for place, cells in lines.items()))
+    return Grid(headings, tuple((*labels, *cells) for labels, cells in lines.items()))
 
 
 def _format_saving(saving: MeanSaving) -> str:

@@ -88,8 +88,8 @@ class _PlanBuilder:
                 try:
                     yield self._build_cell(variant, size, levels)
                 except UserError as error:
-                    place = ", ".join([f"variants.{variant}", f"sizes.{size}", *levels.values()])
-                    raise UserError(f"{place}: {error}") from None
+                    cell_name = ", ".join([f"variants.{variant}", f"sizes.{size}", *levels.values()])
+                    raise UserError(f"{cell_name}: {error}") from None
 
     def _has_fields(self, variant: str, levels: Mapping[str, Overrides]) -> bool:
         """Return whether the variant has the attention fields that an axis varies."""

@@ -87,7 +87,7 @@ class StudyRunner:
         with self._signals():
             plan = self._plan()
             for run in plan.runs:
-                # Before any run is started, so that none continues after an error.
+                # Check before any run is started, so that no run continues after an error.
                 if run.is_ready and selected(run) and not is_settled(run):
                     check_config(run)
             while True:

@@ -210,10 +210,10 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Any]]:
         study = Study.model_validate(tree)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
+        location = ".".join(map(str, problem["loc"]))
         known = ", ".join(Study.model_fields)
         remedy = f"known: {known}" if problem["type"] == "extra_forbidden" else "correct the value"
-        raise FileProblem(path, f"{place}: {problem['msg'].lower()}", remedy) from None
+        raise FileProblem(path, f"{location}: {problem['msg'].lower()}", remedy) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return study, read_yaml(Path(path).parent / study.base)

@@ -174,7 +174,7 @@ def _describe_study(table: StudyTable) -> tuple[tuple[str, str], ...]:
         (
             "FLOPs",
             "counted by term, with full attention (S², not the causal half) and without embedding look-ups; "
-            "6ND in a column of its own",
+            "6ND in a separate column",
         ),
     )
 

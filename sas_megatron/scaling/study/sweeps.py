@@ -96,7 +96,7 @@ def _choose_rates(plan: Plan) -> dict[str, Any]:
     law: dict[str, dict[str, float]] = {}
     for cell in plan.cells:
         tokens = count_budget_tokens(plan.study, cell, plan.study.budgets.values[0])
-        # At the first levels of further axes, as in the sweep.
+        # The sweep uses the first level of each further axis, which comes first in the plan.
         law.setdefault(cell.variant, {}).setdefault(
             cell.size, step_law_rate(cell.parameters_without_embeddings, tokens)
         )

@@ -95,7 +95,7 @@ SURFACES = {
     "27": draw_grid(0, sizes=3, budgets=3, seeds=3),
     "12": draw_grid(2, sizes=4, budgets=3, seeds=1, noise=0.01),
     "60, other exponents": draw_grid(5, noise=0.01, truth=OTHERS[0]),
-    # With local minima far from the global one.
+    # These have local minima far from the global one.
     "12, noise of 5 %": draw_grid(10, sizes=4, budgets=3, seeds=1, noise=0.05),
     "12, noise of 5 %, others": draw_grid(14, sizes=4, budgets=3, seeds=1, noise=0.05),
 }

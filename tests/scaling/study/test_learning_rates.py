@@ -35,7 +35,7 @@ def test_best_rate_is_the_minimum_of_the_parabola() -> None:
     found = find_best_rate([parabola(rate, best=7e-4) for rate in (2e-3, 5e-4, 1e-3, 2.5e-4)])
     assert found.learning_rate == pytest.approx(7e-4)
     assert not found.at_edge
-    # Also for uneven steps.
+    # The steps between rates may be uneven.
     found = find_best_rate([parabola(rate, best=7e-4) for rate in (1e-4, 8e-4, 1e-3)])
     assert found.learning_rate == pytest.approx(7e-4)
 
@@ -49,7 +49,7 @@ def test_diverged_rates_are_not_chosen() -> None:
     trials = [parabola(1e-4, best=1e-3), parabola(5e-4, best=1e-3), Trial(1e-3, None)]
     found = find_best_rate(trials)
     assert (found.learning_rate, found.at_edge) == (5e-4, False)
-    # Also if the rate below diverged.
+    # The lower rate may have diverged instead.
     trials = [Trial(1e-4, None), parabola(5e-4, best=4e-4), parabola(1e-3, best=4e-4)]
     assert find_best_rate(trials).learning_rate == 5e-4
     with pytest.raises(UserError, match=r"every run of a sweep diverged \(0\.1, 0\.2\); try lower rates"):

@@ -202,7 +202,7 @@ def test_plan_command_prints_runs_costs_and_detectable_differences(tmp_path: Pat
     assert planned["smallest_effects"]["sas"] == pytest.approx([0.022875, 0.016175], rel=1e-4)
     table = CliRunner().invoke(cli, ["study", "plan", str(path)]).output
     assert "sas-large-2.5-s1236" in table
-    assert "36 runs, 24 of them results" in table
+    assert "36 runs, of which 24 are compared" in table
     # On a narrow terminal the numbers are below the name; no number is split.
     narrow = CliRunner().invoke(cli, ["study", "plan", str(path)], env={"COLUMNS": "40"}).output.splitlines()
     starts = [number for number, line in enumerate(narrow) if line.startswith(("mha-", "sas-"))][:36]

@@ -19,7 +19,7 @@ from sas_megatron.scaling.outcomes import AXIS_NAMES
 from sas_megatron.scaling.study.analysis import analyze, cut_slices
 from sas_megatron.scaling.study.study_report import write_study_report
 from sas_megatron.scaling.study.study_table import StudyTable, read_table, write_table
-from tests.scaling.study.made_up_tables import made_up_table
+from tests.scaling.study.synthetic_tables import build_synthetic_table
 from tests.selection import exhaustive
 
 MEASURE = """
@@ -48,7 +48,7 @@ addEventListener("load", () => {
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    write_table(made_up_table(), folder / "study.parquet")
+    write_table(build_synthetic_table(), folder / "study.parquet")
     written = CliRunner().invoke(
         cli, ["study", "report", str(folder / "study.parquet"), "--bootstraps", "50"]
     )
@@ -134,7 +134,7 @@ def test_summary_page_and_json_agree(report: Path) -> None:
     assert results["gqa"] == ["loses"] * 4
     assert part["laws"]["mha"]["E"] == pytest.approx(1.8, abs=0.1)
     assert "A remark &lt;of&gt; it." in page
-    for row in made_up_table().rows:
+    for row in build_synthetic_table().rows:
         assert row.run in page
     figures = sorted(path.name for path in (report / "figures").iterdir())
     assert figures == sorted(
@@ -148,7 +148,7 @@ def test_summary_page_and_json_agree(report: Path) -> None:
 @pytest.mark.usefixtures("no_drawing")
 def test_statements_that_hold_for_several_axes_or_variants_appear_once(tmp_path: Path) -> None:
     seeds = {"mha": 3, "gqa": 3, "sas": 3}
-    write_study_report(made_up_table(seeds=seeds, budgets=(4,), num_sizes=1), tmp_path, num_draws=50)
+    write_study_report(build_synthetic_table(seeds=seeds, budgets=(4,), num_sizes=1), tmp_path, num_draws=50)
     lines = (tmp_path / "summary.md").read_text().splitlines()
     statements = [line for line in lines if line.startswith("- ") and ": " in line]
     assert len(statements) == len(set(statements))
@@ -160,14 +160,14 @@ def test_statements_that_hold_for_several_axes_or_variants_appear_once(tmp_path:
 
 
 def test_slices_are_not_compared_with_each_other() -> None:
-    table = made_up_table(lengths=("512", "1024"))
+    table = build_synthetic_table(lengths=("512", "1024"))
     short, long = cut_slices(table)
     assert (short.name, long.name) == ("length 512", "length 1024")
     assert list(short.rows) == ["mha", "gqa", "sas"]
     # A level that only some variants have becomes part of the variant's name.
     rows = tuple(
         dataclasses.replace(row, levels={"kernel": f"k{row.seed + 1}"}) if row.variant == "sas" else row
-        for row in made_up_table().rows
+        for row in build_synthetic_table().rows
     )
     (single,) = cut_slices(dataclasses.replace(table, rows=rows))
     assert list(single.rows) == ["mha", "gqa", "sas-k1", "sas-k2", "sas-k3"]
@@ -184,25 +184,25 @@ def test_missing_results_are_reported_as_missing(tmp_path: Path) -> None:
         )
         return dataclasses.replace(table, rows=rows)
 
-    table = made_up_table(seeds={"mha": 1, "sas": 1})
+    table = build_synthetic_table(seeds={"mha": 1, "sas": 1})
     (analysis,) = analyze(without("sas", table), num_draws=50)
     assert analysis.comparisons == ()
     assert analysis.remarks == ("sas has no finished run.",)
     (analysis,) = analyze(without("mha", table), num_draws=50)
     assert analysis.remarks == ("The baseline mha has no finished run: no variant can be compared.",)
     # At a single budget, SAS uses 1.5 times the FLOPs, so that no runs of mha enclose it.
-    write_study_report(made_up_table(budgets=(4,)), tmp_path, num_draws=50)
+    write_study_report(build_synthetic_table(budgets=(4,)), tmp_path, num_draws=50)
     summary = (tmp_path / "summary.md").read_text()
     assert summary.count("| not compared | not compared |") == 1
     assert "- gqa: No compute-equivalent gain" not in summary
     assert "- gqa, sas: No test of a shared irreducible loss: " in summary
-    one_budget = made_up_table(budgets=(4,))
+    one_budget = build_synthetic_table(budgets=(4,))
     (analysis,) = analyze(one_budget, num_draws=50)
     assert all(law.fit is None or not math.isnan(law.fit.fit.surface.E) for law in analysis.laws)
 
 
 def test_all_runs_use_the_same_kind_of_time() -> None:
-    table = made_up_table()
+    table = build_synthetic_table()
     rows = tuple(
         dataclasses.replace(row, step_seconds=None) if row.variant == "sas" else row for row in table.rows
     )
@@ -215,12 +215,12 @@ def test_all_runs_use_the_same_kind_of_time() -> None:
 def test_report_keeps_other_files_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "other.svg").write_text("other content")
-    write_study_report(made_up_table(seeds={"mha": 1}, budgets=(4,)), tmp_path, num_draws=50)
+    write_study_report(build_synthetic_table(seeds={"mha": 1}, budgets=(4,)), tmp_path, num_draws=50)
     assert (tmp_path / "figures" / "other.svg").read_text() == "other content"
 
 
 def test_table_round_trips_and_other_files_are_refused(tmp_path: Path) -> None:
-    table = made_up_table()
+    table = build_synthetic_table()
     write_table(table, tmp_path / "study.parquet")
     assert read_table(tmp_path / "study.parquet") == table
     with pytest.raises(

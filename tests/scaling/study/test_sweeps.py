@@ -73,9 +73,9 @@ def test_table_remarks_on_rates_at_the_edge_of_a_sweep(tmp_path: Path) -> None:
 def test_study_extended_after_its_sweep_is_refused(tmp_path: Path) -> None:
     leave_sweep(plan_at(tmp_path))
     plan_at(tmp_path)
-    grown = {"variants": {"mha": {}, "gqa": {"num_kv_heads": 2}}}
+    more_variants = {"variants": {"mha": {}, "gqa": {"num_kv_heads": 2}}}
     with pytest.raises(UserError, match=r"learning_rates\.json: has no learning rate for gqa at size small"):
-        plan_at(tmp_path, **grown)
+        plan_at(tmp_path, **more_variants)
     with pytest.raises(UserError, match="has no learning rate for mha at size huge"):
         plan_at(tmp_path, sizes={**SIZES, "huge": {"model.num_layers": 9}})
 

@@ -13,7 +13,7 @@ LAWS = {"mha": (1.8, 1.0, 1.0), "gqa": (1.8, 1.03, 1.0), "sas": (1.8, 0.93, 1.5)
 STEP_TOKENS = 2048
 
 
-def made_up_table(
+def build_synthetic_table(
     *,
     seeds: dict[str, int] | None = None,
     lengths: tuple[str | None, ...] = (None,),
