@@ -113,9 +113,9 @@ def publish(partial: Path, manifest: Manifest) -> Path:
     for folder in {partial, *(path.parent for path in partial.rglob("*"))}:
         sync(folder)
     final = partial.with_suffix("")
-    if final.exists():  # The run resumed from an earlier checkpoint.
+    if final.exists() or final.is_symlink():  # The run resumed from an earlier checkpoint.
         replaced = final.with_suffix(".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
+        _delete(replaced)
         final.rename(replaced)
     partial.rename(final)
     sync(final.parent)
@@ -126,9 +126,12 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the checkpoint at `path`, without the files that it lists.
 
     Raises:
-        DamagedCheckpoint: The manifest is missing, or its checksum does not match.
-        FileProblem: `path` is not a folder, or this version does not read the checkpoint's format.
+        DamagedCheckpoint: The manifest is missing, or its checksum does not match, or `path` is a file or a
+            link to nothing.
+        FileProblem: `path` does not exist, or this version does not read the checkpoint's format.
     """
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        raise DamagedCheckpoint(path, "is damaged: it is not a folder, nor a link to one", DAMAGE_REMEDY)
     if not path.is_dir():
         raise FileProblem(
             path, "is not a folder", "name a checkpoint, for example run/checkpoints/iter_0001000"
@@ -219,6 +222,8 @@ def remove_old_checkpoints(
 ) -> list[Path]:
     """Remove old checkpoints, and temporary folders of interrupted saves and removals.
 
+    Of a checkpoint that is a symbolic link only the link is removed.
+
     Args:
         folder: The `checkpoints` folder of the run. No process may be writing to it.
         newest: Step of the checkpoint that was just published. Checkpoints after later steps, which exist if
@@ -232,7 +237,7 @@ def remove_old_checkpoints(
     """
     for path in folder.iterdir():
         if _TEMPORARY_NAME.fullmatch(path.name):
-            shutil.rmtree(path)
+            _delete(path)
     if keep_last is None:
         return []
     checkpoints = [path for path in find_checkpoints(folder) if _step_of(path) <= newest]
@@ -251,7 +256,15 @@ def _remove(path: Path) -> None:
     """Rename a checkpoint, then remove it, so that a crash leaves no incomplete folder with a final name."""
     renamed = path.with_suffix(".replaced")
     path.rename(renamed)
-    shutil.rmtree(renamed)
+    _delete(renamed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder and its contents, a file, or a symbolic link without its target, if it exists."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def _has_all_files(path: Path) -> bool:

@@ -8,6 +8,7 @@ publish (rank 0)   -> metadata, progress, config, manifest; rename the folder; r
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from sas_megatron.checkpoint.manifest import FileRecord, Manifest
 from sas_megatron.checkpoint.rank_layout import describe_layout, read_random_states, shard_random_states
 from sas_megatron.checkpoint.tensor_reading import METADATA
 from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter, get_written_files
-from sas_megatron.config.errors import FileProblem, translate_os_errors
+from sas_megatron.config.errors import FileProblem, describe_os_error, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.object_collectives import raise_on_all_ranks, run_on_rank0
@@ -33,6 +34,8 @@ from sas_megatron.distributed.topology import Topology
 from sas_megatron.io.files import sync
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -214,14 +217,22 @@ class CheckpointSaver:
         settings = self._config.checkpoint
 
         def remove() -> None:
-            manifest.remove_old_checkpoints(
-                self._folder,
-                newest=pending.step,
-                keep_last=settings.keep_last,
-                is_permanent=settings.is_permanent,
-            )
+            try:
+                manifest.remove_old_checkpoints(
+                    self._folder,
+                    newest=pending.step,
+                    keep_last=settings.keep_last,
+                    is_permanent=settings.is_permanent,
+                )
+            except OSError as error:
+                # The new checkpoint is complete: the run continues, and the next save tries again.
+                logger.warning(
+                    "%s: an old checkpoint cannot be removed (%s); remove it by hand",
+                    self._folder,
+                    describe_os_error(error),
+                )
 
-        run_on_rank0(_with_error_translation(self._folder, remove))
+        run_on_rank0(remove)
 
     def _complete(
         self, pending: _Pending, by_rank: list[tuple[list[WriteResult], dict[str, FileRecord]]]

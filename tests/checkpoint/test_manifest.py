@@ -173,6 +173,37 @@ def test_retention_does_not_count_checkpoints_after_the_resumed_step(tmp_path: P
     assert steps(tmp_path) == [9, 5]
 
 
+def test_of_a_linked_checkpoint_only_the_link_is_removed(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for step in (1, 2):
+        (folder / f"iter_000000{step}").parent.mkdir(exist_ok=True)
+        (folder / f"iter_000000{step}").symlink_to(write(elsewhere, step))
+    # A removal that was interrupted, and a link to nothing.
+    (folder / "iter_0000009.replaced").symlink_to(elsewhere / "iter_0000001")
+    (folder / "iter_0000003").symlink_to(elsewhere / "iter_0000003")
+    write(folder, 3)
+    assert remove_old_checkpoints(folder, newest=3, keep_last=1, is_permanent=lambda _: False)
+    assert {path.name for path in folder.iterdir()} == {"iter_0000003"}
+    for step in (1, 2):
+        verify_checkpoint(elsewhere / f"iter_000000{step}")
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a file"])
+def test_a_checkpoint_that_is_no_folder_is_damaged(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "iter_0000050"
+    if kind == "file":
+        path.write_text("")
+    else:
+        path.symlink_to(tmp_path / "nothing" if kind == "link to nothing" else __file__)
+    with pytest.raises(
+        DamagedCheckpoint, match=r"0000050: is damaged: it is not a folder, nor a link to one; "
+    ):
+        read_manifest(path)
+    with pytest.raises(FileProblem, match="is not a folder; name a checkpoint") as raised:
+        read_manifest(tmp_path / "iter_0000051")
+    assert not isinstance(raised.value, DamagedCheckpoint)
+
+
 def test_ranks_together_read_each_file_once() -> None:
     files = {f"file {size}": FileRecord(size, "") for size in (5, 70, 6, 90, 80)}
     files_by_rank = [select_files_of_rank(files, rank=rank, num_ranks=2) for rank in range(2)]

@@ -151,6 +151,39 @@ def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(
     verify_checkpoint(tmp_path / "iter_0000001")
 
 
+def save_without_permission_to_delete(config: RunConfig, folder: Path) -> list[str]:
+    """Save three checkpoints while no folder can be removed, and return the warnings of this rank."""
+    from sas_megatron.checkpoint import manifest, saving
+    from sas_megatron.training.build import build_engine
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    topology = in_layout(config.parallel)
+    engine = build_engine(config)
+    warnings: list[str] = []
+    delete, warn = manifest._delete, saving.logger.warning
+    manifest._delete = refuse
+    saving.logger.warning = lambda text, *values: warnings.append(text % values)  # type: ignore[method-assign]
+    try:
+        for step in (1, 2, 3):
+            save(engine, topology, folder, step)
+    finally:
+        manifest._delete, saving.logger.warning = delete, warn  # type: ignore[method-assign]
+    return warnings
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(ranks: Any, tmp_path: Path) -> None:
+    warnings, others = ranks(2).run(save_without_permission_to_delete, config_with(keep_last=1), tmp_path)
+    assert not others
+    assert warnings
+    for warning in warnings:
+        assert warning == (
+            f"{tmp_path}: an old checkpoint cannot be removed (Permission denied); remove it by hand"
+        )
+    verify_checkpoint(tmp_path / "iter_0000003")
+
+
 def test_a_folder_that_cannot_be_created_is_reported_on_every_rank(ranks: Any, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file instead of the folder")
     with pytest.raises(AssertionError, match=r"rank 1:(.|\n)*partial: cannot be written \("):
