@@ -13,7 +13,7 @@ from sas_megatron.attention.tpa.config import TensorProductAttentionConfig
 from sas_megatron.config.run import RunConfig
 from tests.model.model_parts import initial_weights, joined_weights, logits_part
 from tests.run_configs import small_config
-from tests.small_attentions import GQA, MFA, MHA, SAS_GROUPED, TPA, TPA_WHOLE_QUERIES
+from tests.small_attentions import GQA, MFA, MHA, SAS_GROUPED, TPA, TPA_UNFACTORED_QUERIES
 from tests.tolerances import assert_near
 
 SAS = {**SAS_GROUPED, "head_expansion": 2}
@@ -109,7 +109,7 @@ def xavier_bound(*shape: int) -> float:
     return float(torch.nn.init.xavier_uniform_(torch.empty(shape, dtype=torch.float64)).abs().max())
 
 
-@pytest.mark.parametrize("attention", [TPA, TPA_WHOLE_QUERIES], ids=["all factorized", "KV-only"])
+@pytest.mark.parametrize("attention", [TPA, TPA_UNFACTORED_QUERIES], ids=["all factorized", "KV-only"])
 def test_tensor_products_start_as_in_the_authors_code(ranks: Any, attention: dict[str, Any]) -> None:
     """The authors apply `xavier_uniform_` to [H, N, R] and [H, R, D] views (tensorgi/T6, model/T6.py)."""
     hidden, model = 60, {"hidden_size": 60, "num_layers": 2, "init_std": 0.05}
