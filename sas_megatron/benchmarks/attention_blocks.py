@@ -68,7 +68,7 @@ class LiteralHeadSimulation(nn.Module):
         self.refine = nn.Conv1d(simulated_heads, simulated_heads, config.kernel_size, **options)
 
     def forward(self, heads_SBND: torch.Tensor) -> torch.Tensor:
-        """[S, B, N, D] -> [S, B, rN, D]."""
+        """Simulate heads: [S, B, N, D] -> [S, B, rN, D]."""
         u = self.expand(heads_SBND.flatten(0, 1))
         w: torch.Tensor = (u + self.refine(torch.relu(u))).unflatten(0, heads_SBND.shape[:2])
         return w
@@ -84,7 +84,7 @@ class LiteralFeatureSimulation(nn.Module):
         self.refine = nn.Linear(features, features, bias=config.simulation_bias)
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., E]."""
+        """Simulate features: [..., D] -> [..., E]."""
         y: torch.Tensor = self.expand(heads)
         z: torch.Tensor = y + self.refine(torch.relu(y))
         return z
@@ -105,7 +105,7 @@ class LiteralSimulatedAttention(nn.Module):
         self.features = nn.ModuleDict({name: LiteralFeatureSimulation(config) for name in ("query", "key")})
 
     def forward(self, hidden_SBH: torch.Tensor, angles_SR: torch.Tensor) -> torch.Tensor:
-        """[S, B, H] -> [S, B, H]; rotary angles [S, R] with R = rotary_dim."""
+        """Compute the block's output [S, B, H] from hidden states [S, B, H] and rotary angles [S, rotary_dim]."""
         heads, groups = self.config.num_heads, self.config.num_key_value_heads
         grouped = self.linear_qkv(hidden_SBH).unflatten(-1, (groups, heads // groups + 2, -1))
         query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
