@@ -105,7 +105,7 @@ class LiteralSimulatedAttention(nn.Module):
         self.features = nn.ModuleDict({name: LiteralFeatureSimulation(config) for name in ("query", "key")})
 
     def forward(self, hidden_SBH: torch.Tensor, angles_SR: torch.Tensor) -> torch.Tensor:
-        """Compute the block's output [S, B, H] from hidden states [S, B, H] and rotary angles [S, rotary_dim]."""
+        """Compute the block's output [S, B, H] from hidden states and rotary angles [S, rotary_dim]."""
         heads, groups = self.config.num_heads, self.config.num_key_value_heads
         grouped = self.linear_qkv(hidden_SBH).unflatten(-1, (groups, heads // groups + 2, -1))
         query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]

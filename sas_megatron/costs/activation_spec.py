@@ -154,7 +154,7 @@ class CoreAttentionSpec:
         return self.layer.element_bytes * elements + FLOAT32_BYTES * self._rows * queries
 
     def _cudnn_bytes(self) -> int:
-        """Return the bytes of query, key, value and result without padding, and the log-sum-exp of each query."""
+        """Return the bytes of query, key, value and result, unpadded, and the log-sum-exp of each query."""
         queries, keys = self.layer.attended_heads
         mask = self._rows * self.layer.length if self.layer.masked else 0
         elements = self._rows * ((queries + keys) * self.query_key_width + queries * self.value_width) + mask
@@ -166,12 +166,12 @@ class CoreAttentionSpec:
         )
 
     def _composed_bytes(self) -> int:
-        """Return the float32 bytes of query, key and padded value, and of weights, dropout noise and product."""
+        """Return the float32 bytes of query, key, padded value, weights, dropout noise and product."""
         queries, _ = self.layer.attended_heads
         return FLOAT32_BYTES * self._rows * queries * 3 * (self.query_key_width + self.layer.length)
 
     def _unfused_bytes(self) -> int:
-        """Return the bytes of query, key and value, the mask, and the weights in float32 and the layer's type.
+        """Return the bytes of query, key, value and mask, and of the weights in float32 and the layer's type.
 
         Keys and values are repeated for each query head.
         """
