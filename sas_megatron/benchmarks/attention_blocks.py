@@ -58,7 +58,7 @@ class BlockShape:
 
 
 class LiteralHeadSimulation(nn.Module):
-    """u = conv1(x), w = u + conv2(ReLU(u)), with the heads as channels."""
+    """Head simulation, u = conv1(x), w = u + conv2(ReLU(u)), with the heads as channels."""
 
     def __init__(self, heads: int, config: SimulatedAttentionConfig) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class LiteralHeadSimulation(nn.Module):
 
 
 class LiteralFeatureSimulation(nn.Module):
-    """y = x·A1ᵀ + a1, z = y + ReLU(y)·A2ᵀ + a2."""
+    """Feature simulation, y = x·A1ᵀ + a1, z = y + ReLU(y)·A2ᵀ + a2."""
 
     def __init__(self, config: SimulatedAttentionConfig) -> None:
         super().__init__()
