@@ -130,7 +130,7 @@ _created_sets: list[tuple[int, ...]] = []
 
 
 def in_layout(config: ParallelConfig, *, seed: int = 1) -> Topology:
-    """On a rank: return the topology of a layout with newly seeded random states.
+    """Return the topology of a layout on a rank, with newly seeded random states.
 
     Creating a set of groups takes a tenth of a second on each rank, so the groups are kept until a test uses
     another layout.

@@ -16,7 +16,7 @@ from sas_megatron.costs.attention_backend import query_chunks, uses_chunks
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """softmax(scale·QKᵀ, causal)·V over Z = B·M heads."""
+    """Computes softmax(scale·QKᵀ, causal)·V over Z = B·M heads."""
 
     @staticmethod
     def forward(

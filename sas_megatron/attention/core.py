@@ -29,7 +29,7 @@ from sas_megatron.distributed.context_exchange import ContextExchange
 
 
 class AttentionBackend:
-    """softmax(scale·QKᵀ)·V over the heads of one rank, as `attention.backend` selects.
+    """Computes softmax(scale·QKᵀ)·V over the heads of one rank, as `attention.backend` selects.
 
     Args:
         name: One of the choices of `attention.backend`.

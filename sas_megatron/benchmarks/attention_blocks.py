@@ -58,7 +58,7 @@ class BlockShape:
 
 
 class LiteralHeadSimulation(nn.Module):
-    """u = conv1(x), w = u + conv2(ReLU(u)), with the heads as channels."""
+    """Head simulation, u = conv1(x), w = u + conv2(ReLU(u)), with the heads as channels."""
 
     def __init__(self, heads: int, config: SimulatedAttentionConfig) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ class LiteralHeadSimulation(nn.Module):
         self.refine = nn.Conv1d(simulated_heads, simulated_heads, config.kernel_size, **options)
 
     def forward(self, heads_SBND: torch.Tensor) -> torch.Tensor:
-        """[S, B, N, D] -> [S, B, rN, D]."""
+        """Simulate heads: [S, B, N, D] -> [S, B, rN, D]."""
         u = self.expand(heads_SBND.flatten(0, 1))
         w: torch.Tensor = (u + self.refine(torch.relu(u))).unflatten(0, heads_SBND.shape[:2])
         return w
 
 
 class LiteralFeatureSimulation(nn.Module):
-    """y = x·A1ᵀ + a1, z = y + ReLU(y)·A2ᵀ + a2."""
+    """Feature simulation, y = x·A1ᵀ + a1, z = y + ReLU(y)·A2ᵀ + a2."""
 
     def __init__(self, config: SimulatedAttentionConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class LiteralFeatureSimulation(nn.Module):
         self.refine = nn.Linear(features, features, bias=config.simulation_bias)
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., E]."""
+        """Simulate features: [..., D] -> [..., E]."""
         y: torch.Tensor = self.expand(heads)
         z: torch.Tensor = y + self.refine(torch.relu(y))
         return z
@@ -105,7 +105,7 @@ class LiteralSimulatedAttention(nn.Module):
         self.features = nn.ModuleDict({name: LiteralFeatureSimulation(config) for name in ("query", "key")})
 
     def forward(self, hidden_SBH: torch.Tensor, angles_SR: torch.Tensor) -> torch.Tensor:
-        """[S, B, H] -> [S, B, H]; rotary angles [S, R] with R = rotary_dim."""
+        """Compute the block's output [S, B, H] from hidden states and rotary angles [S, rotary_dim]."""
         heads, groups = self.config.num_heads, self.config.num_key_value_heads
         grouped = self.linear_qkv(hidden_SBH).unflatten(-1, (groups, heads // groups + 2, -1))
         query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]

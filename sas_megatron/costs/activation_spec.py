@@ -147,14 +147,14 @@ class CoreAttentionSpec:
         return self.layer.batch * self.layer.length
 
     def _fused_bytes(self) -> int:
-        """Query, key, the value and the result padded to E, and the log-sum-exp of each query."""
+        """Return the bytes of query, key, value and result padded to E, and the log-sum-exp of each query."""
         queries, keys = self.layer.attended_heads
         mask = self._rows * self.layer.length if self.layer.masked else 0
         elements = self._rows * 2 * (queries + keys) * self.query_key_width + mask
         return self.layer.element_bytes * elements + FLOAT32_BYTES * self._rows * queries
 
     def _cudnn_bytes(self) -> int:
-        """Query, key, value and result without padding, and the log-sum-exp of each query."""
+        """Return the bytes of query, key, value and result, unpadded, and the log-sum-exp of each query."""
         queries, keys = self.layer.attended_heads
         mask = self._rows * self.layer.length if self.layer.masked else 0
         elements = self._rows * ((queries + keys) * self.query_key_width + queries * self.value_width) + mask
@@ -166,12 +166,15 @@ class CoreAttentionSpec:
         )
 
     def _composed_bytes(self) -> int:
-        """In float32 per query head: query, key, padded value; weights, dropout noise and their product."""
+        """Return the float32 bytes of query, key, padded value, weights, dropout noise and product."""
         queries, _ = self.layer.attended_heads
         return FLOAT32_BYTES * self._rows * queries * 3 * (self.query_key_width + self.layer.length)
 
     def _unfused_bytes(self) -> int:
-        """Query, key and value per query head, the weights in float32 and in the layer's type, the mask."""
+        """Return the bytes of query, key, value and mask, and of the weights in float32 and the layer's type.
+
+        Keys and values are repeated for each query head.
+        """
         layer = self.layer
         queries, _ = layer.attended_heads
         heads = self._rows * queries * (2 * self.query_key_width + self.value_width)

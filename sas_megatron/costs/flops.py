@@ -99,7 +99,7 @@ def count_padding_flops(
 
 
 def causal_half(flops: dict[str, int], *, sequence_length: int) -> dict[str, float]:
-    """Return the terms if token t attends to t tokens, on average (S + 1)/2 of S."""
+    """Return the terms if token t attends to the first t of S tokens, which are (S + 1)/2 on average."""
     fraction = (sequence_length + 1) / (2 * sequence_length)
     return {name: count * (fraction if name in CAUSAL_TERMS else 1.0) for name, count in flops.items()}
 

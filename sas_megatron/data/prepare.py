@@ -12,6 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,13 +97,7 @@ def prepare_token_files(
     tokenizer = Tokenizer(tokenizer_path)
     files = find_source_files(sources)
     plan = {"tokenizer_sha256": tokenizer.sha256, "text_column": text_column, "chunk_bytes": CHUNK_BYTES}
-    # Code that reads raises its own user errors, so an OSError here comes from writing.
-    with translate_os_errors(
-        prefix,
-        problem="cannot be written",
-        remedy="name another --output, or fix the permissions",
-        disk_full_remedy="free disk space and run the command again: it resumes where it stopped",
-    ):
+    with _translate_write_errors(prefix):
         publish(prefix)
         complete = None if overwrite else _find_complete(prefix, files, plan)
         if complete is not None:
@@ -122,6 +117,16 @@ def prepare_token_files(
         publish(prefix)
     ended = time.perf_counter()
     return Preparation(manifest, False, resumed_chunks, encoded_tokens, ready - started, ended - ready)
+
+
+def _translate_write_errors(prefix: Path) -> AbstractContextManager[None]:
+    # Code that reads raises its own user errors, so an OSError comes from writing.
+    return translate_os_errors(
+        prefix,
+        problem="cannot be written",
+        remedy="name another --output, or fix the permissions",
+        disk_full_remedy="free disk space and run the command again: it resumes where it stopped",
+    )
 
 
 def _check_arguments(prefix: str | Path, *, num_workers: int) -> None:

@@ -74,7 +74,7 @@ def evaluate_held_out(
 def _held_out_step(
     batches: Iterator[Batch], model: Any, *, byte_lengths: ByteLengths
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """Forward step for Megatron-core's schedules. It reports the sums of losses, tokens and bytes."""
+    """Run a forward step of Megatron-core's schedules, which reports the sums of losses, tokens and bytes."""
     batch = next(batches)
 
     def report_totals(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

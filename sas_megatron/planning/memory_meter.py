@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_iter
 class MemoryMeter(TorchDispatchMode):
     """Track the storages that operations return, from their first use until they are freed.
 
-    `held_bytes` is the size of all live storages, `peak_bytes` its maximum since the start or since
+    `live_bytes` is the size of all live storages, `peak_bytes` its maximum since the start or since
     `reset_peak`. A storage that existed before is counted from the first operation that returns a view of it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held_bytes = 0
+        self.live_bytes = 0
         self.peak_bytes = 0
         self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
 
@@ -44,7 +44,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Reset the peak to the bytes that are held now."""
-        self.peak_bytes = self.held_bytes
+        self.peak_bytes = self.live_bytes
 
     def _track(self, storage: torch.UntypedStorage) -> None:
         identity = id(storage)
@@ -53,12 +53,12 @@ class MemoryMeter(TorchDispatchMode):
         num_bytes = storage.nbytes()
 
         def forget(_reference: object) -> None:
-            self.held_bytes -= self._live.pop(identity)[1]
+            self.live_bytes -= self._live.pop(identity)[1]
 
         # The Python object of a storage lives as long as the storage, so a weak reference follows both.
         self._live[identity] = (weakref.ref(storage, forget), num_bytes)
-        self.held_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 
 def distinct_bytes(tensors: Iterable[torch.Tensor], *, without: Iterable[torch.Tensor] = ()) -> int:

@@ -99,7 +99,7 @@ def elements(operator: str, exchange: str, ranks: int) -> float:
 
 
 def _sent(case: LayerCase, tensor: int, length: int) -> tuple[dict[str, float], dict[str, float], int]:
-    """On a rank: return the bytes by operation in forward and backward, and the simulation's parameters."""
+    """Return a rank's bytes by operation in forward and backward, and the number of simulation parameters."""
     from sas_megatron.distributed.communication_counter import CommunicationCounter
 
     topology = in_layout(ParallelConfig(tensor=tensor, sequence=case.sequence_parallel))

@@ -7,8 +7,10 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -113,6 +115,25 @@ def test_help_imports_neither_torch_nor_pydantic(arguments: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def commands_below(command: click.Command, names: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the names of a command and of all its subcommands."""
+    yield names
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            subcommand = command.get_command(click.Context(command), name)
+            assert subcommand is not None, name
+            yield from commands_below(subcommand, (*names, name))
+
+
+def test_every_help_fits_80_columns_in_complete_sentences_without_python_sections() -> None:
+    for names in commands_below(cli):
+        done = CliRunner().invoke(cli, [*names, "--help"], terminal_width=80)
+        assert done.exit_code == 0, names
+        _, *lines = done.output.splitlines()
+        assert max(map(len, lines)) <= 80, names
+        assert not [line for line in lines if line.endswith("...") or "Raises:" in line], names
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def config_of(small_data: SmallData, index_cache: Path) -> RunConfig:
 
 
 def read_samples(config: RunConfig, saved: Path, has_locks: bool) -> str:
-    """On a rank: return a digest of all samples. Saves of arrays are slow and are listed in `saved`."""
+    """Return a digest of all samples on a rank. Saves are slowed down, and each is listed in `saved`."""
     import fcntl
 
     import numpy
@@ -91,7 +91,7 @@ def test_concurrent_jobs_share_an_index_built_by_one_of_them(
 
 
 def read_on_nodes_of_two(small_data: SmallData, folder: Path) -> str:
-    """On a rank: read samples as if ranks 0 and 1 shared one disk and ranks 2 and 3 another."""
+    """Read samples on a rank as if ranks 0 and 1 shared one disk and ranks 2 and 3 another."""
     import torch.distributed as dist
 
     from sas_megatron.data import index_cache

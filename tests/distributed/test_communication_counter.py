@@ -62,7 +62,7 @@ def _send_to_the_next(group: dist.ProcessGroup) -> None:
 
 
 def _counted(collective: Callable[[dist.ProcessGroup], None], tensor: int, named: bool) -> dict[str, Any]:
-    """On a rank: return the counts after one collective over the tensor group."""
+    """Return a rank's counts after one collective over the tensor group."""
     from sas_megatron.distributed.communication_counter import CommunicationCounter
 
     group = in_layout(ParallelConfig(tensor=tensor)).tensor_group

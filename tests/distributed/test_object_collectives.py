@@ -10,7 +10,7 @@ from sas_megatron.config.errors import UserError
 
 
 def drive(failure: str) -> tuple[list[int], Any]:
-    """On a rank: return the arguments of the calls, and the result or the error message."""
+    """Return a rank's arguments of the calls, and the result or the error message."""
     import torch
     import torch.distributed as dist
 

@@ -16,7 +16,7 @@ from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.communication import count_communication_bytes
 from tests.conftest import ROOT
-from tests.model.laid_out_runs import laid_out_runs
+from tests.model.random_layouts import runs_with_layouts
 from tests.run_configs import small_config
 from tests.selection import cases, exhaustive
 from tests.training.layouts import ATTENTIONS, OVERLAP, TIED
@@ -227,7 +227,7 @@ def test_the_bytes_of_each_group_equal_those_of_a_dry_run(separate_process: Any,
 @settings(
     max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-@given(run=laid_out_runs())
+@given(run=runs_with_layouts())
 def test_the_bytes_of_any_run_equal_those_of_a_dry_run(
     separate_process: Any, run: tuple[RunConfig, int, int]
 ) -> None:

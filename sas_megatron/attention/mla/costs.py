@@ -43,7 +43,7 @@ class LatentCosts(AttentionCosts):
 
     @override
     def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
-        """Return the input of each column-parallel projection, the shared rotary key, and the output."""
+        """Return the traffic of column-parallel inputs, of the shared rotary key, and of the output."""
         rank = self.attention.query_lora_rank
         return {
             "query" if rank is None else "query_up": group.column_parallel_input(rank or hidden_size),
@@ -86,7 +86,7 @@ class LatentCosts(AttentionCosts):
 
     @override
     def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
-        """Return the inputs of projections, each once, the saved tensors of the norms, and core attention.
+        """Return the bytes of the inputs of projections (each once), of the norms, and of core attention.
 
         The cosines and sines are twice as wide as for other variants, since Megatron-core applies rotary
         embeddings to these features with its unfused function.

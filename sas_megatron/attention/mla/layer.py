@@ -169,7 +169,7 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
     @classmethod
     @override
     def transformer_options(cls, attention: LatentAttentionConfig) -> dict[str, Any]:
-        """Return all widths, since Megatron-core has one model's widths as defaults, and the type `rope`.
+        """Return the widths of this config, instead of Megatron-core's defaults, and the type `rope`.
 
         Megatron-core's default is YaRN, which has other angles and may change the softmax scale. The factors
         that change it are set to neutral values, since 0.16.1 computes the scale from them for both types.

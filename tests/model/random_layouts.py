@@ -34,7 +34,7 @@ def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.Sear
 
 
 @st.composite
-def laid_out_runs(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
+def runs_with_layouts(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
     """Draw a run with any attention and a layout that it supports, its world size and a pipeline stage."""
     attention = draw(attentions())
     parsed = parse_attention(attention)
