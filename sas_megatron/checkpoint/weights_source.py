@@ -35,8 +35,16 @@ Architecture = dict[str, dict[str, Any]]
 
 # Fields that do not change the function of given weights: initialization, regularization, vocabulary padding,
 # and implementations that compute the same result.
-_IGNORED_MODEL_FIELDS = {"init_std", "hidden_dropout", "vocab_multiple"}
-_IGNORED_ATTENTION_FIELDS = {"initialization", "dropout", "backend", "exchange", "kernel", "kv_cache"}
+_IGNORED_MODEL_FIELDS = {"init_std", "output_init", "hidden_dropout", "vocab_multiple"}
+_IGNORED_ATTENTION_FIELDS = {
+    "initialization",
+    "output_initialization",
+    "dropout",
+    "backend",
+    "exchange",
+    "kernel",
+    "kv_cache",
+}
 
 SCHEMA_VERSION = 1
 # Unsharded weights: FOLDER/weights*.safetensors under global names, and their record.

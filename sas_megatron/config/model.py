@@ -47,7 +47,12 @@ class ModelConfig(Section):
     )
     rotary_base: int = Field(default=10000, description="θ, the base of the rotary embeddings.")
     init_std: float = Field(
-        default=0.02, description="σ of the N(0, σ) initialization; output projections use σ/√(2·layers)."
+        default=0.02, description="σ of the N(0, σ) initialization of all matrices but those of output_init."
+    )
+    output_init: Literal["scaled", "wang"] = Field(
+        default="scaled",
+        description="Initialization of the output projections of attention and MLP. scaled: "
+        "N(0, σ/√(2·layers)), as in GPT-2; wang: N(0, 2/(layers·√H)), the wang_init of GPT-NeoX.",
     )
 
     @model_validator(mode="after")

@@ -39,9 +39,10 @@ def _module_generator(seed: int, module_name: str, name: str) -> torch.Generator
 def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     """Draw all weights of a model chunk in place.
 
-    Matrices are drawn from N(0, σ) with σ = `model.init_std`, and those at the end of a residual branch from
-    N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2). Norms are 1 and biases 0. The simulation follows
-    `attention.initialization`, and other weights of the attention `AttentionConfig.initial_weights`.
+    Matrices are drawn from N(0, σ) with σ = `model.init_std`, and those at the end of a residual branch by
+    `model.output_init`: from N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2), or from N(0, 2/(layers·√H))
+    (Wang and Komatsuzaki 2021, GPT-J; `wang_init` of GPT-NeoX). Norms are 1 and biases 0. The simulation
+    follows `attention.initialization`, and other weights of the attention `AttentionConfig.initial_weights`.
     """
     _initialize(model, config, functools.partial(global_name, model))
 
@@ -75,7 +76,6 @@ def initialize_simulation(
         if isinstance(part, ResidualMap):
             part.initialize(
                 config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
-                config.model.init_std,
                 functools.partial(_module_generator, config.training.seed, name_of(local_name)),
             )
             drawn.update(part.parameters())
@@ -117,9 +117,12 @@ def _initial_weights(name: str, full_shape: tuple[int, ...], config: RunConfig) 
     initial = config.attention.initial_weights(local_name, full_shape) if is_attention else None
     if initial is not None:
         return initial
-    ends_branch = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-    divisor = math.sqrt(2 * config.model.num_layers) if ends_branch else 1.0
-    return InitialWeights("normal", config.model.init_std / divisor)
+    model = config.model
+    if not name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return InitialWeights("normal", model.init_std)
+    if model.output_init == "wang":
+        return InitialWeights("normal", 2 / (model.num_layers * math.sqrt(model.hidden_size)))
+    return InitialWeights("normal", model.init_std / math.sqrt(2 * model.num_layers))
 
 
 def full_shape(parameter: nn.Parameter) -> list[int]:

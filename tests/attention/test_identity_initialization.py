@@ -55,9 +55,7 @@ def initialized_layer(num_kv_heads: int) -> torch.nn.Module:
     layer = layer_case.build_layer(case, 1)
     for name, module in layer.named_modules():
         if isinstance(module, ResidualMap):
-            module.initialize(
-                "identity", 0.02, lambda part, name=name: parameter_generator(5, f"{name}.{part}")
-            )
+            module.initialize("identity", lambda part, name=name: parameter_generator(5, f"{name}.{part}"))
     return layer
 
 

@@ -155,6 +155,55 @@ def test_tensor_products_no_longer_start_wider_than_in_the_authors_code() -> Non
     assert ratios == pytest.approx(measured, abs=0.01)
 
 
+def test_the_normal_scheme_preserves_the_variance_of_heads_and_features(ranks: Any) -> None:
+    weights = joined_weights(ranks(1).run(initial_weights, config_of({**SAS, "initialization": "normal"})))
+    matrices = {
+        name: weight
+        for name, weight in weights.items()
+        if ".simulation." in name and not name.endswith("bias")
+    }
+    assert matrices
+    for name, weight in matrices.items():
+        std = 1 / math.sqrt(weight[0].numel())
+        assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel()), name
+        assert not weights[f"{name}_bias"].any(), name
+
+
+def test_the_output_projection_of_sas_may_start_as_a_torch_linear_layer(ranks: Any) -> None:
+    """The authors' module has torch's default, whose bound torch computes here."""
+    scaled, torch_default = (
+        joined_weights(
+            ranks(2).run(initial_weights, config_of({**SAS, "output_initialization": name}, tensor=2))
+        )
+        for name in ("scaled", "torch")
+    )
+    for name, weight in torch_default.items():
+        if name.endswith("self_attention.linear_proj.weight"):
+            layer = torch.nn.Linear(weight.shape[1], 20_000, dtype=torch.float64)
+            bound = layer.weight.abs().max().item()
+            assert 0.95 * bound < weight.abs().max() <= bound * 1.001, name
+            assert abs(weight.std().item() / layer.weight.std().item() - 1) < 5 / math.sqrt(
+                2 * weight.numel()
+            )
+        else:
+            assert torch.equal(weight, scaled[name]), name
+
+
+def test_wang_initialization_of_output_projections(ranks: Any) -> None:
+    """GPT-NeoX's `wang_init_method`: standard deviation 2 / num_layers / sqrt(hidden_size)."""
+    model = {"hidden_size": 60, "ffn_hidden_size": 120, "num_layers": 3, "init_std": 0.05}
+    scaled, wang = (
+        joined_weights(ranks(1).run(initial_weights, config_of(MHA, **model, output_init=name)))
+        for name in ("scaled", "wang")
+    )
+    for name, weight in wang.items():
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std = 2 / 3 / math.sqrt(60)
+            assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel()), name
+        else:
+            assert torch.equal(weight, scaled[name]), name
+
+
 def test_identity_starts_as_the_base_model(ranks: Any) -> None:
     (base,) = ranks(1).run(logits_part, config_of(GQA))
     (simulated,) = ranks(1).run(logits_part, config_of({**SAS, "initialization": "identity"}))

@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant(
         "residual-initialization-too-wide",
         "sas_megatron.model.initialization:_initial_weights",
-        "math.sqrt(2 * config.model.num_layers)",
-        "math.sqrt(config.model.num_layers)",
+        "math.sqrt(2 * model.num_layers)",
+        "math.sqrt(model.num_layers)",
         "The initial standard deviation of output projections is √2 times too large.",
     ),
     Mutant(

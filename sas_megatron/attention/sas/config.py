@@ -5,12 +5,13 @@ The paper's H, H', D, D' are N, M = r·N, D, E here. `simulated_attention` has t
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import AttentionConfig, InitialWeights
 
 
 class SimulatedAttentionConfig(AttentionConfig):
@@ -46,7 +47,13 @@ class SimulatedAttentionConfig(AttentionConfig):
     simulation_bias: bool = Field(default=True, description="Biases in all maps of the simulation.")
     initialization: Literal["authors", "identity", "normal"] = Field(
         default="authors",
-        description="authors: PyTorch's defaults; identity: starts as the base layer; normal: N(0, σ).",
+        description="authors: PyTorch's defaults; identity: starts as the base layer; "
+        "normal: N(0, 1/fan_in).",
+    )
+    output_initialization: Literal["scaled", "torch"] = Field(
+        default="scaled",
+        description="Initialization of the output projection. scaled: by model.output_init; torch: PyTorch's "
+        "default, uniform in ±1/√(N·D), as in the authors' module.",
     )
     exchange: Literal["auto", "gather", "all_to_all"] = Field(
         default="auto",
@@ -71,6 +78,12 @@ class SimulatedAttentionConfig(AttentionConfig):
         groups = base.num_key_value_heads
         grouped = {} if groups == base.num_heads else {"num_kv_heads": groups}
         return {**super().defaults_from(base, hidden_size=hidden_size), **grouped}
+
+    @override
+    def initial_weights(self, name: str, full_shape: tuple[int, ...]) -> InitialWeights | None:
+        if name == "linear_proj.weight" and self.output_initialization == "torch":
+            return InitialWeights("uniform", 1 / math.sqrt(full_shape[1]))
+        return None
 
     @model_validator(mode="after")
     def _check_simulated(self) -> SimulatedAttentionConfig:

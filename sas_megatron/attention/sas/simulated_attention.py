@@ -112,14 +112,13 @@ class ResidualMap(nn.Module, ABC):
         return ResidualMapWeights(self.expand, self.refine, self.expand_bias, self.refine_bias)
 
     @torch.no_grad()
-    def initialize(self, scheme: str, std: float, generator: DrawGenerator) -> None:
+    def initialize(self, scheme: str, generator: DrawGenerator) -> None:
         """Draw the weights in float64 on the CPU, and cast them.
 
         Args:
             scheme: `authors`: PyTorch's default for convolutions and linear maps, uniform in ±1/√fan_in,
-                biases included; `normal`: N(0, std), biases 0; `identity`: the layer starts as the base
-                layer, biases 0.
-            std: Standard deviation of `normal`.
+                biases included; `normal`: N(0, 1/fan_in), which preserves the variance, biases 0;
+                `identity`: the layer starts as the base layer, biases 0.
             generator: Returns the generator of a parameter, by its name in this module.
         """
         for name, parameter in self.named_parameters():
@@ -129,7 +128,7 @@ class ResidualMap(nn.Module, ABC):
             if scheme == "authors":
                 drawn.uniform_(-bound, bound, generator=generator(name))
             elif scheme == "normal" and parameter is matrix:
-                drawn.normal_(0.0, std, generator=generator(name))
+                drawn.normal_(0.0, bound, generator=generator(name))
             elif scheme == "identity" and parameter is matrix:
                 self.draw_identity(name, drawn, bound, generator(name))
             parameter.copy_(drawn)
