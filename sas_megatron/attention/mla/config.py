@@ -88,7 +88,7 @@ class LatentAttentionConfig(AttentionConfig):
     @property
     @override
     def rotary_width(self) -> int:
-        """R."""
+        """R, the features of a query/key head with rotary embeddings."""
         return self.rotary_head_dim
 
     @property
