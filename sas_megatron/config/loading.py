@@ -252,9 +252,9 @@ def find_differences(
     return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
 
 
-def flatten_config(config: RunConfig) -> dict[str, Any]:
-    """Return the values of a config by dotted name, as JSON types."""
-    return _flatten(config.model_dump(mode="json"), prefix="")
+def flatten_config(config: RunConfig, *, exclude_defaults: bool = False) -> dict[str, Any]:
+    """Return the values of a config by dotted name, as JSON types; optionally without defaults."""
+    return _flatten(config.model_dump(mode="json", exclude_defaults=exclude_defaults), prefix="")
 
 
 def _flatten(tree: dict[str, Any], *, prefix: str) -> dict[str, Any]:

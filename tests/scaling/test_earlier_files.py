@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,10 +15,12 @@ from sas_megatron.scaling.runs import load_run
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.plan import Plan
 from sas_megatron.scaling.study.run_states import read_status
+from sas_megatron.scaling.study.step_times import _is_measured_config, _list_timed_fields
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.study_table import read_table
 from sas_megatron.scaling.study.submission import read_jobs
 from sas_megatron.scaling.study.sweeps import plan_with_rates
+from tests.run_configs import small_config
 
 FIXTURES = Path(__file__).with_name("fixtures")
 RUNS = ["mha-small-3200-s1234", "sas-small-3200-s1234"]
@@ -81,3 +85,16 @@ def test_table_of_an_earlier_study_is_read_and_collected_again(plan: Plan) -> No
         for fields in (row, expected[name]):
             fields["provenance_sha256"] = None
         assert row == expected[name]
+
+
+def test_step_times_stay_valid_if_a_later_version_adds_a_field_with_its_default() -> None:
+    def cell(**model: Any) -> Any:
+        return SimpleNamespace(config=small_config(model=model))
+
+    recorded = _list_timed_fields(cell())
+    assert _is_measured_config(cell(), recorded)
+    del recorded["model.output_init"]
+    assert _is_measured_config(cell(), recorded)
+    assert not _is_measured_config(cell(output_init="wang"), recorded)
+    assert not _is_measured_config(cell(num_layers=7), recorded)
+    assert not _is_measured_config(cell(), {**recorded, "model.removed_field": 3})

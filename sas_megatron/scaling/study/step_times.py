@@ -86,7 +86,7 @@ def read_step_times(plan: Plan) -> dict[str, float]:
     return {
         cell.name: statistics.median(measured[cell.name]["step_seconds"])
         for cell in plan.cells
-        if cell.name in measured and measured[cell.name]["config"] == _list_timed_fields(cell)
+        if cell.name in measured and _is_measured_config(cell, measured[cell.name]["config"])
     }
 
 
@@ -95,6 +95,15 @@ def _read_record(plan: Plan) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _list_timed_fields(cell: Cell) -> dict[str, Any]:
-    fields = flatten_config(cell.config)
+def _list_timed_fields(cell: Cell, *, exclude_defaults: bool = False) -> dict[str, Any]:
+    fields = flatten_config(cell.config, exclude_defaults=exclude_defaults)
     return {name: value for name, value in fields.items() if name.startswith(TIMED_FIELDS)}
+
+
+def _is_measured_config(cell: Cell, measured: dict[str, Any]) -> bool:
+    """Whether the recorded fields are those of the cell; fields that the record lacks must be defaults."""
+    current = _list_timed_fields(cell)
+    added = current.keys() - measured.keys()
+    return {**measured, **{name: current[name] for name in added}} == current and not (
+        added & _list_timed_fields(cell, exclude_defaults=True).keys()
+    )
