@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from sas_megatron.model.language_loss import Batch
 from tests.model.one_microbatch import Microbatch, undrawn_weights
 from tests.model.term_tracing import TermTracer
 from tests.rank_pool import in_layout
+
+SECONDS_UNTIL_RELEASED = 10.0
 
 
 class _Kept:
@@ -101,6 +104,10 @@ def _measure_chunks(config: RunConfig) -> dict[str, int]:
         outputs = [microbatch.pass_through(config, chunk) for chunk in chunks]
     kept = {name: size for name, size in meter.terms.items() if size}
     del outputs
+    # The thread of a gloo group may hold the output of its last collective, and its graph, a little longer.
+    deadline = time.monotonic() + SECONDS_UNTIL_RELEASED
+    while meter.terms.total() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not meter.terms.total(), "tensors are saved after the result is released"
     return kept
 
