@@ -27,7 +27,7 @@ SUMMARY = (
     ("communication_bytes_per_step", "total", "bytes sent\nper step", "B"),
 )
 
-# Names in tables of JSON keys that remain for compatibility.
+# Headings and rows of tables whose text differs from the JSON key.
 DISPLAY_NAMES = {
     "communication_bytes_per_step": "bytes sent per step",
     "with what is recomputed and padded": "with recompute and padding",

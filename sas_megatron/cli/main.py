@@ -117,6 +117,7 @@ def _is_launched_rank_above_0() -> bool:
     RANK alone does not show it: some cluster operators set RANK in every pod. torchrun and deepspeed set
     LOCAL_RANK as well.
     """
+    from sas_megatron.platform.launcher import is_rank0
+
     command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
-    is_launched = "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0"
-    return is_launched and command in COLLECTIVE_COMMANDS
+    return command in COLLECTIVE_COMMANDS and "LOCAL_RANK" in os.environ and not is_rank0()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -25,6 +25,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     section_name: ClassVar[str]
+    # Former name -> current name of fields that files of earlier versions contain.
+    former_names: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, fields: Any) -> Any:
+        """Rename the fields of `former_names`; a field under its current name has priority."""
+        if not isinstance(fields, dict):
+            return fields
+        renamed = {name: value for name, value in fields.items() if name not in cls.former_names}
+        for former, name in cls.former_names.items():
+            if former in fields:
+                renamed.setdefault(name, fields[former])
+        return renamed
 
     @model_validator(mode="after")
     def _check_integers(self) -> Self:

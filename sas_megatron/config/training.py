@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -260,6 +260,7 @@ class LoggingConfig(Section):
     """The run directory, and the intervals and contents of logs."""
 
     section_name: ClassVar[str] = "logging"
+    former_names: ClassVar[dict[str, str]] = {"wire_ledger": "communication_counter"}
 
     run_directory: str = Field(
         description="Folder for config.yaml, run.json, metrics.jsonl, summary.json and checkpoints/."
@@ -278,16 +279,6 @@ class LoggingConfig(Section):
         description="First and last step to profile on every rank. The traces are written to "
         "profile/*.json.gz and open in Perfetto; profiled steps are slower. null: do not profile.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_former_names(cls, fields: Any) -> Any:
-        """Rename `wire_ledger`, which configs of run directories from before schema 2 contain."""
-        if isinstance(fields, dict) and "wire_ledger" in fields:
-            fields = dict(fields)
-            former = fields.pop("wire_ledger")
-            fields.setdefault("communication_counter", former)
-        return fields
 
     @model_validator(mode="after")
     def _check(self) -> LoggingConfig:

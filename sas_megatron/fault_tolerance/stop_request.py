@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
@@ -39,12 +40,12 @@ class RunExit:
         return STOPPED_STATUS if self.is_resumable else 0
 
 
-def find_stop_signals() -> list[signal.Signals]:
-    """Return the signals that stop a run: `STOP_SIGNALS` without those that this process ignores already.
+def find_stop_signals(candidates: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
+    """Return the candidates without those that this process ignores already.
 
     nohup, for example, starts a process that ignores SIGHUP.
     """
-    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return [number for number in candidates if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopRequest:

@@ -93,7 +93,8 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    write_files({path: content})
+    with replace_file(path) as temporary:
+        temporary.write_bytes(_encode(content))
 
 
 def write_files(contents: Mapping[Path, str | bytes]) -> None:
@@ -105,8 +106,12 @@ def write_files(contents: Mapping[Path, str | bytes]) -> None:
     with ExitStack() as stack:
         for path, content in contents.items():
             temporary = stack.enter_context(replace_file(path))
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(_encode(content))
             sync(temporary)  # a full disk may be reported only here, before the first rename
+
+
+def _encode(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def sync(path: Path) -> None:

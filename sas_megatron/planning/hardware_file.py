@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,17 +14,6 @@ from sas_megatron.config.section import Section
 
 SHIPPED = Path(__file__).parent / "hardware"
 BYTES_PER_GIB = 2**30
-
-
-def _rename_fields(fields: Any, **names: str) -> Any:
-    """Return the fields with `names` (former name to current name) replaced; a current name has priority."""
-    if not isinstance(fields, dict):
-        return fields
-    renamed = {name: value for name, value in fields.items() if name not in names}
-    for former, name in names.items():
-        if former in fields:
-            renamed.setdefault(name, fields[former])
-    return renamed
 
 
 class LinkFigures(Section):
@@ -47,6 +36,7 @@ class AttainableShares(Section):
     """Shares of the peak figures that training attains."""
 
     section_name: ClassVar[str] = "attainable"
+    former_names: ClassVar[dict[str, str]] = {"wire": "link"}
 
     matrix: float = Field(description="Share of matrix_teraflops in matrix products.")
     convolution: float = Field(description="Share of matrix_teraflops in convolutions over few channels.")
@@ -55,12 +45,6 @@ class AttainableShares(Section):
     )
     memory: float = Field(description="Share of memory_gigabytes_per_second.")
     link: float = Field(description="Share of gigabytes_per_second of both links.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_former_names(cls, fields: Any) -> Any:
-        """Rename `wire`, the earlier name of `link`."""
-        return _rename_fields(fields, wire="link")
 
     @model_validator(mode="after")
     def _check(self) -> AttainableShares:
@@ -72,6 +56,7 @@ class Hardware(Section):
     """One device and its links to other devices."""
 
     section_name: ClassVar[str] = "hardware"
+    former_names: ClassVar[dict[str, str]] = {"node_wire": "node_link", "network_wire": "network_link"}
 
     name: str = Field(description="Name of the device, for reports.")
     device: Literal["gpu", "cpu"] = Field(description="Selects the attention kernels that are estimated.")
@@ -89,12 +74,6 @@ class Hardware(Section):
         description="Time on the host to launch one operation of the training code."
     )
     attainable: AttainableShares
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_former_names(cls, fields: Any) -> Any:
-        """Rename `node_wire` and `network_wire`, the earlier names of the links."""
-        return _rename_fields(fields, node_wire="node_link", network_wire="network_link")
 
     @model_validator(mode="after")
     def _check(self) -> Hardware:

@@ -89,7 +89,7 @@ def check_resumable(config: RunConfig) -> None:
 
     Raises:
         FieldError: The config or the data differ in a field that must not change.
-        FileProblem: Run.json is damaged.
+        FileProblem: The file run.json is damaged.
     """
     directory = Path(config.logging.run_directory)
     remedy = "restore the old value, or choose another logging.run_directory"

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from sas_megatron.config.loading import dump_yaml
+from sas_megatron.fault_tolerance.stop_request import find_stop_signals
 from sas_megatron.io.files import save_file
 from sas_megatron.platform.local_machine import training_command, training_environment
 from sas_megatron.scaling.numbers import format_loss
@@ -195,9 +196,7 @@ class StudyRunner:
                     started.process.send_signal(signal.SIGTERM)
 
         before: dict[signal.Signals, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_IGN:  # as nohup starts a process
-                continue
+        for number in find_stop_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
             before[number] = signal.signal(number, handle)
         try:
             yield
