@@ -41,7 +41,7 @@ class HeldOutLoss:
 
     @property
     def results(self) -> dict[str, float | None]:
-        """The values by their names in metrics.jsonl. Infinite values become None, as JSON requires."""
+        """The measured values by name in metrics.jsonl; infinite values are None, as JSON requires."""
         values = {
             "validation_loss": self.loss,
             "validation_perplexity": self.perplexity,

@@ -62,7 +62,7 @@ class Hardware(Section):
     device: Literal["gpu", "cpu"] = Field(description="Selects the attention kernels that are estimated.")
     memory_gib: float = Field(description="Memory of one device; on CPU, of one process.")
     matrix_teraflops: dict[str, float] = Field(description="Dense peak by dtype, 10¹² FLOP/s.")
-    memory_gigabytes_per_second: float = Field(description="Peak of reading and writing together.")
+    memory_gigabytes_per_second: float = Field(description="Peak memory bandwidth, reads and writes added.")
     node_link: LinkFigures | None = Field(description="Link within a node; null for a single device.")
     network_link: LinkFigures | None = Field(description="Link between nodes; null for a single node.")
     devices_per_node: int = Field(description="Ranks that node_link connects.")

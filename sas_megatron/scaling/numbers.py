@@ -66,7 +66,7 @@ def format_loss(value: float | None) -> str:
 
 
 def format_difference(value: float | None) -> str:
-    """Format with a sign (U+2212 if negative) and four decimals."""
+    """Format a difference with a sign (U+2212 if negative) and four decimals."""
     return MISSING if value is None else f"{value:+.4f}".replace("-", "−")
 
 

@@ -61,7 +61,7 @@ class SimulatedAttentionConfig(AttentionConfig):
     )
     kv_cache: Literal["base", "simulated"] = Field(
         default="base",
-        description="What decoding caches. base: base keys and values, which are simulated again in each "
+        description="Tensors in the KV cache. base: base keys and values, which are simulated again in each "
         "step; simulated: simulated keys and values, r(E + D)/2D times as large, without recomputation.",
     )
 

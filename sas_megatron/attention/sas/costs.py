@@ -102,7 +102,7 @@ class SimulatedCosts(AttentionCosts):
         """Return what the fused kernels recompute, without the padding of tiles.
 
         In the forward pass, the first convolution is computed for each of the k taps of the second. In the
-        backward pass, it is computed for the gradient of the columns and for that of the second weights
+        backward pass, it is computed for the gradients of the columns and of the second weights
         (with many heads, once per tap); the input heads of the feature simulation are computed again; and so
         is y, in two kernels of the feature simulation. Heads that `all_to_all` received from other ranks are
         saved rather than recomputed, which is not considered here.
@@ -196,7 +196,7 @@ class SimulationActivations:
             tokens = -(-tokens // self.layer.tensor)
         if self.is_fused:
             return self.layer.element_bytes * tokens * attention.qkv_width
-        # Queries of several groups are not contiguous among the columns and are copied; all else are views.
+        # Queries of several groups are not contiguous among the columns and are copied; others are views.
         is_copied = "query" in self.simulations and 1 < self.base_heads["key"] < self.base_heads["query"]
         has_views = len(self.simulations) > (1 if is_copied else 0)
         columns = (attention.qkv_width if has_views else 0) + (

@@ -95,7 +95,7 @@ class SimulationKernels(ABC):
             heads_TMD: Heads, simulated or repeated.
             weights: All weights of the layer.
             rope: Rotary angles [S, 1, 1, R] to apply; None to apply none.
-            source: What `heads_TMD` can be computed from; None if other ranks computed them.
+            source: The columns from which to compute `heads_TMD` again; None if other ranks computed them.
         """
 
 
@@ -206,7 +206,7 @@ def check_kernel(attention: SimulatedAttentionConfig) -> None:
     """Check that `attention.kernel` can run, before Megatron-core builds the layer and replaces the error.
 
     Raises:
-        FieldError: the fused kernels cannot run on this machine, or do not fit.
+        FieldError: The fused kernels cannot run on this machine, or do not fit.
     """
     if attention.kernel == "fused":
         reason = find_misfit(attention) or _find_missing_requirement()
@@ -220,7 +220,7 @@ def build_simulation_kernels(attention: SimulatedAttentionConfig, *, dtype: torc
     """Build the implementation that `attention.kernel` selects; log the choice of `auto` with its reason.
 
     Raises:
-        NotImplementedError: the fused kernels are selected for float64.
+        NotImplementedError: The fused kernels are selected for float64.
     """
     if attention.kernel == "auto":
         device: Device = "gpu" if torch.cuda.is_available() else "cpu"
@@ -242,7 +242,10 @@ def _log_choice(choice: str) -> None:
 
 
 def _find_missing_requirement() -> str | None:
-    """Return what the fused kernels need and this machine lacks; Triton's interpreter needs no GPU."""
+    """Return the first requirement of the fused kernels that this machine does not meet, if any.
+
+    Triton's interpreter needs no GPU.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if torch.cuda.is_available():

@@ -218,7 +218,7 @@ class GatherExchange(HeadExchange):
     def scatter_heads(
         self, simulated: Sequence[torch.Tensor], *, num_blocks: Sequence[int], num_tokens: int
     ) -> list[torch.Tensor]:
-        """Return the argument: it holds only local heads."""
+        """Return `simulated` unchanged, since the rank has computed only its local heads."""
         return list(simulated)
 
 
