@@ -13,6 +13,7 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.optimizer import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
 from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.config.section import divisors
 from sas_megatron.config.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -207,11 +208,7 @@ class RunConfig(BaseModel):
         """
         model_size = self.parallel.model_size
         samples, micro = self.training.global_batch_size, self.training.micro_batch_size
-        fitting = [
-            model_size * degree
-            for degree in range(1, samples // micro + 1)
-            if samples % (micro * degree) == 0
-        ]
+        fitting = [model_size * degree for degree in divisors(samples // micro)]
         if world_size % model_size:
             raise FieldError(
                 "world size",
