@@ -113,8 +113,9 @@ def build_run_config(tree: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = [_describe(problem, tree) for problem in error.errors()]
-        more = [f"and {len(lines) - MAX_LISTED_PROBLEMS} more"] if len(lines) > MAX_LISTED_PROBLEMS else []
-        raise UserError("\n".join(lines[:MAX_LISTED_PROBLEMS] + more)) from None
+        if len(lines) > MAX_LISTED_PROBLEMS:
+            lines[MAX_LISTED_PROBLEMS - 1] += f" (and {len(lines) - MAX_LISTED_PROBLEMS} more problems)"
+        raise UserError("\n".join(lines[:MAX_LISTED_PROBLEMS])) from None
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
