@@ -227,7 +227,7 @@ def _measure_loss(
 ) -> tuple[str, dict[str, Any] | None]:
     from sas_megatron.evaluation.model_source import load_model
     from sas_megatron.evaluation.results import check_results
-    from sas_megatron.evaluation.settings import WindowSettings
+    from sas_megatron.evaluation.settings import WindowSettings, windowed_data
 
     trained = source.config.data.sequence_length
     settings = [
@@ -235,6 +235,9 @@ def _measure_loss(
         for length in lengths or (trained,)
     ]
     paths = _find_files(files)
+    if not files:
+        for of_length in settings:  # before torch is imported
+            windowed_data(source.config, of_length.length)
     with load_model(source, check_first=functools.partial(check_results, folder, source)) as model:
         from sas_megatron.evaluation.sliding_window import measure_held_out
 
