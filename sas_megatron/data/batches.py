@@ -21,9 +21,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from sas_megatron.config.data import DataConfig
-from sas_megatron.data.document_split import format_split
+from sas_megatron.data.document_split import format_split, split_documents
+from sas_megatron.data.epochs import balance_samples
 from sas_megatron.data.index_cache import provide_folder
-from sas_megatron.data.token_files import load_manifest
+from sas_megatron.data.token_files import load_manifest, read_document_lengths
 from sas_megatron.data.tokenizer import Tokenizer
 
 Sample = Mapping[str, torch.Tensor]
@@ -64,6 +65,9 @@ def _build_samples(
     """
     sizes = [1, 1, 0]
     sizes[split] = num_samples
+    parts = [split_documents(read_document_lengths(prefix), data.split)[split] for prefix in data.prefixes]
+    weights = balance_samples(data, parts, num_samples=num_samples)
+    data = data.model_copy(update={"weights": weights})
 
     def build(cache: Path, is_built_by_this_rank: Callable[..., bool]) -> Any:
         return BlendedMegatronDatasetBuilder(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.token_files import open_token_files
@@ -140,8 +139,8 @@ class WindowSettings:
             raise FieldError("--batch-tokens", self.batch_tokens, "must be positive", "use 8192, for example")
 
 
-def windowed_data(config: RunConfig, length: int) -> DataConfig:
-    """Return the `data` section for validation windows of a length, after checking it and the token files.
+def windowed_config(config: RunConfig, length: int) -> RunConfig:
+    """Return a run's config with validation windows of another length, and about as many tokens in total.
 
     Raises:
         UserError: The token files of the run cannot be read or have too few tokens for such windows, or
@@ -155,7 +154,9 @@ def windowed_data(config: RunConfig, length: int) -> DataConfig:
         )
     data = config.data.model_copy(update={"sequence_length": length})
     open_token_files(data, vocab_size=config.model.vocab_size)
-    return data
+    num_windows = max(1, config.evaluation.num_sequences * config.data.sequence_length // length)
+    evaluation = config.evaluation.model_copy(update={"num_sequences": num_windows})
+    return config.model_copy(update={"data": data, "evaluation": evaluation})
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, *, context: int) -> list[list[int]]:

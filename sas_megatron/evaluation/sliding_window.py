@@ -24,7 +24,7 @@ from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.evaluation.results import describe_loss
 from sas_megatron.evaluation.scoring import Passage, Scores, score
-from sas_megatron.evaluation.settings import WindowSettings, windowed_data
+from sas_megatron.evaluation.settings import WindowSettings, windowed_config
 from sas_megatron.evaluation.trained_model import TrainedModel
 
 # Number of tokens in windows that are scored before more text is read.
@@ -151,11 +151,11 @@ def validation_windows(config: RunConfig, tokenizer: Tokenizer, *, length: int) 
             equal.
 
     Raises:
-        UserError: As in `windowed_data`.
+        UserError: As in `windowed_config`.
     """
-    data = windowed_data(config, length)
-    num_windows = max(1, config.evaluation.num_sequences * config.data.sequence_length // length)
-    samples = build_validation_samples(data, tokenizer, num_samples=num_windows)
+    windowed = windowed_config(config, length)
+    num_windows = windowed.evaluation.num_sequences
+    samples = build_validation_samples(windowed.data, tokenizer, num_samples=num_windows)
     for number in range(num_windows):
         sample = samples[number]
         tokens, labels = (np.asarray(sample[name], dtype=np.int32) for name in ("tokens", "labels"))
