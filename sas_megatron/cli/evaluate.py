@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,12 +236,32 @@ def _measure_loss(
         for length in lengths or (trained,)
     ]
     paths = _find_files(files)
+    # Before torch is imported.
+    remarks = [] if files else _list_repetitions(source, settings)
     with load_model(source, check_first=functools.partial(check_results, folder, source)) as model:
         from sas_megatron.evaluation.sliding_window import measure_held_out
 
         domains = _file_domains(model, paths, text_column) if files else _validation_domain(model)
         results = measure_held_out(model, domains, settings)
+        results["remarks"] = remarks
         return "files" if files else "validation", results if model.topology.is_rank0 else None
+
+
+def _list_repetitions(source: ModelSource, settings: Sequence[WindowSettings]) -> list[str]:
+    """Check the validation data for each window length, and return remarks on windows that repeat text.
+
+    Raises:
+        UserError: The validation data cannot be cut into such windows.
+    """
+    from sas_megatron.data.epochs import count_data_use
+    from sas_megatron.evaluation.settings import windowed_config
+
+    remarks = []
+    for length in (of_length.length for of_length in settings):
+        repetition = count_data_use(windowed_config(source.config, length)).describe_repeated_windows()
+        if repetition is not None:
+            remarks.append(f"Length {length:,}: {repetition}.")
+    return remarks
 
 
 def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
