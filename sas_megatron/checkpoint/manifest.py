@@ -15,12 +15,13 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.errors import FileProblem, describe_os_error, translate_os_errors
+from sas_megatron.config.errors import FileProblem, translate_os_errors
+from sas_megatron.io.file_records import FileRecord, describe_file, find_damage
 from sas_megatron.io.files import sync
 
 # Formats 1 and 2 held one file per rank.
@@ -38,14 +39,6 @@ class DamagedCheckpoint(FileProblem):
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """Size and checksum of a file at the time when the checkpoint was published."""
-
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json."""
 
@@ -55,13 +48,6 @@ class Manifest:
     layout: dict[str, Any]
     # The keys are paths relative to the folder of the checkpoint.
     files: dict[str, FileRecord]
-
-
-def describe_file(path: Path) -> FileRecord:
-    """Return the size and SHA-256 of a file. The file is read once."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(file.tell(), digest)
 
 
 def checkpoint_name(step: int) -> str:
@@ -165,32 +151,6 @@ def _check_schema(path: Path, schema: int) -> None:
         )
 
 
-def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
-    """Compare files of the checkpoint at `path` with their records; return one line per damaged file.
-
-    Each file is read once.
-    """
-    return [
-        f"{name} {damage}"
-        for name, record in files.items()
-        if (damage := _damage(path / name, record)) is not None
-    ]
-
-
-def _damage(path: Path, record: FileRecord) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != record.size_bytes:
-            return f"has {size:,} bytes, but {record.size_bytes:,} were written"
-        if describe_file(path).sha256 != record.sha256:
-            return "has contents that differ from what was written"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({describe_os_error(error)})"
-    return None
-
-
 def raise_if_damaged(path: Path, damage: Iterable[str]) -> None:
     """Raise an error that lists the damaged files of the checkpoint at `path`, if there are any.
 
@@ -279,9 +239,3 @@ def _step_of(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     assert found is not None, f"{path} is not the name of a checkpoint"
     return int(found[1])
-
-
-def select_files_of_rank(files: dict[str, FileRecord], *, rank: int, num_ranks: int) -> dict[str, FileRecord]:
-    """Return the files that `rank` reads if all ranks together read each file once, in similar amounts."""
-    by_size: Sequence[str] = sorted(files, key=lambda name: (-files[name].size_bytes, name))
-    return {name: files[name] for name in by_size[rank::num_ranks]}

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.storage import WriteResult
 
 from sas_megatron.checkpoint import manifest
-from sas_megatron.checkpoint.manifest import FileRecord, Manifest
+from sas_megatron.checkpoint.manifest import Manifest
 from sas_megatron.checkpoint.rank_layout import describe_layout, read_random_states, shard_random_states
 from sas_megatron.checkpoint.tensor_reading import METADATA
 from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter, get_written_files
@@ -31,6 +31,7 @@ from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.object_collectives import raise_on_all_ranks, run_on_rank0
 from sas_megatron.distributed.topology import Topology
+from sas_megatron.io.file_records import FileRecord, describe_file
 from sas_megatron.io.files import sync
 
 T = TypeVar("T")
@@ -276,7 +277,7 @@ def _raise_if_missing(folder: Path, files: dict[str, FileRecord]) -> None:
 
 
 def _describe(folder: Path, paths: list[Path]) -> dict[str, FileRecord]:
-    return {str(path.relative_to(folder)): manifest.describe_file(path) for path in paths}
+    return {str(path.relative_to(folder)): describe_file(path) for path in paths}
 
 
 def _with_error_translation(folder: Path, action: Callable[[], T]) -> Callable[[], T]:

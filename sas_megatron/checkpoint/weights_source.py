@@ -19,9 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sas_megatron.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
-    describe_file,
     find_checkpoint,
-    find_damage,
     raise_if_damaged,
     read_manifest,
 )
@@ -30,6 +28,7 @@ from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.run import RunConfig
+from sas_megatron.io.file_records import describe_file, find_damage
 
 Architecture = dict[str, dict[str, Any]]
 

@@ -13,7 +13,6 @@ from sas_megatron.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
     checkpoint_name,
-    describe_file,
     find_checkpoint,
     find_run_checkpoints,
 )
@@ -26,6 +25,7 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import apply_overrides, build_run_config, read_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.io.file_records import describe_file
 from sas_megatron.platform.launcher import launched_world_size
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sas_megatron.checkpoint.manifest import CONFIG, find_damage, raise_if_damaged, read_manifest
+from sas_megatron.checkpoint.manifest import CONFIG, raise_if_damaged, read_manifest
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.token_files import load_manifest, name_token_files
+from sas_megatron.io.file_records import find_damage
 
 # Fields that may change when a run is resumed. They do not affect samples, weights or losses, except that
 # `health` decides whether harmful steps are skipped.

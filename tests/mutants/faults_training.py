@@ -149,7 +149,7 @@ MUTANTS = (
     ),
     Mutant(
         "file-checksum-not-compared",
-        "sas_megatron.checkpoint.manifest:_damage",
+        "sas_megatron.io.file_records:_find_damage_of_file",
         "if describe_file(path).sha256 != record.sha256:",
         "if not describe_file(path).sha256:",
         "A checkpoint file of the right size with different contents counts as undamaged.",
@@ -157,8 +157,8 @@ MUTANTS = (
     Mutant(
         "damage-known-to-one-rank",
         "sas_megatron.checkpoint.restoring:open_checkpoint",
-        "gather_from_ranks(manifest.find_damage(path, local_files))",
-        "[manifest.find_damage(path, local_files)]",
+        "gather_from_ranks(find_damage(path, local_files))",
+        "[find_damage(path, local_files)]",
         "Damage of a checkpoint is known only to the rank that reads the file.",
     ),
     Mutant(
