@@ -85,9 +85,13 @@ def fuzz(
 def main() -> None:
     """Fuzz one target, or all of them."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"from {', '.join(TARGETS)}; default: all")
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help=f"from {', '.join(TARGETS)}; default: all"
+    )
     parser.add_argument("--inputs", type=int, default=10_000, help="inputs of each target (default: 10,000)")
-    parser.add_argument("--seed", type=int, default=0, help="another number selects other inputs (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another number selects other inputs (default: 0)"
+    )
     chosen = parser.parse_args()
     if unknown := set(chosen.targets) - set(TARGETS):
         parser.error(f"no target {', '.join(sorted(unknown))}; use {', '.join(TARGETS)}")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
 # Messages show no more of a value; a path has at most this length on Linux.
 MAX_SHOWN_CHARACTERS = 4096
 
@@ -62,7 +61,7 @@ def translate_os_errors(
     disk_full_remedy: str | None = None,
     error_type: Callable[[object, str, str], UserError] = FileProblem,
 ) -> Iterator[None]:
-    """Raise a user error for an OSError in the block, or a path that cannot be passed to the operating system.
+    """Raise a user error for an OSError in the block, or for a path that no file can have.
 
     Args:
         path: The file or folder that the message names.
@@ -94,7 +93,8 @@ def translate_os_errors(
 
 def _is_about_path(error: ValueError) -> bool:
     """Whether Python raised the error for a path with a NUL character or an unpaired surrogate."""
-    return "null byte" in str(error) or (isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason)
+    has_surrogate = isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason
+    return has_surrogate or "null byte" in str(error)
 
 
 def describe_os_error(error: OSError) -> str:

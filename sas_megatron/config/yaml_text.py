@@ -1,7 +1,7 @@
 """Read YAML text within limits, so that no file exhausts the memory or takes minutes.
 
-A small text can describe a large tree: an alias repeats what it names, and a number in hexadecimal digits or a
-nested list can be longer than Python converts to text. Such texts are refused.
+A small text can describe a large tree: an alias repeats what it names, and a number in hexadecimal digits or
+a nested list can be longer than Python converts to text. Such texts are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        ValueError: The text is not YAML, or exceeds a limit; the message is one line, such as "is not YAML (…)".
+        ValueError: The text is not YAML, or exceeds a limit; the message is one line: "is not YAML (…)".
     """
     try:
         value = YAML(typ="safe", pure=True).load(text)
@@ -46,7 +46,7 @@ def _count_values(value: Any, *, known: dict[int, int], open_containers: set[int
         open_containers: The ids of the containers that contain `value`.
 
     Raises:
-        ValueError: The tree exceeds a limit, contains itself, or has text that UTF-8 or a path cannot represent.
+        ValueError: The tree exceeds a limit, contains itself, or has text that no path can contain.
     """
     if isinstance(value, str):
         _check_text(value)

@@ -86,7 +86,8 @@ def run_input(target: Target, tried: Input, files: Files, folder: Path) -> Resul
     os.chdir(folder)
     apply_changes(folder, tried.changes)
     output, errors = (
-        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=kind) for kind in ("strict", "backslashreplace")
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=kind)
+        for kind in ("strict", "backslashreplace")
     )
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):

@@ -18,7 +18,19 @@ _VALUES = (
     *("0.5", "-0.0", "1.5", "1e308", "1e400", "-1e400", "1e-320", "NaN", "Infinity", "-Infinity"),
     *map(str, (2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53 - 1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**64)),
     *(str(-(2**63)), "1" + "0" * 30, "1" + "0" * 400, "9" * 5000),
-    *('""', '"x"', '"4"', '"1e3"', '"\\u0000"', '"a\\u0000b"', '"\\ud800"', '"\\u2028é"', '"../x"', '"/"', '"."'),
+    *(
+        '""',
+        '"x"',
+        '"4"',
+        '"1e3"',
+        '"\\u0000"',
+        '"a\\u0000b"',
+        '"\\ud800"',
+        '"\\u2028é"',
+        '"../x"',
+        '"/"',
+        '"."',
+    ),
     *('"/dev/zero"', '"/proc/self/mem"', f'"{"n" * 300}"', f'"{"long " * 4000}"'),
     *("[]", "[[]]", "[null]", "[0]", "[1,2]", '["a"]', '["a","a"]', "[true]", "[1e308,1e308]"),
     *("{}", '{"":null}', '{"a":1}', '{"a":{"b":[1]}}', '{"a":null,"a":1}'),
@@ -36,8 +48,34 @@ _YAML_VALUES = (
 )
 # Text that is inserted into files.
 _FRAGMENTS = (
-    *(b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\r", b"\n\n", b"\t"),
-    *(b"{", b"}", b"[", b"]", b'"', b"'", b",", b":", b"- ", b"#", b"&a ", b"*a", b"? ", b"| ", b"%YAML 9.9\n"),
+    *(
+        b"\0",
+        b"\xff",
+        b"\xef\xbb\xbf",
+        b"\xff\xfe",
+        b"\xed\xa0\x80",
+        b"\xf4\x90\x80\x80",
+        b"\r",
+        b"\n\n",
+        b"\t",
+    ),
+    *(
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b"'",
+        b",",
+        b":",
+        b"- ",
+        b"#",
+        b"&a ",
+        b"*a",
+        b"? ",
+        b"| ",
+        b"%YAML 9.9\n",
+    ),
     *(b"---\n", b"...\n", b"!!", b"<<: ", b"\x1b[2J", b"\x85", b"1e999", b"-", b"../", b"A" * 70_000),
     *(bytes(8), b"\xff" * 8, (2**31 - 1).to_bytes(4, "little"), (2**63 - 1).to_bytes(8, "little")),
     *((2**62).to_bytes(8, "little"), (2**32).to_bytes(8, "little"), b"\x7f" * 4, b"\x80" + bytes(3)),
@@ -55,7 +93,9 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
                 flipped = bytes([content[position] ^ (1 << draw(st.integers(0, 7)))]) if content else b""
                 content = content[:position] + flipped + content[position + 1 :]
             case "byte":
-                content = content[:position] + draw(st.binary(min_size=1, max_size=1)) + content[position + 1 :]
+                content = (
+                    content[:position] + draw(st.binary(min_size=1, max_size=1)) + content[position + 1 :]
+                )
             case "insert":
                 content = content[:position] + draw(st.sampled_from(_FRAGMENTS)) + content[position:]
             case "overwrite":
@@ -158,7 +198,9 @@ def _follow(tree: Any, path: Path) -> Any:
     return tree
 
 
-def damaged(content: bytes, *structured: Callable[[bytes], st.SearchStrategy[bytes]]) -> st.SearchStrategy[bytes]:
+def damaged(
+    content: bytes, *structured: Callable[[bytes], st.SearchStrategy[bytes]]
+) -> st.SearchStrategy[bytes]:
     """Damage a file by its bytes, or three times as often by its structure."""
     by_structure = [strategy(content) for strategy in structured]
     return st.one_of(damaged_bytes(content), *(3 * by_structure))

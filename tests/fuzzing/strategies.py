@@ -166,7 +166,8 @@ TARGETS = {
     "tokenizers": FuzzTarget(targets.TOKENIZERS, _folders),
     "models": FuzzTarget(targets.MODELS, _folders),
     "runs": FuzzTarget(
-        targets.RUNS, lambda seeds: _folders(seeds, paths=lambda path: path.startswith("run/") and "iter" not in path)
+        targets.RUNS,
+        lambda seeds: _folders(seeds, paths=lambda path: path.startswith("run/") and "iter" not in path),
     ),
     "checkpoints": FuzzTarget(
         targets.CHECKPOINTS,

@@ -23,9 +23,48 @@ from tests.run_configs import small_tree
 
 CONFIG_FIELDS = tuple(key for key in known_keys() if "." in key)
 OVERRIDE_VALUES = (
-    *("", "null", "true", "0", "-1", "1", "2", "3", "7", "0.5", "1e308", ".nan", ".inf", "x", "[]", "{}", "[1]"),
-    *("[a, b]", "{a: 1}", "4294967295", "4294967296", "9007199254740992", "9007199254740993", "1e400", "&a [*a]"),
-    *("9" * 5000, "0x" + "f" * 5000, "[" * 3000, "2020-13-45", "!!int x", "a: b: c", "'", "%", "\t", "|", "- 1"),
+    *(
+        "",
+        "null",
+        "true",
+        "0",
+        "-1",
+        "1",
+        "2",
+        "3",
+        "7",
+        "0.5",
+        "1e308",
+        ".nan",
+        ".inf",
+        "x",
+        "[]",
+        "{}",
+        "[1]",
+    ),
+    *(
+        "[a, b]",
+        "{a: 1}",
+        "4294967295",
+        "4294967296",
+        "9007199254740992",
+        "9007199254740993",
+        "1e400",
+        "&a [*a]",
+    ),
+    *(
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "[" * 3000,
+        "2020-13-45",
+        "!!int x",
+        "a: b: c",
+        "'",
+        "%",
+        "\t",
+        "|",
+        "- 1",
+    ),
 )
 # The fields of other attentions than mha.
 ATTENTION_FIELDS = {
@@ -40,7 +79,9 @@ STUDY = ROOT / "tests" / "scaling" / "fixtures" / "study"
 
 def _build_configs() -> Seeds:
     trees = {
-        kind: small_tree(attention={"kind": kind, "num_heads": 4, "head_dim": 6, **ATTENTION_FIELDS.get(kind, {})})
+        kind: small_tree(
+            attention={"kind": kind, "num_heads": 4, "head_dim": 6, **ATTENTION_FIELDS.get(kind, {})}
+        )
         for kind in KINDS
     }
     trees["layout"] = small_tree(
@@ -71,7 +112,10 @@ def _build_studies() -> Seeds:
     variations: dict[str, dict[str, Any]] = {
         "grid": {},
         "isoflop": {"budgets": {"flops": [1e9, 2e9]}, "trunks": "none", "seeds": 2},
-        "sweep": {"learning_rate": {"rule": "sweep", "factors": [0.5, 1.0, 2.0]}, "seeds": {"mha": 2, "sas": 1}},
+        "sweep": {
+            "learning_rate": {"rule": "sweep", "factors": [0.5, 1.0, 2.0]},
+            "seeds": {"mha": 2, "sas": 1},
+        },
         "axes": {
             "axes": {"length": {"s12": {"data.sequence_length": 12}, "s24": {"data.sequence_length": 24}}},
             "machine": {"processes": 1, "teraflops": 1.0, "price_per_hour": 2.0},
@@ -131,7 +175,9 @@ def _build_documents() -> Seeds:
             files[f"{name}.parquet"] = sink.getvalue()
     compressed = io.BytesIO()
     table = pa.table({"text": pa.array(texts)})
-    with pa.ipc.new_file(compressed, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+    with pa.ipc.new_file(
+        compressed, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")
+    ) as writer:
         writer.write_table(table)
     files["compressed.feather"] = compressed.getvalue()
     return {name: {name: content} for name, content in files.items()}
@@ -191,7 +237,10 @@ def _run_tokenizer(_arguments: tuple[str, ...]) -> None:
 def _build_models() -> Seeds:
     from tests.fuzzing.small_models import small_models
 
-    return {"exported": {Path(name).name: content for name, content in unpack("exported").items()}, **small_models()}
+    return {
+        "exported": {Path(name).name: content for name, content in unpack("exported").items()},
+        **small_models(),
+    }
 
 
 def _run_import(_arguments: tuple[str, ...]) -> None:
