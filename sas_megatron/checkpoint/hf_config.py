@@ -5,7 +5,6 @@ Fields are read in the spelling of transformers 4 or 5.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sas_megatron.checkpoint.weights_source import describe_architecture
 from sas_megatron.config.attention import KINDS, AttentionConfig
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.model import ModelConfig
+from sas_megatron.io.file_records import parse_json, read_regular_file
 
 _REQUIRED = object()
 
@@ -47,8 +47,8 @@ class HFConfig:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.json"
         try:
-            fields = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            fields = parse_json(read_regular_file(self.path))
+        except (OSError, ValueError) as error:
             raise FileProblem(
                 self.path, f"cannot be read ({error})", "name the folder of a Hugging Face model"
             ) from None

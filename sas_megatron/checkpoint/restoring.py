@@ -6,7 +6,6 @@ shards
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +78,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     local_files = select_files_of_rank(found.files, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     damage_by_rank = gather_from_ranks(find_damage(path, local_files))
     manifest.raise_if_damaged(path, (line for lines in damage_by_rank for line in lines))
-    progress = raise_on_all_ranks(lambda: json.loads((path / manifest.PROGRESS).read_text(encoding="utf-8")))
+    progress = raise_on_all_ranks(lambda: manifest.read_progress(path, found))
     return Checkpoint(path, found, progress)
 
 

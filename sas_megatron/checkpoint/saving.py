@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from sas_megatron.checkpoint import manifest
 from sas_megatron.checkpoint.manifest import Manifest
 from sas_megatron.checkpoint.rank_layout import describe_layout, read_random_states, shard_random_states
-from sas_megatron.checkpoint.tensor_reading import METADATA
 from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter, get_written_files
 from sas_megatron.config.errors import FileProblem, describe_os_error, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
@@ -242,7 +241,9 @@ class CheckpointSaver:
         pending.tensors.finish([results for results, _ in by_rank])
         manifest.write_synced(partial / manifest.PROGRESS, json.dumps(pending.progress) + "\n")
         manifest.write_synced(partial / manifest.CONFIG, dump_yaml(self._config))
-        paths = [partial / name for name in (METADATA, FORMAT, COMMON, manifest.PROGRESS, manifest.CONFIG)]
+        paths = [
+            partial / name for name in (manifest.METADATA, FORMAT, COMMON, manifest.PROGRESS, manifest.CONFIG)
+        ]
         for path in paths:
             sync(path)
         files = {name: record for _, records in by_rank for name, record in records.items()}

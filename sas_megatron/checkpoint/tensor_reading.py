@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -17,13 +18,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
-from sas_megatron.checkpoint.manifest import DamagedCheckpoint
+from sas_megatron.checkpoint.manifest import METADATA, DamagedCheckpoint, read_manifest
+from sas_megatron.io.file_records import read_regular_file
 
-METADATA = ".metadata"
 # Weights are stored under their global names, optimizer states under this prefix, the name of the state and
 # the global name, as in Megatron-core.
 OPTIMIZER_PREFIX = "optimizer.state."
 RANDOM_PREFIX = "random."
+# Thousands of ranks with thousands of tensors need some hundred megabytes.
+MAX_METADATA_BYTES = 2**30
 
 
 class TensorReader:
@@ -90,14 +93,40 @@ class _Reader(FileSystemReader):
             ValueError: The file does not contain tensor metadata.
         """
         if self._metadata is None:
-            data = (Path(self.path) / METADATA).read_bytes()
+            folder = Path(self.path)
+            content = read_regular_file(folder / METADATA, max_bytes=MAX_METADATA_BYTES)
             try:
-                self._metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-            except (pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError) as error:
+                metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+            except Exception as error:  # pickles made by hand can raise any
                 raise ValueError(f"{METADATA}: {error}") from error
-            if not isinstance(self._metadata, Metadata):
+            if not isinstance(metadata, Metadata):
                 raise ValueError(f"{METADATA}: does not contain tensor metadata")
+            try:
+                _check_metadata(metadata, files=set(read_manifest(folder).files))
+            except (AttributeError, TypeError) as error:  # also made by hand
+                raise ValueError(f"{METADATA}: {error}") from error
+            self._metadata = metadata
         return self._metadata
+
+
+def _check_metadata(metadata: Metadata, *, files: set[str]) -> None:
+    """Check that every element of every tensor is in a file of the checkpoint's manifest.
+
+    Raises:
+        ValueError: Elements are missing, or in another file.
+        AttributeError: An object has other fields than torch's.
+        TypeError: A field has another type.
+    """
+    tensors: dict[str, Any] = metadata.state_dict_metadata
+    for name, tensor in tensors.items():
+        sizes = [tuple(chunk.sizes) for chunk in tensor.chunks]
+        if sum(map(math.prod, sizes)) != math.prod(tensor.size):
+            raise ValueError(f"{METADATA}: the shards of {name} do not make up its shape {list(tensor.size)}")
+    for stored in metadata.storage_data.values():
+        if stored.relative_path not in files:
+            raise ValueError(f"{METADATA}: {stored.relative_path!r} is not a file of this checkpoint")
+        if stored.offset < 0 or stored.length < 0:
+            raise ValueError(f"{METADATA}: a shard in {stored.relative_path} has a negative position")
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sas_megatron.config.errors import describe_os_error
 
 # Largest size of a record or an index, which is read completely; real ones have some megabytes.
@@ -60,10 +62,9 @@ def read_regular_file(path: Path, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes
         OSError: The file cannot be read, is not a regular file, or has more than `max_bytes`.
     """
     with open_regular_file(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"More than {max_bytes:,} bytes", str(path))
-    return content
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"More than {max_bytes:,} bytes", str(path))
+        return file.read(max_bytes)
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -76,6 +77,16 @@ def parse_json(content: str | bytes) -> Any:
         return json.loads(content)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def describe_read_error(error: OSError | ValueError) -> str:
+    """Return in a few words why a record cannot be read; of pydantic's errors, the first one."""
+    if isinstance(error, OSError):
+        return describe_os_error(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the entire file'}: {first['msg']}"
+    return str(error)
 
 
 def find_damage(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
@@ -93,10 +104,10 @@ def find_damage(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
 def _find_damage_of_file(folder: Path, name: str, record: FileRecord) -> str | None:
     try:
         path = Path(os.path.realpath(folder / name, strict=True))
-        if not path.is_relative_to(os.path.realpath(folder)):
-            return "is outside of the folder"
         if not path.is_file():
             return "is not a regular file"
+        if not path.is_relative_to(os.path.realpath(folder)):
+            return "is outside of the folder"
         size_bytes = path.stat().st_size
         if size_bytes != record.size_bytes:
             return f"has {size_bytes:,} bytes, but {record.size_bytes:,} were written"

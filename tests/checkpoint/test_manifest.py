@@ -27,12 +27,16 @@ from sas_megatron.io.file_records import FileRecord, describe_file, select_files
 
 
 def write(folder: Path, step: int) -> Path:
-    """Publish a checkpoint of two small files and return its folder."""
+    """Publish a checkpoint of a few small files and return its folder."""
     partial = partial_folder(folder, step)
     (partial / "deeper").mkdir(parents=True)
     paths = [partial / "weights", partial / "deeper" / "more"]
     for path in paths:
         path.write_bytes(bytes(range(step % 7, 201)))
+    progress = {"counts": {"step": step}, "engine": {"num_updates": step}, "schedule_steps": step}
+    for name, text in {".metadata": "", "config.yaml": "", "progress.json": json.dumps(progress)}.items():
+        paths.append(partial / name)
+        paths[-1].write_text(text)
     files = {str(path.relative_to(partial)): describe_file(path) for path in paths}
     return publish(partial, Manifest(step, "megatron", {"tensor": 3}, files))
 

@@ -58,8 +58,8 @@ MUTANTS = (
     Mutant(
         "resume-repeats-a-sample",
         "sas_megatron.training.loop:Run.__init__",
-        "Progress(**counts)",
-        'Progress(**counts | {"consumed_samples": max(0, counts.get("consumed_samples", 0) - 1)})',
+        'checkpoint.progress["counts"], checkpoint',
+        '{**(c := checkpoint.progress["counts"]), "consumed_samples": c["consumed_samples"] - 1}, checkpoint',
         "A resumed run reads the last sample before the checkpoint again.",
     ),
     Mutant(
