@@ -94,7 +94,7 @@ class Run:
             self.recorder.log(f"already finished at step {self.progress.step}; nothing to do")
             return run_exit
         self.recorder.open(self.start, resumed_step=self.progress.step)
-        self.stop.enable(logs=self.topology.is_rank0)
+        self.stop.begin_steps()
         try:
             if self.progress.owes_evaluation:
                 self._evaluate()
