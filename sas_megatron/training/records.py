@@ -99,14 +99,17 @@ class Recorder:
         self._topology = topology
 
     def open(self, start: StartingPoint, *, resumed_step: int) -> None:
-        """Create the run directory, or reopen it and drop the records after `resumed_step`.
+        """Create the run directory, or reopen it and drop the records after `resumed_step`; log its repairs.
 
         Raises:
             FileProblem: The files cannot be written.
         """
         if self._files is not None:
             provenance = describe_provenance(self._config, self._topology, start)
-            self._files.open(self._config, provenance, resumed_step=resumed_step, branch=start.branch)
+            for line in self._files.open(
+                self._config, provenance, resumed_step=resumed_step, branch=start.branch
+            ):
+                self.log(line)
 
     def log(self, text: str) -> None:
         """Print one line."""
