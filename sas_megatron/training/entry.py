@@ -51,8 +51,11 @@ def train(config: RunConfig, *, find_peak_flops: PeakLookup = lambda _gpu, _dtyp
         UserError: As in `check_run`.
         TrainingFault: A finding of the health checks ends the run.
     """
-    check_run(config, world_size=launched_world_size())
-    with StopRequest(after_seconds=config.training.stop_after_seconds) as stop:
+    world_size = launched_world_size()
+    with StopRequest(
+        after_seconds=config.training.stop_after_seconds, world_size=world_size, logs=is_rank0()
+    ) as stop:
+        check_run(config, world_size=world_size)
         from sas_megatron.platform.device import prepare_device
 
         # This precedes the import of Megatron-core, which on a CPU needs the replacements for CUDA calls.
