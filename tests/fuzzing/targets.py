@@ -146,7 +146,7 @@ def _build_documents() -> Seeds:
     texts = ["one text", "zwei Wörter", "", None, "three\nlines\n\u2581 here", "x" * 300]
     rows = [{"text": text, "meta": {"source": "a", "n": [1, 2]}} for text in texts]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    plain = "Ein Text.\nMit zwei Zeilen.\n".encode()
+    plain = b"Ein Text.\nMit zwei Zeilen.\n"
     files: Files = {
         "a.jsonl": lines,
         "a.jsonl.gz": gzip.compress(lines),

@@ -127,12 +127,11 @@ class _PlanBuilder:
             flops_per_token=sum(count_training_flops(config).values()),
             base_parameters=sum(count_parameters(reference).values()),
         )
-        changes = {}
         if study.learning_rate.batch == "step_law":
-            changes["training.global_batch_size"] = self._step_law_batch_size(cell)
+            config = config.replaced({"training.global_batch_size": self._step_law_batch_size(cell)})
         if cell.name in self.layouts:
-            changes.update(self.layouts[cell.name].changes)
-        return dataclasses.replace(cell, config=config.replaced(changes)) if changes else cell
+            config = config.replaced(dict(self.layouts[cell.name].changes))
+        return dataclasses.replace(cell, config=config)
 
     def _step_law_batch_size(self, cell: Cell) -> int:
         """Return the samples per step of the step law, rounded to full microbatches of all ranks."""
