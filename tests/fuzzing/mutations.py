@@ -167,7 +167,14 @@ def _damaged_tree(draw: st.DrawFn, tree: Any, values: Sequence[str]) -> str:
             return draw(st.sampled_from(values))
         path = paths[draw(st.integers(0, len(paths) - 1))]
         parent, key = _follow(tree, path[:-1]), path[-1]
-        match draw(st.sampled_from(("replace",) * 5 + ("remove", "add", "rename", "copy", "wrap"))):
+        kinds = ("replace",) * 4 + ("nudge",) * 3 + ("remove", "add", "rename", "copy", "wrap")
+        match draw(st.sampled_from(kinds)):
+            case "nudge" if isinstance(parent[key], int | float):
+                # Such values are often valid, so that more of the product is reached.
+                change = draw(
+                    st.sampled_from((lambda n: n + 1, lambda n: 2 * n, lambda n: 1000 * n, lambda n: n // 2))
+                )
+                parent[key] = not parent[key] if isinstance(parent[key], bool) else change(parent[key])
             case "replace":
                 parent[key] = marker(draw(st.sampled_from(values)))
             case "remove":

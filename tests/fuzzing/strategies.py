@@ -142,11 +142,12 @@ def _overrides(seeds: Seeds) -> Strategy:
         st.builds("{}={}".format, st.text(max_size=8), st.text(max_size=8)),
         st.text(max_size=12),
     ).map(lambda text: text.replace("\0", "0"))  # an argument of a process has no NUL
-    arguments = st.lists(override, max_size=2).flatmap(
-        lambda overrides: st.sampled_from(((), ("--json",), ("--terms",))).map(
-            lambda options: (*options, "--", "config.yaml", *overrides)
-        )
+    # Most configs are read with few overrides, or hardly any would be accepted.
+    overrides = st.sampled_from((0, 0, 0, 1, 2)).flatmap(
+        lambda number: st.lists(override, min_size=number, max_size=number)
     )
+    options = st.sampled_from(((), ("--json",), ("--terms",)))
+    arguments = st.builds(lambda some, more: (*some, "--", "config.yaml", *more), options, overrides)
     return _folders(seeds, arguments=arguments)
 
 
