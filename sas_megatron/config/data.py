@@ -11,7 +11,7 @@ from sas_megatron.config.section import MAX_INT32, Section
 
 # megatron.core.datasets.blended_dataset (0.16 to 0.19) numbers the data sets as int16.
 MAX_PREFIXES = 2**15 - 2
-SMALLEST_SHARE = 1e-12
+SMALLEST_SHARE = 1e-18
 
 
 class DataConfig(Section):

@@ -16,7 +16,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.data.document_split import DocumentPart, split_documents
 from sas_megatron.data.token_files import read_document_lengths
 
-# Megatron-core lists the documents and samples of all epochs in memory, with about 16 bytes for each, and counts
+# Megatron-core lists the documents and samples of all epochs in memory, at about 16 bytes each, and counts
 # the epochs one by one. Data that are read fewer times than this may have longer lists.
 MANY_EPOCHS = 1000
 MAX_REPEATED_ENTRIES = 2**26
