@@ -234,13 +234,15 @@ def _run_tokenizer(_arguments: tuple[str, ...]) -> None:
     assert len(tokenizer.token_byte_lengths()) == tokenizer.vocab_size
 
 
+def exported_model() -> Files:
+    """Return the files of a model that an earlier version exported."""
+    return {Path(name).name: content for name, content in unpack("exported").items()}
+
+
 def _build_models() -> Seeds:
     from tests.fuzzing.small_models import small_models
 
-    return {
-        "exported": {Path(name).name: content for name, content in unpack("exported").items()},
-        **small_models(),
-    }
+    return {"exported": exported_model(), **small_models()}
 
 
 def _run_import(_arguments: tuple[str, ...]) -> None:
