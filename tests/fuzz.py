@@ -72,8 +72,7 @@ def fuzz(
             raise FuzzFailure(f"{result.text}\n{tried.describe()}")
 
     try:
-        for name in child.seeds:
-            result = child.run(Input(name, arguments=target.arguments))
+        for name, result in child.undamaged.items():
             if result.state != "accepted":
                 raise FuzzFailure(f"the undamaged files of {name} are not accepted: {result.text}")
         check()

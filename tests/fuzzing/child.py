@@ -48,14 +48,16 @@ class Target:
         build: Returns valid files by the name of their seed; runs in a child.
         run: Uses the files in the working folder, with the arguments of the input, as users do. It raises the
             product's user errors, or ends as the command line does.
+        arguments: The arguments with which undamaged files are accepted.
     """
 
     build: Callable[[], Seeds]
     run: Callable[[tuple[str, ...]], None]
+    arguments: tuple[str, ...] = ()
 
 
 def serve(connection: Connection, target: Target, seeds: Seeds | None, folder: str) -> None:
-    """Send the seeds, then receive inputs and send their results, until None is received.
+    """Send the seeds, try them undamaged, then receive inputs and send their results.
 
     Args:
         connection: The end of a pipe.
@@ -73,10 +75,18 @@ def serve(connection: Connection, target: Target, seeds: Seeds | None, folder: s
         write_files(Path(folder, name), files)
     connection.send(seeds)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # This also imports what the target needs, so that the limit below applies to inputs alone.
+    connection.send(
+        {
+            name: run_input(target, Input(name, arguments=target.arguments), files, Path(folder, name))
+            for name, files in seeds.items()
+        }
+    )
     memory_at_start = _memory_bytes()
     limit = memory_at_start + MAX_MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    while (tried := connection.recv()) is not None:
+    while True:
+        tried: Input = connection.recv()
         connection.send(run_input(target, tried, seeds[tried.seed], Path(folder, tried.seed)))
         connection.send(_memory_bytes() - memory_at_start > MAX_LEFT_BYTES)
 

@@ -31,12 +31,10 @@ class FuzzTarget:
     Attributes:
         target: What reads the files.
         inputs: Returns the strategy of damaged files for the seeds.
-        arguments: The arguments with which undamaged files are accepted.
     """
 
     target: Target
     inputs: Callable[[Seeds], Strategy]
-    arguments: tuple[str, ...] = ()
 
 
 def _damage_of(path: str, content: bytes) -> st.SearchStrategy[bytes]:
@@ -152,7 +150,7 @@ def _overrides(seeds: Seeds) -> Strategy:
 
 
 TARGETS = {
-    "configs": FuzzTarget(targets.CONFIGS, _overrides, ("--", "config.yaml")),
+    "configs": FuzzTarget(targets.CONFIGS, _overrides),
     "studies": FuzzTarget(targets.STUDIES, _folders),
     "documents": FuzzTarget(targets.DOCUMENTS, _folders),
     "tokens": FuzzTarget(

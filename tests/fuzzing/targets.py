@@ -300,7 +300,7 @@ def _succeed(*arguments: str) -> None:
             raise
 
 
-CONFIGS = Target(_build_configs, _run_config)
+CONFIGS = Target(_build_configs, _run_config, ("--", "config.yaml"))
 STUDIES = Target(_build_studies, _run_study)
 DOCUMENTS = Target(_build_documents, _run_documents)
 TOKENS = Target(_build_tokens, _run_tokens)

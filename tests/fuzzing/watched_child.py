@@ -30,7 +30,10 @@ class WatchedChild:
         self._folder = tempfile.TemporaryDirectory(
             prefix="fuzz_", dir=in_memory if os.access(in_memory, os.W_OK) else None
         )
+        (Path(self._folder.name) / "log").touch()
         self.seeds: Seeds | None = None
+        # The results of the files of each seed as they are.
+        self.undamaged: dict[str, Result] = {}
         self._start()
 
     def run(self, tried: Input) -> Result:
@@ -59,6 +62,7 @@ class WatchedChild:
         other_end.close()
         try:
             self.seeds = self._connection.recv()
+            self.undamaged = self._connection.recv()
         except EOFError:
             raise AssertionError(f"the target does not start:\n{self._log()}") from None
 
