@@ -28,13 +28,17 @@ class Folder:
 Entry = bytes | Link | Folder | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Input:
     """Changes of the files of a seed, and arguments."""
 
     seed: str
     changes: dict[str, Entry] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return a short text, which hypothesis adds to a failure; `describe` has the contents."""
+        return f"Input({self.seed!r}, {list(self.changes)}, {self.arguments})"
 
     def key(self) -> tuple[object, ...]:
         """Return a value that is equal for equal inputs and can be a key."""

@@ -141,7 +141,7 @@ def _overrides(seeds: Seeds) -> Strategy:
         st.text(max_size=12),
     ).map(lambda text: text.replace("\0", "0"))  # an argument of a process has no NUL
     # Most configs are read with few overrides, or hardly any would be accepted.
-    overrides = st.sampled_from((0, 0, 0, 1, 2)).flatmap(
+    overrides = st.sampled_from((0, 0, 0, 0, 1, 2)).flatmap(
         lambda number: st.lists(override, min_size=number, max_size=number)
     )
     options = st.sampled_from(((), ("--json",), ("--terms",)))
