@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -38,6 +39,14 @@ class DataConfig(Section):
         self.require_positive("sequence_length")
         if not self.prefixes:
             raise self.problem("prefixes", "names no token file", "give at least one")
+        paths = list(map(os.path.realpath, self.prefixes))
+        for index, path in enumerate(paths):
+            if path in paths[:index]:
+                raise self.problem(
+                    "prefixes",
+                    f"names {self.prefixes[index]} twice, whose documents would count twice",
+                    "name it once, and set weights to read more of it",
+                )
         if self.weights is not None and len(self.weights) != len(self.prefixes):
             raise self.problem(
                 "weights",

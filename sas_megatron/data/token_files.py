@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
+from sas_megatron.data.document_split import check_split
 from sas_megatron.data.tokenizer import Tokenizer
 
 SCHEMA_VERSION = 1
@@ -178,8 +179,8 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
         verify: Read files up to `MAX_FULLY_VERIFIED_BYTES` completely, to find damage and invalid token ids.
 
     Raises:
-        FieldError: A token file was encoded with another tokenizer or is shorter than one sample, or the
-            tokenizer has more tokens than the model.
+        FieldError: A token file was encoded with another tokenizer, its training or validation part is
+            shorter than one sample, or the tokenizer has more tokens than the model.
         FileProblem: A file is missing or damaged, or has a token outside of the model's vocabulary.
     """
     tokenizer = Tokenizer(data.tokenizer)
@@ -208,7 +209,25 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
                 f"is not the tokenizer that encoded {prefix}",
                 "name that tokenizer, or prepare the data again",
             )
+    check_split(data, {prefix: read_document_lengths(prefix) for prefix in data.prefixes})
     return tokenizer
+
+
+def read_document_lengths(prefix: str | Path) -> npt.NDArray[np.int32]:
+    """Return the number of tokens of each document, including the end-of-document token; int32 [documents].
+
+    The array is mapped from the .idx file, so that a long one is read only where it is used.
+
+    Raises:
+        FileProblem: The manifest is missing or invalid, or the .idx file cannot be read.
+    """
+    path = token_file(prefix, ".idx")
+    num_documents = load_manifest(prefix).num_documents
+    with translate_os_errors(path, problem="cannot be read", remedy=PREPARE_AGAIN):
+        lengths: npt.NDArray[np.int32] = np.memmap(
+            path, dtype="<i4", mode="r", offset=INDEX_HEADER.size, shape=(num_documents,)
+        )
+    return lengths
 
 
 def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.int64]:
@@ -233,12 +252,9 @@ def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.in
             f"{prefix} has {manifest.num_documents} documents",
             f"use 0 to {manifest.num_documents - 1}",
         )
-    idx_path = token_file(prefix, ".idx")
-    lengths = np.memmap(
-        idx_path, dtype="<i4", mode="r", offset=INDEX_HEADER.size, shape=(manifest.num_documents,)
-    )
+    lengths = read_document_lengths(prefix)
     pointers = np.memmap(
-        idx_path,
+        token_file(prefix, ".idx"),
         dtype="<i8",
         mode="r",
         offset=INDEX_HEADER.size + lengths.nbytes,
