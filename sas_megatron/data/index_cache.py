@@ -8,7 +8,6 @@ nodes that do not see rank 0's disk  -> receive rank 0's files and write a copy
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import logging
 import shutil
@@ -26,6 +25,7 @@ from pydantic import TypeAdapter
 from sas_megatron.config.errors import FieldError, translate_os_errors
 from sas_megatron.distributed.object_collectives import gather_from_ranks, raise_on_all_ranks, run_on_rank0
 from sas_megatron.distributed.shared_directory import wait_until_visible
+from sas_megatron.io.file_locks import acquire_file_lock
 from sas_megatron.io.file_records import (
     FileRecord,
     describe_file,
@@ -121,8 +121,7 @@ def _locked(path: Path) -> Iterator[None]:
     On a file system without locks two jobs may build the same folder; the one that finishes first wins.
     """
     with path.open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        acquire_file_lock(file.fileno(), wait=True)
         try:
             yield
         finally:

@@ -242,8 +242,8 @@ MUTANTS = (
     Mutant(
         "preparation-lock-is-shared",
         "sas_megatron.data.partial_tokens:PartialTokens.__init__",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "acquire_file_lock(self._lock.fileno())",
+        "acquire_file_lock(self._lock.fileno(), shared=True)",
         "Two processes may prepare the same token files at the same time.",
     ),
     Mutant(

@@ -142,7 +142,7 @@ def run_grid(analysis: SliceAnalysis) -> Grid:
     rows = [row for of_variant in analysis.slice.rows.values() for row in of_variant]
     lines = [_build_run_line(row) for row in rows]
     if any(row.epochs is not None for row in rows):
-        headings: tuple[str, ...] = (*headings[:-1], "epochs", headings[-1])
+        headings = (*headings[:-1], "epochs", headings[-1])
         lines = [
             (*line[:-1], MISSING if row.epochs is None else format_epochs(row.epochs), line[-1])
             for line, row in zip(lines, rows, strict=True)
