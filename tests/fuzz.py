@@ -2,9 +2,9 @@
 
 hypothesis damages small valid files -> a child reads them as a command does -> accepted, or one user error
 
-Anything else is a failure: a traceback, a crash, a hang of more than 10 s, more than 2 GiB of memory. A failure
-is shrunk to a small input, which is printed. Each target has one child, forked from the server of
-`tests/fork_server.py`; the functions of `tests/fuzzing/targets.py` name what it calls.
+Anything else is a failure: a traceback, a crash, a hang of more than 10 s, more than 2 GiB of memory. A
+failure is shrunk to a small input, which is printed. Each target has one child, forked from the server of
+`tests/fork_server.py`; `tests/fuzzing/targets.py` shows what it calls.
 """
 
 from __future__ import annotations

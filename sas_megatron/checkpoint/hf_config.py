@@ -152,9 +152,8 @@ class HFConfig:
             )
         fraction = default_fraction
         if fraction_field is not None:
-            fraction = parameters.get("partial_rotary_factor")
-            if fraction is None:
-                fraction = self.get(fraction_field, default_fraction)
+            stated = parameters.get("partial_rotary_factor")
+            fraction = self.get(fraction_field, default_fraction) if stated is None else stated
         return int(base), fraction
 
     def _not_supported(self, name: str, value: object, expected: object) -> FieldError:

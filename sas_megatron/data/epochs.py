@@ -157,7 +157,8 @@ def check_repetition(config: RunConfig) -> None:
     ):
         for prefix, part in parts.items():
             epochs = part.epochs * factor
-            entries = epochs * max(part.num_documents, count_samples(part, config.data.sequence_length))
+            counted = DocumentPart(part.num_documents, part.num_tokens)
+            entries = epochs * max(part.num_documents, count_samples(counted, config.data.sequence_length))
             if epochs > MANY_EPOCHS and entries > MAX_REPEATED_ENTRIES:
                 raise FieldError(
                     field,

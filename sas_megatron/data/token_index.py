@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +128,7 @@ def check_positions(path: Path, *, num_documents: int, num_tokens: int, token_by
         raise FileProblem(path, f"does not end with the {num_tokens} tokens of the .bin file", PREPARE_AGAIN)
 
 
-def _map(path: Path, dtype: str, *, offset: int, count: int) -> npt.NDArray[np.generic]:
+def _map(path: Path, dtype: str, *, offset: int, count: int) -> npt.NDArray[Any]:
     with translate_os_errors(path, problem="cannot be read", remedy=PREPARE_AGAIN):
         try:
             return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))

@@ -14,9 +14,9 @@ from sas_megatron.checkpoint.importing import open_model, write_model
 from sas_megatron.checkpoint.tensor_files import StoredTensors
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from tests.fork_server import run_command
+from tests.fuzzing.fixture_files import exported_model
 from tests.fuzzing.inputs import write_files
 from tests.fuzzing.small_models import small_models
-from tests.fuzzing.targets import exported_model
 
 MODELS = ("llama", "neox", "exported")
 INTEGERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

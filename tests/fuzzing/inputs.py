@@ -1,4 +1,4 @@
-"""An input of a fuzz target: a folder of valid files with some of them changed, and the arguments of the call."""
+"""An input of a fuzz target: a folder of valid files with some of them changed, and arguments."""
 
 from __future__ import annotations
 

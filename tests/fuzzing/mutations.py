@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 Path = tuple[str | int, ...]
 
-# Values in JSON, which is also YAML: each type, bounds of integers and floats, text that is no path or no UTF-8.
+# Values in JSON, which is also YAML: each type, bounds of numbers, text that is no path or no UTF-8.
 _VALUES = (
     *("null", "true", "false", "0", "-1", "1", "2", "3", "7", "64", "1000000007"),
     *("0.5", "-0.0", "1.5", "1e308", "1e400", "-1e400", "1e-320", "NaN", "Infinity", "-Infinity"),
@@ -43,8 +43,8 @@ _YAML_VALUES = (
     *("!!int x", "!!float x", "!!set {a}", "!!omap [a: 1]", "!!python/object/apply:os.system [ls]", "!x y"),
     *("&a [*a]", "&a {b: *a}", "*missing", "{1: 2}", "{null: 1}", "{[a]: 1}", "{? {a: 1} : 2}", "{<<: 3}"),
     "{a: &a [x,x,x,x,x,x,x,x,x], b: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a], c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b], "
-    "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c], e: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d], f: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e], "
-    "g: &g [*f,*f,*f,*f,*f,*f,*f,*f,*f], h: [*g,*g,*g,*g,*g,*g,*g,*g,*g]}",
+    "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c], e: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d], "
+    "f: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e], g: &g [*f,*f,*f,*f,*f,*f,*f,*f,*f], h: [*g,*g,*g,*g]}",
 )
 # Text that is inserted into files.
 _FRAGMENTS = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from tests.fuzzing import targets
+from tests.fuzzing import data_targets, targets
 from tests.fuzzing.child import Seeds, Target
 from tests.fuzzing.inputs import Entry, Files, Folder, Input, Link
 from tests.fuzzing.mutations import (
@@ -76,8 +76,8 @@ def _folders(
         seeds: The files of each seed.
         paths: Selects the files to damage.
         arguments: The arguments.
-        seal: Adjusts the recorded checksums to the changes, which it returns with its own; used in half of the
-            inputs, so that damage is also read which the checksums would find.
+        seal: Adds changes of recorded checksums to the changes. It is used in half of the inputs, so that
+            damage is also read which the checksums would find.
     """
     name = draw(st.sampled_from(sorted(seeds)))
     files = seeds[name]
@@ -110,7 +110,7 @@ def _seal_tokens(files: Files, changes: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _seal_checkpoint(files: Files, changes: dict[str, Entry]) -> dict[str, Entry]:
-    """Record the sizes and checksums of damaged files of a checkpoint in its manifest, and that of the manifest."""
+    """Record the sizes and checksums of a checkpoint's damaged files in its manifest, and the manifest's."""
     folder = "run/checkpoints/iter_0000002/"
     content = changes.get(f"{folder}manifest.json", files[f"{folder}manifest.json"])
     if not isinstance(content, bytes):
@@ -152,9 +152,9 @@ def _overrides(seeds: Seeds) -> Strategy:
 TARGETS = {
     "configs": FuzzTarget(targets.CONFIGS, _overrides),
     "studies": FuzzTarget(targets.STUDIES, _folders),
-    "documents": FuzzTarget(targets.DOCUMENTS, _folders),
+    "documents": FuzzTarget(data_targets.DOCUMENTS, _folders),
     "tokens": FuzzTarget(
-        targets.TOKENS,
+        data_targets.TOKENS,
         lambda seeds: _folders(
             seeds,
             paths=lambda path: path.startswith("text."),
@@ -162,8 +162,10 @@ TARGETS = {
             arguments=st.sampled_from(((), ("--verify",), ("--verify", "--document=3"))),
         ),
     ),
-    "tokenizers": FuzzTarget(targets.TOKENIZERS, _folders),
+    "tokenizers": FuzzTarget(data_targets.TOKENIZERS, _folders),
     "models": FuzzTarget(targets.MODELS, _folders),
+    "tables": FuzzTarget(targets.TABLES, _folders),
+    "hardware": FuzzTarget(targets.HARDWARE, _folders),
     "runs": FuzzTarget(
         targets.RUNS,
         lambda seeds: _folders(seeds, paths=lambda path: path.startswith("run/") and "iter" not in path),

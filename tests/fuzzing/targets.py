@@ -1,4 +1,4 @@
-"""What each fuzz target reads, and the valid files that are damaged.
+"""What the fuzz targets read, and the valid files that are damaged; those of data are in `data_targets`.
 
 A target calls the command itself in the child, or what the command calls before it would train or start other
 processes.
@@ -6,19 +6,17 @@ processes.
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import shutil
-import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from sas_megatron.config.attention import KINDS
 from sas_megatron.config.loading import dump_tree, known_keys
 from tests.fork_server import ROOT
-from tests.fuzzing.child import Seeds, Target, run_command
-from tests.fuzzing.inputs import Files
+from tests.fuzzing.child import Seeds, Target, run_command, run_successfully
+from tests.fuzzing.fixture_files import FIXTURES, exported_model, unpack
+from tests.fuzzing.inputs import read_files, write_files
 from tests.run_configs import small_tree
 
 CONFIG_FIELDS = tuple(key for key in known_keys() if "." in key)
@@ -73,7 +71,6 @@ ATTENTION_FIELDS = {
     "mla": {"rotary_head_dim": 4, "kv_lora_rank": 12, "query_lora_rank": 8},
     "sas": {"head_expansion": 2},
 }
-FIXTURES = ROOT / "tests" / "checkpoint" / "fixtures"
 STUDY = ROOT / "tests" / "scaling" / "fixtures" / "study"
 
 
@@ -139,117 +136,32 @@ def _run_study(arguments: tuple[str, ...]) -> None:
     run_command("study", "plan", "study.yaml", *arguments)
 
 
-def _build_documents() -> Seeds:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts = ["one text", "zwei Wörter", "", None, "three\nlines\n\u2581 here", "x" * 300]
-    rows = [{"text": text, "meta": {"source": "a", "n": [1, 2]}} for text in texts]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    plain = b"Ein Text.\nMit zwei Zeilen.\n"
-    files: Files = {
-        "a.jsonl": lines,
-        "a.jsonl.gz": gzip.compress(lines),
-        "a.jsonl.zst": pa.compress(lines, codec="zstd", asbytes=True),
-        "a.txt": plain,
-        "a.txt.gz": gzip.compress(plain),
-        "a.md": plain,
-    }
-    columns = {
-        "string": pa.array(texts),
-        "large": pa.array(texts, pa.large_string()),
-        "dictionary": pa.array(texts).dictionary_encode(),
-        "view": pa.array(texts, pa.string_view()),
-    }
-    for name, column in columns.items():
-        table = pa.table({"text": column, "id": pa.array(range(len(texts)))})
-        for kind in ("stream", "file"):
-            sink = io.BytesIO()
-            opener = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
-            with opener(sink, table.schema) as writer:
-                writer.write_table(table, max_chunksize=4)
-            files[f"{name}_{kind}.arrow"] = sink.getvalue()
-        if name != "view":
-            sink = io.BytesIO()
-            pq.write_table(table, sink, row_group_size=4)
-            files[f"{name}.parquet"] = sink.getvalue()
-    compressed = io.BytesIO()
-    table = pa.table({"text": pa.array(texts)})
-    with pa.ipc.new_file(
-        compressed, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")
-    ) as writer:
-        writer.write_table(table)
-    files["compressed.feather"] = compressed.getvalue()
-    return {name: {name: content} for name, content in files.items()}
-
-
-def _run_documents(_arguments: tuple[str, ...]) -> None:
-    from sas_megatron.data.documents import stream_documents
-
-    for text in stream_documents(["."]):
-        text.encode()
-
-
-def unpack(*names: str, folder: str | None = None) -> Files:
-    """Return the files of archives in the fixtures, under their paths, or with `folder` as the first folder."""
-    files: Files = {}
-    for name in names:
-        with tarfile.open(FIXTURES / f"{name}.tar.xz") as archive:
-            for member in archive.getmembers():
-                content = archive.extractfile(member)
-                if content is not None:
-                    first, _, rest = member.name.partition("/")
-                    files[f"{folder or first}/{rest}"] = content.read()
-    return files
-
-
-def _build_tokens() -> Seeds:
-    files = {Path(path).name: content for path, content in unpack("data").items()}
-    return {"tokens": {**files, "config.yaml": (FIXTURES / "one_process.yaml").read_bytes()}}
-
-
-def _run_tokens(arguments: tuple[str, ...]) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    _succeed("data", "inspect", "text", "--tokenizer", "tokenizer.model", *arguments)
-    fields = ("data.prefixes=[text]", "data.tokenizer=tokenizer.model")
-    _succeed("train", "--check", "config.yaml", *fields, "logging.run_directory=none")
-    # As training reads them.
-    for tokens in IndexedDataset("text", multimodal=False, mmap=True):
-        assert tokens.min() >= 0
-        assert tokens.max() < 320
-
-
-def _build_tokenizers() -> Seeds:
-    return {"tokenizer": {"tokenizer.model": unpack("data")["data/tokenizer.model"]}}
-
-
-def _run_tokenizer(_arguments: tuple[str, ...]) -> None:
-    from sas_megatron.data.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer("tokenizer.model")
-    text = "the run of a model: \u2581 été\n\t\0 👍"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    tokenizer.decode(range(tokenizer.vocab_size))
-    assert len(tokenizer.token_byte_lengths()) == tokenizer.vocab_size
-
-
-def exported_model() -> Files:
-    """Return the files of a model that an earlier version exported."""
-    return {Path(name).name: content for name, content in unpack("exported").items()}
-
-
 def _build_models() -> Seeds:
+    from sas_megatron.checkpoint.importing import open_model, write_model
     from tests.fuzzing.small_models import small_models
 
-    return {"exported": exported_model(), **small_models()}
+    seeds = {"exported": exported_model(), **small_models()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder, "source"), seeds["exported"])
+        write_model(open_model(Path(folder, "source")), Path(folder, "imported"))
+        seeds["imported"] = read_files(Path(folder, "imported"))
+    seeds["imported"]["config.yaml"] = (FIXTURES / "one_process.yaml").read_bytes()
+    return seeds
 
 
 def _run_import(_arguments: tuple[str, ...]) -> None:
+    if Path("config.yaml").exists():
+        from sas_megatron.checkpoint.tensor_files import StoredTensors
+        from sas_megatron.checkpoint.weights_source import find_weights
+        from sas_megatron.config.loading import load_run_config
+
+        find_weights(Path(), load_run_config("config.yaml"))
+        dict(StoredTensors(Path(), stem="weights"))
+        return
     try:
-        _succeed("checkpoint", "import", ".", "--output", "../imported")
+        run_successfully("checkpoint", "import", ".", "--output", "../output")
     finally:
-        shutil.rmtree("../imported", ignore_errors=True)
+        shutil.rmtree("../output", ignore_errors=True)
 
 
 def _build_runs() -> Seeds:
@@ -272,11 +184,42 @@ def _run_run(_arguments: tuple[str, ...]) -> None:
         # The table is written where the study's runs are not: their folder is damaged.
         Path("study/runs").unlink(missing_ok=True)
         Path("study/runs").symlink_to("../run")
-        _succeed("study", "collect", "study.yaml", "--output", "../table.parquet")
+        run_successfully("study", "collect", "study.yaml", "--output", "../table.parquet")
         return
-    _succeed("train", "--check", "config.yaml", "checkpoint.resume=true", "logging.run_directory=run")
+    run_successfully("train", "--check", "config.yaml", "checkpoint.resume=true", "logging.run_directory=run")
     load_run("run")
     find_model_source(Path("run"))
+
+
+def _build_tables() -> Seeds:
+    sizes, budgets = (1e6, 2e6, 4e6, 8e6), (1e8, 3e8, 1e9)
+    rows = [
+        (size, tokens, 1.7 + 400 / size**0.34 + 410 / tokens**0.28) for size in sizes for tokens in budgets
+    ]
+    lines = ["params,tokens,loss,flops,size,variant"]
+    lines += [
+        f"{size:g},{tokens:g},{loss:.4f},{6 * size * tokens:g},{size:g},mha" for size, tokens, loss in rows
+    ]
+    return {"csv": {"points.csv": "\n".join(lines).encode()}}
+
+
+def _run_table(_arguments: tuple[str, ...]) -> None:
+    from sas_megatron.scaling.laws.points import read_points
+
+    read_points("points.csv").check_surface()
+
+
+def _build_hardware() -> Seeds:
+    from sas_megatron.planning.hardware_file import SHIPPED
+
+    return {path.stem: {"device.yaml": path.read_bytes()} for path in SHIPPED.glob("*.yaml")}
+
+
+def _run_hardware(_arguments: tuple[str, ...]) -> None:
+    from sas_megatron.planning.hardware_file import load_hardware
+
+    device = load_hardware("device.yaml")
+    device.fits(device.needed_bytes(2**30))
 
 
 def _build_checkpoints() -> Seeds:
@@ -284,27 +227,17 @@ def _build_checkpoints() -> Seeds:
 
 
 def _run_checkpoint(_arguments: tuple[str, ...]) -> None:
-    _succeed("checkpoint", "verify", "run")
+    run_successfully("checkpoint", "verify", "run")
     try:
-        _succeed("checkpoint", "export", "run", "--output", "../exported")
+        run_successfully("checkpoint", "export", "run", "--output", "../output")
     finally:
-        shutil.rmtree("../exported", ignore_errors=True)
-
-
-def _succeed(*arguments: str) -> None:
-    """Run a command; return if its exit status is 0."""
-    try:
-        run_command(*arguments)
-    except SystemExit as ending:
-        if ending.code not in (0, None):
-            raise
+        shutil.rmtree("../output", ignore_errors=True)
 
 
 CONFIGS = Target(_build_configs, _run_config, ("--", "config.yaml"))
 STUDIES = Target(_build_studies, _run_study)
-DOCUMENTS = Target(_build_documents, _run_documents)
-TOKENS = Target(_build_tokens, _run_tokens)
-TOKENIZERS = Target(_build_tokenizers, _run_tokenizer)
 MODELS = Target(_build_models, _run_import)
+TABLES = Target(_build_tables, _run_table)
+HARDWARE = Target(_build_hardware, _run_hardware)
 RUNS = Target(_build_runs, _run_run)
 CHECKPOINTS = Target(_build_checkpoints, _run_checkpoint)

@@ -1,4 +1,4 @@
-"""Damaged inputs of every kind are accepted or refused with one message; the fuzzer reports each kind of failure."""
+"""Damaged inputs are accepted or refused with one message, and the fuzzer reports each kind of failure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.selection import draws, exhaustive
 @pytest.mark.timeout(3600)
 def test_damaged_input_is_accepted_or_refused_with_one_message(name: str, num_draws: int) -> None:
     counts = fuzz(TARGETS[name], num_inputs=num_draws)
-    assert counts["accepted"] > 0.01 * num_draws
+    assert counts["accepted"] + counts["refused"] >= num_draws
     assert counts["refused"] > 0.2 * num_draws
 
 
