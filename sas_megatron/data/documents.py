@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.data.sources import DocumentFormat, SourceFile, find_source_files
-from sas_megatron.data.text_columns import convert_to_texts, find_text_column
+from sas_megatron.data.text_columns import convert_to_texts, find_text_column, find_value
 
 BATCH_BYTES = 1 << 20
 # Arrow raises ArrowInvalid, OSError or a built-in exception for damaged data, depending on the format and the
@@ -79,7 +79,7 @@ def stream_documents(sources: Sequence[str | Path], *, text_column: str = "text"
     Raises:
         UserError: As in `find_sources`.
     """
-    return Documents(find_source_files(sources), text_column=text_column)
+    return Documents(find_source_files(sources, text_column=text_column), text_column=text_column)
 
 
 def empty_corpus(sources: Sequence[str | Path]) -> UserError:
@@ -207,7 +207,7 @@ def _text_of_line(line: str, file: SourceFile, line_number: int, text_column: st
             where, f"is a {type(row).__name__}, not an object", 'write {"text": "…"} on each line'
         )
     try:
-        text = _find_value(row, text_column)
+        text = find_value(row, text_column)
     except KeyError:
         raise FieldError(
             "text_column",
@@ -234,23 +234,6 @@ def _text_of_line(line: str, file: SourceFile, line_number: int, text_column: st
                 "fix or remove the line",
             ) from error
     return text
-
-
-def _find_value(row: dict[str, object], name: str) -> object:
-    """Return the value of a field, or of a field of an inner object: `meta.text` is text in meta.
-
-    Raises:
-        KeyError: There is no such field.
-    """
-    if name in row:
-        return row[name]
-    for key, value in row.items():
-        if name.startswith(f"{key}."):
-            if value is None:
-                return None
-            if isinstance(value, dict):
-                return _find_value(value, name.removeprefix(f"{key}."))
-    raise KeyError(name)
 
 
 def _read_text(file: SourceFile, text_column: str) -> Iterator[tuple[pa.LargeStringArray, float]]:

@@ -96,7 +96,7 @@ def prepare_token_files(
     _check_arguments(prefix, num_workers=num_workers)
     prefix = Path(prefix)
     tokenizer = Tokenizer(tokenizer_path)
-    found = find_sources(sources)
+    found = find_sources(sources, text_column=text_column)
     files = [file for source in found for file in source.files]
     plan = {"tokenizer_sha256": tokenizer.sha256, "text_column": text_column, "chunk_bytes": CHUNK_BYTES}
     with _translate_write_errors(prefix):

@@ -1,4 +1,4 @@
-"""The text column of Arrow data: found by its name, validated, and converted to UTF-8 texts.
+"""The text column of Arrow data, found by its name, validated and converted to UTF-8; the text field of JSON.
 
 Arrow's readers check neither the offsets of an array nor its UTF-8. Casting or slicing an array whose offsets
 point outside of its buffers ends the process, so that every array is validated first.
@@ -6,7 +6,7 @@ point outside of its buffers ends the process, so that every array is validated 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,6 +50,23 @@ def find_text_column(schema: pa.Schema, text_column: str, path: Path) -> tuple[s
             "name a column of strings or of bytes in UTF-8",
         )
     return tuple(field.name for field in fields)
+
+
+def find_value(row: Mapping[str, object], name: str) -> object:
+    """Return the value of a field, or of a field of an inner object: `meta.text` is text in meta.
+
+    Raises:
+        KeyError: There is no such field.
+    """
+    if name in row:
+        return row[name]
+    for key, value in row.items():
+        if name.startswith(f"{key}."):
+            if value is None:
+                return None
+            if isinstance(value, dict):
+                return find_value(value, name.removeprefix(f"{key}."))
+    raise KeyError(name)
 
 
 def convert_to_texts(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ def text_columns() -> dict[str, pa.Array]:
         "dictionary": texts.dictionary_encode(),
         "struct": pa.array([None if text is None else {"text": text} for text in TEXTS]),
     }
+
+
+def write_table(columns: Mapping[str, Any] | pa.Table) -> bytes:
+    """Return a stream of Arrow batches."""
+    table = pa.table(columns) if isinstance(columns, Mapping) else columns
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 def write_arrow(column: pa.Array, *, stream: bool) -> bytes:

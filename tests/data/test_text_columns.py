@@ -21,7 +21,7 @@ from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.token_files import load_manifest
 from sas_megatron.scaling.study.study_table import read_table
 from tests.conftest import ROOT
-from tests.data.damaged_files import TEXTS, text_columns, write_arrow
+from tests.data.damaged_files import TEXTS, text_columns, write_arrow, write_table
 from tests.selection import cases
 
 READ = [text for text in TEXTS if text]
@@ -58,13 +58,6 @@ def test_text_is_read_from_every_type_of_strings_and_bytes(tmp_path: Path, kind:
         else:
             pq.write_table(chosen, path)
         assert list(stream_documents([path], text_column=column)) == expected
-
-
-def write_table(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 def test_text_is_read_from_inner_objects_of_json_lines(tmp_path: Path) -> None:
