@@ -56,6 +56,11 @@ def is_rank0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_on_node() -> bool:
+    """Return whether this process is the first rank of its node, as a single process always is."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def set_rank_from_slurm() -> None:
     """Under plain srun, set the variables from which torch reads the rank and the rendezvous address.
 
