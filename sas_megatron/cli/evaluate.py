@@ -214,8 +214,11 @@ def _evaluate_tasks(
 
 def _fingerprint(source: ModelSource) -> str:
     """Return a digest of the config and checkpoint, which together with a request determine its answer."""
-    config = source.config.model_dump_json(exclude={"parallel", "logging"})
-    return hashlib.sha256(f"{config}{source.manifest_sha256}".encode()).hexdigest()[:12]
+    # Paths may change: the manifest and the tokenizer identify the model.
+    paths = {"prefixes", "tokenizer", "index_cache"}
+    config = source.config.model_dump_json(exclude={"parallel": True, "logging": True, "data": paths})
+    identity = f"{config}{source.manifest_sha256}{source.tokenizer.sha256}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def _measure_loss(

@@ -14,7 +14,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.data.epochs import check_repetition
 from sas_megatron.data.token_files import open_token_files
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
-from sas_megatron.platform.launcher import is_rank0, launched_world_size
+from sas_megatron.platform.launcher import is_first_on_node, is_rank0, launched_world_size
 from sas_megatron.training.resuming import find_branch
 from sas_megatron.training.run_files import RunFiles
 
@@ -29,7 +29,7 @@ def check_run(config: RunConfig, *, world_size: int) -> None:
         UserError: One of them is invalid, or they do not fit together.
     """
     config.check_world_size(world_size)
-    open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_rank0())
+    open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_on_node())
     check_repetition(config)
     RunFiles.check_directory(config)
     if config.checkpoint.resume and find_checkpoints(RunFiles.checkpoints(config)):

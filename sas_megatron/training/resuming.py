@@ -21,9 +21,9 @@ from sas_megatron.checkpoint.weights_source import read_checkpoint_config
 from sas_megatron.config.errors import FieldError, FileProblem, UserError, translate_os_errors
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.token_files import load_manifest, name_token_files
 from sas_megatron.io.file_records import find_damage
-from sas_megatron.io.run_record import RECORD, damaged_record, read_run_record
+from sas_megatron.io.run_record import RECORD
+from sas_megatron.training.data_identity import DATA_PATHS, raise_if_data_differ
 
 # Fields that may change when a run is resumed. They do not affect samples, weights or losses, except that
 # `health` decides whether harmful steps are skipped.
@@ -159,7 +159,7 @@ def check_resumable(config: RunConfig) -> None:
     if saved is not None:
         _check_config(config, *saved)
     if (directory / RECORD).exists():
-        _check_corpus(config, directory)
+        raise_if_data_differ(config, directory)
 
 
 def check_checkpoint_config(config: RunConfig, checkpoint: Path) -> None:
@@ -173,7 +173,10 @@ def check_checkpoint_config(config: RunConfig, checkpoint: Path) -> None:
 
 
 def _check_config(config: RunConfig, saved: RunConfig, origin: Path) -> None:
-    for field, (new, previous) in find_differences([config, saved], ignored=RESUME_MAY_CHANGE).items():
+    run = Path(config.logging.run_directory)
+    # Without the record of the run, whose data are compared by their contents, the paths must be equal.
+    ignored = (*RESUME_MAY_CHANGE, *(DATA_PATHS if (run / RECORD).exists() else ()))
+    for field, (new, previous) in find_differences([config, saved], ignored=ignored).items():
         raise FieldError(
             field,
             new,
@@ -199,7 +202,8 @@ def describe_config_repair(config: RunConfig) -> str | None:
         state = "is missing"
     else:
         try:
-            differences = find_differences([load_run_config(path), saved[0]], ignored=RESUME_MAY_CHANGE)
+            ignored = (*RESUME_MAY_CHANGE, *DATA_PATHS)
+            differences = find_differences([load_run_config(path), saved[0]], ignored=ignored)
         except UserError:
             state = "is damaged"
         else:
@@ -224,7 +228,8 @@ def find_branch(config: RunConfig) -> Branch | None:
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
     _check_schedules(config, trunk, branch)
-    for field, (new, previous) in find_differences([config, trunk], ignored=BRANCH_MAY_CHANGE).items():
+    ignored = (*BRANCH_MAY_CHANGE, *DATA_PATHS)
+    for field, (new, previous) in find_differences([config, trunk], ignored=ignored).items():
         raise FieldError(
             field,
             new,
@@ -246,7 +251,7 @@ def find_branch(config: RunConfig) -> Branch | None:
                 "is missing, and a branch needs it",
                 "name a checkpoint in the directory of its run",
             )
-    _check_corpus(config, branch.trunk)
+    raise_if_data_differ(config, branch.trunk)
     return branch
 
 
@@ -269,28 +274,4 @@ def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> Non
                 f"{name} decays its learning rate from step {stable_until} on, before the branch at step "
                 f"{branch.step}",
                 "branch from an earlier checkpoint, or decay over fewer steps",
-            )
-
-
-def _check_corpus(config: RunConfig, directory: Path) -> None:
-    record = read_run_record(directory)
-    if record is None or record.corpus is None:
-        raise damaged_record(directory / RECORD, "corpus: Field required")
-    recorded_sha256 = {name: tokens.bin_sha256 for name, tokens in record.corpus.items()}
-    current_sha256 = {prefix: load_manifest(prefix).bin_sha256 for prefix in config.data.prefixes}
-    for prefix, name in name_token_files(config.data.prefixes).items():
-        if name in recorded_sha256:
-            is_equal = recorded_sha256[name] == current_sha256[prefix]
-        else:
-            # Earlier versions recorded one of the prefixes that end in the same name.
-            candidates = {
-                sha256 for path, sha256 in current_sha256.items() if Path(path).name == Path(prefix).name
-            }
-            is_equal = recorded_sha256.get(Path(prefix).name) in candidates
-        if not is_equal:
-            raise FieldError(
-                "data.prefixes",
-                prefix,
-                f"differs from the tokens with which the run in {directory} started",
-                "use the same token files, or choose another logging.run_directory",
             )
