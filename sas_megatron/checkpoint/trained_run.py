@@ -6,6 +6,7 @@ A run keeps a copy of its tokenizer, so that its model can be used where the pat
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
