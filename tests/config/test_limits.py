@@ -163,7 +163,5 @@ def test_an_override_that_is_too_long_for_a_file_name_is_an_override() -> None:
 def test_long_names_from_a_file_do_not_lengthen_a_message(tmp_path: Path) -> None:
     path = tmp_path / "points.csv"
     path.write_text(f"params,tokens,loss,variant\n1,1,1,{'a' * 70_000}\n1,1,1,b\n")
-    with pytest.raises(
-        FieldError, match=r"the points contain a+… \(70,\d+ characters\); choose one"
-    ):
+    with pytest.raises(FieldError, match=r"the points contain a+… \(70,\d+ characters\); choose one"):
         read_points(path)
