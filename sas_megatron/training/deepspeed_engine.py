@@ -248,7 +248,8 @@ def _forced_overflow(optimizer: Any, *, stage: int) -> Iterator[None]:
 def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration: `deepspeed.settings` and the fields of the run's sections.
 
-    Gradients are accumulated and reduced in float32. By default, DeepSpeed does both in the type of the weights.
+    Gradients are accumulated and reduced in float32. By default, DeepSpeed uses the type of
+    the weights.
     """
     settings = config.deepspeed.settings
     zero = {
