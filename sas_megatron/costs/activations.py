@@ -182,8 +182,8 @@ def _count_mlp(config: RunConfig, spec: ActivationSpec) -> int:
     """Return the bytes of the input, and of the tensors that the activation function saves.
 
     For gelu and gelu_tanh, these are its input and its result. For swiglu, they are both halves of the first
-    product, the activated gate, the other half, and the result; the fused swiglu on a GPU saves the halves and
-    the result.
+    product, the activated gate, the other half, and the result; the fused swiglu on a GPU saves the halves
+    and the result.
     """
     model = config.model
     saved = spec.local_bytes(model.hidden_size)
