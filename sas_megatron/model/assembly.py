@@ -61,6 +61,7 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        deterministic_mode=config.training.deterministic,
         # Megatron-core's fused element-wise functions; on a CPU they would be compiled without a benefit.
         # That of GELU computes the tanh approximation where F.gelu is named (0.16.1), and requires a bias.
         bias_activation_fusion=on_cuda and model.activation == "swiglu",

@@ -54,7 +54,9 @@ def train(config: RunConfig, *, find_peak_flops: PeakLookup = lambda _gpu, _dtyp
     check_run(config, world_size=launched_world_size())
     with StopRequest(after_seconds=config.training.stop_after_seconds) as stop:
         from sas_megatron.platform.device import prepare_device
+        from sas_megatron.platform.gpu_settings import apply_gpu_settings
 
+        apply_gpu_settings(config.training)
         # This precedes the import of Megatron-core, which on a CPU needs the replacements for CUDA calls.
         device = prepare_device()
 
