@@ -76,6 +76,28 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, attention
 
 
+def neox_shapes(model: ModelConfig, attention: AttentionConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the GPT-NeoX weights of a model by name."""
+    hidden, outer, width = model.hidden_size, model.ffn_hidden_size, attention.num_heads * attention.head_dim
+    table = (model.vocab_size, hidden)
+    shapes: dict[str, tuple[int, ...]] = {"gpt_neox.embed_in.weight": table, "embed_out.weight": table}
+    for kind in ("weight", "bias"):
+        shapes[f"gpt_neox.final_layer_norm.{kind}"] = (hidden,)
+    modules: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "attention.query_key_value": (3 * width, hidden),
+        "attention.dense": (hidden, width),
+        "mlp.dense_h_to_4h": (outer, hidden),
+        "mlp.dense_4h_to_h": (hidden, outer),
+    }
+    for layer in range(model.num_layers):
+        for name, shape in modules.items():
+            shapes[f"gpt_neox.layers.{layer}.{name}.weight"] = shape
+            shapes[f"gpt_neox.layers.{layer}.{name}.bias"] = shape[:1]
+    return shapes
+
+
 def from_neox(
     weights: Mapping[str, torch.Tensor], model: ModelConfig, _attention: AttentionConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -68,8 +68,12 @@ def count_peak_activation_bytes(
     """
     chunks = _count_chunks(config, device, stage)
     sizes = [sum(terms.values()) for terms in chunks]
+    # From the first backward pass on, the numbers repeat with each round of microbatches.
+    distinct_microbatches = 4 * config.parallel.pipeline
     peak = max(
-        microbatches_in_flight(config, num_microbatches=num_microbatches, stage=stage),
+        microbatches_in_flight(
+            config, num_microbatches=min(num_microbatches, distinct_microbatches), stage=stage
+        ),
         key=lambda counts: sum(count * size for count, size in zip(counts, sizes, strict=True)),
     )
     return _sum_terms(

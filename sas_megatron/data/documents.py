@@ -35,28 +35,56 @@ class TextBatch:
     source_bytes_read: int  # bytes on disk of all files read so far; an estimate for progress reports
 
 
-def stream_documents(sources: Sequence[str | Path], *, text_column: str = "text") -> Iterator[str]:
-    """Yield every document that is not empty: files in the given order, files of a folder sorted by path.
+class Documents:
+    """Iterates over every document that is not empty, and counts the empty ones of the last iteration.
+
+    Files are read in the given order, which `find_source_files` sorts by path within a folder.
+
+    Args:
+        files: The files.
+        text_column: The column or field of the text.
 
     Raises:
-        FileProblem: A file is missing, damaged, not UTF-8 or of an unknown ending.
-        FieldError: A file has no text column, or the column is not of strings.
-        UserError: The sources have no documents, or only empty ones.
+        FileProblem: While iterating: a file is missing, damaged or not UTF-8.
+        FieldError: While iterating: a file has no text column, or the column is not of strings.
+        UserError: While iterating: the files have no documents, or only empty ones.
     """
-    num_documents = 0
-    for batch in stream_text_batches(find_source_files(sources), text_column=text_column):
-        for text in batch.texts.to_pylist():
-            if text:
-                num_documents += 1
-                yield text
-    if num_documents == 0:
-        raise empty_corpus(sources)
+
+    def __init__(self, files: Sequence[SourceFile], *, text_column: str = "text") -> None:
+        self.num_empty = 0
+        self._files = files
+        self._text_column = text_column
+
+    def __iter__(self) -> Iterator[str]:
+        num_documents = num_empty = 0
+        for batch in stream_text_batches(self._files, text_column=self._text_column):
+            for text in batch.texts.to_pylist():
+                if text:
+                    num_documents += 1
+                    yield text
+                else:
+                    num_empty += 1
+        self.num_empty = num_empty
+        if num_documents == 0:
+            raise empty_corpus([file.path for file in self._files])
+
+
+def stream_documents(sources: Sequence[str | Path], *, text_column: str = "text") -> Documents:
+    """Return the documents of files and folders.
+
+    Raises:
+        UserError: As in `find_sources`.
+    """
+    return Documents(find_source_files(sources), text_column=text_column)
 
 
 def empty_corpus(sources: Sequence[str | Path]) -> UserError:
     """Return the error for sources without any document that has text."""
-    names = ", ".join(str(source) for source in sources)
-    return UserError(f"sources={names}: have no documents, or only empty ones; name files with text in them")
+    names = ", ".join(str(source) for source in sources[:3])
+    more = f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
+    return UserError(
+        f"sources={names}{more}: have no documents, or only empty ones; name files with text in them"
+    )
 
 
 def stream_text_batches(files: Sequence[SourceFile], *, text_column: str = "text") -> Iterator[TextBatch]:

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from typing_extensions import override
 
+from sas_megatron.checkpoint.manifest import DAMAGE_REMEDY, MANIFEST, DamagedCheckpoint
 from sas_megatron.checkpoint.rank_layout import describe_layout, describe_layout_changes
 from sas_megatron.checkpoint.restoring import Checkpoint
 from sas_megatron.checkpoint.sharded_tensors import shard_parameter, shard_weights
@@ -206,6 +207,7 @@ class DeepSpeedEngine(Engine):
 
         Raises:
             FileProblem: Another layout saved the checkpoint.
+            DamagedCheckpoint: The folder has files for DeepSpeed that are not in the manifest.
         """
         changes = describe_layout_changes(checkpoint.manifest.layout, describe_layout(self.config))
         if changes:
@@ -214,6 +216,13 @@ class DeepSpeedEngine(Engine):
                 f"holds DeepSpeed's files for another layout ({changes})",
                 "resume with the layout that saved it, or start another run from its weights with "
                 "checkpoint.initial_weights",
+            )
+        unlisted = {
+            str(path.relative_to(checkpoint.path)) for path in (checkpoint.path / FOLDER).rglob("*.pt")
+        } - checkpoint.manifest.files.keys()
+        if unlisted:  # DeepSpeed would read them, although they are not verified
+            raise DamagedCheckpoint(
+                checkpoint.path, f"is damaged: {min(unlisted)} is not in {MANIFEST}", DAMAGE_REMEDY
             )
         self.engine.load_checkpoint(str(checkpoint.path), tag=FOLDER, load_lr_scheduler_states=False)
 

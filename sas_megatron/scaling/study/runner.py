@@ -125,10 +125,13 @@ class StudyRunner:
                 lock.close()
                 continue
             try:
-                self._started.append(self._launch(run, plan, lock, descriptor))
+                started = self._launch(run, plan, lock, descriptor)
             except BaseException:
                 lock.close()
                 raise
+            self._started.append(started)
+            if self._stop_requested:  # by a signal during the launch, which did not reach the new process
+                started.process.send_signal(signal.SIGTERM)
 
     def _launch(self, run: PlannedRun, plan: Plan, lock: contextlib.ExitStack, descriptor: int) -> _Started:
         check_config(run)
@@ -172,6 +175,8 @@ class StudyRunner:
             self._log(f"{run.name}: done, validation loss {loss}, {summary['training_seconds']:.0f} s")
         elif (run.directory / "stopped.json").exists() and self._stop_requested:
             self._log(f"{run.name}: saved a checkpoint and stopped")
+        elif self._stop_requested:  # the signal arrived before the run could handle it: not a failure
+            self._log(f"{run.name}: stopped with status {status} before it saved a checkpoint")
         else:
             reason = last_error(log_path(run), offset=started.log_offset)
             self._failed.add(run.name)

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.io.files import make_folder, replace_file
 
-SCHEMA_VERSION = 1
+# Version 2 added the epochs.
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Row:
     global_batch_size: int
     schedule: str
     trunk: str | None = None
+    # How many times the run read its training data; None if it is not recorded.
+    epochs: float | None = None
     loss: float | None = None
     train_loss: float | None = None
     bits_per_byte: float | None = None
@@ -135,10 +139,11 @@ def read_table(path: str | Path) -> StudyTable:
     except (OSError, pa.ArrowException) as error:
         raise FileProblem(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from None
     about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))
-    if about.get("schema_version") != SCHEMA_VERSION:
+    if about.get("schema_version") not in READABLE_VERSIONS:
         raise FileProblem(
             path,
-            f"has schema version {about.get('schema_version')}, not {SCHEMA_VERSION}, of a study's table",
+            f"has schema version {about.get('schema_version')}, not one of {READABLE_VERSIONS}, of a study's "
+            "table",
             remedy,
         )
     rows = tuple(
