@@ -239,7 +239,7 @@ def _measure_loss(
         WindowSettings(length, stride=length if stride is None else stride, batch_tokens=batch_tokens)
         for length in lengths or (trained,)
     ]
-    paths = _find_files(files)
+    paths = _find_files(files, text_column=text_column)
     # Before torch is imported.
     remarks = [] if files else _list_repetitions(source, settings)
     with load_model(source, check_first=functools.partial(check_results, folder, source)) as model:
@@ -274,7 +274,7 @@ def _list_repetitions(source: ModelSource, settings: Sequence[WindowSettings]) -
     return remarks
 
 
-def _find_files(files: tuple[str, ...]) -> dict[str, list[SourceFile]]:
+def _find_files(files: tuple[str, ...], *, text_column: str) -> dict[str, list[SourceFile]]:
     """Return files by domain. A domain has the given name, or that of its file; it may have several paths.
 
     Raises:
@@ -294,7 +294,9 @@ def _find_files(files: tuple[str, ...]) -> dict[str, list[SourceFile]]:
                 "--files", f"{given!r}", "contains no path", "name one, or use . for the current folder"
             )
         paths_by_domain.setdefault(name, []).extend(resolve_sources([path]))
-    return {name: find_source_files(paths) for name, paths in paths_by_domain.items()}
+    return {
+        name: find_source_files(paths, text_column=text_column) for name, paths in paths_by_domain.items()
+    }
 
 
 def _file_domains(model: TrainedModel, documents: Mapping[str, Documents]) -> dict[str, Any]:

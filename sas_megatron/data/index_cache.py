@@ -120,7 +120,7 @@ def _locked(path: Path) -> Iterator[None]:
 
     On a file system without locks two jobs may build the same folder; the one that finishes first wins.
     """
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         acquire_file_lock(file.fileno(), wait=True)
         try:
             yield

@@ -65,7 +65,7 @@ class PartialTokens:
         self._bin_hash = hashlib.sha256()
         self._text_hash = hashlib.sha256()
         make_folder(self._folder)
-        self._lock = open(self._folder / "lock", "w")  # noqa: SIM115  # locked until closed
+        self._lock = open(self._folder / "lock", "w", encoding="utf-8")  # noqa: SIM115  # locked until closed
         if not acquire_file_lock(self._lock.fileno()):
             self._lock.close()
             raise FileProblem(

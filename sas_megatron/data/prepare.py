@@ -34,6 +34,7 @@ from sas_megatron.data.token_files import (
     verify_token_files,
 )
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.io.files import format_path
 
 # More processes would only take memory: the largest machines have about this many CPUs.
 MAX_WORKERS = 1024
@@ -98,7 +99,7 @@ def prepare_token_files(
     _check_arguments(prefix, num_workers=num_workers)
     prefix = Path(prefix)
     tokenizer = Tokenizer(tokenizer_path)
-    found = find_sources(sources)
+    found = find_sources(sources, text_column=text_column)
     files = [file for source in found for file in source.files]
     plan = {"tokenizer_sha256": tokenizer.sha256, "text_column": text_column, "chunk_bytes": CHUNK_BYTES}
     with _translate_write_errors(prefix):
@@ -229,7 +230,7 @@ def _write_manifest(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         max_token_id=totals.max_token_id,
-        tokenizer_path=str(tokenizer.path.absolute()),
+        tokenizer_path=format_path(tokenizer.path.absolute()),
         tokenizer_sha256=tokenizer.sha256,
         text_column=text_column,
         sources=[_record_source(source) for source in sources],
@@ -248,5 +249,5 @@ def _write_manifest(
 
 def _record_source(source: Source) -> SourceRecord:
     return SourceRecord(
-        path=str(source.path.absolute()), num_files=len(source.files), size_bytes=source.size_bytes
+        path=format_path(source.path.absolute()), num_files=len(source.files), size_bytes=source.size_bytes
     )

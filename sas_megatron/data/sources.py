@@ -8,11 +8,12 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
+from sas_megatron.data.folders import NO_DOCUMENTS, has_no_documents, walk_folder
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,9 @@ FORMAT_OF_ENDING: dict[str, DocumentFormat] = {
 }
 # Parquet and Arrow compress inside the file; .gz and .zst are accepted for the other formats only.
 COMPRESSIBLE = (DocumentFormat.JSON_LINES, DocumentFormat.TEXT)
-# What is left out of a source.
+# What is left out of a source, besides what `walk_folder` leaves out.
 UNKNOWN_ENDING = "files of unknown endings"
-HIDDEN = "hidden files or folders"
 ALREADY_TAKEN = "files named twice"
-FOLDER_ALREADY_READ = "folders linked to twice"
 COMPRESSION_OF_ENDING = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -83,11 +82,12 @@ class Source:
         return sum(file.size_bytes for file in self.files)
 
 
-def find_sources(sources: Sequence[str | Path]) -> list[Source]:
+def find_sources(sources: Sequence[str | Path], *, text_column: str = "text") -> list[Source]:
     """Find the files of `sources`; a folder is searched recursively, and its files are sorted by path.
 
     Links are followed. A file that several sources or links name is taken once. Hidden files and files of an
-    unknown ending in a folder are left out. Each kind that is left out is logged with its count.
+    unknown ending in a folder are left out, and so are JSON files without documents. Each kind that is left
+    out is logged with its count.
 
     Raises:
         FileProblem: A source is missing, unreadable, of an unknown ending, no regular file, or a folder
@@ -99,8 +99,8 @@ def find_sources(sources: Sequence[str | Path]) -> list[Source]:
     taken: set[tuple[int, int]] = set()
     found = []
     for path in map(Path, sources):
-        if path.is_dir():
-            files, left_out = _files_in_folder(path)
+        if os.path.isdir(path):
+            files, left_out = _files_in_folder(path, text_column)
         else:
             files, left_out = [_named_file(path)], Counter()
         new = []
@@ -111,19 +111,18 @@ def find_sources(sources: Sequence[str | Path]) -> list[Source]:
                 taken.add(file.identity)
                 new.append(file)
         if left_out:
-            kinds = ", ".join(f"{kind} ({count:,})" for kind, count in left_out.items())
-            logger.warning("%s: left out %s", path, kinds)
+            logger.warning("%s: left out %s", path, _format_counts(left_out))
         found.append(Source(path, tuple(new), left_out))
     return found
 
 
-def find_source_files(sources: Sequence[str | Path]) -> list[SourceFile]:
+def find_source_files(sources: Sequence[str | Path], *, text_column: str = "text") -> list[SourceFile]:
     """Return the files of `sources` in order.
 
     Raises:
         UserError: As in `find_sources`.
     """
-    return [file for source in find_sources(sources) for file in source.files]
+    return [file for source in find_sources(sources, text_column=text_column) for file in source.files]
 
 
 def fingerprint_files(files: Iterable[SourceFile]) -> str:
@@ -153,7 +152,7 @@ def _named_file(path: Path) -> SourceFile:
         FileProblem: It is missing, unreadable, of an unknown ending or no regular file.
     """
     found = _format_of(path)
-    if found is None and path.exists():
+    if found is None and os.path.exists(path):
         raise FileProblem(
             path,
             f"has an unknown file ending ({path.suffix or 'none'})",
@@ -179,49 +178,32 @@ def _stat_file(path: Path, found: tuple[DocumentFormat, str | None] | None) -> S
     )
 
 
-def _files_in_folder(folder: Path) -> tuple[list[SourceFile], Counter[str]]:
+def _files_in_folder(folder: Path, text_column: str) -> tuple[list[SourceFile], Counter[str]]:
     """Return the files of a folder, and counts of what is left out.
 
     Raises:
-        FileProblem: A folder or file cannot be read, or no file has a known ending.
+        FileProblem: A folder or file cannot be read, or no file has documents.
     """
     left_out: Counter[str] = Counter()
-    # Sort by path components, so that the order is the same on every file system.
-    paths = sorted(_walk(folder, left_out), key=lambda path: path.relative_to(folder).parts)
     known = []
-    for path in paths:
+    for path in walk_folder(folder, left_out):
         found = _format_of(path)
-        if found is not None or not path.exists():  # a dangling link is an error
-            known.append(_stat_file(path, found))
-        else:
+        if found is None and os.path.exists(path):  # a dangling link is an error
             left_out[UNKNOWN_ENDING] += 1
+            continue
+        file = _stat_file(path, found)
+        if path.suffix.lower() == ".json" and has_no_documents(path, text_column):
+            left_out[NO_DOCUMENTS] += 1
+        else:
+            known.append(file)
     if not known:
-        raise FileProblem(folder, "has no documents", f"known endings are {known_endings()}")
+        counts = f" ({_format_counts(left_out)} were left out)" if left_out else ""
+        raise FileProblem(folder, f"has no documents{counts}", f"known endings are {known_endings()}")
+    formats = Counter(file.document_format.value for file in known)
+    if len(formats) > 1:
+        logger.warning("%s: reads files of several formats: %s", folder, _format_counts(formats))
     return known, left_out
 
 
-def _walk(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """Yield the paths of the files in a folder and its folders; a folder that links lead to is read once."""
-
-    def report(error: OSError) -> None:
-        with translate_os_errors(error.filename, problem="cannot be read", remedy="check its permissions"):
-            raise error
-
-    visited = {os.path.realpath(folder)}
-    for parent, folder_names, file_names in os.walk(folder, onerror=report, followlinks=True):
-        entered = []
-        for name in sorted(folder_names):
-            real_path = os.path.realpath(os.path.join(parent, name))
-            if name.startswith("."):
-                left_out[HIDDEN] += 1
-            elif real_path in visited:
-                left_out[FOLDER_ALREADY_READ] += 1
-            else:
-                visited.add(real_path)
-                entered.append(name)
-        folder_names[:] = entered
-        for name in file_names:
-            if name.startswith("."):
-                left_out[HIDDEN] += 1
-            else:
-                yield Path(parent, name)
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in counts.items())

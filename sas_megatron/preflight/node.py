@@ -192,7 +192,9 @@ def _list_gpus() -> list[list[str]]:
         return []
     command = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
     try:
-        completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        completed = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         return []  # nvidia-smi is installed, but no driver is loaded
     return [[field.strip() for field in line.split(",")] for line in completed.stdout.splitlines() if line]

@@ -80,7 +80,7 @@ class Console:
             yield
         except OSError:
             self._bar = None
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
 
 
 class Recorder:

@@ -145,7 +145,7 @@ def test_a_path_that_contains_an_equals_sign_is_a_path(
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "part-0.jsonl").write_text('{"text": "some text"}\n')
     given = ("lang=en/part-0.jsonl", "french=a=b=c/part-0.jsonl", "lang=en")
-    found = _find_files(given)
+    found = _find_files(given, text_column="text")
     assert {name: [str(file.path) for file in files] for name, files in found.items()} == {
         "part-0.jsonl": ["lang=en/part-0.jsonl"],
         "french": ["a=b=c/part-0.jsonl"],

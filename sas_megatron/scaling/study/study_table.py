@@ -132,25 +132,25 @@ def read_table(path: str | Path) -> StudyTable:
     remedy = "give the table that `sas-megatron study collect` wrote"
     try:
         built = pq.read_table(path)
+        built.validate(full=True)  # reading values of damaged arrays could end the process
+        about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))
+        version = about.get("schema_version")
+        if version not in READABLE_VERSIONS:
+            known = " or ".join(map(str, READABLE_VERSIONS))
+            raise FileProblem(path, f"has schema version {version}, not {known}, of a study's table", remedy)
+        rows = tuple(
+            Row(**{name: json.loads(value) if name in _MAPPINGS else value for name, value in row.items()})
+            for row in built.to_pylist()
+        )
+        return StudyTable(
+            about["name"], about["baseline"], rows, about["collected_at"], tuple(about["remarks"])
+        )
     except FileNotFoundError:
         raise FileProblem(
             path, "does not exist", "run `sas-megatron study collect` first, which writes it"
         ) from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileProblem(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from None
-    about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))
-    if about.get("schema_version") not in READABLE_VERSIONS:
-        raise FileProblem(
-            path,
-            f"has schema version {about.get('schema_version')}, not one of {READABLE_VERSIONS}, of a study's "
-            "table",
-            remedy,
-        )
-    rows = tuple(
-        Row(**{name: json.loads(value) if name in _MAPPINGS else value for name, value in row.items()})
-        for row in built.to_pylist()
-    )
-    return StudyTable(about["name"], about["baseline"], rows, about["collected_at"], tuple(about["remarks"]))
 
 
 def _fields(row: Row) -> dict[str, Any]:

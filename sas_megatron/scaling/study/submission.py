@@ -149,7 +149,9 @@ class _Arrays:
 
 def _call(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=120
+        ).stdout
     except FileNotFoundError:
         raise UserError(
             f"{command[0]}: is not installed; use `sas-megatron study run`, or a login node of a cluster"
