@@ -31,6 +31,14 @@ _LAYER_NAMES = {
     "mlp.linear_fc2": "mlp.dense_4h_to_h",
 }
 
+# hidden_act -> model.activation; transformers has several names of the tanh approximation.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
 
 def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert the config of a GPT-NeoX to the sections `model` and `attention`.
@@ -41,7 +49,7 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     # With a parallel residual, attention and MLP read the same input; the native MLP follows the attention.
     config.require("use_parallel_residual", False, default=True)
-    config.require("hidden_act", "gelu")
+    activation = config.read_choice("hidden_act", ACTIVATIONS, default="gelu")
     # The MLP of GPT-NeoX always has biases, and model.linear_bias applies to attention and MLP.
     config.require("attention_bias", True)
     rotary_base, rotary_fraction = config.read_rotary_embedding(
@@ -50,7 +58,7 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     head_dim = config.get("hidden_size") // config.get("num_attention_heads")
     model = {
         **config.read_sizes(),
-        "activation": "gelu",
+        "activation": activation,
         "normalization": "layernorm",
         "norm_epsilon": float(config.get("layer_norm_eps", 1e-5)),
         "linear_bias": True,

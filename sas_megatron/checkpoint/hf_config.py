@@ -110,6 +110,17 @@ class HFConfig:
         if value != expected:
             raise self._not_supported(name, value, expected)
 
+    def read_choice(self, name: str, native_names: dict[str, str], *, default: str) -> str:
+        """Return the native name of a field's value; `default` is the value of a missing field.
+
+        Raises:
+            FieldError: The value has no native name.
+        """
+        value = self.get(name, default)
+        if value not in native_names:
+            raise self._not_supported(name, value, f"one of {', '.join(native_names)}")
+        return native_names[value]
+
     def read_sizes(self) -> dict[str, int]:
         """Return the sizes of the section `model`, whose fields have the same names in most formats.
 

@@ -29,8 +29,10 @@ class ModelConfig(Section):
         default=128,
         description="The number of embedding rows is rounded up to a multiple of this, on every layout.",
     )
-    activation: Literal["swiglu", "gelu"] = Field(
-        default="swiglu", description="Activation function of the MLP."
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = Field(
+        default="swiglu",
+        description="Activation function of the MLP. gelu is x·Φ(x), computed with erf; gelu_tanh is its "
+        "approximation with tanh (Hendrycks and Gimpel 2016).",
     )
     normalization: Literal["rmsnorm", "layernorm"] = Field(
         default="rmsnorm", description="Normalization before each attention and MLP block."

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from sas_megatron.config.attention import AttentionConfig, parse_attention
+from sas_megatron.config.cudnn import check_cudnn
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
@@ -53,12 +54,7 @@ class RunConfig(BaseModel):
     def _check(self) -> RunConfig:
         self.attention.check_tensor_parallel(self.parallel.tensor)
         self.attention.check_context_parallel(self.parallel.tensor, self.parallel.context)
-        if self.attention.backend == "cudnn" and self.training.precision != "bfloat16":
-            raise self.attention.problem(
-                "backend",
-                f"does not support training.precision={self.training.precision}",
-                "use auto, or training.precision=bfloat16",
-            )
+        check_cudnn(self.attention, self.training)
         self.parallel.check_layers(self.model.num_layers)
         self._check_divisibility()
         if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:

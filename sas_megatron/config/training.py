@@ -26,6 +26,11 @@ class TrainingConfig(Section):
         default="float32",
         description="Data type of weights and activations; gradients and optimizer states are float32.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="On GPUs, use only kernels that give bit-identical results when repeated. They are "
+        "slower. A resumed run is then bit-identical to an uninterrupted one, as it always is on a CPU.",
+    )
     engine: Literal["megatron", "deepspeed"] = Field(
         default="megatron",
         description="Engine that reduces gradients and updates weights: Megatron-core's DDP and optimizers, "

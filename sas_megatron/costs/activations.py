@@ -185,14 +185,15 @@ def _count_hidden_dropout(config: RunConfig, spec: ActivationSpec) -> int:
 def _count_mlp(config: RunConfig, spec: ActivationSpec) -> int:
     """Return the bytes of the input, and of the tensors that the activation function saves.
 
-    For gelu, these are its input and its result. For swiglu, they are both halves of the first product, the
-    activated gate, the other half, and the result; the fused swiglu on a GPU saves the halves and the result.
+    For gelu and gelu_tanh, these are its input and its result. For swiglu, they are both halves of the first
+    product, the activated gate, the other half, and the result; the fused swiglu on a GPU saves the halves
+    and the result.
     """
     model = config.model
     saved = spec.local_bytes(model.hidden_size)
     if "mlp" in spec.recomputed:
         return saved
-    widths = {"gelu": 2, "swiglu": 3 if spec.device == "gpu" else 5}[model.activation]
+    widths = {"gelu": 2, "gelu_tanh": 2, "swiglu": 3 if spec.device == "gpu" else 5}[model.activation]
     return saved + spec.full_bytes(widths * model.ffn_hidden_size // spec.tensor)
 
 

@@ -59,7 +59,9 @@ def train(config: RunConfig, *, find_peak_flops: PeakLookup = lambda _gpu, _dtyp
     ) as stop:
         check_run(config, world_size=world_size)
         from sas_megatron.platform.device import prepare_device
+        from sas_megatron.platform.gpu_settings import apply_gpu_settings
 
+        apply_gpu_settings(config.training)
         # This precedes the import of Megatron-core, which on a CPU needs the replacements for CUDA calls.
         device = prepare_device()
 

@@ -36,6 +36,7 @@ RESUME_MAY_CHANGE = (
     "optimizer.distributed",
     "training.micro_batch_size",
     "training.recompute",
+    "training.deterministic",
     "attention.kv_cache",
     "data.index_cache",
     "training.stop_after_steps",
