@@ -6,7 +6,7 @@ A run keeps a copy of its tokenizer, so that its model can be used where the pat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sas_megatron.checkpoint.manifest import (
@@ -63,15 +63,12 @@ def find_run_directory(checkpoint: Path) -> Path:
 
 
 @contextlib.contextmanager
-def offering_another_checkpoint(
-    checkpoint: Path, *, source: Path, has_iteration: bool = True
-) -> Iterator[None]:
-    """Give an error about a damaged checkpoint in the block the remedy of a command that only reads it.
+def offering_another_checkpoint(checkpoint: Path, suggest: Callable[[Path], str]) -> Iterator[None]:
+    """Give an error about a damaged checkpoint in the block the remedy of what reads it.
 
     Args:
         checkpoint: The checkpoint that is read.
-        source: The path that the user gave, a run directory or the checkpoint.
-        has_iteration: Whether the command has the option `--iteration`, for run directories.
+        suggest: Returns how the user can select another checkpoint of the run.
 
     Raises:
         DamagedCheckpoint: The block raised one.
@@ -82,14 +79,25 @@ def offering_another_checkpoint(
         others = [
             path for path in find_checkpoints(checkpoint.parent) if path != checkpoint and is_complete(path)
         ]
-        remedy = "restore it from a copy"
-        if others and has_iteration and source != checkpoint:
-            remedy += f", or use another checkpoint with --iteration {_step_of(others[0])}"
-        elif others:
-            remedy += f", or name another checkpoint: {others[0]}"
-        else:
-            remedy += "; the run has no other complete checkpoint"
-        raise DamagedCheckpoint(damage.path, damage.problem, remedy) from None
+        remedy = f"or {suggest(others[0])}" if others else "since the run has no other complete checkpoint"
+        raise DamagedCheckpoint(damage.path, damage.problem, f"restore it from a copy, {remedy}") from None
+
+
+def suggest_iteration(source: Path, checkpoint: Path) -> Callable[[Path], str]:
+    """Return a suggestion for `offering_another_checkpoint` of a command that has the option `--iteration`.
+
+    Args:
+        source: The path that the user gave: a run directory, or `checkpoint`.
+        checkpoint: The checkpoint that is read.
+    """
+    if source == checkpoint:
+        return suggest_path
+    return lambda other: f"use another checkpoint with --iteration {_step_of(other)}"
+
+
+def suggest_path(other: Path) -> str:
+    """Return a suggestion for `offering_another_checkpoint` of a command that takes a path."""
+    return f"name another checkpoint: {other}"
 
 
 def open_model_tokenizer(config: RunConfig, checkpoint: Path, *, option: str, given: str | None) -> Tokenizer:
