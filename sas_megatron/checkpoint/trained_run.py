@@ -6,6 +6,8 @@ A run keeps a copy of its tokenizer, so that its model can be used where the pat
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.io.run_record import RECORD, damaged_record, read_run_record
+
+logger = logging.getLogger(__name__)
 
 # The copy of the tokenizer in a run directory.
 TOKENIZER = "tokenizer.model"
@@ -120,9 +124,10 @@ def open_model_tokenizer(config: RunConfig, checkpoint: Path, *, option: str, gi
     recorded = _read_tokenizer_checksums(run)
     remedy = f"name the tokenizer of the model with {option}"
     path, copy = Path(given or config.data.tokenizer), run / TOKENIZER
-    if given is None and copy.is_file() and not _is_recorded(path, recorded):
+    if given is None and os.path.isfile(copy) and not _is_recorded(path, recorded):
+        logger.info("%s is not the tokenizer of the run; its copy is used: %s", path, copy)
         path = copy
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, it accepts any text
         raise FieldError("data.tokenizer", path, f"does not exist, and {run} contains no copy", remedy)
     tokenizer = open_fitting_tokenizer(path, config, remedy=remedy)
     if recorded and tokenizer.sha256 not in recorded:
@@ -150,8 +155,8 @@ def open_fitting_tokenizer(path: Path, config: RunConfig, *, remedy: str) -> Tok
 
 def _is_recorded(path: Path, recorded: set[str]) -> bool:
     """Return whether a path holds the tokenizer of the run; without a record, whether it exists."""
-    if not recorded or not path.is_file():
-        return path.is_file()
+    if not recorded or not os.path.isfile(path):
+        return os.path.isfile(path)
     with contextlib.suppress(FileProblem):
         return Tokenizer(path).sha256 in recorded
     return False

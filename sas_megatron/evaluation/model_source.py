@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sas_megatron.checkpoint.manifest import CONFIG, MANIFEST, describe_file
+from sas_megatron.checkpoint.manifest import CONFIG, MANIFEST
 from sas_megatron.checkpoint.trained_run import (
     offering_another_checkpoint,
     open_model_tokenizer,
@@ -24,6 +24,7 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import apply_overrides, build_run_config, read_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.io.file_records import describe_file
 from sas_megatron.platform.launcher import launched_world_size
 
 if TYPE_CHECKING:

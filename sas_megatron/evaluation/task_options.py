@@ -79,7 +79,8 @@ def _generates(task: Any) -> bool:
 
 def _takes_examples(task: Any) -> bool:
     """Return whether the harness puts examples before a question: not if the task fixes them at 0."""
-    return task.get_config("output_type") != "loglikelihood_rolling" and task.get_config("num_fewshot") != 0
+    is_rolling = task.get_config("output_type") == "loglikelihood_rolling"
+    return not is_rolling and bool(task.get_config("num_fewshot") != 0)
 
 
 def describe_harness_error(error: Exception) -> FieldError | None:

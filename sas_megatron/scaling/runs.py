@@ -99,6 +99,8 @@ class RunSummary(_Record):
     exit_reason: str
     steps: int
     tokens: int
+    # None in summaries of schema 2 and earlier.
+    epochs: float | None = None
     training_flops: float | None = None
     training_flops_per_token: dict[str, float] | None = None
     parameters: dict[str, int] | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from sas_megatron.checkpoint.manifest import find_checkpoints
 from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.epochs import check_repetition
 from sas_megatron.data.token_files import open_token_files
 from sas_megatron.fault_tolerance.final_report import TRAINING
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
@@ -30,6 +31,7 @@ def check_run(config: RunConfig, *, world_size: int) -> None:
     """
     config.check_world_size(world_size)
     open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_on_node())
+    check_repetition(config)
     RunFiles.check_directory(config)
     if config.checkpoint.resume and find_checkpoints(RunFiles.checkpoints(config)):
         return
@@ -58,7 +60,9 @@ def train(config: RunConfig, *, find_peak_flops: PeakLookup = lambda _gpu, _dtyp
     ) as stop:
         check_run(config, world_size=world_size)
         from sas_megatron.platform.device import prepare_device
+        from sas_megatron.platform.gpu_settings import apply_gpu_settings
 
+        apply_gpu_settings(config.training)
         # This precedes the import of Megatron-core, which on a CPU needs the replacements for CUDA calls.
         device = prepare_device()
 

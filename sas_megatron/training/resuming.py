@@ -14,7 +14,6 @@ from sas_megatron.checkpoint.manifest import (
     CONFIG,
     DamagedCheckpoint,
     find_checkpoints,
-    find_damage,
     raise_if_damaged,
     read_manifest,
 )
@@ -23,6 +22,7 @@ from sas_megatron.checkpoint.weights_source import read_checkpoint_config
 from sas_megatron.config.errors import FieldError, FileProblem, UserError, translate_os_errors
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
+from sas_megatron.io.file_records import find_damage
 from sas_megatron.io.run_record import RECORD
 from sas_megatron.training.data_identity import DATA_PATHS, raise_if_data_differ
 
@@ -37,6 +37,7 @@ RESUME_MAY_CHANGE = (
     "optimizer.distributed",
     "training.micro_batch_size",
     "training.recompute",
+    "training.deterministic",
     "attention.kv_cache",
     "data.index_cache",
     "training.stop_after_steps",

@@ -7,7 +7,6 @@ holds it, even after a crash, so that no cleanup is needed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import find_differences
+from sas_megatron.io.file_locks import acquire_file_lock
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import PlannedRun
 from sas_megatron.training.data_identity import remove_equal_data
@@ -84,12 +84,7 @@ def acquire_lock(run: PlannedRun) -> Iterator[int | None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield descriptor
+        yield descriptor if acquire_file_lock(descriptor) else None
     finally:
         os.close(descriptor)
 
@@ -101,12 +96,9 @@ def is_locked(run: PlannedRun) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not acquire_file_lock(descriptor, shared=True)
     finally:
         os.close(descriptor)
-    return False
 
 
 def final_loss(run: PlannedRun) -> float | None:

@@ -115,7 +115,7 @@ class StudyRunner:
     def _start(self, plan: Plan, pending: list[PlannedRun]) -> None:
         skipped = {started.run.name for started in self._started} | self._failed | self._excluded
         for run in pending:
-            if len(self._started) >= self._jobs or self._stop_requested:
+            if len(self._started) >= self._jobs or self._is_stopping():
                 return
             if run.name in skipped or find_dependency(run) is not None:
                 continue
@@ -130,8 +130,12 @@ class StudyRunner:
                 lock.close()
                 raise
             self._started.append(started)
-            if self._stop_requested:  # by a signal during the launch, which did not reach the new process
+            if self._is_stopping():  # by a signal during the launch, which did not reach the new process
                 started.process.send_signal(signal.SIGTERM)
+
+    def _is_stopping(self) -> bool:
+        # A method, since the type checker does not know that a signal changes the attribute.
+        return self._stop_requested
 
     def _launch(self, run: PlannedRun, plan: Plan, lock: contextlib.ExitStack, descriptor: int) -> _Started:
         check_config(run)
