@@ -6,8 +6,9 @@ A run keeps a copy of its tokenizer, so that its model can be used where the pat
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sas_megatron.checkpoint.manifest import (
@@ -22,6 +23,8 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.io.run_record import RECORD, damaged_record, read_run_record
+
+logger = logging.getLogger(__name__)
 
 # The copy of the tokenizer in a run directory.
 TOKENIZER = "tokenizer.model"
@@ -64,15 +67,12 @@ def find_run_directory(checkpoint: Path) -> Path:
 
 
 @contextlib.contextmanager
-def offering_another_checkpoint(
-    checkpoint: Path, *, source: Path, has_iteration: bool = True
-) -> Iterator[None]:
-    """Give an error about a damaged checkpoint in the block the remedy of a command that only reads it.
+def offering_another_checkpoint(checkpoint: Path, suggest: Callable[[Path], str]) -> Iterator[None]:
+    """Give an error about a damaged checkpoint in the block the remedy of what reads it.
 
     Args:
         checkpoint: The checkpoint that is read.
-        source: The path that the user gave, a run directory or the checkpoint.
-        has_iteration: Whether the command has the option `--iteration`, for run directories.
+        suggest: Returns how the user can select another checkpoint of the run.
 
     Raises:
         DamagedCheckpoint: The block raised one.
@@ -83,14 +83,25 @@ def offering_another_checkpoint(
         others = [
             path for path in find_checkpoints(checkpoint.parent) if path != checkpoint and is_complete(path)
         ]
-        remedy = "restore it from a copy"
-        if others and has_iteration and source != checkpoint:
-            remedy += f", or use another checkpoint with --iteration {_step_of(others[0])}"
-        elif others:
-            remedy += f", or name another checkpoint: {others[0]}"
-        else:
-            remedy += "; the run has no other complete checkpoint"
-        raise DamagedCheckpoint(damage.path, damage.problem, remedy) from None
+        remedy = f"or {suggest(others[0])}" if others else "since the run has no other complete checkpoint"
+        raise DamagedCheckpoint(damage.path, damage.problem, f"restore it from a copy, {remedy}") from None
+
+
+def suggest_iteration(source: Path, checkpoint: Path) -> Callable[[Path], str]:
+    """Return a suggestion for `offering_another_checkpoint` of a command that has the option `--iteration`.
+
+    Args:
+        source: The path that the user gave: a run directory, or `checkpoint`.
+        checkpoint: The checkpoint that is read.
+    """
+    if source == checkpoint:
+        return suggest_path
+    return lambda other: f"use another checkpoint with --iteration {_step_of(other)}"
+
+
+def suggest_path(other: Path) -> str:
+    """Return a suggestion for `offering_another_checkpoint` of a command that takes a path."""
+    return f"name another checkpoint: {other}"
 
 
 def open_model_tokenizer(config: RunConfig, checkpoint: Path, *, option: str, given: str | None) -> Tokenizer:
@@ -113,9 +124,10 @@ def open_model_tokenizer(config: RunConfig, checkpoint: Path, *, option: str, gi
     recorded = _read_tokenizer_checksums(run)
     remedy = f"name the tokenizer of the model with {option}"
     path, copy = Path(given or config.data.tokenizer), run / TOKENIZER
-    if given is None and copy.is_file() and not _is_recorded(path, recorded):
+    if given is None and os.path.isfile(copy) and not _is_recorded(path, recorded):
+        logger.info("%s is not the tokenizer of the run; its copy is used: %s", path, copy)
         path = copy
-    if not os.path.exists(path):
+    if not os.path.exists(path):  # unlike Path.exists, it accepts any text
         raise FieldError("data.tokenizer", path, f"does not exist, and {run} contains no copy", remedy)
     tokenizer = open_fitting_tokenizer(path, config, remedy=remedy)
     if recorded and tokenizer.sha256 not in recorded:
@@ -143,8 +155,8 @@ def open_fitting_tokenizer(path: Path, config: RunConfig, *, remedy: str) -> Tok
 
 def _is_recorded(path: Path, recorded: set[str]) -> bool:
     """Return whether a path holds the tokenizer of the run; without a record, whether it exists."""
-    if not recorded or not path.is_file():
-        return path.is_file()
+    if not recorded or not os.path.isfile(path):
+        return os.path.isfile(path)
     with contextlib.suppress(FileProblem):
         return Tokenizer(path).sha256 in recorded
     return False

@@ -12,7 +12,12 @@ import torch
 from sas_megatron.checkpoint.manifest import CONFIG, verify_checkpoint
 from sas_megatron.checkpoint.tensor_files import NamedTensors
 from sas_megatron.checkpoint.tensor_reading import OPTIMIZER_PREFIX, RANDOM_PREFIX, TensorReader
-from sas_megatron.checkpoint.trained_run import offering_another_checkpoint, select_checkpoint
+from sas_megatron.checkpoint.trained_run import (
+    offering_another_checkpoint,
+    select_checkpoint,
+    suggest_iteration,
+    suggest_path,
+)
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.loading import build_run_config, read_yaml
 from sas_megatron.config.model import ModelConfig
@@ -109,6 +114,7 @@ def open_run_weights(source: Path, *, iteration: int | None = None, has_iteratio
         UserError: The checkpoint is missing or damaged, or this version does not read its format.
     """
     checkpoint = select_checkpoint(source, iteration=iteration)
-    with offering_another_checkpoint(checkpoint, source=source, has_iteration=has_iteration):
+    suggest = suggest_iteration(source, checkpoint) if has_iteration else suggest_path
+    with offering_another_checkpoint(checkpoint, suggest):
         tree, weights = load_unsharded_weights(checkpoint)
     return RunWeights(build_run_config(tree), weights, checkpoint)

@@ -178,7 +178,9 @@ def import_command(
 
 
 def _prepare() -> None:
-    """Prepare the device, which is needed on CPU before Megatron-core is imported."""
+    """Configure the log, and prepare the device, as is needed on CPU before Megatron-core is imported."""
+    from sas_megatron.cli.log_setup import configure_logging
     from sas_megatron.platform.device import prepare_device
 
+    configure_logging()
     prepare_device()

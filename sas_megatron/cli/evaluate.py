@@ -194,11 +194,13 @@ def _evaluate_tasks(
 
     def load() -> None:
         from sas_megatron.evaluation.results import check_results
+        from sas_megatron.evaluation.task_options import check_options
         from sas_megatron.evaluation.tasks import load_tasks
 
         check_results(folder, source)
         unsafe = settings.runs_unsafe_code
         loaded_tasks.append(load_tasks(settings.names, include_paths, runs_unsafe_code=unsafe))
+        check_options(loaded_tasks[0].by_name(), settings)
 
     with load_model(source, check_first=load, timeout_minutes=TASK_TIMEOUT_MINUTES) as model:
         from sas_megatron.evaluation.tasks import evaluate_tasks

@@ -13,6 +13,7 @@ from sas_megatron.checkpoint.trained_run import (
     offering_another_checkpoint,
     open_model_tokenizer,
     select_checkpoint,
+    suggest_iteration,
 )
 from sas_megatron.checkpoint.weights_source import (
     describe_architecture,
@@ -61,7 +62,7 @@ def find_model_source(
         UserError: The checkpoint does not exist, or an override or the tokenizer does not match it.
     """
     checkpoint = select_checkpoint(source, iteration=iteration)
-    with offering_another_checkpoint(checkpoint, source=source):
+    with offering_another_checkpoint(checkpoint, suggest_iteration(source, checkpoint)):
         config = build_evaluation_config(checkpoint, overrides)
     is_given = any(override.startswith("data.tokenizer=") for override in overrides)
     tokenizer = open_model_tokenizer(
@@ -108,7 +109,8 @@ def load_model(
         timeout_minutes=timeout_minutes or training.collective_timeout_minutes,
     ) as topology:
         run_on_rank0(check_first)
-        with offering_another_checkpoint(source.checkpoint, source=source.source):
+        suggest = suggest_iteration(source.source, source.checkpoint)
+        with offering_another_checkpoint(source.checkpoint, suggest):
             model = load_trained_model(source.checkpoint, source.config, source.tokenizer, topology)
         yield model
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.token_files import load_manifest
-from sas_megatron.io.run_record import RECORD, damaged_record, read_run_record
+from sas_megatron.data.token_files import TokenManifest, load_manifest
+from sas_megatron.io.run_record import RECORD, TokensRecord, damaged_record, read_run_record
 
 # The fields that name data by path.
 DATA_PATHS = ("data.prefixes", "data.tokenizer")
@@ -32,6 +32,7 @@ def raise_if_data_differ(config: RunConfig, run: Path) -> None:
         raise damaged_record(run / RECORD, "corpus: Field required")
     prefixes = list(dict.fromkeys(config.data.prefixes))
     manifests = {prefix: load_manifest(prefix) for prefix in prefixes}
+    pairs: list[tuple[str, TokensRecord | None, list[TokenManifest]]]
     if len(record.corpus) == len(prefixes):
         pairs = [
             (prefix, tokens, [manifests[prefix]])

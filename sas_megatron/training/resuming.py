@@ -17,6 +17,7 @@ from sas_megatron.checkpoint.manifest import (
     raise_if_damaged,
     read_manifest,
 )
+from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.checkpoint.weights_source import read_checkpoint_config
 from sas_megatron.config.errors import FieldError, FileProblem, UserError, translate_os_errors
 from sas_megatron.config.loading import find_differences, load_run_config
@@ -223,8 +224,9 @@ def find_branch(config: RunConfig) -> Branch | None:
     if config.checkpoint.branch_from is None:
         return None
     path = Path(config.checkpoint.branch_from)
-    manifest = read_manifest(path)
-    raise_if_damaged(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
+    with offering_another_checkpoint(path, suggest_branch):
+        manifest = read_manifest(path)
+        raise_if_damaged(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
     # The path is absolute, because run.json keeps it for later sessions, which may start in another folder.
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
@@ -254,6 +256,11 @@ def find_branch(config: RunConfig) -> Branch | None:
             )
     raise_if_data_differ(config, branch.trunk)
     return branch
+
+
+def suggest_branch(other: Path) -> str:
+    """Return a suggestion for `offering_another_checkpoint` of a branch."""
+    return f"branch from another checkpoint: checkpoint.branch_from={other}"
 
 
 def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> None:

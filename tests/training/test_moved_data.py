@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -99,10 +100,11 @@ def test_a_run_resumed_with_copied_data_has_the_losses_of_an_uninterrupted_run(
 def test_a_run_is_not_resumed_with_other_data_or_another_order_of_them(
     small_data: SmallData, tmp_path: Path, copied: Path
 ) -> None:
-    (tmp_path / "text.txt").write_text("other text " * 3000)
+    lines = [json.dumps({"text": f"{number} other text " * 50}) + "\n" for number in range(40)]
+    (tmp_path / "text.jsonl").write_text("".join(lines))
     other = tmp_path / "other" / small_data.prefix.name
     prepare_token_files(
-        [tmp_path / "text.txt"], tokenizer_path=small_data.tokenizer, prefix=other, num_workers=1
+        [tmp_path / "text.jsonl"], tokenizer_path=small_data.tokenizer, prefix=other, num_workers=1
     )
     config = run_of(SmallData(other, small_data.tokenizer), copied)
     with pytest.raises(
