@@ -6,6 +6,7 @@ a nested list can be longer than Python converts to text. Such texts are refused
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -20,12 +21,18 @@ TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep"
 MAX_INTEGER_BITS = 1023
 
 
+# ruamel would read these for seconds before Python's limit on recursion ends it.
+_DEEP_START = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
+
+
 def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
         ValueError: The text is not YAML, or exceeds a limit; the message is one line: "is not YAML (…)".
     """
+    if _DEEP_START.search(text):
+        raise ValueError(TOO_DEEP)
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except RecursionError:
