@@ -71,7 +71,9 @@ class TrainingConfig(Section):
         "null: all layers.",
     )
     collective_timeout_minutes: float = Field(
-        default=10.0, description="The run ends with an error if a collective takes longer than this."
+        default=10.0,
+        description="The run ends with an error if a collective takes longer than this. The ranks wait for "
+        "rank 0 to build sample indices without this limit.",
     )
 
     @model_validator(mode="after")
