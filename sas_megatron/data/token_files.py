@@ -219,10 +219,13 @@ def read_document_lengths(prefix: str | Path) -> npt.NDArray[np.int32]:
     The array is mapped from the .idx file, so that a long one is read only where it is used.
 
     Raises:
-        FileProblem: The manifest is missing or invalid, or the .idx file cannot be read.
+        FileProblem: The manifest is missing or invalid, or the .idx file cannot be read or has another size.
     """
-    path = token_file(prefix, ".idx")
-    num_documents = load_manifest(prefix).num_documents
+    path, manifest = token_file(prefix, ".idx"), load_manifest(prefix)
+    _check_size(path, manifest.idx_bytes)
+    num_documents = manifest.num_documents
+    if num_documents < 1 or manifest.idx_bytes != INDEX_HEADER.size + 20 * num_documents + 8:
+        raise FileProblem(path, f"is not the size of an index of {num_documents} documents", PREPARE_AGAIN)
     with translate_os_errors(path, problem="cannot be read", remedy=PREPARE_AGAIN):
         lengths: npt.NDArray[np.int32] = np.memmap(
             path, dtype="<i4", mode="r", offset=INDEX_HEADER.size, shape=(num_documents,)

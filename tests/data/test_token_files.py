@@ -12,7 +12,13 @@ import pytest
 
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.data.prepare import prepare_token_files
-from sas_megatron.data.token_files import load_manifest, read_document_tokens, token_file, verify_token_files
+from sas_megatron.data.token_files import (
+    load_manifest,
+    read_document_lengths,
+    read_document_tokens,
+    token_file,
+    verify_token_files,
+)
 from sas_megatron.data.tokenizer import Tokenizer
 
 
@@ -44,6 +50,19 @@ def problem(prefix: Path, vocab_size: int | None = None, *, full: bool = False) 
 def edit_manifest(prefix: Path, **fields: object) -> None:
     path = token_file(prefix, ".json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_lengths_are_not_read_from_files_of_another_size(prefix: Path) -> None:
+    index = token_file(prefix, ".idx")
+    edit_manifest(prefix, num_documents=10**9)
+    with pytest.raises(FileProblem, match=r"\.idx: is not the size of an index of 1000000000 documents"):
+        read_document_lengths(prefix)
+    index.write_bytes(index.read_bytes()[:-1])
+    with pytest.raises(FileProblem, match=r"\.idx: is truncated"):
+        read_document_lengths(prefix)
+    index.unlink()
+    with pytest.raises(FileProblem, match=r"\.idx: is missing"):
+        read_document_lengths(prefix)
 
 
 def test_undamaged_files_pass(prefix: Path, tokenizer: Tokenizer) -> None:
