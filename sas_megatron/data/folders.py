@@ -1,4 +1,4 @@
-"""Walk folders of documents, and tell documents from other files by their content.
+"""Walk folders of documents, and distinguish documents from other files by their content.
 
 A folder may contain links, datasets saved by `datasets.save_to_disk`, and JSON files that describe documents:
 
