@@ -69,11 +69,11 @@ def _build_samples(
     weights = balance_samples(data, parts, num_samples=num_samples)
     data = data.model_copy(update={"weights": weights})
 
-    def build(cache: Path, is_built_by_this_rank: Callable[..., bool]) -> Any:
+    def build(cache: Path) -> Any:
         return BlendedMegatronDatasetBuilder(
             GPTDataset,
             sizes,
-            is_built_by_this_rank,
+            lambda *_arguments: True,
             GPTDatasetConfig(
                 random_seed=seed,
                 sequence_length=data.sequence_length,
@@ -89,9 +89,25 @@ def _build_samples(
         ).build()
 
     cache = index_folder(data, tokenizer, sizes=sizes, seed=seed)
-    provide_folder(cache, lambda folder: build(folder, lambda *_arguments: dist.get_rank() == 0))
-    samples: torch.utils.data.Dataset[Sample] = build(cache, lambda *_arguments: True)[split]
+    provide_folder(cache, lambda folder: _write_indices(lambda: build(folder)))
+    samples: torch.utils.data.Dataset[Sample] = build(cache)[split]
     return samples
+
+
+def _write_indices(build: Callable[[], object]) -> None:
+    """Call Megatron-core's builder on this rank alone, although it contains barriers.
+
+    Raises:
+        OSError: The indices cannot be written. The builder raises another exception from it.
+    """
+    barrier = dist.barrier
+    dist.barrier = lambda *_arguments, **_options: None
+    try:
+        build()
+    except Exception as error:
+        raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
+    finally:
+        dist.barrier = barrier
 
 
 def index_folder(data: DataConfig, tokenizer: Tokenizer, *, sizes: list[int], seed: int) -> Path:

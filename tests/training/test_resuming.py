@@ -176,6 +176,9 @@ def test_deepspeeds_files_are_verified_and_refused_at_another_layout(
         with pytest.raises(FileProblem, match=f"is damaged: {name} has contents that differ"):
             verify_checkpoint(path)
         (path / name).write_bytes(content)
+    (path / "deepspeed" / "unlisted.pt").write_bytes(b"")
+    with pytest.raises(AssertionError, match=r"deepspeed/unlisted.pt is not in manifest.json"):
+        ranks(2).run(complete, run(checkpoint={"resume": True}))
     assert json.loads((path / "progress.json").read_text())["counts"]["consumed_samples"] == 16
 
 
