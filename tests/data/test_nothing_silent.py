@@ -153,6 +153,15 @@ def check_training_epochs(workspace: Workspace) -> None:
         assert use["epochs"] == summary[field] > 1
 
 
+def check_indices(workspace: Workspace) -> None:
+    for path in (workspace.folder / "index_cache").rglob("*shuffle_index.npy"):
+        path.write_bytes(path.read_bytes()[:-1])
+    path = workspace.write_config(workspace.run)
+    overrides = ("logging.run_directory=repaired", "training.stop_after_steps=1")
+    done = workspace.command("train", path, *overrides)
+    assert "the sample indices are damaged, or have no checksums, and are built again" in done.stderr
+
+
 def check_empty_part(workspace: Workspace) -> None:
     path = workspace.write_config(workspace.run)
     overrides = ("data.split=[0.97,0.03]", "logging.run_directory=other")
@@ -212,6 +221,7 @@ CHECKS: dict[tuple[str, str], Callable[[Workspace], None]] = {
     ("tokenizer train", "text beyond `--sample-bytes`, and empty documents"): check_sample,
     ("train", "training text read more than once"): check_training_epochs,
     ("train", "validation text repeated by windows"): check_training_epochs,
+    ("train", "damaged sample indices, built again"): check_indices,
     ("train", "data with an empty or too short part"): check_empty_part,
     ("evaluate", "validation text repeated by windows"): check_evaluated_windows,
     ("evaluate --files", "empty documents"): check_evaluated_files,
