@@ -59,7 +59,7 @@ class Workspace:
         self.corpus = corpus
         self.run = small_data.run(
             folder / "run",
-            data={"prefixes": [str(prepare_two_documents(small_data, folder))], "split": [0.5, 0.5]},
+            data={"prefixes": [str(prepare_two_documents(small_data, folder))] * 2, "split": [0.5, 0.5]},
             training={"num_steps": 15},
             evaluation={"num_sequences": 50, "interval": None},
         )
@@ -143,6 +143,7 @@ def check_training_epochs(workspace: Workspace) -> None:
     first, second = done.stdout.splitlines()[:2]
     assert "training data: " in first
     assert "; more than one epoch: its losses are not those of new text" in first
+    assert "few more than once" in first
     assert "validation data: " in second
     assert "; the validation text fills " in second
     directory = workspace.folder / "run"
@@ -219,7 +220,7 @@ CHECKS: dict[tuple[str, str], Callable[[Workspace], None]] = {
     ("data prepare", "empty documents"): check_empty_documents,
     ("data prepare", "tokens of an interrupted or earlier run, kept"): check_kept_tokens,
     ("tokenizer train", "text beyond `--sample-bytes`, and empty documents"): check_sample,
-    ("train", "training text read more than once"): check_training_epochs,
+    ("train", "training text read more than once, prefixes named more than once"): check_training_epochs,
     ("train", "validation text repeated by windows"): check_training_epochs,
     ("train", "damaged sample indices, built again"): check_indices,
     ("train", "data with an empty or too short part"): check_empty_part,
