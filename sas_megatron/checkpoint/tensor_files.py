@@ -63,6 +63,14 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         """
         return tuple(self._file(name).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Return the type of a tensor as safetensors names it, such as "F32", without reading the tensor.
+
+        Raises:
+            FileProblem: The tensor does not exist.
+        """
+        return str(self._file(name).get_slice(name).get_dtype())
+
     def _file(self, name: str) -> Any:
         if name not in self._file_of:
             raise FileProblem(self.folder, f"has no tensor {name}", "name a folder with all weights")

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
@@ -46,7 +46,10 @@ class TensorReader:
     def read(self, name: str) -> torch.Tensor:
         """Return a full tensor."""
         metadata = self._tensors()[name]
-        tensor = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        # Damaged metadata can have a shape that is too large for the memory.
+        tensor: torch.Tensor = self._translate_errors(
+            lambda: torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        )
         self.read_into({name: tensor})
         return tensor
 
@@ -73,10 +76,18 @@ class TensorReader:
         try:
             return action()
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise DamagedCheckpoint(
-                self._folder, f"is damaged: its tensors cannot be read ({reason})", "use another checkpoint"
+                self._folder,
+                f"is damaged: its tensors cannot be read ({_describe(error)})",
+                "use another checkpoint",
             ) from error
+
+
+def _describe(error: BaseException) -> str:
+    """Return the reason of an error in one line; of torch's collected errors, that of the first one."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _stack = next(iter(error.failures.values()))
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _Reader(FileSystemReader):
@@ -119,6 +130,9 @@ def _check_metadata(metadata: Metadata, *, files: set[str]) -> None:
     """
     tensors: dict[str, Any] = metadata.state_dict_metadata
     for name, tensor in tensors.items():
+        is_tensor = isinstance(tensor, TensorStorageMetadata)
+        if not (is_tensor and isinstance(tensor.properties.dtype, torch.dtype)):
+            raise TypeError(f"{name!r} is not described as a tensor")
         sizes = [tuple(chunk.sizes) for chunk in tensor.chunks]
         if sum(map(math.prod, sizes)) != math.prod(tensor.size):
             raise ValueError(f"{METADATA}: the shards of {name} do not make up its shape {list(tensor.size)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -292,7 +293,7 @@ def _find_files(files: tuple[str, ...], *, text_column: str) -> dict[str, list[S
     paths_by_domain: dict[str, list[str]] = {}
     for given in files:
         # A path may contain "=", as in lang=en/part-0.jsonl.
-        is_path = "=" not in given or Path(given).exists()
+        is_path = "=" not in given or os.path.exists(given)
         name, path = (Path(given).name, given) if is_path else given.split("=", 1)
         if not path:
             raise FieldError(

@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sas_megatron.config.data import DataConfig
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.document_split import DocumentPart, split_documents
 from sas_megatron.data.token_files import read_document_lengths
+
+# Megatron-core lists the documents and samples of all epochs in memory, at about 16 bytes each, and counts
+# the epochs one by one. Data that are read fewer times than this may have longer lists.
+MANY_EPOCHS = 1000
+MAX_REPEATED_ENTRIES = 2**26
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,37 @@ def count_data_use(config: RunConfig) -> DataUse:
         FileProblem: The token files cannot be read.
     """
     return PartCounts(config.data).data_use(config)
+
+
+def check_repetition(config: RunConfig) -> None:
+    """Check that the run does not repeat its data so often that Megatron-core cannot list the repetitions.
+
+    Raises:
+        FieldError: It repeats a part of a prefix too often.
+        FileProblem: The token files cannot be read.
+    """
+    use, training = count_data_use(config), config.training
+    for field, value, parts, factor in (
+        ("evaluation.num_sequences", config.evaluation.num_sequences, use.validation, 1.0),
+        ("training.num_steps", training.num_steps, use.training, 1.0),
+        (
+            "training.order_steps",
+            training.order_steps,
+            use.training,
+            (training.order_steps or training.num_steps) / training.num_steps,
+        ),
+    ):
+        for prefix, part in parts.items():
+            epochs = part.epochs * factor
+            counted = DocumentPart(part.num_documents, part.num_tokens)
+            entries = epochs * max(part.num_documents, count_samples(counted, config.data.sequence_length))
+            if epochs > MANY_EPOCHS and entries > MAX_REPEATED_ENTRIES:
+                raise FieldError(
+                    field,
+                    value,
+                    f"reads {prefix} {format_epochs(epochs)} times, too often for Megatron-core to list",
+                    "use a smaller number, or more data",
+                )
 
 
 class PartCounts:

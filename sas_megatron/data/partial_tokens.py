@@ -28,7 +28,8 @@ import numpy as np
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.chunks import Chunk
 from sas_megatron.data.encoding_worker import EncodedChunk
-from sas_megatron.data.token_files import token_file, write_index
+from sas_megatron.data.token_files import token_file
+from sas_megatron.data.token_index import write_index
 from sas_megatron.io.file_locks import acquire_file_lock
 from sas_megatron.io.files import make_folder, sync, write_file
 

@@ -42,6 +42,9 @@ from sas_megatron.data.token_files import (
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.io.files import format_path
 
+# More processes would only take memory: the largest machines have about this many CPUs.
+MAX_WORKERS = 1024
+
 
 @dataclass(frozen=True)
 class PreparationProgress:
@@ -145,8 +148,13 @@ def _translate_write_errors(prefix: Path) -> AbstractContextManager[None]:
 
 
 def _check_arguments(prefix: str | Path, *, num_workers: int) -> None:
-    if num_workers < 1:
-        raise FieldError("workers", num_workers, "must be at least one process", "use the number of CPUs")
+    if not 1 <= num_workers <= MAX_WORKERS:
+        raise FieldError(
+            "workers",
+            num_workers,
+            f"must be between 1 and {MAX_WORKERS:,} processes",
+            "use the number of CPUs",
+        )
     if str(prefix).endswith(os.sep) or not Path(prefix).name:
         raise FieldError(
             "output", prefix, "must end in a file name", "append a name without ending, such as tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ def open_model_tokenizer(config: RunConfig, checkpoint: Path) -> Tokenizer:
     """
     path = config.data.tokenizer
     remedy = "name the tokenizer of the model with data.tokenizer=PATH"
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise FieldError("data.tokenizer", path, f"does not exist, and {checkpoint} contains no copy", remedy)
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -116,17 +116,28 @@ def _check_space(directory: Path, free: int, checkpoint_bytes: int | None) -> Fi
     return fine("disk space", observed)
 
 
-def check_environment(environment: Mapping[str, str], *, uses_gpus: bool) -> Iterator[Finding]:
-    """Check environment variables that slow down training."""
+def check_environment(
+    environment: Mapping[str, str], *, engine: str | None, uses_gpus: bool
+) -> Iterator[Finding]:
+    """Check environment variables that slow down training.
+
+    Args:
+        environment: The variables.
+        engine: `training.engine` of the run; None without a config.
+        uses_gpus: Whether the node has GPUs.
+    """
     found = []
-    if uses_gpus and environment.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
-        found.append(
-            warning(
-                "environment",
-                f"CUDA_DEVICE_MAX_CONNECTIONS={environment.get('CUDA_DEVICE_MAX_CONNECTIONS', '')}",
-                "set it to 1 before Python starts, for Megatron-core's overlap (the scripts in launch/ do)",
-            )
-        )
+    connections = environment.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    # If it is unset, training sets it (platform/gpu_settings.py).
+    if uses_gpus and connections is not None and engine is not None:
+        if engine == "megatron" and connections != "1":
+            remedy = "unset it, or set it to 1: Megatron-core's overlap needs a single hardware queue"
+        elif engine == "deepspeed" and connections == "1":
+            remedy = "unset it: a single hardware queue serializes DeepSpeed's overlap"
+        else:
+            remedy = None
+        if remedy is not None:
+            found.append(warning("environment", f"CUDA_DEVICE_MAX_CONNECTIONS={connections}", remedy))
     if "OMP_NUM_THREADS" not in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
         found.append(
             warning(

@@ -82,6 +82,8 @@ class DeepSpeedEngine(Engine):
             mpu=self.groups,
             dist_init_required=False,
         )
+        # DeepSpeed has another optimizer for stage 1 in bfloat16: each rank has the full float32 gradients.
+        self._keeps_full_gradients = type(self.optimizer).__name__ == "BF16_Optimizer"
         self.schedule = build_schedule(config, self.optimizer)
 
     def _sum_sequence_parallel_gradients(self) -> None:
@@ -119,13 +121,16 @@ class DeepSpeedEngine(Engine):
     @override
     def compute_gradient_norm(self) -> float:
         """Return DeepSpeed's norm, which counts each parameter once; infinite if a gradient is not finite."""
-        from deepspeed.runtime.utils import combine_grad_norm_groups
+        from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 
         stage = self.config.deepspeed.zero_stage
         if stage == 0:  # clips, but does not return the norm
             return self._gradient_norm()
         if stage == 3:
             return float(combine_grad_norm_groups(self.optimizer._get_norm_groups()))
+        if self._keeps_full_gradients:
+            gradients, _ = self.optimizer.get_grads_for_norm()
+            return float(combine_grad_norm_groups([get_global_norm_of_tensors(gradients, mpu=self.groups)]))
         return float(self.optimizer.scaled_global_norm())
 
     @override
@@ -136,7 +141,8 @@ class DeepSpeedEngine(Engine):
     @override
     def skip_update(self) -> None:
         """Let DeepSpeed skip the step as it skips one with an overflow."""
-        with _forced_overflow(self.optimizer, stage=self.config.deepspeed.zero_stage):
+        stage = 0 if self._keeps_full_gradients else self.config.deepspeed.zero_stage
+        with _forced_overflow(self.optimizer, stage=stage):
             self.engine.step()
 
     @override
@@ -249,7 +255,11 @@ def _forced_overflow(optimizer: Any, *, stage: int) -> Iterator[None]:
 
 
 def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: `deepspeed.settings` and the fields of the run's sections."""
+    """Return DeepSpeed's configuration: `deepspeed.settings` and the fields of the run's sections.
+
+    Gradients are accumulated and reduced in float32. By default, DeepSpeed uses the type of
+    the weights.
+    """
     settings = config.deepspeed.settings
     zero = {
         "stage": config.deepspeed.zero_stage,
@@ -264,6 +274,8 @@ def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str,
         "gradient_accumulation_steps": num_microbatches,
         "gradient_clipping": config.optimizer.clip_gradient_norm,
         "bf16": {"enabled": config.training.precision == "bfloat16"},
+        "data_types": {**settings.get("data_types", {}), "grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": zero,
     }
 

@@ -93,11 +93,11 @@ class Run:
         self._report_finished_step()
         last_step = min(training.num_steps, training.stop_after_steps or 2**62)
         run_exit = RunExit("finished" if last_step == training.num_steps else "stop_after_steps")
-        if self.progress.step >= last_step and (RunFiles(self.config).directory / "summary.json").exists():
+        if self.progress.step >= last_step and RunFiles(self.config).has_summary():
             self.recorder.log(f"already finished at step {self.progress.step}; nothing to do")
             return run_exit
         self.recorder.open(self.start, resumed_step=self.progress.step)
-        self.stop.enable(logs=self.topology.is_rank0)
+        self.stop.begin_steps()
         try:
             if self.progress.owes_evaluation:
                 self._evaluate()

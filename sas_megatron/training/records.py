@@ -101,7 +101,7 @@ class Recorder:
         self._topology = topology
 
     def open(self, start: StartingPoint, *, resumed_step: int) -> None:
-        """Create the run directory, or reopen it and drop the records after `resumed_step`.
+        """Create the run directory, or reopen it and drop the records after `resumed_step`; log its repairs.
 
         Logs how many times the run reads its data.
 
@@ -113,7 +113,10 @@ class Recorder:
             for line in self._data_use.describe():
                 self.log(line)
             provenance = describe_provenance(self._config, self._topology, start, self._data_use)
-            self._files.open(self._config, provenance, resumed_step=resumed_step, branch=start.branch)
+            for line in self._files.open(
+                self._config, provenance, resumed_step=resumed_step, branch=start.branch
+            ):
+                self.log(line)
 
     def log(self, text: str) -> None:
         """Print one line."""

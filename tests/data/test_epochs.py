@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.epochs import count_data_use, format_epochs
+from sas_megatron.data.epochs import check_repetition, count_data_use, format_epochs
 from sas_megatron.scaling.outcomes import gather_points
 from sas_megatron.scaling.run_comparison import compare_runs
 from sas_megatron.scaling.runs import load_run
@@ -185,3 +186,21 @@ def test_the_law_of_a_study_is_marked_if_its_runs_repeat_tokens() -> None:
         assert "runs read their training data more than once, at most 3 times" in law.fit.remarks[0]
     assert run_grid(analysis).headings[-2:] == ("epochs", "run.json")
     assert {line[-2] for line in run_grid(analysis).lines} == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("evaluation", "num_sequences", 10**9),
+        ("training", "num_steps", 2**53),
+        ("training", "order_steps", 2**53),
+    ],
+)
+def test_repetitions_that_megatron_core_cannot_list_are_refused(
+    small_data: SmallData, tmp_path: Path, section: str, field: str, value: int
+) -> None:
+    check_repetition(small_data.run(tmp_path, training={"num_steps": 10_000}))
+    with pytest.raises(
+        FieldError, match=rf"^{section}.{field}={value}: reads .*/text [\d,]+ times, too often"
+    ):
+        check_repetition(small_data.run(tmp_path, **{section: {field: value}}))

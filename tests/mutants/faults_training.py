@@ -92,9 +92,9 @@ MUTANTS = (
     ),
     Mutant(
         "metrics-at-resumed-step-lost",
-        "sas_megatron.training.resuming:_is_up_to",
-        '["step"]) <= step',
-        '["step"]) < step',
+        "sas_megatron.training.resuming:read_metrics_until",
+        "found <= step",
+        "found < step",
         "After the run is resumed, the metrics of the last step before the stop are missing.",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from sas_megatron.config.data import DataConfig
@@ -30,7 +31,8 @@ def check_data(plan: Plan) -> None:
 
 def has_token_files(data: DataConfig) -> bool:
     """Return whether the token files of all prefixes exist on this machine."""
-    return all(token_file(prefix, ".json").exists() for prefix in data.prefixes)
+    # Unlike Path.exists, it is false for a name that is too long.
+    return all(os.path.exists(token_file(prefix, ".json")) for prefix in data.prefixes)
 
 
 def count_data_uses(plan: Plan) -> dict[str, DataUse]:
