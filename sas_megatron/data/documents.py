@@ -166,8 +166,9 @@ def _read_parquet(
         names = find_text_column(parquet.schema_arrow, text_column, file.path)
         num_rows = parquet.metadata.num_rows
         rows_per_batch, average_bytes = _rows_per_batch(parquet.metadata)
-        if parquet.metadata.num_columns == 1 and average_bytes > max_document_bytes:
-            raise _too_large(file.path, max_document_bytes)  # before it is decompressed
+        # Refuse it before it is decompressed; headers and a dictionary of the column take less than a batch.
+        if parquet.metadata.num_columns == 1 and average_bytes > max_document_bytes + BATCH_BYTES:
+            raise _too_large(file.path, max_document_bytes)
         rows_read = 0
         for batch in parquet.iter_batches(rows_per_batch, columns=[".".join(names)], use_threads=False):
             column = batch.column(names[0])
