@@ -261,6 +261,7 @@ def test_degenerate_points_exit_with_status_two(tmp_path: Path) -> None:
         (["--drop-highest", "-1"], "--drop-highest=-1: must be less than the number of points, 9"),
         (["--drop-highest", "9"], "--drop-highest=9: must be less than the number of points, 9"),
         (["--variant", "sas"], "--variant=sas: the points have no column variant"),
+        (["--hold-out", "1"], "--hold-out=1: must be a fraction between 0 and 1 or largest-size; use"),
         (["--columns", "N=params"], "--columns=N=params: must assign a column of the table"),
         (["--columns", "loss=L"], "has no column L, it contains params, tokens, loss; name one of these"),
     ],

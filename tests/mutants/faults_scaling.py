@@ -28,8 +28,8 @@ MUTANTS = (
     Mutant(
         "optimum-without-cost-exponent",
         "sas_megatron.scaling.laws.loss_surface:LossSurface.optimum",
-        "(cost.exponent * self.beta * self.B)",
-        "(self.beta * self.B)",
+        "np.log(self.alpha / (cost.exponent * self.beta))",
+        "np.log(self.alpha / self.beta)",
         "The compute-optimal size ignores how the FLOPs of a token grow with the size.",
     ),
     Mutant(
