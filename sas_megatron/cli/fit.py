@@ -86,7 +86,8 @@ def fit(
 
     The table is CSV, TSV, text with semicolons, JSON lines or Parquet. Optional columns: flops, the training
     FLOPs of each run with attention (without it, C = 6ND is assumed); run, if several points are checkpoints
-    of one run; size, the strata of the bootstrap (default: params); and variant.
+    of one run; size, the strata of the bootstrap (default: params); variant; and epochs, how many times a run
+    read its training data.
     """
     from sas_megatron.scaling.laws.law_fit import fit_law
     from sas_megatron.scaling.laws.law_record import law_fit_record

@@ -205,7 +205,7 @@ LINE = GOOD.splitlines()[4]
         (
             GOOD.replace("loss\n", "perplexity\n"),
             "has no column loss; its first line must contain params,tokens,loss, and may contain flops, "
-            "size, run, variant, but it contains params, tokens, perplexity; name its columns with --columns",
+            "size, run, variant, epochs, but it contains params, tokens, perplexity; name its columns with",
         ),
         ("params,tokens,loss\n", "has no points"),
         ("", "has no column params, tokens, loss"),

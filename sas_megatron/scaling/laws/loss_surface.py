@@ -22,9 +22,9 @@ from sas_megatron.scaling.laws.sum_of_powers import NEGLIGIBLE_SHARE, Fit, SumOf
 # Hoffmann et al. 2022 search exponents up to 2. Beyond 5, a term affects the smallest runs only.
 LARGEST_EXPONENT = 5.0
 # A law is determined if an F test rejects the best constant at this level; if at least half of the bootstrap
-# draws contain five distinct runs, as from 8 runs on; if the intervals of its exponents are above 0 and end at
-# most at the largest exponent of the search of Hoffmann et al. 2022; and if that of E does not end below this
-# share of the lowest loss.
+# draws contain five distinct runs, as from 8 runs on; if the intervals of its exponents are above 0 and end
+# at most at the largest exponent of the search of Hoffmann et al. 2022; and if that of E does not end below
+# this share of the lowest loss.
 CONSTANT_SIGNIFICANCE = 1e-3
 FEWEST_FOR_INTERVALS = 8
 LARGEST_INTERVAL_END = 2.0
