@@ -156,6 +156,12 @@ def test_columns_and_runs_are_chosen_by_name(tmp_path: Path) -> None:
     assert tree["alpha"] == pytest.approx(fit_surface(points).surface.alpha, rel=1e-6)
 
 
+def test_runs_that_repeat_their_data_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "points.csv", draw_grid(0), epochs=[1 + (number % 2) for number in range(60)])
+    remarks = fit_json(path, "--bootstraps", 60)["remarks"]
+    assert [remark for remark in remarks if remark.startswith("30 of 60 runs read their training data more")]
+
+
 def test_largest_size_can_be_held_out(tmp_path: Path) -> None:
     path = write(tmp_path / "points.csv", draw_grid(0))
     tree = fit_json(path, "--bootstraps", 60, "--hold-out", "largest-size")["hold_out"]
