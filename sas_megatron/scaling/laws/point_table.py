@@ -65,7 +65,8 @@ def read_points(
 
     Raises:
         FileProblem: The file cannot be read, lacks a column, or has a row that is not valid.
-        FieldError: The file contains several variants and none is chosen, or not the chosen one.
+        FieldError: The file contains several variants and none is chosen, or not the chosen one; it lacks a
+            column of `columns`; or a run has several sizes.
     """
     names = {role: (columns or {}).get(role, role) for role in ROLES}
     table = load_table(path, wanted=tuple(names.values()))

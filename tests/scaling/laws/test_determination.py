@@ -75,7 +75,7 @@ def test_noisy_laws_are_kept(num_draws: int) -> None:
 
 
 def test_law_whose_irreducible_loss_is_zero_is_refused() -> None:
-    points = draw_grid(0, truth=dataclasses.replace(CHINCHILLA, E=1e-9))
+    points = draw_grid(0, noise=0.0, truth=dataclasses.replace(CHINCHILLA, E=1e-9))
     with pytest.raises(FieldError, match=f"{UNDETERMINED}: the 95 % interval of the irreducible loss E ends"):
         fit_law(points, num_draws=40)
 
