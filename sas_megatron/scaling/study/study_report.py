@@ -10,7 +10,7 @@ from typing import Any
 
 from sas_megatron import __version__
 from sas_megatron.scaling.comparison import Comparison
-from sas_megatron.scaling.laws.law_fit import law_fit_record
+from sas_megatron.scaling.laws.law_record import law_fit_record
 from sas_megatron.scaling.numbers import MISSING, format_fields, replace_non_finite
 from sas_megatron.scaling.outcomes import Axis
 from sas_megatron.scaling.report import Block, Grid, Report, ReportFiles, Section, write_report
