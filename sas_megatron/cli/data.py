@@ -141,7 +141,10 @@ def _load_tokenizer(manifest: TokenManifest, tokenizer_path: Path | None) -> Tok
     from sas_megatron.config.errors import FileProblem
     from sas_megatron.data.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(tokenizer_path or manifest.tokenizer_path)
+    path = Path(tokenizer_path or manifest.tokenizer_path)
+    if not path.exists():
+        raise FileProblem(path, "does not exist", "name the tokenizer of the tokens with --tokenizer")
+    tokenizer = Tokenizer(path)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise FileProblem(
             tokenizer.path, "is not the tokenizer that encoded the tokens", "name that one with --tokenizer"

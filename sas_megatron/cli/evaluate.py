@@ -196,11 +196,13 @@ def _evaluate_tasks(
 
     def load() -> None:
         from sas_megatron.evaluation.results import check_results
+        from sas_megatron.evaluation.task_options import check_options
         from sas_megatron.evaluation.tasks import load_tasks
 
         check_results(folder, source)
         unsafe = settings.runs_unsafe_code
         loaded_tasks.append(load_tasks(settings.names, include_paths, runs_unsafe_code=unsafe))
+        check_options(loaded_tasks[0].by_name(), settings)
 
     with load_model(source, check_first=load, timeout_minutes=TASK_TIMEOUT_MINUTES) as model:
         from sas_megatron.evaluation.tasks import evaluate_tasks
@@ -216,8 +218,11 @@ def _evaluate_tasks(
 
 def _fingerprint(source: ModelSource) -> str:
     """Return a digest of the config and checkpoint, which together with a request determine its answer."""
-    config = source.config.model_dump_json(exclude={"parallel", "logging"})
-    return hashlib.sha256(f"{config}{source.manifest_sha256}".encode()).hexdigest()[:12]
+    # Paths may change: the manifest and the tokenizer identify the model.
+    paths = {"prefixes", "tokenizer", "index_cache"}
+    config = source.config.model_dump_json(exclude={"parallel": True, "logging": True, "data": paths})
+    identity = f"{config}{source.manifest_sha256}{source.tokenizer.sha256}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def _measure_loss(

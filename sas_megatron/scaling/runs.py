@@ -21,12 +21,14 @@ from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.scaling.outcomes import Axis
+from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 
 # The fields that a comparison varies, and fields that do not affect the result. A resumed run equals the
 # uninterrupted one, so checkpoint settings may differ.
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
+    "data.index_cache",
     "checkpoint.resume",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
@@ -210,11 +212,17 @@ def check_comparable(runs: Sequence[Run]) -> None:
         for key, values in find_differences([run.config for run in runs]).items()
         if not _may_differ(key)
     }
-    for key in ("corpus", "world_size"):
-        recorded = tuple(run.provenance.get(key) for run in runs)
-        known = [value for value in recorded if value is not None]
+    recorded = {
+        "corpus": tuple(corpus_contents(run.provenance) for run in runs),
+        "world_size": tuple(run.provenance.get("world_size") for run in runs),
+    }
+    for key, values in recorded.items():
+        known = [value for value in values if value is not None]
         if any(value != known[0] for value in known):
-            differences[f"run.json {key}"] = recorded
+            differences[f"run.json {key}"] = tuple(run.provenance.get(key) for run in runs)
+        elif key == "corpus" and len(known) == len(runs) and isinstance(known[0], list):
+            for field in DATA_PATHS:  # different paths of equal contents
+                differences.pop(field, None)
     if differences:
         lines = [
             f"  {key}: " + ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))

@@ -160,8 +160,9 @@ class Run:
         Time is short, so an evaluation that is due now is left to the resumed run.
         """
         reasons = [reason for reason in gather_from_ranks(self.stop.reason) if reason is not None]
-        self.recorder.log(f"stopping after step {self.progress.step}: {reasons[0]}")
         self.progress.owes_evaluation = self._is_due(self.config.evaluation.interval)
+        left = "; the evaluation after it is left to the resumed run" if self.progress.owes_evaluation else ""
+        self.recorder.log(f"stopping after step {self.progress.step}: {reasons[0]}{left}")
         self.held_out = None
         return RunExit(reasons[0], is_resumable=True)
 

@@ -18,6 +18,7 @@ from sas_megatron.scaling.study.run_states import IGNORED_FIELDS, find_dependenc
 from sas_megatron.scaling.study.step_times import describe_step_times, read_step_times
 from sas_megatron.scaling.study.study_table import Row, StudyTable
 from sas_megatron.scaling.study.sweeps import list_sweep_remarks
+from sas_megatron.training.data_identity import corpus_contents, remove_equal_data
 
 # Fields of run.json that must be equal in all runs, or their losses are not comparable.
 EQUAL_FIELDS = ("corpus", "packages", "world_size")
@@ -34,7 +35,7 @@ def collect(plan: Plan) -> StudyTable:
     if not found:
         raise UserError(
             f"{plan.study.directory}: none of the study's {len(plan.results)} runs has finished; "
-            "run `sas-megatron study run` first"
+            "run `sas-megatron study run` first, or name the directory of the study with --directory"
         )
     _check_configs(plan, found)
     _check_equal(list(found.values()))
@@ -71,8 +72,10 @@ def _check_configs(plan: Plan, found: dict[str, Run]) -> None:
         f"  {run.name}: {field} is {actual}, planned {planned}"
         for run in plan.results
         if run.name in found
-        for field, (planned, actual) in find_differences(
-            [run.config, found[run.name].config], ignored=IGNORED_FIELDS
+        for field, (planned, actual) in remove_equal_data(
+            find_differences([run.config, found[run.name].config], ignored=IGNORED_FIELDS),
+            run.config,
+            run.directory,
         ).items()
     ]
     if lines:
@@ -175,7 +178,8 @@ def _add_measurements(counted: Row, planned: PlannedRun, run: Run) -> Row:
 def _group_by(runs: Sequence[Run], field: str) -> dict[str | None, list[str]]:
     groups: dict[str | None, list[str]] = {}
     for run in runs:
-        groups.setdefault(_text(run.provenance.get(field)), []).append(run.name)
+        value = corpus_contents(run.provenance) if field == "corpus" else run.provenance.get(field)
+        groups.setdefault(_text(value), []).append(run.name)
     return groups
 
 

@@ -199,11 +199,27 @@ class Study(Section):
         return next(iter(self.variants))
 
 
-def load_study(path: str | Path) -> tuple[Study, dict[str, Any]]:
+def load_study(path: str | Path, *, directory: Path | None = None) -> tuple[Study, dict[str, Any]]:
     """Load a study and the tree of its base config.
+
+    Args:
+        path: The study file.
+        directory: Replaces the directory of the study file; None: see `find_directory`.
 
     Raises:
         UserError: A file cannot be read, or the study breaks a rule.
+    """
+    study = read_study(path)
+    directory = directory or find_directory(study.directory, Path(path))
+    study = study.model_copy(update={"directory": str(directory)})
+    return study, read_yaml(Path(path).parent / study.base)
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        UserError: The file cannot be read, or the study breaks a rule.
     """
     tree = read_yaml(path)
     try:
@@ -216,4 +232,18 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Any]]:
         raise FileProblem(path, f"{location}: {problem['msg'].lower()}", remedy) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return study, read_yaml(Path(path).parent / study.base)
+    return study
+
+
+def find_directory(directory: str, study_file: Path) -> Path:
+    """Return the directory of a study that may have been run from another working directory.
+
+    If a relative path does not exist in the working directory, it is the first of the study file's folder and
+    the folders around it that contains the path with runs.
+    """
+    path = Path(directory)
+    if not path.is_absolute() and not path.exists():
+        for folder in study_file.resolve().parents:
+            if (folder / path / "runs").is_dir():
+                return folder / path
+    return path
