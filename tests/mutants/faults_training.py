@@ -248,9 +248,9 @@ MUTANTS = (
     ),
     Mutant(
         "token-id-equal-to-vocabulary-accepted",
-        "sas_megatron.data.token_files:verify_token_files",
-        "if max_token_id >= limit:",
-        "if max_token_id > limit:",
+        "sas_megatron.data.token_files:_check_token",
+        "if not 0 <= token < vocab_size:",
+        "if not 0 <= token <= vocab_size:",
         "A token id one beyond the vocabulary is accepted.",
     ),
     Mutant(

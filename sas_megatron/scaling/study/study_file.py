@@ -5,6 +5,7 @@ base -> sizes × axes -> variants, matched to the base -> budgets × seeds
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,9 @@ from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import read_yaml
 from sas_megatron.config.section import Section
 from sas_megatron.scaling.matching import MLP, TOLERANCE
+
+# A plan of this many runs takes a few seconds, in every command.
+MAX_RUNS = 3000
 
 Overrides = dict[str, Any]
 
@@ -180,6 +184,14 @@ class Study(Section):
                 "must be a positive number for every variant",
                 f"give one for each of {', '.join(self.variants)}",
             )
+        num_runs = self._count_runs(sum(counts.values()))
+        if num_runs > MAX_RUNS:
+            raise FieldError(
+                "study",
+                f"{num_runs:,} runs",
+                f"must have at most {MAX_RUNS:,}, as the product of sizes, axes, budgets and seeds",
+                "divide it into several studies, or use fewer seeds",
+            )
         if self.learning_rate.rule == "sweep" and len(self.sizes) < 2:
             raise FieldError(
                 "learning_rate.rule",
@@ -188,6 +200,15 @@ class Study(Section):
                 "add a size, or use another rule",
             )
         return self
+
+    def _count_runs(self, num_seeds: int) -> int:
+        """Return the number of results if every axis applies to every variant.
+
+        Args:
+            num_seeds: The seeds of all variants.
+        """
+        levels = math.prod(len(axis) for axis in self.axes.values())
+        return len(self.sizes) * levels * len(self.budgets.values) * num_seeds
 
     def num_seeds(self, variant: str) -> int:
         """Return the number of runs of a variant at each size and budget."""

@@ -255,3 +255,24 @@ print(len(plan.runs), time.process_time() - started, "torch" in sys.modules)
     assert float(seconds) < 5, (
         f"{seconds} s of processor time, {time.perf_counter() - started:.1f} s in total"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"seeds": 10**9}, "8,000,000,000"),
+        ({"seeds": {"mha": 1, "sas": 2000}}, "8,004"),
+        (
+            {"axes": {f"a{axis}": {f"l{axis}{level}": {} for level in range(9)} for axis in range(9)}},
+            "3,099,363,912",
+        ),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_a_study_of_too_many_runs_is_refused_before_they_are_planned(
+    tmp_path: Path, changes: dict[str, Any], count: str
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"study={count} runs: must have at most 3,000, as the product of sizes"
+    ):
+        load_study(write_study(tmp_path, **changes))
