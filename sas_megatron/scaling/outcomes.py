@@ -11,12 +11,16 @@ from typing import Literal
 from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.points import Points
 
-Axis = Literal["params", "tokens", "flops", "seconds"]
-AXES: tuple[Axis, ...] = ("params", "tokens", "flops", "seconds")
+Axis = Literal["params", "tokens", "flops", "causal_flops", "seconds"]
+AXES: tuple[Axis, ...] = ("params", "tokens", "flops", "causal_flops", "seconds")
+# Both conventions of attention FLOPs are compared: all S² pairs of tokens, and the causal half.
+Spending = Literal["flops", "causal_flops", "seconds"]
+SPENDING: tuple[Spending, ...] = ("flops", "causal_flops", "seconds")
 AXIS_NAMES: dict[Axis, str] = {
     "params": "parameters and tokens",
     "tokens": "tokens",
     "flops": "FLOPs",
+    "causal_flops": "FLOPs of the causal half",
     "seconds": "time",
 }
 
@@ -25,8 +29,10 @@ AXIS_NAMES: dict[Axis, str] = {
 class Outcome:
     """A run that completed its schedule.
 
-    `size` and `budget` are labels that the matched runs of all variants share. `flops` are the training FLOPs
-    of the full run. `seconds` is None if the time was not measured, and `loss` is None if the run diverged.
+    `size` and `budget` are labels that the matched runs of all variants share; the budget is a number as
+    text. `flops` are the training FLOPs of the full run, with all S² pairs of tokens; `causal_flops` count
+    the causal half. `seconds` is None if the time was not measured, and `loss` is None if the run diverged.
+    `seconds_error` is the relative standard error of the seconds; None if it is unknown.
     """
 
     variant: str
@@ -36,8 +42,10 @@ class Outcome:
     params: int
     tokens: int
     flops: float
+    causal_flops: float
     seconds: float | None
     loss: float | None
+    seconds_error: float | None = None
 
     def __post_init__(self) -> None:
         for field in (*AXES, "loss"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -16,7 +17,7 @@ from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import IGNORED_FIELDS, find_dependency, has_diverged
 from sas_megatron.scaling.study.step_times import describe_step_times, read_step_times
 from sas_megatron.scaling.study.study_table import Row, StudyTable
-from sas_megatron.scaling.study.sweeps import list_sweep_remarks
+from sas_megatron.scaling.study.sweeps import list_sweep_remarks, list_sweep_runs
 
 # Fields of run.json that must be equal in all runs, or their losses are not comparable.
 EQUAL_FIELDS = ("corpus", "packages", "world_size")
@@ -41,7 +42,7 @@ def collect(plan: Plan) -> StudyTable:
     status = _list_statuses(plan, done=set(found))
     rows = tuple(
         _build_row(
-            run, found.get(run.name), status=status[run.name], step_seconds=step_times.get(run.cell.name)
+            run, found.get(run.name), status=status[run.name], step_rounds=step_times.get(run.cell.name, [])
         )
         for run in plan.results
     )
@@ -51,6 +52,8 @@ def collect(plan: Plan) -> StudyTable:
         rows=rows,
         collected_at=datetime.now(UTC).isoformat(timespec="seconds"),
         remarks=_list_remarks(plan, rows, list(found.values())),
+        sweeps=list_sweep_runs(plan),
+        withdrawn=dict(plan.study.withdrawn),
     )
 
 
@@ -114,7 +117,7 @@ def _list_remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple
     return tuple(remarks)
 
 
-def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_seconds: float | None) -> Row:
+def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_rounds: list[float]) -> Row:
     config, cell = planned.config, planned.cell
     flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
     counted = Row(
@@ -138,7 +141,8 @@ def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_second
         global_batch_size=config.training.global_batch_size,
         schedule=config.schedule.kind,
         trunk=planned.trunk,
-        step_seconds=step_seconds,
+        step_seconds=statistics.median(step_rounds) if step_rounds else None,
+        step_rounds=step_rounds,
     )
     return counted if run is None else _add_measurements(counted, planned, run)
 
