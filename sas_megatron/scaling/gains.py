@@ -109,6 +109,8 @@ def fit_frontier(outcomes: Sequence[Outcome], noise: NoiseModel, variant: str, *
         spent,
         np.array([losses[cell] for cell in on_frontier]),
         irreducible=count_levels(spent) >= FEWEST_FOR_IRREDUCIBLE,
+        # Least squares, of which the predictions are linear in small changes of the losses.
+        delta=np.inf,
     )
     return Frontier(
         variant,

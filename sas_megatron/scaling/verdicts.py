@@ -241,9 +241,9 @@ def _judge(
         if diverged := count_diverged(outcomes, variant):
             reservations.append(f"Not included: {_count(diverged, 'run')} of {variant} without a loss.")
     estimate = average(cells) if cells else None
-    shares: Counter[str] = Counter()
-    for cell, share in zip(cells, noise.weigh([cell.weights for cell in cells]), strict=True):
-        shares[cell.budget] += float(share)
+    shares: dict[str, float] = {}
+    for cell, share in zip(cells, noise.weigh([cell.weights for cell in cells]).tolist(), strict=True):
+        shares[cell.budget] = shares.get(cell.budget, 0.0) + share
     return Verdict(
         axis=axis,
         baseline=baseline,
