@@ -120,16 +120,20 @@ def count_diverged(outcomes: Sequence[Outcome], variant: str) -> int:
 
 
 def gather_points(outcomes: Sequence[Outcome], variant: str) -> Points:
-    """Return the runs of a variant as points for a scaling law, stratified by the name of the size.
+    """Return the runs of a variant as points for a scaling law.
+
+    The budgets of one size and seed are dependent, as checkpoints of one run.
 
     Raises:
         FieldError: The variant has no run with a loss, or a value is not a positive number.
     """
     chosen = choose_variant(outcomes, variant)
+    seeds = [f"{outcome.size}, seed {outcome.seed}" for outcome in chosen]
     return Points.of(
         [outcome.params for outcome in chosen],
         [outcome.tokens for outcome in chosen],
         [outcome.known("loss") for outcome in chosen],
         flops=[outcome.flops for outcome in chosen],
         sizes=[outcome.size for outcome in chosen],
+        runs=seeds if len(set(seeds)) < len(seeds) else None,
     )

@@ -20,7 +20,7 @@ MUTANTS = (
     ),
     Mutant(
         "bootstrap-draws-too-many-runs",
-        "sas_megatron.scaling.laws.resampling:draw_weights",
+        "sas_megatron.scaling.laws.resampling:_draw",
         "drawn = len(group) - 1",
         "drawn = len(group)",
         "The bootstrap draws m of m runs, so that its intervals are too narrow.",
@@ -34,8 +34,8 @@ MUTANTS = (
     ),
     Mutant(
         "isoflop-minimum-outside-sizes",
-        "sas_megatron.scaling.laws.isoflop:_find_minima",
-        " & (np.abs(lowest_R) <= 1)",
+        "sas_megatron.scaling.laws.isoflop:_fit_minimum",
+        " or not x[0] <= -slope / (2 * curvature) <= x[-1]",
         "",
         "IsoFLOP profiles accept a minimum beyond the trained sizes.",
     ),
@@ -56,8 +56,8 @@ MUTANTS = (
     Mutant(
         "frontier-keeps-worse-run-of-equal-cost",
         "sas_megatron.scaling.laws.power_law:find_frontier",
-        "spent[:, None] <= spent[None, :]",
-        "spent[:, None] < spent[None, :]",
+        "np.lexsort((np.asarray(loss), np.asarray(spent)))",
+        "np.argsort(np.asarray(spent), kind='stable')",
         "The frontier keeps a run although another of equal cost has a lower loss.",
     ),
     Mutant(

@@ -96,10 +96,15 @@ def fit_power_law(
 
 
 def find_frontier(spent: FloatArray, loss: FloatArray) -> BoolArray:
-    """Return a mask of the Pareto frontier: runs for which no run of at most equal cost has a lower loss."""
-    cheaper = spent[:, None] <= spent[None, :]
-    better = loss[:, None] < loss[None, :]
-    frontier: BoolArray = np.asarray(~(cheaper & better).any(axis=0))
+    """Return a mask of the Pareto frontier: runs whose loss is below that of all runs of at most equal cost.
+
+    Of several runs with equal cost and loss, the first is on the frontier.
+    """
+    order = np.lexsort((np.asarray(loss), np.asarray(spent)))
+    ascending = np.asarray(loss)[order]
+    frontier = np.zeros(len(order), dtype=bool)
+    lowest_before = np.minimum.accumulate(np.concatenate([[np.inf], ascending[:-1]]))
+    frontier[order] = ascending < lowest_before
     return frontier
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sas_megatron import __version__
 from sas_megatron.scaling.comparison import Comparison
-from sas_megatron.scaling.laws.law_fit import law_fit_record
+from sas_megatron.scaling.laws.law_record import law_fit_record
 from sas_megatron.scaling.numbers import MISSING, format_fields, replace_non_finite
 from sas_megatron.scaling.outcomes import AXIS_NAMES
 from sas_megatron.scaling.report import Block, Grid, Report, ReportFiles, Section, write_report
@@ -56,8 +56,8 @@ GAIN_NOTE = (
     "extrapolated beyond the measured budgets."
 )
 LAW_NOTE = (
-    "Fitted by the sum of Huber losses of log residuals; second line: 95 % interval by bootstrap over runs, "
-    "which are drawn independently."
+    "Fitted by the sum of Huber losses of log residuals; second line: 95 % interval by bootstrap over the "
+    "sizes and seeds, which are drawn with all of their budgets."
 )
 RATE_NOTE = (
     "Difference of the losses in the learning rate sweeps (one seed, smallest budget), at the best swept "

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sas_megatron.scaling.drawing import render
+from sas_megatron.scaling.outcomes import gather_points
 from sas_megatron.scaling.report import render_markdown
 from sas_megatron.scaling.study.analysis import analyze, cut_slices
 from sas_megatron.scaling.study.evidence_figures import build_mean_curves, sweep_figure
@@ -46,6 +47,14 @@ def test_differences_are_shown_by_size_and_budget_with_the_noise() -> None:
     assert float(grid.lines[0][2].replace("−", "-")) == pytest.approx(run.loss - mean, abs=1e-4)
     assert grid.lines[-1][0] == "deviation of a run over seeds"
     assert all(0.003 < float(cell) < 0.03 for cell in grid.lines[-1][2:])
+
+
+def test_budgets_of_a_size_and_seed_are_drawn_together_for_a_law() -> None:
+    (part,) = cut_slices(build_synthetic_table(num_sizes=3))
+    points = gather_points(part.outcomes, "mha")
+    assert (len(points), points.num_runs) == (3 * 3 * 3, 3 * 3)
+    (single,) = cut_slices(build_synthetic_table(num_sizes=3, budgets=(4,)))
+    assert gather_points(single.outcomes, "mha").runs is None
 
 
 def test_learning_curves_are_drawn_for_every_size() -> None:
