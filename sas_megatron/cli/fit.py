@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-from typing_extensions import override
 
+from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.numbers import MISSING, format_interval
 
 if TYPE_CHECKING:
@@ -22,16 +22,23 @@ LARGEST_SIZE = "largest-size"
 SAME_EXPONENT = 1e-4
 
 
-class _HoldOut(click.ParamType):
-    """A fraction of the runs, or `largest-size`, which becomes None."""
+def _parse_hold_out(_context: click.Context, _parameter: click.Parameter, value: str) -> float | None:
+    """Return the fraction of the runs, or None for the runs of the largest size.
 
-    name = "fraction or largest-size"
-
-    @override
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        if value == LARGEST_SIZE:
-            return None
-        return click.FloatRange(0, 1, min_open=True, max_open=True).convert(value, param, ctx)
+    Raises:
+        FieldError: The value is neither.
+    """
+    if value == LARGEST_SIZE:
+        return None
+    try:
+        fraction = float(value)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction < 1:
+        raise FieldError(
+            "--hold-out", value, f"must be a fraction between 0 and 1 or {LARGEST_SIZE}", "use 0.1"
+        )
+    return fraction
 
 
 @click.command()
@@ -51,9 +58,10 @@ class _HoldOut(click.ParamType):
 )
 @click.option(
     "--hold-out",
-    type=_HoldOut(),
-    default=0.1,
+    callback=_parse_hold_out,
+    default="0.1",
     show_default=True,
+    metavar=f"FRACTION|{LARGEST_SIZE}",
     help=f"Runs to predict from the others: a fraction, those with the most FLOPs, or {LARGEST_SIZE}.",
 )
 @click.option(
@@ -78,7 +86,8 @@ def fit(
 
     The table is CSV, TSV, text with semicolons, JSON lines or Parquet. Optional columns: flops, the training
     FLOPs of each run with attention (without it, C = 6ND is assumed); run, if several points are checkpoints
-    of one run; size, the strata of the bootstrap (default: params); and variant.
+    of one run; size, the strata of the bootstrap (default: params); variant; and epochs, how many times a run
+    read its training data.
     """
     from sas_megatron.scaling.laws.law_fit import fit_law
     from sas_megatron.scaling.laws.law_record import law_fit_record
@@ -174,7 +183,7 @@ def _show_optimum(console: Console, optimal: ComputeOptimal) -> None:
 
 def _show_compute_laws(console: Console, law: LawFit) -> None:
     for fit, form in ((law.compute_law, "E + K/C^γ"), (law.pure_compute_law, "K/C^γ")):
-        if fit is not None:
+        if fit is not None and fit.is_distinct:
             curve = fit.law
             numbers = f"K = {curve.K:.5g}, γ = {curve.gamma:.4f}"
             console.print(

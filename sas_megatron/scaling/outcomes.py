@@ -32,7 +32,8 @@ class Outcome:
     `size` and `budget` are labels that the matched runs of all variants share; the budget is a number as
     text. `flops` are the training FLOPs of the full run, with all S² pairs of tokens; `causal_flops` count
     the causal half. `seconds` is None if the time was not measured, and `loss` is None if the run diverged.
-    `seconds_error` is the relative standard error of the seconds; None if it is unknown.
+    `seconds_error` is the relative standard error of the seconds, and `epochs` is how many times the run read
+    its training data; None if they are not known.
     """
 
     variant: str
@@ -46,6 +47,7 @@ class Outcome:
     seconds: float | None
     loss: float | None
     seconds_error: float | None = None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
         for field in (*AXES, "loss"):
@@ -129,6 +131,7 @@ def gather_points(outcomes: Sequence[Outcome], variant: str) -> Points:
     """
     chosen = choose_variant(outcomes, variant)
     seeds = [f"{outcome.size}, seed {outcome.seed}" for outcome in chosen]
+    epochs = [outcome.epochs for outcome in chosen if outcome.epochs is not None]
     return Points.of(
         [outcome.params for outcome in chosen],
         [outcome.tokens for outcome in chosen],
@@ -136,4 +139,5 @@ def gather_points(outcomes: Sequence[Outcome], variant: str) -> Points:
         flops=[outcome.flops for outcome in chosen],
         sizes=[outcome.size for outcome in chosen],
         runs=seeds if len(set(seeds)) < len(seeds) else None,
+        epochs=epochs if len(epochs) == len(chosen) else None,
     )

@@ -156,6 +156,12 @@ def test_columns_and_runs_are_chosen_by_name(tmp_path: Path) -> None:
     assert tree["alpha"] == pytest.approx(fit_surface(points).surface.alpha, rel=1e-6)
 
 
+def test_runs_that_repeat_their_data_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "points.csv", draw_grid(0), epochs=[1 + (number % 2) for number in range(60)])
+    remarks = fit_json(path, "--bootstraps", 60)["remarks"]
+    assert [remark for remark in remarks if remark.startswith("30 of 60 runs read their training data more")]
+
+
 def test_largest_size_can_be_held_out(tmp_path: Path) -> None:
     path = write(tmp_path / "points.csv", draw_grid(0))
     tree = fit_json(path, "--bootstraps", 60, "--hold-out", "largest-size")["hold_out"]
@@ -205,7 +211,7 @@ LINE = GOOD.splitlines()[4]
         (
             GOOD.replace("loss\n", "perplexity\n"),
             "has no column loss; its first line must contain params,tokens,loss, and may contain flops, "
-            "size, run, variant, but it contains params, tokens, perplexity; name its columns with --columns",
+            "size, run, variant, epochs, but it contains params, tokens, perplexity; name its columns with",
         ),
         ("params,tokens,loss\n", "has no points"),
         ("", "has no column params, tokens, loss"),
@@ -261,6 +267,7 @@ def test_degenerate_points_exit_with_status_two(tmp_path: Path) -> None:
         (["--drop-highest", "-1"], "--drop-highest=-1: must be less than the number of points, 9"),
         (["--drop-highest", "9"], "--drop-highest=9: must be less than the number of points, 9"),
         (["--variant", "sas"], "--variant=sas: the points have no column variant"),
+        (["--hold-out", "1"], "--hold-out=1: must be a fraction between 0 and 1 or largest-size; use"),
         (["--columns", "N=params"], "--columns=N=params: must assign a column of the table"),
         (["--columns", "loss=L"], "has no column L, it contains params, tokens, loss; name one of these"),
     ],

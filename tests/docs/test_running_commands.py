@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import DOCS, PAGES, ROOT, commands_of
+from tests.scaling.laws.public_tables import olmo_ladder
 from tests.selection import exhaustive
 
 # A run directory that does not exist, and the data of the quickstart.
@@ -36,6 +37,7 @@ COMMANDS = {
         "--max-new-tokens 3",
     ),
     "export.md": ("sas-megatron checkpoint export runs/my_run --output exported/my_run", ""),
+    "fitting.md": ("sas-megatron fit points.csv", "--bootstraps 100"),
     "kernels.md": ("python -m tests.attention.fused.compilation 16 3 128 192 3", ""),
     "layouts.md": ("sas-megatron estimate configs/quickstart_sas.yaml --world-size 2 --validate", ""),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),
@@ -100,6 +102,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         "launch/quickstart.sh", "--corpus-bytes 4000000 training.num_steps=20 schedule.warmup_steps=5"
     )
     assert "At equal FLOPs" in printed
+    ladder = olmo_ladder()
+    rows = zip(ladder.params, ladder.tokens, ladder.loss, strict=True)
+    lines = ["params,tokens,loss", *(",".join(map(str, row)) for row in rows)]
+    (found.folder / "points.csv").write_text("\n".join(lines), encoding="utf-8")
     for name in ("125m/sas", "my_run"):
         shutil.copytree(found.folder / "quickstart" / "runs" / "sas", found.folder / "runs" / name)
     found.run(

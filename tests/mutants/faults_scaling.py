@@ -28,8 +28,8 @@ MUTANTS = (
     Mutant(
         "optimum-without-cost-exponent",
         "sas_megatron.scaling.laws.loss_surface:LossSurface.optimum",
-        "(cost.exponent * self.beta * self.B)",
-        "(self.beta * self.B)",
+        "np.log(self.alpha / (cost.exponent * self.beta))",
+        "np.log(self.alpha / self.beta)",
         "The compute-optimal size ignores how the FLOPs of a token grow with the size.",
     ),
     Mutant(
@@ -126,8 +126,8 @@ MUTANTS = (
     Mutant(
         "run-lock-is-shared",
         "sas_megatron.scaling.study.run_states:acquire_lock",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "acquire_file_lock(descriptor)",
+        "acquire_file_lock(descriptor, shared=True)",
         "Two study runners may start the same run.",
     ),
     Mutant(

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from sas_megatron.config.errors import FieldError
+from sas_megatron.data.epochs import describe_repeated_points
 from sas_megatron.scaling.laws.hold_out import HoldOut, predict_largest
 from sas_megatron.scaling.laws.isoflop import IsoflopFit, fit_isoflop
 from sas_megatron.scaling.laws.loss_surface import (
@@ -185,6 +186,8 @@ def _find_optimal(fit: SurfaceFit, draws: Quantities, cost: TokenCost) -> Comput
 
 def _remark_on_points(points: Points) -> list[str]:
     remarks = [] if points.flops is not None else [NO_FLOPS]
+    if points.epochs is not None:
+        remarks += describe_repeated_points(points.epochs.tolist())
     distinct = np.unique(np.stack([points.params, points.tokens, points.loss]), axis=1).shape[1]
     if distinct < len(points):
         remarks.append(

@@ -17,18 +17,18 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, FloatArray
 from sas_megatron.scaling.laws.points import SMALLEST, Points
 from sas_megatron.scaling.laws.resampling import Interval, draw_point_weights
-from sas_megatron.scaling.laws.sum_of_powers import Fit, SumOfPowers
+from sas_megatron.scaling.laws.sum_of_powers import NEGLIGIBLE_SHARE, Fit, SumOfPowers
 
 # Hoffmann et al. 2022 search exponents up to 2. Beyond 5, a term affects the smallest runs only.
 LARGEST_EXPONENT = 5.0
-# A law is determined if an F test rejects the best constant at this level, if at least half of the bootstrap
-# draws contain five distinct runs (as from 8 runs on), and if the intervals of its exponents are above 0 and
-# end at most at the largest exponent of the search of Hoffmann et al. 2022.
+# A law is determined if an F test rejects the best constant at this level; if at least half of the bootstrap
+# draws contain five distinct runs, as from 8 runs on; if the intervals of its exponents are above 0 and end
+# at most at the largest exponent of the search of Hoffmann et al. 2022; and if that of E does not end below
+# this share of the lowest loss.
 CONSTANT_SIGNIFICANCE = 1e-3
 FEWEST_FOR_INTERVALS = 8
 LARGEST_INTERVAL_END = 2.0
-# A term that never exceeds this share of the loss counts as absent.
-NEGLIGIBLE_SHARE = 1e-6
+SMALLEST_IRREDUCIBLE = 1e-3
 
 # Values by name, one per row of parameters.
 Quantities = dict[str, FloatArray]
@@ -44,12 +44,24 @@ class TokenCost:
 
     @staticmethod
     def of(points: Points) -> TokenCost:
-        """Fit a line to log(FLOPs / tokens) over log N; return 6 N if no FLOPs are recorded."""
+        """Fit a line to log(FLOPs / tokens) over log N; return 6 N if no FLOPs are recorded.
+
+        Raises:
+            FieldError: The recorded FLOPs per token do not grow with the size.
+        """
         if points.flops is None:
             return TokenCost(6.0, 1.0, "6ND")
         per_token = np.log(points.flops / points.tokens)
         slope, intercept = np.polyfit(np.log(points.params), per_token, 1)
-        return TokenCost(float(np.exp(intercept)), float(slope), "flops")
+        if slope <= 0:
+            raise FieldError(
+                "flops",
+                f"proportional to tokens × params^{slope:.3g}",
+                "the training FLOPs per token must grow with params",
+                "correct the column, or remove it to assume 6ND",
+            )
+        with np.errstate(over="ignore"):
+            return TokenCost(float(np.exp(intercept)), float(slope), "flops")
 
 
 @dataclass(frozen=True)
@@ -80,10 +92,14 @@ class LossSurface:
     def optimum(self, flops: float, cost: TokenCost) -> Optimum:
         """Solve α A N^-α = p β B D^-β with k N^p D = C; for p = 1, equation 4 of Hoffmann et al. 2022."""
         joint = self.alpha + cost.exponent * self.beta
-        balance = self.alpha * self.A / (cost.exponent * self.beta * self.B)
-        params = (balance * (flops / cost.coefficient) ** self.beta) ** (1 / joint)
-        tokens = flops / (cost.coefficient * params**cost.exponent)
-        return Optimum(flops, params, tokens, float(self.predict(np.array([params]), np.array([tokens]))[0]))
+        # In logarithms, which do not overflow; a result that does is infinite.
+        with np.errstate(all="ignore"):
+            balance = np.log(self.alpha / (cost.exponent * self.beta)) + np.log(self.A) - np.log(self.B)
+            per_cost = np.log(flops) - np.log(cost.coefficient)
+            log_params = (balance + self.beta * per_cost) / joint
+            params, tokens = np.exp([log_params, per_cost - cost.exponent * log_params])
+            loss = self.predict(params, tokens)
+        return Optimum(flops, float(params), float(tokens), float(loss))
 
 
 @dataclass(frozen=True)
@@ -173,6 +189,10 @@ def check_determined(points: Points, intervals: Mapping[str, Interval]) -> None:
             points,
             f"of {points.num_runs} runs, most bootstrap draws contain fewer than the law has parameters",
             "sizes and token budgets",
+        )
+    if intervals["E"][1] < SMALLEST_IRREDUCIBLE * points.loss.min():
+        raise _undetermined(
+            points, "the 95 % interval of the irreducible loss E ends at zero", "sizes and token budgets"
         )
     for name, remedy in (("alpha", "sizes"), ("beta", "token budgets")):
         low, high = intervals[name]

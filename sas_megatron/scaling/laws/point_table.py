@@ -20,7 +20,7 @@ from sas_megatron.scaling.laws.points import Points, describe_valid, is_valid
 from sas_megatron.scaling.laws.table_formats import Table, load_table
 
 REQUIRED = ("params", "tokens", "loss")
-OPTIONAL = ("flops", "size", "run", "variant")
+OPTIONAL = ("flops", "size", "run", "variant", "epochs")
 ROLES = (*REQUIRED, *OPTIONAL)
 
 
@@ -59,7 +59,7 @@ def read_points(
 
     Args:
         path: The table. Its columns are params, tokens and loss, and optionally flops, size, run (checkpoints
-            of one run are not independent) and variant.
+            of one run are not independent), variant and epochs.
         variant: The variant to read, if the table contains several.
         columns: Names of columns in the table, where they differ from these.
 
@@ -77,7 +77,7 @@ def read_points(
     _check_repeats(path, table, kept)
     numbers = {
         role: _read_numbers(path, table.places, columns_by_role[role], role, kept)
-        for role in (*REQUIRED, "flops")
+        for role in (*REQUIRED, "flops", "epochs")
         if role in columns_by_role
     }
     labels = {
@@ -92,6 +92,7 @@ def read_points(
         flops=numbers.get("flops"),
         sizes=labels.get("size"),
         runs=labels.get("run"),
+        epochs=numbers.get("epochs"),
     )
 
 

@@ -30,7 +30,8 @@ class Points:
     `flops` are the training FLOPs with attention, or None if they are not recorded. `sizes` and `runs` are
     numbers from 0 on: the stratum of the bootstrap, and the training run of each point. `runs` is None if
     every point is a run of its own; otherwise the points of a run are its checkpoints, whose errors are not
-    independent.
+    independent. `epochs` are how many times each run read its training data, or None if they are not
+    recorded.
     """
 
     params: FloatArray
@@ -39,6 +40,7 @@ class Points:
     flops: FloatArray | None
     sizes: IntArray
     runs: IntArray | None = None
+    epochs: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -52,6 +54,7 @@ class Points:
         flops: Iterable[float] | None = None,
         sizes: Sequence[str] | None = None,
         runs: Sequence[str] | None = None,
+        epochs: Iterable[float] | None = None,
     ) -> Points:
         """Build points from columns; by default, equal parameter counts form a size.
 
@@ -61,6 +64,8 @@ class Points:
         columns = {"params": params, "tokens": tokens, "loss": loss}
         if flops is not None:
             columns["flops"] = flops
+        if epochs is not None:
+            columns["epochs"] = epochs
         arrays = {name: np.array(list(values), dtype=float) for name, values in columns.items()}
         for name, values in arrays.items():
             for row in np.flatnonzero(~is_valid(values))[:1]:
@@ -74,6 +79,7 @@ class Points:
             flops=arrays.get("flops"),
             sizes=numbers,
             runs=None if runs is None else _number_runs(runs, numbers),
+            epochs=arrays.get("epochs"),
         )
 
     @property
@@ -101,6 +107,7 @@ class Points:
             flops=None if self.flops is None else self.flops[chosen],
             sizes=self.sizes[chosen],
             runs=None if self.runs is None else self.runs[chosen],
+            epochs=None if self.epochs is None else self.epochs[chosen],
         )
 
     def drop_highest(self, count: int) -> tuple[Points, Points]:

@@ -27,6 +27,8 @@ NUM_STARTS = 32
 MOST_START_POINTS, NUM_FINALISTS = 2000, 3
 # All combinations of exponents, by number of regressors.
 _EXPONENT_GRIDS = {count: np.array(list(itertools.product(GRID_EXPONENTS, repeat=count))) for count in (1, 2)}
+# A term that never exceeds this share of the loss counts as absent.
+NEGLIGIBLE_SHARE = 1e-6
 # Final step of `fit_projected`, as the logarithm of a ratio of exponents, and its maximum number of grids.
 FINEST_RATIO, MAX_REFINEMENTS = 1e-9, 400
 # A term that the projection sets to zero starts at this share of the mean loss, so that it can grow.

@@ -167,6 +167,7 @@ def _load_parquet(path: str | Path, data: bytes) -> Table:
 
     try:
         table = pq.read_table(pa.BufferReader(data))
+        table.validate(full=True)  # reading values of damaged arrays could end the process
         _check_names(path, "its schema", table.schema.names)
         columns = {
             name: [_to_text(value) for value in table.column(name).to_pylist()] for name in table.schema.names

@@ -196,6 +196,7 @@ def _build_outcome(variant: str, row: Row, *, has_step_times: bool, seconds_erro
         seconds=seconds,
         loss=row.loss,
         seconds_error=seconds_error,
+        epochs=row.epochs,
     )
 
 

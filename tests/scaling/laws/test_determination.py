@@ -74,14 +74,20 @@ def test_noisy_laws_are_kept(num_draws: int) -> None:
         assert 0 < law.ci95["alpha"][0] < law.ci95["alpha"][1] < 2
 
 
+def test_law_whose_irreducible_loss_is_zero_is_refused() -> None:
+    points = draw_grid(0, truth=dataclasses.replace(CHINCHILLA, E=1e-9))
+    with pytest.raises(FieldError, match=f"{UNDETERMINED}: the 95 % interval of the irreducible loss E ends"):
+        fit_law(points, num_draws=40)
+
+
 @pytest.mark.parametrize("interval", [(0.0, 0.5), (0.1, 2.1), (np.nan, np.nan), (0.2, np.inf)])
 def test_wide_intervals_of_an_exponent_are_refused(interval: tuple[float, float]) -> None:
     points = draw_grid(0)
-    check_determined(points, {"alpha": (0.1, 1.9), "beta": (0.2, 0.3)})
+    check_determined(points, {"E": (0.0, 1.5), "alpha": (0.1, 1.9), "beta": (0.2, 0.3)})
     with pytest.raises(
         FieldError, match=f"points=60: {UNDETERMINED}: the 95 % interval of the exponent beta"
     ):
-        check_determined(points, {"alpha": (0.1, 1.9), "beta": interval})
+        check_determined(points, {"E": (0.0, 1.5), "alpha": (0.1, 1.9), "beta": interval})
 
 
 def test_levels_are_counted_by_value_not_by_gaps() -> None:
