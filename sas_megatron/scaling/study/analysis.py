@@ -17,7 +17,7 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.analysis_of_variance import analyze_variance
 from sas_megatron.scaling.comparison import Comparison, compare_candidates, compare_variants
 from sas_megatron.scaling.laws.law_fit import LawFit, fit_law
-from sas_megatron.scaling.laws.loss_surface import NEGLIGIBLE_SHARE, TokenCost, optimal_exponents
+from sas_megatron.scaling.laws.loss_surface import TokenCost, optimal_exponents
 from sas_megatron.scaling.outcomes import LossCurve, Outcome, choose_variant, gather_points
 from sas_megatron.scaling.seed_noise import NoiseModel, Outlier
 from sas_megatron.scaling.study.study_table import Row, StudyTable
@@ -154,10 +154,6 @@ def _fit_law(outcomes: Sequence[Outcome], variant: str, *, num_draws: int, seed:
         fit = fit_law(gather_points(outcomes, variant), num_draws=num_draws, seed=seed)
     except FieldError as error:
         return VariantLaw(variant, reason=str(error))
-    lowest = fit.ci95["E"][0]
-    if lowest < NEGLIGIBLE_SHARE * float(fit.fit.points.loss.min()):
-        reason = "the runs do not determine an irreducible loss: its 95 % interval begins at zero"
-        return VariantLaw(variant, reason=reason)
     causal = np.array([run.causal_flops for run in choose_variant(outcomes, variant)])
     cost = TokenCost.of(dataclasses.replace(fit.fit.points, flops=causal))
     single = {name: np.array([value]) for name, value in dataclasses.asdict(fit.fit.surface).items()}

@@ -178,6 +178,10 @@ def test_only_sweep_runs_are_ready_before_the_sweep_has_finished(tmp_path: Path)
             "needs two sizes, since it sweeps the two smallest",
         ),
         ({"budgets": {"tokens": [1_000_000, 1_000_001]}}, "2 runs of the study are named"),
+        (
+            {"withdrawn": {"mha": "It started wrongly."}},
+            "withdrawn=mha: is not a variant other than the baseline; name one of sas",
+        ),
     ],
 )
 def test_invalid_study_is_refused_with_the_name_of_the_field(
