@@ -154,6 +154,9 @@ def _fit_law(outcomes: Sequence[Outcome], variant: str, *, num_draws: int, seed:
         fit = fit_law(gather_points(outcomes, variant), num_draws=num_draws, seed=seed)
     except FieldError as error:
         return VariantLaw(variant, reason=str(error))
+    if fit.ci95["E"][0] <= 0:
+        reason = "the runs do not determine an irreducible loss: its 95 % interval begins at zero"
+        return VariantLaw(variant, reason=reason)
     causal = np.array([run.causal_flops for run in choose_variant(outcomes, variant)])
     cost = TokenCost.of(dataclasses.replace(fit.fit.points, flops=causal))
     single = {name: np.array([value]) for name, value in dataclasses.asdict(fit.fit.surface).items()}
