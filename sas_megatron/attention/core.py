@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sas_megatron.attention.chunked import attend_chunked, supports_chunks
+from sas_megatron.attention.modifiers import AttentionModifiers
 from sas_megatron.attention.sas.simulated_attention import average_blocks
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
@@ -110,8 +111,10 @@ class AttentionBackend:
 class CoreAttention(MegatronModule):
     """Scaled dot-product attention over this rank's heads, and the average over blocks of simulated heads.
 
-    It has no parameters. Megatron-core's local core attention is unfused, and requires values to be as wide
-    as keys.
+    Its only parameters are those of the attention's modifiers, which the layer applies before and after it
+    (`AttentionLayer.forward`). They are here since every variant builds its core attention from the config.
+
+    Megatron-core's local core attention is unfused, and requires values to be as wide as keys.
     """
 
     def __init__(
@@ -128,6 +131,8 @@ class CoreAttention(MegatronModule):
         self.dropout = attention.dropout
         scale = softmax_scale or 1 / math.sqrt(attention.query_key_dim)
         self.backend = AttentionBackend(attention.backend, scale=scale)
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.modifiers = AttentionModifiers(attention, config, group=tensor_group)
         group = parallel_state.get_context_parallel_group()
         self.context_exchange = ContextExchange(group) if group.size() > 1 else None
 

@@ -52,9 +52,12 @@ KINDS: dict[str, VariantNames] = {
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The initial distribution of a weight: N(0, scale), or uniform in ±scale; scale 0 gives zeros."""
+    """The initial distribution of a weight: N(0, scale), uniform in ±scale, or the identity times scale.
 
-    distribution: Literal["normal", "uniform"]
+    Scale 0 gives zeros.
+    """
+
+    distribution: Literal["normal", "uniform", "identity"]
     scale: float
 
 
@@ -98,6 +101,20 @@ class AttentionConfig(Section):
         "GPU in bfloat16, without padding values to the width of keys; unfused: separate matrix products; "
         "auto: by chunks of queries where that is faster (on a CPU, causal, float32, up to 1,024 tokens), "
         "otherwise fused.",
+    )
+    qk_norm: bool = Field(
+        default=False, description="RMSNorm of each query and key head, before rotary embeddings."
+    )
+    knocking_heads: bool = Field(
+        default=False, description="A gated map of D×D of each value head, shared by all heads."
+    )
+    output_norm: bool = Field(
+        default=False, description="RMSNorm of each head's result, before the output gate."
+    )
+    output_gate: Literal["none", "headwise", "elementwise"] = Field(
+        default="none",
+        description="A factor σ(X·W) of each head's result, or of each of its features, from the layer's "
+        "input X.",
     )
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ Weights are full tensors, named as in the layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,14 @@ from sas_megatron.attention.mla.config import LatentAttentionConfig
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.attention.tpa.config import TensorProductAttentionConfig
 from sas_megatron.config.attention import AttentionConfig
-
-Weights = Mapping[str, torch.Tensor]
+from tests.attention.modifier_definitions import (
+    Weights,
+    knock_values,
+    modifier_weight_shapes,
+    modify_output,
+    normalize_query_key,
+    root_mean_square_norm,
+)
 
 
 def simulate_heads(x_TND: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
@@ -115,11 +121,23 @@ def grouped_attention(
             for name in ("query", "key"):
                 base[name] = simulate_features(base[name], weights, name)
     query, key, value = (x.view(length, batch, *x.shape[1:]) for x in base.values())
+    query, key = normalize_query_key(query, key, weights, config)
     if rotary:
         query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
-    context = attend_blocks(query, key, value, blocks)
+    context = attend_blocks(query, key, knock_values(value, weights, config), blocks)
+    if config.output_norm or config.output_gate != "none":
+        # They follow the average over blocks.
+        return project(torch.stack(context).mean(dim=0), hidden_SBH, weights, config)
     projected = [block.flatten(2) @ weights["linear_proj.weight"].T for block in context]
     return torch.stack(projected).mean(dim=0)
+
+
+def project(
+    context_SBNV: torch.Tensor, hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig
+) -> torch.Tensor:
+    """Modify the result of attention, and apply the output projection."""
+    context = modify_output(context_SBNV, hidden_SBH, weights, config)
+    return context.flatten(2) @ weights["linear_proj.weight"].T
 
 
 def attend_blocks(
@@ -154,26 +172,25 @@ def latent_attention(
     down = weights["linear_kv_down_proj.weight"]
     latent = hidden_SBH @ down[: config.kv_lora_rank].T
     latent = root_mean_square_norm(latent, weights["kv_layernorm.weight"])
-    rotary_key = rotate_neighbours((hidden_SBH @ down[config.kv_lora_rank :].T)[:, :, None])
+    rotary_key = hidden_SBH @ down[config.kv_lora_rank :].T
     queries, keys, values = [], [], []
     for of_query, of_key_value in zip(
         query_up.chunk(config.num_heads),
         weights["linear_kv_up_proj.weight"].chunk(config.num_heads),
         strict=True,
     ):
-        query = query_latent @ of_query.T
-        rotary_query = rotate_neighbours(query[:, :, None, config.head_dim :])[:, :, 0]
-        queries.append(torch.cat([query[:, :, : config.head_dim], rotary_query], dim=-1))
+        queries.append(query_latent @ of_query.T)
         key, value = of_key_value[: config.head_dim], of_key_value[config.head_dim :]
-        keys.append(torch.cat([latent @ key.T, rotary_key[:, :, 0]], dim=-1))
+        keys.append(torch.cat([latent @ key.T, rotary_key], dim=-1))
         values.append(latent @ value.T)
-    context = attend(*(torch.stack(heads, dim=2) for heads in (queries, keys, values)))
-    return context.flatten(2) @ weights["linear_proj.weight"].T
-
-
-def root_mean_square_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
-    """x / √(mean x² + ε) · weight."""
-    return x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
+    query, key, value = (torch.stack(heads, dim=2) for heads in (queries, keys, values))
+    query, key = normalize_query_key(query, key, weights, config)
+    rotated = (
+        torch.cat([x[..., : config.head_dim], rotate_neighbours(x[..., config.head_dim :])], dim=-1)
+        for x in (query, key)
+    )
+    context = attend(*rotated, knock_values(value, weights, config))
+    return project(context, hidden_SBH, weights, config)
 
 
 def rotate_neighbours(x_SBMR: torch.Tensor, base: int = 10000) -> torch.Tensor:
@@ -247,19 +264,24 @@ def tensor_product_attention(
     for name in ("query", "key", "value"):
         of_heads = hidden_SBH @ weights[f"linear_qkv.heads.{name}"].T
         if name == "query" and not config.factorize_query:
-            heads_by_name[name] = rotate(of_heads.view(length, batch, heads, width), config.rotary_width)
+            query = of_heads.view(length, batch, heads, width)
+            heads_by_name[name] = query if config.qk_norm else rotate(query, config.rotary_width)
             continue
         rank = {"query": config.query_rank or 6, "key": config.key_rank, "value": config.value_rank}[name]
         a_SBNR = of_heads.view(length, batch, heads, rank)
         b_SBRD = (hidden_SBH @ weights[f"linear_qkv.features.{name}"].T).view(length, batch, rank, width)
-        if name != "value":
+        if name != "value" and not config.qk_norm:
             b_SBRD = rotate(b_SBRD, config.rotary_width)
         total = hidden_SBH.new_zeros(length, batch, heads, width)
         for r in range(rank):
             total = total + torch.einsum("sbn,sbd->sbnd", a_SBNR[..., r], b_SBRD[:, :, r])
         heads_by_name[name] = total / rank
-    context = attend(heads_by_name["query"], heads_by_name["key"], heads_by_name["value"])
-    return context.flatten(2) @ weights["linear_proj.weight"].T
+    query, key = heads_by_name["query"], heads_by_name["key"]
+    if config.qk_norm:
+        query, key = normalize_query_key(query, key, weights, config)
+        query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
+    context = attend(query, key, knock_values(heads_by_name["value"], weights, config))
+    return project(context, hidden_SBH, weights, config)
 
 
 def tensor_product_weight_shapes(
@@ -292,8 +314,10 @@ def factorized_attention(
     query = (low_SBR @ weights["linear_query_up.weight"].T).view(length, batch, config.num_heads, width)
     key = (hidden_SBH @ shared[rank : rank + width].T).unsqueeze(2)
     value = (hidden_SBH @ shared[rank + width :].T).unsqueeze(2)
+    query, key = normalize_query_key(query, key, weights, config)
+    value = knock_values(value, weights, config)
     context = attend(rotate(query, config.rotary_width), rotate(key, config.rotary_width), value)
-    return context.flatten(2) @ weights["linear_proj.weight"].T
+    return project(context, hidden_SBH, weights, config)
 
 
 def factorized_weight_shapes(
@@ -314,7 +338,11 @@ class Definition:
     """A variant's layer, a function of hidden states [S, B, H] and full weights, and its weights' shapes."""
 
     self_attention: Callable[..., torch.Tensor]
-    weight_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]
+    own_weight_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]
+
+    def weight_shapes(self, config: AttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the full shapes of the layer's weights by name, those of modifiers included."""
+        return {**self.own_weight_shapes(config, hidden_size), **modifier_weight_shapes(config, hidden_size)}
 
 
 _GROUPED = Definition(grouped_attention, grouped_weight_shapes)

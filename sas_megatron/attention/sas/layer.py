@@ -153,6 +153,11 @@ class SimulatedSelfAttention(SelfAttentionLayer):
             )
         return key, value
 
+    @property
+    @override
+    def expands_cache(self) -> bool:
+        return self.attention.kv_cache == "base"
+
     def _project_base(
         self, hidden_states: torch.Tensor, rope: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
