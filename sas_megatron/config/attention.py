@@ -193,6 +193,11 @@ class AttentionConfig(Section):
         """Blocks of N heads whose results are averaged: 1, for SAS r."""
         return self.num_attended_heads // self.num_heads
 
+    @property
+    def is_modified(self) -> bool:
+        """Whether any modifier is on."""
+        return self.qk_norm or self.knocking_heads or self.output_norm or self.output_gate != "none"
+
     def check_tensor_parallel(self, tensor: int) -> None:
         """Check that the heads can be sharded over `tensor` ranks.
 
