@@ -114,9 +114,17 @@ class AttentionLayer:
     ) -> torch.Tensor | None:
         """Return the rotary angles [positions, 1, 1, R], by default the model's; None to apply none."""
         assert cache is None or rotary_pos_emb is not None, "decoding needs the model's rotary angles"
-        # Megatron-LM's scripts select layers without rotary embeddings in this list.
+        return rotary_pos_emb if self.has_rotary_embeddings else None
+
+    @property
+    def has_rotary_embeddings(self) -> bool:
+        """Whether this layer applies rotary embeddings.
+
+        Megatron-core's config lists the layers without them: all for `attention.rotary=none`, and the layers
+        that Megatron-LM's scripts select.
+        """
         layers_without = self.config.no_rope_freq
-        return None if layers_without and layers_without[self.layer_number - 1] else rotary_pos_emb
+        return not (layers_without and layers_without[self.layer_number - 1])
 
     def project(
         self, hidden_states: torch.Tensor, rope: torch.Tensor | None, *, is_decoding: bool

@@ -23,11 +23,21 @@ from sas_megatron.config.attention import AttentionConfig
 Weights = Mapping[str, torch.Tensor]
 
 
-def simulate_heads(x_TND: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    """u[m, d] = b1[m] + Σ_n Σ_j W1[m, n, j]·x[n, d + j - (k-1)/2]; w = u + conv2(ReLU(u))."""
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """max(x, 0), x·Φ(x) (Hendrycks and Gimpel, arXiv 1606.08415), or x."""
+    if activation == "gelu":
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return x.clamp(min=0) if activation == "relu" else x
+
+
+def simulate_heads(
+    x_TND: torch.Tensor, weights: Weights, name: str, activation: str = "relu"
+) -> torch.Tensor:
+    """u[m, d] = b1[m] + Σ_n Σ_j W1[m, n, j]·x[n, d + j - (k-1)/2]; w = u + conv2(φ(u))."""
     prefix = f"simulation.heads.{name}."
     u = _convolve(x_TND, weights[prefix + "expand"], weights.get(prefix + "expand_bias"))
-    return u + _convolve(u.clamp(min=0), weights[prefix + "refine"], weights.get(prefix + "refine_bias"))
+    activated = activate(u, activation)
+    return u + _convolve(activated, weights[prefix + "refine"], weights.get(prefix + "refine_bias"))
 
 
 def _convolve(x_TND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -44,8 +54,10 @@ def _convolve(x_TND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return result if bias is None else result + bias[None, :, None]
 
 
-def simulate_features(x_TMD: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    """y = x·A1ᵀ + a1 (D to E), z = y + ReLU(y)·A2ᵀ + a2 (E to E)."""
+def simulate_features(
+    x_TMD: torch.Tensor, weights: Weights, name: str, activation: str = "relu"
+) -> torch.Tensor:
+    """y = x·A1ᵀ + a1 (D to E), z = y + φ(y)·A2ᵀ + a2 (E to E)."""
     prefix = f"simulation.features.{name}."
 
     def linear(x: torch.Tensor, part: str) -> torch.Tensor:
@@ -54,11 +66,13 @@ def simulate_features(x_TMD: torch.Tensor, weights: Weights, name: str) -> torch
         return product if bias is None else product + bias
 
     y = linear(x_TMD, "expand")
-    return y + linear(y.clamp(min=0), "refine")
+    return y + linear(activate(y, activation), "refine")
 
 
 def rotate(x_SBMD: torch.Tensor, rotary_dim: int, base: int = 10000) -> torch.Tensor:
     """Rotate the pairs (i, i + R/2) of the first R = `rotary_dim` features, with angles in float32."""
+    if rotary_dim == 0:
+        return x_SBMD
     positions = torch.arange(x_SBMD.shape[0], dtype=torch.float32)
     frequencies = 1.0 / (base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
     angles = torch.outer(positions, frequencies)
@@ -92,7 +106,10 @@ def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.T
 def grouped_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig, *, rotary: bool = True
 ) -> torch.Tensor:
-    """Grouped-query attention and SAS: project, simulate, rotate, attend, project each block and average."""
+    """Grouped-query attention and SAS: project, simulate, rotate, attend, project and aggregate each block.
+
+    SAS may rotate before it simulates.
+    """
     length, batch, _ = hidden_SBH.shape
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
     columns = hidden_SBH @ weights["linear_qkv.weight"].T
@@ -103,23 +120,31 @@ def grouped_attention(
         "key": grouped[:, :, -2],
         "value": grouped[:, :, -1],
     }
-    blocks = 1
+    blocks, divisor = 1, 1.0
+    if rotary and config.rotary == "before":
+        for name in ("query", "key"):
+            heads_SBND = base[name].view(length, batch, -1, width)
+            base[name] = rotate(heads_SBND, config.rotary_width).flatten(0, 1)
+        rotary = False
     if isinstance(config, SimulatedAttentionConfig):
         blocks = config.head_expansion
+        divisor = {"mean": float(blocks), "rsqrt": math.sqrt(blocks)}[config.aggregation]
         switches = config.head_simulations()
         for name, x_TND in base.items():
             base[name] = (
-                simulate_heads(x_TND, weights, name) if name in switches else x_TND.repeat(1, blocks, 1)
+                simulate_heads(x_TND, weights, name, config.head_activation)
+                if name in switches
+                else x_TND.repeat(1, blocks, 1)
             )
         if config.simulate_features:
             for name in ("query", "key"):
-                base[name] = simulate_features(base[name], weights, name)
+                base[name] = simulate_features(base[name], weights, name, config.feature_activation)
     query, key, value = (x.view(length, batch, *x.shape[1:]) for x in base.values())
     if rotary:
         query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
     context = attend_blocks(query, key, value, blocks)
     projected = [block.flatten(2) @ weights["linear_proj.weight"].T for block in context]
-    return torch.stack(projected).mean(dim=0)
+    return torch.stack(projected).sum(dim=0) / divisor
 
 
 def attend_blocks(
@@ -154,7 +179,9 @@ def latent_attention(
     down = weights["linear_kv_down_proj.weight"]
     latent = hidden_SBH @ down[: config.kv_lora_rank].T
     latent = root_mean_square_norm(latent, weights["kv_layernorm.weight"])
-    rotary_key = rotate_neighbours((hidden_SBH @ down[config.kv_lora_rank :].T)[:, :, None])
+    rotary_key = (hidden_SBH @ down[config.kv_lora_rank :].T)[:, :, None]
+    if config.rotary != "none":
+        rotary_key = rotate_neighbours(rotary_key)
     queries, keys, values = [], [], []
     for of_query, of_key_value in zip(
         query_up.chunk(config.num_heads),
@@ -162,7 +189,9 @@ def latent_attention(
         strict=True,
     ):
         query = query_latent @ of_query.T
-        rotary_query = rotate_neighbours(query[:, :, None, config.head_dim :])[:, :, 0]
+        rotary_query = query[:, :, config.head_dim :]
+        if config.rotary != "none":
+            rotary_query = rotate_neighbours(rotary_query[:, :, None])[:, :, 0]
         queries.append(torch.cat([query[:, :, : config.head_dim], rotary_query], dim=-1))
         key, value = of_key_value[: config.head_dim], of_key_value[config.head_dim :]
         keys.append(torch.cat([latent @ key.T, rotary_key[:, :, 0]], dim=-1))

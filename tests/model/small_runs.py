@@ -35,6 +35,7 @@ def attentions(draw: st.DrawFn, *, backends: tuple[str, ...] = ("unfused",)) -> 
         "num_heads": num_kv_heads * readers,
         "head_dim": head_dim,
         "backend": draw(st.sampled_from(backends)),
+        "rotary": draw(st.sampled_from(["after", "after", "none", *(["before"] if kind == "sas" else [])])),
     }
     if kind == "mla":
         rotary_head_dim = 2 * draw(st.integers(1, 3))
@@ -63,6 +64,9 @@ def _simulations(draw: st.DrawFn, head_dim: int) -> dict[str, Any]:
     switches = ("query_heads", "key_heads", "value_heads", "features")
     simulation: dict[str, Any] = {f"simulate_{switch}": draw(st.booleans()) for switch in switches}
     simulation["simulation_bias"] = draw(st.booleans())
+    for activation in ("head_activation", "feature_activation"):
+        simulation[activation] = draw(st.sampled_from(["relu", "gelu", "none"]))
+    simulation["aggregation"] = draw(st.sampled_from(["mean", "rsqrt"]))
     simulation["head_expansion"] = draw(st.integers(1, 3))
     simulation["kernel_size"] = draw(st.sampled_from([1, 3, 5]))
     simulation["exchange"] = draw(st.sampled_from(["auto", "gather", "all_to_all"]))

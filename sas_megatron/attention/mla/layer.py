@@ -189,9 +189,11 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
     @override
     def rotary_angles(
         self, rotary_pos_emb: torch.Tensor | None, hidden_states: torch.Tensor, cache: KeyValueCache | None
-    ) -> torch.Tensor:
-        """Return the angles of the layer's own rotary embedding."""
+    ) -> torch.Tensor | None:
+        """Return the angles of the layer's own rotary embedding; None to apply none."""
         assert rotary_pos_emb is None, "latent attention computes its own rotary angles"
+        if not self.has_rotary_embeddings:
+            return None
         if cache is None:
             num_positions = self.rotary_pos_emb.get_rotary_seq_len(
                 None, None, hidden_states, self.config, None
@@ -270,5 +272,6 @@ def _rotate_neighbours(heads: torch.Tensor, rope: torch.Tensor | None) -> torch.
 
     Megatron-core's function requires the same positions in all sequences, which decoding does not have.
     """
-    assert rope is not None, "latent attention computes its own rotary angles"
+    if rope is None:
+        return heads
     return apply_rope(torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1), rope)
