@@ -1,4 +1,4 @@
-"""Core attention: scores, softmax, the product with values, and for SAS the average over simulated heads."""
+"""Core attention: scores, softmax, the product with values, and for SAS the aggregation of blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sas_megatron.attention.chunked import attend_chunked, supports_chunks
 from sas_megatron.attention.modifiers import AttentionModifiers
-from sas_megatron.attention.sas.simulated_attention import average_blocks
+from sas_megatron.attention.sas.simulated_attention import aggregate_blocks
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.costs.head_sharding import HeadSharding
@@ -109,7 +109,7 @@ class AttentionBackend:
 
 
 class CoreAttention(MegatronModule):
-    """Scaled dot-product attention over this rank's heads, and the average over blocks of simulated heads.
+    """Scaled dot-product attention over this rank's heads, and the aggregation of blocks of simulated heads.
 
     Its only parameters are those of the attention's modifiers, which the layer applies before and after it
     (`AttentionLayer.forward`). They are here since every variant builds its core attention from the config.
@@ -123,11 +123,12 @@ class CoreAttention(MegatronModule):
         *_args: object,
         attention: AttentionConfig,
         num_blocks: int = 1,
+        aggregation: str = "mean",
         softmax_scale: float | None = None,
         **_options: object,
     ) -> None:
         super().__init__(config=config)
-        self.num_blocks = num_blocks
+        self.num_blocks, self.aggregation = num_blocks, aggregation
         self.dropout = attention.dropout
         scale = softmax_scale or 1 / math.sqrt(attention.query_key_dim)
         self.backend = AttentionBackend(attention.backend, scale=scale)
@@ -146,7 +147,7 @@ class CoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **_options: object,
     ) -> torch.Tensor:
-        """Attend, and average the blocks.
+        """Attend, and aggregate the blocks.
 
         Args:
             query_SBME: [S, B, M, E], in block-major order.
@@ -181,13 +182,16 @@ class CoreAttention(MegatronModule):
                 causal=attention_mask is None and attn_mask_type != AttnMaskType.no_mask,
                 dropout=dropout,
             )
-        # A rank that has all blocks of its base heads averages them before it sends anything.
-        averaged_SBND = average_blocks(context_BMSD.permute(2, 0, 1, 3), sharded_blocks)
-        # Padding of the value is removed after the average, when the tensor is smaller.
-        averaged_SBND = averaged_SBND[..., :value_width]
+        # A rank that has all blocks of its base heads aggregates them before it sends anything.
+        aggregated_SBND = self._aggregate(context_BMSD.permute(2, 0, 1, 3), sharded_blocks)
+        # Padding of the value is removed after the aggregation, when the tensor is smaller.
+        aggregated_SBND = aggregated_SBND[..., :value_width]
         if self.context_exchange is not None:
-            averaged_SBND = self.context_exchange.scatter_tokens(averaged_SBND)
-        return average_blocks(averaged_SBND, self.num_blocks // sharded_blocks).flatten(2)
+            aggregated_SBND = self.context_exchange.scatter_tokens(aggregated_SBND)
+        return self._aggregate(aggregated_SBND, self.num_blocks // sharded_blocks).flatten(2)
+
+    def _aggregate(self, context_SBMD: torch.Tensor, num_blocks: int) -> torch.Tensor:
+        return aggregate_blocks(context_SBMD, num_blocks, aggregation=self.aggregation)
 
     def _dropout_randomness(self, dropout: float) -> contextlib.AbstractContextManager[None]:
         """Return a context in which each tensor rank draws different dropout masks, since its heads differ.
@@ -231,6 +235,7 @@ def build_self_attention_spec(
     *,
     module: type[SelfAttention],
     num_blocks: int = 1,
+    aggregation: str = "mean",
     linear_qkv: Callable[..., Any] = ColumnParallelLinear,
     **module_options: object,
 ) -> ModuleSpec:
@@ -239,7 +244,8 @@ def build_self_attention_spec(
     Args:
         attention: The attention's config.
         module: Megatron-core's `SelfAttention` or a subclass.
-        num_blocks: r, the number of blocks of simulated heads that are averaged.
+        num_blocks: r, the number of blocks of simulated heads that are aggregated.
+        aggregation: How they are aggregated, `mean` or `rsqrt` (see `aggregate_blocks`).
         linear_qkv: Builds the projection of hidden states, given the arguments of a `ColumnParallelLinear`;
             a different projection needs a `module` that reads it.
         module_options: Further arguments of `module`.
@@ -253,7 +259,9 @@ def build_self_attention_spec(
         params={"attn_mask_type": AttnMaskType.causal, **module_options},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear_qkv,
-            core_attention=functools.partial(CoreAttention, attention=attention, num_blocks=num_blocks),
+            core_attention=functools.partial(
+                CoreAttention, attention=attention, num_blocks=num_blocks, aggregation=aggregation
+            ),
             linear_proj=RowParallelLinear,
         ),
     )

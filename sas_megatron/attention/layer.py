@@ -7,8 +7,8 @@
       -> modifiers of queries, keys and values
       -> core attention -> reduce_heads -> modifiers of the result -> output projection
 
-The modifiers (`attention.modifiers`) are off by default. A variant needs no code for them. With QK-norm, it is
-given no rotary angles, since the norm precedes the rotary embeddings; `rotate` then applies these.
+The modifiers (`attention.modifiers`) are off by default. A variant needs no code for them. With QK-norm, its
+methods get no rotary angles, since the norm precedes the rotary embeddings; `rotate` then applies these.
 
 Megatron-core passes the KV cache to the layers as `inference_context`. Its own caches are not used: the
 static one stores full keys and values and one length for all sequences of a batch; the dynamic one requires
@@ -115,15 +115,17 @@ class AttentionLayer:
         """Return queries of the S tokens, and keys and values of all T tokens, all of them modified."""
         modifiers: AttentionModifiers = self.core_attention.modifiers
         is_decoding, norms = cache is not None, modifiers.attention.qk_norm
+        # QK-norm precedes the rotary embeddings, unless SAS applies these before it simulates heads.
+        rotates = norms and modifiers.attention.rotary != "before"
         rope = self.rotary_angles(rotary_pos_emb, hidden_states, cache)
         new_rope = rope if cache is None or rope is None else cache.select_new(rope)
-        query, *kept = self.project(hidden_states, None if norms else new_rope, is_decoding=is_decoding)
+        query, *kept = self.project(hidden_states, None if rotates else new_rope, is_decoding=is_decoding)
         if norms:
-            query = self.rotate(modifiers.normalize_query(query, weights), new_rope)
+            query = self.rotate(modifiers.normalize_query(query, weights), new_rope if rotates else None)
 
         def modify(key: torch.Tensor, value: torch.Tensor, rope: torch.Tensor | None) -> list[torch.Tensor]:
             if norms:
-                key = self.rotate(modifiers.normalize_key(key, weights), rope)
+                key = self.rotate(modifiers.normalize_key(key, weights), rope if rotates else None)
             return [key, modifiers.knock_values(value, weights)]
 
         caches_modified = cache is not None and not self.expands_cache
@@ -132,7 +134,7 @@ class AttentionLayer:
         if cache is not None:
             kept = cache.update(self.layer_number, kept)
             rope = None if rope is None else rope[: cache.num_slots]
-        key, value = self.expand(kept, None if norms else rope, is_decoding=is_decoding)
+        key, value = self.expand(kept, None if rotates else rope, is_decoding=is_decoding)
         if not caches_modified:
             key, value = modify(key, value, rope)
         return query, key, value
@@ -185,9 +187,17 @@ class AttentionLayer:
     ) -> torch.Tensor | None:
         """Return the rotary angles [positions, 1, 1, R], by default the model's; None to apply none."""
         assert cache is None or rotary_pos_emb is not None, "decoding needs the model's rotary angles"
-        # Megatron-LM's scripts select layers without rotary embeddings in this list.
+        return rotary_pos_emb if self.has_rotary_embeddings else None
+
+    @property
+    def has_rotary_embeddings(self) -> bool:
+        """Whether this layer applies rotary embeddings.
+
+        Megatron-core's config lists the layers without them: all for `attention.rotary=none`, and the layers
+        that Megatron-LM's scripts select.
+        """
         layers_without = self.config.no_rope_freq
-        return None if layers_without and layers_without[self.layer_number - 1] else rotary_pos_emb
+        return not (layers_without and layers_without[self.layer_number - 1])
 
     def project(
         self, hidden_states: torch.Tensor, rope: torch.Tensor | None, *, is_decoding: bool

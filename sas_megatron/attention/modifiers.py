@@ -8,11 +8,11 @@
       -> output gate (`output_gate`): a factor σ(X·W), with X the layer's input
       -> output projection
 
-`AttentionLayer.forward` calls them around the methods of a variant, which therefore needs no code for them.
+`AttentionLayer.forward` calls them around the methods of a variant, which needs no code for them.
 
-The scales of the norms and the maps of knocking heads are replicated over the tensor ranks, and each rank
-uses them for its local heads, so their gradients are partial sums. `summed_weights` passes all of them through
-one identity whose backward pass all-reduces the gradients.
+The scales of the norms and the maps of knocking heads are replicated over the tensor ranks. Each rank
+uses them for its local heads, so their gradients are partial sums. `summed_weights` passes all of them
+through one identity whose backward pass all-reduces the gradients.
 
 The functions below save what their docstrings name, for every layout of their inputs, so that `costs` can
 count the bytes exactly.
@@ -67,7 +67,9 @@ class AttentionModifiers(nn.Module):
         if attention.output_norm:
             self.output_norm = nn.Parameter(torch.empty(width, **options))
         if attention.output_gate == "headwise":
-            self.output_gate = HeadColumns(config.hidden_size, attention.num_heads, config=config, group=group)
+            self.output_gate = HeadColumns(
+                config.hidden_size, attention.num_heads, config=config, group=group
+            )
         elif attention.output_gate == "elementwise":
             self.output_gate = ColumnParallelLinear(
                 config.hidden_size,
@@ -172,7 +174,7 @@ def normalize_heads(heads: torch.Tensor, scale: torch.Tensor, epsilon: float) ->
 
 
 class _NormalizeHeads(torch.autograd.Function):
-    """RMSNorm that saves its normalized input, which, unlike the input, is never a view of a larger tensor."""
+    """RMSNorm that saves its normalized input, which is never a view of a larger tensor, unlike the input."""
 
     @staticmethod
     def forward(ctx: Any, heads: torch.Tensor, scale: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sas_megatron.attention.sas.costs import padded_size
 from sas_megatron.attention.sas.fused.features import Tile, Tiling
+from sas_megatron.attention.sas.kernel_choice import padded_size
 from sas_megatron.attention.sas.simulation_kernels import FusedKernels
 from sas_megatron.benchmarks.attention_blocks import BlockShape
 from sas_megatron.benchmarks.simulation import SimulationCase

@@ -41,6 +41,7 @@ def find_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | None:
     """Return the first field, with its value, that the Llama format cannot express; None if there is none."""
     checks = {
         "attention.kind": (attention.kind, attention.kind in ("mha", "gqa", "mqa")),
+        "attention.rotary": (attention.rotary, attention.rotary == "after"),
         "attention.rotary_dim": (attention.rotary_dim, attention.rotary_width == attention.head_dim),
         "model.normalization": (model.normalization, model.normalization == "rmsnorm"),
         "model.activation": (model.activation, model.activation == "swiglu"),

@@ -99,22 +99,43 @@ class AttentionCosts:
         """
         # The value is a view of the projected columns, which are gathered if there are more ranks than heads.
         ranks = layer.tensor if self.attention.num_key_value_heads >= layer.tensor else 1
-        value_bytes = layer.full_bytes(self.attention.qkv_width // ranks)
+        columns_bytes = layer.full_bytes(self.attention.qkv_width // ranks)
+        views = frozenset[str]()
+        if self.attention.rotary == "none":
+            queries, keys = layer.heads
+            # Queries of several groups are not contiguous among the columns, and are copied.
+            views = frozenset({"key", "value"} if 1 < keys < queries else {"query", "key", "value"})
         return {
             "qkv": layer.local_bytes(hidden_size),
-            **self.count_core_bytes(layer, value_bytes=value_bytes),
+            **self.count_core_bytes(
+                layer, value_bytes=columns_bytes, views=views, columns_bytes=columns_bytes
+            ),
         }
 
-    def count_core_bytes(self, layer: ActivationSpec, *, value_bytes: int) -> dict[str, int]:
+    def count_core_bytes(
+        self,
+        layer: ActivationSpec,
+        *,
+        value_bytes: int,
+        views: frozenset[str] = frozenset(),
+        columns_bytes: int = 0,
+    ) -> dict[str, int]:
         """Return the saved bytes in the terms `rotary`, `attention`, `projection`, and those of modifiers.
 
         Args:
             layer: The microbatch, layout and implementation.
             value_bytes: Bytes of the tensor that the value is a view of.
+            views: Those of `query`, `key` and `value` that are views of the same columns.
+            columns_bytes: Bytes of these columns.
         """
         attention = self.attention
         modified = count_input_bytes(attention, layer, value_bytes=value_bytes)
+        if attention.qk_norm:
+            views -= {"query", "key"}
         if attention.knocking_heads:
+            # The values that they save include the columns of which query and key are views.
+            columns_bytes = 0 if "value" in views else columns_bytes
+            views -= {"value"}
             value_bytes = layer.full_bytes(layer.heads[1] * attention.value_width)
         core = CoreAttentionSpec(
             layer,
@@ -122,6 +143,8 @@ class AttentionCosts:
             value_width=attention.value_width,
             value_bytes=value_bytes,
             has_dropout=attention.dropout > 0,
+            views=views,
+            columns_bytes=columns_bytes,
         ).count_bytes()
         return {
             "rotary": layer.rope_bytes(attention.rotary_width // 2),
@@ -131,7 +154,7 @@ class AttentionCosts:
         }
 
     def count_result_bytes(self, layer: ActivationSpec, *, result_bytes: int) -> dict[str, int]:
-        """Return the bytes saved between core attention and the output projection, the latter's input included.
+        """Return the bytes saved after core attention, up to the input of the output projection.
 
         Args:
             layer: The microbatch, layout and implementation.

@@ -1,13 +1,14 @@
 """Costs of the modifiers of attention (`attention.modifiers`), which all variants share. No torch.
 
-    term             weights                          FLOPs of a token         bytes sent over the tensor group
-    qk_norm          2·E                              (element-wise)           gradients
-    knocking_heads   3·V²                             2·3·V² per value head    gradients
-    output_norm      V                                (element-wise)           gradients
-    output_gate      headwise H·N, elementwise H·N·V  2 per weight             the N columns of all heads, or those
-                                                                               of a column-parallel projection
+    term             weights                          FLOPs of a token
+    qk_norm          2·E                              none, since it is element-wise
+    knocking_heads   3·V²                             2·3·V² per value head
+    output_norm      V                                none, since it is element-wise
+    output_gate      headwise H·N, elementwise H·N·V  2 per weight
 
-V is the width of a value head. For SAS, the value heads are the simulated ones.
+V is the width of a value head. For SAS, the value heads are the simulated ones. Tensor ranks sum the
+gradients of the first three, and send the N columns of headwise gates; elementwise gates are a
+column-parallel projection, whose input is sent again.
 """
 
 from __future__ import annotations
@@ -33,9 +34,7 @@ def modifier_weights(attention: AttentionConfig, hidden_size: int) -> list[Weigh
         for elements in of_term
     ]
     if attention.output_gate == "headwise":
-        weights.append(
-            Weight("output_gate", hidden_size * heads, partial_over="tokens", summed_by="layer")
-        )
+        weights.append(Weight("output_gate", hidden_size * heads, partial_over="tokens", summed_by="layer"))
     elif attention.output_gate == "elementwise":
         weights.append(Weight("output_gate", hidden_size * heads * width, sharded=True))
     return weights

@@ -39,8 +39,8 @@ def layer_weights(config: RunConfig) -> list[Weight]:
     model = config.model
     costs = build_attention_costs(config.attention)
     attention = costs.weights(model.hidden_size, linear_bias=model.linear_bias)
-    # Megatron-core's base class registers core attention, which holds the weights of modifiers, and the output
-    # projection before a variant's own weights; `sorted` is stable and keeps the order of the others.
+    # Megatron-core's base class registers core attention, which holds the weights of modifiers, and the
+    # output projection before a variant's own weights; `sorted` is stable and keeps the order of the others.
     first = {"projection": 1, **dict.fromkeys(MODIFIER_TERMS, 0)}
     registered = sorted(attention, key=lambda weight: first.get(weight.term, 2))
     return [*norm_weights(model), *registered, *norm_weights(model), *mlp_weights(model)]

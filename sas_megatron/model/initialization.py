@@ -50,8 +50,8 @@ def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     Matrices are drawn from N(0, σ) with σ = `model.init_std`, and those at the end of a residual branch by
     `model.output_init`: from N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2), or from N(0, 2/(layers·√H))
     (Wang and Komatsuzaki 2021, GPT-J; `wang_init` of GPT-NeoX). Norms are 1 and biases 0. The simulation
-    follows `attention.initialization`, the modifiers of attention follow their papers (`_MODIFIER_WEIGHTS`), and
-    other weights of the attention `AttentionConfig.initial_weights`.
+    follows `attention.initialization`, the modifiers of attention `_MODIFIER_WEIGHTS`, and other weights of
+    the attention `AttentionConfig.initial_weights`.
     """
     _initialize(model, config, functools.partial(global_name, model))
 

@@ -27,78 +27,23 @@ from tests.attention.modifier_definitions import (
     normalize_query_key,
     root_mean_square_norm,
 )
-
-
-def simulate_heads(x_TND: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    """u[m, d] = b1[m] + Σ_n Σ_j W1[m, n, j]·x[n, d + j - (k-1)/2]; w = u + conv2(ReLU(u))."""
-    prefix = f"simulation.heads.{name}."
-    u = _convolve(x_TND, weights[prefix + "expand"], weights.get(prefix + "expand_bias"))
-    return u + _convolve(u.clamp(min=0), weights[prefix + "refine"], weights.get(prefix + "refine_bias"))
-
-
-def _convolve(x_TND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    tokens, _, width = x_TND.shape
-    taps = weight.shape[2]
-    result = x_TND.new_zeros(tokens, weight.shape[0], width)
-    for tap in range(taps):
-        shift = tap - (taps - 1) // 2
-        shifted = torch.zeros_like(x_TND)
-        for feature in range(width):
-            if 0 <= feature + shift < width:
-                shifted[:, :, feature] = x_TND[:, :, feature + shift]
-        result = result + torch.einsum("mn,tnd->tmd", weight[:, :, tap], shifted)
-    return result if bias is None else result + bias[None, :, None]
-
-
-def simulate_features(x_TMD: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    """y = x·A1ᵀ + a1 (D to E), z = y + ReLU(y)·A2ᵀ + a2 (E to E)."""
-    prefix = f"simulation.features.{name}."
-
-    def linear(x: torch.Tensor, part: str) -> torch.Tensor:
-        bias = weights.get(f"{prefix}{part}_bias")
-        product = torch.einsum("tmd,ed->tme", x, weights[prefix + part])
-        return product if bias is None else product + bias
-
-    y = linear(x_TMD, "expand")
-    return y + linear(y.clamp(min=0), "refine")
-
-
-def rotate(x_SBMD: torch.Tensor, rotary_dim: int, base: int = 10000) -> torch.Tensor:
-    """Rotate the pairs (i, i + R/2) of the first R = `rotary_dim` features, with angles in float32."""
-    positions = torch.arange(x_SBMD.shape[0], dtype=torch.float32)
-    frequencies = 1.0 / (base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
-    angles = torch.outer(positions, frequencies)
-    cosine, sine = (
-        torch.cat([part, part], dim=-1)[:, None, None, :].to(x_SBMD.dtype)
-        for part in (angles.cos(), angles.sin())
-    )
-    rotary, rest = x_SBMD[..., :rotary_dim], x_SBMD[..., rotary_dim:]
-    first, second = rotary.chunk(2, dim=-1)
-    return torch.cat([rotary * cosine + torch.cat([-second, first], dim=-1) * sine, rest], dim=-1)
-
-
-def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.Tensor) -> torch.Tensor:
-    """Return causal softmax attention [S, B, M, D], computed head by head with scale 1/√E."""
-    length, heads, width = query_SBME.shape[0], query_SBME.shape[2], query_SBME.shape[3]
-    readers = heads // key_SBGE.shape[2]
-    forbidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-    outputs = []
-    for head in range(heads):
-        query, key, value = (
-            query_SBME[:, :, head],
-            key_SBGE[:, :, head // readers],
-            value_SBGD[:, :, head // readers],
-        )
-        scores = torch.einsum("sbe,tbe->bst", query, key) / math.sqrt(width)
-        weights = scores.masked_fill(forbidden, float("-inf")).softmax(dim=-1)
-        outputs.append(torch.einsum("bst,tbd->sbd", weights, value))
-    return torch.stack(outputs, dim=2)
+from tests.attention.step_definitions import (
+    attend,
+    attend_blocks,
+    rotate,
+    rotate_neighbours,
+    simulate_features,
+    simulate_heads,
+)
 
 
 def grouped_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig, *, rotary: bool = True
 ) -> torch.Tensor:
-    """Grouped-query attention and SAS: project, simulate, rotate, attend, project each block and average."""
+    """Grouped-query attention and SAS: project, simulate, rotate, attend, project and aggregate each block.
+
+    SAS may rotate before it simulates.
+    """
     length, batch, _ = hidden_SBH.shape
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
     columns = hidden_SBH @ weights["linear_qkv.weight"].T
@@ -109,27 +54,35 @@ def grouped_attention(
         "key": grouped[:, :, -2],
         "value": grouped[:, :, -1],
     }
-    blocks = 1
+    blocks, divisor = 1, 1.0
+    if rotary and config.rotary == "before":
+        for name in ("query", "key"):
+            heads_SBND = base[name].view(length, batch, -1, width)
+            base[name] = rotate(heads_SBND, config.rotary_width).flatten(0, 1)
+        rotary = False
     if isinstance(config, SimulatedAttentionConfig):
         blocks = config.head_expansion
+        divisor = {"mean": float(blocks), "rsqrt": math.sqrt(blocks)}[config.aggregation]
         switches = config.head_simulations()
         for name, x_TND in base.items():
             base[name] = (
-                simulate_heads(x_TND, weights, name) if name in switches else x_TND.repeat(1, blocks, 1)
+                simulate_heads(x_TND, weights, name, config.head_activation)
+                if name in switches
+                else x_TND.repeat(1, blocks, 1)
             )
         if config.simulate_features:
             for name in ("query", "key"):
-                base[name] = simulate_features(base[name], weights, name)
+                base[name] = simulate_features(base[name], weights, name, config.feature_activation)
     query, key, value = (x.view(length, batch, *x.shape[1:]) for x in base.values())
     query, key = normalize_query_key(query, key, weights, config)
     if rotary:
         query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
     context = attend_blocks(query, key, knock_values(value, weights, config), blocks)
     if config.output_norm or config.output_gate != "none":
-        # They follow the average over blocks.
-        return project(torch.stack(context).mean(dim=0), hidden_SBH, weights, config)
+        # They follow the aggregation of blocks.
+        return project(torch.stack(context).sum(dim=0) / divisor, hidden_SBH, weights, config)
     projected = [block.flatten(2) @ weights["linear_proj.weight"].T for block in context]
-    return torch.stack(projected).mean(dim=0)
+    return torch.stack(projected).sum(dim=0) / divisor
 
 
 def project(
@@ -138,18 +91,6 @@ def project(
     """Modify the result of attention, and apply the output projection."""
     context = modify_output(context_SBNV, hidden_SBH, weights, config)
     return context.flatten(2) @ weights["linear_proj.weight"].T
-
-
-def attend_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int
-) -> list[torch.Tensor]:
-    """Return the attention of each block of simulated heads."""
-    return [
-        attend(q, k, v)
-        for q, k, v in zip(
-            query.chunk(blocks, dim=2), key.chunk(blocks, dim=2), value.chunk(blocks, dim=2), strict=True
-        )
-    ]
 
 
 def latent_attention(
@@ -185,30 +126,13 @@ def latent_attention(
         values.append(latent @ value.T)
     query, key, value = (torch.stack(heads, dim=2) for heads in (queries, keys, values))
     query, key = normalize_query_key(query, key, weights, config)
-    rotated = (
-        torch.cat([x[..., : config.head_dim], rotate_neighbours(x[..., config.head_dim :])], dim=-1)
-        for x in (query, key)
-    )
-    context = attend(*rotated, knock_values(value, weights, config))
+    if config.rotary != "none":
+        query, key = (
+            torch.cat([x[..., : config.head_dim], rotate_neighbours(x[..., config.head_dim :])], dim=-1)
+            for x in (query, key)
+        )
+    context = attend(query, key, knock_values(value, weights, config))
     return project(context, hidden_SBH, weights, config)
-
-
-def rotate_neighbours(x_SBMR: torch.Tensor, base: int = 10000) -> torch.Tensor:
-    """Rotate the pairs (2i, 2i + 1), with angles in float32, as DeepSeek does.
-
-    The layer stores the rotated pairs as two halves, in queries and keys, which gives the same scores.
-    """
-    width = x_SBMR.shape[-1]
-    positions = torch.arange(x_SBMR.shape[0], dtype=torch.float32)
-    rotated = torch.empty_like(x_SBMR)
-    for even in range(0, width, 2):
-        frequency = 1.0 / (base ** (torch.tensor(even, dtype=torch.float32) / width))
-        angle = (positions * frequency)[:, None, None]
-        cosine, sine = angle.cos().to(x_SBMR.dtype), angle.sin().to(x_SBMR.dtype)
-        first, second = x_SBMR[..., even], x_SBMR[..., even + 1]
-        rotated[..., even] = first * cosine - second * sine
-        rotated[..., even + 1] = first * sine + second * cosine
-    return rotated
 
 
 def latent_weight_shapes(config: LatentAttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -252,6 +176,33 @@ def grouped_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str
         if config.simulation_bias:
             shapes[prefix + "expand_bias"] = shapes[prefix + "refine_bias"] = (wide,)
     return shapes
+
+
+def differential_attention(
+    hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig
+) -> torch.Tensor:
+    """out_i = a_2i - σ(x·W_λ)_i·a_(2i+1), with 2N query heads on G keys and values (Diff-Transformer-V2)."""
+    length, batch, _ = hidden_SBH.shape
+    groups, width = config.num_key_value_heads, config.head_dim
+    # Megatron-core keeps each group's queries, key and value together.
+    grouped = (hidden_SBH @ weights["linear_qkv.weight"].T).view(length, batch, groups, -1, width)
+    query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+    query, key = normalize_query_key(query, key, weights, config)
+    query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
+    a = attend(query, key, knock_values(value, weights, config))
+    factors = torch.sigmoid(hidden_SBH @ weights["linear_lambda.weight"].T)
+    heads = [a[:, :, 2 * i] - factors[..., i, None] * a[:, :, 2 * i + 1] for i in range(config.num_heads)]
+    return project(torch.stack(heads, dim=2), hidden_SBH, weights, config)
+
+
+def differential_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the full shapes of the layer's weights, by name."""
+    heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
+    return {
+        "linear_qkv.weight": ((2 * heads + 2 * groups) * width, hidden_size),
+        "linear_proj.weight": (hidden_size, heads * width),
+        "linear_lambda.weight": (heads, hidden_size),
+    }
 
 
 def tensor_product_attention(
@@ -353,5 +304,6 @@ DEFINITIONS: dict[str, Definition] = {
     "sas": _GROUPED,
     "mfa": Definition(factorized_attention, factorized_weight_shapes),
     "tpa": Definition(tensor_product_attention, tensor_product_weight_shapes),
+    "diff": Definition(differential_attention, differential_weight_shapes),
     "mla": Definition(latent_attention, latent_weight_shapes),
 }

@@ -1,9 +1,9 @@
 """Slow, obvious reference implementations of the modifiers of attention, head by head, for tests.
 
-Sources: gates, Qiu et al. 2025 (arXiv 2505.06708; `modeling_qwen3.py` in qiuzh20/gated_attention); knocking heads,
-equation 9 of Zhou et al. 2025 (arXiv 2510.23052); RMSNorm of queries and keys before rotary embeddings, Qwen3
-(same file as the gates); RMSNorm of each head's result with a shared scale, `subln` in Diff-Transformer of
-microsoft/unilm. Weights are full tensors, named as in the layer.
+Sources: gates, Qiu et al. 2025 (arXiv 2505.06708; `modeling_qwen3.py` in qiuzh20/gated_attention); knocking
+heads, equation 9 of Zhou et al. 2025 (arXiv 2510.23052); RMSNorm of queries and keys before rotary
+embeddings, Qwen3 (same file as the gates); RMSNorm of each head's result with a shared scale, `subln` in
+Diff-Transformer of microsoft/unilm. Weights are full tensors, named as in the layer.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 from sas_megatron.attention.sas import simulation_kernels
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.costs import find_misfit, find_unfused_reason
+from sas_megatron.attention.sas.kernel_choice import find_misfit, find_unfused_reason
 from sas_megatron.attention.sas.layer import SimulatedSelfAttention
 from sas_megatron.attention.sas.simulation_kernels import (
     FusedKernels,

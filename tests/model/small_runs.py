@@ -11,7 +11,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
 from tests.run_configs import small_config
 
-KINDS = ("mha", "gqa", "mqa", "mla", "tpa", "mfa", "sas", "sas", "sas")
+KINDS = ("mha", "gqa", "mqa", "diff", "mla", "tpa", "mfa", "sas", "sas", "sas")
 
 
 def sweep(max_examples: int) -> settings:
@@ -49,6 +49,7 @@ def attentions(draw: st.DrawFn, *, backends: tuple[str, ...] = ("unfused",)) -> 
         "num_heads": num_kv_heads * readers,
         "head_dim": head_dim,
         "backend": draw(st.sampled_from(backends)),
+        "rotary": draw(st.sampled_from(["after", "after", "none", *(["before"] if kind == "sas" else [])])),
     }
     if kind == "mla":
         rotary_head_dim = 2 * draw(st.integers(1, 3))
@@ -59,7 +60,7 @@ def attentions(draw: st.DrawFn, *, backends: tuple[str, ...] = ("unfused",)) -> 
             "kv_lora_rank": draw(st.integers(1, 9)),
             "query_lora_rank": draw(st.none() | st.integers(1, 9)),
         }
-    if kind in ("gqa", "sas"):
+    if kind in ("gqa", "diff", "sas"):
         attention["num_kv_heads"] = num_kv_heads
     if kind == "mfa":
         most = attention["num_heads"] * head_dim
@@ -77,6 +78,9 @@ def _simulations(draw: st.DrawFn, head_dim: int) -> dict[str, Any]:
     switches = ("query_heads", "key_heads", "value_heads", "features")
     simulation: dict[str, Any] = {f"simulate_{switch}": draw(st.booleans()) for switch in switches}
     simulation["simulation_bias"] = draw(st.booleans())
+    for activation in ("head_activation", "feature_activation"):
+        simulation[activation] = draw(st.sampled_from(["relu", "gelu", "none"]))
+    simulation["aggregation"] = draw(st.sampled_from(["mean", "rsqrt"]))
     simulation["head_expansion"] = draw(st.integers(1, 3))
     simulation["kernel_size"] = draw(st.sampled_from([1, 3, 5]))
     simulation["exchange"] = draw(st.sampled_from(["auto", "gather", "all_to_all"]))

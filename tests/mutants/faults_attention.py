@@ -15,7 +15,7 @@ MUTANTS = (
     ),
     Mutant(
         "peaa-interleaved-blocks",
-        "sas_megatron.attention.sas.simulated_attention:average_blocks",
+        "sas_megatron.attention.sas.simulated_attention:aggregate_blocks",
         "context_SBMD.unflatten(2, (num_blocks, -1))",
         "context_SBMD.unflatten(2, (-1, num_blocks)).transpose(2, 3)",
         "PEAA averages r adjacent heads instead of r contiguous blocks.",
@@ -29,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         "rotary-width-from-head-dim",
-        "sas_megatron.attention.sas.config:SimulatedAttentionConfig.rotary_width",
+        "sas_megatron.config.attention:AttentionConfig.rotated_head_dim",
         "else self.query_key_dim",
         "else self.head_dim",
         "SAS applies rotary embeddings to D features instead of E.",

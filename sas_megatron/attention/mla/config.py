@@ -88,8 +88,8 @@ class LatentAttentionConfig(AttentionConfig):
     @property
     @override
     def rotary_width(self) -> int:
-        """R, the features of a query/key head with rotary embeddings."""
-        return self.rotary_head_dim
+        """R, the features of a query/key head with rotary embeddings; 0 without rotary embeddings."""
+        return 0 if self.rotary == "none" else self.rotary_head_dim
 
     @property
     @override

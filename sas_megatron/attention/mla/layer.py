@@ -189,9 +189,11 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
     @override
     def rotary_angles(
         self, rotary_pos_emb: torch.Tensor | None, hidden_states: torch.Tensor, cache: KeyValueCache | None
-    ) -> torch.Tensor:
-        """Return the angles of the layer's own rotary embedding."""
+    ) -> torch.Tensor | None:
+        """Return the angles of the layer's own rotary embedding; None to apply none."""
         assert rotary_pos_emb is None, "latent attention computes its own rotary angles"
+        if not self.has_rotary_embeddings:
+            return None
         if cache is None:
             num_positions = self.rotary_pos_emb.get_rotary_seq_len(
                 None, None, hidden_states, self.config, None
@@ -241,7 +243,8 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
     @override
     def rotate(self, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
         """Apply rotary embeddings to the last R features of heads [S, B, N/P, D + R]."""
-        assert rope is not None, "latent attention computes its own rotary angles"
+        if rope is None:
+            return heads
         apply_rope = _rotate_neighbours if rope.shape[1] > 1 else self.apply_rope
         widths = [self.config.qk_head_dim, self.config.qk_pos_emb_head_dim]
         first, rotary = heads.split(widths, dim=-1)

@@ -13,7 +13,7 @@ import torch
 from typing_extensions import override
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.costs import find_misfit, find_unfused_reason
+from sas_megatron.attention.sas.kernel_choice import find_misfit, find_unfused_reason
 from sas_megatron.attention.sas.simulated_attention import (
     ResidualMapWeights,
     simulate_features,
@@ -117,7 +117,13 @@ class PlainKernels(SimulationKernels):
             if map_weights is None:
                 simulated.append(heads_TND[:, selected])
             else:
-                simulated.append(simulate_heads(heads_TND, map_weights, base_heads=selected))
+                heads = simulate_heads(
+                    heads_TND,
+                    map_weights,
+                    activation=self.attention.head_activation,
+                    base_heads=selected,
+                )
+                simulated.append(heads)
         return simulated
 
     @override
@@ -131,7 +137,8 @@ class PlainKernels(SimulationKernels):
         source: HeadSource | None,
     ) -> torch.Tensor:
         assert rope is None, "torch's operations do not apply rotary embeddings"
-        return simulate_features(heads_TMD, weights[f"features.{name}"])
+        activation = self.attention.feature_activation
+        return simulate_features(heads_TMD, weights[f"features.{name}"], activation=activation)
 
 
 class FusedKernels(SimulationKernels):

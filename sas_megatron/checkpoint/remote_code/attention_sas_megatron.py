@@ -3,7 +3,7 @@
     hidden [B, S, H] -> project: queries, and the tensors that the KV cache stores of each token
         -> the KV cache: these tensors of all T tokens, previous ones included
         -> expand: keys and values of all T tokens
-        -> softmax attention over M heads -> the average over the r blocks of SAS -> output projection
+        -> softmax attention over M heads -> aggregation of the r blocks of SAS -> output projection
 
 Letters: B sequences, S new tokens, T all tokens, H hidden size, N and G query and key/value heads, D features
 of a head; for SAS (arXiv 2507.07694) r blocks, M = r·N simulated heads and E simulated features; R features
@@ -21,7 +21,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .configuration_sas_megatron import SASMegatronConfig
-from .simulated_attention import Simulation, SimulationShape, average_blocks
+from .simulated_attention import Simulation, SimulationShape, aggregate_blocks
 
 
 class RopeCosSin(NamedTuple):
@@ -88,6 +88,7 @@ class GroupedAttention(nn.Module):
     """
 
     num_blocks = 1
+    aggregation = "mean"
     linear_qkv: Any
 
     def __init__(self, config: SASMegatronConfig, layer_index: int) -> None:
@@ -116,8 +117,10 @@ class GroupedAttention(nn.Module):
         kept_key, kept_value = kept
         key, value = self.expand(kept_key, kept_value, positions.rope_of_all)
         context = attend(query, key, value, positions.allowed)
-        averaged = average_blocks(context.permute(2, 0, 1, 3), self.num_blocks).transpose(0, 1)
-        projected: torch.Tensor = self.linear_proj(averaged.flatten(2))
+        aggregated = aggregate_blocks(
+            context.permute(2, 0, 1, 3), self.num_blocks, aggregation=self.aggregation
+        ).transpose(0, 1)
+        projected: torch.Tensor = self.linear_proj(aggregated.flatten(2))
         return projected
 
     def base_heads(self, hidden: torch.Tensor) -> list[torch.Tensor]:
@@ -146,7 +149,8 @@ class SimulatedAttention(GroupedAttention):
     def build_projections(self, config: SASMegatronConfig, fields: dict[str, Any]) -> None:
         """Build the fused projection and the simulation."""
         super().build_projections(config, fields)
-        self.num_blocks = fields["head_expansion"]
+        self.num_blocks, self.aggregation = fields["head_expansion"], fields["aggregation"]
+        self.rotates_base_heads = fields["rotary"] == "before"
         self.caches_simulated = config.cache_simulated_heads
         base = {"query": self.num_heads, "key": self.num_groups, "value": self.num_groups}
         self.simulation = Simulation(
@@ -157,25 +161,32 @@ class SimulatedAttention(GroupedAttention):
                 head_dim=self.head_dim,
                 simulated_head_dim=fields["simulated_head_dim"] if fields["simulate_features"] else None,
                 bias=fields["simulation_bias"],
+                head_activation=fields["head_activation"],
+                feature_activation=fields["feature_activation"],
             )
         )
 
-    def simulate(self, name: str, heads: torch.Tensor) -> torch.Tensor:
-        """Simulate heads and features of the query, key or value from base heads [B, heads, S, D]."""
+    def simulate(self, name: str, heads: torch.Tensor, rope: RopeCosSin | None = None) -> torch.Tensor:
+        """Simulate heads and features of the query, key or value from base heads [B, heads, S, D].
+
+        `rope` is for simulated queries and keys; it is not applied if base heads have rotary embeddings.
+        """
         # The simulation takes tokens first: [B·S, heads, D].
         simulated = self.simulation(name, heads.transpose(1, 2).flatten(0, 1))
-        by_sequence: torch.Tensor = simulated.unflatten(0, (heads.shape[0], -1))
-        return by_sequence.transpose(1, 2)
+        by_sequence: torch.Tensor = simulated.unflatten(0, (heads.shape[0], -1)).transpose(1, 2)
+        return by_sequence if rope is None or self.rotates_base_heads else apply_rope(by_sequence, rope)
 
     def project(self, hidden: torch.Tensor, rope: RopeCosSin) -> tuple[torch.Tensor, ...]:
         """Return simulated queries, and base keys and values, or simulated ones if these are cached.
 
-        Rotary embeddings are applied after the simulation, so base keys are cached without them.
+        If rotary embeddings are applied after the simulation, base keys are cached without them.
         """
         query, key, value = self.base_heads(hidden)
+        if self.rotates_base_heads:
+            query, key = apply_rope(query, rope), apply_rope(key, rope)
         if self.caches_simulated:
-            key, value = apply_rope(self.simulate("key", key), rope), self.simulate("value", value)
-        return apply_rope(self.simulate("query", query), rope), key, value
+            key, value = self.simulate("key", key, rope), self.simulate("value", value)
+        return self.simulate("query", query, rope), key, value
 
     def expand(
         self, key: torch.Tensor, value: torch.Tensor, rope: RopeCosSin
@@ -183,7 +194,7 @@ class SimulatedAttention(GroupedAttention):
         """Simulate the cached keys and values, unless they are simulated already."""
         if self.caches_simulated:
             return key, value
-        return apply_rope(self.simulate("key", key), rope), self.simulate("value", value)
+        return self.simulate("key", key, rope), self.simulate("value", value)
 
 
 class LatentAttention(GroupedAttention):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.costs import SHARED_MEMORY_BYTES, count_shared_memory_bytes
+from sas_megatron.attention.sas.kernel_choice import SHARED_MEMORY_BYTES, count_shared_memory_bytes
 from tests.conftest import ROOT
 from tests.selection import exhaustive
 

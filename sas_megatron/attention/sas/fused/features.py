@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from sas_megatron.attention.sas.costs import TILE_ROWS, padded_size, split_size
 from sas_megatron.attention.sas.fused import feature_kernels
+from sas_megatron.attention.sas.kernel_choice import TILE_ROWS, padded_size, split_size
 from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
 
 # Triton's interpreter runs programs one after another; a few are enough to test that they share the work.
