@@ -34,6 +34,7 @@ from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.kv_cache import KeyValueCache
 from sas_megatron.attention.modifiers import AttentionModifiers, Weights
 from sas_megatron.config.attention import AttentionConfig, resolve_part
+from sas_megatron.config.errors import FieldError
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
 
@@ -264,7 +265,16 @@ def resolve_layer(attention: AttentionConfig) -> type[AttentionLayer]:
     """Return the layer class of an attention's kind.
 
     Raises:
-        FieldError: The kind is unknown, or its package registers it by the former contract.
+        FieldError: The kind is unknown, its package registers it by the former contract, or its layer does
+            not support QK-norm.
     """
     layer: type[AttentionLayer] = resolve_part(attention.kind, "layer")
+    if attention.qk_norm and not attention.uses_model_rotary and layer.rotate is AttentionLayer.rotate:
+        raise FieldError(
+            "attention.qk_norm",
+            True,
+            f"is not supported by attention.kind={attention.kind}, whose layer has its own rotary embeddings "
+            "and no method `rotate` that applies them to normalized heads",
+            "set attention.qk_norm=false, or use another kind",
+        )
     return layer

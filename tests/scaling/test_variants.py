@@ -71,5 +71,5 @@ def test_file_without_attention_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(UserError, match=r"attention\.kind=ring: is not a known variant; use one of gqa, mfa"):
+    with pytest.raises(UserError, match=r"attention\.kind=ring: is not a known variant; use one of diff"):
         build_variant(build_config(), "ring")
