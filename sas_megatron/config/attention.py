@@ -90,13 +90,13 @@ class AttentionConfig(Section):
         default=None, description="G, the number of key/value heads; null: equal to num_heads."
     )
     head_dim: int = Field(description="D, the number of features of a head.")
-    rotary_dim: int | None = Field(
-        default=None, description="Features of a query/key head with rotary embeddings; null: all."
-    )
     rotary: Literal["after", "before", "none"] = Field(
         default="after",
         description="Rotary embeddings of queries and keys. after: on the heads of core attention; before: "
         "on base heads, before SAS simulates heads from them; none: no position embeddings.",
+    )
+    rotary_dim: int | None = Field(
+        default=None, description="Features of a query/key head with rotary embeddings; null: all."
     )
     dropout: float = Field(default=0.0, description="Dropout probability of attention weights.")
     backend: Literal["auto", "fused", "unfused", "cudnn"] = Field(

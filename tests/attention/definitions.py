@@ -24,10 +24,9 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """max(x, 0), x·Φ(x) (Hendrycks and Gimpel, arXiv 1606.08415), or x."""
-    if activation == "gelu":
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    return x.clamp(min=0) if activation == "relu" else x
+    """max(x, 0), x·Φ(x) (arXiv 1606.08415), or x."""
+    gelu = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return {"relu": x.clamp(min=0), "gelu": gelu, "none": x}[activation]
 
 
 def simulate_heads(
@@ -106,10 +105,7 @@ def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.T
 def grouped_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig, *, rotary: bool = True
 ) -> torch.Tensor:
-    """Grouped-query attention and SAS: project, simulate, rotate, attend, project and aggregate each block.
-
-    SAS may rotate before it simulates.
-    """
+    """Grouped-query attention and SAS: project, simulate, rotate, attend, project each block, aggregate."""
     length, batch, _ = hidden_SBH.shape
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
     columns = hidden_SBH @ weights["linear_qkv.weight"].T
@@ -122,19 +118,17 @@ def grouped_attention(
     }
     blocks, divisor = 1, 1.0
     if rotary and config.rotary == "before":
-        for name in ("query", "key"):
-            heads_SBND = base[name].view(length, batch, -1, width)
-            base[name] = rotate(heads_SBND, config.rotary_width).flatten(0, 1)
         rotary = False
+        for name in ("query", "key"):
+            base[name] = rotate(base[name].view(length, batch, -1, width), config.rotary_width).flatten(0, 1)
     if isinstance(config, SimulatedAttentionConfig):
         blocks = config.head_expansion
-        divisor = {"mean": float(blocks), "rsqrt": math.sqrt(blocks)}[config.aggregation]
+        divisor = {"mean": blocks, "rsqrt": math.sqrt(blocks)}[config.aggregation]
         switches = config.head_simulations()
         for name, x_TND in base.items():
+            is_on, activation = name in switches, config.head_activation
             base[name] = (
-                simulate_heads(x_TND, weights, name, config.head_activation)
-                if name in switches
-                else x_TND.repeat(1, blocks, 1)
+                simulate_heads(x_TND, weights, name, activation) if is_on else x_TND.repeat(1, blocks, 1)
             )
         if config.simulate_features:
             for name in ("query", "key"):
@@ -179,9 +173,8 @@ def latent_attention(
     down = weights["linear_kv_down_proj.weight"]
     latent = hidden_SBH @ down[: config.kv_lora_rank].T
     latent = root_mean_square_norm(latent, weights["kv_layernorm.weight"])
-    rotary_key = (hidden_SBH @ down[config.kv_lora_rank :].T)[:, :, None]
-    if config.rotary != "none":
-        rotary_key = rotate_neighbours(rotary_key)
+    rotated: Callable[..., torch.Tensor] = rotate_neighbours if config.rotary == "after" else lambda x: x
+    rotary_key = rotated((hidden_SBH @ down[config.kv_lora_rank :].T)[:, :, None])
     queries, keys, values = [], [], []
     for of_query, of_key_value in zip(
         query_up.chunk(config.num_heads),
@@ -189,9 +182,7 @@ def latent_attention(
         strict=True,
     ):
         query = query_latent @ of_query.T
-        rotary_query = query[:, :, config.head_dim :]
-        if config.rotary != "none":
-            rotary_query = rotate_neighbours(rotary_query[:, :, None])[:, :, 0]
+        rotary_query = rotated(query[:, :, None, config.head_dim :])[:, :, 0]
         queries.append(torch.cat([query[:, :, : config.head_dim], rotary_query], dim=-1))
         key, value = of_key_value[: config.head_dim], of_key_value[config.head_dim :]
         keys.append(torch.cat([latent @ key.T, rotary_key[:, :, 0]], dim=-1))
