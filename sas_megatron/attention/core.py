@@ -234,7 +234,6 @@ def build_self_attention_spec(
     /,
     *,
     module: type[SelfAttention],
-    num_blocks: int = 1,
     aggregation: str = "mean",
     linear_qkv: Callable[..., Any] = ColumnParallelLinear,
     **module_options: object,
@@ -244,8 +243,7 @@ def build_self_attention_spec(
     Args:
         attention: The attention's config.
         module: Megatron-core's `SelfAttention` or a subclass.
-        num_blocks: r, the number of blocks of simulated heads that are aggregated.
-        aggregation: How they are aggregated, `mean` or `rsqrt` (see `aggregate_blocks`).
+        aggregation: How blocks of simulated heads are aggregated, `mean` or `rsqrt` (`aggregate_blocks`).
         linear_qkv: Builds the projection of hidden states, given the arguments of a `ColumnParallelLinear`;
             a different projection needs a `module` that reads it.
         module_options: Further arguments of `module`.
@@ -260,7 +258,10 @@ def build_self_attention_spec(
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear_qkv,
             core_attention=functools.partial(
-                CoreAttention, attention=attention, num_blocks=num_blocks, aggregation=aggregation
+                CoreAttention,
+                attention=attention,
+                num_blocks=attention.num_blocks,
+                aggregation=aggregation,
             ),
             linear_proj=RowParallelLinear,
         ),

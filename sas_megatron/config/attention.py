@@ -22,6 +22,8 @@ Part = Literal["config", "costs", "layer"]
 # Another package registers the kind `name` by three entry points of this group, `name.config`, `name.costs`
 # and `name.layer`. docs/own_attention has an example.
 ENTRY_POINT_GROUP = "sas_megatron.attention"
+# Fields of the modifiers, which every variant supports (attention/modifiers.py); all are off by default.
+MODIFIERS = ("qk_norm", "knocking_heads", "output_norm", "output_gate")
 
 
 class VariantNames(NamedTuple):
@@ -91,13 +93,13 @@ class AttentionConfig(Section):
         default=None, description="G, the number of key/value heads; null: equal to num_heads."
     )
     head_dim: int = Field(description="D, the number of features of a head.")
-    rotary_dim: int | None = Field(
-        default=None, description="Features of a query/key head with rotary embeddings; null: all."
-    )
     rotary: Literal["after", "before", "none"] = Field(
         default="after",
         description="Rotary embeddings of queries and keys. after: on the heads of core attention; before: "
         "on base heads, before SAS simulates heads from them; none: no position embeddings.",
+    )
+    rotary_dim: int | None = Field(
+        default=None, description="Features of a query/key head with rotary embeddings; null: all."
     )
     dropout: float = Field(default=0.0, description="Dropout probability of attention weights.")
     backend: Literal["auto", "fused", "unfused", "cudnn"] = Field(
@@ -217,7 +219,7 @@ class AttentionConfig(Section):
     @property
     def is_modified(self) -> bool:
         """Whether any modifier is on."""
-        return self.qk_norm or self.knocking_heads or self.output_norm or self.output_gate != "none"
+        return any(getattr(self, name) not in (False, "none") for name in MODIFIERS)
 
     def check_tensor_parallel(self, tensor: int) -> None:
         """Check that the heads can be sharded over `tensor` ranks.

@@ -48,10 +48,10 @@ def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     """Draw all weights of a model chunk in place.
 
     Matrices are drawn from N(0, σ) with σ = `model.init_std`, and those at the end of a residual branch by
-    `model.output_init`: from N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2), or from N(0, 2/(layers·√H))
-    (Wang and Komatsuzaki 2021, GPT-J; `wang_init` of GPT-NeoX). Norms are 1 and biases 0. The simulation
-    follows `attention.initialization`, the modifiers of attention `_MODIFIER_WEIGHTS`, and other weights of
-    the attention `AttentionConfig.initial_weights`.
+    `model.output_init`: from N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2), from N(0, 2/(layers·√H))
+    (Wang and Komatsuzaki 2021, GPT-J; `wang_init` of GPT-NeoX), or from N(0, σ) as well. Norms are 1 and
+    biases 0. The simulation follows `attention.initialization`, the modifiers of attention
+    `_MODIFIER_WEIGHTS`, and other weights of the attention `AttentionConfig.initial_weights`.
     """
     _initialize(model, config, functools.partial(global_name, model))
 
@@ -132,7 +132,8 @@ def _initial_weights(name: str, full_shape: tuple[int, ...], config: RunConfig) 
     if initial is not None:
         return initial
     model = config.model
-    if not name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    ends_branch = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    if not ends_branch or model.output_init == "normal":
         return InitialWeights("normal", model.init_std)
     if model.output_init == "wang":
         return InitialWeights("normal", 2 / (model.num_layers * math.sqrt(model.hidden_size)))

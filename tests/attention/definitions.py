@@ -40,10 +40,7 @@ from tests.attention.step_definitions import (
 def grouped_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig, *, rotary: bool = True
 ) -> torch.Tensor:
-    """Grouped-query attention and SAS: project, simulate, rotate, attend, project and aggregate each block.
-
-    SAS may rotate before it simulates.
-    """
+    """Grouped-query attention and SAS: project, simulate, rotate, attend, project each block, aggregate."""
     length, batch, _ = hidden_SBH.shape
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
     columns = hidden_SBH @ weights["linear_qkv.weight"].T
@@ -56,19 +53,17 @@ def grouped_attention(
     }
     blocks, divisor = 1, 1.0
     if rotary and config.rotary == "before":
-        for name in ("query", "key"):
-            heads_SBND = base[name].view(length, batch, -1, width)
-            base[name] = rotate(heads_SBND, config.rotary_width).flatten(0, 1)
         rotary = False
+        for name in ("query", "key"):
+            base[name] = rotate(base[name].view(length, batch, -1, width), config.rotary_width).flatten(0, 1)
     if isinstance(config, SimulatedAttentionConfig):
         blocks = config.head_expansion
-        divisor = {"mean": float(blocks), "rsqrt": math.sqrt(blocks)}[config.aggregation]
+        divisor = {"mean": blocks, "rsqrt": math.sqrt(blocks)}[config.aggregation]
         switches = config.head_simulations()
         for name, x_TND in base.items():
+            is_on, activation = name in switches, config.head_activation
             base[name] = (
-                simulate_heads(x_TND, weights, name, config.head_activation)
-                if name in switches
-                else x_TND.repeat(1, blocks, 1)
+                simulate_heads(x_TND, weights, name, activation) if is_on else x_TND.repeat(1, blocks, 1)
             )
         if config.simulate_features:
             for name in ("query", "key"):

@@ -13,10 +13,9 @@ from tests.attention.modifier_definitions import Weights
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """max(x, 0), x·Φ(x) (Hendrycks and Gimpel, arXiv 1606.08415), or x."""
-    if activation == "gelu":
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    return x.clamp(min=0) if activation == "relu" else x
+    """max(x, 0), x·Φ(x) (arXiv 1606.08415), or x."""
+    gelu = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return {"relu": x.clamp(min=0), "gelu": gelu, "none": x}[activation]
 
 
 def simulate_heads(

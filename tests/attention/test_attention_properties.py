@@ -33,7 +33,13 @@ VARIANTS: dict[str, small.Attention] = {
     "mla without rotary": {**small.MLA, "rotary": "none"},
     "mfa without rotary": {**small.MFA, "rotary": "none"},
     "tpa without rotary": {**small.TPA, "rotary": "none"},
-    "sas rotary before": {**small.SAS_GROUPED, "rotary": "before", "aggregation": "rsqrt"},
+    # Without biases, of which those of keys have no effect (and gradients of 0) without a later rotation.
+    "sas rotary before": {
+        **small.SAS_GROUPED,
+        "rotary": "before",
+        "aggregation": "rsqrt",
+        "simulation_bias": False,
+    },
 }
 
 

@@ -29,6 +29,14 @@ ATTENTIONS: dict[str, small.Attention] = {
         "simulation_bias": False,
         "rotary_dim": 8,
     },
+    "sas-before": {
+        **small.SAS_GROUPED,
+        "rotary": "before",
+        "head_activation": "gelu",
+        "feature_activation": "none",
+        "aggregation": "rsqrt",
+    },
+    "mla-unrotated": {**small.MLA, "rotary": "none"},
     "sas-partly": {**small.SAS, "simulate_key_heads": False, "simulate_features": False},
 }
 # Settings of the rest of the model. With the first, the Llama format can express mha, gqa and mqa.

@@ -181,12 +181,29 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "odd head": (
         {"attention": {**MHA, "head_dim": 7}},
         "attention.head_dim=7: must be even, since rotary embeddings rotate pairs of its features; "
-        "use an even width, or set attention.rotary_dim",
+        "use an even width, or set attention.rotary_dim or attention.rotary=none",
     ),
     "odd simulated head": (
         {"attention": {**SAS, "simulated_head_dim": 13}},
         "attention.simulated_head_dim=13: must be even, since rotary embeddings rotate pairs of its features"
-        "; use an even width, or set attention.rotary_dim",
+        "; use an even width, or set attention.rotary_dim or attention.rotary=none",
+    ),
+    "rotary embeddings before what is not simulated": (
+        {"attention": {**MHA, "rotary": "before"}},
+        "attention.rotary=before: must be after or none with attention.kind=mha; use after",
+    ),
+    "rotary width without rotary embeddings": (
+        {"attention": {**MHA, "rotary": "none", "rotary_dim": 4}},
+        "attention.rotary_dim=4: must be null if attention.rotary=none; omit it",
+    ),
+    "rotary width of base heads": (
+        {"attention": {**SAS, "rotary": "before", "rotary_dim": 12}},
+        "attention.rotary_dim=12: must not exceed the 10 features of a query/key head; use 10 or less",
+    ),
+    "aggregation of identity": (
+        {"attention": {**SAS, "initialization": "identity", "aggregation": "rsqrt"}},
+        "attention.aggregation=rsqrt: must be mean with identity initialization, since the layer starts as "
+        "the base layer; omit it",
     ),
     "rotary width of identity": (
         {"attention": {**SAS, "initialization": "identity", "rotary_dim": 12}},

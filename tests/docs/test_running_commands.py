@@ -36,6 +36,10 @@ COMMANDS = {
         "--max-new-tokens 3",
     ),
     "export.md": ("sas-megatron checkpoint export runs/my_run --output exported/my_run", ""),
+    "initial_weights.md": (
+        "sas-megatron train configs/quickstart_mla.yaml parallel.tensor=1 attention.initialization=authors",
+        "training.num_steps=5 schedule.warmup_steps=2",
+    ),
     "kernels.md": ("python -m tests.attention.fused.compilation 16 3 128 192 3", ""),
     "layouts.md": ("sas-megatron estimate configs/quickstart_sas.yaml --world-size 2 --validate", ""),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),

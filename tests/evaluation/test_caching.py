@@ -76,6 +76,7 @@ CASES = {
     "sas-simulated": {**small.SAS, "kv_cache": "simulated"},
     "sas-grouped-simulated": {**ATTENTIONS["sas-grouped"], "kv_cache": "simulated"},
     "sas-all_to_all-simulated": {**small.SAS_GROUPED, "exchange": "all_to_all", "kv_cache": "simulated"},
+    "sas-before-simulated": {**ATTENTIONS["sas-before"], "kv_cache": "simulated"},
     "sas-multi-query": {**small.SAS, "num_kv_heads": 1},
     "diff": small.DIFF_GROUPED,
     **{
@@ -99,6 +100,7 @@ DEFAULT = [
     *("gqa-partly-rotary", "mqa", "mla", "mfa", "tpa", "sas-grouped", "sas-partly", "sas-multi-query"),
     *("diff", "gqa-modified", "diff-modified", "mla-modified", "mfa-modified", "tpa-modified"),
     *("sas-modified", "sas-simulated-modified", "sas-before-modified"),
+    *("sas-before", "sas-before-simulated", "mla-unrotated"),
     *("sas-simulated", "sas-grouped-simulated", "sas-all_to_all-simulated", "sas-only-features"),
 ]
 

@@ -31,6 +31,16 @@ ATTENTIONS: dict[str, small.Attention] = {
     "mfa": small.MFA,
     "tpa": small.TPA,
     "tpa-kv": small.TPA_UNFACTORED_QUERIES,
+    "gqa-unrotated": {**small.GQA, "rotary": "none"},
+    "mla-unrotated": {**small.MLA, "rotary": "none"},
+    "sas-before": {
+        **small.SAS_GROUPED,
+        "rotary": "before",
+        "head_activation": "gelu",
+        "feature_activation": "none",
+        "aggregation": "rsqrt",
+        "exchange": "all_to_all",
+    },
 }
 # The other parts of the model, so that each is tested in each layout.
 PARTS: dict[str, dict[str, Any]] = {
@@ -83,6 +93,7 @@ DEFAULT = (
     "tensor 2-plain-mla",
     "tensor 2-plain-tpa-kv",
     "tensor 2, sequence-biased-gqa",
+    "tensor 2, sequence-plain-mla-unrotated",
     "tensor 2, sequence-plain-sas-grouped-gather",
     "tensor 2, sequence-plain-mla",
     "tensor 2, sequence-biased-mfa",
@@ -103,14 +114,17 @@ DEFAULT = (
     "context 2-plain-tpa-kv",
     "context 2, pipeline 2-biased-mha",
     "context 2, pipeline 2-biased-sas-modified",
+    "context 2, pipeline 2-plain-gqa-unrotated",
     "context 2, pipeline 2-plain-sas-grouped-gather",
     "tensor 2, sequence, pipeline 2 interleaved-biased-tpa",
     "tensor 2, sequence, pipeline 2 interleaved-biased-diff",
     "tensor 2, sequence, pipeline 2 interleaved-plain-sas-all_to_all",
+    "tensor 2, sequence, pipeline 2 interleaved-biased-sas-before",
     "tensor 2, context 2-biased-mqa",
     "tensor 2, context 2-plain-sas-gather",
     "tensor 2, context 2-biased-sas-grouped-all_to_all",
     "tensor 2, context 2-plain-tpa",
+    "tensor 2, context 2-plain-sas-before",
 )
 
 

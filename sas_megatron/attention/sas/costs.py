@@ -1,4 +1,4 @@
-"""Costs of SAS. No torch.
+"""Costs of SAS, and the choice between fused and plain kernels. No torch.
 
 The simulation saves these tensors of a microbatch for its backward pass:
 
@@ -9,7 +9,8 @@ The simulation saves these tensors of a microbatch for its backward pass:
 
 ReLU saves its result only, which the second map reads; GELU saves its input as well.
 
-The fused kernels save the columns of the exchanged tokens, and heads that other ranks have sent.
+The fused kernels save the columns of the exchanged tokens, and heads that other ranks have sent. Whether they
+run (`is_fused`) depends on `attention.kernel`, the device, and the sizes of their tiles.
 """
 
 from __future__ import annotations
@@ -17,13 +18,21 @@ from __future__ import annotations
 from typing_extensions import override
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.kernel_choice import is_fused, taps_at_once
 from sas_megatron.attention.sas.tensor_parallel import exchange_traffic, resolve_exchange
 from sas_megatron.costs.activation_spec import ActivationSpec
 from sas_megatron.costs.attention import AttentionCosts
 from sas_megatron.costs.attention_backend import Device
+from sas_megatron.costs.kernel_tiles import (
+    SHARED_MEMORY_BYTES,
+    TILE_ROWS,
+    padded_size,
+    split_size,
+    taps_at_once,
+)
 from sas_megatron.costs.tensor_traffic import TensorGroup, Traffic, Weight
 
+# Bytes of a bfloat16, the dtype of the fused kernels.
+ELEMENT_BYTES = 2
 # Tensors of a simulation's size that an activation function and the map after it save.
 SAVED_BY_ACTIVATION = {"relu": 1, "gelu": 2, "none": 1}
 
@@ -284,3 +293,54 @@ class SimulationActivations:
             for name, base in self.simulations.items()
             if local[name] > 1
         )
+
+
+def is_fused(attention: SimulatedAttentionConfig, *, device: Device, element_bytes: int) -> bool:
+    """Return whether `attention.kernel` selects the fused kernels, if everything they need is installed."""
+    if attention.kernel == "auto":
+        return find_unfused_reason(attention, device=device, element_bytes=element_bytes) is None
+    return attention.kernel == "fused"
+
+
+def find_unfused_reason(
+    attention: SimulatedAttentionConfig, *, device: Device, element_bytes: int
+) -> str | None:
+    """Return why `attention.kernel=auto` does not select the fused kernels; None if it does."""
+    if device == "cpu":
+        return "the fused kernels need a CUDA device"
+    if element_bytes != ELEMENT_BYTES:
+        return "the fused kernels are made for bfloat16"
+    if attention.unfusable_field is not None:
+        return f"the fused kernels do not support {attention.unfusable_field}"
+    return find_misfit(attention)
+
+
+def find_misfit(attention: SimulatedAttentionConfig) -> str | None:
+    """Return why all weights and a tile do not fit in shared memory; None if they do."""
+    for simulation, needed in count_shared_memory_bytes(attention).items():
+        if needed > SHARED_MEMORY_BYTES:
+            return (
+                f"the fused {simulation} needs {needed // 1024} KiB of shared memory, "
+                f"of which there are {SHARED_MEMORY_BYTES // 1024}"
+            )
+    return None
+
+
+def count_shared_memory_bytes(attention: SimulatedAttentionConfig) -> dict[str, int]:
+    """Return the shared memory of the backward kernels, which need the most, by simulation.
+
+    Counted are all weights, and the tiles of inputs and results. tests/attention/fused checks that the
+    count is at least the compiler's.
+    """
+    needed: dict[str, int] = {}
+    for base in attention.head_simulations().values():
+        few, many = padded_size(base), padded_size(attention.head_expansion * base)
+        rows = max(TILE_ROWS, padded_size(attention.head_dim))
+        weights = attention.kernel_size * many * (few + many)
+        tiles = rows * (2 * many + few)
+        needed["head simulation"] = max(needed.get("head simulation", 0), ELEMENT_BYTES * (weights + tiles))
+    if attention.simulate_features:
+        narrow, (main, rest) = padded_size(attention.head_dim), split_size(attention.query_key_dim)
+        wide = main + rest
+        needed["feature simulation"] = ELEMENT_BYTES * (wide * (narrow + wide) + TILE_ROWS * (narrow + main))
+    return needed

@@ -33,11 +33,7 @@ from torch import nn
 
 DrawGenerator = Callable[[str], torch.Generator]
 # φ by its name in a config. `gelu` is x·Φ(x), without an approximation.
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "none": lambda x: x,
-}
+ACTIVATIONS: dict[str, Callable[..., Any]] = {"relu": F.relu, "gelu": F.gelu, "none": lambda x: x}
 
 
 class ResidualMapWeights(NamedTuple):
@@ -106,28 +102,28 @@ def aggregate_blocks(
     """Aggregate r blocks of heads (PEAA): [S, B, r·N, D] in block-major order -> [S, B, N, D].
 
     In the paper, each block passes through the output projection, and the results are averaged. Projection
-    and average commute, so averaging first saves r - 1 of r projections.
-
-    Args:
-        context_SBMD: The results of attention.
-        num_blocks: r.
-        aggregation: `mean`: the sum over r, as in the paper; `rsqrt`: the sum over √r.
+    and average commute, so averaging first saves r - 1 of r projections. `rsqrt` divides the sum by √r.
     """
     if num_blocks == 1:
         return context_SBMD
-    blocks_SBrND: torch.Tensor = context_SBMD.unflatten(2, (num_blocks, -1))
-    if aggregation == "rsqrt":
-        return blocks_SBrND.sum(dim=2) * num_blocks**-0.5
-    return blocks_SBrND.mean(dim=2)
+    mean_SBND: torch.Tensor = context_SBMD.unflatten(2, (num_blocks, -1)).mean(dim=2)
+    return mean_SBND * num_blocks**0.5 if aggregation == "rsqrt" else mean_SBND
 
 
 class ResidualMap(nn.Module, ABC):
     """The weights of one simulation, and their initialization."""
 
     def __init__(
-        self, expand_shape: Sequence[int], refine_shape: Sequence[int], *, bias: bool, **options: Any
+        self,
+        expand_shape: Sequence[int],
+        refine_shape: Sequence[int],
+        *,
+        bias: bool,
+        activation: str = "relu",
+        **options: Any,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.expand = nn.Parameter(torch.empty(expand_shape, **options))
         self.refine = nn.Parameter(torch.empty(refine_shape, **options))
         self.expand_bias = nn.Parameter(torch.empty(expand_shape[0], **options)) if bias else None
@@ -167,20 +163,10 @@ class ResidualMap(nn.Module, ABC):
 class HeadSimulation(ResidualMap):
     """Simulates r·N heads from N, with kernels of k taps."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        *,
-        expansion: int,
-        kernel_size: int,
-        bias: bool,
-        activation: str = "relu",
-        **options: Any,
-    ) -> None:
+    def __init__(self, num_heads: int, *, expansion: int, kernel_size: int, **options: Any) -> None:
         simulated = num_heads * expansion
         refine_shape = (simulated, simulated, kernel_size)
-        super().__init__((simulated, num_heads, kernel_size), refine_shape, bias=bias, **options)
-        self.activation = activation
+        super().__init__((simulated, num_heads, kernel_size), refine_shape, **options)
 
     def forward(self, heads_TND: torch.Tensor, *, base_heads: slice | None = None) -> torch.Tensor:
         """Apply `simulate_heads` with this module's weights."""
@@ -210,19 +196,11 @@ class FeatureSimulation(ResidualMap):
     """Simulates E features of a head from D; all heads of the query, or of the key, share the weights."""
 
     def __init__(
-        self,
-        head_dim: int,
-        *,
-        simulated_head_dim: int,
-        bias: bool,
-        random_extra_features: bool,
-        activation: str = "relu",
-        **options: Any,
+        self, head_dim: int, *, simulated_head_dim: int, random_extra_features: bool, **options: Any
     ) -> None:
         wide = simulated_head_dim
-        super().__init__((wide, head_dim), (wide, wide), bias=bias, **options)
+        super().__init__((wide, head_dim), (wide, wide), **options)
         self.random_extra_features = random_extra_features
-        self.activation = activation
 
     def forward(self, heads_MD: torch.Tensor) -> torch.Tensor:
         """Apply `simulate_features` with this module's weights."""
@@ -254,8 +232,7 @@ class SimulationShape(NamedTuple):
         head_dim: D, features of a base head.
         simulated_head_dim: E, features of a simulated query or key head; None for no feature simulation.
         bias: Whether the maps have biases.
-        head_activation: φ of the head simulations.
-        feature_activation: φ of the feature simulations.
+        head_activation, feature_activation: φ of the simulations of heads, and of features.
     """
 
     num_heads: Mapping[str, int]
@@ -274,25 +251,20 @@ class Simulation(nn.Module):
     def __init__(self, shape: SimulationShape, **options: Any) -> None:
         super().__init__()
         self.expansion = shape.expansion
-        self.heads = nn.ModuleDict(
-            {
-                name: HeadSimulation(
-                    num_heads,
-                    expansion=shape.expansion,
-                    kernel_size=shape.kernel_size,
-                    bias=shape.bias,
-                    activation=shape.head_activation,
-                    **options,
-                )
-                for name, num_heads in shape.num_heads.items()
-            }
-        )
-        self.features = nn.ModuleDict()
+        options["bias"] = shape.bias
+        self.heads, self.features = nn.ModuleDict(), nn.ModuleDict()
+        for name, num_heads in shape.num_heads.items():
+            self.heads[name] = HeadSimulation(
+                num_heads,
+                expansion=shape.expansion,
+                kernel_size=shape.kernel_size,
+                activation=shape.head_activation,
+                **options,
+            )
         for name in ("query", "key") if shape.simulated_head_dim is not None else ():
             self.features[name] = FeatureSimulation(
                 shape.head_dim,
                 simulated_head_dim=shape.simulated_head_dim or shape.head_dim,
-                bias=shape.bias,
                 random_extra_features=name == "query",
                 activation=shape.feature_activation,
                 **options,

@@ -1,4 +1,4 @@
-"""The two implementations of a layer's simulation: torch's operations, and fused Triton kernels."""
+"""A layer's simulation, and its two implementations: torch's operations, and fused Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import importlib.util
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from typing_extensions import override
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.kernel_choice import find_misfit, find_unfused_reason
+from sas_megatron.attention.sas.costs import find_misfit, find_unfused_reason
 from sas_megatron.attention.sas.simulated_attention import (
     ResidualMapWeights,
+    Simulation,
+    SimulationShape,
     simulate_features,
     simulate_heads,
 )
@@ -49,8 +51,8 @@ class SimulationKernels(ABC):
     Weights are given for all maps of a layer, by `heads.query`, `features.key` and so on.
     """
 
-    # Whether `features` also applies rotary embeddings.
-    applies_rope: ClassVar[bool]
+    # Whether `features` is called, and also applies rotary embeddings.
+    applies_rope = False
 
     def __init__(self, attention: SimulatedAttentionConfig) -> None:
         self.attention = attention
@@ -62,6 +64,17 @@ class SimulationKernels(ABC):
         # Megatron-core's order: for each group its queries, its key, its value.
         grouped = columns_TW.unflatten(1, (groups, queries + 2, self.attention.head_dim))
         return [part.flatten(1, 2) for part in grouped.split([queries, 1, 1], dim=2)]
+
+    def rotate_columns(
+        self, columns_TW: torch.Tensor, rotate: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return projected columns whose queries and keys, [T, heads, D], have passed through `rotate`."""
+        groups = self.attention.num_key_value_heads
+        grouped = columns_TW.unflatten(1, (groups, -1, self.attention.head_dim))
+        # In each group, the queries and the key precede the value.
+        rotary, value = grouped.split([grouped.shape[2] - 1, 1], dim=2)
+        rotated = rotate(rotary.flatten(1, 2)).view(rotary.shape)
+        return torch.cat([rotated, value], dim=2).flatten(1)
 
     @abstractmethod
     def heads(
@@ -101,8 +114,6 @@ class SimulationKernels(ABC):
 
 class PlainKernels(SimulationKernels):
     """Convolutions and linear maps of torch."""
-
-    applies_rope = False
 
     @override
     def heads(
@@ -144,10 +155,9 @@ class PlainKernels(SimulationKernels):
 class FusedKernels(SimulationKernels):
     """Triton kernels. The backward pass recomputes intermediate tensors from the projected columns."""
 
-    applies_rope = True
-
     def __init__(self, attention: SimulatedAttentionConfig) -> None:
         super().__init__(attention)
+        self.applies_rope = attention.simulate_features
         # Imported here, since only these kernels need Triton.
         from sas_megatron.attention.sas.fused import features, heads
 
@@ -207,6 +217,23 @@ class FusedKernels(SimulationKernels):
             return heads if saved else heads.repeat(1, self.attention.head_expansion, 1)
 
         return self._features.Recomputation(compute, (source.columns, *(map_weights or ())))
+
+
+def build_simulation(
+    attention: SimulatedAttentionConfig, *, dtype: torch.dtype, device: torch.device | int
+) -> Simulation:
+    """Build the simulation of a layer, with uninitialized weights."""
+    shape = SimulationShape(
+        num_heads=attention.head_simulations(),
+        expansion=attention.head_expansion,
+        kernel_size=attention.kernel_size,
+        head_dim=attention.head_dim,
+        simulated_head_dim=attention.query_key_dim if attention.simulate_features else None,
+        bias=attention.simulation_bias,
+        head_activation=attention.head_activation,
+        feature_activation=attention.feature_activation,
+    )
+    return Simulation(shape, dtype=dtype, device=device)
 
 
 def check_kernel(attention: SimulatedAttentionConfig) -> None:

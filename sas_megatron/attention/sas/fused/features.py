@@ -20,8 +20,8 @@ import torch
 import triton.language as tl
 
 from sas_megatron.attention.sas.fused import feature_kernels
-from sas_megatron.attention.sas.kernel_choice import TILE_ROWS, padded_size, split_size
 from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
+from sas_megatron.costs.kernel_tiles import TILE_ROWS, padded_size, split_size
 
 # Triton's interpreter runs programs one after another; a few are enough to test that they share the work.
 INTERPRETED_PROGRAMS = 3
