@@ -12,7 +12,7 @@ import torch
 
 from sas_megatron.checkpoint.hf_config import HFConfig
 from sas_megatron.checkpoint.tensor_files import NamedTensors
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import MODIFIERS, AttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
 
@@ -43,6 +43,10 @@ def find_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | None:
         "attention.kind": (attention.kind, attention.kind in ("mha", "gqa", "mqa")),
         "attention.rotary": (attention.rotary, attention.rotary == "after"),
         "attention.rotary_dim": (attention.rotary_dim, attention.rotary_width == attention.head_dim),
+        **{
+            f"attention.{name}": (getattr(attention, name), getattr(attention, name) in (False, "none"))
+            for name in MODIFIERS
+        },
         "model.normalization": (model.normalization, model.normalization == "rmsnorm"),
         "model.activation": (model.activation, model.activation == "swiglu"),
         # transformers 5 rejects sizes that num_heads does not divide, although its Llama could compute them.

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention_sas_megatron import ATTENTIONS, Positions, RopeCosSin
+from .attention_sas_megatron import ATTENTIONS
+from .attention_steps_sas_megatron import Positions, RopeCosSin
 from .configuration_sas_megatron import SASMegatronConfig
 
 # The name of the cache in transformers' arguments and results; `cache` from 5.24 on.
