@@ -149,7 +149,7 @@ class AttentionLayer:
         *,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
-        """Return the result of core attention, [S, B, N/P·V]."""
+        """Return the result of core attention, [S, B, N/P·D]."""
         if cache is None and self.checkpoint_core_attention and self.training:  # type: ignore[attr-defined]
             context: torch.Tensor = self._checkpointed_attention_forward(  # type: ignore[attr-defined]
                 query, key, value, attention_mask
@@ -171,7 +171,7 @@ class AttentionLayer:
         return type(self).expand is not AttentionLayer.expand
 
     def reduce_heads(self, context: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return N/P heads [S, B, N/P·V] from the result of core attention; by default the result itself.
+        """Return N/P heads [S, B, N/P·D] from the result of core attention; by default the result itself.
 
         Args:
             context: The result of core attention.

@@ -1,9 +1,9 @@
 """The modifiers of attention, which all variants support: each is off by default.
 
-    queries [S, B, M, E], keys [T, B, G, E], values [T, B, G, V] of this rank's heads, from the variant
+    queries [S, B, M, E], keys [T, B, G, E], values [T, B, G, D] of this rank's heads, from the variant
       -> QK-norm (`qk_norm`): RMSNorm of each query and each key head; then rotary embeddings
       -> knocking heads (`knocking_heads`): a gated map of each value head, the same for all heads
-      -> core attention, and for SAS the average over its blocks            [S, B, N, V]
+      -> core attention, and for SAS the aggregation of its blocks        [S, B, N, D]
       -> output norm (`output_norm`): RMSNorm of each head
       -> output gate (`output_gate`): a factor σ(X·W), with X the layer's input
       -> output projection
@@ -61,7 +61,7 @@ class AttentionModifiers(nn.Module):
             self.query_norm = nn.Parameter(torch.empty(attention.query_key_dim, **options))
             self.key_norm = nn.Parameter(torch.empty(attention.query_key_dim, **options))
         if attention.knocking_heads:
-            # Up, gate and down map [.., V] from the right, as in the paper: V·W.
+            # Up, gate and down, [D, D], are applied from the right, as in the paper.
             maps = {name: torch.empty(width, width, **options) for name in ("up", "gate", "down")}
             self.knocking = nn.ParameterDict(maps)
         if attention.output_norm:
@@ -99,16 +99,16 @@ class AttentionModifiers(nn.Module):
         """Return keys with RMSNorm over the E features of each head."""
         return normalize_heads(key_TBGE, weights["key_norm"], self.epsilon)
 
-    def knock_values(self, value_TBGV: torch.Tensor, weights: Weights) -> torch.Tensor:
+    def knock_values(self, value_TBGD: torch.Tensor, weights: Weights) -> torch.Tensor:
         """Return Ṽ = 2·[V·W_up ⊙ σ(V·W_gate)]·W_down for each value head, or the values if this is off."""
         if not self.attention.knocking_heads:
-            return value_TBGV
+            return value_TBGD
         maps = (weights[f"knocking.{name}"] for name in ("up", "gate", "down"))
-        knocked: torch.Tensor = _KnockHeads.apply(value_TBGV, *maps)
+        knocked: torch.Tensor = _KnockHeads.apply(value_TBGD, *maps)
         return knocked
 
     def normalize_output(self, context_SBW: torch.Tensor, weights: Weights) -> torch.Tensor:
-        """Return the result of core attention, W = N/P·V, with RMSNorm over each head, or as it is."""
+        """Return the result of core attention, W = N/P·D, with RMSNorm over each head, or as it is."""
         if not self.attention.output_norm:
             return context_SBW
         heads = context_SBW.unflatten(-1, (-1, self.attention.value_width))
@@ -120,7 +120,7 @@ class AttentionModifiers(nn.Module):
         Saved for the backward pass: Y and the sigmoids.
 
         Args:
-            context_SBW: Y, [S, B, N/P·V].
+            context_SBW: Y, [S, B, N/P·D].
             hidden_states: X, the layer's input [S, B, H], or [S/P, B, H] under sequence parallelism.
         """
         if self.attention.output_gate == "none":

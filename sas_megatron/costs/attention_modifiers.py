@@ -2,11 +2,11 @@
 
     term             weights                          FLOPs of a token
     qk_norm          2·E                              none, since it is element-wise
-    knocking_heads   3·V²                             2·3·V² per value head
-    output_norm      V                                none, since it is element-wise
-    output_gate      headwise H·N, elementwise H·N·V  2 per weight
+    knocking_heads   3·D²                             2·3·D² per value head
+    output_norm      D                                none, since it is element-wise
+    output_gate      headwise H·N, elementwise H·N·D  2 per weight
 
-V is the width of a value head. For SAS, the value heads are the simulated ones. Tensor ranks sum the
+D is the width of a value head. For SAS, the value heads are the simulated ones. Tensor ranks sum the
 gradients of the first three, and send the N columns of headwise gates; elementwise gates are a
 column-parallel projection, whose input is sent again.
 """

@@ -81,10 +81,10 @@ def grouped_attention(
 
 
 def project(
-    context_SBNV: torch.Tensor, hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig
+    context_SBND: torch.Tensor, hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig
 ) -> torch.Tensor:
     """Modify the result of attention, and apply the output projection."""
-    context = modify_output(context_SBNV, hidden_SBH, weights, config)
+    context = modify_output(context_SBND, hidden_SBH, weights, config)
     return context.flatten(2) @ weights["linear_proj.weight"].T
 
 

@@ -37,21 +37,21 @@ def normalize_query_key(
     return normalized[0], normalized[1]
 
 
-def knock_values(value_SBGV: torch.Tensor, weights: Weights, config: AttentionConfig) -> torch.Tensor:
+def knock_values(value_SBGD: torch.Tensor, weights: Weights, config: AttentionConfig) -> torch.Tensor:
     """Ṽ_h = 2·(V_h·W_up ⊙ σ(V_h·W_gate))·W_down for each value head h if `knocking_heads` is on."""
     if not config.knocking_heads:
-        return value_SBGV
+        return value_SBGD
     up, gate, down = (weights[f"{PREFIX}knocking.{name}"] for name in ("up", "gate", "down"))
-    knocked = [2 * ((v @ up) * torch.sigmoid(v @ gate)) @ down for v in value_SBGV.unbind(2)]
+    knocked = [2 * ((v @ up) * torch.sigmoid(v @ gate)) @ down for v in value_SBGD.unbind(2)]
     return torch.stack(knocked, dim=2)
 
 
 def modify_output(
-    context_SBNV: torch.Tensor, hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig
+    context_SBND: torch.Tensor, hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig
 ) -> torch.Tensor:
     """Y_h = norm(Y_h)·γ, then Y_h ⊙ σ(X·W_h), with one gate for the head or one for each feature."""
     outputs = []
-    for head, y in enumerate(context_SBNV.unbind(2)):
+    for head, y in enumerate(context_SBND.unbind(2)):
         if config.output_norm:
             y = root_mean_square_norm(y, weights[PREFIX + "output_norm"])
         if config.output_gate != "none":

@@ -42,6 +42,10 @@ COMMANDS = {
     ),
     "kernels.md": ("python -m tests.attention.fused.compilation 16 3 128 192 3", ""),
     "layouts.md": ("sas-megatron estimate configs/quickstart_sas.yaml --world-size 2 --validate", ""),
+    "modifiers.md": (
+        "sas-megatron train configs/quickstart_gated.yaml parallel.tensor=1",
+        "training.num_steps=5 schedule.warmup_steps=2",
+    ),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),
     "speed.md": ("sas-megatron bench attention", "--repeats 1"),
     "studies.md": ("sas-megatron study plan configs/studies/python.yaml", ""),
