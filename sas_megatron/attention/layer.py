@@ -131,7 +131,7 @@ class AttentionLayer:
 
         caches_modified = cache is not None and not self.expands_cache
         if caches_modified:
-            kept = modify(*kept, rope=new_rope)
+            kept = modify(kept[0], kept[1], new_rope)
         if cache is not None:
             kept = cache.update(self.layer_number, kept)
             rope = None if rope is None else rope[: cache.num_slots]

@@ -130,7 +130,8 @@ class AttentionModifiers(nn.Module):
             return context_SBW * torch.sigmoid(columns)
         gates_SBN = torch.sigmoid(self.output_gate(hidden_states))
         heads = context_SBW.unflatten(-1, (-1, self.attention.value_width))
-        return (heads * gates_SBN.unsqueeze(-1)).flatten(2)
+        gated: torch.Tensor = (heads * gates_SBN.unsqueeze(-1)).flatten(2)
+        return gated
 
 
 class HeadColumns(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention import KINDS, MODIFIERS
 from sas_megatron.config.errors import UserError
 from sas_megatron.scaling.variants import build_variant
 from tests.scaling.conftest import build_config
@@ -40,6 +40,18 @@ def test_groups_dropout_and_backend_of_the_base_are_kept() -> None:
     _, variant = build_variant(base, "sas")
     assert variant.attention.num_kv_heads == 3
     assert (variant.attention.dropout, variant.attention.backend) == (0.25, "unfused")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modifiers_of_the_base_are_kept_by_every_kind(kind: str) -> None:
+    base = build_config(attention__qk_norm=True, attention__output_gate="headwise")
+    _, variant = build_variant(base, kind)
+    assert {name: getattr(variant.attention, name) for name in MODIFIERS} == {
+        "qk_norm": True,
+        "knocking_heads": False,
+        "output_norm": False,
+        "output_gate": "headwise",
+    }
 
 
 @pytest.mark.parametrize(

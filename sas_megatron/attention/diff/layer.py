@@ -63,4 +63,5 @@ class DifferentialSelfAttention(SelfAttentionLayer):
         factors_SBN1 = torch.sigmoid(self.linear_lambda(hidden_states)).unsqueeze(-1)
         pairs = context.unflatten(-1, (-1, 2, self.hidden_size_per_attention_head))
         first_SBND, second_SBND = pairs.unbind(-2)
-        return (first_SBND - factors_SBN1 * second_SBND).flatten(2)
+        reduced: torch.Tensor = (first_SBND - factors_SBN1 * second_SBND).flatten(2)
+        return reduced
