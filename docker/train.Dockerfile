@@ -12,8 +12,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends \
 # Replace Ubuntu's user 1000, so that files on a volume belong to the same user on every node.
 RUN userdel --remove ubuntu && useradd --create-home --uid 1000 trainer \
     && python3 -m venv /opt/venv && mkdir -p /work/runs && chown -R trainer /work
-ENV PATH=/opt/venv/bin:$PATH \
-    CUDA_DEVICE_MAX_CONNECTIONS=1
+ENV PATH=/opt/venv/bin:$PATH
 
 WORKDIR /opt/sas_megatron
 # The layers that change least come first: torch, the other packages, the source.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sas_megatron.attention.chunked import attend_chunked, supports_chunks
@@ -225,8 +227,37 @@ def check_backend(attention: AttentionConfig) -> None:
     Raises:
         FieldError: It cannot run on this machine.
     """
-    if attention.backend == "cudnn" and not torch.cuda.is_available():
+    if attention.backend != "cudnn":
+        return
+    if not torch.cuda.is_available():
         raise FieldError("attention.backend", "cudnn", "needs a CUDA device", "use auto")
+    if (reason := _why_cudnn_cannot_run(attention)) is not None:
+        version = torch.backends.cudnn.version()
+        raise FieldError(
+            "attention.backend",
+            "cudnn",
+            f"cannot run with cuDNN {version} on {torch.cuda.get_device_name()}: {reason}",
+            "use auto",
+        )
+
+
+def _why_cudnn_cannot_run(attention: AttentionConfig) -> str | None:
+    """Return torch's reason, or None if cuDNN's attention can train with these heads on the current GPU."""
+    query, key, value = (
+        torch.empty(1, heads, 128, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for heads, width in (
+            (attention.num_heads, attention.query_key_dim),
+            (attention.num_key_value_heads, attention.query_key_dim),
+            (attention.num_key_value_heads, attention.value_width),
+        )
+    )
+    is_grouped = attention.num_heads != attention.num_key_value_heads
+    parameters = SDPAParams(query, key, value, None, attention.dropout, True, is_grouped)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if can_use_cudnn_attention(parameters, debug=True):
+            return None
+    return "; ".join(str(warning.message) for warning in caught) or "torch gives no reason"
 
 
 def build_self_attention_spec(

@@ -151,6 +151,37 @@ def from_llama(
             yield f"{prefix}{_GATED}.{kind}", torch.cat(gated)
 
 
+def llama_shapes(model: ModelConfig, attention: AttentionConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the Llama weights of a model by name, and those of its biases, if it has any."""
+    hidden, outer = model.hidden_size, model.ffn_hidden_size
+    width, group_width = (
+        heads * attention.head_dim for heads in (attention.num_heads, attention.num_key_value_heads)
+    )
+    table = (model.vocab_size, hidden)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": table,
+        "lm_head.weight": table,
+        "model.norm.weight": (hidden,),
+    }
+    matrices = {
+        "self_attn.q_proj": (width, hidden),
+        "self_attn.k_proj": (group_width, hidden),
+        "self_attn.v_proj": (group_width, hidden),
+        "self_attn.o_proj": (hidden, width),
+        "mlp.gate_proj": (outer, hidden),
+        "mlp.up_proj": (outer, hidden),
+        "mlp.down_proj": (hidden, outer),
+    }
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        for name, shape in matrices.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            shapes[f"{prefix}{name}.bias"] = shape[:1]
+    return shapes
+
+
 def check_tied_output(weights: Weights, *, embedding: str, output: str) -> None:
     """Check that a stored output layer of a model with tied embeddings is the embedding; it may be missing.
 

@@ -47,7 +47,8 @@ def fit(
     """Fit L(N, D) = E + A/N^α + B/D^β to POINTS, a CSV file with the columns params, tokens and loss.
 
     Optional columns: flops, the training FLOPs of each run with attention (without it, C = 6ND is assumed);
-    size, the strata of the bootstrap (default: params); and variant.
+    size, the strata of the bootstrap (default: params); variant; and epochs, how many times a run read its
+    training data.
     """
     from sas_megatron.scaling.laws.law_fit import fit_law, law_fit_record
     from sas_megatron.scaling.laws.points import read_points

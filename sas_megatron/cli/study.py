@@ -35,7 +35,7 @@ def plan(study: Path, *, as_json: bool) -> None:
     """Print every run of STUDY and its cost, without starting anything."""
     from sas_megatron.cli.study_tables import plan_record, print_plan
 
-    planned = _load_plan(study)()
+    planned = _load_plan(study, checks_data=True)()
     if as_json:
         click.echo(json.dumps(plan_record(planned), indent=2))
     else:
@@ -99,7 +99,7 @@ def run(study: Path, *, only: str, jobs: int) -> None:
     from sas_megatron.scaling.study.runner import StudyRunner
     from sas_megatron.scaling.study.submission import find_queued_runs
 
-    load_plan = _load_plan(study)
+    load_plan = _load_plan(study, checks_data=True)
     # Runs with a SLURM job are not run here as well.
     queued = find_queued_runs(load_plan())
     runner = StudyRunner(load_plan, jobs=jobs, log=lambda text: click.echo(f"» {text}"), excluded=queued)
@@ -145,7 +145,7 @@ def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -
     """
     from sas_megatron.scaling.study.submission import submit as submit_plan
 
-    planned = _load_plan(study)()
+    planned = _load_plan(study, checks_data=True)()
     jobs = submit_plan(planned, options=options, max_parallel=side_by_side)
     for name, job in jobs.items():
         click.echo(f"» {name}: job {job.number}")
@@ -235,12 +235,23 @@ def report(study: Path, *, output: Path | None, bootstraps: int) -> None:
     click.echo(f"» {page}")
 
 
-def _load_plan(path: Path) -> Callable[[], Plan]:
-    """Load the study once and return a function for the current plan, which changes when a sweep finishes."""
+def _load_plan(path: Path, *, checks_data: bool = False) -> Callable[[], Plan]:
+    """Load the study once and return a function for the current plan, which changes when a sweep finishes.
+
+    Args:
+        path: The study file.
+        checks_data: Also check the token files of the runs, as far as they exist on this machine.
+
+    Raises:
+        UserError: The study file is invalid, or its runs cannot be trained on the token files.
+    """
+    from sas_megatron.scaling.study.plan_data import check_data
     from sas_megatron.scaling.study.study_file import load_study
     from sas_megatron.scaling.study.sweeps import plan_with_rates
 
     loaded, base = load_study(path)
+    if checks_data:
+        check_data(plan_with_rates(loaded, base))
     return lambda: plan_with_rates(loaded, base)
 
 

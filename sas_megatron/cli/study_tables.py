@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sas_megatron.data.epochs import DataUse, format_epochs
 from sas_megatron.scaling.numbers import (
     MISSING,
     format_count,
@@ -17,6 +18,7 @@ from sas_megatron.scaling.numbers import (
 )
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.seed_noise import SeedNoise, pool_deviation, smallest_detectable_difference
+from sas_megatron.scaling.study.plan_data import count_data_uses, describe_repetitions
 from sas_megatron.scaling.study.run_states import RunStatus, final_loss
 
 if TYPE_CHECKING:
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
 def plan_record(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON values."""
     noise = _estimate_seed_noise(plan)
+    uses = count_data_uses(plan)
     return {
-        "runs": [_run_record(plan, run) for run in plan.runs],
+        "runs": [_run_record(plan, run, uses.get(run.name)) for run in plan.runs],
+        "warnings": describe_repetitions(uses),
         "totals": _sum_costs(plan),
         "seed_noise": None
         if noise is None
@@ -40,14 +44,18 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan) -> None:
-    """Print all runs, their total cost, and the smallest differences that the study can detect."""
+    """Print all runs, their total cost, repeated data, and the smallest differences that it can detect."""
     console = _build_console()
+    uses = count_data_uses(plan)
     columns = {
         # The steps of a trunk are counted once, in its own row.
         "steps": [format_exact(run.trained_steps) for run in plan.runs],
         "params": [format_count(run.cell.parameters) for run in plan.runs],
         "tokens": [format_count(run.tokens) if run.role != "trunk" else MISSING for run in plan.runs],
         "FLOPs": [format_power(run.trained_flops) for run in plan.runs],
+        "epochs": [
+            format_epochs(uses[run.name].epochs) if run.name in uses else MISSING for run in plan.runs
+        ],
         "lr": [f"{run.config.optimizer.learning_rate:.3g}" if run.is_ready else "sweep" for run in plan.runs],
         "hours": [_format_hours(plan.hours(run)) for run in plan.runs],
         "price": [_format_price(plan.price(run)) for run in plan.runs],
@@ -68,6 +76,8 @@ def print_plan(plan: Plan) -> None:
         f"trunks), {hours}{price}.",
         soft_wrap=True,
     )
+    for remark in describe_repetitions(uses):
+        console.print(f"Warning: {remark}", soft_wrap=True)
     _print_detectable_differences(plan, console)
 
 
@@ -146,7 +156,7 @@ def _estimate_seed_noise(plan: Plan) -> SeedNoise | None:
     return None if pooled is None else SeedNoise(*pooled)
 
 
-def _run_record(plan: Plan, run: PlannedRun) -> dict[str, Any]:
+def _run_record(plan: Plan, run: PlannedRun, use: DataUse | None) -> dict[str, Any]:
     return {
         "name": run.name,
         "role": run.role,
@@ -160,6 +170,8 @@ def _run_record(plan: Plan, run: PlannedRun) -> dict[str, Any]:
         "own_steps": run.trained_steps,
         "parameters": run.cell.parameters,
         "tokens": run.tokens,
+        "epochs": None if use is None else use.epochs,
+        "validation_epochs": None if use is None else use.validation_epochs,
         "own_flops": run.trained_flops,
         "learning_rate": run.config.optimizer.learning_rate if run.is_ready else None,
         "hours": plan.hours(run),

@@ -60,8 +60,9 @@ def train(
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.tokenizer_training import record_training, train_tokenizer
 
+    documents = stream_documents(resolve_sources(list(sources)), text_column=text_column)
     trained = train_tokenizer(
-        stream_documents(resolve_sources(list(sources)), text_column=text_column),
+        documents,
         vocab_size=vocab_size,
         model_path=output,
         sample_bytes=sample_bytes,
@@ -74,4 +75,5 @@ def train(
     click.echo(
         f"{trained.model_path}: {trained.vocab_size} tokens ({trained.model_type}), trained on "
         f"{trained.sampled_bytes:,} of {trained.corpus_bytes:,} bytes, sha256 {trained.sha256}"
+        + (f" ({documents.num_empty:,} empty documents left out)" if documents.num_empty else "")
     )

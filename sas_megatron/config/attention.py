@@ -133,13 +133,6 @@ class AttentionConfig(Section):
                 f"use one of {divisors(self.num_heads)}",
             )
         self._check_rotary()
-        if self.backend == "cudnn" and (self.query_key_dim % 8 or self.value_width % 8):
-            raise self.problem(
-                "backend",
-                f"needs multiples of 8 features, but queries and keys have {self.query_key_dim}, values "
-                f"{self.value_width}",
-                "use auto, or multiples of 8",
-            )
         return self
 
     def _check_rotary(self) -> None:

@@ -24,7 +24,7 @@ from sas_megatron.data.chunks import CHUNK_BYTES, cut_chunks
 from sas_megatron.data.documents import empty_corpus, stream_text_batches
 from sas_megatron.data.encoding_pool import EncodingPool
 from sas_megatron.data.partial_tokens import PartialTokens, publish
-from sas_megatron.data.sources import SourceFile, find_source_files, fingerprint_files
+from sas_megatron.data.sources import Source, SourceFile, find_sources, fingerprint_files
 from sas_megatron.data.token_files import (
     SCHEMA_VERSION,
     SourceRecord,
@@ -34,6 +34,10 @@ from sas_megatron.data.token_files import (
     verify_token_files,
 )
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.io.files import format_path
+
+# More processes would only take memory: the largest machines have about this many CPUs.
+MAX_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def prepare_token_files(
     _check_arguments(prefix, num_workers=num_workers)
     prefix = Path(prefix)
     tokenizer = Tokenizer(tokenizer_path)
-    files = find_source_files(sources)
+    found = find_sources(sources, text_column=text_column)
+    files = [file for source in found for file in source.files]
     plan = {"tokenizer_sha256": tokenizer.sha256, "text_column": text_column, "chunk_bytes": CHUNK_BYTES}
     with _translate_write_errors(prefix):
         publish(prefix)
@@ -111,9 +116,7 @@ def prepare_token_files(
             resumed_chunks, encoded_tokens = _encode(
                 pool, partial, files=files, text_column=text_column, report_progress=report_progress
             )
-            manifest = _write_manifest(
-                partial, tokenizer=tokenizer, sources=sources, files=files, text_column=text_column
-            )
+            manifest = _write_manifest(partial, tokenizer=tokenizer, sources=found, text_column=text_column)
         publish(prefix)
     ended = time.perf_counter()
     return Preparation(manifest, False, resumed_chunks, encoded_tokens, ready - started, ended - ready)
@@ -130,8 +133,13 @@ def _translate_write_errors(prefix: Path) -> AbstractContextManager[None]:
 
 
 def _check_arguments(prefix: str | Path, *, num_workers: int) -> None:
-    if num_workers < 1:
-        raise FieldError("workers", num_workers, "must be at least one process", "use the number of CPUs")
+    if not 1 <= num_workers <= MAX_WORKERS:
+        raise FieldError(
+            "workers",
+            num_workers,
+            f"must be between 1 and {MAX_WORKERS:,} processes",
+            "use the number of CPUs",
+        )
     if str(prefix).endswith(os.sep) or not Path(prefix).name:
         raise FieldError(
             "output", prefix, "must end in a file name", "append a name without ending, such as tokens"
@@ -199,8 +207,7 @@ def _write_manifest(
     partial: PartialTokens,
     *,
     tokenizer: Tokenizer,
-    sources: Sequence[str | Path],
-    files: Sequence[SourceFile],
+    sources: Sequence[Source],
     text_column: str,
 ) -> TokenManifest:
     """Write index and manifest of the encoded documents; return the manifest.
@@ -211,7 +218,7 @@ def _write_manifest(
     totals = partial.totals
     if totals.num_documents == 0:
         totals.num_chunks = 0
-        raise empty_corpus(sources)
+        raise empty_corpus([source.path for source in sources])
     idx_path = partial.write_index()
     manifest = TokenManifest(
         schema_version=SCHEMA_VERSION,
@@ -223,11 +230,11 @@ def _write_manifest(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         max_token_id=totals.max_token_id,
-        tokenizer_path=str(tokenizer.path.absolute()),
+        tokenizer_path=format_path(tokenizer.path.absolute()),
         tokenizer_sha256=tokenizer.sha256,
         text_column=text_column,
         sources=[_record_source(source) for source in sources],
-        sources_fingerprint=fingerprint_files(files),
+        sources_fingerprint=fingerprint_files(file for source in sources for file in source.files),
         text_sha256=partial.text_sha256(),
         bin_bytes=totals.token_bytes,
         bin_sha256=partial.bin_sha256(),
@@ -240,7 +247,7 @@ def _write_manifest(
     return manifest
 
 
-def _record_source(source: str | Path) -> SourceRecord:
-    files = find_source_files([source])
-    size_bytes = sum(file.size_bytes for file in files)
-    return SourceRecord(path=str(Path(source).absolute()), num_files=len(files), size_bytes=size_bytes)
+def _record_source(source: Source) -> SourceRecord:
+    return SourceRecord(
+        path=format_path(source.path.absolute()), num_files=len(source.files), size_bytes=source.size_bytes
+    )

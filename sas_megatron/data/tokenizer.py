@@ -160,7 +160,7 @@ def _load_processor(path: Path, model: bytes) -> sentencepiece.SentencePieceProc
         if not model:  # sentencepiece accepts an empty file as a model without tokens
             raise RuntimeError("empty file")
         return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the message of an error may contain a damaged piece
         raise _damaged(path) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from sas_megatron.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
     checkpoint_name,
-    describe_file,
     find_checkpoint,
     find_run_checkpoints,
 )
@@ -26,6 +26,7 @@ from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import apply_overrides, build_run_config, read_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.io.file_records import describe_file
 from sas_megatron.platform.launcher import launched_world_size
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def open_model_tokenizer(config: RunConfig, checkpoint: Path) -> Tokenizer:
     """
     path = config.data.tokenizer
     remedy = "name the tokenizer of the model with data.tokenizer=PATH"
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise FieldError("data.tokenizer", path, f"does not exist, and {checkpoint} contains no copy", remedy)
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > config.model.vocab_size:

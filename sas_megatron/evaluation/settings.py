@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.run import RunConfig
+from sas_megatron.data.token_files import open_token_files
 from sas_megatron.data.tokenizer import Tokenizer
 
 
@@ -135,6 +137,26 @@ class WindowSettings:
             )
         if self.batch_tokens < 1:
             raise FieldError("--batch-tokens", self.batch_tokens, "must be positive", "use 8192, for example")
+
+
+def windowed_config(config: RunConfig, length: int) -> RunConfig:
+    """Return a run's config with validation windows of another length, and about as many tokens in total.
+
+    Raises:
+        UserError: The token files of the run cannot be read or have too few tokens for such windows, or
+            `data.reset_at_document_ends` is on.
+    """
+    if config.data.reset_at_document_ends:
+        raise config.data.problem(
+            "reset_at_document_ends",
+            "separates the documents in a window, which is not supported for validation windows",
+            "use --files, which measures each document separately",
+        )
+    data = config.data.model_copy(update={"sequence_length": length})
+    open_token_files(data, vocab_size=config.model.vocab_size)
+    num_windows = max(1, config.evaluation.num_sequences * config.data.sequence_length // length)
+    evaluation = config.evaluation.model_copy(update={"num_sequences": num_windows})
+    return config.model_copy(update={"data": data, "evaluation": evaluation})
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, *, context: int) -> list[list[int]]:

@@ -194,7 +194,12 @@ def _address_of_first_node(nodes: str) -> str:
 def _scontrol(*arguments: str) -> str:
     try:
         completed = subprocess.run(
-            ["scontrol", *arguments], capture_output=True, text=True, check=True, timeout=60
+            ["scontrol", *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=60,
         )
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error

@@ -29,7 +29,9 @@ def read_memory_bytes(path: str, field: str) -> int:
 def count_gpus() -> int:
     """Return the number of GPUs that nvidia-smi lists, 0 without it. (Importing torch takes seconds.)"""
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, encoding="utf-8", errors="replace", timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return 0
     return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0

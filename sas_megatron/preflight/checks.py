@@ -98,8 +98,9 @@ def _check_node(run_directory: Path, config: RunConfig | None, world_size: int) 
     from sas_megatron.preflight.software import check_software
 
     uses_gpus = torch.cuda.is_available()
+    engine = config.training.engine if config is not None else None
     yield check_shared_memory(uses_gpus=uses_gpus)
-    yield from check_environment(os.environ, uses_gpus=uses_gpus)
+    yield from check_environment(os.environ, engine=engine, uses_gpus=uses_gpus)
     yield from check_software()
     yield from check_gpus()
 

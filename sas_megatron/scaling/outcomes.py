@@ -27,6 +27,7 @@ class Outcome:
 
     `size` and `budget` are labels that the matched runs of all variants share. `flops` are the training FLOPs
     of the full run. `seconds` is None if the time was not measured, and `loss` is None if the run diverged.
+    `epochs` is how many times the run read its training data; None if it is not recorded.
     """
 
     variant: str
@@ -38,6 +39,7 @@ class Outcome:
     flops: float
     seconds: float | None
     loss: float | None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
         for field in (*AXES, "loss"):
@@ -118,10 +120,12 @@ def gather_points(outcomes: Sequence[Outcome], variant: str) -> Points:
         FieldError: The variant has no run with a loss, or a value is not a positive number.
     """
     chosen = choose_variant(outcomes, variant)
+    epochs = [outcome.epochs for outcome in chosen if outcome.epochs is not None]
     return Points.of(
         [outcome.params for outcome in chosen],
         [outcome.tokens for outcome in chosen],
         [outcome.known("loss") for outcome in chosen],
         flops=[outcome.flops for outcome in chosen],
         sizes=[outcome.size for outcome in chosen],
+        epochs=epochs if len(epochs) == len(chosen) else None,
     )

@@ -7,6 +7,7 @@ config.yaml  run.json  summary.json  metrics.jsonl
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -96,6 +97,8 @@ class RunSummary(_Record):
     exit_reason: str
     steps: int
     tokens: int
+    # None in summaries of schema 2 and earlier.
+    epochs: float | None = None
     training_flops: float | None = None
     training_flops_per_token: dict[str, float] | None = None
     parameters: dict[str, int] | None = None
@@ -156,6 +159,8 @@ def load_run(directory: str | Path) -> Run:
             f"the run stopped at step {summary.steps} (exit_reason: {summary.exit_reason})",
             unfinished,
         )
+    provenance = _read_object(directory / "run.json")
+    _check_config_checksum(directory / "config.yaml", provenance)
     (train_curve, validation_curve), remarks = _read_metrics(directory / "metrics.jsonl")
     if summary.health is not None and summary.health.skipped_steps:
         remarks += (
@@ -166,7 +171,7 @@ def load_run(directory: str | Path) -> Run:
         name=directory.resolve().name,
         directory=directory,
         config=_read_config(directory / "config.yaml"),
-        provenance=_read_object(directory / "run.json"),
+        provenance=provenance,
         summary=summary,
         train_curve=train_curve,
         validation_curve=validation_curve,
@@ -180,7 +185,7 @@ def has_finished(directory: Path) -> bool:
         return False
     try:
         summary = json.loads((directory / "summary.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(summary, dict) and summary.get("exit_reason") == FINISHED
 
@@ -236,10 +241,21 @@ def _read_config(path: Path) -> RunConfig:
         ) from None
 
 
+def _check_config_checksum(path: Path, provenance: Mapping[str, Any]) -> None:
+    """Check that config.yaml is what the run wrote, if run.json records its checksum."""
+    recorded = provenance.get("config_sha256")
+    if recorded not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        raise FileProblem(
+            path,
+            "was changed after the run wrote it (config_sha256 in run.json)",
+            "restore it, for example from config.yaml in a folder of checkpoints/",
+        )
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileProblem(path, f"is not JSON ({error})", "restore the file, or train again") from None
     if not isinstance(value, dict):
         raise FileProblem(path, "is not a JSON object", "restore the file, or train again")

@@ -133,8 +133,8 @@ MUTANTS = (
     Mutant(
         "run-lock-is-shared",
         "sas_megatron.scaling.study.run_states:acquire_lock",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "acquire_file_lock(descriptor)",
+        "acquire_file_lock(descriptor, shared=True)",
         "Two study runners may start the same run.",
     ),
     Mutant(

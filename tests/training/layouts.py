@@ -16,7 +16,7 @@ ATTENTIONS: dict[str, small.Attention] = {
     "sas-gather": {**small.SAS, "head_expansion": 2, "exchange": "gather"},
     "sas-all_to_all": {**small.SAS_GROUPED, "head_expansion": 2, "exchange": "all_to_all"},
     "modified": {**small.GQA, **small.MODIFIERS, "output_gate": "headwise"},
-    # With all modifiers, rounding grows in five steps, since the output norm divides small differences of heads.
+    # With all modifiers, rounding grows in five steps, since the output norm divides small differences.
     "diff": {**small.DIFF_GROUPED, **small.MODIFIERS, "output_norm": False},
     "mfa": small.MFA,
     # The authors initialize the output projection to 0; the factors' gradients of the first step would be 0.

@@ -40,6 +40,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: SASMegatronConfig) -> None:
         super().__init__()
         self.is_gated = config.activation == "swiglu"
+        self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
         width, hidden, bias = config.intermediate_size, config.hidden_size, config.linear_bias
         self.linear_fc1 = nn.Linear(hidden, 2 * width if self.is_gated else width, bias=bias)
         self.linear_fc2 = nn.Linear(width, hidden, bias=bias)
@@ -51,7 +52,7 @@ class FeedForward(nn.Module):
             gate, linear = inner.chunk(2, dim=-1)
             inner = F.silu(gate) * linear
         else:
-            inner = F.gelu(inner)
+            inner = F.gelu(inner, approximate=self.gelu_form)
         result: torch.Tensor = self.linear_fc2(inner)
         return result
 

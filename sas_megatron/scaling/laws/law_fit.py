@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sas_megatron.config.errors import FieldError
+from sas_megatron.data.epochs import describe_repeated_points
 from sas_megatron.scaling.laws.hold_out import HoldOut, predict_largest
 from sas_megatron.scaling.laws.isoflop import IsoflopFit, fit_isoflop
 from sas_megatron.scaling.laws.loss_surface import (
@@ -182,6 +183,8 @@ def _find_optimal(fit: SurfaceFit, draws: Quantities, cost: TokenCost) -> Comput
 
 def _remark_on_points(points: Points) -> list[str]:
     remarks = [] if points.flops is not None else [NO_FLOPS]
+    if points.epochs is not None:
+        remarks += describe_repeated_points(points.epochs.tolist())
     _, counts = np.unique(points.sizes, return_counts=True)
     if (counts == 1).all():
         remarks.append("No size has two runs, so that all runs form one stratum of the bootstrap.")

@@ -16,7 +16,7 @@ from sas_megatron.config.errors import FieldError, FileProblem, translate_os_err
 from sas_megatron.scaling.laws.log_sum import BoolArray, FloatArray, IntArray
 
 REQUIRED = ("params", "tokens", "loss")
-OPTIONAL = ("flops", "size", "variant")
+OPTIONAL = ("flops", "size", "variant", "epochs")
 # The law has five parameters; with five points it interpolates them without any residual.
 FEWEST_POINTS = 6
 # E + A/N^α has three parameters, and so has E + B/D^β.
@@ -31,7 +31,8 @@ LEAST_FREE_VARIANCE = 1e-3
 class Points:
     """Runs as columns. `flops` are the training FLOPs with attention, or None if they are not recorded.
 
-    `sizes` are the strata of the bootstrap.
+    `sizes` are the strata of the bootstrap. `epochs` are how many times each run read its training data, or
+    None if they are not recorded.
     """
 
     params: FloatArray
@@ -39,6 +40,7 @@ class Points:
     loss: FloatArray
     flops: FloatArray | None
     sizes: NDArray[np.str_]
+    epochs: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -51,6 +53,7 @@ class Points:
         *,
         flops: Iterable[float] | None = None,
         sizes: Sequence[str] | None = None,
+        epochs: Iterable[float] | None = None,
     ) -> Points:
         """Build points from columns; by default, equal parameter counts form a size.
 
@@ -60,6 +63,8 @@ class Points:
         columns = {"params": params, "tokens": tokens, "loss": loss}
         if flops is not None:
             columns["flops"] = flops
+        if epochs is not None:
+            columns["epochs"] = epochs
         arrays = {name: np.array(list(values), dtype=float) for name, values in columns.items()}
         for name, values in arrays.items():
             for row, value in enumerate(values):
@@ -72,6 +77,7 @@ class Points:
             loss=arrays["loss"],
             flops=arrays.get("flops"),
             sizes=np.array(named, dtype=str),
+            epochs=arrays.get("epochs"),
         )
 
     @property
@@ -93,6 +99,7 @@ class Points:
             loss=self.loss[chosen],
             flops=None if self.flops is None else self.flops[chosen],
             sizes=self.sizes[chosen],
+            epochs=None if self.epochs is None else self.epochs[chosen],
         )
 
     def drop_highest(self, count: int) -> tuple[Points, Points]:
@@ -149,7 +156,7 @@ def count_levels(values: FloatArray, *, tolerance: float = SAME_LEVEL) -> int:
 
 
 def read_points(path: str | Path, *, variant: str | None = None) -> Points:
-    """Read a CSV file with the columns params, tokens, loss, and optionally flops, size and variant.
+    """Read a CSV file with the columns params, tokens, loss, and optionally flops, size, variant and epochs.
 
     Raises:
         FileProblem: The file cannot be read, lacks a column, or has a value that is not a positive number.
@@ -178,7 +185,7 @@ def read_points(path: str | Path, *, variant: str | None = None) -> Points:
     rows = _choose_variant(rows, variant, has_column="variant" in header)
     columns = {
         name: [_number(path, line, name, row[name]) for line, row in rows]
-        for name in (*REQUIRED, "flops")
+        for name in (*REQUIRED, "flops", "epochs")
         if name in header
     }
     return Points.of(
@@ -187,6 +194,7 @@ def read_points(path: str | Path, *, variant: str | None = None) -> Points:
         columns["loss"],
         flops=columns.get("flops"),
         sizes=[row["size"] or "" for _, row in rows] if "size" in header else None,
+        epochs=columns.get("epochs"),
     )
 
 

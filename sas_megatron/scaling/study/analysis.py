@@ -144,6 +144,7 @@ def _build_outcome(variant: str, row: Row, *, has_step_times: bool) -> Outcome:
         flops=row.training_flops,
         seconds=seconds,
         loss=row.loss,
+        epochs=row.epochs,
     )
 
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import find_differences
 from sas_megatron.costs.flops import count_training_flops
+from sas_megatron.data.epochs import describe_repetition
 from sas_megatron.scaling.numbers import format_some
 from sas_megatron.scaling.runs import Run, has_finished, load_run
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
@@ -103,6 +104,7 @@ def _list_remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple
         names = [row.run for row in rows if row.status == status]
         if names:
             remarks.append(f"{len(names)} of {len(rows)} runs are {status}: {format_some(names)}.")
+    remarks += describe_repetition({row.run: row.epochs for row in rows})
     for field, name, effect in (
         ("machine", "machines", "their times are not comparable"),
         ("git", "git revisions", "the package changed during the study"),
@@ -150,6 +152,7 @@ def _add_measurements(counted: Row, planned: PlannedRun, run: Run) -> Row:
     return Row(
         **{
             **vars(counted),
+            "epochs": summary.epochs,
             "loss": summary.final_validation_loss,
             "train_loss": summary.final_train_loss,
             "bits_per_byte": summary.validation_bits_per_byte,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sas_megatron.data.epochs import format_epochs
 from sas_megatron.scaling.comparison import Comparison
 from sas_megatron.scaling.convergence import MeanSaving
 from sas_megatron.scaling.gains import Gain
@@ -134,11 +135,18 @@ def exponent_grid(analysis: SliceAnalysis) -> Grid | None:
 
 def run_grid(analysis: SliceAnalysis) -> Grid:
     """Return all runs with their planned and measured values."""
-    headings = (
+    headings: tuple[str, ...] = (
         *("run", "status", "parameters", "tokens", "FLOPs", "6ND", "learning rate", "loss", "bits/byte"),
         *("time", "run.json"),
     )
-    lines = [_build_run_line(row) for rows in analysis.slice.rows.values() for row in rows]
+    rows = [row for of_variant in analysis.slice.rows.values() for row in of_variant]
+    lines = [_build_run_line(row) for row in rows]
+    if any(row.epochs is not None for row in rows):
+        headings = (*headings[:-1], "epochs", headings[-1])
+        lines = [
+            (*line[:-1], MISSING if row.epochs is None else format_epochs(row.epochs), line[-1])
+            for line, row in zip(lines, rows, strict=True)
+        ]
     return Grid(headings, tuple(lines), "runs")
 
 

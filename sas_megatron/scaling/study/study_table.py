@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.io.files import make_folder, replace_file
 
-SCHEMA_VERSION = 1
+# Version 2 added the epochs.
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Row:
     global_batch_size: int
     schedule: str
     trunk: str | None = None
+    # How many times the run read its training data; None if it is not recorded.
+    epochs: float | None = None
     loss: float | None = None
     train_loss: float | None = None
     bits_per_byte: float | None = None
@@ -128,24 +132,25 @@ def read_table(path: str | Path) -> StudyTable:
     remedy = "give the table that `sas-megatron study collect` wrote"
     try:
         built = pq.read_table(path)
+        built.validate(full=True)  # reading values of damaged arrays could end the process
+        about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))
+        version = about.get("schema_version")
+        if version not in READABLE_VERSIONS:
+            known = " or ".join(map(str, READABLE_VERSIONS))
+            raise FileProblem(path, f"has schema version {version}, not {known}, of a study's table", remedy)
+        rows = tuple(
+            Row(**{name: json.loads(value) if name in _MAPPINGS else value for name, value in row.items()})
+            for row in built.to_pylist()
+        )
+        return StudyTable(
+            about["name"], about["baseline"], rows, about["collected_at"], tuple(about["remarks"])
+        )
     except FileNotFoundError:
         raise FileProblem(
             path, "does not exist", "run `sas-megatron study collect` first, which writes it"
         ) from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileProblem(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from None
-    about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))
-    if about.get("schema_version") != SCHEMA_VERSION:
-        raise FileProblem(
-            path,
-            f"has schema version {about.get('schema_version')}, not {SCHEMA_VERSION}, of a study's table",
-            remedy,
-        )
-    rows = tuple(
-        Row(**{name: json.loads(value) if name in _MAPPINGS else value for name, value in row.items()})
-        for row in built.to_pylist()
-    )
-    return StudyTable(about["name"], about["baseline"], rows, about["collected_at"], tuple(about["remarks"]))
 
 
 def _fields(row: Row) -> dict[str, Any]:
