@@ -53,6 +53,10 @@ CASES_OF_ALL = (
     "tpa P=2 C=2 sequence",
     "tpa kv P=2 C=2",
     "mla uncompressed queries C=4",
+    *(f"{kind} without rotary {layout}" for kind in ("mfa", "tpa") for layout in ("C=2", "C=4", "P=2 C=2")),
+    *(f"gqa without rotary {layout}" for layout in ("C=4", "P=2 C=2", "P=2 C=2 sequence")),
+    *(f"mla without rotary {layout}" for layout in ("C=2", "C=4", "P=2 C=2")),
+    *(f"sas rotary before {layout}" for layout in ("C=2", "P=2 C=2")),
     "gqa C=4",
     "tpa kv C=4",
 )

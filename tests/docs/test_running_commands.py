@@ -38,8 +38,16 @@ COMMANDS = {
     ),
     "export.md": ("sas-megatron checkpoint export runs/my_run --output exported/my_run", ""),
     "fitting.md": ("sas-megatron fit points.csv", "--bootstraps 100"),
+    "initial_weights.md": (
+        "sas-megatron train configs/quickstart_mla.yaml parallel.tensor=1 attention.initialization=authors",
+        "training.num_steps=5 schedule.warmup_steps=2",
+    ),
     "kernels.md": ("python -m tests.attention.fused.compilation 16 3 128 192 3", ""),
     "layouts.md": ("sas-megatron estimate configs/quickstart_sas.yaml --world-size 2 --validate", ""),
+    "modifiers.md": (
+        "sas-megatron train configs/quickstart_gated.yaml parallel.tensor=1",
+        "training.num_steps=5 schedule.warmup_steps=2",
+    ),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),
     "speed.md": ("sas-megatron bench attention", "--repeats 1"),
     "statistics.md": (

@@ -122,7 +122,7 @@ class Study(Section):
     directory: str = Field(description="Directory of the configs, runs, table and report.")
     variants: dict[str, Overrides] = Field(
         description="Name -> attention fields. The kind is the name unless it is given; other fields default "
-        "to values derived from the size's base."
+        "to values derived from the size's base. times: factors of fields, as {num_heads: 2, head_dim: 0.5}."
     )
     sizes: dict[str, Overrides] = Field(description="Name -> fields of the base, as section.field.")
     axes: dict[str, dict[str, Overrides]] = Field(
