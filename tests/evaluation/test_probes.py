@@ -253,6 +253,30 @@ def test_probes_are_recorded_at_each_evaluation_and_change_no_loss(
     assert probes[0]["layers"] != probes[1]["layers"]
 
 
+@pytest.mark.parametrize("stage", cases((1, 3), default=(3,)))
+def test_deepspeed_has_the_probes_of_megatron_core(
+    ranks: Any, small_data: SmallData, tmp_path: Any, stage: int
+) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "attention": SAS,
+        "evaluation": {"interval": 4, "num_sequences": 4, "probe_sequences": 2},
+    }
+    steps = {"num_steps": 4}
+    megatron = small_data.run(tmp_path / "megatron", **sections, training=steps)
+    deepspeed = small_data.run(
+        tmp_path / "deepspeed",
+        **sections,
+        training={**steps, "engine": "deepspeed"},
+        deepspeed={"zero_stage": stage},
+    )
+    for config in (megatron, deepspeed):
+        ranks(2).run(complete, config)
+    (expected,), (found,) = (records(config, "probe") for config in (megatron, deepspeed))
+    for entry, of_megatron in zip(found["layers"], expected["layers"], strict=True):
+        assert entry["largest_score"] == pytest.approx(of_megatron["largest_score"], rel=1e-4)
+        assert entry["copy_similarity"] == pytest.approx(of_megatron["copy_similarity"], rel=1e-4)
+
+
 def test_more_probe_sequences_than_validation_sequences_are_refused() -> None:
     with pytest.raises(
         FieldError,
