@@ -134,10 +134,21 @@ class EvaluationConfig(Section):
         default=64,
         description="Number of windows drawn from the validation split; the same windows for every seed.",
     )
+    probe_sequences: int = Field(
+        default=0,
+        description="The first windows on which each evaluation also measures activations, scores and the "
+        "simulation by layer (records of the kind `probe` in metrics.jsonl); 0: none.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
         self.require_positive("interval", "num_sequences")
+        if not 0 <= self.probe_sequences <= self.num_sequences:
+            raise self.problem(
+                "probe_sequences",
+                f"must be between 0 and evaluation.num_sequences={self.num_sequences}",
+                "use 2, for example",
+            )
         return self
 
 

@@ -79,6 +79,13 @@ class HealthEvent(_Record):
     step: int
 
 
+class Probe(_Record):
+    """Measurements of the probe batch by layer; not a point of a curve."""
+
+    kind: Literal["probe"]
+    step: int
+
+
 class HealthCounts(_Record):
     """Counts of summary.json: steps whose update was skipped."""
 
@@ -138,8 +145,8 @@ class Run:
 
 
 _Curves = tuple[tuple[CurvePoint, ...], tuple[CurvePoint, ...]]
-_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint | HealthEvent] = TypeAdapter(
-    Annotated[TrainPoint | ValidationPoint | HealthEvent, Field(discriminator="kind")]
+_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint | HealthEvent | Probe] = TypeAdapter(
+    Annotated[TrainPoint | ValidationPoint | HealthEvent | Probe, Field(discriminator="kind")]
 )
 
 
@@ -302,7 +309,7 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
                 remarks = (f"{path}: the last line ({number}) is incomplete and was ignored.",)
                 break
             raise FileProblem(f"{path}:{number}", _describe(error), "correct or remove the line") from None
-        if isinstance(point, HealthEvent):
+        if isinstance(point, HealthEvent | Probe):
             continue
         for curve in (train, validation):
             while curve and curve[-1].step > point.step:

@@ -25,6 +25,7 @@ from sas_megatron.distributed.communication_counter import gather_communication_
 from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology, build_communication_counter
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
+from sas_megatron.evaluation.probes import probe_model
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
 from sas_megatron.training.build import build_engine
 from sas_megatron.training.engine import Engine
@@ -178,6 +179,9 @@ class Run:
         self.held_out = held_out
         self.progress.count_evaluation(held_out.loss)
         self.recorder.log_validation(self.progress, held_out)
+        if self.config.evaluation.probe_sequences:
+            layers = probe_model(self.engine, self.data, config=self.config, topology=self.topology)
+            self.recorder.log_probe(self.progress, layers)
 
     def _save(self) -> None:
         """Save a checkpoint, after the records up to it have been synced to disk."""
