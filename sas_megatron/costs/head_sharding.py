@@ -64,7 +64,7 @@ def count_local_heads(attention: AttentionConfig, *, tensor: int) -> tuple[int, 
 
 def count_attended_heads(attention: AttentionConfig, *, tensor: int, context: int) -> tuple[int, int]:
     """Return the numbers of query heads and key heads of one rank in core attention, over all tokens."""
-    heads, sharding = _shard_heads(attention, tensor=tensor, context=context)
+    heads, sharding = shard_heads(attention, tensor=tensor, context=context)
     return heads.num_queries // context, heads.num_keys * sharding.key_copies // context
 
 
@@ -75,13 +75,14 @@ def count_context_elements(attention: AttentionConfig, *, tensor: int, context: 
     a rank has all blocks of its heads, the result is averaged over the r blocks before it is sent back. See
     `distributed.context_exchange`.
     """
-    heads, sharding = _shard_heads(attention, tensor=tensor, context=context)
+    heads, sharding = shard_heads(attention, tensor=tensor, context=context)
     return Fraction((context - 1) * sharding.count_elements(heads), context)
 
 
-def _shard_heads(
+def shard_heads(
     attention: AttentionConfig, *, tensor: int, context: int
 ) -> tuple[AttendedHeads, HeadSharding]:
+    """Return the heads of one of `tensor` ranks in core attention, and how `context` ranks share them."""
     queries, keys = count_local_heads(attention, tensor=tensor)
     heads = AttendedHeads(queries, keys, attention.query_key_dim, attention.value_width)
     return heads, HeadSharding.select(heads, num_blocks=attention.num_blocks, ranks=context)
