@@ -36,10 +36,8 @@ check_node_variables() {
   fi
 }
 
-# These must be set before Python starts: the threads of a rank, and a single hardware queue to the GPU, which gives
-# Megatron-core's overlap of communication and computation its order.
+# The threads of a rank, which must be set before Python starts.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Write each line to a log file immediately.
 export PYTHONUNBUFFERED=1
 

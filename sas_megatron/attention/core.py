@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,13 +19,15 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sas_megatron.attention.chunked import attend_chunked, supports_chunks
+from sas_megatron.attention.modifiers import AttentionModifiers
 from sas_megatron.attention.sas.simulated_attention import aggregate_blocks
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
-from sas_megatron.costs.head_sharding import HeadSharding
+from sas_megatron.costs.head_sharding import AttendedHeads, HeadSharding
 from sas_megatron.distributed.context_exchange import ContextExchange
 
 
@@ -110,8 +113,10 @@ class AttentionBackend:
 class CoreAttention(MegatronModule):
     """Scaled dot-product attention over this rank's heads, and the aggregation of blocks of simulated heads.
 
-    It has no parameters. Megatron-core's local core attention is unfused, and requires values to be as wide
-    as keys.
+    Its only parameters are those of the attention's modifiers, which the layer applies before and after it
+    (`AttentionLayer.forward`). They are here since every variant builds its core attention from the config.
+
+    Megatron-core's local core attention is unfused, and requires values to be as wide as keys.
     """
 
     def __init__(
@@ -129,6 +134,8 @@ class CoreAttention(MegatronModule):
         self.dropout = attention.dropout
         scale = softmax_scale or 1 / math.sqrt(attention.query_key_dim)
         self.backend = AttentionBackend(attention.backend, scale=scale)
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.modifiers = AttentionModifiers(attention, config, group=tensor_group)
         group = parallel_state.get_context_parallel_group()
         self.context_exchange = ContextExchange(group) if group.size() > 1 else None
 
@@ -157,11 +164,11 @@ class CoreAttention(MegatronModule):
         value_width = value_SBGD.shape[-1]
         sharded_blocks = self.num_blocks
         if self.context_exchange is not None:
+            heads = AttendedHeads(
+                query_SBME.shape[2], key_SBGE.shape[2], key_SBGE.shape[3], value_SBGD.shape[3]
+            )
             sharding = HeadSharding.select(
-                query_SBME.shape[2],
-                key_SBGE.shape[2],
-                num_blocks=self.num_blocks,
-                ranks=self.context_exchange.num_ranks,
+                heads, num_blocks=self.num_blocks, ranks=self.context_exchange.num_ranks
             )
             sharded_blocks = sharding.num_blocks
             query_SBME, key_SBGE, value_SBGD = self._gather_tokens(
@@ -205,9 +212,8 @@ class CoreAttention(MegatronModule):
     ) -> list[torch.Tensor]:
         """Exchange [S/C, B, heads, D] for [S, B, heads/C, D]."""
         assert self.context_exchange is not None, "only context ranks exchange tokens"
-        if sharding.copies_keys:
-            readers = query.shape[2] // key.shape[2]
-            key, value = (heads.repeat_interleave(readers, dim=2) for heads in (key, value))
+        if sharding.key_copies > 1:
+            key, value = (heads.repeat_interleave(sharding.key_copies, dim=2) for heads in (key, value))
         exchange = self.context_exchange
         return [
             exchange.gather_tokens(heads, num_blocks=sharding.num_blocks) for heads in (query, key, value)
@@ -220,8 +226,37 @@ def check_backend(attention: AttentionConfig) -> None:
     Raises:
         FieldError: It cannot run on this machine.
     """
-    if attention.backend == "cudnn" and not torch.cuda.is_available():
+    if attention.backend != "cudnn":
+        return
+    if not torch.cuda.is_available():
         raise FieldError("attention.backend", "cudnn", "needs a CUDA device", "use auto")
+    if (reason := _why_cudnn_cannot_run(attention)) is not None:
+        version = torch.backends.cudnn.version()
+        raise FieldError(
+            "attention.backend",
+            "cudnn",
+            f"cannot run with cuDNN {version} on {torch.cuda.get_device_name()}: {reason}",
+            "use auto",
+        )
+
+
+def _why_cudnn_cannot_run(attention: AttentionConfig) -> str | None:
+    """Return torch's reason, or None if cuDNN's attention can train with these heads on the current GPU."""
+    query, key, value = (
+        torch.empty(1, heads, 128, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for heads, width in (
+            (attention.num_heads, attention.query_key_dim),
+            (attention.num_key_value_heads, attention.query_key_dim),
+            (attention.num_key_value_heads, attention.value_width),
+        )
+    )
+    is_grouped = attention.num_heads != attention.num_key_value_heads
+    parameters = SDPAParams(query, key, value, None, attention.dropout, True, is_grouped)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if can_use_cudnn_attention(parameters, debug=True):
+            return None
+    return "; ".join(str(warning.message) for warning in caught) or "torch gives no reason"
 
 
 def build_self_attention_spec(

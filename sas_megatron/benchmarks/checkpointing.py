@@ -72,7 +72,8 @@ def _saver(folder: Path, config: RunConfig, topology: Topology, mode: str) -> Ch
 
 
 def _save(saver: CheckpointSaver, step: int, shards: list[ShardedTensor]) -> None:
-    saver.save(step, shards=shards, progress={}, write_files=lambda folder: None)
+    progress = {"counts": {"step": step}, "engine": {"num_updates": step}, "schedule_steps": step}
+    saver.save(step, shards=shards, progress=progress, write_files=lambda folder: None)
 
 
 def _write_with_dd(path: Path, num_bytes: int) -> None:

@@ -209,7 +209,7 @@ def _find_megatron_script(checkout: Path) -> Path:
 
 def _write_json_lines(source_parquet: Path, path: Path) -> None:
     """Write the texts in the only format that Megatron-LM's script reads."""
-    with path.open("w") as lines:
+    with path.open("w", encoding="utf-8") as lines:
         for text in stream_documents([source_parquet]):
             lines.write(json.dumps({"text": text}) + "\n")
 
@@ -239,7 +239,7 @@ def _measure_memory(command: list[str]) -> int:
 
 def _process_tree(process_id: int) -> list[int]:
     try:
-        children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+        children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text(encoding="utf-8").split()
     except OSError:
         return []
     return [process_id, *(pid for child in children for pid in _process_tree(int(child)))]
@@ -247,7 +247,7 @@ def _process_tree(process_id: int) -> list[int]:
 
 def _resident_bytes(process_id: int) -> int:
     try:
-        for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
+        for line in Path(f"/proc/{process_id}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
     except OSError:

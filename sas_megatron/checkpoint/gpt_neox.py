@@ -31,6 +31,14 @@ _LAYER_NAMES = {
     "mlp.linear_fc2": "mlp.dense_4h_to_h",
 }
 
+# hidden_act -> model.activation; transformers has several names of the tanh approximation.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
 
 def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert the config of a GPT-NeoX to the sections `model` and `attention`.
@@ -41,7 +49,7 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     # With a parallel residual, attention and MLP read the same input; the native MLP follows the attention.
     config.require("use_parallel_residual", False, default=True)
-    config.require("hidden_act", "gelu")
+    activation = config.read_choice("hidden_act", ACTIVATIONS, default="gelu")
     # The MLP of GPT-NeoX always has biases, and model.linear_bias applies to attention and MLP.
     config.require("attention_bias", True)
     rotary_base, rotary_fraction = config.read_rotary_embedding(
@@ -50,7 +58,7 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     head_dim = config.get("hidden_size") // config.get("num_attention_heads")
     model = {
         **config.read_sizes(),
-        "activation": "gelu",
+        "activation": activation,
         "normalization": "layernorm",
         "norm_epsilon": float(config.get("layer_norm_eps", 1e-5)),
         "linear_bias": True,
@@ -66,6 +74,28 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "dropout": float(config.get("attention_dropout", 0.0)),
     }
     return model, attention
+
+
+def neox_shapes(model: ModelConfig, attention: AttentionConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the GPT-NeoX weights of a model by name."""
+    hidden, outer, width = model.hidden_size, model.ffn_hidden_size, attention.num_heads * attention.head_dim
+    table = (model.vocab_size, hidden)
+    shapes: dict[str, tuple[int, ...]] = {"gpt_neox.embed_in.weight": table, "embed_out.weight": table}
+    for kind in ("weight", "bias"):
+        shapes[f"gpt_neox.final_layer_norm.{kind}"] = (hidden,)
+    modules: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "attention.query_key_value": (3 * width, hidden),
+        "attention.dense": (hidden, width),
+        "mlp.dense_h_to_4h": (outer, hidden),
+        "mlp.dense_4h_to_h": (hidden, outer),
+    }
+    for layer in range(model.num_layers):
+        for name, shape in modules.items():
+            shapes[f"gpt_neox.layers.{layer}.{name}.weight"] = shape
+            shapes[f"gpt_neox.layers.{layer}.{name}.bias"] = shape[:1]
+    return shapes
 
 
 def from_neox(

@@ -5,15 +5,18 @@ Fields are read in the spelling of transformers 4 or 5.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
+from sas_megatron.checkpoint.hf_fields import SizeFields
 from sas_megatron.checkpoint.weights_source import describe_architecture
 from sas_megatron.config.attention import KINDS, AttentionConfig
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.model import ModelConfig
+from sas_megatron.io.file_records import parse_json, read_regular_file
 
 _REQUIRED = object()
 
@@ -44,11 +47,14 @@ class HFConfig:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.json"
         try:
-            self.fields: dict[str, Any] = dict(json.loads(self.path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            fields = parse_json(read_regular_file(self.path))
+        except (OSError, ValueError) as error:
             raise FileProblem(
                 self.path, f"cannot be read ({error})", "name the folder of a Hugging Face model"
             ) from None
+        if not isinstance(fields, dict):
+            raise FileProblem(self.path, "is not a JSON object", "name the folder of a Hugging Face model")
+        self.fields: dict[str, Any] = fields
         self.require("quantization_config", None)
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -65,6 +71,30 @@ class HFConfig:
             )
         return default
 
+    def check_fields(self, section: type[SizeFields]) -> None:
+        """Check the types and ranges of the fields that a format has.
+
+        Raises:
+            FieldError: A field has another type or is out of range; the error names the first one.
+            FileProblem: A field is missing.
+        """
+        try:
+            section.model_validate(self.fields)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "missing":
+                self.get(name)
+            rule = problem["msg"].removeprefix("Input should be ")
+            raise FieldError(
+                f"{self.path}: {name}",
+                repr(problem["input"]),
+                f"must be {rule}",
+                "correct it, or copy the model again",
+            ) from None
+        except FieldError as error:
+            raise FieldError(f"{self.path}: {error.field}", error.value, error.rule, error.remedy) from None
+
     def require(self, name: str, expected: Any, *, default: Any = _REQUIRED) -> None:
         """Check that a field has the expected value, the only one that the native model can express.
 
@@ -79,6 +109,17 @@ class HFConfig:
         value = self.get(name, expected if default is _REQUIRED else default)
         if value != expected:
             raise self._not_supported(name, value, expected)
+
+    def read_choice(self, name: str, native_names: dict[str, str], *, default: str) -> str:
+        """Return the native name of a field's value; `default` is the value of a missing field.
+
+        Raises:
+            FieldError: The value has no native name.
+        """
+        value = self.get(name, default)
+        if value not in native_names:
+            raise self._not_supported(name, value, f"one of {', '.join(native_names)}")
+        return native_names[value]
 
     def read_sizes(self) -> dict[str, int]:
         """Return the sizes of the section `model`, whose fields have the same names in most formats.
@@ -111,7 +152,8 @@ class HFConfig:
         kind = parameters.get("rope_type", "default")
         if kind != "default":
             raise self._not_supported("rope_parameters.rope_type", kind, "default")
-        base = parameters.get("rope_theta", self.get(base_field, 10000))
+        # transformers 5 writes null for a default.
+        base = parameters.get("rope_theta") or self.get(base_field, 10000)
         if base != int(base):
             raise FieldError(
                 f"{self.path}: {base_field}",
@@ -121,7 +163,8 @@ class HFConfig:
             )
         fraction = default_fraction
         if fraction_field is not None:
-            fraction = parameters.get("partial_rotary_factor", self.get(fraction_field, default_fraction))
+            stated = parameters.get("partial_rotary_factor")
+            fraction = self.get(fraction_field, default_fraction) if stated is None else stated
         return int(base), fraction
 
     def _not_supported(self, name: str, value: object, expected: object) -> FieldError:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from sas_megatron.checkpoint.gpt_neox import from_neox, read_neox_config
+from sas_megatron.checkpoint.gpt_neox import from_neox, neox_shapes, read_neox_config
 from sas_megatron.checkpoint.hf_config import HFConfig, read_native_config
-from sas_megatron.checkpoint.llama import from_llama, read_llama_config
+from sas_megatron.checkpoint.hf_fields import LlamaFields, NativeFields, NeoXFields, SizeFields
+from sas_megatron.checkpoint.llama import from_llama, llama_shapes, read_llama_config
 from sas_megatron.checkpoint.tensor_files import (
     EMBEDDING_NAMES,
     SHARD_BYTES,
@@ -29,15 +30,39 @@ from sas_megatron.checkpoint.tensor_files import (
 )
 from sas_megatron.checkpoint.unsharded_weights import UnshardedModel
 from sas_megatron.checkpoint.weights_source import STEM, WeightsRecord, describe_architecture
-from sas_megatron.config.attention import parse_attention
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.attention import AttentionConfig, parse_attention
+from sas_megatron.config.errors import FieldError, FileProblem, shorten
 from sas_megatron.config.loading import dump_tree
 from sas_megatron.config.model import ModelConfig
 
 # Default limit of model.vocab_multiple, a multiple of all usual tensor-parallel sizes.
 _MAX_VOCAB_MULTIPLE = 128
 # Tensors that old versions of transformers saved although they can be computed.
+# Types of weights, as safetensors names them.
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+
+
+class _Format(NamedTuple):
+    """A format of models: its fields, and how they and the tensors are converted."""
+
+    fields: type[SizeFields]
+    read: Callable[[HFConfig], Any]
+    # The shapes of the stored tensors by name; tensors that are not listed may have any shape.
+    list_shapes: Callable[[ModelConfig, AttentionConfig], dict[str, tuple[int, ...]]]
+    convert: Callable[..., NamedTensors]
+
+
+_FORMATS = {
+    "llama": _Format(LlamaFields, read_llama_config, llama_shapes, from_llama),
+    "gpt_neox": _Format(NeoXFields, read_neox_config, neox_shapes, from_neox),
+    "sas_megatron": _Format(
+        NativeFields,
+        read_native_config,
+        lambda model, _: dict.fromkeys(EMBEDDING_NAMES, (model.vocab_size, model.hidden_size)),
+        lambda weights, *_: weights.items(),
+    ),
+}
 
 
 def open_model(source: Path, *, vocab_multiple: int | None = None) -> UnshardedModel:
@@ -52,31 +77,36 @@ def open_model(source: Path, *, vocab_multiple: int | None = None) -> UnshardedM
         UserError: The model cannot be read, or the native model cannot express it. The error names the field.
     """
     config = HFConfig(source)
-    formats: dict[str, tuple[Callable[[HFConfig], Any], Callable[..., NamedTensors]]] = {
-        "llama": (read_llama_config, from_llama),
-        "gpt_neox": (read_neox_config, from_neox),
-        "sas_megatron": (read_native_config, lambda weights, *_: weights.items()),
-    }
     model_type = config.get("model_type")
-    if model_type not in formats:
+    if not isinstance(model_type, str) or model_type not in _FORMATS:
         raise FieldError(
             f"{config.path}: model_type",
             model_type,
             "is not a supported format",
-            f"import a model with one of {list(formats)}",
+            f"import a model with one of {list(_FORMATS)}",
         )
-    read, convert = formats[model_type]
-    model_fields, attention_fields = read(config)
+    found = _FORMATS[model_type]
+    config.check_fields(found.fields)
+    model_fields, attention_fields = found.read(config)
     multiple = vocab_multiple or math.gcd(model_fields["vocab_size"], _MAX_VOCAB_MULTIPLE)
     try:
         model = ModelConfig(**model_fields, vocab_multiple=multiple)
         attention = parse_attention(attention_fields)
     except ValidationError as error:
+        problem = error.errors()[0]
         raise FileProblem(
-            config.path, f"has an invalid value: {error}", "name the folder of a complete Hugging Face model"
+            config.path,
+            f"has an invalid value for {'.'.join(map(str, problem['loc']))}: {problem['msg']}",
+            "name the folder of a complete Hugging Face model",
         ) from None
-    stored = _TrackedTensors(StoredTensors(source, stem="model"))
-    tensors = _pad_embeddings(stored, convert(stored, model, attention), model.padded_vocab_size)
+    except FieldError as error:
+        raise FileProblem(
+            config.path, f"gives {error.field}={shorten(error.value)}, which {error.rule}", error.remedy
+        ) from None
+    stored = StoredTensors(source, stem="model")
+    _check_tensors(stored, found.list_shapes(model, attention))
+    tracked = _TrackedTensors(stored)
+    tensors = _pad_embeddings(tracked, found.convert(tracked, model, attention), model.padded_vocab_size)
     return UnshardedModel(model, attention, tensors, str(source.resolve()))
 
 
@@ -128,6 +158,31 @@ class _TrackedTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.stored)
+
+
+def _check_tensors(stored: StoredTensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the shapes and types of stored tensors without reading them.
+
+    Raises:
+        FileProblem: A tensor has another shape than the config gives, or is not floating-point.
+    """
+    remedy = "copy the model again, or correct its config.json"
+    for name in stored:
+        if name.endswith(_NOT_WEIGHTS):
+            continue
+        shape = stored.shape(name)
+        if shapes.get(name, shape) != shape:
+            raise FileProblem(
+                stored.folder,
+                f"has shape {list(shape)} for {name}, but its config gives {list(shapes[name])}",
+                remedy,
+            )
+        if stored.dtype(name) not in _FLOAT_TYPES:
+            raise FileProblem(
+                stored.folder,
+                f"has the type {stored.dtype(name)} for {name}, which must be one of {list(_FLOAT_TYPES)}",
+                remedy,
+            )
 
 
 def _pad_embeddings(

@@ -12,7 +12,7 @@ import torch
 
 from sas_megatron.checkpoint.hf_config import HFConfig
 from sas_megatron.checkpoint.tensor_files import NamedTensors
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import MODIFIERS, AttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
 
@@ -43,6 +43,10 @@ def find_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | None:
         "attention.kind": (attention.kind, attention.kind in ("mha", "gqa", "mqa")),
         "attention.rotary": (attention.rotary, attention.rotary == "after"),
         "attention.rotary_dim": (attention.rotary_dim, attention.rotary_width == attention.head_dim),
+        **{
+            f"attention.{name}": (getattr(attention, name), getattr(attention, name) in (False, "none"))
+            for name in MODIFIERS
+        },
         "model.normalization": (model.normalization, model.normalization == "rmsnorm"),
         "model.activation": (model.activation, model.activation == "swiglu"),
         # transformers 5 rejects sizes that num_heads does not divide, although its Llama could compute them.
@@ -145,6 +149,37 @@ def from_llama(
             yield f"{prefix}{_FUSED}.{kind}", fuse_projections(parts, attention)
             gated = [weights[f"{llama_prefix}{part}.{kind}"] for part in _GATED_PARTS]
             yield f"{prefix}{_GATED}.{kind}", torch.cat(gated)
+
+
+def llama_shapes(model: ModelConfig, attention: AttentionConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the Llama weights of a model by name, and those of its biases, if it has any."""
+    hidden, outer = model.hidden_size, model.ffn_hidden_size
+    width, group_width = (
+        heads * attention.head_dim for heads in (attention.num_heads, attention.num_key_value_heads)
+    )
+    table = (model.vocab_size, hidden)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": table,
+        "lm_head.weight": table,
+        "model.norm.weight": (hidden,),
+    }
+    matrices = {
+        "self_attn.q_proj": (width, hidden),
+        "self_attn.k_proj": (group_width, hidden),
+        "self_attn.v_proj": (group_width, hidden),
+        "self_attn.o_proj": (hidden, width),
+        "mlp.gate_proj": (outer, hidden),
+        "mlp.up_proj": (outer, hidden),
+        "mlp.down_proj": (hidden, outer),
+    }
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        for name, shape in matrices.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            shapes[f"{prefix}{name}.bias"] = shape[:1]
+    return shapes
 
 
 def check_tied_output(weights: Weights, *, embedding: str, output: str) -> None:

@@ -15,18 +15,28 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.errors import FileProblem, describe_os_error, translate_os_errors
+from pydantic import BaseModel, Field, TypeAdapter
+
+from sas_megatron.config.errors import FileProblem, translate_os_errors
+from sas_megatron.io.file_records import (
+    FileRecord,
+    describe_file,
+    describe_read_error,
+    find_damage,
+    parse_json,
+    read_regular_file,
+)
 from sas_megatron.io.files import sync
 
 # Formats 1 and 2 held one file per rank.
 SCHEMA = 3
 MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.sha256"
-PROGRESS, CONFIG = "progress.json", "config.yaml"
+METADATA, PROGRESS, CONFIG = ".metadata", "progress.json", "config.yaml"
 UNREADABLE = f"is damaged: {MANIFEST} cannot be read"
 DAMAGE_REMEDY = "restore it from a copy, or resume from the previous checkpoint with checkpoint.resume=true"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -35,14 +45,6 @@ _TEMPORARY_NAME = re.compile(r"iter_\d{7,}\.(partial|replaced)")
 
 class DamagedCheckpoint(FileProblem):
     """Files of a checkpoint differ from what was written. An earlier checkpoint may be intact."""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size and checksum of a file at the time when the checkpoint was published."""
-
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,27 @@ class Manifest:
     files: dict[str, FileRecord]
 
 
-def describe_file(path: Path) -> FileRecord:
-    """Return the size and SHA-256 of a file. The file is read once."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(file.tell(), digest)
+class _Schema(BaseModel):
+    """The format of any manifest."""
+
+    schema_number: int = Field(alias="schema", strict=True)
+
+
+class _Counts(BaseModel):
+    """The part of a run's counts that must agree with the manifest."""
+
+    step: int
+
+
+class _Progress(BaseModel):
+    """What every progress.json contains."""
+
+    counts: _Counts
+    engine: dict[str, int]
+    schedule_steps: int
+
+
+_MANIFEST_TYPE = TypeAdapter(Manifest)
 
 
 def checkpoint_name(step: int) -> str:
@@ -138,22 +156,53 @@ def read_manifest(path: Path) -> Manifest:
         )
     checksum = path / MANIFEST_CHECKSUM
     with translate_os_errors(path, problem=UNREADABLE, remedy=DAMAGE_REMEDY, error_type=DamagedCheckpoint):
-        text = (path / MANIFEST).read_bytes()
+        text = read_regular_file(path / MANIFEST)
         # Formats 1 and 2 have no checksum of the manifest.
-        recorded = checksum.read_bytes() if checksum.exists() else None
+        recorded = read_regular_file(checksum) if checksum.exists() else None
     if recorded not in (None, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()):
         raise DamagedCheckpoint(
             path, f"is damaged: {MANIFEST} or {MANIFEST_CHECKSUM} was modified", DAMAGE_REMEDY
         )
     try:
-        tree = json.loads(text)
-        _check_schema(path, int(tree["schema"]))
+        _check_schema(path, _Schema.model_validate(parse_json(text)).schema_number)
         if recorded is None:
             raise DamagedCheckpoint(path, f"is damaged: {MANIFEST_CHECKSUM} is missing", DAMAGE_REMEDY)
-        files = {name: FileRecord(**record) for name, record in tree["files"].items()}
-        return Manifest(tree["step"], tree["engine"], tree["layout"], files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(path, f"{UNREADABLE} ({error!r})", DAMAGE_REMEDY) from None
+        manifest = _MANIFEST_TYPE.validate_json(text, strict=True)
+    except ValueError as error:
+        raise DamagedCheckpoint(path, f"{UNREADABLE} ({describe_read_error(error)})", DAMAGE_REMEDY) from None
+    raise_if_damaged(path, _find_contradictions(path, manifest))
+    return manifest
+
+
+def _find_contradictions(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield what a manifest made by hand may contain, but no published one does."""
+    for name in (METADATA, PROGRESS, CONFIG):
+        if name not in manifest.files:
+            yield f"{name} is not in {MANIFEST}"
+    if manifest.step < 0 or any(record.size_bytes < 0 for record in manifest.files.values()):
+        yield f"{MANIFEST} has a negative number"
+    if _NAME.fullmatch(path.name) and _step_of(path) != manifest.step:
+        yield f"{MANIFEST} has step {manifest.step}, and the folder is named for step {_step_of(path)}"
+
+
+def read_progress(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """Read the progress in the checkpoint at `path`, whose files have been verified.
+
+    Raises:
+        DamagedCheckpoint: It is not the progress of the manifest's step.
+    """
+    try:
+        progress: dict[str, Any] = parse_json(read_regular_file(path / PROGRESS))
+        found = _Progress.model_validate(progress, strict=True)
+        if found.counts.step != manifest.step:
+            raise ValueError(f"has step {found.counts.step}, and {MANIFEST} has step {manifest.step}")
+        if manifest.engine == "megatron" and "num_updates" not in found.engine:
+            raise ValueError("has no engine.num_updates")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(
+            path, f"is damaged: {PROGRESS}: {describe_read_error(error)}", DAMAGE_REMEDY
+        ) from None
+    return progress
 
 
 def _check_schema(path: Path, schema: int) -> None:
@@ -163,32 +212,6 @@ def _check_schema(path: Path, schema: int) -> None:
         raise FileProblem(
             path, f"has format {schema}, older than {SCHEMA}", "resume with the version that wrote it"
         )
-
-
-def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
-    """Compare files of the checkpoint at `path` with their records; return one line per damaged file.
-
-    Each file is read once.
-    """
-    return [
-        f"{name} {damage}"
-        for name, record in files.items()
-        if (damage := _damage(path / name, record)) is not None
-    ]
-
-
-def _damage(path: Path, record: FileRecord) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != record.size_bytes:
-            return f"has {size:,} bytes, but {record.size_bytes:,} were written"
-        if describe_file(path).sha256 != record.sha256:
-            return "has contents that differ from what was written"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({describe_os_error(error)})"
-    return None
 
 
 def raise_if_damaged(path: Path, damage: Iterable[str]) -> None:
@@ -214,6 +237,7 @@ def verify_checkpoint(path: Path) -> Manifest:
     """
     manifest = read_manifest(path)
     raise_if_damaged(path, find_damage(path, manifest.files))
+    read_progress(path, manifest)
     return manifest
 
 
@@ -241,7 +265,7 @@ def remove_old_checkpoints(
     if keep_last is None:
         return []
     checkpoints = [path for path in find_checkpoints(folder) if _step_of(path) <= newest]
-    kept = [path for path in checkpoints if _has_all_files(path)][:keep_last]
+    kept = [path for path in checkpoints if is_complete(path)][:keep_last]
     if len(kept) < keep_last:
         return []
     removed = []
@@ -267,7 +291,8 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _has_all_files(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Return whether a checkpoint has all its files, with their sizes; their contents are not read."""
     try:
         manifest = read_manifest(path)
         return all((path / name).stat().st_size == file.size_bytes for name, file in manifest.files.items())
@@ -279,9 +304,3 @@ def _step_of(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     assert found is not None, f"{path} is not the name of a checkpoint"
     return int(found[1])
-
-
-def select_files_of_rank(files: dict[str, FileRecord], *, rank: int, num_ranks: int) -> dict[str, FileRecord]:
-    """Return the files that `rank` reads if all ranks together read each file once, in similar amounts."""
-    by_size: Sequence[str] = sorted(files, key=lambda name: (-files[name].size_bytes, name))
-    return {name: files[name] for name in by_size[rank::num_ranks]}

@@ -6,7 +6,6 @@ shards
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from sas_megatron.checkpoint.tensor_reading import TensorReader
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.object_collectives import gather_from_ranks, raise_on_all_ranks, run_on_rank0
+from sas_megatron.io.file_records import find_damage, select_files_of_rank
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         FileProblem: This version does not read the checkpoint's format.
     """
     found = raise_on_all_ranks(lambda: manifest.read_manifest(path))
-    local_files = manifest.select_files_of_rank(
-        found.files, rank=dist.get_rank(), num_ranks=dist.get_world_size()
-    )
-    damage_by_rank = gather_from_ranks(manifest.find_damage(path, local_files))
+    local_files = select_files_of_rank(found.files, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+    damage_by_rank = gather_from_ranks(find_damage(path, local_files))
     manifest.raise_if_damaged(path, (line for lines in damage_by_rank for line in lines))
-    progress = raise_on_all_ranks(lambda: json.loads((path / manifest.PROGRESS).read_text(encoding="utf-8")))
+    progress = raise_on_all_ranks(lambda: manifest.read_progress(path, found))
     return Checkpoint(path, found, progress)
 
 

@@ -22,15 +22,15 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.storage import WriteResult
 
 from sas_megatron.checkpoint import manifest
-from sas_megatron.checkpoint.manifest import FileRecord, Manifest
+from sas_megatron.checkpoint.manifest import Manifest
 from sas_megatron.checkpoint.rank_layout import describe_layout, read_random_states, shard_random_states
-from sas_megatron.checkpoint.tensor_reading import METADATA
 from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter, get_written_files
 from sas_megatron.config.errors import FileProblem, describe_os_error, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.object_collectives import raise_on_all_ranks, run_on_rank0
 from sas_megatron.distributed.topology import Topology
+from sas_megatron.io.file_records import FileRecord, describe_file
 from sas_megatron.io.files import sync
 
 T = TypeVar("T")
@@ -241,7 +241,9 @@ class CheckpointSaver:
         pending.tensors.finish([results for results, _ in by_rank])
         manifest.write_synced(partial / manifest.PROGRESS, json.dumps(pending.progress) + "\n")
         manifest.write_synced(partial / manifest.CONFIG, dump_yaml(self._config))
-        paths = [partial / name for name in (METADATA, FORMAT, COMMON, manifest.PROGRESS, manifest.CONFIG)]
+        paths = [
+            partial / name for name in (manifest.METADATA, FORMAT, COMMON, manifest.PROGRESS, manifest.CONFIG)
+        ]
         for path in paths:
             sync(path)
         files = {name: record for _, records in by_rank for name, record in records.items()}
@@ -276,7 +278,7 @@ def _raise_if_missing(folder: Path, files: dict[str, FileRecord]) -> None:
 
 
 def _describe(folder: Path, paths: list[Path]) -> dict[str, FileRecord]:
-    return {str(path.relative_to(folder)): manifest.describe_file(path) for path in paths}
+    return {str(path.relative_to(folder)): describe_file(path) for path in paths}
 
 
 def _with_error_translation(folder: Path, action: Callable[[], T]) -> Callable[[], T]:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
+from sas_megatron.io.file_records import describe_read_error, open_regular_file, parse_json, read_regular_file
 from sas_megatron.io.files import make_folder, sync
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
@@ -60,6 +62,14 @@ class StoredTensors(Mapping[str, torch.Tensor]):
             FileProblem: The tensor does not exist.
         """
         return tuple(self._file(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Return the type of a tensor as safetensors names it, such as "F32", without reading the tensor.
+
+        Raises:
+            FileProblem: The tensor does not exist.
+        """
+        return str(self._file(name).get_slice(name).get_dtype())
 
     def _file(self, name: str) -> Any:
         if name not in self._file_of:
@@ -177,17 +187,29 @@ def _find_files(folder: Path, stem: str) -> list[Path]:
     if not index.exists():
         return [folder / f"{stem}.safetensors"]
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        names = set(_Index.model_validate(parse_json(read_regular_file(index))).weight_map.values())
+    except (OSError, ValueError) as error:
+        reason = describe_read_error(error)
         raise FileProblem(
-            index, f"is not an index of safetensors files ({error!r})", "copy it again"
+            index, f"is not an index of safetensors files ({reason})", "copy it again"
         ) from None
-    return [folder / name for name in dict.fromkeys(names)]
+    # Weights come only from the folder that the user named.
+    for name in names:
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise FileProblem(index, f"names a file outside of the folder ({name!r})", "copy the model again")
+    return [folder / name for name in sorted(names)]
+
+
+class _Index(BaseModel):
+    """The part of an index of safetensors files that is read here."""
+
+    weight_map: dict[str, str]
 
 
 def _open_file(path: Path) -> Any:
     safetensors = _import_safetensors("safetensors")
     try:
+        open_regular_file(path).close()
         return safetensors.safe_open(path, framework="pt")
     except FileNotFoundError:
         raise FileProblem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -13,17 +14,19 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
-from sas_megatron.checkpoint.manifest import DamagedCheckpoint
+from sas_megatron.checkpoint.manifest import METADATA, DamagedCheckpoint, read_manifest
+from sas_megatron.io.file_records import read_regular_file
 
-METADATA = ".metadata"
 # Weights are stored under their global names, optimizer states under this prefix, the name of the state and
 # the global name, as in Megatron-core.
 OPTIMIZER_PREFIX = "optimizer.state."
 RANDOM_PREFIX = "random."
+# Thousands of ranks with thousands of tensors need some hundred megabytes.
+MAX_METADATA_BYTES = 2**30
 
 
 class TensorReader:
@@ -43,7 +46,10 @@ class TensorReader:
     def read(self, name: str) -> torch.Tensor:
         """Return a full tensor."""
         metadata = self._tensors()[name]
-        tensor = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        # Damaged metadata can have a shape that is too large for the memory.
+        tensor: torch.Tensor = self._translate_errors(
+            lambda: torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        )
         self.read_into({name: tensor})
         return tensor
 
@@ -70,10 +76,18 @@ class TensorReader:
         try:
             return action()
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise DamagedCheckpoint(
-                self._folder, f"is damaged: its tensors cannot be read ({reason})", "use another checkpoint"
+                self._folder,
+                f"is damaged: its tensors cannot be read ({_describe(error)})",
+                "use another checkpoint",
             ) from error
+
+
+def _describe(error: BaseException) -> str:
+    """Return the reason of an error in one line; of torch's collected errors, that of the first one."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _stack = next(iter(error.failures.values()))
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _Reader(FileSystemReader):
@@ -90,14 +104,43 @@ class _Reader(FileSystemReader):
             ValueError: The file does not contain tensor metadata.
         """
         if self._metadata is None:
-            data = (Path(self.path) / METADATA).read_bytes()
+            folder = Path(self.path)
+            content = read_regular_file(folder / METADATA, max_bytes=MAX_METADATA_BYTES)
             try:
-                self._metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-            except (pickle.UnpicklingError, AttributeError, ImportError, IndexError, TypeError) as error:
+                metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+            except Exception as error:  # pickles made by hand can raise any
                 raise ValueError(f"{METADATA}: {error}") from error
-            if not isinstance(self._metadata, Metadata):
+            if not isinstance(metadata, Metadata):
                 raise ValueError(f"{METADATA}: does not contain tensor metadata")
+            try:
+                _check_metadata(metadata, files=set(read_manifest(folder).files))
+            except (AttributeError, TypeError) as error:  # also made by hand
+                raise ValueError(f"{METADATA}: {error}") from error
+            self._metadata = metadata
         return self._metadata
+
+
+def _check_metadata(metadata: Metadata, *, files: set[str]) -> None:
+    """Check that every element of every tensor is in a file of the checkpoint's manifest.
+
+    Raises:
+        ValueError: Elements are missing, or in another file.
+        AttributeError: An object has other fields than torch's.
+        TypeError: A field has another type.
+    """
+    tensors: dict[str, Any] = metadata.state_dict_metadata
+    for name, tensor in tensors.items():
+        is_tensor = isinstance(tensor, TensorStorageMetadata)
+        if not (is_tensor and isinstance(tensor.properties.dtype, torch.dtype)):
+            raise TypeError(f"{name!r} is not described as a tensor")
+        sizes = [tuple(chunk.sizes) for chunk in tensor.chunks]
+        if sum(map(math.prod, sizes)) != math.prod(tensor.size):
+            raise ValueError(f"{METADATA}: the shards of {name} do not make up its shape {list(tensor.size)}")
+    for stored in metadata.storage_data.values():
+        if stored.relative_path not in files:
+            raise ValueError(f"{METADATA}: {stored.relative_path!r} is not a file of this checkpoint")
+        if stored.offset < 0 or stored.length < 0:
+            raise ValueError(f"{METADATA}: a shard in {stored.relative_path} has a negative position")
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -9,27 +9,32 @@ checkpoints/, or iter_0001000/ …   a run, whose newest checkpoint is used
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from sas_megatron.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
-    describe_file,
     find_checkpoint,
-    find_damage,
     raise_if_damaged,
     read_manifest,
 )
+from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.run import RunConfig
+from sas_megatron.io.file_records import (
+    describe_file,
+    describe_read_error,
+    find_damage,
+    parse_json,
+    read_regular_file,
+)
 
 Architecture = dict[str, dict[str, Any]]
 
@@ -132,16 +137,20 @@ def read_record(folder: Path) -> WeightsRecord:
     """Read the record of unsharded weights.
 
     Raises:
-        FileProblem: Weights.json is missing, cannot be read, or has a newer format.
+        FileProblem: weights.json is missing, cannot be read, or has a newer format.
     """
     path, remedy = folder / RECORD, "name a folder that `sas-megatron checkpoint import` wrote"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields.get("schema_version", 0) > SCHEMA_VERSION:
+        fields = parse_json(read_regular_file(path))
+        version = fields.get("schema_version", 0) if isinstance(fields, dict) else 0
+        if isinstance(version, int) and version > SCHEMA_VERSION:
             raise FileProblem(path, f"is newer than format {SCHEMA_VERSION}", "update the package")
-        return WeightsRecord.model_validate(fields)
-    except (OSError, ValueError, AttributeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
+        record = WeightsRecord.model_validate(fields)
+        if not {"model", "attention"} <= record.architecture.keys():
+            raise ValueError("architecture lacks model or attention")
+        return record
+    except (OSError, ValueError) as error:
+        reason = describe_read_error(error)
         raise FileProblem(path, f"is not a record of unsharded weights ({reason})", remedy) from None
 
 
@@ -184,11 +193,17 @@ def find_weights(path: Path, config: RunConfig) -> WeightsSource:
             "contains neither a checkpoint nor weights that `sas-megatron checkpoint import` wrote",
             "name one of these, for example run/checkpoints/iter_0001000, or a run directory",
         )
-    saved = read_checkpoint_config(checkpoint)
+    with offering_another_checkpoint(checkpoint, suggest_initial_weights):
+        saved = read_checkpoint_config(checkpoint)
     actual = describe_architecture(saved.model, saved.attention)
     raise_if_architectures_differ(actual, expected, origin=checkpoint)
     raise_if_vocab_padding_differs(saved.model, config.model, origin=checkpoint)
     return WeightsSource(checkpoint, is_checkpoint=True)
+
+
+def suggest_initial_weights(other: Path) -> str:
+    """Return a suggestion for `offering_another_checkpoint` of a run that starts from its weights."""
+    return f"set checkpoint.initial_weights={other}"
 
 
 def _with_defaults(stored: Architecture, config: RunConfig) -> Architecture:

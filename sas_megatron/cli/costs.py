@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def costs(
 
     if world_size is not None and world_size < 1:
         raise FieldError("--world-size", world_size, "must be positive", "use 1 or more")
-    names = [name for name in configs if "=" not in name or Path(name).exists()]
+    names = [name for name in configs if "=" not in name or os.path.exists(name)]
     overrides = [name for name in configs if name not in names]
     if not names:
         raise UserError(f"{configs[0]}: is an override without a config; name a config before it")

@@ -5,15 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from sas_megatron.cli.data import document_limit
 from sas_megatron.cli.log_setup import configure_logging
 
 if TYPE_CHECKING:
+    from sas_megatron.data.documents import Documents
+    from sas_megatron.data.sources import SourceFile
     from sas_megatron.evaluation.model_source import ModelSource
     from sas_megatron.evaluation.settings import WindowSettings
     from sas_megatron.evaluation.tasks import LoadedTasks
@@ -38,7 +43,7 @@ _KINDS_OF_OPTION = {
         ),
         ("tasks",),
     ),
-    **dict.fromkeys(("files", "text_column", "stride"), ("files",)),
+    **dict.fromkeys(("files", "text_column", "max_document_bytes", "stride"), ("files",)),
     "lengths": ("files", "validation"),
 }
 
@@ -84,6 +89,7 @@ _KINDS_OF_OPTION = {
     help="Documents whose loss is measured (Parquet, Arrow, JSON lines, text, or builtin).",
 )
 @click.option("--text-column", default="text", show_default=True, help="Column with the text.")
+@document_limit
 @click.option(
     "--sequence-length",
     "lengths",
@@ -190,11 +196,13 @@ def _evaluate_tasks(
 
     def load() -> None:
         from sas_megatron.evaluation.results import check_results
+        from sas_megatron.evaluation.task_options import check_options
         from sas_megatron.evaluation.tasks import load_tasks
 
         check_results(folder, source)
         unsafe = settings.runs_unsafe_code
         loaded_tasks.append(load_tasks(settings.names, include_paths, runs_unsafe_code=unsafe))
+        check_options(loaded_tasks[0].by_name(), settings)
 
     with load_model(source, check_first=load, timeout_minutes=TASK_TIMEOUT_MINUTES) as model:
         from sas_megatron.evaluation.tasks import evaluate_tasks
@@ -210,8 +218,11 @@ def _evaluate_tasks(
 
 def _fingerprint(source: ModelSource) -> str:
     """Return a digest of the config and checkpoint, which together with a request determine its answer."""
-    config = source.config.model_dump_json(exclude={"parallel", "logging"})
-    return hashlib.sha256(f"{config}{source.manifest_sha256}".encode()).hexdigest()[:12]
+    # Paths may change: the manifest and the tokenizer identify the model.
+    paths = {"prefixes", "tokenizer", "index_cache"}
+    config = source.config.model_dump_json(exclude={"parallel": True, "logging": True, "data": paths})
+    identity = f"{config}{source.manifest_sha256}{source.tokenizer.sha256}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def _measure_loss(
@@ -220,11 +231,13 @@ def _measure_loss(
     folder: Path,
     files: tuple[str, ...],
     text_column: str,
+    max_document_bytes: int,
     lengths: tuple[int, ...],
     stride: int | None,
     batch_tokens: int,
     **_others: Any,
 ) -> tuple[str, dict[str, Any] | None]:
+    from sas_megatron.data.documents import Documents
     from sas_megatron.evaluation.model_source import load_model
     from sas_megatron.evaluation.results import check_results
     from sas_megatron.evaluation.settings import WindowSettings
@@ -234,17 +247,46 @@ def _measure_loss(
         WindowSettings(length, stride=length if stride is None else stride, batch_tokens=batch_tokens)
         for length in lengths or (trained,)
     ]
-    paths = _find_files(files)
+    paths = _find_files(files, text_column=text_column)
+    # Before torch is imported.
+    remarks = [] if files else _list_repetitions(source, settings)
     with load_model(source, check_first=functools.partial(check_results, folder, source)) as model:
         from sas_megatron.evaluation.sliding_window import measure_held_out
 
-        domains = _file_domains(model, paths, text_column) if files else _validation_domain(model)
+        documents = {
+            name: Documents(found, text_column=text_column, max_document_bytes=max_document_bytes)
+            for name, found in paths.items()
+        }
+        domains = _file_domains(model, documents) if files else _validation_domain(model)
         results = measure_held_out(model, domains, settings)
+        remarks += [
+            f"{name}: {of_domain.num_empty:,} empty documents were left out."
+            for name, of_domain in documents.items()
+            if of_domain.num_empty
+        ]
+        results["remarks"] = remarks
         return "files" if files else "validation", results if model.topology.is_rank0 else None
 
 
-def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return paths by domain. A domain has the given name, or that of its file; it may have several paths.
+def _list_repetitions(source: ModelSource, settings: Sequence[WindowSettings]) -> list[str]:
+    """Check the validation data for each window length, and return remarks on windows that repeat text.
+
+    Raises:
+        UserError: The validation data cannot be cut into such windows.
+    """
+    from sas_megatron.data.epochs import count_data_use
+    from sas_megatron.evaluation.settings import windowed_config
+
+    remarks = []
+    for length in (of_length.length for of_length in settings):
+        repetition = count_data_use(windowed_config(source.config, length)).describe_repeated_windows()
+        if repetition is not None:
+            remarks.append(f"Length {length:,}: {repetition}.")
+    return remarks
+
+
+def _find_files(files: tuple[str, ...], *, text_column: str) -> dict[str, list[SourceFile]]:
+    """Return files by domain. A domain has the given name, or that of its file; it may have several paths.
 
     Raises:
         UserError: A file does not exist or has an unsupported type.
@@ -256,29 +298,25 @@ def _find_files(files: tuple[str, ...]) -> dict[str, list[str]]:
     paths_by_domain: dict[str, list[str]] = {}
     for given in files:
         # A path may contain "=", as in lang=en/part-0.jsonl.
-        is_path = "=" not in given or Path(given).exists()
+        is_path = "=" not in given or os.path.exists(given)
         name, path = (Path(given).name, given) if is_path else given.split("=", 1)
         if not path:
             raise FieldError(
                 "--files", f"{given!r}", "contains no path", "name one, or use . for the current folder"
             )
         paths_by_domain.setdefault(name, []).extend(resolve_sources([path]))
-    for paths in paths_by_domain.values():
-        find_source_files(paths)
-    return paths_by_domain
+    return {
+        name: find_source_files(paths, text_column=text_column) for name, paths in paths_by_domain.items()
+    }
 
 
-def _file_domains(
-    model: TrainedModel, paths_by_domain: dict[str, list[str]], text_column: str
-) -> dict[str, Any]:
-    from sas_megatron.data.documents import stream_documents
+def _file_domains(model: TrainedModel, documents: Mapping[str, Documents]) -> dict[str, Any]:
     from sas_megatron.evaluation.sliding_window import document_windows
 
-    def windows(paths: list[str], settings: WindowSettings) -> Any:
-        documents = stream_documents(paths, text_column=text_column)
-        return document_windows(documents, model.tokenizer, settings)
+    def windows(of_domain: Documents, settings: WindowSettings) -> Any:
+        return document_windows(of_domain, model.tokenizer, settings)
 
-    return {name: functools.partial(windows, paths) for name, paths in paths_by_domain.items()}
+    return {name: functools.partial(windows, of_domain) for name, of_domain in documents.items()}
 
 
 def _validation_domain(model: TrainedModel) -> dict[str, Any]:

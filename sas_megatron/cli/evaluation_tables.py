@@ -14,7 +14,7 @@ _LENGTHS_PER_TABLE = 6
 
 
 def show_held_out(results: dict[str, Any]) -> None:
-    """Print the loss by window length and domain, then by position in the window."""
+    """Print the loss by window length and domain, then by position in the window, then the remarks."""
     by_length = results["by_length"]
     table = _new_table(f"Held-out loss (training length: {results['trained_length']:,} tokens)")
     table.add_column("length", no_wrap=True)
@@ -32,6 +32,8 @@ def show_held_out(results: dict[str, Any]) -> None:
     console.print(table)
     for begin in range(0, len(by_length), _LENGTHS_PER_TABLE):
         console.print(_tabulate_positions(by_length[begin : begin + _LENGTHS_PER_TABLE]))
+    for remark in results.get("remarks", ()):
+        console.print(f"· {remark}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _new_table(title: str) -> Table:

@@ -88,7 +88,9 @@ def generate(
         batch_tokens=batch_tokens,
     )
     model_source = find_model_source(source, iteration=iteration, overrides=overrides)
-    texts = [*prompts, *(stream_documents(prompt_files) if prompt_files else ())]
+    in_files = stream_documents(prompt_files) if prompt_files else None
+    texts = [*prompts, *(in_files or ())]
+    num_empty = 0 if in_files is None else in_files.num_empty
     encoded = encode_prompts(texts, model_source.tokenizer, context=model_source.config.data.sequence_length)
     with load_model(model_source) as model:
         from sas_megatron.evaluation.generation import generate as generate_texts
@@ -97,7 +99,7 @@ def generate(
         generated = generate_texts(model, encoded, settings)
         seconds = time.perf_counter() - begin
         if model.topology.is_rank0:
-            result = _to_dict(model, texts, generated, seconds=seconds)
+            result = _to_dict(model, texts, generated, seconds=seconds) | {"empty_prompts": num_empty}
             if as_json:
                 click.echo(json.dumps(result, indent=2))
             else:
@@ -142,6 +144,7 @@ def _show(result: dict[str, Any]) -> None:
     click.echo(
         f"\n{num_tokens:,} tokens{finish} by the model of step {result['step']:,}\n"
         f"{result['seconds']:.1f} s, {result['tokens_per_second']:,.1f} tokens/s\n"
-        f"KV cache: {cache['bytes_per_token_and_rank']:,} bytes per token and rank{kind}",
+        f"KV cache: {cache['bytes_per_token_and_rank']:,} bytes per token and rank{kind}"
+        + (f"\n{result['empty_prompts']:,} empty prompts left out" if result["empty_prompts"] else ""),
         err=True,
     )

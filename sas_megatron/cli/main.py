@@ -6,6 +6,7 @@ A subcommand is imported only when it runs, so that `--help` stays fast.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
@@ -97,6 +98,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; after a user error print its message without traceback and exit with status 2."""
+    _escape_unencodable_output()
     try:
         cli.main(standalone_mode=True)
     except UserError as error:
@@ -109,6 +111,26 @@ def main() -> None:
             time.sleep(SECONDS_AFTER_RANK0)
         print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        _remove_empty_log_folder()
+
+
+def _remove_empty_log_folder() -> None:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from sas_megatron.platform.launcher import remove_empty_log_folder
+
+        remove_empty_log_folder()
+
+
+def _escape_unencodable_output() -> None:
+    r"""Print characters that the output cannot encode as escapes such as \u2026, instead of failing.
+
+    Its encoding is that of the locale or PYTHONIOENCODING, which may be ASCII. Even UTF-8 has no encoding for
+    the bytes of a file name that is not UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_launched_rank_above_0() -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from sas_megatron.cli.data import document_limit
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def tokenizer() -> None:
@@ -24,6 +26,7 @@ def tokenizer() -> None:
 )
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The .model file to write.")
 @click.option("--text-column", default="text", show_default=True, help="Column with the text.")
+@document_limit
 @click.option(
     "--sample-bytes",
     type=int,
@@ -46,6 +49,7 @@ def train(
     vocab_size: int,
     output: Path,
     text_column: str,
+    max_document_bytes: int,
     sample_bytes: int,
     model_type: str,
     overwrite: bool,
@@ -60,8 +64,11 @@ def train(
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.tokenizer_training import record_training, train_tokenizer
 
+    documents = stream_documents(
+        resolve_sources(list(sources)), text_column=text_column, max_document_bytes=max_document_bytes
+    )
     trained = train_tokenizer(
-        stream_documents(resolve_sources(list(sources)), text_column=text_column),
+        documents,
         vocab_size=vocab_size,
         model_path=output,
         sample_bytes=sample_bytes,
@@ -74,4 +81,5 @@ def train(
     click.echo(
         f"{trained.model_path}: {trained.vocab_size} tokens ({trained.model_type}), trained on "
         f"{trained.sampled_bytes:,} of {trained.corpus_bytes:,} bytes, sha256 {trained.sha256}"
+        + (f" ({documents.num_empty:,} empty documents left out)" if documents.num_empty else "")
     )

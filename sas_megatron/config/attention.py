@@ -22,6 +22,8 @@ Part = Literal["config", "costs", "layer"]
 # Another package registers the kind `name` by three entry points of this group, `name.config`, `name.costs`
 # and `name.layer`. docs/own_attention has an example.
 ENTRY_POINT_GROUP = "sas_megatron.attention"
+# Fields of the modifiers, which every variant supports (attention/modifiers.py); all are off by default.
+MODIFIERS = ("qk_norm", "knocking_heads", "output_norm", "output_gate")
 
 
 class VariantNames(NamedTuple):
@@ -38,6 +40,7 @@ def _variant(folder: str, name: str, costs: str, layer: str) -> VariantNames:
 
 
 KINDS: dict[str, VariantNames] = {
+    "diff": _variant("diff", "DifferentialAttentionConfig", "DifferentialCosts", "DifferentialSelfAttention"),
     "mha": _variant("gqa", "MultiHeadAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
     "gqa": _variant("gqa", "GroupedQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
     "mqa": _variant("gqa", "MultiQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
@@ -52,9 +55,9 @@ KINDS: dict[str, VariantNames] = {
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The initial distribution of a weight: N(0, scale), or uniform in ±scale; scale 0 gives zeros."""
+    """The initial weights: N(0, scale), uniform in ±scale, or scale times the identity."""
 
-    distribution: Literal["normal", "uniform"]
+    distribution: Literal["normal", "uniform", "identity"]
     scale: float
 
 
@@ -106,6 +109,18 @@ class AttentionConfig(Section):
         "auto: by chunks of queries where that is faster (on a CPU, causal, float32, up to 1,024 tokens), "
         "otherwise fused.",
     )
+    qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys before rotary embeddings.")
+    knocking_heads: bool = Field(
+        default=False, description="A gated map of D×D of each value head, shared by all heads."
+    )
+    output_norm: bool = Field(
+        default=False, description="RMSNorm of each head's result, before the output gate."
+    )
+    output_gate: Literal["none", "headwise", "elementwise"] = Field(
+        default="none",
+        description="A factor σ(X·W) of each head's result, or of each of its features, from the layer's "
+        "input X.",
+    )
 
     @model_validator(mode="after")
     def _check_common(self) -> AttentionConfig:
@@ -118,13 +133,6 @@ class AttentionConfig(Section):
                 f"use one of {divisors(self.num_heads)}",
             )
         self._check_rotary()
-        if self.backend == "cudnn" and (self.query_key_dim % 8 or self.value_width % 8):
-            raise self.problem(
-                "backend",
-                f"needs multiples of 8 features, but queries and keys have {self.query_key_dim}, values "
-                f"{self.value_width}",
-                "use auto, or multiples of 8",
-            )
         return self
 
     def _check_rotary(self) -> None:
@@ -170,9 +178,14 @@ class AttentionConfig(Section):
         return self.head_dim
 
     @property
+    def num_query_heads(self) -> int:
+        """Query heads that are projected: N, for differential attention 2N."""
+        return self.num_heads
+
+    @property
     def qkv_width(self) -> int:
         """D(N + 2G), the columns of Megatron-core's fused projection."""
-        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
+        return self.head_dim * (self.num_query_heads + 2 * self.num_key_value_heads)
 
     @property
     def rotated_head_dim(self) -> int:
@@ -188,13 +201,18 @@ class AttentionConfig(Section):
 
     @property
     def num_attended_heads(self) -> int:
-        """Query heads in core attention: N, for SAS r·N."""
-        return self.num_heads
+        """Query heads in core attention: those projected, for SAS r·N."""
+        return self.num_query_heads
 
     @property
     def num_blocks(self) -> int:
         """Blocks of N heads whose results are averaged: 1, for SAS r."""
-        return self.num_attended_heads // self.num_heads
+        return self.num_attended_heads // self.num_query_heads
+
+    @property
+    def is_modified(self) -> bool:
+        """Whether any modifier is on."""
+        return any(getattr(self, name) not in (False, "none") for name in MODIFIERS)
 
     def check_tensor_parallel(self, tensor: int) -> None:
         """Check that the heads can be sharded over `tensor` ranks.

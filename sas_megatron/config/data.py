@@ -6,7 +6,12 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from sas_megatron.config.section import Section
+from sas_megatron.config.errors import FieldError
+from sas_megatron.config.section import MAX_INT32, Section
+
+# megatron.core.datasets.blended_dataset (0.16 to 0.19) numbers the data sets as int16.
+MAX_PREFIXES = 2**15 - 2
+SMALLEST_SHARE = 1e-18
 
 
 class DataConfig(Section):
@@ -36,8 +41,16 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         self.require_positive("sequence_length")
+        self.require_at_most(MAX_INT32, "sequence_length", reason="positions are stored as int32")
         if not self.prefixes:
             raise self.problem("prefixes", "names no token file", "give at least one")
+        if len(self.prefixes) > MAX_PREFIXES:
+            raise FieldError(
+                "data.prefixes",
+                f"[{self.prefixes[0]}, …]",
+                f"has {len(self.prefixes):,} entries, and Megatron-core blends at most {MAX_PREFIXES:,}",
+                "prepare several sources as one token file",
+            )
         if self.weights is not None and len(self.weights) != len(self.prefixes):
             raise self.problem(
                 "weights",
@@ -48,6 +61,8 @@ class DataConfig(Section):
             raise self.problem(
                 "weights", "must be positive", "remove the prefixes that should not be sampled"
             )
+        for field in ("weights", "split"):
+            self._check_shares(field)
         if len(self.split) != 2 or min(self.split) <= 0:
             raise self.problem(
                 "split",
@@ -55,3 +70,13 @@ class DataConfig(Section):
                 "use [0.97, 0.03], for example",
             )
         return self
+
+    def _check_shares(self, field: str) -> None:
+        """Check that numbers, which are divided by their sum, stay positive and finite."""
+        numbers: list[float] = getattr(self, field) or []
+        if numbers and not min(numbers) / sum(numbers) >= SMALLEST_SHARE:
+            raise self.problem(
+                field,
+                f"must have a finite sum, and no number below {SMALLEST_SHARE:g} of it",
+                "use shares such as 0.5",
+            )

@@ -7,6 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Messages show no more of a value; a path has at most this length on Linux.
+MAX_SHOWN_CHARACTERS = 4096
+
+
+def shorten(value: object) -> str:
+    """Return a value as text for a message; of a longer text than a path only the beginning."""
+    text = str(value)
+    if len(text) <= MAX_SHOWN_CHARACTERS:
+        return text
+    return f"{text[:100]}… ({len(text):,} characters)"
+
 
 class UserError(Exception):
     """An error in the user's input; the command line prints its message and exits with status 2."""
@@ -23,7 +34,7 @@ class FieldError(UserError):
         self.value = value
         self.rule = rule
         self.remedy = remedy
-        super().__init__(f"{field}={value}: {rule}; {remedy}")
+        super().__init__(f"{field}={shorten(value)}: {shorten(rule)}; {shorten(remedy)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.rule, self.remedy)
@@ -34,7 +45,7 @@ class FileProblem(UserError):
 
     def __init__(self, path: object, problem: str, remedy: str) -> None:
         self.path, self.problem, self.remedy = path, problem, remedy
-        super().__init__(f"{path}: {problem}; {remedy}")
+        super().__init__(f"{shorten(path)}: {shorten(problem)}; {remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.problem, self.remedy)
@@ -50,7 +61,7 @@ def translate_os_errors(
     disk_full_remedy: str | None = None,
     error_type: Callable[[object, str, str], UserError] = FileProblem,
 ) -> Iterator[None]:
-    """Raise a user error for an OSError in the block.
+    """Raise a user error for an OSError in the block, or for a path that no file can have.
 
     Args:
         path: The file or folder that the message names.
@@ -62,10 +73,14 @@ def translate_os_errors(
             for a path that a config field holds.
 
     Raises:
-        UserError: The block raised an OSError; by default a `FileProblem`.
+        UserError: The block raised such an error; by default a `FileProblem`.
     """
     try:
         yield
+    except ValueError as error:
+        if not _is_about_path(error):
+            raise
+        raise error_type(path, f"{problem} ({error})", "use another path") from error
     except OSError as error:
         if missing is not None and isinstance(error, FileNotFoundError):
             problem, remedy = missing
@@ -74,6 +89,12 @@ def translate_os_errors(
             if disk_full_remedy is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 remedy = disk_full_remedy
         raise error_type(path, problem, remedy) from error
+
+
+def _is_about_path(error: ValueError) -> bool:
+    """Whether Python raised the error for a path with a NUL character or an unpaired surrogate."""
+    has_surrogate = isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason
+    return has_surrogate or "null byte" in str(error)
 
 
 def describe_os_error(error: OSError) -> str:

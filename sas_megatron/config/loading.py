@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
-from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
+from sas_megatron.config.errors import FileProblem, UserError, shorten, translate_os_errors
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.shipped_configs import find_config
+from sas_megatron.config.yaml_text import MAX_FILE_BYTES, parse_yaml
 
 # Options of Megatron-LM -> the fields of this config, for hints in error messages.
 MEGATRON_ALIASES: dict[str, str] = {
@@ -76,6 +76,7 @@ MEGATRON_ALIASES: dict[str, str] = {
     "tensorboard_dir": "logging.tensorboard",
 }
 
+MAX_LISTED_PROBLEMS = 20
 # Types of pydantic's errors -> the remedy.
 TYPE_REMEDIES: dict[str, str] = {
     "int_type": "write a whole number, such as 4",
@@ -113,7 +114,10 @@ def build_run_config(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_describe(problem, tree) for problem in error.errors())) from None
+        lines = [_describe(problem, tree) for problem in error.errors()]
+        if len(lines) > MAX_LISTED_PROBLEMS:
+            lines[MAX_LISTED_PROBLEMS - 1] += f" (and {len(lines) - MAX_LISTED_PROBLEMS} more problems)"
+        raise UserError("\n".join(lines[:MAX_LISTED_PROBLEMS])) from None
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -122,17 +126,21 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileProblem: The file cannot be read, is not YAML, or its top level is not a mapping.
     """
-    with translate_os_errors(path, problem="cannot be read", remedy="check the path"):
-        content = find_config(path).read_bytes()
+    with (
+        translate_os_errors(path, problem="cannot be read", remedy="check the path"),
+        find_config(path).open("rb") as file,
+    ):
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise FileProblem(path, f"has more than {MAX_FILE_BYTES:,} bytes", "give a config or study file")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileProblem(path, f"is not UTF-8 text ({error})", "give a YAML file") from None
     try:
-        tree = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError) as error:
-        # ruamel raises ValueError for an invalid date or number, such as 2020-13-45.
-        raise FileProblem(path, f"is not YAML ({' '.join(str(error).split())})", "fix the syntax") from None
+        tree = parse_yaml(text)
+    except ValueError as error:
+        raise FileProblem(path, str(error), "correct the file") from None
     if not isinstance(tree, dict):
         raise FileProblem(path, "has no sections", "start from one of the files in configs/")
     return tree
@@ -165,36 +173,48 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or len(keys) < 2 or not all(keys):
+    name = f"override {shorten(repr(override))}"
+    if not equals or len(path.split(".")) < 2 or not all(path.split(".")):
         raise UserError(
-            f"override {override!r}: must have the form section.field=value; write model.num_layers=4, "
-            "for example"
+            f"{name}: must have the form section.field=value; write model.num_layers=4, for example"
         )
     try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError):
-        raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{name}: the value {error}; correct it, or quote it if it is text") from None
+    try:
+        set_field(tree, path, value)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path in nested mappings, and add the mappings that it lacks.
+
+    Raises:
+        UserError: A part of the path before the last names a value that is not a mapping.
+    """
+    *sections, field = path.split(".")
     node = tree
-    for key in keys[:-1]:
-        node = node.setdefault(key, {})
+    for section in sections:
+        node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {key} is a value, not a section; {_hint(path)}")
-    node[keys[-1]] = value
+            raise UserError(f"{section} is a value, not a section; {_hint(path)}")
+    node[field] = value
 
 
 def _describe(problem: Any, tree: dict[str, Any]) -> str:
     """Return the message for one pydantic error: field, value, rule, remedy."""
     path = ".".join(str(part) for part in problem["loc"])
-    kind = problem["type"]
+    kind, value = problem["type"], shorten(repr(problem["input"]))
     if kind == "extra_forbidden":
-        return f"{path}={problem['input']!r}: no such key; {_hint(path, tree)}"
+        return f"{path}={value}: no such key; {_hint(path, tree)}"
     if kind == "missing":
         return f"{path}: is required; add it"
     if kind == "literal_error":
-        return f"{path}={problem['input']!r}: is not one of the choices; use {problem['ctx']['expected']}"
+        return f"{path}={value}: is not one of the choices; use {problem['ctx']['expected']}"
     expected = problem["msg"].removeprefix("Input should be ").split(" or instance of ")[0]
-    return f"{path}={problem['input']!r}: must be {expected}; {TYPE_REMEDIES.get(kind, f'use {expected}')}"
+    return f"{path}={value}: must be {expected}; {TYPE_REMEDIES.get(kind, f'use {expected}')}"
 
 
 def _hint(path: str, tree: dict[str, Any] | None = None) -> str:

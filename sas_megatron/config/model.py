@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sas_megatron.config.section import Section
+from sas_megatron.config.section import MAX_INT32, Section
+
+# Far more than any model has; more would take minutes and gigabytes to list.
+MAX_LAYERS = 4096
 
 
 class ModelConfig(Section):
@@ -27,8 +29,10 @@ class ModelConfig(Section):
         default=128,
         description="The number of embedding rows is rounded up to a multiple of this, on every layout.",
     )
-    activation: Literal["swiglu", "gelu"] = Field(
-        default="swiglu", description="Activation function of the MLP."
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = Field(
+        default="swiglu",
+        description="Activation function of the MLP. gelu is x·Φ(x), computed with erf; gelu_tanh is its "
+        "approximation with tanh (Hendrycks and Gimpel 2016).",
     )
     normalization: Literal["rmsnorm", "layernorm"] = Field(
         default="rmsnorm", description="Normalization before each attention and MLP block."
@@ -62,10 +66,12 @@ class ModelConfig(Section):
             "num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "vocab_multiple", "rotary_base"
         )
         self.require_positive("init_std", "norm_epsilon")
+        self.require_at_most(MAX_LAYERS, "num_layers", reason="each layer is built and counted by itself")
+        self.require_at_most(MAX_INT32, "vocab_size", "vocab_multiple", reason="tokens are stored as int32")
         self.require_between(0.0, 1.0, "hidden_dropout")
         return self
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding table: vocab_size rounded up to vocab_multiple, the same on every layout."""
-        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

@@ -16,6 +16,8 @@ SET_BY_OTHER_FIELDS = {
     "gradient_clipping": "optimizer.clip_gradient_norm",
     "bf16": "training.precision",
     "fp16": "training.precision",
+    "data_types.grad_accum_dtype": "training.precision",
+    "communication_data_type": "training.precision",
     "optimizer": "optimizer.*",
     "scheduler": "schedule.*",
     "zero_optimization.stage": "deepspeed.zero_stage",

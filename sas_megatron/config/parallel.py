@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.config.section import Section, divisors
+from sas_megatron.config.section import MAX_INT32, Section, divisors
 
 
 class ParallelConfig(Section):
@@ -61,6 +61,13 @@ class ParallelConfig(Section):
     def _check(self) -> ParallelConfig:
         self.require_positive("tensor", "context", "pipeline", "virtual_pipeline")
         self.require_positive("first_stage_layers", "last_stage_layers")
+        if self.model_size > MAX_INT32:
+            raise FieldError(
+                "parallel",
+                self.describe_model_ranks(),
+                f"gives {self.model_size:,} ranks, and torch numbers at most {MAX_INT32:,}",
+                "use smaller degrees",
+            )
         if self.sequence and self.tensor == 1:
             raise self.problem(
                 "sequence",

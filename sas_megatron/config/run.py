@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from sas_megatron.config.attention import AttentionConfig, parse_attention
+from sas_megatron.config.cudnn import check_cudnn
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.optimizer import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
 from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.config.section import divisors
 from sas_megatron.config.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -44,12 +54,7 @@ class RunConfig(BaseModel):
     def _check(self) -> RunConfig:
         self.attention.check_tensor_parallel(self.parallel.tensor)
         self.attention.check_context_parallel(self.parallel.tensor, self.parallel.context)
-        if self.attention.backend == "cudnn" and self.training.precision != "bfloat16":
-            raise self.attention.problem(
-                "backend",
-                f"does not support training.precision={self.training.precision}",
-                "use auto, or training.precision=bfloat16",
-            )
+        check_cudnn(self.attention, self.training)
         self.parallel.check_layers(self.model.num_layers)
         self._check_divisibility()
         if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:
@@ -192,11 +197,19 @@ class RunConfig(BaseModel):
         sections = {name: getattr(self, name) for name in RunConfig.model_fields}
         by_section: dict[str, dict[str, Any]] = {}
         for path, value in changes.items():
-            section, field = path.split(".")
+            section, _, field = path.partition(".")
+            if section not in sections:
+                raise FieldError(path, value, "is no field of a section", f"use one of {', '.join(sections)}")
             by_section.setdefault(section, {})[field] = value
         for name, values in by_section.items():
             explicit = sections[name].model_dump(exclude_unset=True)
-            sections[name] = type(sections[name]).model_validate(explicit | values)
+            try:
+                sections[name] = type(sections[name]).model_validate(explicit | values)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                field = ".".join(map(str, (name, *problem["loc"])))
+                rule = problem["msg"].lower()
+                raise FieldError(field, problem["input"], rule, "correct it, or remove it") from None
         return RunConfig(**sections)
 
     def check_world_size(self, world_size: int) -> int:
@@ -207,11 +220,7 @@ class RunConfig(BaseModel):
         """
         model_size = self.parallel.model_size
         samples, micro = self.training.global_batch_size, self.training.micro_batch_size
-        fitting = [
-            model_size * degree
-            for degree in range(1, samples // micro + 1)
-            if samples % (micro * degree) == 0
-        ]
+        fitting = [model_size * degree for degree in divisors(samples // micro)]
         if world_size % model_size:
             raise FieldError(
                 "world size",

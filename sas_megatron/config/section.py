@@ -12,6 +12,8 @@ from sas_megatron.config.errors import FieldError
 MAX_INTEGER = 2**53
 # Error messages list divisors up to this one: a search for all divisors of a huge number would not end.
 MAX_LISTED_DIVISOR = 4096
+# Largest number of ranks, tokens of a vocabulary or positions: Megatron-core and torch store them as int32.
+MAX_INT32 = 2**31 - 1
 
 
 def divisors(number: int, *, limit: int = MAX_LISTED_DIVISOR) -> list[int]:
@@ -69,6 +71,17 @@ class Section(BaseModel):
                     "must be positive",
                     "use 1 or more" if isinstance(value, int) else "use more than 0",
                 )
+
+    def require_at_most(self, most: int, *fields: str, reason: str) -> None:
+        """Check that each of `fields` is at most `most`; a field that is None passes.
+
+        Raises:
+            FieldError: A field is larger.
+        """
+        for field in fields:
+            value = getattr(self, field)
+            if value is not None and value > most:
+                raise self.problem(field, f"must be at most {most:,}, since {reason}", "use a smaller number")
 
     def require_between(self, low: float, high: float, *fields: str) -> None:
         """Check that each of `fields` is in [low, high).

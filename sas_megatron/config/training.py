@@ -10,6 +10,8 @@ from sas_megatron.config.section import Section
 
 # numpy, which shuffles the samples of Megatron-core's data sets, accepts seeds of 32 bits.
 NUM_SEEDS = 2**32
+# A year. Timeouts are datetime.timedelta, and torch converts them to nanoseconds of 64 bits.
+MAX_TIMEOUT_MINUTES = 365 * 24 * 60
 
 
 class TrainingConfig(Section):
@@ -23,6 +25,11 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Data type of weights and activations; gradients and optimizer states are float32.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="On GPUs, use only kernels that give bit-identical results when repeated. They are "
+        "slower. A resumed run is then bit-identical to an uninterrupted one, as it always is on a CPU.",
     )
     engine: Literal["megatron", "deepspeed"] = Field(
         default="megatron",
@@ -64,7 +71,9 @@ class TrainingConfig(Section):
         "null: all layers.",
     )
     collective_timeout_minutes: float = Field(
-        default=10.0, description="The run ends with an error if a collective takes longer than this."
+        default=10.0,
+        description="The run ends with an error if a collective takes longer than this. The ranks wait for "
+        "rank 0 to build sample indices without this limit.",
     )
 
     @model_validator(mode="after")
@@ -72,6 +81,9 @@ class TrainingConfig(Section):
         self.require_positive("num_steps", "global_batch_size", "micro_batch_size", "stop_after_steps")
         self.require_positive("order_steps", "recompute_layers")
         self.require_positive("stop_after_seconds", "collective_timeout_minutes")
+        self.require_at_most(
+            MAX_TIMEOUT_MINUTES, "collective_timeout_minutes", reason="torch cannot represent long timeouts"
+        )
         for field, mode in (("recompute_modules", "selective"), ("recompute_layers", "full")):
             if getattr(self, field) is not None and self.recompute != mode:
                 raise self.problem(

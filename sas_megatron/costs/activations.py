@@ -68,8 +68,12 @@ def count_peak_activation_bytes(
     """
     chunks = _count_chunks(config, device, stage)
     sizes = [sum(terms.values()) for terms in chunks]
+    # From the first backward pass on, the numbers repeat with each round of microbatches.
+    distinct_microbatches = 4 * config.parallel.pipeline
     peak = max(
-        microbatches_in_flight(config, num_microbatches=num_microbatches, stage=stage),
+        microbatches_in_flight(
+            config, num_microbatches=min(num_microbatches, distinct_microbatches), stage=stage
+        ),
         key=lambda counts: sum(count * size for count, size in zip(counts, sizes, strict=True)),
     )
     return _sum_terms(
@@ -181,14 +185,15 @@ def _count_hidden_dropout(config: RunConfig, spec: ActivationSpec) -> int:
 def _count_mlp(config: RunConfig, spec: ActivationSpec) -> int:
     """Return the bytes of the input, and of the tensors that the activation function saves.
 
-    For gelu, these are its input and its result. For swiglu, they are both halves of the first product, the
-    activated gate, the other half, and the result; the fused swiglu on a GPU saves the halves and the result.
+    For gelu and gelu_tanh, these are its input and its result. For swiglu, they are both halves of the first
+    product, the activated gate, the other half, and the result; the fused swiglu on a GPU saves the halves
+    and the result.
     """
     model = config.model
     saved = spec.local_bytes(model.hidden_size)
     if "mlp" in spec.recomputed:
         return saved
-    widths = {"gelu": 2, "swiglu": 3 if spec.device == "gpu" else 5}[model.activation]
+    widths = {"gelu": 2, "gelu_tanh": 2, "swiglu": 3 if spec.device == "gpu" else 5}[model.activation]
     return saved + spec.full_bytes(widths * model.ffn_hidden_size // spec.tensor)
 
 

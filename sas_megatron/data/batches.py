@@ -21,9 +21,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from sas_megatron.config.data import DataConfig
-from sas_megatron.config.errors import FieldError
+from sas_megatron.data.document_split import format_split, split_documents
+from sas_megatron.data.epochs import balance_samples
 from sas_megatron.data.index_cache import provide_folder
-from sas_megatron.data.token_files import load_manifest
+from sas_megatron.data.token_files import load_manifest, read_document_lengths
 from sas_megatron.data.tokenizer import Tokenizer
 
 Sample = Mapping[str, torch.Tensor]
@@ -38,7 +39,7 @@ def build_training_samples(
     """Build a dataset of at least `num_samples` samples of the training documents, shuffled by `seed`.
 
     Raises:
-        FieldError: The training split has no documents, or `data.index_cache` cannot be written.
+        FieldError: `data.index_cache` cannot be written.
     """
     return _build_samples(data, tokenizer, num_samples=num_samples, seed=seed, split=0)
 
@@ -49,42 +50,35 @@ def build_validation_samples(
     """Build the dataset of fixed validation windows, which are the same for every seed and layout.
 
     Raises:
-        FieldError: A file has fewer validation tokens than one window, which would contain the same text
-            twice, or the validation split has no documents, or `data.index_cache` cannot be written.
+        FieldError: `data.index_cache` cannot be written.
     """
-    samples = _build_samples(data, tokenizer, num_samples=num_samples, seed=VALIDATION_SEED, split=1)
-    for prefix, part in zip(data.prefixes, getattr(samples, "datasets", [samples]), strict=True):
-        num_tokens = int(part.dataset.sequence_lengths[part.indices].sum())
-        # A window has S + 1 tokens: it reads the first S and predicts the last S.
-        if num_tokens <= data.sequence_length:
-            raise FieldError(
-                "data.sequence_length",
-                data.sequence_length,
-                f"must be less than the {num_tokens} validation tokens of {prefix}, or a window would "
-                "contain the same text twice",
-                f"use at most {num_tokens - 1}, or raise the second share of data.split={data.split}",
-            )
-    return samples
+    return _build_samples(data, tokenizer, num_samples=num_samples, seed=VALIDATION_SEED, split=1)
 
 
 def _build_samples(
     data: DataConfig, tokenizer: Tokenizer, *, num_samples: int, seed: int, split: int
 ) -> torch.utils.data.Dataset[Sample]:
-    """Build one split with Megatron-core's builder and the sample indices in the cache."""
+    """Build one split with Megatron-core's builder and the sample indices in the cache.
+
+    `token_files.open_token_files` has checked that no part of the data is empty, for which Megatron-core
+    would search forever.
+    """
     sizes = [1, 1, 0]
     sizes[split] = num_samples
-    total = sum(data.split)
+    parts = [split_documents(read_document_lengths(prefix), data.split)[split] for prefix in data.prefixes]
+    weights = balance_samples(data, parts, num_samples=num_samples)
+    data = data.model_copy(update={"weights": weights})
 
-    def build(cache: Path, is_built_by_this_rank: Callable[..., bool]) -> Any:
+    def build(cache: Path) -> Any:
         return BlendedMegatronDatasetBuilder(
             GPTDataset,
             sizes,
-            is_built_by_this_rank,
+            lambda *_arguments: True,
             GPTDatasetConfig(
                 random_seed=seed,
                 sequence_length=data.sequence_length,
                 blend=(data.prefixes, data.weights),
-                split=",".join(f"{share / total:.9f}" for share in (*data.split, 0.0)),
+                split=format_split(data.split),
                 path_to_cache=str(cache),
                 tokenizer=tokenizer,
                 reset_position_ids=data.reset_at_document_ends,
@@ -95,17 +89,25 @@ def _build_samples(
         ).build()
 
     cache = index_folder(data, tokenizer, sizes=sizes, seed=seed)
-    provide_folder(cache, lambda folder: build(folder, lambda *_arguments: dist.get_rank() == 0))
-    samples = build(cache, lambda *_arguments: True)[split]
-    if samples is None:
-        raise FieldError(
-            "data.split",
-            data.split,
-            f"leaves no {('training', 'validation')[split]} documents in {', '.join(data.prefixes)}",
-            "raise that share, or prepare more documents",
-        )
-    built: torch.utils.data.Dataset[Sample] = samples
-    return built
+    provide_folder(cache, lambda folder: _write_indices(lambda: build(folder)))
+    samples: torch.utils.data.Dataset[Sample] = build(cache)[split]
+    return samples
+
+
+def _write_indices(build: Callable[[], object]) -> None:
+    """Call Megatron-core's builder on this rank alone, although it contains barriers.
+
+    Raises:
+        OSError: The indices cannot be written. The builder raises another exception from it.
+    """
+    barrier = dist.barrier
+    dist.barrier = lambda *_arguments, **_options: None
+    try:
+        build()
+    except Exception as error:
+        raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
+    finally:
+        dist.barrier = barrier
 
 
 def index_folder(data: DataConfig, tokenizer: Tokenizer, *, sizes: list[int], seed: int) -> Path:

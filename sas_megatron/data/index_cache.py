@@ -1,27 +1,50 @@
 """A folder of sample indices that ranks, jobs and nodes share; built once, and either complete or absent.
 
 rank 0 of one job at a time          -> builds it in a temporary folder -> renames it
+one rank of each node                -> compares the files with the sizes and checksums in files.json
 nodes that do not see rank 0's disk  -> receive rank 0's files and write a copy
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
+import logging
 import shutil
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from sas_megatron.config.errors import FieldError, translate_os_errors
-from sas_megatron.distributed.object_collectives import gather_from_ranks, raise_on_all_ranks, run_on_rank0
+from sas_megatron.distributed.object_collectives import (
+    gather_from_ranks,
+    raise_on_all_ranks,
+    run_long_on_rank0,
+    run_on_rank0,
+)
 from sas_megatron.distributed.shared_directory import wait_until_visible
+from sas_megatron.io.file_locks import acquire_file_lock
+from sas_megatron.io.file_records import (
+    FileRecord,
+    describe_file,
+    find_damage,
+    read_regular_file,
+)
 from sas_megatron.io.files import make_folder, sync
+
+logger = logging.getLogger(__name__)
+
+Records = dict[str, FileRecord]
+# Sizes and checksums of the other files in the folder.
+RECORDS = "files.json"
+SCHEMA_VERSION = 1
 
 # A network file system may show a new folder late. After this time the rank's node gets a copy.
 SECONDS_UNTIL_VISIBLE = 3.0
@@ -30,36 +53,70 @@ BLOCK_BYTES = 2**25
 STALE_SECONDS = 24 * 3600
 
 
+@dataclass(frozen=True)
+class _RecordsFile:
+    """The contents of files.json."""
+
+    schema_version: int
+    files: Records
+
+
+_RECORDS_TYPE = TypeAdapter(_RecordsFile)
+
+
 def provide_folder(folder: Path, build: Callable[[Path], object]) -> None:
     """Make `folder` available to every rank with the files that `build` writes; a collective call.
 
+    An existing folder whose files differ from their checksums is removed and built again, which is logged.
+
     Args:
         folder: Its name must identify its contents.
-        build: Called on all ranks with a new folder; rank 0 writes the files into it.
+        build: Called on rank 0 with a new folder, into which it writes the files; it may not communicate.
 
     Raises:
         FieldError: The folder cannot be written, or is not visible to some rank; the same error on every
             rank.
     """
-    with contextlib.ExitStack() as lock:
-        temporary = run_on_rank0(lambda: _begin(folder, lock))
-        if temporary is not None:
-            build(temporary)
-            run_on_rank0(lambda: _publish(temporary, folder))
-    _copy_to_other_nodes(folder)
+    records = run_long_on_rank0(lambda: _build_if_needed(folder, build))
+    _copy_to_other_nodes(folder, records)
 
 
-def _begin(folder: Path, lock: contextlib.ExitStack) -> Path | None:
-    """Return a new folder to build in, locked against other jobs until `lock` closes; None if one exists."""
-    if folder.is_dir():
-        return None
+def _build_if_needed(folder: Path, build: Callable[[Path], object]) -> Records:
+    """Return the records of the files in `folder`; build it first if it is missing or damaged."""
+    records = _find_intact(folder)
+    if records is not None:
+        return records
     with _writing(folder):
         make_folder(folder.parent)
-        lock.enter_context(_locked(folder.with_name(f".{folder.name}.lock")))
-        if folder.is_dir():  # another job built it in the meantime
-            return None
-        _remove_stale_folders(folder)
-        return _make_temporary_folder(folder)
+        with _locked(folder.with_name(f".{folder.name}.lock")):
+            records = _find_intact(folder)  # another job may have built it in the meantime
+            if records is not None:
+                return records
+            _remove_damaged(folder)
+            _remove_stale_folders(folder)
+            with _temporary_folder(folder) as temporary:
+                build(temporary)
+                records = {path.name: describe_file(path) for path in sorted(temporary.iterdir())}
+                contents = _RecordsFile(SCHEMA_VERSION, records)
+                (temporary / RECORDS).write_bytes(_RECORDS_TYPE.dump_json(contents, indent=2))
+                _publish(temporary, folder)
+            return records
+
+
+def _find_intact(folder: Path) -> Records | None:
+    """Return the records of the files in `folder`; None if it is missing or damaged."""
+    if not folder.exists():
+        return None
+    try:
+        records = _RECORDS_TYPE.validate_json(read_regular_file(folder / RECORDS), strict=True).files
+        names = {path.name for path in folder.iterdir()} - {RECORDS}
+        for path in folder.glob("*.npy"):
+            # Megatron-core would unpickle an array of objects, which may run code.
+            np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError):
+        return None
+    is_complete = len(records) > 0 and names == set(records)
+    return records if is_complete and not find_damage(folder, records) else None
 
 
 @contextlib.contextmanager
@@ -68,9 +125,8 @@ def _locked(path: Path) -> Iterator[None]:
 
     On a file system without locks two jobs may build the same folder; the one that finishes first wins.
     """
-    with path.open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with path.open("a", encoding="utf-8") as file:
+        acquire_file_lock(file.fileno(), wait=True)
         try:
             yield
         finally:
@@ -78,10 +134,29 @@ def _locked(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _make_temporary_folder(folder: Path) -> Path:
+@contextlib.contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, and remove it if it was not renamed, for example on a full disk."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
-    return temporary
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove a folder whose files are not as they were written, or what is in its place."""
+    if folder.is_dir() and not folder.is_symlink():
+        logger.warning(
+            "%s: the sample indices are damaged, or have no checksums, and are built again", folder
+        )
+        # Renamed first, so that another job never sees an incomplete folder.
+        renamed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        folder.rename(renamed)
+        shutil.rmtree(renamed)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 def _remove_stale_folders(folder: Path) -> None:
@@ -92,30 +167,34 @@ def _remove_stale_folders(folder: Path) -> None:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    with _writing(folder):
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(temporary)  # another job published the same contents first
-        sync(folder.parent)
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another job published the same contents first
+            raise
+    sync(folder.parent)
 
 
-def _copy_to_other_nodes(folder: Path) -> None:
-    """Write a copy of rank 0's files on each node that does not see them."""
+def _copy_to_other_nodes(folder: Path, records: Records) -> None:
+    """Write a copy of rank 0's files on each node that does not see them or has damaged ones."""
     host, rank = socket.gethostname(), dist.get_rank()
-    lacking = gather_from_ranks(None if wait_until_visible(folder, seconds=SECONDS_UNTIL_VISIBLE) else host)
+    place = _find_place(folder)
+    places = gather_from_ranks(place)
+    # Ranks that see the same folder verify it once; rank 0 has verified its own.
+    is_verifier = place is not None and 0 < rank == places.index(place)
+    is_damaged = is_verifier and _find_intact(folder) != records
+    lacking = gather_from_ranks(host if place is None or is_damaged else None)
     if not any(lacking):
         return
     is_writer = lacking[rank] is not None and lacking.index(host) == rank
-    temporary = raise_on_all_ranks(lambda: _begin_copy(folder) if is_writer else None)
-    blocks = _read_blocks(folder)
-    while (block := run_on_rank0(lambda: next(blocks, None))) is not None:
-        raise_on_all_ranks(functools.partial(_append, temporary, *block))
-    raise_on_all_ranks(lambda: _publish(temporary, folder) if temporary is not None else None)
+    with contextlib.ExitStack() as stack:
+        temporary = raise_on_all_ranks(lambda: _begin_copy(folder, stack, is_damaged) if is_writer else None)
+        blocks = _read_blocks(folder)
+        while (block := run_on_rank0(lambda: next(blocks, None))) is not None:
+            raise_on_all_ranks(functools.partial(_append, temporary, *block))
+        raise_on_all_ranks(lambda: _publish_copy(temporary, folder) if temporary is not None else None)
     unshared = [name for name in gather_from_ranks(None if folder.is_dir() else host) if name is not None]
     if unshared:
         raise FieldError(
@@ -126,10 +205,25 @@ def _copy_to_other_nodes(folder: Path) -> None:
         )
 
 
-def _begin_copy(folder: Path) -> Path:
+def _find_place(folder: Path) -> tuple[str, int, int] | None:
+    """Return what identifies the folder that this rank sees; None if it sees none."""
+    if not wait_until_visible(folder, seconds=SECONDS_UNTIL_VISIBLE):
+        return None
+    status = folder.stat()
+    return socket.gethostname(), status.st_dev, status.st_ino
+
+
+def _begin_copy(folder: Path, stack: contextlib.ExitStack, is_damaged: bool) -> Path:
     with _writing(folder):
         make_folder(folder.parent)
-        return _make_temporary_folder(folder)
+        if is_damaged:
+            _remove_damaged(folder)
+        return stack.enter_context(_temporary_folder(folder))
+
+
+def _publish_copy(temporary: Path, folder: Path) -> None:
+    with _writing(folder):
+        _publish(temporary, folder)
 
 
 def _read_blocks(folder: Path) -> Iterator[tuple[str, bytes]]:

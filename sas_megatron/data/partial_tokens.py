@@ -13,7 +13,6 @@ chunk.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -29,7 +28,9 @@ import numpy as np
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.chunks import Chunk
 from sas_megatron.data.encoding_worker import EncodedChunk
-from sas_megatron.data.token_files import token_file, write_index
+from sas_megatron.data.token_files import token_file
+from sas_megatron.data.token_index import write_index
+from sas_megatron.io.file_locks import acquire_file_lock
 from sas_megatron.io.files import make_folder, sync, write_file
 
 PUBLISHED = {"tokens.bin": ".bin", "index.idx": ".idx", "manifest.json": ".json"}
@@ -64,17 +65,21 @@ class PartialTokens:
         self._bin_hash = hashlib.sha256()
         self._text_hash = hashlib.sha256()
         make_folder(self._folder)
-        self._lock = open(self._folder / "lock", "w")  # noqa: SIM115  # locked until closed
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        self._lock = open(self._folder / "lock", "w", encoding="utf-8")  # noqa: SIM115  # locked until closed
+        if not acquire_file_lock(self._lock.fileno()):
             self._lock.close()
             raise FileProblem(
                 self._folder,
                 "another process is preparing these files",
                 "wait for it to finish, or name another --output",
-            ) from error
-        self._start_or_resume(plan)
+            )
+        try:
+            self._start_or_resume(plan)
+        except OSError:
+            self._lock.close()
+            if not (self._folder / "journal.jsonl").exists():
+                shutil.rmtree(self._folder, ignore_errors=True)  # no chunk to resume from
+            raise
 
     def __enter__(self) -> PartialTokens:
         return self

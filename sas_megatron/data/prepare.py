@@ -8,10 +8,11 @@ that was killed resumes after its finished chunks. The result does not depend on
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,10 +22,15 @@ from typing import Any
 from sas_megatron import __version__
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.data.chunks import CHUNK_BYTES, cut_chunks
-from sas_megatron.data.documents import empty_corpus, stream_text_batches
+from sas_megatron.data.documents import (
+    DEFAULT_MAX_DOCUMENT_BYTES,
+    TextBatch,
+    empty_corpus,
+    stream_text_batches,
+)
 from sas_megatron.data.encoding_pool import EncodingPool
 from sas_megatron.data.partial_tokens import PartialTokens, publish
-from sas_megatron.data.sources import SourceFile, find_source_files, fingerprint_files
+from sas_megatron.data.sources import Source, SourceFile, find_sources, fingerprint_files
 from sas_megatron.data.token_files import (
     SCHEMA_VERSION,
     SourceRecord,
@@ -34,6 +40,10 @@ from sas_megatron.data.token_files import (
     verify_token_files,
 )
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.io.files import format_path
+
+# More processes would only take memory: the largest machines have about this many CPUs.
+MAX_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ def prepare_token_files(
     tokenizer_path: Path,
     prefix: str | Path,
     text_column: str = "text",
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
     num_workers: int | None = None,
     overwrite: bool = False,
     report_progress: Callable[[PreparationProgress], None] | None = None,
@@ -79,12 +90,13 @@ def prepare_token_files(
         tokenizer_path: A sentencepiece .model file.
         prefix: Path of the token files without ending.
         text_column: Column of the documents' text.
+        max_document_bytes: The largest document that is read.
         num_workers: Number of worker processes; by default the number of CPUs available to this process.
         overwrite: Replace token files of other documents and damaged ones.
         report_progress: Called after each chunk.
 
     Raises:
-        FieldError: `text_column`, `num_workers` or `prefix` is invalid.
+        FieldError: `text_column`, `num_workers` or `prefix` is invalid, or a document is too large.
         FileProblem: A source or the tokenizer cannot be read, the token files cannot be written, or token
             files of other documents exist.
         UserError: No document has text, or a worker was killed.
@@ -95,11 +107,15 @@ def prepare_token_files(
     _check_arguments(prefix, num_workers=num_workers)
     prefix = Path(prefix)
     tokenizer = Tokenizer(tokenizer_path)
-    files = find_source_files(sources)
+    found = find_sources(sources, text_column=text_column)
+    files = [file for source in found for file in source.files]
+    read = functools.partial(
+        stream_text_batches, files, text_column=text_column, max_document_bytes=max_document_bytes
+    )
     plan = {"tokenizer_sha256": tokenizer.sha256, "text_column": text_column, "chunk_bytes": CHUNK_BYTES}
     with _translate_write_errors(prefix):
         publish(prefix)
-        complete = None if overwrite else _find_complete(prefix, files, plan)
+        complete = None if overwrite else _find_complete(prefix, files, plan, read)
         if complete is not None:
             return Preparation(complete, True, 0, 0, 0.0, 0.0)
         with (
@@ -109,11 +125,13 @@ def prepare_token_files(
             pool.wait_until_ready(tokenizer.sha256)
             ready = time.perf_counter()
             resumed_chunks, encoded_tokens = _encode(
-                pool, partial, files=files, text_column=text_column, report_progress=report_progress
+                pool,
+                partial,
+                batches=read(),
+                source_bytes=sum(file.size_bytes for file in files),
+                report_progress=report_progress,
             )
-            manifest = _write_manifest(
-                partial, tokenizer=tokenizer, sources=sources, files=files, text_column=text_column
-            )
+            manifest = _write_manifest(partial, tokenizer=tokenizer, sources=found, text_column=text_column)
         publish(prefix)
     ended = time.perf_counter()
     return Preparation(manifest, False, resumed_chunks, encoded_tokens, ready - started, ended - ready)
@@ -130,8 +148,13 @@ def _translate_write_errors(prefix: Path) -> AbstractContextManager[None]:
 
 
 def _check_arguments(prefix: str | Path, *, num_workers: int) -> None:
-    if num_workers < 1:
-        raise FieldError("workers", num_workers, "must be at least one process", "use the number of CPUs")
+    if not 1 <= num_workers <= MAX_WORKERS:
+        raise FieldError(
+            "workers",
+            num_workers,
+            f"must be between 1 and {MAX_WORKERS:,} processes",
+            "use the number of CPUs",
+        )
     if str(prefix).endswith(os.sep) or not Path(prefix).name:
         raise FieldError(
             "output", prefix, "must end in a file name", "append a name without ending, such as tokens"
@@ -142,13 +165,12 @@ def _encode(
     pool: EncodingPool,
     partial: PartialTokens,
     *,
-    files: Sequence[SourceFile],
-    text_column: str,
+    batches: Iterator[TextBatch],
+    source_bytes: int,
     report_progress: Callable[[PreparationProgress], None] | None,
 ) -> tuple[int, int]:
     """Encode the remaining chunks; return the number of earlier chunks and of newly encoded tokens."""
-    source_bytes = sum(file.size_bytes for file in files)
-    chunks = cut_chunks(stream_text_batches(files, text_column=text_column))
+    chunks = cut_chunks(batches)
     encoded_chunks = encoded_tokens = 0
     for chunk, encoded in pool.encode(partial.skip_finished(chunks)):
         tokens_before = partial.totals.num_tokens
@@ -169,7 +191,9 @@ def _encode(
     return partial.totals.num_chunks - encoded_chunks, encoded_tokens
 
 
-def _find_complete(prefix: Path, files: Sequence[SourceFile], plan: dict[str, Any]) -> TokenManifest | None:
+def _find_complete(
+    prefix: Path, files: Sequence[SourceFile], plan: dict[str, Any], read: Callable[[], Iterator[TextBatch]]
+) -> TokenManifest | None:
     """Return the manifest of existing token files of the same documents; None if no token files exist.
 
     Raises:
@@ -188,7 +212,7 @@ def _find_complete(prefix: Path, files: Sequence[SourceFile], plan: dict[str, An
         return manifest
     # Copied or touched files may have the same text. Reading it again is cheap, encoding it is not.
     digest = hashlib.sha256()
-    for chunk in cut_chunks(stream_text_batches(files, text_column=plan["text_column"])):
+    for chunk in cut_chunks(read()):
         digest.update(chunk.digest)
     if digest.hexdigest() != manifest.text_sha256:
         raise FileProblem(path, "token files of other documents exist", remedy)
@@ -199,8 +223,7 @@ def _write_manifest(
     partial: PartialTokens,
     *,
     tokenizer: Tokenizer,
-    sources: Sequence[str | Path],
-    files: Sequence[SourceFile],
+    sources: Sequence[Source],
     text_column: str,
 ) -> TokenManifest:
     """Write index and manifest of the encoded documents; return the manifest.
@@ -211,7 +234,7 @@ def _write_manifest(
     totals = partial.totals
     if totals.num_documents == 0:
         totals.num_chunks = 0
-        raise empty_corpus(sources)
+        raise empty_corpus([source.path for source in sources])
     idx_path = partial.write_index()
     manifest = TokenManifest(
         schema_version=SCHEMA_VERSION,
@@ -223,11 +246,11 @@ def _write_manifest(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         max_token_id=totals.max_token_id,
-        tokenizer_path=str(tokenizer.path.absolute()),
+        tokenizer_path=format_path(tokenizer.path.absolute()),
         tokenizer_sha256=tokenizer.sha256,
         text_column=text_column,
         sources=[_record_source(source) for source in sources],
-        sources_fingerprint=fingerprint_files(files),
+        sources_fingerprint=fingerprint_files(file for source in sources for file in source.files),
         text_sha256=partial.text_sha256(),
         bin_bytes=totals.token_bytes,
         bin_sha256=partial.bin_sha256(),
@@ -240,7 +263,7 @@ def _write_manifest(
     return manifest
 
 
-def _record_source(source: str | Path) -> SourceRecord:
-    files = find_source_files([source])
-    size_bytes = sum(file.size_bytes for file in files)
-    return SourceRecord(path=str(Path(source).absolute()), num_files=len(files), size_bytes=size_bytes)
+def _record_source(source: Source) -> SourceRecord:
+    return SourceRecord(
+        path=format_path(source.path.absolute()), num_files=len(source.files), size_bytes=source.size_bytes
+    )

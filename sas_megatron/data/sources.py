@@ -6,11 +6,14 @@ import enum
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
+from sas_megatron.data.folders import NO_DOCUMENTS, has_no_documents, walk_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,9 @@ FORMAT_OF_ENDING: dict[str, DocumentFormat] = {
 }
 # Parquet and Arrow compress inside the file; .gz and .zst are accepted for the other formats only.
 COMPRESSIBLE = (DocumentFormat.JSON_LINES, DocumentFormat.TEXT)
+# What is left out of a source, besides what `walk_folder` leaves out.
+UNKNOWN_ENDING = "files of unknown endings"
+ALREADY_TAKEN = "files named twice"
 COMPRESSION_OF_ENDING = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -54,6 +60,7 @@ class SourceFile:
     compression: str | None  # "gzip", "zstd" or None, as pyarrow names them
     size_bytes: int
     modified_nanoseconds: int
+    identity: tuple[int, int]  # device and inode number
 
 
 def known_endings() -> str:
@@ -61,32 +68,64 @@ def known_endings() -> str:
     return ", ".join(FORMAT_OF_ENDING) + "; JSON lines and text also with .gz or .zst"
 
 
-def find_source_files(sources: Sequence[str | Path]) -> list[SourceFile]:
-    """Return the files of `sources`; a folder is searched recursively, and its files are sorted by path.
+@dataclass(frozen=True)
+class Source:
+    """The files of a file or folder that a command names, and counts of what was left out, by kind."""
 
-    In a folder, hidden files and files of an unknown ending are skipped; the number of the latter is logged.
+    path: Path
+    files: tuple[SourceFile, ...]
+    left_out: Mapping[str, int]
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+def find_sources(sources: Sequence[str | Path], *, text_column: str = "text") -> list[Source]:
+    """Find the files of `sources`; a folder is searched recursively, and its files are sorted by path.
+
+    Links are followed. A file that several sources or links name is taken once. Hidden files and files of an
+    unknown ending in a folder are left out, and so are JSON files without documents. Each kind that is left
+    out is logged with its count, and so are the formats if a folder has several.
 
     Raises:
-        FileProblem: A source is missing, unreadable, of an unknown ending, or a folder without documents.
+        FileProblem: A source is missing, unreadable, of an unknown ending, no regular file, or a folder
+            without documents.
         UserError: `sources` is empty.
     """
     if not sources:
         raise UserError("sources: none given; name at least one file or folder of documents")
-    files: list[SourceFile] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            files.extend(_files_in_folder(path))
-            continue
-        found = _format_of(path)
-        if found is None and path.exists():
-            raise FileProblem(
-                path,
-                f"has an unknown file ending ({path.suffix or 'none'})",
-                f"known endings are {known_endings()}",
-            )
-        files.append(_stat_file(path, found))
-    return files
+    taken: set[tuple[int, int]] = set()
+    found = []
+    for path in map(Path, sources):
+        if os.path.isdir(path):
+            files, left_out = _files_in_folder(path, text_column)
+        else:
+            files, left_out = [_named_file(path)], Counter()
+        new = []
+        for file in files:
+            if file.identity in taken:
+                left_out[ALREADY_TAKEN] += 1
+            else:
+                taken.add(file.identity)
+                new.append(file)
+        formats = Counter(file.document_format.value for file in new)
+        if len(formats) > 1:
+            logger.warning("%s: reads files of several formats: %s", path, _format_counts(formats))
+        if left_out:
+            logger.warning("%s: left out %s", path, _format_counts(left_out))
+        found.append(Source(path, tuple(new), left_out))
+    return found
+
+
+def find_source_files(sources: Sequence[str | Path], *, text_column: str = "text") -> list[SourceFile]:
+    """Return the files of `sources` in order.
+
+    Raises:
+        UserError: As in `find_sources`.
+    """
+    return [file for source in find_sources(sources, text_column=text_column) for file in source.files]
 
 
 def fingerprint_files(files: Iterable[SourceFile]) -> str:
@@ -109,34 +148,62 @@ def _format_of(path: Path) -> tuple[DocumentFormat, str | None] | None:
     return document_format, compression
 
 
+def _named_file(path: Path) -> SourceFile:
+    """Return a file that a command names.
+
+    Raises:
+        FileProblem: It is missing, unreadable, of an unknown ending or no regular file.
+    """
+    found = _format_of(path)
+    if found is None and os.path.exists(path):
+        raise FileProblem(
+            path,
+            f"has an unknown file ending ({path.suffix or 'none'})",
+            f"known endings are {known_endings()}",
+        )
+    return _stat_file(path, found)
+
+
 def _stat_file(path: Path, found: tuple[DocumentFormat, str | None] | None) -> SourceFile:
-    with translate_os_errors(
-        path,
-        problem="cannot be read",
-        remedy="check its permissions",
-        missing=("does not exist", "check the path"),
-    ):
+    missing = ("does not exist", "check the path")
+    if path.is_symlink():
+        missing = ("is a link to a file or folder that does not exist", "restore the target")
+    with translate_os_errors(path, problem="cannot be read", remedy="check its permissions", missing=missing):
         status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        # Reading a named pipe would wait for a writer forever.
+        raise FileProblem(path, "is not a regular file", "write the documents to a file")
     if not os.access(path, os.R_OK):
         raise FileProblem(path, "cannot be read (permission denied)", "check its permissions")
     assert found is not None, "the caller checks the ending of an existing file"
-    return SourceFile(path, found[0], found[1], status.st_size, status.st_mtime_ns)
+    return SourceFile(
+        path, found[0], found[1], status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino)
+    )
 
 
-def _files_in_folder(folder: Path) -> list[SourceFile]:
-    def report(error: OSError) -> None:
-        with translate_os_errors(error.filename, problem="cannot be read", remedy="check its permissions"):
-            raise error
+def _files_in_folder(folder: Path, text_column: str) -> tuple[list[SourceFile], Counter[str]]:
+    """Return the files of a folder, and counts of what is left out.
 
-    paths: list[Path] = []
-    for parent, folder_names, file_names in os.walk(folder, onerror=report):
-        folder_names[:] = [name for name in folder_names if not name.startswith(".")]
-        paths.extend(Path(parent, name) for name in file_names if not name.startswith("."))
-    # Sort by path components, so that the order is the same on every file system.
-    paths.sort(key=lambda path: path.relative_to(folder).parts)
-    known = [(path, found) for path in paths if (found := _format_of(path)) is not None]
-    if len(known) < len(paths):
-        logger.warning("%s: skipped %d files of unknown endings", folder, len(paths) - len(known))
+    Raises:
+        FileProblem: A folder or file cannot be read, or no file has documents.
+    """
+    left_out: Counter[str] = Counter()
+    known = []
+    for path in walk_folder(folder, left_out):
+        found = _format_of(path)
+        if found is None and os.path.exists(path):  # a dangling link is an error
+            left_out[UNKNOWN_ENDING] += 1
+            continue
+        file = _stat_file(path, found)
+        if path.suffix.lower() == ".json" and has_no_documents(path, text_column):
+            left_out[NO_DOCUMENTS] += 1
+        else:
+            known.append(file)
     if not known:
-        raise FileProblem(folder, "has no documents", f"known endings are {known_endings()}")
-    return [_stat_file(path, found) for path, found in known]
+        counts = f" ({_format_counts(left_out)} were left out)" if left_out else ""
+        raise FileProblem(folder, f"has no documents{counts}", f"known endings are {known_endings()}")
+    return known, left_out
+
+
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in counts.items())

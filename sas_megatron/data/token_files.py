@@ -1,20 +1,13 @@
 """Megatron-core's indexed datasets, PREFIX.bin and PREFIX.idx, and their manifest, PREFIX.json.
 
 This module reads and writes them with numpy, so that inspecting them requires neither torch nor
-Megatron-core. The format is that of megatron.core.datasets.indexed_dataset (0.16 to 0.19):
-
-    .bin   the concatenated tokens of all documents
-    .idx   "MMIDIDX\\0\\0", version (u64), code of the token type (u8), number of sequences (u64),
-           number of documents + 1 (u64), tokens of each sequence (i32), byte offset of each sequence (i64),
-           index of the first sequence of each document (i64)
-
-Each document is one sequence.
+Megatron-core. The .bin file holds the concatenated tokens of all documents; `token_index` describes the .idx
+file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,19 +15,23 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
+from sas_megatron.data.document_split import check_split
+from sas_megatron.data.token_index import (
+    BLOCK_BYTES,
+    PREPARE_AGAIN,
+    check_header,
+    check_positions,
+    count_index_bytes,
+    read_lengths,
+    read_offsets,
+)
 from sas_megatron.data.tokenizer import Tokenizer
 
 SCHEMA_VERSION = 1
-INDEX_HEADER = struct.Struct("<9sQBQQ")
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_VERSION = 1
-CODE_OF_DTYPE = {"int32": 4, "uint16": 8}
-BLOCK_BYTES = 1 << 22
-PREPARE_AGAIN = "prepare it again with `sas-megatron data prepare --overwrite`"
 
 
 # Token files up to this size are read completely before a run, which takes about 1 s. Of larger ones only
@@ -58,8 +55,8 @@ class TokenManifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int
-    num_documents: int
-    num_tokens: int  # including one end-of-document token per document
+    num_documents: PositiveInt
+    num_tokens: PositiveInt  # including one end-of-document token per document
     text_bytes: int
     empty_documents: int  # number of documents left out because they are empty
     dtype: Literal["uint16", "int32"]
@@ -145,27 +142,36 @@ def verify_token_files(
     bin_path, idx_path = token_file(prefix, ".bin"), token_file(prefix, ".idx")
     _check_size(bin_path, manifest.bin_bytes)
     _check_size(idx_path, manifest.idx_bytes)
-    _check_index(idx_path, manifest)
-    expected_bytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize
-    if manifest.bin_bytes != expected_bytes:
-        raise FileProblem(
-            bin_path,
-            f"has {manifest.bin_bytes} bytes, but {manifest.num_tokens} tokens take {expected_bytes}",
-            PREPARE_AGAIN,
-        )
-    max_token_id = manifest.max_token_id
+    check_header(idx_path, dtype=manifest.dtype, num_documents=manifest.num_documents)
+    token_bytes = np.dtype(manifest.dtype).itemsize
+    for path, size_bytes, count, unit, expected_bytes in (
+        (bin_path, manifest.bin_bytes, manifest.num_tokens, "tokens", manifest.num_tokens * token_bytes),
+        (
+            idx_path,
+            manifest.idx_bytes,
+            manifest.num_documents,
+            "documents",
+            count_index_bytes(manifest.num_documents),
+        ),
+    ):
+        if size_bytes != expected_bytes:
+            raise FileProblem(
+                path, f"has {size_bytes} bytes, but {count} {unit} take {expected_bytes}", PREPARE_AGAIN
+            )
+    limit = manifest.vocab_size if vocab_size is None else vocab_size
+    _check_token(manifest.max_token_id, limit, bin_path)
     if full:
         for path, sha256 in ((bin_path, manifest.bin_sha256), (idx_path, manifest.idx_sha256)):
             if hash_file(path) != sha256:
                 raise FileProblem(path, "has changed since it was written (sha256)", PREPARE_AGAIN)
-        max_token_id = max((int(block.max()) for block in _token_blocks(bin_path, manifest)), default=-1)
-    limit = manifest.vocab_size if vocab_size is None else vocab_size
-    if max_token_id >= limit:
-        raise FileProblem(
-            bin_path,
-            f"has token id {max_token_id}, outside of the vocabulary of {limit}",
-            "use the tokenizer that encoded it, or prepare the data with yours",
+        check_positions(
+            idx_path,
+            num_documents=manifest.num_documents,
+            num_tokens=manifest.num_tokens,
+            token_bytes=token_bytes,
         )
+        for block in _token_blocks(bin_path, manifest):
+            _check_token(_find_extreme_token(block), limit, bin_path)
     return manifest
 
 
@@ -178,12 +184,12 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
         verify: Read files up to `MAX_FULLY_VERIFIED_BYTES` completely, to find damage and invalid token ids.
 
     Raises:
-        FieldError: A token file was encoded with another tokenizer or is shorter than one sample, or the
-            tokenizer has more tokens than the model.
+        FieldError: A token file was encoded with another tokenizer, its training or validation part is
+            shorter than one sample, or the tokenizer has more tokens than the model.
         FileProblem: A file is missing or damaged, or has a token outside of the model's vocabulary.
     """
     tokenizer = Tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
+    if not tokenizer.fits(vocab_size):
         raise FieldError(
             "model.vocab_size",
             vocab_size,
@@ -208,7 +214,19 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
                 f"is not the tokenizer that encoded {prefix}",
                 "name that tokenizer, or prepare the data again",
             )
+    check_split(data, {prefix: read_document_lengths(prefix) for prefix in data.prefixes})
     return tokenizer
+
+
+def read_document_lengths(prefix: str | Path) -> npt.NDArray[np.int32]:
+    """Return the number of tokens of each document, including the end-of-document token; int32 [documents].
+
+    The array is mapped from the .idx file, so that a long one is read only where it is used.
+
+    Raises:
+        FileProblem: The manifest is missing or invalid, or the .idx file cannot be read.
+    """
+    return read_lengths(token_file(prefix, ".idx"), load_manifest(prefix).num_documents)
 
 
 def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.int64]:
@@ -223,7 +241,7 @@ def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.in
 
     Raises:
         FieldError: The files have fewer documents.
-        FileProblem: The manifest is missing or invalid.
+        FileProblem: The manifest is missing or invalid, or the document's position or tokens are damaged.
     """
     manifest = load_manifest(prefix)
     if not 0 <= document < manifest.num_documents:
@@ -233,47 +251,15 @@ def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.in
             f"{prefix} has {manifest.num_documents} documents",
             f"use 0 to {manifest.num_documents - 1}",
         )
-    idx_path = token_file(prefix, ".idx")
-    lengths = np.memmap(
-        idx_path, dtype="<i4", mode="r", offset=INDEX_HEADER.size, shape=(manifest.num_documents,)
-    )
-    pointers = np.memmap(
-        idx_path,
-        dtype="<i8",
-        mode="r",
-        offset=INDEX_HEADER.size + lengths.nbytes,
-        shape=(manifest.num_documents,),
-    )
-    tokens = np.memmap(token_file(prefix, ".bin"), dtype=manifest.dtype, mode="r")
-    start = int(pointers[document]) // tokens.itemsize
-    return tokens[start : start + int(lengths[document])].astype(np.int64)
-
-
-def write_index(path: Path, document_tokens: npt.NDArray[np.int32], dtype: np.dtype[np.generic]) -> None:
-    """Write the .idx file in blocks, so that memory does not grow with the number of documents.
-
-    Args:
-        path: The file to write.
-        document_tokens: int32 [documents], number of tokens of each document.
-        dtype: Data type of the tokens in the .bin file.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    num_documents = len(document_tokens)
-    with open(path, "wb") as stream:
-        code = CODE_OF_DTYPE[dtype.name]
-        stream.write(INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, code, num_documents, num_documents + 1))
-        for block in _blocks(document_tokens):
-            stream.write(block.astype("<i4").tobytes())
-        begin = 0
-        for block in _blocks(document_tokens):
-            ends = begin + np.cumsum(block.astype(np.int64) * dtype.itemsize)
-            stream.write(np.concatenate([[begin], ends[:-1]]).astype("<i8").tobytes())
-            begin = int(ends[-1])
-        for start in range(0, num_documents + 1, BLOCK_BYTES // 8):
-            stop = min(start + BLOCK_BYTES // 8, num_documents + 1)
-            stream.write(np.arange(start, stop, dtype="<i8").tobytes())
+    idx_path, bin_path = token_file(prefix, ".idx"), token_file(prefix, ".bin")
+    length = int(read_lengths(idx_path, manifest.num_documents)[document])
+    tokens = np.memmap(bin_path, dtype=manifest.dtype, mode="r")
+    start = int(read_offsets(idx_path, manifest.num_documents)[document]) // tokens.itemsize
+    if start < 0 or length < 1 or start + length > len(tokens):
+        raise FileProblem(idx_path, f"has a wrong position for document {document}", PREPARE_AGAIN)
+    found = tokens[start : start + length].astype(np.int64)
+    _check_token(_find_extreme_token(found), manifest.vocab_size, bin_path)
+    return found
 
 
 def hash_file(path: Path) -> str:
@@ -286,9 +272,19 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _blocks(values: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int32]]:
-    for start in range(0, len(values), BLOCK_BYTES // 8):
-        yield values[start : start + BLOCK_BYTES // 8]
+def _check_token(token: int, vocab_size: int, path: Path) -> None:
+    if not 0 <= token < vocab_size:
+        raise FileProblem(
+            path,
+            f"has token id {token}, outside of the vocabulary of {vocab_size}",
+            "use the tokenizer that encoded it, or prepare the data with yours",
+        )
+
+
+def _find_extreme_token(tokens: npt.NDArray[np.generic]) -> int:
+    """Return the largest token id, or the smallest one if that is negative."""
+    smallest = int(tokens.min())
+    return smallest if smallest < 0 else int(tokens.max())
 
 
 def _token_blocks(path: Path, manifest: TokenManifest) -> Iterator[npt.NDArray[np.generic]]:
@@ -305,21 +301,3 @@ def _check_size(path: Path, expected_bytes: int) -> None:
     if size_bytes != expected_bytes:
         state = "truncated" if size_bytes < expected_bytes else "longer than when it was written"
         raise FileProblem(path, f"is {state}: {size_bytes} bytes of {expected_bytes}", PREPARE_AGAIN)
-
-
-def _check_index(path: Path, manifest: TokenManifest) -> None:
-    with (
-        translate_os_errors(path, problem="cannot be read", remedy="check its permissions"),
-        open(path, "rb") as stream,
-    ):
-        header = stream.read(INDEX_HEADER.size)
-    fields = INDEX_HEADER.unpack(header) if len(header) == INDEX_HEADER.size else (b"", 0, 0, 0, 0)
-    if fields[:2] != (INDEX_MAGIC, INDEX_VERSION):
-        raise FileProblem(path, "is not an index of token files", PREPARE_AGAIN)
-    expected = (CODE_OF_DTYPE[manifest.dtype], manifest.num_documents, manifest.num_documents + 1)
-    if fields[2:] != expected:
-        raise FileProblem(
-            path,
-            f"has token type, sequences, documents + 1 = {fields[2:]}, but the manifest has {expected}",
-            PREPARE_AGAIN,
-        )

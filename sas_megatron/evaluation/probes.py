@@ -24,7 +24,7 @@ from sas_megatron.attention.sas.layer import SimulatedSelfAttention
 from sas_megatron.attention.sas.simulated_attention import simulate_features, simulate_heads
 from sas_megatron.attention.sas.simulation_kernels import NAMES
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.head_sharding import HeadSharding, count_local_heads
+from sas_megatron.costs.head_sharding import shard_heads
 from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import forward_step
@@ -120,7 +120,7 @@ class _Probe:
             for name, part in parts.items()
         ]
         core = self.attention.core_attention
-        wrapped = [(core.backend, "attend", self._measure_scores)]
+        wrapped: list[tuple[Any, str, Callable[..., None]]] = [(core.backend, "attend", self._measure_scores)]
         if isinstance(self.attention, SimulatedSelfAttention):
             wrapped.append((self.attention, "project", self._measure_simulation))
         for owner, name, measure in wrapped:
@@ -187,11 +187,10 @@ class _Probe:
     def _attended_heads(self) -> list[int]:
         """Return the numbers, in the full layer, of the query heads that this rank attends with."""
         parallel, num_blocks = self.config.parallel, self.attention.core_attention.num_blocks
-        queries, keys = count_local_heads(self.config.attention, tensor=parallel.tensor)
+        heads, sharding = shard_heads(self.config.attention, tensor=parallel.tensor, context=parallel.context)
         # A tensor rank has consecutive heads of each block.
-        full = torch.arange(queries * parallel.tensor).view(num_blocks, parallel.tensor, -1)
+        full = torch.arange(heads.num_queries * parallel.tensor).view(num_blocks, parallel.tensor, -1)
         local = full[:, self.topology.tensor_rank].flatten()
-        sharding = HeadSharding.select(queries, keys, num_blocks=num_blocks, ranks=parallel.context)
         by_rank = local.view(sharding.num_blocks, parallel.context, -1)
         return [int(number) for number in by_rank[:, self.topology.context_rank].flatten()]
 

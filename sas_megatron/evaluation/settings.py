@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.run import RunConfig
+from sas_megatron.data.token_files import open_token_files
 from sas_megatron.data.tokenizer import Tokenizer
 
 
@@ -102,17 +104,32 @@ class TaskSettings:
         ):
             if value is not None and value < minimum:
                 raise FieldError(option, value, f"must be at least {minimum}", f"use {minimum} or more")
-        if self.limit is not None and not self.limit > 0:
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)):
             raise FieldError(
                 "--limit",
                 self.limit,
-                "must be positive: a number of documents, or a fraction below 1",
+                "must be positive: a whole number of documents, or a fraction below 1",
                 "use 100, for example",
             )
+        if self.generation is not None:
+            _check_generation(self.generation)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as summary.json stores them."""
         return asdict(self)
+
+
+def _check_generation(options: str) -> None:
+    """Raise `FieldError` if the options do not have the format of the harness."""
+    pairs = [option.partition("=") for option in options.split(",")]
+    for name, equals, value in pairs:
+        if not (name.strip() and equals and value):
+            raise FieldError(
+                "--generation",
+                f"{options!r}",
+                "must have the form name=value,name=value",
+                "use max_gen_toks=64,temperature=0.8, for example",
+            )
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,26 @@ class WindowSettings:
             )
         if self.batch_tokens < 1:
             raise FieldError("--batch-tokens", self.batch_tokens, "must be positive", "use 8192, for example")
+
+
+def windowed_config(config: RunConfig, length: int) -> RunConfig:
+    """Return a run's config with validation windows of another length, and about as many tokens in total.
+
+    Raises:
+        UserError: The token files of the run cannot be read or have too few tokens for such windows, or
+            `data.reset_at_document_ends` is on.
+    """
+    if config.data.reset_at_document_ends:
+        raise config.data.problem(
+            "reset_at_document_ends",
+            "separates the documents in a window, which is not supported for validation windows",
+            "use --files, which measures each document separately",
+        )
+    data = config.data.model_copy(update={"sequence_length": length})
+    open_token_files(data, vocab_size=config.model.vocab_size)
+    num_windows = max(1, config.evaluation.num_sequences * config.data.sequence_length // length)
+    evaluation = config.evaluation.model_copy(update={"num_sequences": num_windows})
+    return config.model_copy(update={"data": data, "evaluation": evaluation})
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, *, context: int) -> list[list[int]]:

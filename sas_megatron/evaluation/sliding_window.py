@@ -20,12 +20,11 @@ import numpy.typing as npt
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.batches import build_validation_samples
-from sas_megatron.data.token_files import open_token_files
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.evaluation.results import describe_loss
 from sas_megatron.evaluation.scoring import Passage, Scores, score
-from sas_megatron.evaluation.settings import WindowSettings
+from sas_megatron.evaluation.settings import WindowSettings, windowed_config
 from sas_megatron.evaluation.trained_model import TrainedModel
 
 # Number of tokens in windows that are scored before more text is read.
@@ -152,18 +151,11 @@ def validation_windows(config: RunConfig, tokenizer: Tokenizer, *, length: int) 
             equal.
 
     Raises:
-        UserError: The token files of the run cannot be read, or `data.reset_at_document_ends` is on.
+        UserError: As in `windowed_config`.
     """
-    if config.data.reset_at_document_ends:
-        raise config.data.problem(
-            "reset_at_document_ends",
-            "separates the documents in a window, which is not supported for validation windows",
-            "use --files, which measures each document separately",
-        )
-    open_token_files(config.data, vocab_size=config.model.vocab_size)
-    num_windows = max(1, config.evaluation.num_sequences * config.data.sequence_length // length)
-    data = config.data.model_copy(update={"sequence_length": length})
-    samples = build_validation_samples(data, tokenizer, num_samples=num_windows)
+    windowed = windowed_config(config, length)
+    num_windows = windowed.evaluation.num_sequences
+    samples = build_validation_samples(windowed.data, tokenizer, num_samples=num_windows)
     for number in range(num_windows):
         sample = samples[number]
         tokens, labels = (np.asarray(sample[name], dtype=np.int32) for name in ("tokens", "labels"))

@@ -3,7 +3,8 @@
 signal or time limit -> `StopRequest.reason` on this rank -> all ranks, with the loss of the step
   -> save a checkpoint -> exit with STOPPED_STATUS
 
-A second signal ends the process at once, as the first signal would without this module.
+A signal that arrives before the first step is pending until the end of that step. A second signal ends the
+process at once, as the first signal would without this module.
 """
 
 from __future__ import annotations
@@ -51,22 +52,27 @@ def find_stop_signals(candidates: Sequence[signal.Signals] = STOP_SIGNALS) -> li
 class StopRequest:
     """Receives the requests to stop on this rank, for the duration of a `with` block in the main thread.
 
-    Before `enable` is called, and from the second signal on, a signal has its previous effect. A failure
-    watchdog, if there is one, receives the signals itself and calls `handle_signal`.
+    The first signal in the block becomes the reason to stop, and the second one has its previous effect. With
+    several ranks this holds only once they have met: their failure watchdogs then receive the signals and
+    call `handle_signal`. Before that a signal ends the process, since other ranks may have ended as well. The
+    run directory must not be changed before the ranks have met.
 
     Args:
         after_seconds: Time limit, counted from now; None for no limit.
+        world_size: Number of ranks.
+        logs: Whether this rank acknowledges a signal on stderr.
     """
 
-    def __init__(self, *, after_seconds: float | None) -> None:
+    def __init__(self, *, after_seconds: float | None, world_size: int = 1, logs: bool = False) -> None:
         self._deadline = None if after_seconds is None else time.monotonic() + after_seconds
         # Reentrant, because a signal can arrive while the handler runs for another one.
         self._lock = threading.RLock()
-        self._is_enabled = False
+        self._is_single_rank = world_size == 1
+        self._logs = logs
+        self._has_begun_steps = False
         self._ignores_signals = False
         self._signal: signal.Signals | None = None
         self._received_at = 0.0
-        self._logs = False
 
     def __enter__(self) -> StopRequest:
         self._old_handlers = {
@@ -81,13 +87,9 @@ class StopRequest:
             # When the first process exits with a status other than 0, torchrun sends signals to the others.
             signal.signal(number, signal.SIG_IGN if self._ignores_signals else handler)
 
-    def enable(self, *, logs: bool) -> None:
-        """Let the first signal from now on stop the run at the end of its step.
-
-        Args:
-            logs: Whether this rank acknowledges the signal on stderr.
-        """
-        self._logs, self._is_enabled = logs, True
+    def begin_steps(self) -> None:
+        """Record that the training steps begin, for the acknowledgement of a signal."""
+        self._has_begun_steps = True
 
     def ignore_signals(self) -> None:
         """Ignore further signals: everything is saved and the process is about to exit."""
@@ -101,13 +103,12 @@ class StopRequest:
         with self._lock:
             if self._ignores_signals:
                 return True
-            if not self._is_enabled:
-                return False
             if self._signal is not None:
                 return time.monotonic() - self._received_at < DUPLICATE_SIGNAL_SECONDS
             self._signal, self._received_at = signal.Signals(number), time.monotonic()
         if self._logs:
-            text = f"received {self._signal.name}: saving after this step; another signal ends at once"
+            step = "this step" if self._has_begun_steps else "the first step"
+            text = f"received {self._signal.name}: saving after {step}; another signal ends at once"
             # `print` is not reentrant, and may be what was interrupted. The terminal may have closed.
             with contextlib.suppress(OSError):
                 os.write(2, f"{text}\n".encode())
@@ -123,6 +124,6 @@ class StopRequest:
         return None
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if not self.handle_signal(number):
+        if not ((self._is_single_rank or self._has_begun_steps) and self.handle_signal(number)):
             signal.signal(number, self._old_handlers[signal.Signals(number)])
             signal.raise_signal(number)

@@ -37,6 +37,11 @@ def user_cache_folder() -> Path:
         ) from None
 
 
+def format_path(path: Path) -> str:
+    """Return a path as text for a file in UTF-8; bytes of its name that are not UTF-8 become `\\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents; an existing folder is left as it is.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from sas_megatron.distributed.topology import virtual_pipeline_size
 from sas_megatron.model.initialization import initialize_weights
 from sas_megatron.platform.transformer_engine_fallbacks import ReplicatedNorm
 
+ACTIVATIONS = {
+    "swiglu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -42,22 +48,23 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=attention.num_heads,
+        num_attention_heads=attention.num_query_heads,
         num_query_groups=attention.num_key_value_heads,
         kv_channels=attention.head_dim,
         normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.normalization],
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=model.linear_bias,
         gated_linear_unit=model.activation == "swiglu",
-        activation_func={"swiglu": F.silu, "gelu": F.gelu}[model.activation],
+        activation_func=ACTIVATIONS[model.activation],
         hidden_dropout=model.hidden_dropout,
         attention_dropout=attention.dropout,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        deterministic_mode=config.training.deterministic,
         # Megatron-core's fused element-wise functions; on a CPU they would be compiled without a benefit.
-        # There is none for GELU without a bias.
-        bias_activation_fusion=on_cuda and (model.linear_bias or model.activation == "swiglu"),
+        # That of GELU computes the tanh approximation where F.gelu is named (0.16.1), and requires a bias.
+        bias_activation_fusion=on_cuda and model.activation == "swiglu",
         bias_dropout_fusion=on_cuda,
         # The fused kernel reads and writes queries and keys once. A layer with its own rotary embedding does
         # not support it.

@@ -29,7 +29,9 @@ def read_memory_bytes(path: str, field: str) -> int:
 def count_gpus() -> int:
     """Return the number of GPUs that nvidia-smi lists, 0 without it. (Importing torch takes seconds.)"""
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30)
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, encoding="utf-8", errors="replace", timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return 0
     return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
@@ -41,7 +43,9 @@ def training_command(config: Path, *, ranks: int) -> list[str]:
     if ranks == 1:
         return [sys.executable, *train]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    return [sys.executable, *torchrun, f"--nproc-per-node={ranks}", *train]
+    # Without a folder for logs, torchrun would leave an empty one among the temporary files.
+    torchrun += ["--log-dir", os.devnull, f"--nproc-per-node={ranks}"]
+    return [sys.executable, *torchrun, *train]
 
 
 def training_environment(*, ranks: int, num_concurrent_runs: int = 1) -> dict[str, str]:

@@ -116,17 +116,28 @@ def _check_space(directory: Path, free: int, checkpoint_bytes: int | None) -> Fi
     return fine("disk space", observed)
 
 
-def check_environment(environment: Mapping[str, str], *, uses_gpus: bool) -> Iterator[Finding]:
-    """Check environment variables that slow down training."""
+def check_environment(
+    environment: Mapping[str, str], *, engine: str | None, uses_gpus: bool
+) -> Iterator[Finding]:
+    """Check environment variables that slow down training.
+
+    Args:
+        environment: The variables.
+        engine: `training.engine` of the run; None without a config.
+        uses_gpus: Whether the node has GPUs.
+    """
     found = []
-    if uses_gpus and environment.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
-        found.append(
-            warning(
-                "environment",
-                f"CUDA_DEVICE_MAX_CONNECTIONS={environment.get('CUDA_DEVICE_MAX_CONNECTIONS', '')}",
-                "set it to 1 before Python starts, for Megatron-core's overlap (the scripts in launch/ do)",
-            )
-        )
+    connections = environment.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    # If it is unset, training sets it (platform/gpu_settings.py).
+    if uses_gpus and connections is not None and engine is not None:
+        if engine == "megatron" and connections != "1":
+            remedy = "unset it, or set it to 1: Megatron-core's overlap needs a single hardware queue"
+        elif engine == "deepspeed" and connections == "1":
+            remedy = "unset it: a single hardware queue serializes DeepSpeed's overlap"
+        else:
+            remedy = None
+        if remedy is not None:
+            found.append(warning("environment", f"CUDA_DEVICE_MAX_CONNECTIONS={connections}", remedy))
     if "OMP_NUM_THREADS" not in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
         found.append(
             warning(
@@ -181,7 +192,9 @@ def _list_gpus() -> list[list[str]]:
         return []
     command = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
     try:
-        completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        completed = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         return []  # nvidia-smi is installed, but no driver is loaded
     return [[field.strip() for field in line.split(",")] for line in completed.stdout.splitlines() if line]

@@ -29,6 +29,7 @@ MLP, DEPTH = "model.ffn_hidden_size", "model.num_layers"
 # Upper limits of the search, as multiples of a dimension's initial value.
 LARGEST_FACTOR = 16
 LARGEST_COUNT_FACTOR = 8
+MAX_CHOICES = 50_000
 COUNTS = (DEPTH, "attention.num_heads", "attention.num_kv_heads")
 
 # Costs that are counted. The time of a step is measured instead, in `time_matching`.
@@ -197,8 +198,17 @@ class _Search:
         if name == "attention.num_heads":
             step = math.lcm(step, *self.degrees.tensor)
         factor = LARGEST_COUNT_FACTOR if name in COUNTS else LARGEST_FACTOR
+        largest = factor * max(start, step)
+        if largest // step > MAX_CHOICES:
+            raise FieldError(
+                name,
+                start,
+                f"has {largest // step:,} possible values up to {largest:,}, and a search tries at most "
+                f"{MAX_CHOICES:,}",
+                "use a smaller value, or choose other fields with --free",
+            )
         # The value in the config is always a choice, even if it is not a multiple of the step.
-        return sorted({start, *range(step, factor * max(start, step) + 1, step)})
+        return sorted({start, *range(step, largest + 1, step)})
 
     def _with_nearest_width(self, config: RunConfig) -> RunConfig:
         """Set the MLP width, a multiple of 8 on each rank, at which the cost is nearest to the base.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sas_megatron.data.epochs import describe_repetition
 from sas_megatron.scaling.comparison import Comparison
 from sas_megatron.scaling.curve_verdicts import CURVE_AXES, judge_curves
 from sas_megatron.scaling.matching import TOLERANCE
@@ -113,6 +114,7 @@ def _list_remarks(
     runs: Sequence[Run], rows: Sequence[RunMeasures], comparisons: Sequence[Comparison]
 ) -> tuple[str, ...]:
     remarks = [remark for run in runs for remark in run.remarks]
+    remarks += describe_repetition({run.name: run.summary.epochs for run in runs})
     for row in rows[1:]:
         ratio = row.parameters_ratio
         if ratio is None:

@@ -7,6 +7,7 @@ config.yaml  run.json  summary.json  metrics.jsonl
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.flops import causal_half
 from sas_megatron.scaling.outcomes import Axis
+from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 
 # The fields that a comparison varies, and fields that do not affect the result. A resumed run equals the
 # uninterrupted one, so checkpoint settings may differ.
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
+    "data.index_cache",
     "checkpoint.resume",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
@@ -52,15 +56,6 @@ class CurvePoint(_Record):
     training_flops: float
     elapsed_seconds: float
     loss: float | None = None
-
-    def spent(self, axis: Axis) -> float:
-        """Return the tokens, FLOPs or seconds spent up to this step.
-
-        Raises:
-            KeyError: The axis is "params".
-        """
-        value: float = getattr(self, _FIELDS[axis])
-        return value
 
 
 class TrainPoint(CurvePoint):
@@ -103,6 +98,8 @@ class RunSummary(_Record):
     exit_reason: str
     steps: int
     tokens: int
+    # None in summaries of schema 2 and earlier.
+    epochs: float | None = None
     training_flops: float | None = None
     training_flops_per_token: dict[str, float] | None = None
     parameters: dict[str, int] | None = None
@@ -131,6 +128,20 @@ class Run:
     train_curve: tuple[CurvePoint, ...]
     validation_curve: tuple[CurvePoint, ...]
     remarks: tuple[str, ...] = ()
+
+    def spent(self, point: CurvePoint, axis: Axis) -> float | None:
+        """Return the amount spent up to a point; None for the causal half if FLOPs by term are not recorded.
+
+        Raises:
+            KeyError: The axis is "params".
+        """
+        if axis != "causal_flops":
+            return float(getattr(point, _FIELDS[axis]))
+        terms = self.summary.training_flops_per_token
+        if not terms:
+            return None
+        half = causal_half(terms, sequence_length=self.config.data.sequence_length)
+        return point.training_flops * sum(half.values()) / sum(terms.values())
 
 
 _Curves = tuple[tuple[CurvePoint, ...], tuple[CurvePoint, ...]]
@@ -163,6 +174,8 @@ def load_run(directory: str | Path) -> Run:
             f"the run stopped at step {summary.steps} (exit_reason: {summary.exit_reason})",
             unfinished,
         )
+    provenance = _read_object(directory / "run.json")
+    _check_config_checksum(directory / "config.yaml", provenance)
     (train_curve, validation_curve), remarks = _read_metrics(directory / "metrics.jsonl")
     if summary.health is not None and summary.health.skipped_steps:
         remarks += (
@@ -173,7 +186,7 @@ def load_run(directory: str | Path) -> Run:
         name=directory.resolve().name,
         directory=directory,
         config=_read_config(directory / "config.yaml"),
-        provenance=_read_object(directory / "run.json"),
+        provenance=provenance,
         summary=summary,
         train_curve=train_curve,
         validation_curve=validation_curve,
@@ -187,7 +200,7 @@ def has_finished(directory: Path) -> bool:
         return False
     try:
         summary = json.loads((directory / "summary.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(summary, dict) and summary.get("exit_reason") == FINISHED
 
@@ -212,11 +225,17 @@ def check_comparable(runs: Sequence[Run]) -> None:
         for key, values in find_differences([run.config for run in runs]).items()
         if not _may_differ(key)
     }
-    for key in ("corpus", "world_size"):
-        recorded = tuple(run.provenance.get(key) for run in runs)
-        known = [value for value in recorded if value is not None]
+    recorded = {
+        "corpus": tuple(corpus_contents(run.provenance) for run in runs),
+        "world_size": tuple(run.provenance.get("world_size") for run in runs),
+    }
+    for key, values in recorded.items():
+        known = [value for value in values if value is not None]
         if any(value != known[0] for value in known):
-            differences[f"run.json {key}"] = recorded
+            differences[f"run.json {key}"] = tuple(run.provenance.get(key) for run in runs)
+        elif key == "corpus" and len(known) == len(runs) and isinstance(known[0], list):
+            for field in DATA_PATHS:  # different paths of equal contents
+                differences.pop(field, None)
     if differences:
         lines = [
             f"  {key}: " + ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
@@ -243,10 +262,21 @@ def _read_config(path: Path) -> RunConfig:
         ) from None
 
 
+def _check_config_checksum(path: Path, provenance: Mapping[str, Any]) -> None:
+    """Check that config.yaml is what the run wrote, if run.json records its checksum."""
+    recorded = provenance.get("config_sha256")
+    if recorded not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        raise FileProblem(
+            path,
+            "was changed after the run wrote it (config_sha256 in run.json)",
+            "restore it, for example from config.yaml in a folder of checkpoints/",
+        )
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileProblem(path, f"is not JSON ({error})", "restore the file, or train again") from None
     if not isinstance(value, dict):
         raise FileProblem(path, "is not a JSON object", "restore the file, or train again")

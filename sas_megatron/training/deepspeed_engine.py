@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from typing_extensions import override
 
+from sas_megatron.checkpoint.manifest import DAMAGE_REMEDY, MANIFEST, DamagedCheckpoint
 from sas_megatron.checkpoint.rank_layout import describe_layout, describe_layout_changes
 from sas_megatron.checkpoint.restoring import Checkpoint
 from sas_megatron.checkpoint.sharded_tensors import shard_parameter, shard_weights
@@ -81,6 +82,8 @@ class DeepSpeedEngine(Engine):
             mpu=self.groups,
             dist_init_required=False,
         )
+        # DeepSpeed has another optimizer for stage 1 in bfloat16: each rank has the full float32 gradients.
+        self._keeps_full_gradients = type(self.optimizer).__name__ == "BF16_Optimizer"
         self.schedule = build_schedule(config, self.optimizer)
 
     def _sum_sequence_parallel_gradients(self) -> None:
@@ -118,13 +121,16 @@ class DeepSpeedEngine(Engine):
     @override
     def compute_gradient_norm(self) -> float:
         """Return DeepSpeed's norm, which counts each parameter once; infinite if a gradient is not finite."""
-        from deepspeed.runtime.utils import combine_grad_norm_groups
+        from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 
         stage = self.config.deepspeed.zero_stage
         if stage == 0:  # clips, but does not return the norm
             return self._gradient_norm()
         if stage == 3:
             return float(combine_grad_norm_groups(self.optimizer._get_norm_groups()))
+        if self._keeps_full_gradients:
+            gradients, _ = self.optimizer.get_grads_for_norm()
+            return float(combine_grad_norm_groups([get_global_norm_of_tensors(gradients, mpu=self.groups)]))
         return float(self.optimizer.scaled_global_norm())
 
     @override
@@ -135,7 +141,8 @@ class DeepSpeedEngine(Engine):
     @override
     def skip_update(self) -> None:
         """Let DeepSpeed skip the step as it skips one with an overflow."""
-        with _forced_overflow(self.optimizer, stage=self.config.deepspeed.zero_stage):
+        stage = 0 if self._keeps_full_gradients else self.config.deepspeed.zero_stage
+        with _forced_overflow(self.optimizer, stage=stage):
             self.engine.step()
 
     @override
@@ -200,6 +207,7 @@ class DeepSpeedEngine(Engine):
 
         Raises:
             FileProblem: Another layout saved the checkpoint.
+            DamagedCheckpoint: The folder has files for DeepSpeed that are not in the manifest.
         """
         changes = describe_layout_changes(checkpoint.manifest.layout, describe_layout(self.config))
         if changes:
@@ -208,6 +216,13 @@ class DeepSpeedEngine(Engine):
                 f"holds DeepSpeed's files for another layout ({changes})",
                 "resume with the layout that saved it, or start another run from its weights with "
                 "checkpoint.initial_weights",
+            )
+        unlisted = {
+            str(path.relative_to(checkpoint.path)) for path in (checkpoint.path / FOLDER).rglob("*.pt")
+        } - checkpoint.manifest.files.keys()
+        if unlisted:  # DeepSpeed would read them, although they are not verified
+            raise DamagedCheckpoint(
+                checkpoint.path, f"is damaged: {min(unlisted)} is not in {MANIFEST}", DAMAGE_REMEDY
             )
         self.engine.load_checkpoint(str(checkpoint.path), tag=FOLDER, load_lr_scheduler_states=False)
 
@@ -240,7 +255,11 @@ def _forced_overflow(optimizer: Any, *, stage: int) -> Iterator[None]:
 
 
 def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: `deepspeed.settings` and the fields of the run's sections."""
+    """Return DeepSpeed's configuration: `deepspeed.settings` and the fields of the run's sections.
+
+    Gradients are accumulated and reduced in float32. By default, DeepSpeed uses the type of
+    the weights.
+    """
     settings = config.deepspeed.settings
     zero = {
         "stage": config.deepspeed.zero_stage,
@@ -255,6 +274,8 @@ def deepspeed_settings(config: RunConfig, *, num_microbatches: int) -> dict[str,
         "gradient_accumulation_steps": num_microbatches,
         "gradient_clipping": config.optimizer.clip_gradient_norm,
         "bf16": {"enabled": config.training.precision == "bfloat16"},
+        "data_types": {**settings.get("data_types", {}), "grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": zero,
     }
 

@@ -30,7 +30,7 @@ from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
 from sas_megatron.training.build import build_engine
 from sas_megatron.training.engine import Engine
 from sas_megatron.training.health_monitor import HealthMonitor
-from sas_megatron.training.metrics import Progress
+from sas_megatron.training.metrics import Progress, read_counts
 from sas_megatron.training.records import Recorder
 from sas_megatron.training.run_data import RunData
 from sas_megatron.training.run_files import RunFiles
@@ -68,8 +68,11 @@ class Run:
         self.start = find_starting_point(config, log=self.recorder.log)
         self.engine: Engine = build_engine(config, initial_weights=self.start.weights_folder)
         checkpoint = self.start.checkpoint
-        counts = {} if checkpoint is None else checkpoint.progress["counts"]
-        self.progress = Progress(**counts)
+        self.progress = (
+            Progress()
+            if checkpoint is None
+            else read_counts(checkpoint.progress["counts"], checkpoint=checkpoint.path)
+        )
         self.last_step: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
         self.health = HealthMonitor(config, topology, self.progress.health, recorder=self.recorder)
@@ -91,11 +94,11 @@ class Run:
         self._report_finished_step()
         last_step = min(training.num_steps, training.stop_after_steps or 2**62)
         run_exit = RunExit("finished" if last_step == training.num_steps else "stop_after_steps")
-        if self.progress.step >= last_step and (RunFiles(self.config).directory / "summary.json").exists():
+        if self.progress.step >= last_step and RunFiles(self.config).has_summary():
             self.recorder.log(f"already finished at step {self.progress.step}; nothing to do")
             return run_exit
         self.recorder.open(self.start, resumed_step=self.progress.step)
-        self.stop.enable(logs=self.topology.is_rank0)
+        self.stop.begin_steps()
         try:
             if self.progress.owes_evaluation:
                 self._evaluate()
@@ -158,8 +161,9 @@ class Run:
         Time is short, so an evaluation that is due now is left to the resumed run.
         """
         reasons = [reason for reason in gather_from_ranks(self.stop.reason) if reason is not None]
-        self.recorder.log(f"stopping after step {self.progress.step}: {reasons[0]}")
         self.progress.owes_evaluation = self._is_due(self.config.evaluation.interval)
+        left = "; the evaluation after it is left to the resumed run" if self.progress.owes_evaluation else ""
+        self.recorder.log(f"stopping after step {self.progress.step}: {reasons[0]}{left}")
         self.held_out = None
         return RunExit(reasons[0], is_resumable=True)
 

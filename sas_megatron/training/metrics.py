@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from sas_megatron.checkpoint.manifest import DAMAGE_REMEDY, PROGRESS, DamagedCheckpoint
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.flops import count_training_flops
+from sas_megatron.io.file_records import describe_read_error
 from sas_megatron.training.health import HealthHistory
 
 
@@ -25,10 +31,6 @@ class Progress:
     owes_evaluation: bool = False
     step_seconds: list[float] = field(default_factory=list)
     health: HealthHistory = field(default_factory=HealthHistory)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.health, dict):  # read from a checkpoint
-            self.health = HealthHistory(**self.health)
 
     def count_step(self, samples: int, seconds: float) -> None:
         """Add one finished step."""
@@ -48,6 +50,22 @@ class Progress:
         """Return the median over all steps except the first, which warms up; None before any step."""
         timed = self.step_seconds[1:] or self.step_seconds
         return statistics.median(timed) if timed else None
+
+
+_PROGRESS_TYPE = TypeAdapter(Progress)
+
+
+def read_counts(counts: dict[str, Any], *, checkpoint: Path) -> Progress:
+    """Return the progress whose fields a checkpoint contains.
+
+    Raises:
+        DamagedCheckpoint: A field has another type.
+    """
+    try:
+        return _PROGRESS_TYPE.validate_json(json.dumps(counts), strict=True)
+    except ValueError as error:
+        problem = f"is damaged: {PROGRESS}: counts.{describe_read_error(error)}"
+        raise DamagedCheckpoint(checkpoint, problem, DAMAGE_REMEDY) from None
 
 
 class Throughput:

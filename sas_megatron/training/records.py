@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.epochs import DataUse, count_data_use
 from sas_megatron.distributed.object_collectives import run_on_rank0
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss
@@ -79,7 +80,7 @@ class Console:
             yield
         except OSError:
             self._bar = None
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
 
 
 class Recorder:
@@ -95,18 +96,27 @@ class Recorder:
         self.throughput = Throughput(config, world_size=topology.world_size, peak_flops=peak_flops)
         self.console = Console(config, is_rank0=topology.is_rank0)
         self._files = RunFiles(config) if topology.is_rank0 else None
+        self._data_use: DataUse | None = None
         self._config = config
         self._topology = topology
 
     def open(self, start: StartingPoint, *, resumed_step: int) -> None:
-        """Create the run directory, or reopen it and drop the records after `resumed_step`.
+        """Create the run directory, or reopen it and drop the records after `resumed_step`; log its repairs.
+
+        Logs how many times the run reads its data.
 
         Raises:
-            FileProblem: The files cannot be written.
+            FileProblem: The files cannot be written, or the token files cannot be read.
         """
         if self._files is not None:
-            provenance = describe_provenance(self._config, self._topology, start)
-            self._files.open(self._config, provenance, resumed_step=resumed_step, branch=start.branch)
+            self._data_use = count_data_use(self._config)
+            for line in self._data_use.describe():
+                self.log(line)
+            provenance = describe_provenance(self._config, self._topology, start, self._data_use)
+            for line in self._files.open(
+                self._config, provenance, resumed_step=resumed_step, branch=start.branch
+            ):
+                self.log(line)
 
     def log(self, text: str) -> None:
         """Print one line."""
@@ -164,7 +174,10 @@ class Recorder:
             FileProblem: The files cannot be written.
         """
         if self._files is not None:
-            self._files.write_summary(build_summary(self._config, self._topology, progress, results))
+            assert self._data_use is not None, "call open() first"
+            self._files.write_summary(
+                build_summary(self._config, self._topology, progress, results, data_use=self._data_use)
+            )
             if results.run_exit.is_resumable:
                 self._files.write_stop(results.run_exit, step=progress.step)
 

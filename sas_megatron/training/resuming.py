@@ -10,11 +10,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sas_megatron.checkpoint.manifest import CONFIG, find_damage, raise_if_damaged, read_manifest
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.checkpoint.manifest import (
+    CONFIG,
+    DamagedCheckpoint,
+    find_checkpoints,
+    raise_if_damaged,
+    read_manifest,
+)
+from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
+from sas_megatron.checkpoint.weights_source import read_checkpoint_config
+from sas_megatron.config.errors import FieldError, FileProblem, UserError, translate_os_errors
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.token_files import load_manifest, name_token_files
+from sas_megatron.io.file_records import find_damage
+from sas_megatron.io.run_record import RECORD
+from sas_megatron.training.data_identity import DATA_PATHS, raise_if_data_differ
 
 # Fields that may change when a run is resumed. They do not affect samples, weights or losses, except that
 # `health` decides whether harmful steps are skipped.
@@ -27,6 +37,7 @@ RESUME_MAY_CHANGE = (
     "optimizer.distributed",
     "training.micro_batch_size",
     "training.recompute",
+    "training.deterministic",
     "attention.kv_cache",
     "data.index_cache",
     "training.stop_after_steps",
@@ -56,32 +67,86 @@ class Branch:
         """The run directory of the trunk."""
         return self.checkpoint.parents[1]
 
-    def read_metrics(self, config: RunConfig) -> list[str]:
-        """Return the lines of the trunk's metrics.jsonl that the branch shares: those up to its first step.
+    def read_metrics(self, config: RunConfig) -> KeptRecords:
+        """Return the records of the trunk's metrics.jsonl that the branch shares: those up to its first step.
 
         An evaluation that the trunk made only because it ended there is left out, because a trunk that is
         still running has not made it.
+
+        Raises:
+            FileProblem: The file cannot be read.
         """
         interval = config.evaluation.interval
+        found = read_metrics_until(self.trunk / "metrics.jsonl", self.step)
         lines = []
-        for line in read_metrics_until(self.trunk / "metrics.jsonl", self.step):
+        for line in found.lines:
             record = json.loads(line)
             is_due = interval is not None and record["step"] % interval == 0
             if record["kind"] != "validation" or is_due:
                 lines.append(line)
-        return lines
+        return KeptRecords(lines, num_unreadable=found.num_unreadable)
 
 
-def read_metrics_until(metrics: Path, step: int) -> list[str]:
-    """Return the lines of a metrics.jsonl up to and including a step."""
-    return [line for line in metrics.read_text(encoding="utf-8").splitlines() if _is_up_to(line, step)]
+@dataclass(frozen=True)
+class KeptRecords:
+    """The lines of a metrics.jsonl up to a step, and the numbers of the lines that were left out."""
+
+    lines: list[str]
+    # Records of later steps.
+    num_later: int = 0
+    # Lines that are no records: a crash or a full disk leaves incomplete ones.
+    num_unreadable: int = 0
 
 
-def _is_up_to(line: str, step: int) -> bool:
+def read_metrics_until(metrics: Path, step: int) -> KeptRecords:
+    """Return the records of a metrics.jsonl up to and including a step.
+
+    Raises:
+        FileProblem: The file cannot be read.
+    """
+    with translate_os_errors(metrics, problem="cannot be read", remedy="check its permissions"):
+        lines = [line for line in metrics.read_bytes().splitlines() if line.strip()]
+    read = [(line, found) for line in lines if (found := _read_step(line)) is not None]
+    kept = [line.decode() for line, found in read if found <= step]
+    return KeptRecords(kept, num_later=len(read) - len(kept), num_unreadable=len(lines) - len(read))
+
+
+def _read_step(line: bytes) -> int | None:
+    """Return the step of a record; None for a line that is no record."""
     try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError):
-        return False  # a crash left an incomplete line
+        record = json.loads(line)
+        step, kind = record["step"], record["kind"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int and isinstance(kind, str) else None
+
+
+def find_saved_config(run: Path) -> tuple[RunConfig, Path] | None:
+    """Return the config with which a run was trained, and its file; None if the directory holds no run.
+
+    It is the config of the newest checkpoint, which has a checksum, or config.yaml without a checkpoint.
+
+    Raises:
+        FileProblem: The config cannot be read.
+    """
+    for path in find_checkpoints(run / "checkpoints"):
+        try:
+            return read_checkpoint_config(path), path / CONFIG
+        except DamagedCheckpoint:
+            continue  # as for its tensors, an earlier checkpoint is used
+    path = run / CONFIG
+    if not path.exists():
+        return None
+    try:
+        return load_run_config(path), path
+    except UserError as error:
+        reason = (
+            error.problem
+            if isinstance(error, FileProblem)
+            else f"is not a valid config ({'; '.join(str(error).splitlines())})"
+        )
+        remedy = "restore it from a copy, or remove it: the run has no checkpoint, so it starts again"
+        raise FileProblem(path, reason, remedy) from None
 
 
 def check_resumable(config: RunConfig) -> None:
@@ -89,16 +154,65 @@ def check_resumable(config: RunConfig) -> None:
 
     Raises:
         FieldError: The config or the data differ in a field that must not change.
-        FileProblem: The file run.json is damaged.
+        FileProblem: The saved config or run.json is damaged.
     """
     directory = Path(config.logging.run_directory)
-    remedy = "restore the old value, or choose another logging.run_directory"
-    if (directory / "config.yaml").exists():
-        old = load_run_config(directory / "config.yaml")
-        for field, (new, previous) in find_differences([config, old], ignored=RESUME_MAY_CHANGE).items():
-            raise FieldError(field, new, f"was {previous} in the run to resume ({directory})", remedy)
-    if (directory / "run.json").exists():
-        _check_corpus(config, directory)
+    saved = find_saved_config(directory)
+    if saved is not None:
+        _check_config(config, *saved)
+    if (directory / RECORD).exists():
+        raise_if_data_differ(config, directory)
+
+
+def check_checkpoint_config(config: RunConfig, checkpoint: Path) -> None:
+    """Check that a checkpoint of the run to resume was saved with the same config.
+
+    Raises:
+        FieldError: The config differs in a field that must not change.
+        FileProblem: The config of the checkpoint cannot be read.
+    """
+    _check_config(config, read_checkpoint_config(checkpoint), checkpoint / CONFIG)
+
+
+def _check_config(config: RunConfig, saved: RunConfig, origin: Path) -> None:
+    run = Path(config.logging.run_directory)
+    # Without the record of the run, whose data are compared by their contents, the paths must be equal.
+    ignored = (*RESUME_MAY_CHANGE, *(DATA_PATHS if (run / RECORD).exists() else ()))
+    for field, (new, previous) in find_differences([config, saved], ignored=ignored).items():
+        raise FieldError(
+            field,
+            new,
+            f"was {previous} in the run to resume ({origin})",
+            "restore the old value, or choose another logging.run_directory",
+        )
+
+
+def describe_config_repair(config: RunConfig) -> str | None:
+    """Describe the difference of config.yaml from the config of the checkpoint, which is resumed.
+
+    None if there is none, or the directory holds no checkpoint.
+
+    Raises:
+        FileProblem: The config of the checkpoint cannot be read.
+    """
+    run = Path(config.logging.run_directory)
+    saved = find_saved_config(run)
+    path = run / CONFIG
+    if saved is None or saved[1] == path:
+        return None
+    if not path.exists():
+        state = "is missing"
+    else:
+        try:
+            ignored = (*RESUME_MAY_CHANGE, *DATA_PATHS)
+            differences = find_differences([load_run_config(path), saved[0]], ignored=ignored)
+        except UserError:
+            state = "is damaged"
+        else:
+            if not differences:
+                return None
+            state = f"differs from the config of the run in {', '.join(differences)}"
+    return f"{path}: {state}; it is written again, according to {saved[1]}"
 
 
 def find_branch(config: RunConfig) -> Branch | None:
@@ -110,13 +224,15 @@ def find_branch(config: RunConfig) -> Branch | None:
     if config.checkpoint.branch_from is None:
         return None
     path = Path(config.checkpoint.branch_from)
-    manifest = read_manifest(path)
-    raise_if_damaged(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
+    with offering_another_checkpoint(path, suggest_branch):
+        manifest = read_manifest(path)
+        raise_if_damaged(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
     # The path is absolute, because run.json keeps it for later sessions, which may start in another folder.
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
     _check_schedules(config, trunk, branch)
-    for field, (new, previous) in find_differences([config, trunk], ignored=BRANCH_MAY_CHANGE).items():
+    ignored = (*BRANCH_MAY_CHANGE, *DATA_PATHS)
+    for field, (new, previous) in find_differences([config, trunk], ignored=ignored).items():
         raise FieldError(
             field,
             new,
@@ -138,8 +254,13 @@ def find_branch(config: RunConfig) -> Branch | None:
                 "is missing, and a branch needs it",
                 "name a checkpoint in the directory of its run",
             )
-    _check_corpus(config, branch.trunk)
+    raise_if_data_differ(config, branch.trunk)
     return branch
+
+
+def suggest_branch(other: Path) -> str:
+    """Return a suggestion for `offering_another_checkpoint` of a branch."""
+    return f"branch from another checkpoint: checkpoint.branch_from={other}"
 
 
 def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> None:
@@ -161,30 +282,4 @@ def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> Non
                 f"{name} decays its learning rate from step {stable_until} on, before the branch at step "
                 f"{branch.step}",
                 "branch from an earlier checkpoint, or decay over fewer steps",
-            )
-
-
-def _check_corpus(config: RunConfig, directory: Path) -> None:
-    path = directory / "run.json"
-    try:
-        corpus = json.loads(path.read_text(encoding="utf-8"))["corpus"]
-        recorded_sha256 = {name: files["bin_sha256"] for name, files in corpus.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileProblem(path, f"is damaged ({error!r})", "restore it from a copy, or remove it") from None
-    current_sha256 = {prefix: load_manifest(prefix).bin_sha256 for prefix in config.data.prefixes}
-    for prefix, name in name_token_files(config.data.prefixes).items():
-        if name in recorded_sha256:
-            is_equal = recorded_sha256[name] == current_sha256[prefix]
-        else:
-            # Earlier versions recorded one of the prefixes that end in the same name.
-            candidates = {
-                sha256 for path, sha256 in current_sha256.items() if Path(path).name == Path(prefix).name
-            }
-            is_equal = recorded_sha256.get(Path(prefix).name) in candidates
-        if not is_equal:
-            raise FieldError(
-                "data.prefixes",
-                prefix,
-                f"differs from the tokens with which the run in {directory} started",
-                "use the same token files, or choose another logging.run_directory",
             )

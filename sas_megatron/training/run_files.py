@@ -21,14 +21,24 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sas_megatron import __version__
+from sas_megatron.checkpoint.trained_run import TOKENIZER
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.fault_tolerance.stop_request import RunExit
 from sas_megatron.io.files import write_file
-from sas_megatron.training.resuming import Branch, check_resumable, read_metrics_until
+from sas_megatron.io.run_record import RECORD, RunRecord, damaged_record, read_run_record
+from sas_megatron.training.resuming import (
+    Branch,
+    KeptRecords,
+    check_resumable,
+    describe_config_repair,
+    read_metrics_until,
+)
 
 METRICS = "metrics.jsonl"
+FILES = ("config.yaml", RECORD, METRICS, "summary.json", "stopped.json")
+FOLDERS = ("checkpoints", "tensorboard")
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 
 
@@ -57,9 +67,10 @@ class RunFiles:
 
         Raises:
             FieldError: It holds a run and `checkpoint.resume` is off, or its run has another config or data.
-            FileProblem: It cannot be written, or its run.json is damaged.
+            FileProblem: It cannot be written, or one of its files is damaged.
         """
         directory = Path(config.logging.run_directory)
+        _check_kinds(directory)
         if (directory / METRICS).exists() and not config.checkpoint.resume:
             raise FieldError(
                 "logging.run_directory",
@@ -84,7 +95,7 @@ class RunFiles:
         *,
         resumed_step: int,
         branch: Branch | None = None,
-    ) -> None:
+    ) -> list[str]:
         """Create the files, or reopen them and drop the records after `resumed_step`, which are repeated.
 
         Args:
@@ -93,30 +104,36 @@ class RunFiles:
             resumed_step: The step of the restored checkpoint; 0 without one.
             branch: The branch of a new run, which starts with the trunk's records.
 
+        Returns:
+            A line for each repair of a file.
+
         Raises:
             FileProblem: The files cannot be written.
         """
         with _accessing(self.directory):
-            self._open(config, provenance, resumed_step=resumed_step, branch=branch)
+            return self._open(config, provenance, resumed_step=resumed_step, branch=branch)
 
     def _open(
         self, config: RunConfig, provenance: dict[str, Any], *, resumed_step: int, branch: Branch | None
-    ) -> None:
+    ) -> list[str]:
         self.directory.mkdir(parents=True, exist_ok=True)
+        previous = read_run_record(self.directory)
+        config_repair = describe_config_repair(config) if resumed_step and branch is None else None
         # They describe the end of a session, and this session has just started.
         for name in ("stopped.json", "summary.json"):
             (self.directory / name).unlink(missing_ok=True)
         resolved = dump_yaml(config)
         write_file(self.directory / "config.yaml", resolved)
-        self._write_provenance(resolved, provenance, resumed_step)
+        self._write_provenance(resolved, provenance, resumed_step, previous=previous)
+        self._copy_tokenizer(config)
         metrics = self.directory / METRICS
         if branch is not None:
             kept = branch.read_metrics(config)
         elif metrics.exists():
             kept = read_metrics_until(metrics, resumed_step)
         else:
-            kept = []
-        write_file(metrics, "".join(line + "\n" for line in kept))
+            kept = KeptRecords([])
+        write_file(metrics, "".join(line + "\n" for line in kept.lines))
         self._metrics = metrics.open("a", encoding="utf-8")
         if self._with_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -126,8 +143,15 @@ class RunFiles:
                 str(self.directory / "tensorboard"), purge_step=resumed_step + 1
             )
             if branch is not None:
-                for line in kept:
+                for line in kept.lines:
                     self._add_scalars(json.loads(line))
+        repairs = [] if config_repair is None else [config_repair]
+        if resumed_step and branch is None and (previous is None or not previous.sessions):
+            repairs.append(
+                f"{self.directory / RECORD}: has no record of earlier sessions; a new one was begun"
+                + ("" if previous else ", and the data were not compared with those of earlier sessions")
+            )
+        return [*repairs, *_describe_left_out(metrics, kept, resumed_step)]
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl without buffering it, and its numbers to TensorBoard.
@@ -166,15 +190,26 @@ class RunFiles:
         Raises:
             FileProblem: Another session has started, or run.json cannot be read.
         """
-        path = self.directory / "run.json"
+        path = self.directory / RECORD
         with _accessing(path):
-            newest = json.loads(path.read_text(encoding="utf-8"))["sessions"][-1]
-        if newest["session"] != self._session:
+            path.stat()
+        record = read_run_record(self.directory)
+        if record is None or not record.sessions:
+            raise damaged_record(path, "the session of this process is missing")
+        newest = record.sessions[-1]
+        if newest.session != self._session:
             raise FileProblem(
                 path,
-                f"contains a newer session, started on {newest['host']} at {newest['started_at']}",
+                f"contains a newer session, started on {newest.host} at {newest.started_at}",
                 "let that session continue, or stop it and resume with checkpoint.resume=true",
             )
+
+    def has_summary(self) -> bool:
+        """Return whether summary.json exists and is readable."""
+        try:
+            return isinstance(json.loads((self.directory / "summary.json").read_bytes()), dict)
+        except (OSError, ValueError, RecursionError):
+            return False
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json and close the other files.
@@ -204,9 +239,19 @@ class RunFiles:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _write_provenance(self, resolved: str, provenance: dict[str, Any], resumed_step: int) -> None:
-        path = self.directory / "run.json"
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+    def _copy_tokenizer(self, config: RunConfig) -> None:
+        """Keep the tokenizer with the run, for commands that read the run where the path does not exist."""
+        tokenizer, copy = Path(config.data.tokenizer), self.directory / TOKENIZER
+        if tokenizer.is_file():  # a test may train without one
+            content = tokenizer.read_bytes()
+            if not (copy.is_file() and copy.read_bytes() == content):
+                write_file(copy, content)
+
+    def _write_provenance(
+        self, resolved: str, provenance: dict[str, Any], resumed_step: int, *, previous: RunRecord | None
+    ) -> None:
+        path = self.directory / RECORD
+        sessions = [] if previous is None else previous.list_sessions()
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         sessions.append(
             {
@@ -229,6 +274,33 @@ class RunFiles:
             "sessions": sessions,
         }
         write_file(path, json.dumps(record, indent=2) + "\n")
+
+
+def _check_kinds(directory: Path) -> None:
+    """Check that no file of a run directory is a folder, and no folder a file.
+
+    Raises:
+        FileProblem: One of them is.
+    """
+    remedy = "remove it, or choose another logging.run_directory"
+    for name in FILES:
+        if (directory / name).exists() and not (directory / name).is_file():
+            raise FileProblem(directory / name, "is not a regular file", remedy)
+    for name in FOLDERS:
+        if (directory / name).exists() and not (directory / name).is_dir():
+            raise FileProblem(directory / name, "is not a folder", remedy)
+
+
+def _describe_left_out(metrics: Path, kept: KeptRecords, resumed_step: int) -> list[str]:
+    """Return a line for each kind of records that are not in the metrics of a run that is opened."""
+    lines = []
+    if kept.num_later:
+        lines.append(f"removed {kept.num_later} records after step {resumed_step}, which is resumed")
+    if kept.num_unreadable:
+        lines.append(f"removed {kept.num_unreadable} unreadable lines")
+    if resumed_step and not kept.lines:
+        lines.append(f"has no records up to step {resumed_step}")
+    return [f"{metrics}: {line}" for line in lines]
 
 
 def _accessing(path: Path) -> AbstractContextManager[None]:
@@ -255,6 +327,8 @@ def _describe_git() -> str | None:
     """Return the commit of the package's source, marked if it is modified; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

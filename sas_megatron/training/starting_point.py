@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sas_megatron.checkpoint.restoring import Checkpoint, find_newest_complete, open_checkpoint
+from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.object_collectives import run_on_rank0
-from sas_megatron.training.resuming import Branch, find_branch
+from sas_megatron.training.resuming import Branch, check_checkpoint_config, find_branch, suggest_branch
 from sas_megatron.training.run_files import RunFiles
 
 
@@ -46,10 +47,13 @@ def find_starting_point(config: RunConfig, *, log: Callable[[str], None]) -> Sta
     if config.checkpoint.resume:
         newest = find_newest_complete(RunFiles.checkpoints(config), log=log)
         if newest is not None:
+            checkpoint = newest.path
+            run_on_rank0(lambda: check_checkpoint_config(config, checkpoint))
             return StartingPoint(newest, None, None)
     branch = run_on_rank0(lambda: find_branch(config))
     if branch is not None:
-        return StartingPoint(open_checkpoint(branch.checkpoint), branch, None)
+        with offering_another_checkpoint(branch.checkpoint, suggest_branch):
+            return StartingPoint(open_checkpoint(branch.checkpoint), branch, None)
     path = config.checkpoint.initial_weights
     if path is None:
         return StartingPoint(None, None, None)

@@ -8,6 +8,7 @@ from typing import Any
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters
+from sas_megatron.data.epochs import DataUse
 from sas_megatron.data.token_files import load_manifest, name_token_files
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss
@@ -19,8 +20,10 @@ from sas_megatron.training.starting_point import StartingPoint
 from sas_megatron.training.step import StepResult
 
 
-def describe_provenance(config: RunConfig, topology: Topology, start: StartingPoint) -> dict[str, Any]:
-    """Return this session's entry of run.json: machine, software, layout, initial weights and corpus.
+def describe_provenance(
+    config: RunConfig, topology: Topology, start: StartingPoint, data_use: DataUse
+) -> dict[str, Any]:
+    """Return this session's entry of run.json: machine, software, layout, initial weights, corpus and epochs.
 
     Raises:
         FileProblem: The manifest of the token files cannot be read.
@@ -35,6 +38,8 @@ def describe_provenance(config: RunConfig, topology: Topology, start: StartingPo
         "data_parallel": topology.data_size,
         "initial_weights": None if start.initial_weights is None else start.initial_weights.describe(),
         "branched_from": None if start.branch is None else str(start.branch.checkpoint),
+        # Epochs of the complete run.
+        "data": data_use.record(),
         "corpus": {
             name: load_manifest(prefix).model_dump(mode="json")
             for prefix, name in name_token_files(config.data.prefixes).items()
@@ -58,18 +63,26 @@ class SessionResults:
 
 
 def build_summary(
-    config: RunConfig, topology: Topology, progress: Progress, results: SessionResults
+    config: RunConfig,
+    topology: Topology,
+    progress: Progress,
+    results: SessionResults,
+    *,
+    data_use: DataUse,
 ) -> dict[str, Any]:
     """Return the contents of summary.json."""
     position = Throughput(config, world_size=topology.world_size).position(progress)
     held_out = {} if results.held_out is None else results.held_out.results
     last_step = results.last_step
     return {
-        # Schema 2 renamed `wire_bytes_sent` to `communication_bytes_sent`.
-        "schema": 2,
+        # Schema 2 renamed `wire_bytes_sent` to `communication_bytes_sent`; schema 3 added the epochs.
+        "schema": 3,
         "exit_reason": results.run_exit.reason,
         "steps": progress.step,
         "tokens": position["consumed_tokens"],
+        # How many times the training part that the run repeats most often was read, and the validation part.
+        "epochs": data_use.epochs_at(progress.step),
+        "validation_epochs": data_use.validation_epochs,
         "training_flops": position["training_flops"],
         "training_flops_per_token": count_training_flops(config),
         "parameters": count_parameters(config),

@@ -94,7 +94,7 @@ def transformer_config(case: LayerCase, tensor: int, context: int = 1) -> Any:
     return layer.transformer_config_type(
         num_layers=1,
         hidden_size=HIDDEN_SIZE,
-        num_attention_heads=config.num_heads,
+        num_attention_heads=config.num_query_heads,
         num_query_groups=config.num_key_value_heads,
         kv_channels=config.head_dim,
         add_bias_linear=False,

@@ -24,6 +24,8 @@ VARIANTS: dict[str, small.Attention] = {
     "mla uncompressed queries": {**small.MLA_UNCOMPRESSED_QUERIES, "kv_lora_rank": 7},
     "sas": {**small.SAS, "kernel_size": 5},
     "sas grouped": {**small.SAS_GROUPED, "head_expansion": 2},
+    "diff": small.DIFF,
+    "diff grouped": small.DIFF_GROUPED,
     "mfa": small.MFA,
     "tpa": small.TPA,
     "tpa kv": {**small.TPA_UNFACTORED_QUERIES, "value_rank": 3},

@@ -98,8 +98,26 @@ def test_cudnn_without_a_gpu_is_rejected_before_a_layer_is_built(
             "float32",
             "does not support training.precision=float32; use auto, or training.precision=bfloat16",
         ),
+        (
+            {"kind": "mha", "head_dim": 192},
+            "bfloat16",
+            "supports at most 128 features, or 192 and 128 (cuDNN 9.11 or newer) or 256 and 256 (cuDNN 9.23 "
+            "or newer), but queries and keys have 192, values 192; use auto, or at most 128 features",
+        ),
+        (
+            {"kind": "sas", "head_dim": 64, "simulated_head_dim": 192},
+            "bfloat16",
+            "supports at most 128 features, or 192 and 128 (cuDNN 9.11 or newer) or 256 and 256 (cuDNN 9.23 "
+            "or newer), but queries and keys have 192, values 64; use auto, or at most 128 features",
+        ),
+        (
+            {"kind": "mha", "head_dim": 8, "dropout": 0.1},
+            "bfloat16",
+            "needs a multiple of 1/16 as attention.dropout, which is 0.1; "
+            "use auto, or attention.dropout=0.125",
+        ),
     ],
-    ids=["keys", "values", "float32"],
+    ids=["keys", "values", "float32", "wide", "wide keys", "dropout"],
 )
 def test_sizes_and_types_without_cudnn_support_are_rejected_in_the_config(
     fields: dict[str, Any], precision: str, rule: str
@@ -108,6 +126,22 @@ def test_sizes_and_types_without_cudnn_support_are_rejected_in_the_config(
         small_config(
             attention={**fields, "num_heads": 4, "backend": "cudnn"}, training={"precision": precision}
         )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "mha", "head_dim": 128, "dropout": 0.0625},
+        {"kind": "mha", "head_dim": 256},
+        {"kind": "sas", "head_dim": 128, "simulated_head_dim": 192},
+    ],
+    ids=str,
+)
+def test_the_wide_heads_that_torch_supports_are_accepted(fields: dict[str, Any]) -> None:
+    attention = {**fields, "num_heads": 4, "backend": "cudnn"}
+    assert small_config(attention=attention, training={"precision": "bfloat16"})
+    with pytest.raises(FieldError, match=r"backend=cudnn: is not deterministic, and training\.det"):
+        small_config(attention=attention, training={"precision": "bfloat16", "deterministic": True})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention needs a CUDA device")

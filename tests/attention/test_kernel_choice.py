@@ -31,9 +31,9 @@ def sas(**fields: Any) -> SimulatedAttentionConfig:
 
 @pytest.fixture(autouse=True)
 def _forget_logged_choices() -> Iterator[None]:
-    simulation_kernels._log_choice.cache_clear()
+    simulation_kernels._log_once.cache_clear()
     yield
-    simulation_kernels._log_choice.cache_clear()
+    simulation_kernels._log_once.cache_clear()
 
 
 def test_auto_selects_fused_kernels_only_in_bfloat16_on_a_gpu() -> None:

@@ -52,7 +52,7 @@ def save(engine: Any, topology: Any, folder: Path, step: int, *, asynchronous: b
     saver.save(
         step,
         shards=engine.shards(),
-        progress={"engine": engine.counts()},
+        progress={"counts": {"step": step}, "engine": engine.counts(), "schedule_steps": step},
         write_files=engine.write_files,
     )
     saver.finish()

@@ -34,7 +34,11 @@ def save(engine: Any, topology: Any, folder: Path, step: int) -> None:
     saver.save(
         step,
         shards=engine.shards(),
-        progress={"engine": engine.counts(), "schedule_steps": engine.schedule.num_steps},
+        progress={
+            "counts": {"step": step},
+            "engine": engine.counts(),
+            "schedule_steps": engine.schedule.num_steps,
+        },
         write_files=engine.write_files,
     )
     saver.finish()

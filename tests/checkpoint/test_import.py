@@ -57,6 +57,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "neox": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0}),
     "neox, partly rotary": ("GPTNeoX", {**NEOX, "rotary_pct": 0.7, "layer_norm_eps": 1e-3}),
+    "neox, tanh approximation": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
     "neox, tied": ("GPTNeoX", {**NEOX, "rotary_pct": 0.7, "tie_word_embeddings": True}),
 }
 
@@ -186,7 +187,7 @@ REJECTED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"use_parallel_residual": True},
         r"use_parallel_residual=True: must be False: the models of this package .* no other value; import",
     ),
-    "activation": ("neox", {"hidden_act": "gelu_new"}, r"hidden_act=gelu_new: must be gelu: .*;"),
+    "activation": ("neox", {"hidden_act": "relu"}, r"hidden_act=relu: must be one of gelu, gelu_new, .*;"),
     "gate": ("llama", {"hidden_act": "gelu"}, r"hidden_act=gelu: must be silu: .*;"),
     "one bias": ("llama", {"attention_bias": True}, r"mlp_bias=False: must be True: .*;"),
     "scaling": (

@@ -13,28 +13,30 @@ import pytest
 from sas_megatron.checkpoint.manifest import (
     SCHEMA,
     DamagedCheckpoint,
-    FileRecord,
     Manifest,
-    describe_file,
     find_checkpoints,
     partial_folder,
     publish,
     read_manifest,
     remove_old_checkpoints,
-    select_files_of_rank,
     verify_checkpoint,
 )
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.training import CheckpointConfig
+from sas_megatron.io.file_records import FileRecord, describe_file, select_files_of_rank
 
 
 def write(folder: Path, step: int) -> Path:
-    """Publish a checkpoint of two small files and return its folder."""
+    """Publish a checkpoint of a few small files and return its folder."""
     partial = partial_folder(folder, step)
     (partial / "deeper").mkdir(parents=True)
     paths = [partial / "weights", partial / "deeper" / "more"]
     for path in paths:
         path.write_bytes(bytes(range(step % 7, 201)))
+    progress = {"counts": {"step": step}, "engine": {"num_updates": step}, "schedule_steps": step}
+    for name, text in {".metadata": "", "config.yaml": "", "progress.json": json.dumps(progress)}.items():
+        paths.append(partial / name)
+        paths[-1].write_text(text)
     files = {str(path.relative_to(partial)): describe_file(path) for path in paths}
     return publish(partial, Manifest(step, "megatron", {"tensor": 3}, files))
 
@@ -86,7 +88,7 @@ def test_changed_bits_and_missing_bytes_are_detected(tmp_path: Path, name: str) 
     with pytest.raises(DamagedCheckpoint, match=r"missing|cannot be read"):
         verify_checkpoint(path)
     (path / name).mkdir()  # A folder cannot be read as a file, even by root.
-    with pytest.raises(DamagedCheckpoint, match=r"bytes|cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match=r"is not a regular file|cannot be read"):
         verify_checkpoint(path)
     (path / name).rmdir()
     (path / name).write_bytes(content)

@@ -204,7 +204,7 @@ def save_while_training(config: RunConfig, folder: Path) -> list[float]:
         saver.save(
             step,
             shards=engine.shards(),
-            progress={"engine": engine.counts()},
+            progress={"counts": {"step": step}, "engine": engine.counts(), "schedule_steps": step},
             write_files=engine.write_files,
         )
         with torch.no_grad():  # Changes of the weights during the save must not reach the files.

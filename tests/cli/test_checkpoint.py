@@ -23,9 +23,9 @@ def test_all_checkpoints_of_a_run_are_verified(run_directory: Path, subfolder: s
     done = command("checkpoint", "verify", run_directory / subfolder, folder=run_directory)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "iter_0000005: intact, step 5, 2 files, 392 bytes",
-        "iter_0000010: intact, step 10, 2 files, 396 bytes",
-        "iter_0000015: intact, step 15, 2 files, 400 bytes",
+        "iter_0000005: intact, step 5, 5 files, 466 bytes",
+        "iter_0000010: intact, step 10, 5 files, 473 bytes",
+        "iter_0000015: intact, step 15, 5 files, 477 bytes",
     ]
 
 
@@ -40,9 +40,9 @@ def test_damaged_checkpoints_are_printed_and_the_status_is_2(run_directory: Path
     of_run = command("checkpoint", "verify", run_directory, folder=run_directory)
     assert of_run.returncode == 2
     first, second, third = of_run.stdout.splitlines()
-    assert first.endswith("intact, step 5, 2 files, 392 bytes")
+    assert first.endswith("intact, step 5, 5 files, 466 bytes")
     assert second.startswith(message)
-    assert third.endswith("intact, step 15, 2 files, 400 bytes")
+    assert third.endswith("intact, step 15, 5 files, 477 bytes")
     assert of_run.stderr.startswith(
         f"sas-megatron: error: {run_directory}: contains damaged checkpoints: iter_0000010; restore it"
     )

@@ -14,6 +14,7 @@ from sas_megatron.data.corpus import builtin_corpus
 from sas_megatron.data.documents import stream_documents
 from tests import small_attentions as small
 from tests.cli.test_commands import command
+from tests.data.preparing import prepare_two_documents
 from tests.evaluation.local_tasks import NUM_DOCUMENTS, write_tasks
 from tests.evaluation.trained_runs import TrainedRun, train_and_export
 from tests.fork_server import ROOT, ForkedCommand, run_command
@@ -33,6 +34,16 @@ def test_evaluate_writes_the_validation_loss_to_the_summary(run: TrainedRun, tmp
     (at_length,) = written["validation"]["by_length"]
     trained = json.loads((run.directory / "summary.json").read_text())
     assert at_length["all"]["loss"] == pytest.approx(trained["final_validation_loss"], rel=1e-6)
+
+
+def test_evaluate_refuses_data_without_validation_documents(
+    run: TrainedRun, small_data: SmallData, tmp_path: Path
+) -> None:
+    prefix = prepare_two_documents(small_data, tmp_path)
+    overrides = [f"data.prefixes=[{prefix}]", "data.split=[0.97,0.03]"]
+    done = run_command("evaluate", run.directory, *overrides, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"leaves no validation documents of {prefix}, which has 2 documents; use" in done.stderr
 
 
 def test_generate_continues_prompts_and_prints_the_cache_size(run: TrainedRun, tmp_path: Path) -> None:
@@ -134,10 +145,11 @@ def test_a_path_that_contains_an_equals_sign_is_a_path(
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "part-0.jsonl").write_text('{"text": "some text"}\n')
     given = ("lang=en/part-0.jsonl", "french=a=b=c/part-0.jsonl", "lang=en")
-    assert _find_files(given) == {
+    found = _find_files(given, text_column="text")
+    assert {name: [str(file.path) for file in files] for name, files in found.items()} == {
         "part-0.jsonl": ["lang=en/part-0.jsonl"],
         "french": ["a=b=c/part-0.jsonl"],
-        "lang=en": ["lang=en"],
+        "lang=en": ["lang=en/part-0.jsonl"],
     }
 
 
@@ -149,6 +161,6 @@ def test_empty_names_and_missing_files_are_rejected() -> None:
     with pytest.raises(UserError, match="--tasks='': is empty; give one or more"):
         TaskSettings(names=())
     with pytest.raises(UserError, match="--files='domain=': contains no path; name one"):
-        _find_files(("domain=",))
+        _find_files(("domain=",), text_column="text")
     with pytest.raises(UserError, match=r"lost\.txt: does not exist"):
-        _find_files(("one=builtin", "two=lost.txt"))
+        _find_files(("one=builtin", "two=lost.txt"), text_column="text")

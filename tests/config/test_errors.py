@@ -57,15 +57,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown kind": (
         {"attention": {"kind": "flash", "num_heads": 6}},
-        "attention.kind=flash: is not a known variant; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
+        "attention.kind=flash: is not a known variant; use one of diff, gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "kind that is not a string": (
         {"attention": {"kind": ["sas"]}},
-        "attention.kind=['sas']: is not a known variant; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
+        "attention.kind=['sas']: is not a known variant; use one of diff, gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "no kind": (
         {"attention": {"num_heads": 6}},
-        "attention: needs a kind; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
+        "attention: needs a kind; use one of diff, gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "heads over ranks": (
         {"attention": MHA, "parallel": {"tensor": 4}},
@@ -209,6 +209,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"attention": {**SAS, "initialization": "identity", "rotary_dim": 12}},
         "attention.rotary_dim=12: must be at most attention.head_dim=10 with identity initialization; "
         "omit it",
+    ),
+    "QK-norm of identity": (
+        {"attention": {**SAS, "initialization": "identity", "qk_norm": True}},
+        "attention.qk_norm=True: must be false with identity initialization, since norms of 16 features "
+        "differ from those of 10; set attention.simulated_head_dim=10, or another initialization",
+    ),
+    "unknown gate": (
+        {"attention": {**MHA, "output_gate": "ring"}},
+        "attention.output_gate='ring': is not one of the choices; use 'none', 'headwise' or 'elementwise'",
     ),
     "dropout of everything": (
         {"attention": {**MHA, "dropout": 1.0}},

@@ -115,10 +115,16 @@ def test_overridden_kind_has_the_fields_of_that_kind(small_file: Path) -> None:
             "write model.num_layers=4, for example",
         ),
         ("", "override '': must have the form section.field=value; write model.num_layers=4, for example"),
-        ("model.num_layers=[", "override 'model.num_layers=[': the value is not YAML; quote it"),
+        (
+            "model.num_layers=[",
+            "override 'model.num_layers=[': the value is not YAML (while parsing a flow node expected the "
+            "node content, but found '<stream end>' in \"<unicode string>\", line 1, column 2: [ ^ (line: "
+            "1)); correct it, or quote it if it is text",
+        ),
         (
             "logging.run_directory=2020-13-45",
-            "override 'logging.run_directory=2020-13-45': the value is not YAML; quote it",
+            "override 'logging.run_directory=2020-13-45': the value is not YAML (month must be in 1..12); "
+            "correct it, or quote it if it is text",
         ),
         (
             "model.num_layers.x=4",
@@ -140,16 +146,16 @@ def test_malformed_override_shows_the_valid_form(small_file: Path, override: str
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"model: {num_layers: 2", r"is not YAML \(.*line 1.*\); fix the syntax"),
+        (b"model: {num_layers: 2", r"is not YAML \(.*line 1.*\); correct the file"),
         (
             b"model: 1\nmodel: 2\n",
-            r'is not YAML \(.*found duplicate key "model".*line 2.*\); fix the syntax',
+            r'is not YAML \(.*found duplicate key "model".*line 2.*\); correct the file',
         ),
-        (b"model: {a: 2020-13-45}", r"is not YAML \(month must be in 1..12.*\); fix the syntax"),
+        (b"model: {a: 2020-13-45}", r"is not YAML \(month must be in 1..12.*\); correct the file"),
         (b"- model\n- data\n", r"has no sections; start from one of the files in configs/"),
         (b"", r"has no sections; start from one of the files in configs/"),
         (b"model: \xff\xfe", r"is not UTF-8 text \(.*\); give a YAML file"),
-        (b"model: \x00", r"is not YAML \(.*\); fix the syntax"),
+        (b"model: \x00", r"is not YAML \(.*\); correct the file"),
     ],
     ids=["broken", "duplicate keys", "no date", "list", "empty", "other encoding", "binary"],
 )

@@ -185,8 +185,9 @@ def test_errors_leave_no_files(corpus: Path, tokenizer_path: Path, tmp_path: Pat
         with pytest.raises(UserError, match=message):
             prepare(source, tokenizer_path, prefix)
         assert list(prefix.parent.iterdir()) == []
-    with pytest.raises(FieldError, match="workers=0: must be at least one process"):
-        prepare(corpus, tokenizer_path, prefix, num_workers=0)
+    for number in (0, 1025):
+        with pytest.raises(FieldError, match=f"workers={number}: must be between 1 and 1,024 processes"):
+            prepare(corpus, tokenizer_path, prefix, num_workers=number)
     with pytest.raises(FileProblem, match="is damaged, or is not a sentencepiece model"):
         prepare(corpus, corpus, prefix)
     with pytest.raises(FieldError, match="must end in a file name"):

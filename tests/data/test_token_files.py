@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -12,7 +13,12 @@ import pytest
 
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.data.prepare import prepare_token_files
-from sas_megatron.data.token_files import load_manifest, read_document_tokens, token_file, verify_token_files
+from sas_megatron.data.token_files import (
+    load_manifest,
+    read_document_tokens,
+    token_file,
+    verify_token_files,
+)
 from sas_megatron.data.tokenizer import Tokenizer
 
 
@@ -132,3 +138,74 @@ def test_full_check_scans_every_token(prefix: Path) -> None:
     edit_manifest(prefix, max_token_id=0)
     verify_token_files(prefix, largest)
     assert f".bin: has token id {largest}" in problem(prefix, largest, full=True)
+
+
+def reseal(prefix: Path) -> None:
+    """Record the files as they are in the manifest."""
+    for name in ("bin", "idx"):
+        content = token_file(prefix, f".{name}").read_bytes()
+        edit_manifest(
+            prefix,
+            **{f"{name}_bytes": len(content), f"{name}_sha256": hashlib.sha256(content).hexdigest()},
+        )
+
+
+@pytest.mark.parametrize(
+    ("offset", "kind", "value", "message"),
+    [
+        (34 + 4 * 2, "<i", 10**9, ".idx: has a wrong position for document 3"),
+        (34 + 4 * 2, "<i", 0, ".idx: has a wrong position for document 2"),
+        (34 + 4 * 6, "<i", 10**6, ".idx: does not end with the "),
+        (34 + 4 * 7 + 8 * 3, "<q", -2, ".idx: has a wrong position for document 3"),
+        (34 + 4 * 7 + 8 * 3, "<q", 2**62, ".idx: has a wrong position for document 3"),
+        (34 + 12 * 7 + 8 * 4, "<q", 5, ".idx: has a wrong position for document 4"),
+        (34 + 12 * 7 + 8 * 7, "<q", 8, ".idx: does not end with the "),
+    ],
+)
+def test_full_check_finds_a_wrong_position_with_a_matching_checksum(
+    prefix: Path, offset: int, kind: str, value: int, message: str
+) -> None:
+    # 34 bytes of header, then the 7 lengths, the 7 offsets and the 8 indices of sequences.
+    path = token_file(prefix, ".idx")
+    content = bytearray(path.read_bytes())
+    struct.pack_into(kind, content, offset, value)
+    path.write_bytes(content)
+    reseal(prefix)
+    assert problem(prefix, full=True).startswith(message)
+    for document in range(7):
+        try:
+            read_document_tokens(prefix, document)
+        except FileProblem as error:
+            assert f"has a wrong position for document {document}" in str(error)  # noqa: PT017
+
+
+def test_an_index_of_another_size_than_its_documents_need_is_refused(prefix: Path) -> None:
+    path = token_file(prefix, ".idx")
+    path.write_bytes(path.read_bytes()[:60])
+    reseal(prefix)
+    assert problem(prefix).startswith(".idx: has 60 bytes, but 7 documents take 182; prepare it again")
+    with pytest.raises(FileProblem, match=r"tokens.idx: is truncated \(.*\); prepare it again"):
+        read_document_tokens(prefix, 0)
+
+
+@pytest.mark.parametrize("fields", [{"num_documents": 0}, {"num_tokens": 0}, {"num_documents": -7}])
+def test_a_manifest_without_documents_or_tokens_is_refused(prefix: Path, fields: dict[str, int]) -> None:
+    edit_manifest(prefix, **fields)
+    assert (
+        f"is not a manifest of token files ({next(iter(fields))}: Input should be greater than 0"
+        in problem(prefix)
+    )
+
+
+def test_negative_and_unknown_tokens_of_a_document_are_refused(prefix: Path) -> None:
+    path = token_file(prefix, ".bin")
+    content = bytearray(path.read_bytes())
+    content[:2] = b"\xff\xff"
+    path.write_bytes(content)
+    with pytest.raises(FileProblem, match=r"tokens.bin: has token id 65535, outside of the vocabulary of"):
+        read_document_tokens(prefix, 0)
+    edit_manifest(prefix, dtype="int32", num_tokens=len(content) // 4)
+    content[:4] = (-5).to_bytes(4, "little", signed=True)
+    path.write_bytes(content)
+    with pytest.raises(FileProblem, match=r"tokens.bin: has token id -5, outside of the vocabulary of"):
+        read_document_tokens(prefix, 0)

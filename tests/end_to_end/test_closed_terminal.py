@@ -76,7 +76,6 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number: signal.Sig
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopRequest(after_seconds=None) as request:
-            request.enable(logs=False)
             signal.raise_signal(number)
             assert request.reason is None
         assert signal.getsignal(number) is signal.SIG_IGN

@@ -160,9 +160,12 @@ def error_of_validation(directory: Path, length: int) -> str:
 
 def test_windows_longer_than_the_validation_text_are_rejected(ranks: Any, run: TrainedRun) -> None:
     (message,) = ranks(1).run(error_of_validation, run.directory, 10**6)
+    match = re.match(r"data\.sequence_length=1000000: must be less than the (\d+) tokens of \S+; ", message)
+    assert match is not None, message
+    (message,) = ranks(1).run(error_of_validation, run.directory, int(match[1]) - 1)
     match = re.fullmatch(
-        r"data\.sequence_length=1000000: must be less than the (\d+) validation tokens of \S+, or a window "
-        r"would contain the same text twice; use at most (\d+), or raise the second share of data\.split=.*",
+        r"data\.sequence_length=\d+: must be less than the (\d+) validation tokens of \S+ \(\d+ of \d+ "
+        r"documents\); use at most (\d+), or prepare more documents",
         message,
     )
     assert match is not None, message

@@ -83,6 +83,7 @@ ATTENTIONS: dict[str, small.Attention] = {
     "mqa": small.MQA,
     "mla": small.MLA,
     "mfa": small.MFA,
+    "diff": {**small.DIFF, **small.MODIFIERS},
     "sas": {**small.SAS, "head_expansion": 2, "rotary_dim": 6},
     "tpa": small.TPA,
     "mla without rotary": {**small.MLA, "rotary": "none"},

@@ -58,8 +58,8 @@ MUTANTS = (
     Mutant(
         "resume-repeats-a-sample",
         "sas_megatron.training.loop:Run.__init__",
-        "Progress(**counts)",
-        'Progress(**counts | {"consumed_samples": max(0, counts.get("consumed_samples", 0) - 1)})',
+        'checkpoint.progress["counts"], checkpoint',
+        '{**(c := checkpoint.progress["counts"]), "consumed_samples": c["consumed_samples"] - 1}, checkpoint',
         "A resumed run reads the last sample before the checkpoint again.",
     ),
     Mutant(
@@ -92,9 +92,9 @@ MUTANTS = (
     ),
     Mutant(
         "metrics-at-resumed-step-lost",
-        "sas_megatron.training.resuming:_is_up_to",
-        '["step"]) <= step',
-        '["step"]) < step',
+        "sas_megatron.training.resuming:read_metrics_until",
+        "found <= step",
+        "found < step",
         "After the run is resumed, the metrics of the last step before the stop are missing.",
     ),
     Mutant(
@@ -149,7 +149,7 @@ MUTANTS = (
     ),
     Mutant(
         "file-checksum-not-compared",
-        "sas_megatron.checkpoint.manifest:_damage",
+        "sas_megatron.io.file_records:_find_damage_of_file",
         "if describe_file(path).sha256 != record.sha256:",
         "if not describe_file(path).sha256:",
         "A checkpoint file of the right size with different contents counts as undamaged.",
@@ -157,8 +157,8 @@ MUTANTS = (
     Mutant(
         "damage-known-to-one-rank",
         "sas_megatron.checkpoint.restoring:open_checkpoint",
-        "gather_from_ranks(manifest.find_damage(path, local_files))",
-        "[manifest.find_damage(path, local_files)]",
+        "gather_from_ranks(find_damage(path, local_files))",
+        "[find_damage(path, local_files)]",
         "Damage of a checkpoint is known only to the rank that reads the file.",
     ),
     Mutant(
@@ -242,15 +242,15 @@ MUTANTS = (
     Mutant(
         "preparation-lock-is-shared",
         "sas_megatron.data.partial_tokens:PartialTokens.__init__",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "acquire_file_lock(self._lock.fileno())",
+        "acquire_file_lock(self._lock.fileno(), shared=True)",
         "Two processes may prepare the same token files at the same time.",
     ),
     Mutant(
         "token-id-equal-to-vocabulary-accepted",
-        "sas_megatron.data.token_files:verify_token_files",
-        "if max_token_id >= limit:",
-        "if max_token_id > limit:",
+        "sas_megatron.data.token_files:_check_token",
+        "if not 0 <= token < vocab_size:",
+        "if not 0 <= token <= vocab_size:",
         "A token id one beyond the vocabulary is accepted.",
     ),
     Mutant(

@@ -14,7 +14,7 @@ from sas_megatron.scaling.matching import COUNTED_AXES, DEPTH, MLP, Degrees, cou
 from sas_megatron.scaling.variants import build_variant
 from tests.scaling.conftest import build_config
 
-KINDS = ["mha", "gqa", "mqa", "mla", "mfa", "tpa", "sas"]
+KINDS = ["mha", "gqa", "mqa", "diff", "mla", "mfa", "tpa", "sas"]
 
 
 def base_config(**changes: object) -> RunConfig:
@@ -40,6 +40,14 @@ def test_width_compensates_for_fewer_key_value_heads() -> None:
     assert found.changes == {MLP: (8, 120)}
     assert found.config.attention == candidate.attention
     assert candidate.model.ffn_hidden_size == 8
+
+
+def test_a_search_over_too_many_values_is_refused() -> None:
+    base = base_config(attention__num_heads=2**30)
+    with pytest.raises(
+        FieldError, match=r"^attention.num_heads=1073741824: has 8,589,934,592 possible values up"
+    ):
+        match(base, base, axis="kv", free=("attention.num_heads",))
 
 
 def test_each_rank_has_a_multiple_of_eight_at_every_tensor_parallel_size() -> None:

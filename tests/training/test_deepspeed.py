@@ -51,17 +51,30 @@ def megatron_steps(ranks: Any) -> Any:
     return steps
 
 
-# Stages 1 and 2 compute the norm in the same code.
-@pytest.mark.parametrize("stage", cases([0, 1, 2, 3], default=[0, 3]))
-def test_clipping_counts_each_parameter_once(ranks: Any, megatron_steps: Any, stage: int) -> None:
+# In float32, stages 1 and 2 compute the norm in the same code.
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    cases(
+        [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (2, "bfloat16")],
+        default=[(0, "float32"), (3, "float32"), (1, "bfloat16")],
+    ),
+)
+def test_clipping_counts_each_parameter_once(
+    ranks: Any, megatron_steps: Any, stage: int, precision: str
+) -> None:
     # The norm is about 1, so that every step is clipped and a wrong norm changes the losses.
-    expected = megatron_steps(4, clip=0.05)
-    by_rank = ranks(4).run(take_steps, config_of("deepspeed", clip=0.05, zero_stage=stage))
+    expected = megatron_steps(4, clip=0.05, precision=precision)
+    config = config_of("deepspeed", clip=0.05, precision=precision, zero_stage=stage)
+    by_rank = ranks(4).run(take_steps, config)
+    norm_tolerance, loss_tolerance = {
+        "float32": (1e-4, LOSS_AFTER_FIVE_STEPS),
+        "bfloat16": (BFLOAT16_LOSS, BFLOAT16_LOSS),
+    }[precision]
     assert not find_differing_replicas(by_rank)
     for steps, megatron in zip(by_rank, expected, strict=True):
         assert megatron.gradient_norms[0] > 0.2
-        assert steps.gradient_norms == pytest.approx(megatron.gradient_norms, rel=1e-4)
-        assert steps.losses == pytest.approx(megatron.losses, rel=LOSS_AFTER_FIVE_STEPS)
+        assert steps.gradient_norms == pytest.approx(megatron.gradient_norms, rel=norm_tolerance)
+        assert steps.losses == pytest.approx(megatron.losses, rel=loss_tolerance)
 
 
 @pytest.mark.parametrize(("stage", "world_size"), cases([(1, 4), (2, 2), (3, 4)], default=[(2, 2)]))

@@ -102,9 +102,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         f"DeepSpeed {stage}": {"training": {"engine": "deepspeed"}, "deepspeed": {"zero_stage": stage}}
         for stage in (0, 1, 2, 3)
     },
-    "DeepSpeed 2, bfloat16": {
-        "training": {"engine": "deepspeed", "precision": "bfloat16"},
-        "deepspeed": {"zero_stage": 2},
+    **{
+        f"DeepSpeed {stage}, bfloat16": {
+            "training": {"engine": "deepspeed", "precision": "bfloat16"},
+            "deepspeed": {"zero_stage": stage},
+        }
+        for stage in (1, 2, 3)
     },
 }
 
@@ -118,7 +121,11 @@ def config_of(small_data: SmallData, directory: Path, layout: str, **health: Any
 
 
 @pytest.mark.parametrize(
-    "layout", cases(LAYOUTS, default=LAYOUTS.keys() - {"data 2", "DeepSpeed 1", "DeepSpeed 2"})
+    "layout",
+    cases(
+        LAYOUTS,
+        default=LAYOUTS.keys() - {"data 2", "DeepSpeed 1", "DeepSpeed 2", "DeepSpeed 3, bfloat16"},
+    ),
 )
 def test_a_non_finite_loss_skips_the_step_on_all_ranks(
     ranks: Any, small_data: SmallData, tmp_path: Path, layout: str
@@ -155,8 +162,8 @@ def test_a_non_finite_loss_skips_the_step_on_all_ranks(
 @pytest.mark.parametrize(
     "layout",
     cases(
-        ["data 2", "DeepSpeed 0", "DeepSpeed 1", "DeepSpeed 3"],
-        default=["data 2", "DeepSpeed 1", "DeepSpeed 3"],
+        ["data 2", "DeepSpeed 0", "DeepSpeed 1", "DeepSpeed 1, bfloat16", "DeepSpeed 3"],
+        default=["data 2", "DeepSpeed 1, bfloat16", "DeepSpeed 3"],
     ),
 )
 def test_non_finite_gradients_skip_the_step_even_if_the_loss_is_finite(

@@ -176,6 +176,9 @@ def test_deepspeeds_files_are_verified_and_refused_at_another_layout(
         with pytest.raises(FileProblem, match=f"is damaged: {name} has contents that differ"):
             verify_checkpoint(path)
         (path / name).write_bytes(content)
+    (path / "deepspeed" / "unlisted.pt").write_bytes(b"")
+    with pytest.raises(AssertionError, match=r"deepspeed/unlisted.pt is not in manifest.json"):
+        ranks(2).run(complete, run(checkpoint={"resume": True}))
     assert json.loads((path / "progress.json").read_text())["counts"]["consumed_samples"] == 16
 
 
@@ -230,10 +233,11 @@ def test_token_files_that_end_in_one_name_are_recorded_and_compared_apart(
 
 def start_another_session(run: Any) -> None:
     """In the fourth step, change the run directory as rank 0 of another session of the run would."""
+    from sas_megatron.data.epochs import count_data_use
     from sas_megatron.training.summary import describe_provenance
 
     if run.progress.step == 3:
-        provenance = describe_provenance(run.config, run.topology, run.start)
+        provenance = describe_provenance(run.config, run.topology, run.start, count_data_use(run.config))
         other_session = RunFiles(run.config)
         other_session.open(run.config, provenance, resumed_step=0)
         other_session.close()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sas_megatron.config.errors import FileProblem
+from sas_megatron.training.resuming import KeptRecords
 from sas_megatron.training.run_files import RunFiles
 from tests.full_disk import no_file_longer_than
 from tests.run_configs import small_config
@@ -77,7 +78,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path, resumed
 def test_tensorboard_of_a_branch_starts_with_the_steps_of_its_trunk(tmp_path: Path) -> None:
     write_steps(tmp_path / "trunk", range(1, 5), resumed_step=0)
     lines = (tmp_path / "trunk" / "metrics.jsonl").read_text().splitlines()[:3]
-    branch = SimpleNamespace(read_metrics=lambda _config: lines)
+    branch = SimpleNamespace(read_metrics=lambda _config: KeptRecords(lines))
     write_steps(tmp_path / "branch", range(4, 6), resumed_step=3, branch=branch)
     assert tensorboard_steps(tmp_path / "branch") == [1, 2, 3, 4, 5]
     records = (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()

@@ -240,6 +240,16 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
         key = torch.cat([key, rotary_key.expand(-1, -1, key.shape[2], -1)], dim=-1)
         return key, value.contiguous()
 
+    @override
+    def rotate(self, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+        """Apply rotary embeddings to the last R features of heads [S, B, N/P, D + R]."""
+        if rope is None:
+            return heads
+        apply_rope = _rotate_neighbours if rope.shape[1] > 1 else self.apply_rope
+        widths = [self.config.qk_head_dim, self.config.qk_pos_emb_head_dim]
+        first, rotary = heads.split(widths, dim=-1)
+        return torch.cat([first, apply_rope(rotary, rope)], dim=-1)
+
     def _up_projection(self, spec: Any, input_size: int, output_size: int, *, buffer_name: str) -> Any:
         """Build a column-parallel projection without a bias."""
         return build_module(
@@ -271,6 +281,7 @@ def _rotate_neighbours(heads: torch.Tensor, rope: torch.Tensor | None) -> torch.
     """Rotate the pairs (2i, 2i + 1), and store them as two halves, as Megatron-core does for this layer.
 
     Megatron-core's function requires the same positions in all sequences, which decoding does not have.
+    Without angles, return the heads.
     """
     if rope is None:
         return heads

@@ -128,6 +128,13 @@ class SimulatedAttentionConfig(AttentionConfig):
                 "must be mean with identity initialization, since the layer starts as the base layer",
                 "omit it",
             )
+        if self.initialization == "identity" and self.qk_norm and self.query_key_dim > self.head_dim:
+            raise self.problem(
+                "qk_norm",
+                f"must be false with identity initialization, since norms of {self.query_key_dim} features "
+                f"differ from those of {self.head_dim}",
+                f"set attention.simulated_head_dim={self.head_dim}, or another initialization",
+            )
         if self.initialization == "identity" and self.rotary_width > self.head_dim:
             raise self.problem(
                 "rotary_dim",

@@ -153,7 +153,7 @@ class SimulatedCosts(AttentionCosts):
             views=simulation.find_received_views(),
             columns_bytes=simulation.received_columns_bytes,
         )
-        if simulation.is_fused and attention.simulate_features:
+        if simulation.is_fused and attention.simulate_features and not attention.qk_norm:
             # The kernels apply rotary embeddings, with a table that the model has once.
             del terms["rotary"]
         elif attention.rotary == "before":
@@ -259,6 +259,7 @@ class SimulationActivations:
         heads = self.layer.heads[1]
         # Chunked attention needs a contiguous value, which several heads of several sequences are not.
         is_copied = "attention" not in self.layer.recomputed and self.layer.batch > 1 and heads > 1
+        is_copied = is_copied and not self.attention.knocking_heads
         if self.received_columns is None or "value" not in self.simulations or is_copied:
             return self.layer.full_bytes(heads * self.attention.head_dim)
         features_save = self.attention.simulate_features and "simulation" not in self.layer.recomputed

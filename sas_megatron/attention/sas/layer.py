@@ -126,6 +126,11 @@ class SimulatedSelfAttention(SelfAttentionLayer):
         _, rope = self._split_rope(rope)
         return self.apply_rope(self._simulate_local("key", key), rope), self._simulate_local("value", value)
 
+    @property
+    @override
+    def expands_cache(self) -> bool:
+        return self.attention.kv_cache == "base"
+
     def _split_rope(self, rope: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the rotary angles of base heads and those of simulated heads, one of which is None."""
         return (rope, None) if self.attention.rotary == "before" else (None, rope)

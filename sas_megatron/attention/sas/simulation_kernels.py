@@ -260,19 +260,22 @@ def build_simulation_kernels(attention: SimulatedAttentionConfig, *, dtype: torc
         device: Device = "gpu" if torch.cuda.is_available() else "cpu"
         reason = find_unfused_reason(attention, device=device, element_bytes=dtype.itemsize)
         reason = reason or _find_missing_requirement()
-        _log_choice("fused" if reason is None else f"plain, since {reason}")
-        return FusedKernels(attention) if reason is None else PlainKernels(attention)
+        _log_once(f"attention.kernel=auto: {'fused' if reason is None else f'plain, since {reason}'}")
+        if reason is not None:
+            return PlainKernels(attention)
     if attention.kernel == "plain":
         return PlainKernels(attention)
     if dtype == torch.float64:
         raise NotImplementedError("the fused kernels accumulate in float32, and do not support float64")
+    if attention.qk_norm and attention.rotary == "after":
+        _log_once("attention.qk_norm=true: rotary embeddings follow the norm, outside of the fused kernels")
     return FusedKernels(attention)
 
 
 @functools.lru_cache(maxsize=8)
-def _log_choice(choice: str) -> None:
-    """Log a choice once, not for each layer."""
-    logger.info("attention.kernel=auto: %s", choice)
+def _log_once(message: str) -> None:
+    """Log a message once, not for each layer."""
+    logger.info("%s", message)
 
 
 def _find_missing_requirement() -> str | None:

@@ -13,7 +13,7 @@ class SASMegatronConfig(PretrainedConfig):
     Args:
         attention: The attention's kind and its fields, named as in sas_megatron's configs, with all defaults
             resolved. None for multi-head attention.
-        activation: The activation function of the MLP, `swiglu` or `gelu`.
+        activation: The activation function of the MLP, `swiglu`, `gelu` or `gelu_tanh`.
         normalization: The norm before each block, `rmsnorm` or `layernorm`.
         norm_epsilon: A constant added to the variance in each norm.
         linear_bias: Whether the MLP and the attention's projections have biases.

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention_sas_megatron import ATTENTIONS, Positions, RopeCosSin
+from .attention_sas_megatron import ATTENTIONS
+from .attention_steps_sas_megatron import Positions, RopeCosSin
 from .configuration_sas_megatron import SASMegatronConfig
 
 # The name of the cache in transformers' arguments and results; `cache` from 5.24 on.
@@ -39,6 +40,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: SASMegatronConfig) -> None:
         super().__init__()
         self.is_gated = config.activation == "swiglu"
+        self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
         width, hidden, bias = config.intermediate_size, config.hidden_size, config.linear_bias
         self.linear_fc1 = nn.Linear(hidden, 2 * width if self.is_gated else width, bias=bias)
         self.linear_fc2 = nn.Linear(width, hidden, bias=bias)
@@ -50,7 +52,7 @@ class FeedForward(nn.Module):
             gate, linear = inner.chunk(2, dim=-1)
             inner = F.silu(gate) * linear
         else:
-            inner = F.gelu(inner)
+            inner = F.gelu(inner, approximate=self.gelu_form)
         result: torch.Tensor = self.linear_fc2(inner)
         return result
 

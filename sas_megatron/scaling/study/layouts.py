@@ -11,6 +11,7 @@ from typing import Any
 from sas_megatron.config.loading import flatten_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.io.files import save_file
+from sas_megatron.scaling.study.recorded import LayoutsRecord, read_recorded
 from sas_megatron.scaling.study.study_file import Study
 
 RECORD = "layouts.json"
@@ -45,15 +46,15 @@ def write_layouts(study: Study, layouts: Layouts, *, hardware: str) -> Path:
 
 
 def read_layouts(study: Study) -> Layouts:
-    """Return the recorded layouts by the name of the cell; empty before a search."""
+    """Return the recorded layouts by the name of the cell; empty before a search.
+
+    Raises:
+        FileProblem: The record is damaged.
+    """
     path = Path(study.directory) / RECORD
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        name: CellLayout(layout["changes"], layout["step_seconds"])
-        for name, layout in record["layouts"].items()
-    }
+    record = read_recorded(path, LayoutsRecord, remedy="run `sas-megatron study layout` again, or remove it")
+    layouts = {} if record is None else record.layouts
+    return {name: CellLayout(layout.changes, layout.step_seconds) for name, layout in layouts.items()}
 
 
 def layout_changes(config: RunConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from sas_megatron.checkpoint.manifest import checkpoint_name
 from sas_megatron.config.attention import resolve_kind
 from sas_megatron.config.errors import UserError
-from sas_megatron.config.loading import build_run_config
+from sas_megatron.config.loading import build_run_config, set_field
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters, without_embeddings
@@ -128,12 +128,11 @@ class _PlanBuilder:
             flops_per_token=sum(count_training_flops(config).values()),
             base_parameters=sum(count_parameters(reference).values()),
         )
-        changes = {}
         if study.learning_rate.batch == "step_law":
-            changes["training.global_batch_size"] = self._step_law_batch_size(cell)
+            config = config.replaced({"training.global_batch_size": self._step_law_batch_size(cell)})
         if cell.name in self.layouts:
-            changes.update(self.layouts[cell.name].changes)
-        return dataclasses.replace(cell, config=config.replaced(changes)) if changes else cell
+            config = config.replaced(dict(self.layouts[cell.name].changes))
+        return dataclasses.replace(cell, config=config)
 
     def _step_law_batch_size(self, cell: Cell) -> int:
         """Return the samples per step of the step law, rounded to full microbatches of all ranks."""
@@ -284,10 +283,9 @@ def _override(base: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     """Return a copy of a config tree with dotted fields set."""
     tree = copy.deepcopy(base)
     for name, value in overrides.items():
-        section, _, field = name.partition(".")
-        if not field:
+        if not all(name.split(".")) or "." not in name:
             raise UserError(
                 f"{name}={value}: must have the form section.field; write model.hidden_size: 256, for example"
             )
-        tree.setdefault(section, {})[field] = value
+        set_field(tree, name, value)
     return tree

@@ -7,7 +7,6 @@ holds it, even after a crash, so that no cleanup is needed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -18,13 +17,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.config.loading import find_differences, load_run_config
+from sas_megatron.config.loading import find_differences
+from sas_megatron.io.file_locks import acquire_file_lock
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import PlannedRun
+from sas_megatron.training.data_identity import remove_equal_data
+from sas_megatron.training.resuming import find_saved_config
 
 State = Literal["done", "running", "queued", "stuck", "failed", "diverged", "interrupted", "ready", "waiting"]
 # Fields that may differ between a run and its plan, since they do not affect the result.
-IGNORED_FIELDS = ("checkpoint.", "logging.", "training.stop_after_", "training.collective_timeout_minutes")
+IGNORED_FIELDS = (
+    "checkpoint.",
+    "data.index_cache",
+    "logging.",
+    "training.stop_after_",
+    "training.collective_timeout_minutes",
+)
 # Lines of a log that state the cause of a failure, the most specific pattern first.
 _CAUSES = (
     re.compile(r"^sas-megatron: (error|training stopped)"),
@@ -76,12 +84,7 @@ def acquire_lock(run: PlannedRun) -> Iterator[int | None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield descriptor
+        yield descriptor if acquire_file_lock(descriptor) else None
     finally:
         os.close(descriptor)
 
@@ -93,18 +96,15 @@ def is_locked(run: PlannedRun) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not acquire_file_lock(descriptor, shared=True)
     finally:
         os.close(descriptor)
-    return False
 
 
 def final_loss(run: PlannedRun) -> float | None:
     """Return the validation loss of a finished run; None if it has none."""
     loss = (_read(run.directory / "summary.json") or {}).get("final_validation_loss")
-    return None if loss is None else float(loss)
+    return float(loss) if isinstance(loss, int | float) else None
 
 
 def has_diverged(run: PlannedRun) -> bool:
@@ -119,17 +119,18 @@ def is_settled(run: PlannedRun) -> bool:
 
 
 def check_config(run: PlannedRun) -> None:
-    """Check that the config in the run directory, if there is one, is the planned one.
+    """Check that the config of the run in the run directory, if there is one, is the planned one.
 
     Raises:
         FieldError: A field that affects the result differs.
+        FileProblem: The config of the run cannot be read.
     """
-    path = run.directory / "config.yaml"
-    if not path.exists():
+    saved = find_saved_config(run.directory)
+    if saved is None:
         return
-    for field, (planned, found) in find_differences(
-        [run.config, load_run_config(path)], ignored=IGNORED_FIELDS
-    ).items():
+    config, path = saved
+    differences = find_differences([run.config, config], ignored=IGNORED_FIELDS)
+    for field, (planned, found) in remove_equal_data(differences, run.config, run.directory).items():
         raise FieldError(
             field,
             found,
@@ -193,7 +194,7 @@ def last_error(log: Path, *, offset: int = 0) -> str:
         with log.open("rb") as file:
             file.seek(offset)
             text = file.read().decode(errors="replace")
-    except FileNotFoundError:
+    except OSError:
         return f"no log ({log})"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for pattern in _CAUSES:
@@ -206,24 +207,26 @@ def last_error(log: Path, *, offset: int = 0) -> str:
 def _last_step(run: PlannedRun) -> tuple[int, float | None]:
     """Return the step of the last training record and the mean seconds per step; (0, None) without any."""
     record = _last_record(run, kind="train")
-    if record is None:
+    step, seconds = (record or {}).get("step"), (record or {}).get("elapsed_seconds")
+    if not (isinstance(step, int) and isinstance(seconds, int | float) and step > 0):
         return 0, None
-    return int(record["step"]), float(record["elapsed_seconds"]) / int(record["step"])
+    return step, seconds / step
 
 
 def _last_record(run: PlannedRun, *, kind: str) -> dict[str, Any] | None:
     """Return the last complete record if it has that kind; for `train`, the last record of that kind."""
     try:
         lines = (run.directory / "metrics.jsonl").read_bytes().splitlines()
-    except FileNotFoundError:
+    except OSError:
         return None
     for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            record: dict[str, Any] = json.loads(line)
-            if record["kind"] == kind:
-                return record
-            if kind != "train":
-                return None
+        record = _parse_object(line)
+        if record is None:
+            continue
+        if record.get("kind") == kind:
+            return record
+        if kind != "train":
+            return None
     return None
 
 
@@ -233,8 +236,15 @@ def _last_written(run: PlannedRun, log: Path) -> float:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Return the object in a file; None if it does not exist, or a crash or an edit has damaged it."""
     try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return _parse_object(path.read_bytes())
+    except OSError:
         return None
-    return value if isinstance(value, dict) else None
+
+
+def _parse_object(content: bytes) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(content)
+        return value if isinstance(value, dict) else None
+    return None

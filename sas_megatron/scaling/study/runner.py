@@ -115,7 +115,7 @@ class StudyRunner:
     def _start(self, plan: Plan, pending: list[PlannedRun]) -> None:
         skipped = {started.run.name for started in self._started} | self._failed | self._excluded
         for run in pending:
-            if len(self._started) >= self._jobs or self._stop_requested:
+            if len(self._started) >= self._jobs or self._is_stopping():
                 return
             if run.name in skipped or find_dependency(run) is not None:
                 continue
@@ -125,10 +125,17 @@ class StudyRunner:
                 lock.close()
                 continue
             try:
-                self._started.append(self._launch(run, plan, lock, descriptor))
+                started = self._launch(run, plan, lock, descriptor)
             except BaseException:
                 lock.close()
                 raise
+            self._started.append(started)
+            if self._is_stopping():  # by a signal during the launch, which did not reach the new process
+                started.process.send_signal(signal.SIGTERM)
+
+    def _is_stopping(self) -> bool:
+        # A method, since the type checker does not know that a signal changes the attribute.
+        return self._stop_requested
 
     def _launch(self, run: PlannedRun, plan: Plan, lock: contextlib.ExitStack, descriptor: int) -> _Started:
         check_config(run)
@@ -172,6 +179,8 @@ class StudyRunner:
             self._log(f"{run.name}: done, validation loss {loss}, {summary['training_seconds']:.0f} s")
         elif (run.directory / "stopped.json").exists() and self._stop_requested:
             self._log(f"{run.name}: saved a checkpoint and stopped")
+        elif self._stop_requested:  # the signal arrived before the run could handle it: not a failure
+            self._log(f"{run.name}: stopped with status {status} before it saved a checkpoint")
         else:
             reason = last_error(log_path(run), offset=started.log_offset)
             self._failed.add(run.name)

@@ -7,7 +7,6 @@ once, so that rounds, and the medians over them, are comparable.
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.io.files import save_file
 from sas_megatron.scaling.numbers import format_fields, format_some
 from sas_megatron.scaling.study.plan import Cell, Plan
+from sas_megatron.scaling.study.recorded import StepSecondsRecord, read_recorded
 
 RECORD = "step_seconds.json"
 # Fields that affect the time of a step: a measurement is valid only for equal values of these.
@@ -68,8 +68,8 @@ def describe_step_times(plan: Plan) -> list[str]:
     record = _read_record(plan)
     if record is None:
         return []
-    machine, measured_at = format_fields(record["machine"]), record["measured_at"]
-    remarks = [f"Step times were measured on {machine}, at {measured_at}."]
+    machine = format_fields(record.machine)
+    remarks = [f"Step times were measured on {machine}, at {record.measured_at}."]
     missing = sorted({cell.name for cell in plan.cells} - set(read_step_times(plan)))
     if missing:
         remarks.append(
@@ -79,20 +79,20 @@ def describe_step_times(plan: Plan) -> list[str]:
     return remarks
 
 
-def read_step_times(plan: Plan) -> dict[str, float]:
-    """Return by name the median seconds per step of the cells measured with their current config."""
+def read_step_times(plan: Plan) -> dict[str, list[float]]:
+    """Return by name the seconds per step, by round, of the cells measured with their current config."""
     record = _read_record(plan)
-    measured = {} if record is None else record["cells"]
+    measured = {} if record is None else record.cells
     return {
-        cell.name: statistics.median(measured[cell.name]["step_seconds"])
+        cell.name: measured[cell.name].step_seconds
         for cell in plan.cells
-        if cell.name in measured and _is_measured_config(cell, measured[cell.name]["config"])
+        if cell.name in measured and _is_measured_config(cell, measured[cell.name].config)
     }
 
 
-def _read_record(plan: Plan) -> dict[str, Any] | None:
-    path = plan.directory / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _read_record(plan: Plan) -> StepSecondsRecord | None:
+    remedy = "run `sas-megatron study time` again, or remove it"
+    return read_recorded(plan.directory / RECORD, StepSecondsRecord, remedy=remedy)
 
 
 def _list_timed_fields(cell: Cell, *, exclude_defaults: bool = False) -> dict[str, Any]:

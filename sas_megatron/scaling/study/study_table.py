@@ -15,9 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sas_megatron.config.errors import FileProblem, translate_os_errors
+from sas_megatron.costs.flops import causal_half
 from sas_megatron.io.files import make_folder, replace_file
 
-SCHEMA_VERSION = 1
+# Version 3 added rounds of step times, sweeps and withdrawn variants; version 2 added the epochs.
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Row:
     global_batch_size: int
     schedule: str
     trunk: str | None = None
+    # How many times the run read its training data; None if it is not recorded.
+    epochs: float | None = None
     loss: float | None = None
     train_loss: float | None = None
     bits_per_byte: float | None = None
@@ -57,6 +62,8 @@ class Row:
     median_step_seconds: float | None = None
     # Measured in alternation with the other cells (`study time`), hence comparable; None if not measured.
     step_seconds: float | None = None
+    # The measurements of which it is the median, one per round.
+    step_rounds: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     world_size: int | None = None
     machine: str | None = None
@@ -69,16 +76,38 @@ class Row:
     curve_seconds: list[float] = field(default_factory=list)
     curve_loss: list[float | None] = field(default_factory=list)
 
+    @property
+    def causal_flops(self) -> float:
+        """The training FLOPs with the causal half of the attention."""
+        half = causal_half(self.flops_per_token, sequence_length=self.sequence_length)
+        return self.tokens * sum(half.values())
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A run of a learning rate sweep; `loss` is None if it diverged."""
+
+    variant: str
+    size: str
+    learning_rate: float
+    loss: float | None
+
 
 @dataclass(frozen=True)
 class StudyTable:
-    """The rows of a study, its name and baseline, and the remarks of the collection."""
+    """The rows of a study, its name and baseline, and the remarks of the collection.
+
+    `sweeps` are the runs of its learning rate sweeps. `withdrawn` names variants that are not compared, with
+    the reason.
+    """
 
     name: str
     baseline: str
     rows: tuple[Row, ...]
     collected_at: str
     remarks: tuple[str, ...] = ()
+    sweeps: tuple[SweepRun, ...] = ()
+    withdrawn: dict[str, str] = field(default_factory=dict)
 
 
 # Mappings are stored as JSON text, since their keys differ between rows.
@@ -111,6 +140,8 @@ def write_table(table: StudyTable, path: Path) -> None:
         "baseline": table.baseline,
         "collected_at": table.collected_at,
         "remarks": table.remarks,
+        "sweeps": [dataclasses.asdict(run) for run in table.sweeps],
+        "withdrawn": table.withdrawn,
     }
     built = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({"study": json.dumps(about)}))
     with translate_os_errors(path, problem="cannot be written", remedy="choose another --output"):
@@ -128,24 +159,31 @@ def read_table(path: str | Path) -> StudyTable:
     remedy = "give the table that `sas-megatron study collect` wrote"
     try:
         built = pq.read_table(path)
+        built.validate(full=True)  # reading values of damaged arrays could end the process
+        about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))
+        version = about.get("schema_version")
+        if version not in READABLE_VERSIONS:
+            known = " or ".join(map(str, READABLE_VERSIONS))
+            raise FileProblem(path, f"has schema version {version}, not {known}, of a study's table", remedy)
+        rows = tuple(
+            Row(**{name: json.loads(value) if name in _MAPPINGS else value for name, value in row.items()})
+            for row in built.to_pylist()
+        )
+        return StudyTable(
+            about["name"],
+            about["baseline"],
+            rows,
+            about["collected_at"],
+            tuple(about["remarks"]),
+            tuple(SweepRun(**run) for run in about.get("sweeps", ())),
+            dict(about.get("withdrawn", {})),
+        )
     except FileNotFoundError:
         raise FileProblem(
             path, "does not exist", "run `sas-megatron study collect` first, which writes it"
         ) from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileProblem(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from None
-    about = json.loads((built.schema.metadata or {}).get(b"study", b"{}"))
-    if about.get("schema_version") != SCHEMA_VERSION:
-        raise FileProblem(
-            path,
-            f"has schema version {about.get('schema_version')}, not {SCHEMA_VERSION}, of a study's table",
-            remedy,
-        )
-    rows = tuple(
-        Row(**{name: json.loads(value) if name in _MAPPINGS else value for name, value in row.items()})
-        for row in built.to_pylist()
-    )
-    return StudyTable(about["name"], about["baseline"], rows, about["collected_at"], tuple(about["remarks"]))
 
 
 def _fields(row: Row) -> dict[str, Any]:

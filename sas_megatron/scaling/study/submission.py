@@ -17,6 +17,7 @@ from pathlib import Path
 from sas_megatron.config.errors import FileProblem, UserError, translate_os_errors
 from sas_megatron.io.files import make_folder, save_file
 from sas_megatron.scaling.study.plan import Plan, PlannedRun
+from sas_megatron.scaling.study.recorded import JobsRecord, read_recorded
 from sas_megatron.scaling.study.run_states import check_config, find_dependency, is_locked, is_settled
 from sas_megatron.scaling.study.runner import write_config
 
@@ -33,12 +34,15 @@ class Job:
 
 
 def read_jobs(plan: Plan) -> dict[str, Job]:
-    """Return the last job of each submitted run, by the name of the run."""
-    path = plan.directory / JOBS
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return {name: Job(job["number"], Path(job["log"])) for name, job in record.items()}
+    """Return the last job of each submitted run, by the name of the run.
+
+    Raises:
+        FileProblem: The record of the jobs is damaged.
+    """
+    remedy = "restore it from a copy, or remove it if no job of the study is queued"
+    record = read_recorded(plan.directory / JOBS, JobsRecord, remedy=remedy)
+    jobs = {} if record is None else record.root
+    return {name: Job(job.number, Path(job.log)) for name, job in jobs.items()}
 
 
 def find_queued_runs(plan: Plan) -> frozenset[str]:
@@ -145,7 +149,9 @@ class _Arrays:
 
 def _call(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=120
+        ).stdout
     except FileNotFoundError:
         raise UserError(
             f"{command[0]}: is not installed; use `sas-megatron study run`, or a login node of a cluster"

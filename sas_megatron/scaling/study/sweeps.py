@@ -18,10 +18,12 @@ from sas_megatron.scaling.study.learning_rates import (
     find_best_rate,
     step_law_rate,
 )
-from sas_megatron.scaling.study.plan import Plan, count_budget_tokens
+from sas_megatron.scaling.study.plan import Plan, PlannedRun, count_budget_tokens
 from sas_megatron.scaling.study.plan_builder import build_plan
+from sas_megatron.scaling.study.recorded import RatesRecord, read_recorded
 from sas_megatron.scaling.study.run_states import check_config, final_loss, is_settled
 from sas_megatron.scaling.study.study_file import Study
+from sas_megatron.scaling.study.study_table import SweepRun
 
 RECORD = "learning_rates.json"
 
@@ -32,8 +34,8 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
     The rates are recorded at that point, so that the later runs never change.
 
     Raises:
-        UserError: As for `build_plan`; every run of a sweep diverged; or the study was edited after the
-            sweep.
+        UserError: As for `build_plan`; every run of a sweep diverged; the study was edited after the sweep;
+            or a record is damaged.
     """
     layouts = read_layouts(study)
     plan = build_plan(study, base, layouts=layouts)
@@ -49,10 +51,9 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
             check_config(run)
         text = json.dumps(_choose_rates(plan), indent=2) + "\n"
         save_file(record, text, remedy="choose another directory in the study file")
-    chosen = json.loads(record.read_text(encoding="utf-8"))
-    rates = {
-        (variant, size): rate for variant, sizes in chosen["rates"].items() for size, rate in sizes.items()
-    }
+    chosen = _read_rates(record)
+    found = {} if chosen is None else chosen.rates
+    rates = {(variant, size): rate for variant, sizes in found.items() for size, rate in sizes.items()}
     for cell in plan.cells:
         if (cell.variant, cell.size) not in rates:
             raise UserError(
@@ -65,32 +66,48 @@ def plan_with_rates(study: Study, base: dict[str, Any]) -> Plan:
 
 def list_sweep_remarks(study: Study) -> tuple[str, ...]:
     """Return remarks on the learning rates of the results; empty without a finished sweep."""
-    record = Path(study.directory) / RECORD
-    if study.learning_rate.rule != "sweep" or not record.exists():
+    chosen = _read_rates(Path(study.directory) / RECORD) if study.learning_rate.rule == "sweep" else None
+    if chosen is None:
         return ()
-    chosen = json.loads(record.read_text(encoding="utf-8"))
     remarks = []
-    if "multiples" in chosen:
-        found = "; ".join(_describe(variant, sizes) for variant, sizes in chosen["multiples"].items())
+    if chosen.multiples is not None:
+        found = "; ".join(_describe(variant, sizes) for variant, sizes in chosen.multiples.items())
         remarks.append(
             "Learning rates follow the step law (1.79 N^−0.713 D^0.307, with D of the smallest budget) "
             "times a factor per variant, the geometric mean over its sweeps of best rate / step law: "
             f"{found}."
         )
-    if chosen["at_edge"]:
+    if chosen.at_edge:
         remarks.append(
-            f"The best learning rate of {', '.join(chosen['at_edge'])} is the lowest or highest of its "
+            f"The best learning rate of {', '.join(chosen.at_edge)} is the lowest or highest of its "
             "sweep: a wider sweep (learning_rate.factors) may find better rates and change the verdicts."
         )
     return tuple(remarks)
+
+
+def list_sweep_runs(plan: Plan) -> tuple[SweepRun, ...]:
+    """Return the runs of the sweep that have ended, with their losses."""
+    return tuple(
+        SweepRun(run.cell.variant, run.cell.size, run.config.optimizer.learning_rate, _read_loss(run))
+        for run in plan.runs
+        if run.role == "sweep" and is_settled(run)
+    )
+
+
+def _read_loss(run: PlannedRun) -> float | None:
+    return final_loss(run) if has_finished(run.directory) else None
+
+
+def _read_rates(path: Path) -> RatesRecord | None:
+    remedy = "restore it from a copy, or remove it to determine the rates from the sweep's runs again"
+    return read_recorded(path, RatesRecord, remedy=remedy)
 
 
 def _choose_rates(plan: Plan) -> dict[str, Any]:
     trials: dict[tuple[str, str], list[Trial]] = {}
     for run in plan.runs:
         if run.role == "sweep":
-            loss = final_loss(run) if has_finished(run.directory) else None
-            trial = Trial(run.config.optimizer.learning_rate, loss)
+            trial = Trial(run.config.optimizer.learning_rate, _read_loss(run))
             trials.setdefault((run.cell.variant, run.cell.size), []).append(trial)
     best = {key: find_best_rate(tried) for key, tried in trials.items()}
     law: dict[str, dict[str, float]] = {}

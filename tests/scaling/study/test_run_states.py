@@ -16,7 +16,7 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.plan import Plan
-from sas_megatron.scaling.study.run_states import RunStatus, last_error, log_path
+from sas_megatron.scaling.study.run_states import RunStatus, final_loss, last_error, log_path, read_status
 from sas_megatron.scaling.study.runner import StudyRunner, _Started
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.sweeps import plan_with_rates
@@ -92,6 +92,21 @@ def test_run_without_a_loss_is_reported_as_done(tmp_path: Path) -> None:
         _Started(run, process, 0, contextlib.ExitStack())
     )
     assert messages == [f"{run.name}: done, validation loss –, 0 s"]
+
+
+def test_the_state_of_a_run_with_damaged_files_is_shown(tmp_path: Path) -> None:
+    run = plan_at(tmp_path).runs[0]
+    leave_run(run)
+    metrics, summary = run.directory / "metrics.jsonl", run.directory / "summary.json"
+    metrics.write_bytes(metrics.read_bytes() + b'7\n[{}]\n{"step": 9}\n{"kind": "train", "st\xff')
+    for content in (b"[", b"\xff", b"[" * 9999, b'{"exit_reason": 7}'):
+        summary.write_bytes(content)
+        status = read_status(run)
+        assert (status.state, status.step) == ("interrupted", 5)
+        assert final_loss(run) is None
+    summary.unlink()
+    summary.mkdir()
+    assert read_status(run).state == "interrupted"
 
 
 def test_stopped_runs_do_not_count_as_seed_noise(tmp_path: Path) -> None:
