@@ -15,6 +15,7 @@ from tests.selection import cases
 SAS = {**small.SAS, "head_expansion": 2}
 GROUPED = {**small.SAS_GROUPED, "head_expansion": 2}
 WITHOUT_HEADS = {f"simulate_{name}_heads": False for name in ("query", "key", "value")}
+UNROTATED = {**SAS, "rotary": "none", "simulate_features": False, "exchange": "all_to_all"}
 ALONE: dict[str, Any] = {}
 TENSOR_2 = {"tensor": 2}
 RECOMPUTED = {"recompute": "selective", "recompute_modules": ["attention"]}
@@ -48,12 +49,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         for backend in ("fused", "auto", "unfused")
     },
     "sas without rotary, all to all, attention recomputed": (
-        {**SAS, "rotary": "none", "simulate_features": False, "exchange": "all_to_all"},
+        UNROTATED,
         TENSOR_2,
         RECOMPUTED,
     ),
     "sas without rotary, one sequence": (
-        {**SAS, "rotary": "none", "simulate_features": False, "exchange": "all_to_all"},
+        UNROTATED,
         TENSOR_2,
         {"micro_batch_size": 1},
     ),
