@@ -30,7 +30,6 @@ from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
 from sas_megatron.training.build import build_engine
 from sas_megatron.training.engine import Engine
 from sas_megatron.training.health_monitor import HealthMonitor
-from sas_megatron.training.metrics import Progress, read_counts
 from sas_megatron.training.records import Recorder
 from sas_megatron.training.run_data import RunData
 from sas_megatron.training.run_files import RunFiles
@@ -67,12 +66,7 @@ class Run:
         self.saver = CheckpointSaver(RunFiles.checkpoints(config), config, topology)
         self.start = find_starting_point(config, log=self.recorder.log)
         self.engine: Engine = build_engine(config, initial_weights=self.start.weights_folder)
-        checkpoint = self.start.checkpoint
-        self.progress = (
-            Progress()
-            if checkpoint is None
-            else read_counts(checkpoint.progress["counts"], checkpoint=checkpoint.path)
-        )
+        self.progress = self.start.read_progress()
         self.last_step: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
         self.health = HealthMonitor(config, topology, self.progress.health, recorder=self.recorder)
