@@ -33,7 +33,7 @@ NUM_BOOTSTRAPS = 100
 
 
 def assert_nominal(held: Counter[str], num_draws: int) -> None:
-    """Check the coverage: 179 to 198 of 200 intervals contain the truth with a probability of 99.9 %."""
+    """Check the coverage: 926 to 971 of 1,000 intervals contain the truth with a probability of 99.9 %."""
     fewest, most = stats.binom.interval(0.999, num_draws, 0.95)
     assert fewest <= min(held.values()) <= max(held.values()) <= most, held
 
@@ -44,7 +44,8 @@ def true_values() -> dict[str, float]:
     return {name: float(value[0]) for name, value in quantities.items()}
 
 
-@draws(25, 200)
+@pytest.mark.timeout(1800)
+@draws(25, 1000)
 def test_bootstrap_intervals_have_their_nominal_coverage(num_draws: int) -> None:
     truth, held = true_values(), Counter[str]()
     for seed in range(num_draws):
@@ -58,7 +59,8 @@ def test_bootstrap_intervals_have_their_nominal_coverage(num_draws: int) -> None
     assert_nominal(held, num_draws)
 
 
-@draws(25, 200)
+@pytest.mark.timeout(1800)
+@draws(25, 1000)
 def test_profile_intervals_have_their_nominal_coverage(num_draws: int) -> None:
     truth, held = true_values(), Counter[str]()
     for seed in range(num_draws):
