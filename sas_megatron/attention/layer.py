@@ -252,7 +252,7 @@ class SelfAttentionLayer(AttentionLayer, SelfAttention):
 
     def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
         if getattr(config, "attention_output_gate", False):
-            raise NotImplementedError("the attention layers have no output gate")
+            raise NotImplementedError("Megatron-core's output gate is not used; set attention.output_gate")
         super().__init__(config, *args, **options)
 
     @classmethod
