@@ -5,6 +5,7 @@ base -> sizes × axes -> variants, matched to the base -> budgets × seeds
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,9 @@ from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import read_yaml
 from sas_megatron.config.section import Section
 from sas_megatron.scaling.matching import MLP, TOLERANCE
+
+# A plan of this many runs takes a few seconds, in every command.
+MAX_RUNS = 3000
 
 Overrides = dict[str, Any]
 
@@ -118,7 +122,7 @@ class Study(Section):
     directory: str = Field(description="Directory of the configs, runs, table and report.")
     variants: dict[str, Overrides] = Field(
         description="Name -> attention fields. The kind is the name unless it is given; other fields default "
-        "to values derived from the size's base."
+        "to values derived from the size's base. times: factors of fields, as {num_heads: 2, head_dim: 0.5}."
     )
     sizes: dict[str, Overrides] = Field(description="Name -> fields of the base, as section.field.")
     axes: dict[str, dict[str, Overrides]] = Field(
@@ -155,6 +159,12 @@ class Study(Section):
         "difference; null: measured once runs of several seeds have finished.",
     )
 
+    withdrawn: dict[str, str] = Field(
+        default={},
+        description="Variants whose results are not compared until they are trained again, with the reason, "
+        "which the report states.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Study:
         for field in ("variants", "sizes"):
@@ -171,6 +181,14 @@ class Study(Section):
                 raise FieldError(
                     "study", name, "becomes part of file names", "use letters, digits, dots and underscores"
                 )
+        for name in self.withdrawn:
+            if name not in list(self.variants)[1:]:
+                raise FieldError(
+                    "withdrawn",
+                    name,
+                    "is not a variant other than the baseline",
+                    f"name one of {', '.join(list(self.variants)[1:])}",
+                )
         self.require_between(0.0, 1.0, "decay_fraction")
         self.require_positive("tolerance", "seed_noise")
         counts = self.seeds if isinstance(self.seeds, dict) else dict.fromkeys(self.variants, self.seeds)
@@ -180,6 +198,14 @@ class Study(Section):
                 "must be a positive number for every variant",
                 f"give one for each of {', '.join(self.variants)}",
             )
+        num_runs = self._count_runs(sum(counts.values()))
+        if num_runs > MAX_RUNS:
+            raise FieldError(
+                "study",
+                f"{num_runs:,} runs",
+                f"must have at most {MAX_RUNS:,}, as the product of sizes, axes, budgets and seeds",
+                "divide it into several studies, or use fewer seeds",
+            )
         if self.learning_rate.rule == "sweep" and len(self.sizes) < 2:
             raise FieldError(
                 "learning_rate.rule",
@@ -188,6 +214,15 @@ class Study(Section):
                 "add a size, or use another rule",
             )
         return self
+
+    def _count_runs(self, num_seeds: int) -> int:
+        """Return the number of results if every axis applies to every variant.
+
+        Args:
+            num_seeds: The seeds of all variants.
+        """
+        levels = math.prod(len(axis) for axis in self.axes.values())
+        return len(self.sizes) * levels * len(self.budgets.values) * num_seeds
 
     def num_seeds(self, variant: str) -> int:
         """Return the number of runs of a variant at each size and budget."""
