@@ -64,6 +64,9 @@ if [ -n "${LOG_DIR:-}" ]; then
   options+=(--log-dir "$LOG_DIR/node${node_rank:-_$(hostname)}" --tee 3 --role '')
   # shellcheck disable=SC2016  # torchrun expands it
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='${role_name}'
+else
+  # Without a folder for logs, torchrun would leave an empty one among the temporary files.
+  options+=(--log-dir /dev/null)
 fi
 # Report user errors once, before any process is started.
 WORLD_SIZE=$((processes * ${nodes#*:})) sas-megatron train --check "$@" >/dev/null

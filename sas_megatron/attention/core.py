@@ -27,7 +27,7 @@ from sas_megatron.attention.modifiers import AttentionModifiers
 from sas_megatron.attention.sas.simulated_attention import aggregate_blocks
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
-from sas_megatron.costs.head_sharding import HeadSharding
+from sas_megatron.costs.head_sharding import AttendedHeads, HeadSharding
 from sas_megatron.distributed.context_exchange import ContextExchange
 
 
@@ -164,11 +164,11 @@ class CoreAttention(MegatronModule):
         value_width = value_SBGD.shape[-1]
         sharded_blocks = self.num_blocks
         if self.context_exchange is not None:
+            heads = AttendedHeads(
+                query_SBME.shape[2], key_SBGE.shape[2], key_SBGE.shape[3], value_SBGD.shape[3]
+            )
             sharding = HeadSharding.select(
-                query_SBME.shape[2],
-                key_SBGE.shape[2],
-                num_blocks=self.num_blocks,
-                ranks=self.context_exchange.num_ranks,
+                heads, num_blocks=self.num_blocks, ranks=self.context_exchange.num_ranks
             )
             sharded_blocks = sharding.num_blocks
             query_SBME, key_SBGE, value_SBGD = self._gather_tokens(
@@ -212,9 +212,8 @@ class CoreAttention(MegatronModule):
     ) -> list[torch.Tensor]:
         """Exchange [S/C, B, heads, D] for [S, B, heads/C, D]."""
         assert self.context_exchange is not None, "only context ranks exchange tokens"
-        if sharding.copies_keys:
-            readers = query.shape[2] // key.shape[2]
-            key, value = (heads.repeat_interleave(readers, dim=2) for heads in (key, value))
+        if sharding.key_copies > 1:
+            key, value = (heads.repeat_interleave(sharding.key_copies, dim=2) for heads in (key, value))
         exchange = self.context_exchange
         return [
             exchange.gather_tokens(heads, num_blocks=sharding.num_blocks) for heads in (query, key, value)

@@ -26,7 +26,8 @@ from sas_megatron.checkpoint.tensor_files import (
     new_folder,
     write_tensors,
 )
-from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.checkpoint.trained_run import open_fitting_tokenizer
+from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.parameters import count_parameters
@@ -48,6 +49,7 @@ def export_model(
     config: RunConfig,
     *,
     folder: Path,
+    tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
     origin: str = "weights in memory",
     shard_bytes: int = SHARD_BYTES,
@@ -58,8 +60,9 @@ def export_model(
 
     Args:
         weights: All full weights by global name. Each is read once.
-        config: Config of the run that trained them. Its tokenizer file must exist.
+        config: Config of the run that trained them.
         folder: New folder.
+        tokenizer: The tokenizer of the model; None opens that of the config.
         dtype: Type of the written weights; None keeps their type.
         origin: Location of the weights, for the model card.
         shard_bytes: Largest size of a file of weights.
@@ -67,7 +70,9 @@ def export_model(
     Raises:
         UserError: The weights do not match the config, or a file cannot be read or written.
     """
-    tokenizer = _open_tokenizer(config)
+    tokenizer = tokenizer or open_fitting_tokenizer(
+        Path(config.data.tokenizer), config, remedy="name the tokenizer with which the model was trained"
+    )
     obstacle = find_obstacle(config.model, config.attention)
     tensors = _remove_padding(weights, config, dtype)
     if obstacle is None:
@@ -113,18 +118,6 @@ def _common_fields(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) 
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,
     }
-
-
-def _open_tokenizer(config: RunConfig) -> Tokenizer:
-    tokenizer = Tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise FieldError(
-            "data.tokenizer",
-            config.data.tokenizer,
-            f"has {tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}",
-            "name the tokenizer with which the model was trained",
-        )
-    return tokenizer
 
 
 def _remove_padding(

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from sas_megatron.checkpoint.restoring import open_checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.checkpoint.tensor_files import EMBEDDING_NAMES, StoredTensors, WeightsDigest
-from sas_megatron.checkpoint.weights_source import STEM, find_weights, read_record
+from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
+from sas_megatron.checkpoint.weights_source import STEM, find_weights, read_record, suggest_initial_weights
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.parameters import EMBEDDING_TERMS, count_parameters
@@ -30,7 +31,8 @@ def load_initial_weights(path: Path, model_chunks: list[Any], config: RunConfig)
     """
     source = run_on_rank0(lambda: find_weights(path, config))
     if source.is_checkpoint:
-        restore_tensors(open_checkpoint(source.folder), shard_weights(model_chunks))
+        with offering_another_checkpoint(source.folder, suggest_initial_weights):
+            restore_tensors(open_checkpoint(source.folder), shard_weights(model_chunks))
     else:
         _verify_checksum(source.folder)
         raise_on_all_ranks(lambda: _load_unsharded_weights(source.folder, model_chunks, config))

@@ -265,7 +265,7 @@ def remove_old_checkpoints(
     if keep_last is None:
         return []
     checkpoints = [path for path in find_checkpoints(folder) if _step_of(path) <= newest]
-    kept = [path for path in checkpoints if _has_all_files(path)][:keep_last]
+    kept = [path for path in checkpoints if is_complete(path)][:keep_last]
     if len(kept) < keep_last:
         return []
     removed = []
@@ -291,7 +291,8 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _has_all_files(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Return whether a checkpoint has all its files, with their sizes; their contents are not read."""
     try:
         manifest = read_manifest(path)
         return all((path / name).stat().st_size == file.size_bytes for name, file in manifest.files.items())

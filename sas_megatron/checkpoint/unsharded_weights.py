@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.manifest import CONFIG, find_checkpoint, verify_checkpoint
+from sas_megatron.checkpoint.manifest import CONFIG, verify_checkpoint
 from sas_megatron.checkpoint.tensor_files import NamedTensors
 from sas_megatron.checkpoint.tensor_reading import OPTIMIZER_PREFIX, RANDOM_PREFIX, TensorReader
+from sas_megatron.checkpoint.trained_run import (
+    offering_another_checkpoint,
+    select_checkpoint,
+    suggest_iteration,
+    suggest_path,
+)
 from sas_megatron.config.attention import AttentionConfig
-from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.loading import build_run_config, read_yaml
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.run import RunConfig
@@ -71,8 +76,12 @@ class RunWeights:
 
     config: RunConfig
     weights: UnshardedWeights
-    # Path of the checkpoint.
-    origin: str
+    checkpoint: Path
+
+    @property
+    def origin(self) -> str:
+        """The absolute path of the checkpoint."""
+        return str(self.checkpoint.resolve())
 
     def to_unsharded_model(self) -> UnshardedModel:
         """Return the weights as an `UnshardedModel`, the type of imported models."""
@@ -93,19 +102,19 @@ def load_unsharded_weights(path: Path) -> tuple[dict[str, Any], UnshardedWeights
     return read_yaml(path / CONFIG), UnshardedWeights(path)
 
 
-def open_run_weights(path: Path) -> RunWeights:
+def open_run_weights(source: Path, *, iteration: int | None = None, has_iteration: bool = True) -> RunWeights:
     """Verify every file of a checkpoint, of any layout and engine, and open its weights.
 
     Args:
-        path: A checkpoint, or a run directory, whose newest checkpoint is used.
+        source: A checkpoint, or a run directory, whose newest checkpoint is used.
+        iteration: Step of the checkpoint of a run directory; None selects the newest.
+        has_iteration: Whether the user can select the step with `--iteration`, for messages.
 
     Raises:
         UserError: The checkpoint is missing or damaged, or this version does not read its format.
     """
-    checkpoint = find_checkpoint(path)
-    if checkpoint is None:
-        raise FileProblem(
-            path, "contains no checkpoint", "name a run directory, or a folder in its checkpoints/"
-        )
-    tree, weights = load_unsharded_weights(checkpoint)
-    return RunWeights(build_run_config(tree), weights, str(checkpoint.resolve()))
+    checkpoint = select_checkpoint(source, iteration=iteration)
+    suggest = suggest_iteration(source, checkpoint) if has_iteration else suggest_path
+    with offering_another_checkpoint(checkpoint, suggest):
+        tree, weights = load_unsharded_weights(checkpoint)
+    return RunWeights(build_run_config(tree), weights, checkpoint)

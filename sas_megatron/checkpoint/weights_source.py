@@ -22,6 +22,7 @@ from sas_megatron.checkpoint.manifest import (
     raise_if_damaged,
     read_manifest,
 )
+from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import load_run_config
@@ -192,11 +193,17 @@ def find_weights(path: Path, config: RunConfig) -> WeightsSource:
             "contains neither a checkpoint nor weights that `sas-megatron checkpoint import` wrote",
             "name one of these, for example run/checkpoints/iter_0001000, or a run directory",
         )
-    saved = read_checkpoint_config(checkpoint)
+    with offering_another_checkpoint(checkpoint, suggest_initial_weights):
+        saved = read_checkpoint_config(checkpoint)
     actual = describe_architecture(saved.model, saved.attention)
     raise_if_architectures_differ(actual, expected, origin=checkpoint)
     raise_if_vocab_padding_differs(saved.model, config.model, origin=checkpoint)
     return WeightsSource(checkpoint, is_checkpoint=True)
+
+
+def suggest_initial_weights(other: Path) -> str:
+    """Return a suggestion for `offering_another_checkpoint` of a run that starts from its weights."""
+    return f"set checkpoint.initial_weights={other}"
 
 
 def _with_defaults(stored: Architecture, config: RunConfig) -> Architecture:

@@ -28,7 +28,7 @@ def verify(path: Path) -> None:
     Raises:
         FileProblem: A checkpoint is damaged or cannot be read.
     """
-    from sas_megatron.checkpoint.manifest import DAMAGE_REMEDY, find_run_checkpoints, verify_checkpoint
+    from sas_megatron.checkpoint.manifest import find_run_checkpoints, verify_checkpoint
     from sas_megatron.config.errors import FileProblem
 
     checkpoints = find_run_checkpoints(path)
@@ -46,7 +46,11 @@ def verify(path: Path) -> None:
         num_files = len(manifest.files)
         click.echo(f"{each.resolve().name}: intact, step {manifest.step}, {num_files} files, {size:,} bytes")
     if damaged:
-        raise FileProblem(path, f"contains damaged checkpoints: {', '.join(damaged)}", DAMAGE_REMEDY)
+        raise FileProblem(
+            path,
+            f"contains damaged checkpoints: {', '.join(damaged)}",
+            "restore them from a copy, or remove them",
+        )
 
 
 @checkpoint.command("export")
@@ -57,8 +61,22 @@ def verify(path: Path) -> None:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Type of the written weights; by default the type in the checkpoint.",
 )
+@click.option("--iteration", type=int, help="Step of the checkpoint; by default the newest.")
+@click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    help="The tokenizer of the model; by default that of the config, or the copy in the run directory.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def export_command(source: Path, output: Path, dtype: str | None, as_json: bool) -> None:
+def export_command(
+    source: Path,
+    output: Path,
+    *,
+    dtype: str | None,
+    iteration: int | None,
+    tokenizer_path: str | None,
+    as_json: bool,
+) -> None:
     """Export a model to a folder that transformers loads.
 
     SOURCE is a run directory, whose newest checkpoint is exported, or a checkpoint. Multi-head, grouped-query
@@ -69,13 +87,18 @@ def export_command(source: Path, output: Path, dtype: str | None, as_json: bool)
     import torch
 
     from sas_megatron.checkpoint.export import export_model
+    from sas_megatron.checkpoint.trained_run import open_model_tokenizer
     from sas_megatron.checkpoint.unsharded_weights import open_run_weights
 
-    trained = open_run_weights(source)
+    trained = open_run_weights(source, iteration=iteration)
+    tokenizer = open_model_tokenizer(
+        trained.config, trained.checkpoint, option="--tokenizer PATH", given=tokenizer_path
+    )
     exported = export_model(
         trained.weights,
         trained.config,
         folder=output,
+        tokenizer=tokenizer,
         dtype=None if dtype is None else getattr(torch, dtype),
         origin=trained.origin,
     )
@@ -140,7 +163,7 @@ def import_command(
         multiple = vocab_multiple or (None if target is None else target.model.vocab_multiple)
         imported = open_model(source, vocab_multiple=multiple)
     else:
-        imported = open_run_weights(source).to_unsharded_model()
+        imported = open_run_weights(source, has_iteration=False).to_unsharded_model()
     if target is not None:
         imported = upcycle(imported, target)
     record = write_model(imported, output)
@@ -155,7 +178,9 @@ def import_command(
 
 
 def _prepare() -> None:
-    """Prepare the device, which is needed on CPU before Megatron-core is imported."""
+    """Configure the log, and prepare the device, as is needed on CPU before Megatron-core is imported."""
+    from sas_megatron.cli.log_setup import configure_logging
     from sas_megatron.platform.device import prepare_device
 
+    configure_logging()
     prepare_device()

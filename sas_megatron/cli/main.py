@@ -111,6 +111,15 @@ def main() -> None:
             time.sleep(SECONDS_AFTER_RANK0)
         print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        _remove_empty_log_folder()
+
+
+def _remove_empty_log_folder() -> None:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from sas_megatron.platform.launcher import remove_empty_log_folder
+
+        remove_empty_log_folder()
 
 
 def _escape_unencodable_output() -> None:

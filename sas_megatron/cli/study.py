@@ -15,10 +15,29 @@ from sas_megatron.config.errors import FieldError
 
 if TYPE_CHECKING:
     from sas_megatron.scaling.study.plan import Plan, PlannedRun
+    from sas_megatron.scaling.study.study_file import Study
 
 TABLE = "study.parquet"
 
-_study_file = click.argument("study", type=click.Path(path_type=Path))
+_DIRECTORY = "study directory"  # in the context of the command
+
+
+def _study_file(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the argument STUDY and the option --directory, which `_load_study` reads."""
+
+    def store(context: click.Context, _parameter: click.Parameter, directory: Path | None) -> None:
+        context.meta[_DIRECTORY] = directory
+
+    option = click.option(
+        "--directory",
+        type=click.Path(path_type=Path),
+        callback=store,
+        expose_value=False,
+        help="Directory of the study, if STUDY names another path or one relative to another folder.",
+    )
+    return click.argument("study", type=click.Path(path_type=Path))(option(command))
+
+
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
 _only = click.option("--only", default="*", help="Restrict to runs whose names match, such as 'sas-*'.")
 
@@ -34,8 +53,10 @@ def study() -> None:
 def plan(study: Path, *, as_json: bool) -> None:
     """Print every run of STUDY and its cost, without starting anything."""
     from sas_megatron.cli.study_tables import plan_record, print_plan
+    from sas_megatron.scaling.study.plan_data import check_data
 
-    planned = _load_plan(study, checks_data=True)()
+    planned = _load_plan(study)()
+    check_data(planned)
     if as_json:
         click.echo(json.dumps(plan_record(planned), indent=2))
     else:
@@ -60,9 +81,8 @@ def layout(study: Path, *, hardware: str) -> None:
     from sas_megatron.platform.device import prepare_device
     from sas_megatron.scaling.study.layouts import CellLayout, layout_changes, write_layouts
     from sas_megatron.scaling.study.plan_builder import build_plan
-    from sas_megatron.scaling.study.study_file import load_study
 
-    loaded, base = load_study(study)
+    loaded, base = _load_study(study)
     device, ranks = load_hardware(hardware), loaded.machine.processes
     # The estimate runs on the CPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -96,14 +116,17 @@ def run(study: Path, *, only: str, jobs: int) -> None:
     Raises:
         click.exceptions.Exit: A run has failed or was stopped; the exit status is 1.
     """
+    from sas_megatron.scaling.study.plan_data import check_data
     from sas_megatron.scaling.study.runner import StudyRunner
     from sas_megatron.scaling.study.submission import find_queued_runs
 
-    load_plan = _load_plan(study, checks_data=True)
+    load_plan = _load_plan(study)
+    planned = load_plan()
+    check_data(planned)
     # Runs with a SLURM job are not run here as well.
-    queued = find_queued_runs(load_plan())
+    queued = find_queued_runs(planned)
     runner = StudyRunner(load_plan, jobs=jobs, log=lambda text: click.echo(f"» {text}"), excluded=queued)
-    if not runner.run(selected=_match_names(only, load_plan())):
+    if not runner.run(selected=_match_names(only, planned)):
         raise click.exceptions.Exit(1)
 
 
@@ -143,9 +166,11 @@ def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -
     OPTIONS are passed to sbatch, for example --nodes=1 --gpus-per-node=8 --time=24:00:00. Branches depend on
     their trunks. The runs after a sweep can be submitted once the sweep has finished.
     """
+    from sas_megatron.scaling.study.plan_data import check_data
     from sas_megatron.scaling.study.submission import submit as submit_plan
 
-    planned = _load_plan(study, checks_data=True)()
+    planned = _load_plan(study)()
+    check_data(planned)
     jobs = submit_plan(planned, options=options, max_parallel=side_by_side)
     for name, job in jobs.items():
         click.echo(f"» {name}: job {job.number}")
@@ -167,6 +192,12 @@ def status(study: Path, *, only: str, as_json: bool) -> None:
     from sas_megatron.scaling.study.submission import find_queued_runs, read_jobs
 
     planned = _load_plan(study)()
+    if not planned.directory.exists():
+        click.echo(
+            f"» {planned.directory.absolute()}: does not exist; if the study has run, name its directory "
+            "with --directory",
+            err=True,
+        )
     is_selected = _match_names(only, planned)
     jobs, queued = read_jobs(planned), find_queued_runs(planned)
     statuses = [
@@ -235,24 +266,23 @@ def report(study: Path, *, output: Path | None, bootstraps: int) -> None:
     click.echo(f"» {page}")
 
 
-def _load_plan(path: Path, *, checks_data: bool = False) -> Callable[[], Plan]:
-    """Load the study once and return a function for the current plan, which changes when a sweep finishes.
-
-    Args:
-        path: The study file.
-        checks_data: Also check the token files of the runs, as far as they exist on this machine.
-
-    Raises:
-        UserError: The study file is invalid, or its runs cannot be trained on the token files.
-    """
-    from sas_megatron.scaling.study.plan_data import check_data
-    from sas_megatron.scaling.study.study_file import load_study
+def _load_plan(path: Path) -> Callable[[], Plan]:
+    """Load the study once and return a function for the current plan, which changes when a sweep finishes."""
     from sas_megatron.scaling.study.sweeps import plan_with_rates
 
-    loaded, base = load_study(path)
-    if checks_data:
-        check_data(plan_with_rates(loaded, base))
+    loaded, base = _load_study(path)
     return lambda: plan_with_rates(loaded, base)
+
+
+def _load_study(path: Path) -> tuple[Study, dict[str, Any]]:
+    """Load a study with the directory that --directory names; report one that was found elsewhere."""
+    from sas_megatron.scaling.study.study_file import load_study, read_study
+
+    directory: Path | None = click.get_current_context().meta[_DIRECTORY]
+    loaded, base = load_study(path, directory=directory)
+    if directory is None and Path(loaded.directory) != Path(read_study(path).directory):
+        click.echo(f"» the directory of the study is {loaded.directory}", err=True)
+    return loaded, base
 
 
 def _match_names(only: str, plan: Plan) -> Callable[[PlannedRun], bool]:

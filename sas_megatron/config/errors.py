@@ -34,7 +34,7 @@ class FieldError(UserError):
         self.value = value
         self.rule = rule
         self.remedy = remedy
-        super().__init__(f"{field}={shorten(value)}: {rule}; {remedy}")
+        super().__init__(f"{field}={shorten(value)}: {shorten(rule)}; {shorten(remedy)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.rule, self.remedy)

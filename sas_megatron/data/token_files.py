@@ -189,7 +189,7 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
         FileProblem: A file is missing or damaged, or has a token outside of the model's vocabulary.
     """
     tokenizer = Tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
+    if not tokenizer.fits(vocab_size):
         raise FieldError(
             "model.vocab_size",
             vocab_size,

@@ -49,6 +49,13 @@ class Tokenizer:
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK_BYTES]
         self._check_reversible()
 
+    def fits(self, vocab_size: int) -> bool:
+        """Return whether a model with this vocabulary can be used with the tokenizer.
+
+        A model may have more rows than the tokenizer has tokens; they are never trained nor predicted.
+        """
+        return self.vocab_size <= vocab_size
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without an end-of-document token.
 

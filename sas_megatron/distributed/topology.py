@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.distributed.communication_counter import CommunicationCounter
 from sas_megatron.fault_tolerance.failure_watchdog import FailureWatchdog
+from sas_megatron.fault_tolerance.final_report import COMMAND, Activity
 from sas_megatron.fault_tolerance.flight_recorder import FlightRecorder
 from sas_megatron.fault_tolerance.rendezvous import connect_to_store
 from sas_megatron.platform.device import process_group_backend
@@ -91,6 +92,7 @@ def joined_topology(
     timeout_minutes: float,
     handles_signal: Callable[[int], bool] = lambda _number: False,
     flight_records: Path | None = None,
+    activity: Activity = COMMAND,
 ) -> Iterator[Topology]:
     """Initialize the world and its groups, yield the topology, and destroy them on exit.
 
@@ -103,6 +105,7 @@ def joined_topology(
         timeout_minutes: Timeout of collectives in every group.
         handles_signal: Whether the application handles a signal itself.
         flight_records: Directory for each rank's last collectives if the run hangs.
+        activity: What the ranks do, for the report of a failure.
     """
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = connect_to_store(timeout)
@@ -126,6 +129,7 @@ def joined_topology(
                 timeout_minutes=timeout_minutes,
                 handles_signal=handles_signal,
                 flight_recorder=recorder,
+                activity=activity,
             ) as watchdog,
             joined_groups(config, device=device, seed=seed, timeout_minutes=timeout_minutes) as topology,
         ):

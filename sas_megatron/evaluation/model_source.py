@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sas_megatron.checkpoint.manifest import (
-    CONFIG,
-    MANIFEST,
-    checkpoint_name,
-    find_checkpoint,
-    find_run_checkpoints,
+from sas_megatron.checkpoint.manifest import CONFIG, MANIFEST
+from sas_megatron.checkpoint.trained_run import (
+    offering_another_checkpoint,
+    open_model_tokenizer,
+    select_checkpoint,
+    suggest_iteration,
 )
 from sas_megatron.checkpoint.weights_source import (
     describe_architecture,
     raise_if_architectures_differ,
     read_checkpoint_config,
 )
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.loading import apply_overrides, build_run_config, read_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
@@ -40,6 +38,8 @@ class ModelSource:
     checkpoint: Path
     config: RunConfig
     tokenizer: Tokenizer
+    # The path that the user named: the checkpoint, or its run directory.
+    source: Path
 
     @property
     def manifest_sha256(self) -> str:
@@ -62,8 +62,18 @@ def find_model_source(
         UserError: The checkpoint does not exist, or an override or the tokenizer does not match it.
     """
     checkpoint = select_checkpoint(source, iteration=iteration)
-    config = build_evaluation_config(checkpoint, overrides)
-    return ModelSource(checkpoint, config, open_model_tokenizer(config, checkpoint))
+    with offering_another_checkpoint(checkpoint, suggest_iteration(source, checkpoint)):
+        config = build_evaluation_config(checkpoint, overrides)
+    is_given = any(override.startswith("data.tokenizer=") for override in overrides)
+    tokenizer = open_model_tokenizer(
+        config,
+        checkpoint,
+        option="data.tokenizer=PATH",
+        given=config.data.tokenizer if is_given else None,
+    )
+    # Validation windows are built with the tokenizer that the config names.
+    config = config.replaced({"data.tokenizer": str(tokenizer.path)})
+    return ModelSource(checkpoint, config, tokenizer, source)
 
 
 @contextlib.contextmanager
@@ -99,43 +109,10 @@ def load_model(
         timeout_minutes=timeout_minutes or training.collective_timeout_minutes,
     ) as topology:
         run_on_rank0(check_first)
-        yield load_trained_model(source.checkpoint, source.config, source.tokenizer, topology)
-
-
-def select_checkpoint(source: Path, *, iteration: int | None) -> Path:
-    """Return the checkpoint of a run after `iteration` steps, or its newest checkpoint.
-
-    Args:
-        source: A run directory, or a checkpoint if `iteration` is None.
-        iteration: Step of the checkpoint; None selects the newest.
-
-    Raises:
-        FileProblem: The run has no checkpoints.
-        FieldError: The run has no checkpoint of that step.
-    """
-    if iteration is None:
-        newest = find_checkpoint(source)
-        if newest is None:
-            raise FileProblem(
-                source, "contains no checkpoint", "name a run directory, or a folder in its checkpoints/"
-            )
-        return newest
-    checkpoints = find_run_checkpoints(source)
-    if not checkpoints:
-        raise FileProblem(source, "contains no checkpoints", "name a run directory with --iteration")
-    for path in checkpoints:
-        if path.name == checkpoint_name(iteration):
-            return path
-    steps = [str(int(path.name.removeprefix("iter_"))) for path in reversed(checkpoints)]
-    raise FieldError(
-        "--iteration", iteration, f"{source} has no such checkpoint", f"use one of {', '.join(steps)}"
-    )
-
-
-def find_run_directory(checkpoint: Path) -> Path:
-    """Return the run directory of a checkpoint; for a copied checkpoint, the folder that contains it."""
-    folder = checkpoint.resolve().parent
-    return folder.parent if folder.name == "checkpoints" else folder
+        suggest = suggest_iteration(source.source, source.checkpoint)
+        with offering_another_checkpoint(source.checkpoint, suggest):
+            model = load_trained_model(source.checkpoint, source.config, source.tokenizer, topology)
+        yield model
 
 
 def build_evaluation_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
@@ -190,39 +167,3 @@ def _check_layout(config: RunConfig, *, world_size: int) -> None:
             f"({parallel.describe_model_ranks()})",
             f"start {parallel.model_size} processes, or change the parallel sizes",
         )
-
-
-def open_model_tokenizer(config: RunConfig, checkpoint: Path) -> Tokenizer:
-    """Open the tokenizer of a checkpoint's model and check that the run was trained with it.
-
-    Raises:
-        FileProblem: The tokenizer or the record of the run is damaged.
-        FieldError: The tokenizer does not exist, or it is not the one of the run.
-    """
-    path = config.data.tokenizer
-    remedy = "name the tokenizer of the model with data.tokenizer=PATH"
-    if not os.path.exists(path):
-        raise FieldError("data.tokenizer", path, f"does not exist, and {checkpoint} contains no copy", remedy)
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise FieldError(
-            "data.tokenizer",
-            path,
-            f"has {tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}",
-            remedy,
-        )
-    recorded = _read_tokenizer_checksums(find_run_directory(checkpoint) / "run.json")
-    if recorded and tokenizer.sha256 not in recorded:
-        raise FieldError("data.tokenizer", path, "differs from the tokenizer of the training run", remedy)
-    return tokenizer
-
-
-def _read_tokenizer_checksums(record: Path) -> set[str]:
-    """Return the checksums of the tokenizers of a run's token files; empty without a run.json."""
-    try:
-        corpus = json.loads(record.read_text(encoding="utf-8"))["corpus"]
-        return {files["tokenizer_sha256"] for files in corpus.values()}
-    except FileNotFoundError:
-        return set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileProblem(record, f"is damaged ({error!r})", "restore it from a copy, or remove it") from None

@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sas_megatron.checkpoint.trained_run import find_run_directory
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.evaluation.held_out import HeldOutLoss
-from sas_megatron.evaluation.model_source import ModelSource, find_run_directory
+from sas_megatron.evaluation.model_source import ModelSource
 from sas_megatron.io.files import make_folder, save_file
 
 SUMMARY = "summary.json"

@@ -104,17 +104,32 @@ class TaskSettings:
         ):
             if value is not None and value < minimum:
                 raise FieldError(option, value, f"must be at least {minimum}", f"use {minimum} or more")
-        if self.limit is not None and not self.limit > 0:
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)):
             raise FieldError(
                 "--limit",
                 self.limit,
-                "must be positive: a number of documents, or a fraction below 1",
+                "must be positive: a whole number of documents, or a fraction below 1",
                 "use 100, for example",
             )
+        if self.generation is not None:
+            _check_generation(self.generation)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as summary.json stores them."""
         return asdict(self)
+
+
+def _check_generation(options: str) -> None:
+    """Raise `FieldError` if the options do not have the format of the harness."""
+    pairs = [option.partition("=") for option in options.split(",")]
+    for name, equals, value in pairs:
+        if not (name.strip() and equals and value):
+            raise FieldError(
+                "--generation",
+                f"{options!r}",
+                "must have the form name=value,name=value",
+                "use max_gen_toks=64,temperature=0.8, for example",
+            )
 
 
 @dataclass(frozen=True)

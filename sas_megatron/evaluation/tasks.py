@@ -16,12 +16,13 @@ import lm_eval
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.distributed.object_collectives import Call, drive_from_rank0
 from sas_megatron.evaluation.generation import generate
 from sas_megatron.evaluation.harness import HarnessModel
 from sas_megatron.evaluation.scoring import score
 from sas_megatron.evaluation.settings import TaskSettings
+from sas_megatron.evaluation.task_options import describe_harness_error
 from sas_megatron.evaluation.trained_model import TrainedModel
 
 # Environment variable that prevents the harness from forking.
@@ -34,6 +35,18 @@ class LoadedTasks:
 
     manager: Any
     tasks: list[Any]
+
+    def by_name(self) -> dict[str, Any]:
+        """Return the tasks, also those of groups, by name.
+
+        Raises:
+            FieldError: A task is selected twice, directly and in a group.
+        """
+        try:
+            leaves: dict[str, Any] = self.manager.load(self.tasks)["tasks"]
+        except ValueError as error:
+            raise FieldError("--tasks", "…", str(error), "name each of them once") from None
+        return leaves
 
 
 def load_tasks(
@@ -68,8 +81,9 @@ def load_tasks(
             )
         for match in matching:
             tasks += _load(manager, match)
-    _check_runnable(manager, tasks, runs_unsafe_code=runs_unsafe_code)
-    return LoadedTasks(manager, tasks)
+    loaded = LoadedTasks(manager, tasks)
+    _check_runnable(loaded, runs_unsafe_code=runs_unsafe_code)
+    return loaded
 
 
 @functools.lru_cache(maxsize=1)  # Reading all task files takes seconds.
@@ -77,13 +91,9 @@ def _read_index(include_paths: tuple[str, ...]) -> Any:
     return TaskManager(include_path=list(include_paths) or None)
 
 
-def _check_runnable(manager: Any, tasks: list[Any], *, runs_unsafe_code: bool) -> None:
+def _check_runnable(loaded: LoadedTasks, *, runs_unsafe_code: bool) -> None:
     """Raise errors that the harness would raise only after the model is loaded."""
-    try:
-        leaves = manager.load(tasks)["tasks"]
-    except ValueError as error:  # A task is selected twice, directly and in a group.
-        raise FieldError("--tasks", "…", str(error), "name each of them once") from None
-    for name, task in leaves.items():
+    for name, task in loaded.by_name().items():
         if getattr(task, "UNSAFE_CODE", False) and not runs_unsafe_code:
             raise FieldError(
                 "--tasks",
@@ -166,12 +176,25 @@ def _resampling_in_this_process() -> Iterator[None]:
             os.environ[_NO_FORKING] = before
 
 
+@contextlib.contextmanager
+def _reporting_harness_errors() -> Iterator[None]:
+    """Raise a user error for an exception of the harness, or of the files of a task, in the block."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (problem := describe_harness_error(error)) is not None:
+            raise problem from error
+        raise
+
+
 def _run_harness(
     model: HarnessModel, tasks: LoadedTasks, settings: TaskSettings, *, folder: Path, cache: Path | None
 ) -> dict[str, Any]:
     tracker = EvaluationTracker(output_path=str(folder.parent))
     # The harness prints messages, but stdout must contain only the results.
-    with contextlib.redirect_stdout(sys.stderr), _resampling_in_this_process():
+    with contextlib.redirect_stdout(sys.stderr), _resampling_in_this_process(), _reporting_harness_errors():
         results = lm_eval.simple_evaluate(
             model=model,
             model_args={"model": folder.name},  # The harness names its folder after the model.

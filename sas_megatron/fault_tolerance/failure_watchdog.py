@@ -41,6 +41,8 @@ from torch.distributed.distributed_c10d import Store
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.fault_tolerance.final_report import (
+    TRAINING,
+    Activity,
     StatusKind,
     StatusReport,
     describe_lost_store,
@@ -74,6 +76,7 @@ class FailureWatchdog:
         handles_signal: Called in the watchdog's thread with a signal number; returns whether the application
             handles the signal.
         flight_recorder: Writes the last collectives of this rank if the run hangs.
+        activity: What the ranks do, for the final report.
     """
 
     def __init__(
@@ -85,12 +88,14 @@ class FailureWatchdog:
         timeout_minutes: float,
         handles_signal: Callable[[int], bool] = lambda _number: False,
         flight_recorder: FlightRecorder | None = None,
+        activity: Activity = TRAINING,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._timeout_minutes = timeout_minutes
         self._handles_signal = handles_signal
         self._flight_recorder = flight_recorder
+        self._activity = activity
         self._status = StatusStore(store, rank=rank, world_size=world_size)
         self._records_steps = world_size > 1
         self._last_step: int | None = None
@@ -290,7 +295,12 @@ class FailureWatchdog:
             _print_error(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
         if is_printer:
             _print_error(
-                describe_stop(statuses, timeout_minutes=self._timeout_minutes, flight_records=records)
+                describe_stop(
+                    statuses,
+                    timeout_minutes=self._timeout_minutes,
+                    flight_records=records,
+                    activity=self._activity,
+                )
             )
 
     def _end_without_store(self) -> NoReturn:
@@ -298,7 +308,8 @@ class FailureWatchdog:
             _print_error(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
         # The ranks cannot agree on one that prints, so the first rank of each host prints.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _print_error(describe_lost_store(os.environ.get("MASTER_ADDR", "rank 0"), self._last_step))
+            address = os.environ.get("MASTER_ADDR", "rank 0")
+            _print_error(describe_lost_store(address, self._last_step, self._activity))
         _end_process()
 
 

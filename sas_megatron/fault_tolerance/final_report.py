@@ -22,6 +22,20 @@ class StatusKind(StrEnum):
 
 
 @dataclass(frozen=True)
+class Activity:
+    """What the ranks do together: the subject of the final report, and the remedy for an end of it."""
+
+    name: str
+    remedy: str
+    has_steps: bool = True
+
+
+TRAINING = Activity("training", "resume from the last checkpoint with checkpoint.resume=true")
+# A command that changes no run, such as an evaluation.
+COMMAND = Activity("the command", "run it again", has_steps=False)
+
+
+@dataclass(frozen=True)
 class StatusReport:
     """The status that a rank reports; `text` is one line."""
 
@@ -46,7 +60,11 @@ def is_hang(statuses: Sequence[RankStatus]) -> bool:
 
 
 def describe_stop(
-    statuses: Sequence[RankStatus], *, timeout_minutes: float, flight_records: Path | None = None
+    statuses: Sequence[RankStatus],
+    *,
+    timeout_minutes: float,
+    flight_records: Path | None = None,
+    activity: Activity = TRAINING,
 ) -> str:
     """Return one line about the end of a run: the last step, the failed ranks, the reason and the remedy.
 
@@ -54,9 +72,10 @@ def describe_stop(
         statuses: The status of each rank.
         timeout_minutes: `training.collective_timeout_minutes`.
         flight_records: The directory to which ranks that hung wrote their flight records.
+        activity: What has ended.
     """
     steps = [status.last_step for status in statuses if status.last_step is not None]
-    begin = f"training stopped after step {max(steps)}" if steps else "training stopped during startup"
+    begin = _begin(activity, max(steps) if steps else None)
     findings = _describe_failed(statuses) + _describe_silent(statuses)
     timed_out = any(TIMED_OUT in text for text in _texts_of_kind(statuses, StatusKind.CONNECTION_LOST))
     if timed_out and not findings:
@@ -69,16 +88,21 @@ def describe_stop(
     findings = findings or _describe_terminated(statuses) or _describe_lost(statuses)
     if flight_records is not None and is_hang(statuses):
         findings.append(f"each rank's last collectives are in {flight_records}")
-    return f"{begin}: {'; '.join(findings)}; resume from the last checkpoint with checkpoint.resume=true"
+    return f"{begin}: {'; '.join(findings)}; {activity.remedy}"
 
 
-def describe_lost_store(address: str, last_step: int | None) -> str:
+def describe_lost_store(address: str, last_step: int | None, activity: Activity = TRAINING) -> str:
     """Return the line to print if the store itself is lost, so that no status of other ranks can be read."""
-    step = "during startup" if last_step is None else f"after step {last_step}"
     return (
-        f"training stopped {step}: the store of this run at {address} cannot be reached, so the other ranks' "
-        "status is unknown; rank 0, its launcher or its host ended first: check their logs"
+        f"{_begin(activity, last_step)}: the store of this run at {address} cannot be reached, so the other "
+        "ranks' status is unknown; rank 0, its launcher or its host ended first: check their logs"
     )
+
+
+def _begin(activity: Activity, last_step: int | None) -> str:
+    if not activity.has_steps:
+        return f"{activity.name} stopped"
+    return f"{activity.name} stopped {'during startup' if last_step is None else f'after step {last_step}'}"
 
 
 def _describe_failed(statuses: Sequence[RankStatus]) -> list[str]:

@@ -12,8 +12,10 @@ import os
 import re
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from sas_megatron.config.errors import FieldError
 
@@ -54,6 +56,25 @@ def _read_positive_integer(name: str, default: str, *, maximum: int) -> int:
 def is_rank0() -> bool:
     """Return whether this process is rank 0, as a single process always is."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_on_node() -> bool:
+    """Return whether this process is the first rank of its node, as a single process always is."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def remove_empty_log_folder() -> None:
+    """Remove the folder of logs that torchrun has created for this rank and its parents, if they are empty.
+
+    Without the option --log-dir, torchrun creates it among the temporary files, and leaves it there.
+    """
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    folders = error_file.parents
+    top = next((folder for folder in folders if folder.name.startswith("torchelastic_")), None)
+    if top is not None and top.parent == Path(tempfile.gettempdir()):
+        with contextlib.suppress(OSError):  # another rank has not ended yet, or the folder contains logs
+            for folder in folders[: folders.index(top) + 1]:
+                folder.rmdir()
 
 
 def set_rank_from_slurm() -> None:

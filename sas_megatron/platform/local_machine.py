@@ -43,7 +43,9 @@ def training_command(config: Path, *, ranks: int) -> list[str]:
     if ranks == 1:
         return [sys.executable, *train]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    return [sys.executable, *torchrun, f"--nproc-per-node={ranks}", *train]
+    # Without a folder for logs, torchrun would leave an empty one among the temporary files.
+    torchrun += ["--log-dir", os.devnull, f"--nproc-per-node={ranks}"]
+    return [sys.executable, *torchrun, *train]
 
 
 def training_environment(*, ranks: int, num_concurrent_runs: int = 1) -> dict[str, str]:

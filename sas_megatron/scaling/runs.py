@@ -20,13 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.flops import causal_half
 from sas_megatron.scaling.outcomes import Axis
+from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 
 # The fields that a comparison varies, and fields that do not affect the result. A resumed run equals the
 # uninterrupted one, so checkpoint settings may differ.
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
+    "data.index_cache",
     "checkpoint.resume",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
@@ -54,15 +57,6 @@ class CurvePoint(_Record):
     elapsed_seconds: float
     loss: float | None = None
 
-    def spent(self, axis: Axis) -> float:
-        """Return the tokens, FLOPs or seconds spent up to this step.
-
-        Raises:
-            KeyError: The axis is "params".
-        """
-        value: float = getattr(self, _FIELDS[axis])
-        return value
-
 
 class TrainPoint(CurvePoint):
     """Loss of the batch of a step."""
@@ -82,6 +76,13 @@ class HealthEvent(_Record):
     """A problem of a step that the health checks found; not a point of a curve."""
 
     kind: Literal["health"]
+    step: int
+
+
+class Probe(_Record):
+    """Measurements of the probe batch by layer; not a point of a curve."""
+
+    kind: Literal["probe"]
     step: int
 
 
@@ -128,10 +129,24 @@ class Run:
     validation_curve: tuple[CurvePoint, ...]
     remarks: tuple[str, ...] = ()
 
+    def spent(self, point: CurvePoint, axis: Axis) -> float | None:
+        """Return the amount spent up to a point; None for the causal half if FLOPs by term are not recorded.
+
+        Raises:
+            KeyError: The axis is "params".
+        """
+        if axis != "causal_flops":
+            return float(getattr(point, _FIELDS[axis]))
+        terms = self.summary.training_flops_per_token
+        if not terms:
+            return None
+        half = causal_half(terms, sequence_length=self.config.data.sequence_length)
+        return point.training_flops * sum(half.values()) / sum(terms.values())
+
 
 _Curves = tuple[tuple[CurvePoint, ...], tuple[CurvePoint, ...]]
-_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint | HealthEvent] = TypeAdapter(
-    Annotated[TrainPoint | ValidationPoint | HealthEvent, Field(discriminator="kind")]
+_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint | HealthEvent | Probe] = TypeAdapter(
+    Annotated[TrainPoint | ValidationPoint | HealthEvent | Probe, Field(discriminator="kind")]
 )
 
 
@@ -210,11 +225,17 @@ def check_comparable(runs: Sequence[Run]) -> None:
         for key, values in find_differences([run.config for run in runs]).items()
         if not _may_differ(key)
     }
-    for key in ("corpus", "world_size"):
-        recorded = tuple(run.provenance.get(key) for run in runs)
-        known = [value for value in recorded if value is not None]
+    recorded = {
+        "corpus": tuple(corpus_contents(run.provenance) for run in runs),
+        "world_size": tuple(run.provenance.get("world_size") for run in runs),
+    }
+    for key, values in recorded.items():
+        known = [value for value in values if value is not None]
         if any(value != known[0] for value in known):
-            differences[f"run.json {key}"] = recorded
+            differences[f"run.json {key}"] = tuple(run.provenance.get(key) for run in runs)
+        elif key == "corpus" and len(known) == len(runs) and isinstance(known[0], list):
+            for field in DATA_PATHS:  # different paths of equal contents
+                differences.pop(field, None)
     if differences:
         lines = [
             f"  {key}: " + ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
@@ -288,7 +309,7 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
                 remarks = (f"{path}: the last line ({number}) is incomplete and was ignored.",)
                 break
             raise FileProblem(f"{path}:{number}", _describe(error), "correct or remove the line") from None
-        if isinstance(point, HealthEvent):
+        if isinstance(point, HealthEvent | Probe):
             continue
         for curve in (train, validation):
             while curve and curve[-1].step > point.step:

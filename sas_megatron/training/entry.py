@@ -13,8 +13,9 @@ from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.epochs import check_repetition
 from sas_megatron.data.token_files import open_token_files
+from sas_megatron.fault_tolerance.final_report import TRAINING
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
-from sas_megatron.platform.launcher import is_rank0, launched_world_size
+from sas_megatron.platform.launcher import is_first_on_node, is_rank0, launched_world_size
 from sas_megatron.training.resuming import find_branch
 from sas_megatron.training.run_files import RunFiles
 
@@ -29,7 +30,7 @@ def check_run(config: RunConfig, *, world_size: int) -> None:
         UserError: One of them is invalid, or they do not fit together.
     """
     config.check_world_size(world_size)
-    open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_rank0())
+    open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_on_node())
     check_repetition(config)
     RunFiles.check_directory(config)
     if config.checkpoint.resume and find_checkpoints(RunFiles.checkpoints(config)):
@@ -81,6 +82,7 @@ def train(config: RunConfig, *, find_peak_flops: PeakLookup = lambda _gpu, _dtyp
             timeout_minutes=config.training.collective_timeout_minutes,
             handles_signal=stop.handle_signal,
             flight_records=RunFiles(config).directory / "flight_recorder",
+            activity=TRAINING,
         ) as topology:
             check_directory_is_shared(Path(config.logging.run_directory))
             return Run(config, topology, stop, peak_flops=peak_flops).complete()

@@ -17,13 +17,14 @@ from sas_megatron.checkpoint.manifest import (
     raise_if_damaged,
     read_manifest,
 )
+from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.checkpoint.weights_source import read_checkpoint_config
 from sas_megatron.config.errors import FieldError, FileProblem, UserError, translate_os_errors
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.token_files import load_manifest, name_token_files
 from sas_megatron.io.file_records import find_damage
-from sas_megatron.io.run_record import RECORD, damaged_record, read_run_record
+from sas_megatron.io.run_record import RECORD
+from sas_megatron.training.data_identity import DATA_PATHS, raise_if_data_differ
 
 # Fields that may change when a run is resumed. They do not affect samples, weights or losses, except that
 # `health` decides whether harmful steps are skipped.
@@ -160,7 +161,7 @@ def check_resumable(config: RunConfig) -> None:
     if saved is not None:
         _check_config(config, *saved)
     if (directory / RECORD).exists():
-        _check_corpus(config, directory)
+        raise_if_data_differ(config, directory)
 
 
 def check_checkpoint_config(config: RunConfig, checkpoint: Path) -> None:
@@ -174,7 +175,10 @@ def check_checkpoint_config(config: RunConfig, checkpoint: Path) -> None:
 
 
 def _check_config(config: RunConfig, saved: RunConfig, origin: Path) -> None:
-    for field, (new, previous) in find_differences([config, saved], ignored=RESUME_MAY_CHANGE).items():
+    run = Path(config.logging.run_directory)
+    # Without the record of the run, whose data are compared by their contents, the paths must be equal.
+    ignored = (*RESUME_MAY_CHANGE, *(DATA_PATHS if (run / RECORD).exists() else ()))
+    for field, (new, previous) in find_differences([config, saved], ignored=ignored).items():
         raise FieldError(
             field,
             new,
@@ -200,7 +204,8 @@ def describe_config_repair(config: RunConfig) -> str | None:
         state = "is missing"
     else:
         try:
-            differences = find_differences([load_run_config(path), saved[0]], ignored=RESUME_MAY_CHANGE)
+            ignored = (*RESUME_MAY_CHANGE, *DATA_PATHS)
+            differences = find_differences([load_run_config(path), saved[0]], ignored=ignored)
         except UserError:
             state = "is damaged"
         else:
@@ -219,13 +224,15 @@ def find_branch(config: RunConfig) -> Branch | None:
     if config.checkpoint.branch_from is None:
         return None
     path = Path(config.checkpoint.branch_from)
-    manifest = read_manifest(path)
-    raise_if_damaged(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
+    with offering_another_checkpoint(path, suggest_branch):
+        manifest = read_manifest(path)
+        raise_if_damaged(path, find_damage(path, {CONFIG: manifest.files[CONFIG]}))
     # The path is absolute, because run.json keeps it for later sessions, which may start in another folder.
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
     _check_schedules(config, trunk, branch)
-    for field, (new, previous) in find_differences([config, trunk], ignored=BRANCH_MAY_CHANGE).items():
+    ignored = (*BRANCH_MAY_CHANGE, *DATA_PATHS)
+    for field, (new, previous) in find_differences([config, trunk], ignored=ignored).items():
         raise FieldError(
             field,
             new,
@@ -247,8 +254,13 @@ def find_branch(config: RunConfig) -> Branch | None:
                 "is missing, and a branch needs it",
                 "name a checkpoint in the directory of its run",
             )
-    _check_corpus(config, branch.trunk)
+    raise_if_data_differ(config, branch.trunk)
     return branch
+
+
+def suggest_branch(other: Path) -> str:
+    """Return a suggestion for `offering_another_checkpoint` of a branch."""
+    return f"branch from another checkpoint: checkpoint.branch_from={other}"
 
 
 def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> None:
@@ -270,28 +282,4 @@ def _check_schedules(config: RunConfig, trunk: RunConfig, branch: Branch) -> Non
                 f"{name} decays its learning rate from step {stable_until} on, before the branch at step "
                 f"{branch.step}",
                 "branch from an earlier checkpoint, or decay over fewer steps",
-            )
-
-
-def _check_corpus(config: RunConfig, directory: Path) -> None:
-    record = read_run_record(directory)
-    if record is None or record.corpus is None:
-        raise damaged_record(directory / RECORD, "corpus: Field required")
-    recorded_sha256 = {name: tokens.bin_sha256 for name, tokens in record.corpus.items()}
-    current_sha256 = {prefix: load_manifest(prefix).bin_sha256 for prefix in config.data.prefixes}
-    for prefix, name in name_token_files(config.data.prefixes).items():
-        if name in recorded_sha256:
-            is_equal = recorded_sha256[name] == current_sha256[prefix]
-        else:
-            # Earlier versions recorded one of the prefixes that end in the same name.
-            candidates = {
-                sha256 for path, sha256 in current_sha256.items() if Path(path).name == Path(prefix).name
-            }
-            is_equal = recorded_sha256.get(Path(prefix).name) in candidates
-        if not is_equal:
-            raise FieldError(
-                "data.prefixes",
-                prefix,
-                f"differs from the tokens with which the run in {directory} started",
-                "use the same token files, or choose another logging.run_directory",
             )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sas_megatron import __version__
+from sas_megatron.checkpoint.trained_run import TOKENIZER
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
@@ -124,6 +125,7 @@ class RunFiles:
         resolved = dump_yaml(config)
         write_file(self.directory / "config.yaml", resolved)
         self._write_provenance(resolved, provenance, resumed_step, previous=previous)
+        self._copy_tokenizer(config)
         metrics = self.directory / METRICS
         if branch is not None:
             kept = branch.read_metrics(config)
@@ -236,6 +238,14 @@ class RunFiles:
                 self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _copy_tokenizer(self, config: RunConfig) -> None:
+        """Keep the tokenizer with the run, for commands that read the run where the path does not exist."""
+        tokenizer, copy = Path(config.data.tokenizer), self.directory / TOKENIZER
+        if tokenizer.is_file():  # a test may train without one
+            content = tokenizer.read_bytes()
+            if not (copy.is_file() and copy.read_bytes() == content):
+                write_file(copy, content)
 
     def _write_provenance(
         self, resolved: str, provenance: dict[str, Any], resumed_step: int, *, previous: RunRecord | None

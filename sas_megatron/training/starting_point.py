@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sas_megatron.checkpoint.restoring import Checkpoint, find_newest_complete, open_checkpoint
+from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.object_collectives import run_on_rank0
-from sas_megatron.training.resuming import Branch, check_checkpoint_config, find_branch
+from sas_megatron.training.metrics import Progress, read_counts
+from sas_megatron.training.resuming import Branch, check_checkpoint_config, find_branch, suggest_branch
 from sas_megatron.training.run_files import RunFiles
 
 
@@ -26,6 +28,16 @@ class StartingPoint:
     checkpoint: Checkpoint | None
     branch: Branch | None
     initial_weights: WeightsSource | None
+
+    def read_progress(self) -> Progress:
+        """Return the progress that the checkpoint contains; without one, that of a new run.
+
+        Raises:
+            DamagedCheckpoint: A field has another type.
+        """
+        if self.checkpoint is None:
+            return Progress()
+        return read_counts(self.checkpoint.progress["counts"], checkpoint=self.checkpoint.path)
 
     @property
     def weights_folder(self) -> Path | None:
@@ -51,7 +63,8 @@ def find_starting_point(config: RunConfig, *, log: Callable[[str], None]) -> Sta
             return StartingPoint(newest, None, None)
     branch = run_on_rank0(lambda: find_branch(config))
     if branch is not None:
-        return StartingPoint(open_checkpoint(branch.checkpoint), branch, None)
+        with offering_another_checkpoint(branch.checkpoint, suggest_branch):
+            return StartingPoint(open_checkpoint(branch.checkpoint), branch, None)
     path = config.checkpoint.initial_weights
     if path is None:
         return StartingPoint(None, None, None)

@@ -14,6 +14,7 @@ from sas_megatron.config.loading import MAX_LISTED_PROBLEMS, build_run_config, l
 from sas_megatron.config.model import MAX_LAYERS
 from sas_megatron.config.section import MAX_INTEGER
 from sas_megatron.config.yaml_text import MAX_DEPTH, MAX_FILE_BYTES, MAX_VALUES, parse_yaml
+from sas_megatron.scaling.laws.point_table import read_points
 from tests.fork_server import run_command
 from tests.run_configs import small_config, small_tree
 
@@ -157,3 +158,10 @@ def test_an_override_that_is_too_long_for_a_file_name_is_an_override() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("sas-megatron: error: model.num_layers=999")
     assert "must be between -2^53 and 2^53" in done.stderr
+
+
+def test_long_names_from_a_file_do_not_lengthen_a_message(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text(f"params,tokens,loss,variant\n1,1,1,{'a' * 70_000}\n1,1,1,b\n")
+    with pytest.raises(FieldError, match=r"the points contain a+… \(70,\d+ characters\); choose one"):
+        read_points(path)

@@ -24,6 +24,13 @@ from tests.tolerances import RELATIVE_ERROR
 Samples = dict[str, list[dict[str, Any]]]
 
 
+# Tasks that fail while they run: by name, the change of `last_word`.
+FAULTY_TASKS = {
+    "too_many": ("output_type:", "num_fewshot: 100\noutput_type:"),
+    "too_many_first": ("output_type:", "num_fewshot: 100\nfewshot_config: {sampler: first_n}\noutput_type:"),
+}
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write task files. The harness stores its data sets next to them, without downloads."""
@@ -34,6 +41,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (written / "last_word.yaml").read_text(encoding="utf-8")
     without_data = text.replace("task: last_word", "task: lost").replace("last_word.jsonl", "nowhere.jsonl")
     (written / "lost.yaml").write_text(without_data, encoding="utf-8")
+    for name, (old, new) in FAULTY_TASKS.items():
+        changed = text.replace("task: last_word", f"task: {name}").replace(old, new)
+        (written / f"{name}.yaml").write_text(changed, encoding="utf-8")
     return written
 
 
@@ -90,14 +100,14 @@ def evaluate_by_transformers(exported: Path, tasks: Path, folder: Path) -> None:
 
 
 def evaluate_on_rank(
-    directory: Path, tasks: Path, overrides: list[str], folder: Path, **settings: Any
+    directory: Path, tasks: Path, overrides: list[str], folder: Path, names: list[str] = NAMES
 ) -> dict[str, Any] | None:
     """Evaluate a run in the way of the command."""
     from sas_megatron.evaluation.settings import TaskSettings
     from sas_megatron.evaluation.tasks import evaluate_tasks, load_tasks
 
     model, _ = load_on_rank(directory, overrides)
-    task_settings = TaskSettings(tuple(NAMES), bootstrap_iterations=0, batch_tokens=150, **settings)
+    task_settings = TaskSettings(tuple(names), bootstrap_iterations=0, batch_tokens=150)
     loaded = load_tasks(task_settings.names, [tasks]) if model.topology.is_rank0 else None
     return evaluate_tasks(model, loaded, task_settings, folder=folder, cache=None)
 
@@ -176,14 +186,69 @@ def test_unknown_tasks_and_tasks_without_data_are_rejected(ranks: Any, tasks: Pa
     assert no_folder.startswith(f"{tmp_path / 'none'}: is not a folder; name")
 
 
+def error_of_options(names: list[str], tasks: Path, settings: dict[str, Any]) -> str | None:
+    """Return the error of checking options against tasks; None without any."""
+    from sas_megatron.config.errors import UserError
+    from sas_megatron.evaluation.settings import TaskSettings
+    from sas_megatron.evaluation.task_options import check_options
+    from sas_megatron.evaluation.tasks import load_tasks
+
+    try:
+        check_options(load_tasks(names, [tasks]).by_name(), TaskSettings(tuple(names), **settings))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_options_that_the_harness_would_refuse_later_or_ignore_are_rejected(ranks: Any, tasks: Path) -> None:
+    def error(names: list[str], **settings: Any) -> Any:
+        return ranks(1).run(error_of_options, names, tasks, settings)[0]
+
+    # Five documents, of which one is the question.
+    assert error(["next_line"], num_fewshot=4) is None
+    for count in (5, 100):
+        assert error(["next_line"], num_fewshot=count) == (
+            f"--num-fewshot={count}: must not exceed the 4 documents from which next_line draws examples; "
+            "use 4 or less"
+        )
+    assert error(["whole_text"], num_fewshot=1) == (
+        "--num-fewshot=1: has no effect, because whole_text take no examples; omit it"
+    )
+    assert error(["whole_text", "last_word"], num_fewshot=1) is None
+    assert error(["last_word", "next_line"], generation="foo=1") == (
+        "--generation=foo=1: has no effect, because last_word, next_line generate no text; omit it"
+    )
+    assert error(["line_end"], generation="max_gen_toks=3") is None
+    for limit in (1.5, 0.0, -1, float("inf"), float("nan"), 100.25):
+        assert error(["last_word"], limit=limit).startswith(f"--limit={limit}: must be positive: a whole nu")
+    for limit in (1, 3.0, 0.5, 1000):
+        assert error(["last_word"], limit=limit) is None
+    for generation in ("", "foo", "=1", "max_gen_toks=", "max_gen_toks=3,,temperature=1"):
+        assert error(["line_end"], generation=generation).startswith(
+            f"--generation={generation!r}: must have the form name=value,name=value; use"
+        )
+
+
+def test_what_the_harness_refuses_while_it_runs_is_a_user_error(
+    ranks: Any, sas_run: Path, tasks: Path, tmp_path: Path
+) -> None:
+    sampled, first = (
+        ranks(1).run(error_of_evaluation, sas_run, tasks, [], tmp_path / name, [name])[0]
+        for name in FAULTY_TASKS
+    )
+    for message, reason in ((sampled, "ValueError: Sample larger than"), (first, "AssertionError: ")):
+        assert message.startswith(f"--tasks=…: lm-evaluation-harness cannot run them ({reason}")
+        assert message.endswith("; correct the task files or the options")
+
+
 def error_of_evaluation(
-    directory: Path, tasks: Path, overrides: list[str], folder: Path, **settings: Any
+    directory: Path, tasks: Path, overrides: list[str], folder: Path, names: list[str] = NAMES
 ) -> str:
     """Return the message with which the evaluation fails."""
     from sas_megatron.config.errors import UserError
 
     try:
-        evaluate_on_rank(directory, tasks, overrides, folder, **settings)
+        evaluate_on_rank(directory, tasks, overrides, folder, names)
     except UserError as error:
         return str(error)
     raise AssertionError("the evaluation succeeded")

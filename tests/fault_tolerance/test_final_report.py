@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sas_megatron.fault_tolerance.final_report import (
+    COMMAND,
     RankStatus,
     StatusKind,
     StatusReport,
@@ -108,3 +109,13 @@ def test_the_report_of_a_lost_store_names_its_host() -> None:
 
 def test_consecutive_ranks_are_joined_to_ranges() -> None:
     assert join_ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_the_remedy_of_a_command_that_does_not_train_is_to_run_it_again() -> None:
+    statuses = [RankStatus(0, "a", None, TERMINATED), RankStatus(1, "a", None, TERMINATED)]
+    assert describe_stop(statuses, timeout_minutes=10.0, activity=COMMAND) == (
+        "the command stopped: ranks 0-1 on a (no finished step) received SIGTERM; run it again"
+    )
+    assert describe_lost_store("node01", None, COMMAND).startswith(
+        "the command stopped: the store of this run"
+    )

@@ -33,9 +33,11 @@ def _build_documents() -> Seeds:
         "large": pa.array(texts, pa.large_string()),
         "dictionary": pa.array(texts).dictionary_encode(),
         "view": pa.array(texts, pa.string_view()),
+        "bytes": pa.array([text and text.encode() for text in texts]),
     }
     for name, column in columns.items():
-        table = pa.table({"text": column, "id": pa.array(range(len(texts)))})
+        inner = pa.StructArray.from_arrays([column, column], names=["text", "other"])
+        table = pa.table({"text": column, "id": pa.array(range(len(texts))), "meta": inner})
         for kind in ("stream", "file"):
             sink = io.BytesIO()
             opener = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
@@ -53,13 +55,25 @@ def _build_documents() -> Seeds:
     ) as writer:
         writer.write_table(table)
     files["compressed.feather"] = compressed.getvalue()
-    return {name: {name: content} for name, content in files.items()}
+    shard = files["string_stream.arrow"]
+    state = {
+        "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
+        "_fingerprint": "0",
+        "_split": "train",
+    }
+    saved = {
+        "dataset_dict.json": json.dumps({"splits": ["train"]}).encode(),
+        "train/state.json": json.dumps(state).encode(),
+        "train/dataset_info.json": b'{"features": {"text": {"dtype": "string", "_type": "Value"}}}',
+        "train/data-00000-of-00001.arrow": shard,
+    }
+    return {"saved": saved, **{name: {name: content} for name, content in files.items()}}
 
 
-def _run_documents(_arguments: tuple[str, ...]) -> None:
+def _run_documents(arguments: tuple[str, ...]) -> None:
     from sas_megatron.data.documents import stream_documents
 
-    for text in stream_documents(["."]):
+    for text in stream_documents(["."], text_column=arguments[0] if arguments else "text"):
         text.encode()
 
 

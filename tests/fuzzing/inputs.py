@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # Files by path relative to the folder of an input.
 Files = dict[str, bytes]
@@ -28,7 +29,7 @@ class Folder:
 Entry = bytes | Link | Folder | None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Input:
     """Changes of the files of a seed, and arguments."""
 
@@ -36,9 +37,9 @@ class Input:
     changes: dict[str, Entry] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
 
-    def __repr__(self) -> str:
-        """Return a short text, which hypothesis adds to a failure; `describe` has the contents."""
-        return f"Input({self.seed!r}, {list(self.changes)}, {self.arguments})"
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        """Print a short text, which hypothesis adds to a failure; `describe` has the contents."""
+        printer.text(f"Input({self.seed!r}, {list(self.changes)}, {self.arguments})")
 
     def key(self) -> tuple[object, ...]:
         """Return a value that is equal for equal inputs and can be a key."""

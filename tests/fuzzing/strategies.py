@@ -152,7 +152,12 @@ def _overrides(seeds: Seeds) -> Strategy:
 TARGETS = {
     "configs": FuzzTarget(targets.CONFIGS, _overrides),
     "studies": FuzzTarget(targets.STUDIES, _folders),
-    "documents": FuzzTarget(data_targets.DOCUMENTS, _folders),
+    "documents": FuzzTarget(
+        data_targets.DOCUMENTS,
+        lambda seeds: _folders(
+            seeds, arguments=st.sampled_from(((), (), ("meta.text",), ("meta",), ("id",), ("meta.n.text",)))
+        ),
+    ),
     "tokens": FuzzTarget(
         data_targets.TOKENS,
         lambda seeds: _folders(

@@ -105,9 +105,9 @@ MUTANTS = (
     ),
     Mutant(
         "override-does-not-replace",
-        "sas_megatron.config.loading:_apply_override",
-        "node[keys[-1]] = value",
-        "node.setdefault(keys[-1], value)",
+        "sas_megatron.config.loading:set_field",
+        "node[field] = value",
+        "node.setdefault(field, value)",
         "An override does not replace a value in the file.",
     ),
     Mutant(

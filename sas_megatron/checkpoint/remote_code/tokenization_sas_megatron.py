@@ -53,8 +53,8 @@ class SASMegatronTokenizer(PreTrainedTokenizer):
         return found
 
     def _convert_id_to_token(self, index: int) -> str:
-        piece: str = self.processor.id_to_piece(index)
-        return piece
+        # The model may have more rows than the tokenizer has pieces.
+        return str(self.processor.id_to_piece(index)) if index < self.vocab_size else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Return the text of pieces; bytes that are not valid UTF-8 become U+FFFD."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -17,7 +18,8 @@ from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import IGNORED_FIELDS, find_dependency, has_diverged
 from sas_megatron.scaling.study.step_times import describe_step_times, read_step_times
 from sas_megatron.scaling.study.study_table import Row, StudyTable
-from sas_megatron.scaling.study.sweeps import list_sweep_remarks
+from sas_megatron.scaling.study.sweeps import list_sweep_remarks, list_sweep_runs
+from sas_megatron.training.data_identity import corpus_contents, remove_equal_data
 
 # Fields of run.json that must be equal in all runs, or their losses are not comparable.
 EQUAL_FIELDS = ("corpus", "packages", "world_size")
@@ -34,7 +36,7 @@ def collect(plan: Plan) -> StudyTable:
     if not found:
         raise UserError(
             f"{plan.study.directory}: none of the study's {len(plan.results)} runs has finished; "
-            "run `sas-megatron study run` first"
+            "run `sas-megatron study run` first, or name the directory of the study with --directory"
         )
     _check_configs(plan, found)
     _check_equal(list(found.values()))
@@ -42,7 +44,7 @@ def collect(plan: Plan) -> StudyTable:
     status = _list_statuses(plan, done=set(found))
     rows = tuple(
         _build_row(
-            run, found.get(run.name), status=status[run.name], step_seconds=step_times.get(run.cell.name)
+            run, found.get(run.name), status=status[run.name], step_rounds=step_times.get(run.cell.name, [])
         )
         for run in plan.results
     )
@@ -52,6 +54,8 @@ def collect(plan: Plan) -> StudyTable:
         rows=rows,
         collected_at=datetime.now(UTC).isoformat(timespec="seconds"),
         remarks=_list_remarks(plan, rows, list(found.values())),
+        sweeps=list_sweep_runs(plan),
+        withdrawn=dict(plan.study.withdrawn),
     )
 
 
@@ -71,8 +75,10 @@ def _check_configs(plan: Plan, found: dict[str, Run]) -> None:
         f"  {run.name}: {field} is {actual}, planned {planned}"
         for run in plan.results
         if run.name in found
-        for field, (planned, actual) in find_differences(
-            [run.config, found[run.name].config], ignored=IGNORED_FIELDS
+        for field, (planned, actual) in remove_equal_data(
+            find_differences([run.config, found[run.name].config], ignored=IGNORED_FIELDS),
+            run.config,
+            run.directory,
         ).items()
     ]
     if lines:
@@ -116,7 +122,7 @@ def _list_remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple
     return tuple(remarks)
 
 
-def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_seconds: float | None) -> Row:
+def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_rounds: list[float]) -> Row:
     config, cell = planned.config, planned.cell
     flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
     counted = Row(
@@ -140,7 +146,8 @@ def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_second
         global_batch_size=config.training.global_batch_size,
         schedule=config.schedule.kind,
         trunk=planned.trunk,
-        step_seconds=step_seconds,
+        step_seconds=statistics.median(step_rounds) if step_rounds else None,
+        step_rounds=step_rounds,
     )
     return counted if run is None else _add_measurements(counted, planned, run)
 
@@ -175,7 +182,8 @@ def _add_measurements(counted: Row, planned: PlannedRun, run: Run) -> Row:
 def _group_by(runs: Sequence[Run], field: str) -> dict[str | None, list[str]]:
     groups: dict[str | None, list[str]] = {}
     for run in runs:
-        groups.setdefault(_text(run.provenance.get(field)), []).append(run.name)
+        value = corpus_contents(run.provenance) if field == "corpus" else run.provenance.get(field)
+        groups.setdefault(_text(value), []).append(run.name)
     return groups
 
 

