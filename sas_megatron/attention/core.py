@@ -1,4 +1,4 @@
-"""Core attention: scores, softmax, the product with values, and for SAS the average over simulated heads."""
+"""Core attention: scores, softmax, the product with values, and for SAS the aggregation of blocks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sas_megatron.attention.chunked import attend_chunked, supports_chunks
-from sas_megatron.attention.sas.simulated_attention import average_blocks
+from sas_megatron.attention.modifiers import AttentionModifiers
+from sas_megatron.attention.sas.simulated_attention import aggregate_blocks
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
-from sas_megatron.costs.head_sharding import HeadSharding
+from sas_megatron.costs.head_sharding import AttendedHeads, HeadSharding
 from sas_megatron.distributed.context_exchange import ContextExchange
 
 
@@ -110,10 +111,12 @@ class AttentionBackend:
 
 
 class CoreAttention(MegatronModule):
-    """Scaled dot-product attention over this rank's heads, and the average over blocks of simulated heads.
+    """Scaled dot-product attention over this rank's heads, and the aggregation of blocks of simulated heads.
 
-    It has no parameters. Megatron-core's local core attention is unfused, and requires values to be as wide
-    as keys.
+    Its only parameters are those of the attention's modifiers, which the layer applies before and after it
+    (`AttentionLayer.forward`). They are here since every variant builds its core attention from the config.
+
+    Megatron-core's local core attention is unfused, and requires values to be as wide as keys.
     """
 
     def __init__(
@@ -122,14 +125,17 @@ class CoreAttention(MegatronModule):
         *_args: object,
         attention: AttentionConfig,
         num_blocks: int = 1,
+        aggregation: str = "mean",
         softmax_scale: float | None = None,
         **_options: object,
     ) -> None:
         super().__init__(config=config)
-        self.num_blocks = num_blocks
+        self.num_blocks, self.aggregation = num_blocks, aggregation
         self.dropout = attention.dropout
         scale = softmax_scale or 1 / math.sqrt(attention.query_key_dim)
         self.backend = AttentionBackend(attention.backend, scale=scale)
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.modifiers = AttentionModifiers(attention, config, group=tensor_group)
         group = parallel_state.get_context_parallel_group()
         self.context_exchange = ContextExchange(group) if group.size() > 1 else None
 
@@ -143,7 +149,7 @@ class CoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **_options: object,
     ) -> torch.Tensor:
-        """Attend, and average the blocks.
+        """Attend, and aggregate the blocks.
 
         Args:
             query_SBME: [S, B, M, E], in block-major order.
@@ -158,11 +164,11 @@ class CoreAttention(MegatronModule):
         value_width = value_SBGD.shape[-1]
         sharded_blocks = self.num_blocks
         if self.context_exchange is not None:
+            heads = AttendedHeads(
+                query_SBME.shape[2], key_SBGE.shape[2], key_SBGE.shape[3], value_SBGD.shape[3]
+            )
             sharding = HeadSharding.select(
-                query_SBME.shape[2],
-                key_SBGE.shape[2],
-                num_blocks=self.num_blocks,
-                ranks=self.context_exchange.num_ranks,
+                heads, num_blocks=self.num_blocks, ranks=self.context_exchange.num_ranks
             )
             sharded_blocks = sharding.num_blocks
             query_SBME, key_SBGE, value_SBGD = self._gather_tokens(
@@ -178,13 +184,16 @@ class CoreAttention(MegatronModule):
                 causal=attention_mask is None and attn_mask_type != AttnMaskType.no_mask,
                 dropout=dropout,
             )
-        # A rank that has all blocks of its base heads averages them before it sends anything.
-        averaged_SBND = average_blocks(context_BMSD.permute(2, 0, 1, 3), sharded_blocks)
-        # Padding of the value is removed after the average, when the tensor is smaller.
-        averaged_SBND = averaged_SBND[..., :value_width]
+        # A rank that has all blocks of its base heads aggregates them before it sends anything.
+        aggregated_SBND = self._aggregate(context_BMSD.permute(2, 0, 1, 3), sharded_blocks)
+        # Padding of the value is removed after the aggregation, when the tensor is smaller.
+        aggregated_SBND = aggregated_SBND[..., :value_width]
         if self.context_exchange is not None:
-            averaged_SBND = self.context_exchange.scatter_tokens(averaged_SBND)
-        return average_blocks(averaged_SBND, self.num_blocks // sharded_blocks).flatten(2)
+            aggregated_SBND = self.context_exchange.scatter_tokens(aggregated_SBND)
+        return self._aggregate(aggregated_SBND, self.num_blocks // sharded_blocks).flatten(2)
+
+    def _aggregate(self, context_SBMD: torch.Tensor, num_blocks: int) -> torch.Tensor:
+        return aggregate_blocks(context_SBMD, num_blocks, aggregation=self.aggregation)
 
     def _dropout_randomness(self, dropout: float) -> contextlib.AbstractContextManager[None]:
         """Return a context in which each tensor rank draws different dropout masks, since its heads differ.
@@ -203,9 +212,8 @@ class CoreAttention(MegatronModule):
     ) -> list[torch.Tensor]:
         """Exchange [S/C, B, heads, D] for [S, B, heads/C, D]."""
         assert self.context_exchange is not None, "only context ranks exchange tokens"
-        if sharding.copies_keys:
-            readers = query.shape[2] // key.shape[2]
-            key, value = (heads.repeat_interleave(readers, dim=2) for heads in (key, value))
+        if sharding.key_copies > 1:
+            key, value = (heads.repeat_interleave(sharding.key_copies, dim=2) for heads in (key, value))
         exchange = self.context_exchange
         return [
             exchange.gather_tokens(heads, num_blocks=sharding.num_blocks) for heads in (query, key, value)
@@ -256,7 +264,7 @@ def build_self_attention_spec(
     /,
     *,
     module: type[SelfAttention],
-    num_blocks: int = 1,
+    aggregation: str = "mean",
     linear_qkv: Callable[..., Any] = ColumnParallelLinear,
     **module_options: object,
 ) -> ModuleSpec:
@@ -265,7 +273,7 @@ def build_self_attention_spec(
     Args:
         attention: The attention's config.
         module: Megatron-core's `SelfAttention` or a subclass.
-        num_blocks: r, the number of blocks of simulated heads that are averaged.
+        aggregation: How blocks of simulated heads are aggregated, `mean` or `rsqrt` (`aggregate_blocks`).
         linear_qkv: Builds the projection of hidden states, given the arguments of a `ColumnParallelLinear`;
             a different projection needs a `module` that reads it.
         module_options: Further arguments of `module`.
@@ -279,7 +287,12 @@ def build_self_attention_spec(
         params={"attn_mask_type": AttnMaskType.causal, **module_options},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear_qkv,
-            core_attention=functools.partial(CoreAttention, attention=attention, num_blocks=num_blocks),
+            core_attention=functools.partial(
+                CoreAttention,
+                attention=attention,
+                num_blocks=attention.num_blocks,
+                aggregation=aggregation,
+            ),
             linear_proj=RowParallelLinear,
         ),
     )

@@ -11,12 +11,12 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.layer import build_simulation
 from sas_megatron.attention.sas.simulation_kernels import (
     FusedKernels,
     HeadSource,
     PlainKernels,
     SimulationKernels,
+    build_simulation,
     build_simulation_kernels,
 )
 from sas_megatron.benchmarks.attention_blocks import BlockShape

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from sas_megatron.attention.sas.costs import padded_size
 from sas_megatron.attention.sas.fused.features import Tile, Tiling
 from sas_megatron.attention.sas.simulation_kernels import FusedKernels
 from sas_megatron.benchmarks.attention_blocks import BlockShape
 from sas_megatron.benchmarks.simulation import SimulationCase
 from sas_megatron.benchmarks.timing import time_alternately
+from sas_megatron.costs.kernel_tiles import padded_size
 
 PASS_OF_KERNEL = {
     field.name: "forward" if "forward" in field.name else "backward" for field in dataclasses.fields(Tiling)

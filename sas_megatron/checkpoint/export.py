@@ -35,7 +35,10 @@ from sas_megatron.data.tokenizer import Tokenizer
 
 _CODE = Path(__file__).parent / "remote_code"
 _MODEL_CODE = (
-    *(_CODE / f"{name}_sas_megatron.py" for name in ("attention", "configuration", "modeling")),
+    *(
+        _CODE / f"{name}_sas_megatron.py"
+        for name in ("attention", "attention_steps", "configuration", "modeling")
+    ),
     Path(simulated_attention.__file__),
 )
 _TOKENIZER_CODE = "tokenization_sas_megatron.py"

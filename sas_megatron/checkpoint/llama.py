@@ -12,7 +12,7 @@ import torch
 
 from sas_megatron.checkpoint.hf_config import HFConfig
 from sas_megatron.checkpoint.tensor_files import NamedTensors
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import MODIFIERS, AttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.model import ModelConfig
 
@@ -41,7 +41,12 @@ def find_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | None:
     """Return the first field, with its value, that the Llama format cannot express; None if there is none."""
     checks = {
         "attention.kind": (attention.kind, attention.kind in ("mha", "gqa", "mqa")),
+        "attention.rotary": (attention.rotary, attention.rotary == "after"),
         "attention.rotary_dim": (attention.rotary_dim, attention.rotary_width == attention.head_dim),
+        **{
+            f"attention.{name}": (getattr(attention, name), getattr(attention, name) in (False, "none"))
+            for name in MODIFIERS
+        },
         "model.normalization": (model.normalization, model.normalization == "rmsnorm"),
         "model.activation": (model.activation, model.activation == "swiglu"),
         # transformers 5 rejects sizes that num_heads does not divide, although its Llama could compute them.

@@ -76,7 +76,7 @@ def _build_simulation(
     layer: int, config: RunConfig, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     # Imported here because they import Megatron-core, before which the device must be prepared.
-    from sas_megatron.attention.sas.layer import build_simulation
+    from sas_megatron.attention.sas.simulation_kernels import build_simulation
     from sas_megatron.model.initialization import initialize_simulation
 
     assert isinstance(config.attention, SimulatedAttentionConfig), "upcycle() checks the kind of attention"

@@ -183,7 +183,8 @@ def find_weights(path: Path, config: RunConfig) -> WeightsSource:
     """
     expected = describe_architecture(config.model, config.attention)
     if (path / RECORD).exists():
-        raise_if_architectures_differ(read_record(path).architecture, expected, origin=path)
+        actual = _with_defaults(read_record(path).architecture, config)
+        raise_if_architectures_differ(actual, expected, origin=path)
         return WeightsSource(path, is_checkpoint=False)
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
@@ -203,6 +204,16 @@ def find_weights(path: Path, config: RunConfig) -> WeightsSource:
 def suggest_initial_weights(other: Path) -> str:
     """Return a suggestion for `offering_another_checkpoint` of a run that starts from its weights."""
     return f"set checkpoint.initial_weights={other}"
+
+
+def _with_defaults(stored: Architecture, config: RunConfig) -> Architecture:
+    """Add the defaults of fields that the earlier version which recorded an architecture did not have."""
+    sections = {"model": config.model, "attention": config.attention}
+    defaults = {
+        name: {field: about.default for field, about in type(section).model_fields.items()}
+        for name, section in sections.items()
+    }
+    return {name: {**defaults[name], **fields} for name, fields in stored.items()}
 
 
 def read_checkpoint_config(checkpoint: Path) -> RunConfig:

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from sas_megatron.data.token_files import TokenManifest
     from sas_megatron.data.tokenizer import Tokenizer
 
+# The default is that of data.documents, which is not imported here because `--help` must stay fast.
+# sentencepiece counts the bytes of a document in 32 bits.
+document_limit = click.option(
+    "--max-document-bytes",
+    type=click.IntRange(1, 1 << 30),
+    default=1 << 27,
+    show_default=True,
+    help="Largest document, or line of JSON, that is read. Memory grows with it.",
+)
+
 EXCERPT_CHARACTERS = 600
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -44,6 +54,7 @@ def data() -> None:
 )
 @click.option("--workers", type=int, default=None, help="Worker processes; by default one per CPU.")
 @click.option("--text-column", default="text", show_default=True, help="Column with the text.")
+@document_limit
 @click.option("--overwrite", is_flag=True, help="Replace token files of other documents, and damaged ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest of the files as JSON.")
 def prepare(
@@ -53,6 +64,7 @@ def prepare(
     prefix: str,
     workers: int | None,
     text_column: str,
+    max_document_bytes: int,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -70,6 +82,7 @@ def prepare(
             tokenizer_path=tokenizer_path,
             prefix=prefix,
             text_column=text_column,
+            max_document_bytes=max_document_bytes,
             num_workers=workers,
             overwrite=overwrite,
             report_progress=report_progress,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from sas_megatron.cli.data import document_limit
 from sas_megatron.cli.log_setup import configure_logging
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _KINDS_OF_OPTION = {
         ),
         ("tasks",),
     ),
-    **dict.fromkeys(("files", "text_column", "stride"), ("files",)),
+    **dict.fromkeys(("files", "text_column", "max_document_bytes", "stride"), ("files",)),
     "lengths": ("files", "validation"),
 }
 
@@ -88,6 +89,7 @@ _KINDS_OF_OPTION = {
     help="Documents whose loss is measured (Parquet, Arrow, JSON lines, text, or builtin).",
 )
 @click.option("--text-column", default="text", show_default=True, help="Column with the text.")
+@document_limit
 @click.option(
     "--sequence-length",
     "lengths",
@@ -229,6 +231,7 @@ def _measure_loss(
     folder: Path,
     files: tuple[str, ...],
     text_column: str,
+    max_document_bytes: int,
     lengths: tuple[int, ...],
     stride: int | None,
     batch_tokens: int,
@@ -250,7 +253,10 @@ def _measure_loss(
     with load_model(source, check_first=functools.partial(check_results, folder, source)) as model:
         from sas_megatron.evaluation.sliding_window import measure_held_out
 
-        documents = {name: Documents(found, text_column=text_column) for name, found in paths.items()}
+        documents = {
+            name: Documents(found, text_column=text_column, max_document_bytes=max_document_bytes)
+            for name, found in paths.items()
+        }
         domains = _file_domains(model, documents) if files else _validation_domain(model)
         results = measure_held_out(model, domains, settings)
         remarks += [

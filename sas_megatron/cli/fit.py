@@ -7,17 +7,47 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sas_megatron.scaling.numbers import format_interval
+from sas_megatron.config.errors import FieldError
+from sas_megatron.scaling.numbers import MISSING, format_interval
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sas_megatron.scaling.laws.hold_out import HoldOut
-    from sas_megatron.scaling.laws.law_fit import ComputeOptimal, LawFit
+    from sas_megatron.scaling.laws.law_fit import ComputeOptimal, LawFit, OtherMethods
+
+PARAMETERS = {"E": "E", "A": "A", "B": "B", "alpha": "α", "beta": "β"}
+LARGEST_SIZE = "largest-size"
+# FLOPs per token that are proportional to N up to this difference of exponents give the exponents of 6ND.
+SAME_EXPONENT = 1e-4
+
+
+def _parse_hold_out(_context: click.Context, _parameter: click.Parameter, value: str) -> float | None:
+    """Return the fraction of the runs, or None for the runs of the largest size.
+
+    Raises:
+        FieldError: The value is neither.
+    """
+    if value == LARGEST_SIZE:
+        return None
+    try:
+        fraction = float(value)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction < 1:
+        raise FieldError(
+            "--hold-out", value, f"must be a fraction between 0 and 1 or {LARGEST_SIZE}", "use 0.1"
+        )
+    return fraction
 
 
 @click.command()
 @click.argument("points", type=click.Path())
+@click.option(
+    "--columns",
+    metavar="ROLE=NAME,...",
+    help='Names of columns that differ, for example params="Model Size",tokens=D.',
+)
 @click.option("--variant", help="Variant to fit, if a column variant contains several.")
 @click.option(
     "--drop-highest", type=int, default=0, show_default=True, help="Number of highest losses to leave out."
@@ -28,37 +58,48 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--hold-out",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
+    callback=_parse_hold_out,
+    default="0.1",
     show_default=True,
-    help="Fraction of the runs, the largest, to predict from the others.",
+    metavar=f"FRACTION|{LARGEST_SIZE}",
+    help=f"Runs to predict from the others: a fraction, those with the most FLOPs, or {LARGEST_SIZE}.",
+)
+@click.option(
+    "--other-methods",
+    is_flag=True,
+    help="Also fit by least squares, with intervals by profile likelihood, and by variable projection.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the tables.")
 def fit(
     points: str,
     *,
+    columns: str | None,
     variant: str | None,
     drop_highest: int,
     bootstraps: int,
     seed: int,
-    hold_out: float,
+    hold_out: float | None,
+    other_methods: bool,
     as_json: bool,
 ) -> None:
-    """Fit L(N, D) = E + A/N^α + B/D^β to POINTS, a CSV file with the columns params, tokens and loss.
+    """Fit L(N, D) = E + A/N^α + B/D^β to POINTS, a table with the columns params, tokens and loss.
 
-    Optional columns: flops, the training FLOPs of each run with attention (without it, C = 6ND is assumed);
-    size, the strata of the bootstrap (default: params); variant; and epochs, how many times a run read its
-    training data.
+    The table is CSV, TSV, text with semicolons, JSON lines or Parquet. Optional columns: flops, the training
+    FLOPs of each run with attention (without it, C = 6ND is assumed); run, if several points are checkpoints
+    of one run; size, the strata of the bootstrap (default: params); variant; and epochs, how many times a run
+    read its training data.
     """
-    from sas_megatron.scaling.laws.law_fit import fit_law, law_fit_record
-    from sas_megatron.scaling.laws.points import read_points
+    from sas_megatron.scaling.laws.law_fit import fit_law
+    from sas_megatron.scaling.laws.law_record import law_fit_record
+    from sas_megatron.scaling.laws.point_table import parse_columns, read_points
 
     fitted = fit_law(
-        read_points(points, variant=variant),
+        read_points(points, variant=variant, columns=parse_columns(columns) if columns is not None else None),
         drop_highest=drop_highest,
         num_draws=bootstraps,
         seed=seed,
         hold_out=hold_out,
+        use_other_methods=other_methods,
     )
     if as_json:
         click.echo(json.dumps(law_fit_record(fitted), indent=2, allow_nan=False))
@@ -67,7 +108,7 @@ def fit(
 
 
 def print_law_fit(law: LawFit) -> None:
-    """Print the dropped points, the law, the exponents of each method, the prediction and the remarks."""
+    """Print the dropped points, the law, its exponents of compute, the prediction and the remarks."""
     from rich.console import Console
 
     console = Console()
@@ -79,6 +120,8 @@ def print_law_fit(law: LawFit) -> None:
     _show_compute_laws(console, law)
     if law.hold_out is not None:
         _show_hold_out(console, law.hold_out)
+    if law.other_methods is not None:
+        _show_other_methods(console, law.other_methods)
     for remark in law.remarks:
         console.print(f"· {remark}", soft_wrap=True)
 
@@ -86,18 +129,14 @@ def print_law_fit(law: LawFit) -> None:
 def _show_parameters(console: Console, law: LawFit) -> None:
     from rich.table import Table
 
-    title = f"L(N, D) = E + A/N^α + B/D^β through {len(law.fit.points)} points"
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "estimate", "95 % bootstrap", "95 % profile, least squares", "projection"):
+    points = law.fit.points
+    of_runs = "" if points.runs is None else f" of {points.num_runs} runs"
+    console.print(f"L(N, D) = E + A/N^α + B/D^β through {len(points)} points{of_runs}", style="italic")
+    table = Table()
+    for heading in ("", "estimate", "95 % interval"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, label in (("E", "E"), ("A", "A"), ("B", "B"), ("alpha", "α"), ("beta", "β")):
-        table.add_row(
-            label,
-            f"{getattr(law.fit.surface, name):.5g}",
-            format_interval(law.ci95[name]),
-            format_interval((law.profile95 or {}).get(name)),
-            "–" if law.projected is None else f"{getattr(law.projected.surface, name):.5g}",
-        )
+    for name, label in PARAMETERS.items():
+        table.add_row(label, f"{getattr(law.fit.surface, name):.5g}", format_interval(law.ci95[name]))
     console.print(table)
     console.print(f"Sum of Huber losses of log residuals (δ = 0.001): {law.fit.fit.objective:.6g}.")
 
@@ -105,12 +144,14 @@ def _show_parameters(console: Console, law: LawFit) -> None:
 def _show_exponents(console: Console, law: LawFit) -> None:
     from rich.table import Table
 
-    table = Table(title="Exponents of compute C, with 95 % bootstrap intervals", title_justify="left")
+    table = Table(title="Exponents of compute C, with 95 % intervals", title_justify="left")
     for heading in ("method", "optimal N", "optimal D", "loss above E"):
         table.add_column(heading)
     rows = {"law, C = 6ND": law.compute_optimal_6nd}
     if law.compute_optimal.cost.source == "flops":
         rows = {"law, recorded FLOPs": law.compute_optimal, **rows}
+    if abs(law.compute_optimal.cost.exponent - 1) < SAME_EXPONENT:
+        rows = {"law": law.compute_optimal}
     for label, optimal in rows.items():
         table.add_row(
             label,
@@ -142,7 +183,7 @@ def _show_optimum(console: Console, optimal: ComputeOptimal) -> None:
 
 def _show_compute_laws(console: Console, law: LawFit) -> None:
     for fit, form in ((law.compute_law, "E + K/C^γ"), (law.pure_compute_law, "K/C^γ")):
-        if fit is not None:
+        if fit is not None and fit.is_distinct:
             curve = fit.law
             numbers = f"K = {curve.K:.5g}, γ = {curve.gamma:.4f}"
             console.print(
@@ -157,6 +198,22 @@ def _show_hold_out(console: Console, hold_out: HoldOut) -> None:
     console.print(
         f"Prediction of the {len(hold_out.runs)} largest runs from the other {hold_out.num_fitted} (up to "
         f"{hold_out.reach:.3g} times their FLOPs): root mean square error "
-        f"{hold_out.root_mean_square_error:.2%}, {hold_out.share_inside:.0%} within their 95 % intervals.",
+        f"{hold_out.root_mean_square_error:.2%}; {hold_out.num_inside} of {len(hold_out.runs)} within 95 % "
+        "intervals of the noise, which leave out the error of the law beyond the fitted runs.",
         soft_wrap=True,
     )
+
+
+def _show_other_methods(console: Console, other: OtherMethods) -> None:
+    from rich.table import Table
+
+    table = Table(title="Other methods", title_justify="left")
+    for heading in ("", "least squares", "95 % profile likelihood", "variable projection"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, label in PARAMETERS.items():
+        squares, projected = (
+            MISSING if fit is None else f"{getattr(fit.surface, name):.5g}"
+            for fit in (other.least_squares, other.projected)
+        )
+        table.add_row(label, squares, format_interval((other.profile95 or {}).get(name)), projected)
+    console.print(table)

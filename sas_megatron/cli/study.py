@@ -53,8 +53,10 @@ def study() -> None:
 def plan(study: Path, *, as_json: bool) -> None:
     """Print every run of STUDY and its cost, without starting anything."""
     from sas_megatron.cli.study_tables import plan_record, print_plan
+    from sas_megatron.scaling.study.plan_data import check_data
 
-    planned = _load_plan(study, checks_data=True)()
+    planned = _load_plan(study)()
+    check_data(planned)
     if as_json:
         click.echo(json.dumps(plan_record(planned), indent=2))
     else:
@@ -114,14 +116,17 @@ def run(study: Path, *, only: str, jobs: int) -> None:
     Raises:
         click.exceptions.Exit: A run has failed or was stopped; the exit status is 1.
     """
+    from sas_megatron.scaling.study.plan_data import check_data
     from sas_megatron.scaling.study.runner import StudyRunner
     from sas_megatron.scaling.study.submission import find_queued_runs
 
-    load_plan = _load_plan(study, checks_data=True)
+    load_plan = _load_plan(study)
+    planned = load_plan()
+    check_data(planned)
     # Runs with a SLURM job are not run here as well.
-    queued = find_queued_runs(load_plan())
+    queued = find_queued_runs(planned)
     runner = StudyRunner(load_plan, jobs=jobs, log=lambda text: click.echo(f"» {text}"), excluded=queued)
-    if not runner.run(selected=_match_names(only, load_plan())):
+    if not runner.run(selected=_match_names(only, planned)):
         raise click.exceptions.Exit(1)
 
 
@@ -161,9 +166,11 @@ def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -
     OPTIONS are passed to sbatch, for example --nodes=1 --gpus-per-node=8 --time=24:00:00. Branches depend on
     their trunks. The runs after a sweep can be submitted once the sweep has finished.
     """
+    from sas_megatron.scaling.study.plan_data import check_data
     from sas_megatron.scaling.study.submission import submit as submit_plan
 
-    planned = _load_plan(study, checks_data=True)()
+    planned = _load_plan(study)()
+    check_data(planned)
     jobs = submit_plan(planned, options=options, max_parallel=side_by_side)
     for name, job in jobs.items():
         click.echo(f"» {name}: job {job.number}")
@@ -259,22 +266,11 @@ def report(study: Path, *, output: Path | None, bootstraps: int) -> None:
     click.echo(f"» {page}")
 
 
-def _load_plan(path: Path, *, checks_data: bool = False) -> Callable[[], Plan]:
-    """Load the study once and return a function for the current plan, which changes when a sweep finishes.
-
-    Args:
-        path: The study file.
-        checks_data: Also check the token files of the runs, as far as they exist on this machine.
-
-    Raises:
-        UserError: The study file is invalid, or its runs cannot be trained on the token files.
-    """
-    from sas_megatron.scaling.study.plan_data import check_data
+def _load_plan(path: Path) -> Callable[[], Plan]:
+    """Load the study once and return a function for the current plan, which changes when a sweep finishes."""
     from sas_megatron.scaling.study.sweeps import plan_with_rates
 
     loaded, base = _load_study(path)
-    if checks_data:
-        check_data(plan_with_rates(loaded, base))
     return lambda: plan_with_rates(loaded, base)
 
 

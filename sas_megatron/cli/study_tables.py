@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sas_megatron.data.epochs import DataUse, format_epochs
+from sas_megatron.scaling.analysis_of_variance import analyze_variance
 from sas_megatron.scaling.numbers import (
     MISSING,
     format_count,
@@ -17,7 +20,8 @@ from sas_megatron.scaling.numbers import (
     format_power,
 )
 from sas_megatron.scaling.runs import has_finished
-from sas_megatron.scaling.seed_noise import SeedNoise, pool_deviation, smallest_detectable_difference
+from sas_megatron.scaling.seed_noise import SeedLosses
+from sas_megatron.scaling.significance import smallest_detectable_difference
 from sas_megatron.scaling.study.plan_data import count_data_uses, describe_repetitions
 from sas_megatron.scaling.study.run_states import RunStatus, final_loss
 
@@ -26,6 +30,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sas_megatron.scaling.study.plan import Plan, PlannedRun
+
+
+@dataclass(frozen=True)
+class _SeedNoise:
+    """Deviations over seeds with their degrees of freedom (None if given), in one cell and of the mean."""
+
+    cell: tuple[float, int | None]
+    mean: tuple[float, int | None]
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -38,7 +50,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "totals": _sum_costs(plan),
         "seed_noise": None
         if noise is None
-        else {"deviation": noise.deviation, "degrees_of_freedom": noise.degrees},
+        else {"deviation": noise.cell[0], "degrees_of_freedom": noise.cell[1]},
         "smallest_effects": _list_detectable_differences(plan, noise),
     }
 
@@ -116,9 +128,10 @@ def _print_detectable_differences(plan: Plan, console: Console) -> None:
             soft_wrap=True,
         )
         return
-    source = "given" if noise.degrees is None else f"measured, {noise.degrees} degrees of freedom"
+    deviation, degrees = noise.cell
+    source = "given" if degrees is None else f"measured, {degrees} degrees of freedom"
     console.print(
-        f"Seed noise {noise.deviation:.4f} ({source}). Smallest detectable loss difference:", soft_wrap=True
+        f"Seed noise {deviation:.4f} ({source}). Smallest detectable loss difference:", soft_wrap=True
     )
     table = _build_table("variant", "in one cell", "mean of all", right=("in one cell", "mean of all"))
     for name, (one, mean) in _list_detectable_differences(plan, noise).items():
@@ -126,34 +139,47 @@ def _print_detectable_differences(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _list_detectable_differences(plan: Plan, noise: SeedNoise | None) -> dict[str, tuple[float, float]]:
-    """Return for each variant the detectable difference in one cell, and of the mean over all cells.
-
-    The budgets of one seed share a trunk: their mean is assumed to vary as much as a single budget.
-    """
+def _list_detectable_differences(plan: Plan, noise: _SeedNoise | None) -> dict[str, tuple[float, float]]:
+    """Return for each variant the detectable difference in one cell, and of the mean over all cells."""
     if noise is None:
         return {}
     study = plan.study
     differences = {}
     for variant in list(study.variants)[1:]:
         seeds = study.num_seeds(study.baseline), study.num_seeds(variant)
-        differences[variant] = (
-            smallest_detectable_difference(noise, seeds=seeds),
-            smallest_detectable_difference(noise, seeds=seeds, num_cells=len(study.sizes)),
-        )
+        one, mean = (smallest_detectable_difference(*each, seeds=seeds) for each in (noise.cell, noise.mean))
+        differences[variant] = one, mean
     return differences
 
 
-def _estimate_seed_noise(plan: Plan) -> SeedNoise | None:
+def _estimate_seed_noise(plan: Plan) -> _SeedNoise | None:
+    """Return the noise in one cell, and that of the mean over cells; None if no cell has two seeds.
+
+    A seed is shared by all cells, so that the mean is measured by seed. If that is not possible, it is
+    assumed to vary as much as a single cell.
+    """
     if plan.study.seed_noise is not None:
-        return SeedNoise(plan.study.seed_noise, degrees=None)
-    cells: dict[tuple[str, float], list[float]] = {}
+        return _SeedNoise((plan.study.seed_noise, None), (plan.study.seed_noise, None))
+    losses: dict[str, dict[tuple[str, str], dict[int, float]]] = {}
     for run in plan.results:
         loss = final_loss(run)
         if loss is not None and has_finished(run.directory):
-            cells.setdefault((run.cell.name, run.budget), []).append(loss)
-    pooled = pool_deviation(cells.values())
-    return None if pooled is None else SeedNoise(*pooled)
+            variant = "-".join([run.cell.variant, *run.cell.levels.values()])
+            cell = losses.setdefault(variant, {}).setdefault((run.cell.size, f"{run.budget:g}"), {})
+            cell[run.seed] = loss
+    cells = _pool(by_seed for by_cell in losses.values() for by_seed in by_cell.values())
+    if cells is None:
+        return None
+    tables = [SeedLosses.of(by_cell) for by_cell in losses.values()]
+    means = _pool(dict(zip(table.seeds, table.losses.mean(axis=0), strict=True)) for table in tables)
+    return _SeedNoise(cells, means or cells)
+
+
+def _pool(groups: Iterable[Mapping[int, float]]) -> tuple[float, int] | None:
+    """Return the standard deviation within groups of seeds and its degrees of freedom."""
+    sums = analyze_variance(list(groups))
+    degrees = sums.seeds_degrees + sums.interaction_degrees
+    return (math.sqrt((sums.seeds + sums.interaction) / degrees), degrees) if degrees else None
 
 
 def _run_record(plan: Plan, run: PlannedRun, use: DataUse | None) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from sas_megatron.cli.data import document_limit
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def tokenizer() -> None:
@@ -24,6 +26,7 @@ def tokenizer() -> None:
 )
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The .model file to write.")
 @click.option("--text-column", default="text", show_default=True, help="Column with the text.")
+@document_limit
 @click.option(
     "--sample-bytes",
     type=int,
@@ -46,6 +49,7 @@ def train(
     vocab_size: int,
     output: Path,
     text_column: str,
+    max_document_bytes: int,
     sample_bytes: int,
     model_type: str,
     overwrite: bool,
@@ -60,7 +64,9 @@ def train(
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.tokenizer_training import record_training, train_tokenizer
 
-    documents = stream_documents(resolve_sources(list(sources)), text_column=text_column)
+    documents = stream_documents(
+        resolve_sources(list(sources)), text_column=text_column, max_document_bytes=max_document_bytes
+    )
     trained = train_tokenizer(
         documents,
         vocab_size=vocab_size,

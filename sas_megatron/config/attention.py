@@ -22,6 +22,8 @@ Part = Literal["config", "costs", "layer"]
 # Another package registers the kind `name` by three entry points of this group, `name.config`, `name.costs`
 # and `name.layer`. docs/own_attention has an example.
 ENTRY_POINT_GROUP = "sas_megatron.attention"
+# Fields of the modifiers, which every variant supports (attention/modifiers.py); all are off by default.
+MODIFIERS = ("qk_norm", "knocking_heads", "output_norm", "output_gate")
 
 
 class VariantNames(NamedTuple):
@@ -38,6 +40,7 @@ def _variant(folder: str, name: str, costs: str, layer: str) -> VariantNames:
 
 
 KINDS: dict[str, VariantNames] = {
+    "diff": _variant("diff", "DifferentialAttentionConfig", "DifferentialCosts", "DifferentialSelfAttention"),
     "mha": _variant("gqa", "MultiHeadAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
     "gqa": _variant("gqa", "GroupedQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
     "mqa": _variant("gqa", "MultiQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
@@ -52,9 +55,9 @@ KINDS: dict[str, VariantNames] = {
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The initial distribution of a weight: N(0, scale), or uniform in ±scale; scale 0 gives zeros."""
+    """The initial weights: N(0, scale), uniform in ±scale, or scale times the identity."""
 
-    distribution: Literal["normal", "uniform"]
+    distribution: Literal["normal", "uniform", "identity"]
     scale: float
 
 
@@ -66,6 +69,7 @@ class AttentionConfig(Section):
 
     Attributes:
         uses_model_rotary: Whether the layer uses the model's rotary embedding, rather than its own.
+        rotary_choices: The values of `rotary` that the variant supports.
         has_fused_qkv: Whether queries, keys and values come from Megatron-core's fused projection.
         recomputable: The parts that `training.recompute_modules` may name, with the FLOP terms of each.
         dimension_steps: For matching (scaling/matching.py), the fields that may be solved for, with a step
@@ -76,6 +80,7 @@ class AttentionConfig(Section):
 
     section_name: ClassVar[str] = "attention"
     uses_model_rotary: ClassVar[bool] = True
+    rotary_choices: ClassVar[tuple[str, ...]] = ("after", "none")
     has_fused_qkv: ClassVar[bool] = True
     recomputable: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("scores", "values")}
     dimension_steps: ClassVar[dict[str, int]] = {"num_heads": 1, "head_dim": 8}
@@ -88,6 +93,11 @@ class AttentionConfig(Section):
         default=None, description="G, the number of key/value heads; null: equal to num_heads."
     )
     head_dim: int = Field(description="D, the number of features of a head.")
+    rotary: Literal["after", "before", "none"] = Field(
+        default="after",
+        description="Rotary embeddings of queries and keys. after: on the heads of core attention; before: "
+        "on base heads, before SAS simulates heads from them; none: no position embeddings.",
+    )
     rotary_dim: int | None = Field(
         default=None, description="Features of a query/key head with rotary embeddings; null: all."
     )
@@ -98,6 +108,18 @@ class AttentionConfig(Section):
         "GPU in bfloat16, without padding values to the width of keys; unfused: separate matrix products; "
         "auto: by chunks of queries where that is faster (on a CPU, causal, float32, up to 1,024 tokens), "
         "otherwise fused.",
+    )
+    qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys before rotary embeddings.")
+    knocking_heads: bool = Field(
+        default=False, description="A gated map of D×D of each value head, shared by all heads."
+    )
+    output_norm: bool = Field(
+        default=False, description="RMSNorm of each head's result, before the output gate."
+    )
+    output_gate: Literal["none", "headwise", "elementwise"] = Field(
+        default="none",
+        description="A factor σ(X·W) of each head's result, or of each of its features, from the layer's "
+        "input X.",
     )
 
     @model_validator(mode="after")
@@ -110,28 +132,34 @@ class AttentionConfig(Section):
                 f"must divide attention.num_heads={self.num_heads}",
                 f"use one of {divisors(self.num_heads)}",
             )
-        if self.uses_model_rotary:
-            self._check_rotary()
+        self._check_rotary()
         return self
 
     def _check_rotary(self) -> None:
+        if self.rotary not in self.rotary_choices:
+            choices = " or ".join(self.rotary_choices)
+            raise self.problem("rotary", f"must be {choices} with attention.kind={self.kind}", "use after")
+        if self.rotary == "none" and self.rotary_dim is not None:
+            raise self.problem("rotary_dim", "must be null if attention.rotary=none", "omit it")
+        if not self.uses_model_rotary:
+            return
         if self.rotary_dim is not None and self.rotary_dim % 2:
             raise self.problem(
                 "rotary_dim",
                 "must be even, since rotary embeddings rotate pairs of features",
                 f"use {self.rotary_dim + 1}",
             )
-        if self.rotary_width > self.query_key_dim:
+        if self.rotary_width > self.rotated_head_dim:
             raise self.problem(
                 "rotary_dim",
-                f"must not exceed the {self.query_key_dim} features of a query/key head",
-                f"use {self.query_key_dim} or less",
+                f"must not exceed the {self.rotated_head_dim} features of a query/key head",
+                f"use {self.rotated_head_dim} or less",
             )
         if self.rotary_width % 2:
             raise self.problem(
                 "head_dim" if self.rotary_width == self.head_dim else "simulated_head_dim",
                 "must be even, since rotary embeddings rotate pairs of its features",
-                "use an even width, or set attention.rotary_dim",
+                "use an even width, or set attention.rotary_dim or attention.rotary=none",
             )
 
     @property
@@ -150,24 +178,41 @@ class AttentionConfig(Section):
         return self.head_dim
 
     @property
+    def num_query_heads(self) -> int:
+        """Query heads that are projected: N, for differential attention 2N."""
+        return self.num_heads
+
+    @property
     def qkv_width(self) -> int:
         """D(N + 2G), the columns of Megatron-core's fused projection."""
-        return self.head_dim * (self.num_heads + 2 * self.num_key_value_heads)
+        return self.head_dim * (self.num_query_heads + 2 * self.num_key_value_heads)
+
+    @property
+    def rotated_head_dim(self) -> int:
+        """Features of the heads to which rotary embeddings are applied: those of core attention, or D."""
+        return self.head_dim if self.rotary == "before" else self.query_key_dim
 
     @property
     def rotary_width(self) -> int:
-        """Features with rotary embeddings, with the default resolved."""
-        return self.query_key_dim if self.rotary_dim is None else self.rotary_dim
+        """Features with rotary embeddings, with the default resolved; 0 without rotary embeddings."""
+        if self.rotary == "none":
+            return 0
+        return self.rotated_head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def num_attended_heads(self) -> int:
-        """Query heads in core attention: N, for SAS r·N."""
-        return self.num_heads
+        """Query heads in core attention: those projected, for SAS r·N."""
+        return self.num_query_heads
 
     @property
     def num_blocks(self) -> int:
         """Blocks of N heads whose results are averaged: 1, for SAS r."""
-        return self.num_attended_heads // self.num_heads
+        return self.num_attended_heads // self.num_query_heads
+
+    @property
+    def is_modified(self) -> bool:
+        """Whether any modifier is on."""
+        return any(getattr(self, name) not in (False, "none") for name in MODIFIERS)
 
     def check_tensor_parallel(self, tensor: int) -> None:
         """Check that the heads can be sharded over `tensor` ranks.
@@ -216,8 +261,8 @@ class AttentionConfig(Section):
 
     def resolved_fields(self) -> dict[str, Any]:
         """Return the values of optional fields with their defaults resolved."""
-        fields = {"num_kv_heads": self.num_key_value_heads}
-        return {**fields, "rotary_dim": self.rotary_width} if self.uses_model_rotary else fields
+        fields: dict[str, Any] = {"num_kv_heads": self.num_key_value_heads}
+        return {**fields, "rotary_dim": self.rotary_width or None} if self.uses_model_rotary else fields
 
     @classmethod
     def defaults_from(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:

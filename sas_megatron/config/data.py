@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -53,7 +52,6 @@ class DataConfig(Section):
                 f"has {len(self.prefixes):,} entries, and Megatron-core blends at most {MAX_PREFIXES:,}",
                 "prepare several sources as one token file",
             )
-        self._check_unique_prefixes()
         if self.weights is not None and len(self.weights) != len(self.prefixes):
             raise self.problem(
                 "weights",
@@ -73,18 +71,6 @@ class DataConfig(Section):
                 "use [0.97, 0.03], for example",
             )
         return self
-
-    def _check_unique_prefixes(self) -> None:
-        seen: set[str] = set()
-        for prefix in self.prefixes:
-            path = os.path.realpath(prefix)
-            if path in seen:
-                raise self.problem(
-                    "prefixes",
-                    f"names {prefix} twice, whose documents would count twice",
-                    "name it once, and set weights to read more of it",
-                )
-            seen.add(path)
 
     def _check_shares(self, field: str) -> None:
         """Check that numbers, which are divided by their sum, stay positive and finite."""

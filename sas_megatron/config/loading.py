@@ -27,6 +27,8 @@ MEGATRON_ALIASES: dict[str, str] = {
     "kv_channels": "attention.head_dim",
     "attention_dropout": "attention.dropout",
     "rotary_percent": "attention.rotary_dim",
+    "position_embedding_type": "attention.rotary",
+    "no_rope_freq": "attention.rotary",
     "padded_vocab_size": "model.vocab_size",
     "make_vocab_size_divisible_by": "model.vocab_multiple",
     "init_method_std": "model.init_std",

@@ -53,10 +53,11 @@ class ModelConfig(Section):
     init_std: float = Field(
         default=0.02, description="σ of the N(0, σ) initialization of all matrices but those of output_init."
     )
-    output_init: Literal["scaled", "wang"] = Field(
+    output_init: Literal["scaled", "wang", "normal"] = Field(
         default="scaled",
         description="Initialization of the output projections of attention and MLP. scaled: "
-        "N(0, σ/√(2·layers)), as in GPT-2; wang: N(0, 2/(layers·√H)), the wang_init of GPT-NeoX.",
+        "N(0, σ/√(2·layers)), as in GPT-2; wang: N(0, 2/(layers·√H)), the wang_init of GPT-NeoX; "
+        "normal: N(0, σ), as for the other matrices.",
     )
 
     @model_validator(mode="after")

@@ -71,7 +71,9 @@ class TrainingConfig(Section):
         "null: all layers.",
     )
     collective_timeout_minutes: float = Field(
-        default=10.0, description="The run ends with an error if a collective takes longer than this."
+        default=10.0,
+        description="The run ends with an error if a collective takes longer than this. The ranks wait for "
+        "rank 0 to build sample indices without this limit.",
     )
 
     @model_validator(mode="after")
@@ -132,10 +134,21 @@ class EvaluationConfig(Section):
         default=64,
         description="Number of windows drawn from the validation split; the same windows for every seed.",
     )
+    probe_sequences: int = Field(
+        default=0,
+        description="The first windows on which each evaluation also measures activations, scores and the "
+        "simulation by layer (records of the kind `probe` in metrics.jsonl); 0: none.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
         self.require_positive("interval", "num_sequences")
+        if not 0 <= self.probe_sequences <= self.num_sequences:
+            raise self.problem(
+                "probe_sequences",
+                f"must be between 0 and evaluation.num_sequences={self.num_sequences}",
+                "use 2, for example",
+            )
         return self
 
 

@@ -104,6 +104,9 @@ class CoreAttentionSpec:
         query_key_width: E, features of a query or key head.
         value_width: D, features of a value head.
         value_bytes: Bytes of the tensor that the value is a view of, which is saved if the value is.
+        views: Those of `query`, `key` and `value` that are views of the same projected columns. Rotary
+            embeddings, if any, are in separate tensors.
+        columns_bytes: Bytes of these columns.
         has_dropout: Whether attention weights are dropped.
     """
 
@@ -112,6 +115,8 @@ class CoreAttentionSpec:
     value_width: int
     value_bytes: int
     has_dropout: bool
+    views: frozenset[str] = frozenset()
+    columns_bytes: int = 0
 
     def count_bytes(self) -> dict[str, int]:
         """Return the bytes saved by core attention (`attention`) and of its result (`projection`)."""
@@ -125,7 +130,12 @@ class CoreAttentionSpec:
         result = layer.full_bytes(heads * width)
         if "attention" in layer.recomputed:
             # Query, key, value, and the mask type as an int32.
-            inputs = layer.full_bytes((queries + keys) * self.query_key_width) + self.value_bytes + 4
+            inputs = 4 + self._input_bytes(
+                self.views,
+                query=layer.full_bytes(queries * self.query_key_width),
+                key=layer.full_bytes(keys * self.query_key_width),
+                value=self.value_bytes,
+            )
             return {"attention": inputs, "projection": result}
         if layer.backend == "cudnn":
             is_saved = layer.context == 1 and layer.num_blocks == 1
@@ -141,6 +151,19 @@ class CoreAttentionSpec:
         }
         return {"attention": counts[layer.backend](), "projection": result}
 
+    def _input_bytes(self, views: frozenset[str], **num_bytes: int) -> int:
+        """Return the bytes of saved heads, given the bytes of those that are not views of shared columns."""
+        separate = sum(size for name, size in num_bytes.items() if name not in views)
+        return separate + (self.columns_bytes if views & num_bytes.keys() else 0)
+
+    @property
+    def _attended_views(self) -> frozenset[str]:
+        """`views` in core attention; heads from other context ranks are separate tensors."""
+        return self.views if self.layer.context == 1 else frozenset()
+
+    def _attended_bytes(self, num_heads: int, width: int) -> int:
+        return self.layer.element_bytes * self._rows * num_heads * width
+
     @property
     def _rows(self) -> int:
         """B·S: a context rank's heads attend over full sequences."""
@@ -150,19 +173,36 @@ class CoreAttentionSpec:
         """Return the bytes of query, key, value and result padded to E, and the log-sum-exp of each query."""
         queries, keys = self.layer.attended_heads
         mask = self._rows * self.layer.length if self.layer.masked else 0
-        elements = self._rows * 2 * (queries + keys) * self.query_key_width + mask
-        return self.layer.element_bytes * elements + FLOAT32_BYTES * self._rows * queries
+        # The value and the result are padded.
+        elements = self._rows * (queries + keys) * self.query_key_width + mask
+        inputs = self._input_bytes(
+            self._attended_views,
+            query=self._attended_bytes(queries, self.query_key_width),
+            key=self._attended_bytes(keys, self.query_key_width),
+        )
+        return inputs + self.layer.element_bytes * elements + FLOAT32_BYTES * self._rows * queries
 
     def _cudnn_bytes(self) -> int:
         """Return the bytes of query, key, value and result, unpadded, and the log-sum-exp of each query."""
-        queries, keys = self.layer.attended_heads
+        queries, _ = self.layer.attended_heads
         mask = self._rows * self.layer.length if self.layer.masked else 0
-        elements = self._rows * ((queries + keys) * self.query_key_width + queries * self.value_width) + mask
-        value = self.layer.element_bytes * self._rows * keys * self.value_width
+        elements = self._rows * queries * self.value_width + mask
         return (
-            self.layer.element_bytes * elements
-            + (self.value_bytes if self.layer.context == 1 else value)
+            self._separate_input_bytes()
+            + self.layer.element_bytes * elements
             + FLOAT32_BYTES * self._rows * queries
+        )
+
+    def _separate_input_bytes(self) -> int:
+        """Return the bytes of query, key and value, if the value is not padded."""
+        queries, keys = self.layer.attended_heads
+        # A value from other context ranks is a separate tensor.
+        is_local = self.layer.context == 1
+        return self._input_bytes(
+            self._attended_views,
+            query=self._attended_bytes(queries, self.query_key_width),
+            key=self._attended_bytes(keys, self.query_key_width),
+            value=self.value_bytes if is_local else self._attended_bytes(keys, self.value_width),
         )
 
     def _composed_bytes(self) -> int:
@@ -192,9 +232,4 @@ class CoreAttentionSpec:
         layer = self.layer
         queries, _ = layer.attended_heads
         weights = layer.batch * sum((end - start) * end for start, end in query_chunks(layer.length))
-        value = layer.element_bytes * self._rows * queries * self.value_width
-        return (
-            layer.element_bytes * queries * (2 * self._rows * self.query_key_width + weights)
-            # A value from other context ranks is a separate tensor.
-            + (self.value_bytes if layer.context == 1 else value)
-        )
+        return self._separate_input_bytes() + layer.element_bytes * queries * weights

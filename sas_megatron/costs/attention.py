@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from sas_megatron.config.attention import AttentionConfig, resolve_part
 from sas_megatron.costs.activation_spec import ActivationSpec, CoreAttentionSpec
 from sas_megatron.costs.attention_backend import Device
+from sas_megatron.costs.attention_modifiers import (
+    count_input_bytes,
+    count_modifier_flops,
+    count_modifier_traffic,
+    count_output_bytes,
+    modifier_weights,
+)
 from sas_megatron.costs.tensor_traffic import TensorGroup, Traffic, Weight, sum_by_term
 
 
@@ -90,34 +99,114 @@ class AttentionCosts:
         """
         # The value is a view of the projected columns, which are gathered if there are more ranks than heads.
         ranks = layer.tensor if self.attention.num_key_value_heads >= layer.tensor else 1
-        value_bytes = layer.full_bytes(self.attention.qkv_width // ranks)
+        columns_bytes = layer.full_bytes(self.attention.qkv_width // ranks)
+        views = frozenset[str]()
+        if self.attention.rotary == "none":
+            queries, keys = layer.heads
+            # Queries of several groups are not contiguous among the columns, and are copied.
+            views = frozenset({"key", "value"} if 1 < keys < queries else {"query", "key", "value"})
         return {
             "qkv": layer.local_bytes(hidden_size),
-            **self.count_core_bytes(layer, value_bytes=value_bytes),
+            **self.count_core_bytes(
+                layer, value_bytes=columns_bytes, views=views, columns_bytes=columns_bytes
+            ),
         }
 
-    def count_core_bytes(self, layer: ActivationSpec, *, value_bytes: int) -> dict[str, int]:
-        """Return the saved bytes in the terms `rotary`, `attention` and `projection`.
+    def count_core_bytes(
+        self,
+        layer: ActivationSpec,
+        *,
+        value_bytes: int,
+        views: frozenset[str] = frozenset(),
+        columns_bytes: int = 0,
+    ) -> dict[str, int]:
+        """Return the saved bytes in the terms `rotary`, `attention`, `projection`, and those of modifiers.
 
         Args:
             layer: The microbatch, layout and implementation.
             value_bytes: Bytes of the tensor that the value is a view of.
+            views: Those of `query`, `key` and `value` that are views of the same columns.
+            columns_bytes: Bytes of these columns.
         """
+        attention = self.attention
+        modified = count_input_bytes(attention, layer, value_bytes=value_bytes)
+        if attention.qk_norm:
+            views -= {"query", "key"}
+        if attention.knocking_heads:
+            # The values that they save include the columns of which query and key are views.
+            columns_bytes = 0 if "value" in views else columns_bytes
+            views -= {"value"}
+            value_bytes = layer.full_bytes(layer.heads[1] * attention.value_width)
         core = CoreAttentionSpec(
             layer,
-            query_key_width=self.attention.query_key_dim,
-            value_width=self.attention.value_width,
+            query_key_width=attention.query_key_dim,
+            value_width=attention.value_width,
             value_bytes=value_bytes,
-            has_dropout=self.attention.dropout > 0,
-        )
-        return {"rotary": layer.rope_bytes(self.attention.rotary_width // 2), **core.count_bytes()}
+            has_dropout=attention.dropout > 0,
+            views=views,
+            columns_bytes=columns_bytes,
+        ).count_bytes()
+        return {
+            "rotary": layer.rope_bytes(attention.rotary_width // 2),
+            **modified,
+            "attention": core["attention"],
+            **self.count_result_bytes(layer, result_bytes=core["projection"]),
+        }
+
+    def count_result_bytes(self, layer: ActivationSpec, *, result_bytes: int) -> dict[str, int]:
+        """Return the bytes saved after core attention, up to the input of the output projection.
+
+        Args:
+            layer: The microbatch, layout and implementation.
+            result_bytes: Bytes of the result of core attention, 0 if core attention saves it.
+        """
+        return count_output_bytes(self.attention, layer, result_bytes=result_bytes)
+
+
+class ModifiedCosts(AttentionCosts):
+    """The costs of a variant with modifiers of attention, whose terms are added to the variant's.
+
+    The bytes that modifiers save are included in `count_core_bytes`.
+    """
+
+    def __init__(self, variant: AttentionCosts) -> None:
+        super().__init__(variant.attention)
+        self.variant = variant
+
+    @override
+    def weights(self, hidden_size: int, *, linear_bias: bool) -> list[Weight]:
+        own = self.variant.weights(hidden_size, linear_bias=linear_bias)
+        return [*modifier_weights(self.attention, hidden_size), *own]
+
+    @override
+    def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
+        own = self.variant.count_forward_flops(hidden_size, sequence_length=sequence_length)
+        return {**own, **count_modifier_flops(self.attention, hidden_size)}
+
+    @override
+    def count_repeated_flops(self, *, device: Device, element_bytes: int) -> dict[str, int]:
+        return self.variant.count_repeated_flops(device=device, element_bytes=element_bytes)
+
+    @override
+    def count_kv_cache_elements(self) -> dict[str, int]:
+        return self.variant.count_kv_cache_elements()
+
+    @override
+    def count_tensor_traffic(self, hidden_size: int, group: TensorGroup) -> dict[str, Traffic]:
+        own = self.variant.count_tensor_traffic(hidden_size, group)
+        return {**own, **count_modifier_traffic(self.attention, hidden_size, group)}
+
+    @override
+    def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
+        return self.variant.count_activation_bytes(hidden_size, layer)
 
 
 def build_attention_costs(attention: AttentionConfig) -> AttentionCosts:
-    """Build the costs class of an attention's kind.
+    """Build the costs of an attention: of its kind and its modifiers.
 
     Raises:
         FieldError: The kind is unknown, or its package registers it by the former contract.
     """
-    costs: type[AttentionCosts] = resolve_part(attention.kind, "costs")
-    return costs(attention)
+    variant: type[AttentionCosts] = resolve_part(attention.kind, "costs")
+    costs = variant(attention)
+    return ModifiedCosts(costs) if attention.is_modified else costs

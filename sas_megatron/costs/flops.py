@@ -16,6 +16,8 @@ FLOPs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
 from sas_megatron.costs.attention_backend import RECOMPUTING, Device, resolve_backend
@@ -98,7 +100,7 @@ def count_padding_flops(
     return {"values": (TRAINING_FACTOR * num_layers + recomputed) * values}
 
 
-def causal_half(flops: dict[str, int], *, sequence_length: int) -> dict[str, float]:
+def causal_half(flops: Mapping[str, float], *, sequence_length: int) -> dict[str, float]:
     """Return the terms if token t attends to the first t of S tokens, which are (S + 1)/2 on average."""
     fraction = (sequence_length + 1) / (2 * sequence_length)
     return {name: count * (fraction if name in CAUSAL_TERMS else 1.0) for name, count in flops.items()}

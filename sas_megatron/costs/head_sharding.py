@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from sas_megatron.config.attention import AttentionConfig
+
+
+class AttendedHeads(NamedTuple):
+    """The heads of one tensor rank in core attention: their numbers, and the features of each."""
+
+    num_queries: int
+    num_keys: int
+    query_key_dim: int
+    value_width: int
 
 
 @dataclass(frozen=True)
@@ -13,24 +24,33 @@ class HeadSharding:
     """How `ContextExchange` shards the heads of a tensor rank over C context ranks.
 
     Each context rank gets 1/C of the heads of each of `num_blocks` blocks, or of all heads in their order
-    (`num_blocks` = 1). With `copies_keys`, there are too few key heads to shard, and each query head is sent
-    with a copy of its key and value head.
+    (`num_blocks` = 1). If C does not divide the key heads of a block, each key and value head is sent in
+    `key_copies` equal copies: the fewest with which every rank gets equally many, each for equally many query
+    heads. A block of g key heads is sent as lcm(g, C).
     """
 
     num_blocks: int
-    copies_keys: bool
+    key_copies: int
 
     @staticmethod
-    def select(num_query_heads: int, num_key_heads: int, *, num_blocks: int, ranks: int) -> HeadSharding:
-        """Select the sharding of one tensor rank's heads over `ranks` context ranks.
+    def select(heads: AttendedHeads, *, num_blocks: int, ranks: int) -> HeadSharding:
+        """Select the sharding of one tensor rank's heads over `ranks` context ranks that sends the least.
 
-        Blocks are sharded one by one if each block has enough query heads, and if that needs no copies of
-        key heads that sharding all heads in their order would avoid.
+        The choice is between 1/C of each block, whose result is averaged over the blocks before it is sent,
+        and 1/C of all heads in their order, which may need fewer copies of key heads.
         """
-        queries_fit = (num_query_heads // num_blocks) % ranks == 0
-        keys_fit = (num_key_heads // num_blocks) % ranks == 0
-        sharded_blocks = num_blocks if queries_fit and (keys_fit or num_key_heads % ranks) else 1
-        return HeadSharding(sharded_blocks, copies_keys=(num_key_heads // sharded_blocks) % ranks != 0)
+        choices = [
+            HeadSharding(blocks, ranks // math.gcd(heads.num_keys // blocks, ranks))
+            for blocks in (num_blocks, 1)
+            if (heads.num_queries // blocks) % ranks == 0
+        ]
+        return min(choices, key=lambda sharding: sharding.count_elements(heads))
+
+    def count_elements(self, heads: AttendedHeads) -> int:
+        """Return the elements of queries, keys, values and the result, per token of one tensor rank."""
+        keys = heads.num_keys * self.key_copies
+        width = (heads.num_queries + keys) * heads.query_key_dim + keys * heads.value_width
+        return width + heads.num_queries // self.num_blocks * heads.value_width
 
 
 def count_local_heads(attention: AttentionConfig, *, tensor: int) -> tuple[int, int]:
@@ -44,8 +64,8 @@ def count_local_heads(attention: AttentionConfig, *, tensor: int) -> tuple[int, 
 
 def count_attended_heads(attention: AttentionConfig, *, tensor: int, context: int) -> tuple[int, int]:
     """Return the numbers of query heads and key heads of one rank in core attention, over all tokens."""
-    queries, keys, _ = _exchanged_heads(attention, tensor=tensor, context=context)
-    return queries // context, keys // context
+    heads, sharding = shard_heads(attention, tensor=tensor, context=context)
+    return heads.num_queries // context, heads.num_keys * sharding.key_copies // context
 
 
 def count_context_elements(attention: AttentionConfig, *, tensor: int, context: int) -> Fraction:
@@ -55,16 +75,14 @@ def count_context_elements(attention: AttentionConfig, *, tensor: int, context: 
     a rank has all blocks of its heads, the result is averaged over the r blocks before it is sent back. See
     `distributed.context_exchange`.
     """
-    queries, keys, sharding = _exchanged_heads(attention, tensor=tensor, context=context)
-    width = (queries + keys) * attention.query_key_dim + keys * attention.value_width
-    width += queries // sharding.num_blocks * attention.value_width
-    return Fraction((context - 1) * width, context)
+    heads, sharding = shard_heads(attention, tensor=tensor, context=context)
+    return Fraction((context - 1) * sharding.count_elements(heads), context)
 
 
-def _exchanged_heads(
+def shard_heads(
     attention: AttentionConfig, *, tensor: int, context: int
-) -> tuple[int, int, HeadSharding]:
-    """Return the query and key heads that context ranks exchange, copies included, and their sharding."""
+) -> tuple[AttendedHeads, HeadSharding]:
+    """Return the heads of one of `tensor` ranks in core attention, and how `context` ranks share them."""
     queries, keys = count_local_heads(attention, tensor=tensor)
-    sharding = HeadSharding.select(queries, keys, num_blocks=attention.num_blocks, ranks=context)
-    return queries, queries if sharding.copies_keys else keys, sharding
+    heads = AttendedHeads(queries, keys, attention.query_key_dim, attention.value_width)
+    return heads, HeadSharding.select(heads, num_blocks=attention.num_blocks, ranks=context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
+from sas_megatron.costs.attention_modifiers import MODIFIER_TERMS
 from sas_megatron.costs.tensor_traffic import Weight, sum_by_term
 
 # Terms of the input and output embedding tables, which scaling laws may include or exclude.
@@ -38,9 +39,10 @@ def layer_weights(config: RunConfig) -> list[Weight]:
     model = config.model
     costs = build_attention_costs(config.attention)
     attention = costs.weights(model.hidden_size, linear_bias=model.linear_bias)
-    # Megatron-core's base class registers the output projection before a variant's own weights; `sorted` is
-    # stable and keeps the order of the others.
-    registered = sorted(attention, key=lambda weight: weight.term != "projection")
+    # Megatron-core's base class registers core attention, which holds the weights of modifiers, and the
+    # output projection before a variant's own weights; `sorted` is stable and keeps the order of the others.
+    first = {"projection": 1, **dict.fromkeys(MODIFIER_TERMS, 0)}
+    registered = sorted(attention, key=lambda weight: first.get(weight.term, 2))
     return [*norm_weights(model), *registered, *norm_weights(model), *mlp_weights(model)]
 
 

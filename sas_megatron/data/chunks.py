@@ -11,15 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sas_megatron.config.errors import FileProblem
-
 if TYPE_CHECKING:  # worker processes import this module and must not import pyarrow
     from sas_megatron.data.documents import TextBatch
 
 # Small, because at the end of a corpus workers wait for the last chunk: 0.1 s at 1 million tokens/s.
 CHUNK_BYTES = 1 << 19
-# sentencepiece counts in 32 bits and needs about 30 bytes of memory per byte of a document.
-MAX_DOCUMENT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,6 @@ def cut_chunks(batches: Iterable[TextBatch], chunk_bytes: int = CHUNK_BYTES) -> 
     """Split documents into chunks of at least `chunk_bytes`; a chunk ends with the document that reaches it.
 
     The boundaries depend only on the documents, not on the batches that they arrive in.
-
-    Raises:
-        FileProblem: A document is larger than sentencepiece supports.
     """
     lengths: list[npt.NDArray[np.int64]] = []
     texts: list[bytes] = []
@@ -94,11 +87,5 @@ def _lengths_and_text(batch: TextBatch) -> tuple[npt.NDArray[np.int64], bytes]:
     offsets = np.frombuffer(offset_buffer, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
     lengths = np.diff(offsets)
     lengths = lengths[lengths > 0]
-    if len(lengths) and lengths.max() > MAX_DOCUMENT_BYTES:
-        raise FileProblem(
-            batch.file.path,
-            f"has a document of {lengths.max()} bytes, and the maximum is {MAX_DOCUMENT_BYTES}",
-            "split it into several documents",
-        )
     text = b"" if text_buffer is None else text_buffer[int(offsets[0]) : int(offsets[-1])].to_pybytes()
     return lengths, text

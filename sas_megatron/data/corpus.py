@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +17,38 @@ import pyarrow.parquet as pq
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.io.files import make_folder, replace_file, user_cache_folder, write_file
 
+logger = logging.getLogger(__name__)
+
 BUILTIN_NAME = "builtin"
-SCHEMA_VERSION = 1
+# Version 2 added what is left out.
+SCHEMA_VERSION = 2
 ROW_GROUP_DOCUMENTS = 128
 
 
 def resolve_sources(sources: list[str]) -> list[str]:
     """Return the sources with the word `builtin` replaced by the path of the built-in corpus.
 
+    Source files that the corpus leaves out are logged.
+
     Raises:
         FileProblem: The built-in corpus cannot be written.
     """
-    return [str(builtin_corpus()) if source == BUILTIN_NAME else source for source in sources]
+    if BUILTIN_NAME not in sources:
+        return sources
+    corpus = builtin_corpus()
+    left_out = json.loads(_record_path(corpus).read_text(encoding="utf-8"))["left_out"]
+    if left_out:
+        counts = ", ".join(f"{kind} ({count:,})" for kind, count in left_out.items())
+        logger.warning("%s: left out %s", BUILTIN_NAME, counts)
+    return [str(corpus) if source == BUILTIN_NAME else source for source in sources]
 
 
 def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = None) -> Path:
     """Return the Parquet file of the built-in corpus (columns text and path); the first call writes it.
 
     Each source file is one document, ordered by a hash of its path. Installed packages and the few test files
-    that are not UTF-8 are left out. A JSON record in the same folder holds the sha256 of the contents.
+    that are not UTF-8 are left out. A JSON record in the same folder holds the sha256 of the contents, and
+    counts of the files that are left out.
 
     Args:
         cache_folder: Folder of the file; by default `user_cache_folder()`.
@@ -50,13 +65,14 @@ def builtin_corpus(cache_folder: Path | None = None, *, max_bytes: int | None = 
     )
     if _is_complete(path):
         return path
-    texts, paths = _read_standard_library(max_bytes)
+    texts, paths, left_out = _read_standard_library(max_bytes)
     record = {
         "schema_version": SCHEMA_VERSION,
         "num_documents": len(texts),
         "text_bytes": sum(len(text.encode()) for text in texts),
         "sha256": hash_documents(paths, texts),
         "parquet_bytes": 0,
+        "left_out": left_out,
     }
     remedy = "set XDG_CACHE_HOME to a writable folder"
     with translate_os_errors(path, problem="cannot be written", remedy=remedy):
@@ -85,7 +101,12 @@ def hash_order(relative_path: str) -> str:
     return hashlib.sha256(relative_path.encode()).hexdigest()
 
 
-def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str]]:
+def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str], Counter[str]]:
+    """Return texts and paths of the source files, and counts of those that are left out.
+
+    Raises:
+        FileProblem: This Python has no source files of the standard library.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     # Ordered by a hash, so that a split by documents and the first documents are unbiased samples.
     relative_paths = sorted(
@@ -98,17 +119,21 @@ def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str]]
     )
     texts: list[str] = []
     paths: list[str] = []
+    left_out: Counter[str] = Counter()
     remaining_bytes = max_bytes
     for relative_path in relative_paths:
         try:
             text = (root / relative_path).read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            continue  # test files of Python's tokenizer in other encodings
+            left_out["files that are not UTF-8"] += 1  # of the tests of Python's tokenizer
+            continue
         if not text:
+            left_out["empty files"] += 1
             continue
         if remaining_bytes is not None:
             size = len(text.encode())
             if size > remaining_bytes:
+                left_out["files beyond the size limit"] += 1
                 continue
             remaining_bytes -= size
         texts.append(text)
@@ -117,7 +142,7 @@ def _read_standard_library(max_bytes: int | None) -> tuple[list[str], list[str]]
         raise FileProblem(
             root, "has no Python source files for the built-in corpus", "name documents of your own"
         )
-    return texts, paths
+    return texts, paths, left_out
 
 
 def _record_path(path: Path) -> Path:

@@ -8,6 +8,7 @@ to other processes without creating a Python string for each document.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import mmap
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -28,6 +30,8 @@ BATCH_BYTES = 1 << 20
 # place: a column name that is not UTF-8 is a UnicodeDecodeError, for example, and a lost column a KeyError.
 DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError, OverflowError)
 MAX_ROWS_PER_BATCH = 8192
+# Default limit of a document: sentencepiece needs about thirty times as much memory.
+DEFAULT_MAX_DOCUMENT_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -47,21 +51,32 @@ class Documents:
     Args:
         files: The files.
         text_column: The column or field of the text.
+        max_document_bytes: The largest document that is read.
 
     Raises:
         FileProblem: While iterating: a file is missing, damaged or not UTF-8.
-        FieldError: While iterating: a file has no text column, or the column is not of strings.
+        FieldError: While iterating: a file has no text column, or the column is not of strings, or a document
+            is too large.
         UserError: While iterating: the files have no documents, or only empty ones.
     """
 
-    def __init__(self, files: Sequence[SourceFile], *, text_column: str = "text") -> None:
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        *,
+        text_column: str = "text",
+        max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
+    ) -> None:
         self.num_empty = 0
+        self._max_document_bytes = max_document_bytes
         self._files = files
         self._text_column = text_column
 
     def __iter__(self) -> Iterator[str]:
         num_documents = num_empty = 0
-        for batch in stream_text_batches(self._files, text_column=self._text_column):
+        for batch in stream_text_batches(
+            self._files, text_column=self._text_column, max_document_bytes=self._max_document_bytes
+        ):
             for text in batch.texts.to_pylist():
                 if text:
                     num_documents += 1
@@ -73,13 +88,19 @@ class Documents:
             raise empty_corpus([file.path for file in self._files])
 
 
-def stream_documents(sources: Sequence[str | Path], *, text_column: str = "text") -> Documents:
+def stream_documents(
+    sources: Sequence[str | Path],
+    *,
+    text_column: str = "text",
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
+) -> Documents:
     """Return the documents of files and folders.
 
     Raises:
         UserError: As in `find_sources`.
     """
-    return Documents(find_source_files(sources, text_column=text_column), text_column=text_column)
+    files = find_source_files(sources, text_column=text_column)
+    return Documents(files, text_column=text_column, max_document_bytes=max_document_bytes)
 
 
 def empty_corpus(sources: Sequence[str | Path]) -> UserError:
@@ -91,18 +112,25 @@ def empty_corpus(sources: Sequence[str | Path]) -> UserError:
     )
 
 
-def stream_text_batches(files: Sequence[SourceFile], *, text_column: str = "text") -> Iterator[TextBatch]:
+def stream_text_batches(
+    files: Sequence[SourceFile],
+    *,
+    text_column: str = "text",
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
+) -> Iterator[TextBatch]:
     """Yield the texts of the files in order, in batches of about 1 MiB.
 
     Raises:
         FileProblem: A file is missing, damaged or not UTF-8.
-        FieldError: A file has no text column, or the column is not of strings.
+        FieldError: A file has no text column, or the column is not of strings, or a document is too large.
     """
     bytes_before = 0
     for file in files:
         reader = _READERS[file.document_format]
         try:
-            for texts, share_read in reader(file, text_column):
+            for texts, share_read in reader(file, text_column, max_document_bytes):
+                if (pc.max(pc.binary_length(texts)).as_py() or 0) > max_document_bytes:
+                    raise _too_large(file.path, max_document_bytes)
                 yield TextBatch(texts, file, bytes_before + int(share_read * file.size_bytes))
         except UserError:
             raise
@@ -118,7 +146,18 @@ def stream_text_batches(files: Sequence[SourceFile], *, text_column: str = "text
         bytes_before += file.size_bytes
 
 
-def _read_parquet(file: SourceFile, text_column: str) -> Iterator[tuple[pa.LargeStringArray, float]]:
+def _too_large(where: str | Path, max_document_bytes: int) -> FieldError:
+    return FieldError(
+        "max_document_bytes",
+        max_document_bytes,
+        f"{where} has a larger document",
+        "split it into several documents, or raise this limit",
+    )
+
+
+def _read_parquet(
+    file: SourceFile, text_column: str, max_document_bytes: int
+) -> Iterator[tuple[pa.LargeStringArray, float]]:
     # Use a buffered stream; otherwise Arrow reads an entire column chunk, possibly the entire file, at once.
     with (
         open(file.path, "rb") as raw,
@@ -126,7 +165,10 @@ def _read_parquet(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Large
     ):
         names = find_text_column(parquet.schema_arrow, text_column, file.path)
         num_rows = parquet.metadata.num_rows
-        rows_per_batch = _rows_per_batch(parquet.metadata)
+        rows_per_batch, average_bytes = _rows_per_batch(parquet.metadata)
+        # Refuse it before it is decompressed; headers and a dictionary of the column take less than a batch.
+        if parquet.metadata.num_columns == 1 and average_bytes > max_document_bytes + BATCH_BYTES:
+            raise _too_large(file.path, max_document_bytes)
         rows_read = 0
         for batch in parquet.iter_batches(rows_per_batch, columns=[".".join(names)], use_threads=False):
             column = batch.column(names[0])
@@ -135,17 +177,19 @@ def _read_parquet(file: SourceFile, text_column: str) -> Iterator[tuple[pa.Large
             yield texts, rows_read / max(num_rows, 1)
 
 
-def _rows_per_batch(metadata: pq.FileMetaData) -> int:
-    """Return the rows of about `BATCH_BYTES`, all columns included.
+def _rows_per_batch(metadata: pq.FileMetaData) -> tuple[int, int]:
+    """Return the rows of about `BATCH_BYTES` and the average bytes of a row, all columns included.
 
     The sizes of a single column would be more exact, but pyarrow 26 aborts the process if they are damaged.
     """
     total_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
     average_bytes = max(1, total_bytes // max(1, metadata.num_rows))
-    return int(max(1, min(MAX_ROWS_PER_BATCH, BATCH_BYTES // average_bytes)))
+    return int(max(1, min(MAX_ROWS_PER_BATCH, BATCH_BYTES // average_bytes))), average_bytes
 
 
-def _read_arrow(file: SourceFile, text_column: str) -> Iterator[tuple[pa.LargeStringArray, float]]:
+def _read_arrow(
+    file: SourceFile, text_column: str, max_document_bytes: int
+) -> Iterator[tuple[pa.LargeStringArray, float]]:
     with open(file.path, "rb") as raw:
         mapped = pa.BufferReader(pa.py_buffer(mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)))
     start = mapped.read(6)
@@ -165,6 +209,11 @@ def _read_arrow(file: SourceFile, text_column: str) -> Iterator[tuple[pa.LargeSt
         column.validate()  # before `nbytes` reads its offsets
         # One batch may hold the entire file, so convert slices, which share its memory.
         rows = max(1, min(MAX_ROWS_PER_BATCH, BATCH_BYTES * len(column) // max(1, column.nbytes)))
+        if pa.types.is_dictionary(column.type):  # each row becomes a copy of an entry
+            entry_bytes = _largest_entry(column.dictionary)
+            if entry_bytes > max_document_bytes:
+                raise _too_large(file.path, max_document_bytes)
+            rows = max(1, min(rows, BATCH_BYTES // max(1, entry_bytes)))
         for row in range(0, len(column), rows):
             texts = convert_to_texts(
                 column.slice(row, rows), names, path=file.path, first_row=first_row + row
@@ -173,13 +222,30 @@ def _read_arrow(file: SourceFile, text_column: str) -> Iterator[tuple[pa.LargeSt
         first_row += len(column)
 
 
-def _read_json_lines(file: SourceFile, text_column: str) -> Iterator[tuple[pa.LargeStringArray, float]]:
+def _largest_entry(dictionary: pa.Array) -> int:
+    """Return the bytes of the largest entry; 0 for types whose lengths Arrow does not compute."""
+    is_counted = (
+        *(pa.types.is_string, pa.types.is_large_string),
+        *(pa.types.is_binary, pa.types.is_large_binary),
+    )
+    if not any(is_type(dictionary.type) for is_type in is_counted):
+        return 0
+    dictionary.validate()
+    return int(pc.max(pc.binary_length(dictionary)).as_py() or 0)
+
+
+def _read_json_lines(
+    file: SourceFile, text_column: str, max_document_bytes: int
+) -> Iterator[tuple[pa.LargeStringArray, float]]:
     # Parse line by line with the json module instead of pyarrow.json, which derives the schema from the first
     # block, fails when another field changes its type later, limits the line length and names no line.
     texts: list[str | None] = []
     texts_bytes = offset = 0
     with open(file.path, "rb", buffering=0) as raw, _open_lines(file, raw) as lines:
-        for line_number, line in enumerate(lines, start=1):
+        read_line = functools.partial(lines.readline, max_document_bytes + 1)
+        for line_number, line in enumerate(iter(read_line, b""), start=1):
+            if len(line) > max_document_bytes:
+                raise _too_large(f"{file.path}, line {line_number}", max_document_bytes)
             stripped = line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line
             if stripped.strip():
                 text = _text_of_line(_decode(stripped, file, offset), file, line_number, text_column)
@@ -236,10 +302,15 @@ def _text_of_line(line: str, file: SourceFile, line_number: int, text_column: st
     return text
 
 
-def _read_text(file: SourceFile, text_column: str) -> Iterator[tuple[pa.LargeStringArray, float]]:
+def _read_text(
+    file: SourceFile, text_column: str, max_document_bytes: int
+) -> Iterator[tuple[pa.LargeStringArray, float]]:
     del text_column  # a text file is one document and has no columns
     with open(file.path, "rb", buffering=0) as raw, _open_lines(file, raw) as stream:
-        yield pa.array([_decode(stream.read(), file, 0)], pa.large_string()), 1.0
+        content = stream.read(max_document_bytes + 1)
+        if len(content) > max_document_bytes:
+            raise _too_large(file.path, max_document_bytes)
+        yield pa.array([_decode(content, file, 0)], pa.large_string()), 1.0
 
 
 def _open_lines(file: SourceFile, raw: io.RawIOBase) -> io.BufferedReader:

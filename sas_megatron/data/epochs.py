@@ -6,6 +6,7 @@ A loss on repeated tokens is not one of new tokens. Up to about four epochs the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.document_split import DocumentPart, split_documents
-from sas_megatron.data.token_files import read_document_lengths
+from sas_megatron.data.token_files import read_document_lengths, token_file
 
 # Megatron-core lists the documents and samples of all epochs in memory, at about 16 bytes each, and counts
 # the epochs one by one. Data that are read fewer times than this may have longer lists.
@@ -33,10 +34,14 @@ class PartUse:
 
 @dataclass(frozen=True)
 class DataUse:
-    """The training and validation parts that a run reads, by prefix, and the number of its steps."""
+    """The training and validation parts that a run reads, by prefix, and the number of its steps.
+
+    Prefixes that name the same files, of which `repeated_prefixes` are the later ones, are one part.
+    """
 
     training: Mapping[str, PartUse]
     validation: Mapping[str, PartUse]
+    repeated_prefixes: tuple[str, ...]
     num_steps: int
     num_windows: int
     num_distinct_windows: int
@@ -67,6 +72,8 @@ class DataUse:
         training = f"training data: {_describe_part(self.training, self.epochs, 'the run reads')}"
         if self.epochs > 1:
             training += "; more than one epoch: its losses are not those of new text"
+        if self.repeated_prefixes:
+            training += f"; data.prefixes names {', '.join(self.repeated_prefixes)} more than once"
         windows = f"{self.num_windows:,} windows contain"
         validation = f"validation data: {_describe_part(self.validation, self.validation_epochs, windows)}"
         repetition = self.describe_repeated_windows()
@@ -176,8 +183,13 @@ class PartCounts:
     """
 
     def __init__(self, data: DataConfig) -> None:
+        # The first prefix that names the same files as each prefix.
+        first: dict[str, str] = {}
+        self._names = [
+            first.setdefault(os.path.realpath(token_file(prefix, ".bin")), prefix) for prefix in data.prefixes
+        ]
         parts = {
-            prefix: split_documents(read_document_lengths(prefix), data.split) for prefix in data.prefixes
+            prefix: split_documents(read_document_lengths(prefix), data.split) for prefix in first.values()
         }
         self._training = {prefix: training for prefix, (training, _) in parts.items()}
         self._validation = {prefix: validation for prefix, (_, validation) in parts.items()}
@@ -188,8 +200,11 @@ class PartCounts:
         num_samples = training.num_steps * training.global_batch_size
         length = config.data.sequence_length
         return DataUse(
-            training=_count_epochs(self._training, config.data, num_samples=num_samples),
-            validation=_count_epochs(self._validation, config.data, num_samples=num_windows),
+            training=_count_epochs(self._training, self._names, config.data, num_samples=num_samples),
+            validation=_count_epochs(self._validation, self._names, config.data, num_samples=num_windows),
+            repeated_prefixes=tuple(
+                prefix for index, prefix in enumerate(self._names) if prefix in self._names[:index]
+            ),
             num_steps=training.num_steps,
             num_windows=num_windows,
             num_distinct_windows=sum(count_samples(part, length) for part in self._validation.values()),
@@ -215,12 +230,25 @@ def balance_samples(
 
 
 def _count_epochs(
-    parts: Mapping[str, DocumentPart], data: DataConfig, *, num_samples: int
+    parts: Mapping[str, DocumentPart], names: Sequence[str], data: DataConfig, *, num_samples: int
 ) -> dict[str, PartUse]:
-    """Return the share of the samples of each prefix, in epochs of its S-token predictions."""
-    weights = data.weights or [count_samples(part, data.sequence_length) for part in parts.values()]
-    uses = {}
-    for (prefix, part), weight in zip(parts.items(), weights, strict=True):
-        num_predicted = num_samples * data.sequence_length * weight / sum(weights)
-        uses[prefix] = PartUse(part.num_documents, part.num_tokens, num_predicted / (part.num_tokens - 1))
-    return uses
+    """Return the share of the samples of each part, in epochs of its S-token predictions.
+
+    Args:
+        parts: The parts by name.
+        names: The name of the part of each prefix.
+        data: The `data` section.
+        num_samples: The samples of all parts.
+    """
+    weights = data.weights or [count_samples(parts[name], data.sequence_length) for name in names]
+    shares = dict.fromkeys(parts, 0.0)
+    for name, weight in zip(names, weights, strict=True):
+        shares[name] += weight / sum(weights)
+    return {
+        name: PartUse(
+            part.num_documents,
+            part.num_tokens,
+            epochs=num_samples * data.sequence_length * shares[name] / (part.num_tokens - 1),
+        )
+        for name, part in parts.items()
+    }

@@ -1,4 +1,4 @@
-"""Walk folders of documents, and tell documents from other files by their content.
+"""Walk folders of documents, and distinguish documents from other files by their content.
 
 A folder may contain links, datasets saved by `datasets.save_to_disk`, and JSON files that describe documents:
 
@@ -98,6 +98,17 @@ def _list_saved_dataset(folder: Path, names: list[str]) -> list[str] | None:
     return listed
 
 
+def _has_json_lines(path: Path) -> bool:
+    """Return whether the first of several lines is a complete JSON value; then the rest need not be read."""
+    try:
+        with open(path, "rb") as lines:
+            first, second = lines.readline(MAX_DESCRIPTION_BYTES), lines.readline(MAX_DESCRIPTION_BYTES)
+        json.loads(first)
+        return bool(second.strip())
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def _read_field(path: Path, name: str) -> Any:
     """Return a field of a JSON object; None if the file is none."""
     value = _read_json(path)
@@ -119,7 +130,7 @@ def has_no_documents(path: Path, text_column: str) -> bool:
 
     A file in JSON lines has documents, and so has a damaged file, whose reader reports the damage.
     """
-    value = _read_json(path)
+    value = None if _has_json_lines(path) else _read_json(path)
     if value is None:
         return False
     if isinstance(value, dict):

@@ -23,7 +23,12 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 
 from sas_megatron.config.errors import FieldError, translate_os_errors
-from sas_megatron.distributed.object_collectives import gather_from_ranks, raise_on_all_ranks, run_on_rank0
+from sas_megatron.distributed.object_collectives import (
+    gather_from_ranks,
+    raise_on_all_ranks,
+    run_long_on_rank0,
+    run_on_rank0,
+)
 from sas_megatron.distributed.shared_directory import wait_until_visible
 from sas_megatron.io.file_locks import acquire_file_lock
 from sas_megatron.io.file_records import (
@@ -72,7 +77,7 @@ def provide_folder(folder: Path, build: Callable[[Path], object]) -> None:
         FieldError: The folder cannot be written, or is not visible to some rank; the same error on every
             rank.
     """
-    records = run_on_rank0(lambda: _build_if_needed(folder, build))
+    records = run_long_on_rank0(lambda: _build_if_needed(folder, build))
     _copy_to_other_nodes(folder, records)
 
 

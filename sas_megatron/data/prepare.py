@@ -8,10 +8,11 @@ that was killed resumes after its finished chunks. The result does not depend on
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +22,12 @@ from typing import Any
 from sas_megatron import __version__
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.data.chunks import CHUNK_BYTES, cut_chunks
-from sas_megatron.data.documents import empty_corpus, stream_text_batches
+from sas_megatron.data.documents import (
+    DEFAULT_MAX_DOCUMENT_BYTES,
+    TextBatch,
+    empty_corpus,
+    stream_text_batches,
+)
 from sas_megatron.data.encoding_pool import EncodingPool
 from sas_megatron.data.partial_tokens import PartialTokens, publish
 from sas_megatron.data.sources import Source, SourceFile, find_sources, fingerprint_files
@@ -69,6 +75,7 @@ def prepare_token_files(
     tokenizer_path: Path,
     prefix: str | Path,
     text_column: str = "text",
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
     num_workers: int | None = None,
     overwrite: bool = False,
     report_progress: Callable[[PreparationProgress], None] | None = None,
@@ -83,12 +90,13 @@ def prepare_token_files(
         tokenizer_path: A sentencepiece .model file.
         prefix: Path of the token files without ending.
         text_column: Column of the documents' text.
+        max_document_bytes: The largest document that is read.
         num_workers: Number of worker processes; by default the number of CPUs available to this process.
         overwrite: Replace token files of other documents and damaged ones.
         report_progress: Called after each chunk.
 
     Raises:
-        FieldError: `text_column`, `num_workers` or `prefix` is invalid.
+        FieldError: `text_column`, `num_workers` or `prefix` is invalid, or a document is too large.
         FileProblem: A source or the tokenizer cannot be read, the token files cannot be written, or token
             files of other documents exist.
         UserError: No document has text, or a worker was killed.
@@ -101,10 +109,13 @@ def prepare_token_files(
     tokenizer = Tokenizer(tokenizer_path)
     found = find_sources(sources, text_column=text_column)
     files = [file for source in found for file in source.files]
+    read = functools.partial(
+        stream_text_batches, files, text_column=text_column, max_document_bytes=max_document_bytes
+    )
     plan = {"tokenizer_sha256": tokenizer.sha256, "text_column": text_column, "chunk_bytes": CHUNK_BYTES}
     with _translate_write_errors(prefix):
         publish(prefix)
-        complete = None if overwrite else _find_complete(prefix, files, plan)
+        complete = None if overwrite else _find_complete(prefix, files, plan, read)
         if complete is not None:
             return Preparation(complete, True, 0, 0, 0.0, 0.0)
         with (
@@ -114,7 +125,11 @@ def prepare_token_files(
             pool.wait_until_ready(tokenizer.sha256)
             ready = time.perf_counter()
             resumed_chunks, encoded_tokens = _encode(
-                pool, partial, files=files, text_column=text_column, report_progress=report_progress
+                pool,
+                partial,
+                batches=read(),
+                source_bytes=sum(file.size_bytes for file in files),
+                report_progress=report_progress,
             )
             manifest = _write_manifest(partial, tokenizer=tokenizer, sources=found, text_column=text_column)
         publish(prefix)
@@ -150,13 +165,12 @@ def _encode(
     pool: EncodingPool,
     partial: PartialTokens,
     *,
-    files: Sequence[SourceFile],
-    text_column: str,
+    batches: Iterator[TextBatch],
+    source_bytes: int,
     report_progress: Callable[[PreparationProgress], None] | None,
 ) -> tuple[int, int]:
     """Encode the remaining chunks; return the number of earlier chunks and of newly encoded tokens."""
-    source_bytes = sum(file.size_bytes for file in files)
-    chunks = cut_chunks(stream_text_batches(files, text_column=text_column))
+    chunks = cut_chunks(batches)
     encoded_chunks = encoded_tokens = 0
     for chunk, encoded in pool.encode(partial.skip_finished(chunks)):
         tokens_before = partial.totals.num_tokens
@@ -177,7 +191,9 @@ def _encode(
     return partial.totals.num_chunks - encoded_chunks, encoded_tokens
 
 
-def _find_complete(prefix: Path, files: Sequence[SourceFile], plan: dict[str, Any]) -> TokenManifest | None:
+def _find_complete(
+    prefix: Path, files: Sequence[SourceFile], plan: dict[str, Any], read: Callable[[], Iterator[TextBatch]]
+) -> TokenManifest | None:
     """Return the manifest of existing token files of the same documents; None if no token files exist.
 
     Raises:
@@ -196,7 +212,7 @@ def _find_complete(prefix: Path, files: Sequence[SourceFile], plan: dict[str, An
         return manifest
     # Copied or touched files may have the same text. Reading it again is cheap, encoding it is not.
     digest = hashlib.sha256()
-    for chunk in cut_chunks(stream_text_batches(files, text_column=plan["text_column"])):
+    for chunk in cut_chunks(read()):
         digest.update(chunk.digest)
     if digest.hexdigest() != manifest.text_sha256:
         raise FileProblem(path, "token files of other documents exist", remedy)

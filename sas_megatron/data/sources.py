@@ -87,7 +87,7 @@ def find_sources(sources: Sequence[str | Path], *, text_column: str = "text") ->
 
     Links are followed. A file that several sources or links name is taken once. Hidden files and files of an
     unknown ending in a folder are left out, and so are JSON files without documents. Each kind that is left
-    out is logged with its count.
+    out is logged with its count, and so are the formats if a folder has several.
 
     Raises:
         FileProblem: A source is missing, unreadable, of an unknown ending, no regular file, or a folder
@@ -110,6 +110,9 @@ def find_sources(sources: Sequence[str | Path], *, text_column: str = "text") ->
             else:
                 taken.add(file.identity)
                 new.append(file)
+        formats = Counter(file.document_format.value for file in new)
+        if len(formats) > 1:
+            logger.warning("%s: reads files of several formats: %s", path, _format_counts(formats))
         if left_out:
             logger.warning("%s: left out %s", path, _format_counts(left_out))
         found.append(Source(path, tuple(new), left_out))
@@ -199,9 +202,6 @@ def _files_in_folder(folder: Path, text_column: str) -> tuple[list[SourceFile], 
     if not known:
         counts = f" ({_format_counts(left_out)} were left out)" if left_out else ""
         raise FileProblem(folder, f"has no documents{counts}", f"known endings are {known_endings()}")
-    formats = Counter(file.document_format.value for file in known)
-    if len(formats) > 1:
-        logger.warning("%s: reads files of several formats: %s", folder, _format_counts(formats))
     return known, left_out
 
 

@@ -8,10 +8,11 @@
 The rest of a layer, including the SAS simulation, works on each token separately and needs no exchange.
 
 SAS has M = r·N heads (r blocks of N). If C divides N, a rank gets the same base heads of every block, so the
-PEAA mean over the blocks is taken before `scatter_tokens`, which then sends r times less. If C exceeds N, a
-rank gets consecutive heads, and the mean is taken after the exchange.
+PEAA mean over the blocks is taken before `scatter_tokens`, which then sends r times less. If C exceeds N, or
+if that needs many copies of key heads, a rank gets consecutive heads, and the mean is taken after the
+exchange. If there are too few key heads, the fewest copies are sent (`costs/head_sharding.py`).
 
-Elements sent per local token in forward (the same in backward) on P tensor ranks:
+Elements sent per local token in forward (the same in backward) on P tensor ranks, without copies:
 (C-1)/C · [r(N+G)E + rGD + ND]/P, with rND instead of ND if the mean is taken after the exchange.
 
 Megatron-core gives rank c the chunks c and 2C-1-c of 2C (a zigzag that balances ring attention). The tokens

@@ -12,6 +12,8 @@ score:
 from __future__ import annotations
 
 import contextlib
+import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +23,9 @@ import torch.distributed as dist
 from sas_megatron.config.errors import UserError
 
 T = TypeVar("T")
+# Seconds between two looks into the store, which answers the ranks of all nodes.
+LONGEST_PAUSE = 1.0
+_long_action_numbers = itertools.count()
 Call = Callable[..., Any]
 
 
@@ -65,6 +70,33 @@ def run_on_rank0(action: Callable[[], T]) -> T:
     if isinstance(result, UserError):
         raise _mark_as_raised_on_all_ranks(result)
     return result  # type: ignore[return-value]
+
+
+def run_long_on_rank0(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 only, for longer than collectives may take, and return its result on every rank.
+
+    The other ranks look into the rendezvous store until rank 0 has finished: a collective would end with an
+    error after `training.collective_timeout_minutes`. If rank 0 dies, the failure watchdog ends them.
+
+    Raises:
+        UserError: `action` raised one on rank 0. All ranks raise it.
+    """
+    if dist.get_world_size() == 1:
+        return run_on_rank0(action)
+    store, key = dist.distributed_c10d._get_default_store(), f"long_action/{next(_long_action_numbers)}"
+
+    def run_and_announce() -> T:
+        try:
+            return action()
+        finally:
+            store.set(key, "")
+
+    if dist.get_rank() != 0:
+        pause = 0.01
+        while not store.check([key]):
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+    return run_on_rank0(run_and_announce)
 
 
 @dataclass(frozen=True)

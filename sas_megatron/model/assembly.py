@@ -48,7 +48,7 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=attention.num_heads,
+        num_attention_heads=attention.num_query_heads,
         num_query_groups=attention.num_key_value_heads,
         kv_channels=attention.head_dim,
         normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.normalization],
@@ -69,6 +69,8 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         # The fused kernel reads and writes queries and keys once. A layer with its own rotary embedding does
         # not support it.
         apply_rope_fusion=attention.uses_model_rotary,
+        # 1: no layer applies rotary embeddings.
+        no_rope_freq=1 if attention.rotary == "none" else None,
         # Requires an extension of Apex or TransformerEngine.
         gradient_accumulation_fusion=False,
         **_layout_options(config, on_cuda=on_cuda, is_interleaved=is_interleaved),
@@ -207,7 +209,7 @@ def _build_chunk(config: RunConfig, chunk: int, dtype: torch.dtype | None) -> GP
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         vp_stage=virtual_stage,
     )
-    if config.attention.uses_model_rotary:
+    if config.attention.uses_model_rotary and config.attention.rotary != "none":
         # Megatron-core can rotate fewer features than kv_channels, but not more, as SAS does with E > D.
         model.rotary_pos_emb = RotaryEmbedding(
             kv_channels=config.attention.rotary_width,

@@ -24,6 +24,14 @@ from sas_megatron.config.attention import InitialWeights
 from sas_megatron.config.run import RunConfig
 
 _LAYERS = "decoder.layers."
+_MODIFIERS = "core_attention.modifiers."
+# Knocking heads start as the identity, 2·σ(0) = 1 (Zhou et al. 2025, arXiv 2510.23052, section 3.3). Output
+# gates start like other matrices, as in Megatron-core, where they are rows of the fused projection.
+_MODIFIER_WEIGHTS = {
+    "knocking.up": InitialWeights("identity", 1.0),
+    "knocking.gate": InitialWeights("normal", 0.0),
+    "knocking.down": InitialWeights("identity", 1.0),
+}
 
 
 def parameter_generator(seed: int, name: str) -> torch.Generator:
@@ -40,9 +48,10 @@ def initialize_weights(model: nn.Module, config: RunConfig) -> None:
     """Draw all weights of a model chunk in place.
 
     Matrices are drawn from N(0, σ) with σ = `model.init_std`, and those at the end of a residual branch by
-    `model.output_init`: from N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2), or from N(0, 2/(layers·√H))
-    (Wang and Komatsuzaki 2021, GPT-J; `wang_init` of GPT-NeoX). Norms are 1 and biases 0. The simulation
-    follows `attention.initialization`, and other weights of the attention `AttentionConfig.initial_weights`.
+    `model.output_init`: from N(0, σ/√(2·layers)) (Radford et al. 2019, GPT-2), from N(0, 2/(layers·√H))
+    (Wang and Komatsuzaki 2021, GPT-J; `wang_init` of GPT-NeoX), or from N(0, σ) as well. Norms are 1 and
+    biases 0. The simulation follows `attention.initialization`, the modifiers of attention
+    `_MODIFIER_WEIGHTS`, and other weights of the attention `AttentionConfig.initial_weights`.
     """
     _initialize(model, config, functools.partial(global_name, model))
 
@@ -107,6 +116,8 @@ def _initialize_parameter(name: str, parameter: nn.Parameter, config: RunConfig)
         generator = parameter_generator(config.training.seed, name)
         if initial.distribution == "normal":
             full = torch.empty(shape).normal_(0.0, initial.scale, generator=generator)
+        elif initial.distribution == "identity":
+            full = initial.scale * torch.eye(*shape)
         else:
             full = torch.empty(shape).uniform_(-initial.scale, initial.scale, generator=generator)
         parameter.copy_(tensor_parallel_shard(full, parameter))
@@ -114,11 +125,15 @@ def _initialize_parameter(name: str, parameter: nn.Parameter, config: RunConfig)
 
 def _initial_weights(name: str, full_shape: tuple[int, ...], config: RunConfig) -> InitialWeights:
     _, is_attention, local_name = name.partition(".self_attention.")
-    initial = config.attention.initial_weights(local_name, full_shape) if is_attention else None
+    if local_name.startswith(_MODIFIERS):
+        initial = _MODIFIER_WEIGHTS.get(local_name.removeprefix(_MODIFIERS))
+    else:
+        initial = config.attention.initial_weights(local_name, full_shape) if is_attention else None
     if initial is not None:
         return initial
     model = config.model
-    if not name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    ends_branch = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    if not ends_branch or model.output_init == "normal":
         return InitialWeights("normal", model.init_std)
     if model.output_init == "wang":
         return InitialWeights("normal", 2 / (model.num_layers * math.sqrt(model.hidden_size)))

@@ -28,7 +28,10 @@ from sas_megatron.model.initialization import initialize_layer
 
 CONFIG_VARIABLE = "SAS_MEGATRON_CONFIG"
 # The fields of Megatron-core's config that decide the layer's shape, in addition to the variant's options.
-SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+SIZES = (
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    "no_rope_freq",
+)
 
 
 class SpecifiedLayer(TransformerLayer):
@@ -53,7 +56,8 @@ class SpecifiedLayer(TransformerLayer):
         Raises:
             FieldError: The model's rotary embedding has a different width than the attention's config.
         """
-        if rotary_pos_emb is not None and self.attention.uses_model_rotary:
+        applies_model_rotary = self.attention.uses_model_rotary and self.attention.rotary != "none"
+        if rotary_pos_emb is not None and applies_model_rotary:
             width, model_width = self.attention.rotary_width, rotary_pos_emb.shape[-1]
             if model_width != width:
                 raise FieldError(

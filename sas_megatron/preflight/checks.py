@@ -13,6 +13,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.platform.launcher import is_rank0, join_seconds, launched_world_size, wait_for_listener
 from sas_megatron.preflight.finding import Finding, failure, fine
+from sas_megatron.preflight.infiniband import check_infiniband
 from sas_megatron.preflight.network import check_host_name, check_interfaces, check_rendezvous
 from sas_megatron.preflight.node import (
     check_environment,
@@ -101,6 +102,8 @@ def _check_node(run_directory: Path, config: RunConfig | None, world_size: int) 
     engine = config.training.engine if config is not None else None
     yield check_shared_memory(uses_gpus=uses_gpus)
     yield from check_environment(os.environ, engine=engine, uses_gpus=uses_gpus)
+    if uses_gpus:  # gloo uses the devices only as network interfaces
+        yield from check_infiniband(os.environ)
     yield from check_software()
     yield from check_gpus()
 

@@ -1,42 +1,57 @@
-"""Comparison of variants with the baseline: verdicts by axis, gains by budget, laws, and steps saved.
+"""Comparison of variants with the baseline: verdicts by axis, gains by budget, and steps saved.
 
 outcomes -> at equal parameters, tokens, FLOPs, time: which loss is lower, and is it more than noise
          -> frontiers -> compute- and time-equivalent gain
-         -> laws -> test of a shared irreducible loss
 curves   -> steps saved to reach a loss
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.convergence import MeanSaving, find_savings
-from sas_megatron.scaling.gains import Gain, Spending, find_gains, fit_frontiers
-from sas_megatron.scaling.laws.law_fit import Attempts
-from sas_megatron.scaling.laws.shared_irreducible import SharedIrreducible, compare_irreducible
-from sas_megatron.scaling.outcomes import AXES, LossCurve, Outcome, gather_points
-from sas_megatron.scaling.seed_noise import adjust_p_values
-from sas_megatron.scaling.verdicts import Verdict, judge_variants
+from sas_megatron.scaling.gains import Gain, find_gain, fit_frontier
+from sas_megatron.scaling.matched_cells import VariantCells, match_sizes
+from sas_megatron.scaling.numbers import format_difference, format_p_value
+from sas_megatron.scaling.outcomes import (
+    AXES,
+    AXIS_NAMES,
+    SPENDING,
+    Axis,
+    LossCurve,
+    Outcome,
+    Spending,
+    choose_variant,
+)
+from sas_megatron.scaling.seed_noise import NoiseModel
+from sas_megatron.scaling.significance import LEVEL, adjust_p_values
+from sas_megatron.scaling.verdicts import Verdict, estimate_mean, judge_variants, model_noise
 
 NUM_BUDGETS = 9
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate against the baseline. Results that the runs do not allow are None; `remarks` state why."""
+    """A candidate against the baseline.
+
+    `gains` lacks the axes on which the runs do not allow them; `remarks` state why.
+    """
 
     baseline: str
     candidate: str
     verdicts: tuple[Verdict, ...]
-    compute_gains: tuple[Gain, ...] | None = None
-    time_gains: tuple[Gain, ...] | None = None
-    irreducible: SharedIrreducible | None = None
+    gains: Mapping[Spending, tuple[Gain, ...]] = field(default_factory=dict)
     savings: tuple[MeanSaving, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    def verdict(self, axis: Axis) -> Verdict:
+        """Return the verdict on an axis."""
+        return next(verdict for verdict in self.verdicts if verdict.axis == axis)
 
 
 def compare_variants(
@@ -45,76 +60,103 @@ def compare_variants(
     *,
     baseline: str,
     candidates: Sequence[str],
-    num_draws: int = 1000,
-    seed: int = 1,
+    noise: NoiseModel | None = None,
 ) -> tuple[Comparison, ...]:
     """Compare each candidate with the baseline in every way that the runs allow.
 
-    The p-values of all candidates on an axis are adjusted for their number, and so are the p-values of the
-    tests of a shared irreducible loss.
+    The p-values of all candidates on an axis are adjusted for their number.
 
     Args:
         outcomes: The finished runs of all variants.
         curves: Their validation curves, for the steps saved.
         baseline: Name of the variant to compare with.
         candidates: Names of the variants to judge.
-        num_draws: Bootstrap draws for the gains.
-        seed: Seed of the bootstrap.
+        noise: The noise of the runs; None to estimate it.
 
     Raises:
         FieldError: One of the variants has no run with a loss.
     """
-    by_axis = [judge_variants(outcomes, baseline=baseline, candidates=candidates, axis=axis) for axis in AXES]
-    return _adjust_irreducible(
-        [
-            _compare(outcomes, curves, verdicts, num_draws=num_draws, seed=seed)
-            for verdicts in zip(*by_axis, strict=True)
-        ]
-    )
+    noise = noise or model_noise(outcomes)
+    by_axis = [
+        judge_variants(outcomes, baseline=baseline, candidates=candidates, axis=axis, noise=noise)
+        for axis in AXES
+    ]
+    comparisons = []
+    for verdicts in zip(*by_axis, strict=True):
+        candidate = verdicts[0].candidate
+        gains, remarks = _find_gains(outcomes, noise, baseline, candidate)
+        savings = find_savings(curves, reference=baseline, candidate=candidate)
+        remarks = (*remarks, *_compare_conventions(verdicts, gains))
+        comparisons.append(Comparison(baseline, candidate, verdicts, gains, savings, remarks))
+    return tuple(comparisons)
 
 
-def _adjust_irreducible(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
-    """Adjust the p-values of the tests of a shared irreducible loss for their number."""
-    tests = [comparison.irreducible for comparison in comparisons]
-    adjusted = iter(adjust_p_values([test.p_value for test in tests if test is not None]))
-    return tuple(
-        comparison
-        if test is None
-        else dataclasses.replace(comparison, irreducible=dataclasses.replace(test, p_value=next(adjusted)))
-        for comparison, test in zip(comparisons, tests, strict=True)
-    )
+def compare_candidates(
+    outcomes: Sequence[Outcome], noise: NoiseModel, candidates: Sequence[str]
+) -> tuple[str, ...]:
+    """State which candidates differ from each other at equal tokens.
+
+    The p-values of all pairs are adjusted for their number by Holm's method.
+    """
+    cells = {variant: VariantCells.of(choose_variant(outcomes, variant), noise) for variant in candidates}
+    tested = []
+    for one, other in itertools.combinations(candidates, 2):
+        matched, _ = match_sizes(cells[other], cells[one], "tokens")
+        if matched:
+            estimate = estimate_mean(matched, noise, candidate=other, baseline=one)
+            if estimate.p_value is not None:
+                tested.append((one, other, estimate.p_value))
+    if not tested:
+        return ()
+    adjusted = adjust_p_values([p_value for *_, p_value in tested])
+    names = ", ".join(candidates)
+    if min(adjusted) >= 1 - LEVEL:
+        lowest = format_p_value(min(adjusted))
+        return (
+            f"Of {names}, no two are shown to differ from each other at equal tokens (lowest "
+            f"{lowest} of {len(tested)} pairs).",
+        )
+    pairs = [
+        f"{one} and {other} ({format_p_value(p_value)})"
+        for (one, other, _), p_value in zip(tested, adjusted, strict=True)
+        if p_value < 1 - LEVEL
+    ]
+    return (f"Of {names}, these differ from each other at equal tokens: {', '.join(pairs)}.",)
 
 
-def _compare(
-    outcomes: Sequence[Outcome],
-    curves: Sequence[LossCurve],
-    verdicts: tuple[Verdict, ...],
-    *,
-    num_draws: int,
-    seed: int,
-) -> Comparison:
-    baseline, candidate = verdicts[0].baseline, verdicts[0].candidate
-    attempts = Attempts()
+def _find_gains(
+    outcomes: Sequence[Outcome], noise: NoiseModel, baseline: str, candidate: str
+) -> tuple[dict[Spending, tuple[Gain, ...]], tuple[str, ...]]:
+    """Return the gains by axis, and for the other axes remarks why there are none."""
+    found: dict[Spending, tuple[Gain, ...]] = {}
+    reasons: dict[str, list[str]] = {}
+    for axis in SPENDING:
+        try:
+            base, other = (
+                fit_frontier(outcomes, noise, variant, axis=axis) for variant in (baseline, candidate)
+            )
+        except FieldError as error:
+            reasons.setdefault(str(error), []).append(AXIS_NAMES[axis])
+            continue
+        budgets = np.geomspace(min(other.spent.values()), max(other.spent.values()), NUM_BUDGETS)
+        found[axis] = tuple(find_gain(base, other, noise, budget) for budget in budgets.tolist())
+    remarks = (f"No gain in {', '.join(axes)}: {reason}." for reason, axes in reasons.items())
+    return found, tuple(remarks)
 
-    def gains(axis: Spending) -> tuple[Gain, ...]:
-        frontiers = fit_frontiers(outcomes, (baseline, candidate), axis=axis, num_draws=num_draws, seed=seed)
-        frontier = frontiers[candidate]
-        budgets = np.geomspace(frontier.lowest, frontier.highest, NUM_BUDGETS).tolist()
-        return find_gains(frontiers[baseline], frontier, budgets)
 
-    return Comparison(
-        baseline=baseline,
-        candidate=candidate,
-        verdicts=verdicts,
-        compute_gains=attempts.run("compute-equivalent gain", lambda: gains("flops")),
-        time_gains=attempts.run("time-equivalent gain", lambda: gains("seconds")),
-        irreducible=attempts.run(
-            "test of a shared irreducible loss",
-            lambda: compare_irreducible(
-                {name: gather_points(outcomes, name) for name in (baseline, candidate)}
-            ),
-        ),
-        savings=find_savings(curves, reference=baseline, candidate=candidate),
-        # Evaluated last, after all attempts.
-        remarks=tuple(attempts.remarks),
-    )
+def _compare_conventions(verdicts: Sequence[Verdict], gains: Mapping[Spending, Sequence[Gain]]) -> list[str]:
+    """State where the sign of a result depends on the convention of the attention FLOPs."""
+    remarks = []
+    full, half = (verdict.difference for verdict in verdicts if verdict.axis in ("flops", "causal_flops"))
+    if full is not None and half is not None and full * half < 0:
+        remarks.append(
+            "The sign at equal FLOPs depends on the convention of the attention FLOPs: "
+            f"{format_difference(full)} with all S² pairs, {format_difference(half)} with the causal half."
+        )
+    pairs = zip(gains.get("flops", ()), gains.get("causal_flops", ()), strict=False)
+    if any(one.gain and other.gain and (one.gain - 1) * (other.gain - 1) < 0 for one, other in pairs):
+        remarks.append(
+            "Whether the compute-equivalent gain is above 1 depends on the convention of the attention FLOPs "
+            "at some budgets."
+        )
+    return remarks

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
 
 from sas_megatron.scaling.laws.points import SAME_LEVEL
 from sas_megatron.scaling.numbers import format_loss
 from sas_megatron.scaling.outcomes import LossCurve
-from sas_megatron.scaling.seed_noise import LEVEL
+from sas_megatron.scaling.significance import Estimate
 
 CONSTANT = "constant"
 FALLING = (
@@ -166,6 +165,5 @@ def _average(
     interval = None
     if len(savings) > 1:
         error = float(np.std(savings, ddof=1)) / math.sqrt(len(savings))
-        half_width = float(special.stdtrit(len(savings) - 1, (1 + LEVEL) / 2)) * error
-        interval = (mean - half_width, mean + half_width)
+        interval = Estimate.of(mean, error, len(savings) - 1).interval
     return MeanSaving(reference, candidate, size, budget, mean, interval, pairs, None, remarks)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 
 from sas_megatron.scaling.numbers import format_loss
 from sas_megatron.scaling.outcomes import Axis
-from sas_megatron.scaling.runs import CurvePoint, Run
-from sas_megatron.scaling.seed_noise import CellDifference, MeanDifference
+from sas_megatron.scaling.runs import Run
+from sas_megatron.scaling.significance import Estimate
 from sas_megatron.scaling.verdicts import Reading, Verdict
 
-CURVE_AXES: tuple[Axis, ...] = ("tokens", "flops", "seconds")
+CURVE_AXES: tuple[Axis, ...] = ("tokens", "flops", "causal_flops", "seconds")
 
 
 def judge_curves(baseline: Run, candidate: Run, axis: Axis) -> Verdict:
@@ -30,22 +29,14 @@ def judge_curves(baseline: Run, candidate: Run, axis: Axis) -> Verdict:
     """
     runs = (baseline, candidate)
     budget = find_shared_budget(baseline, candidate, axis)
-    readings = [None if budget is None else read_loss(run.validation_curve, axis, budget) for run in runs]
+    readings = [None if budget is None else read_loss(run, axis, budget) for run in runs]
     base, other = readings
-    mean: MeanDifference | None = None
-    cells: tuple[CellDifference, ...] = ()
-    if base is not None and other is not None:
-        mean = MeanDifference(other.loss - base.loss, None, None, None, None)
-        seed = candidate.config.training.seed
-        cells = (CellDifference("", "", {seed: mean.difference}),)
     verdict = Verdict(
         axis=axis,
         baseline=baseline.name,
         candidate=candidate.name,
         result="inconclusive",
-        mean=mean,
-        cells=cells,
-        num_unmatched=int(mean is None),
+        estimate=None if base is None or other is None else Estimate(other.loss - base.loss),
         budget=budget,
         readings=(base, other),
     )
@@ -53,19 +44,23 @@ def judge_curves(baseline: Run, candidate: Run, axis: Axis) -> Verdict:
 
 
 def find_shared_budget(baseline: Run, candidate: Run, axis: Axis) -> float | None:
-    """Return the largest tokens, FLOPs or seconds up to which both runs were evaluated; None without any."""
-    curves = (baseline.validation_curve, candidate.validation_curve)
-    return min(curve[-1].spent(axis) for curve in curves) if all(curves) else None
+    """Return the largest amount up to which both runs were evaluated; None without any."""
+    ends = [
+        run.spent(run.validation_curve[-1], axis) if run.validation_curve else None
+        for run in (baseline, candidate)
+    ]
+    known = [end for end in ends if end is not None]
+    return min(known) if len(known) == len(ends) else None
 
 
-def read_loss(curve: Sequence[CurvePoint], axis: Axis, budget: float) -> Reading | None:
+def read_loss(run: Run, axis: Axis, budget: float) -> Reading | None:
     """Return the linearly interpolated loss at `budget`; None outside the curve or next to a missing loss."""
-    for point in reversed(curve):
-        if point.spent(axis) == budget:
+    points = [(run.spent(point, axis), point) for point in run.validation_curve]
+    for spent, point in reversed(points):
+        if spent == budget:
             return None if point.loss is None else Reading(point.loss, (point.step, point.step))
-    for before, after in itertools.pairwise(curve):
-        start, end = before.spent(axis), after.spent(axis)
-        if start < budget < end:
+    for (start, before), (end, after) in itertools.pairwise(points):
+        if start is not None and end is not None and start < budget < end:
             if before.loss is None or after.loss is None:
                 return None
             share = (budget - start) / (end - start)
@@ -74,6 +69,8 @@ def read_loss(curve: Sequence[CurvePoint], axis: Axis, budget: float) -> Reading
 
 
 def _phrase(verdict: Verdict, runs: tuple[Run, Run]) -> str:
+    if verdict.budget is None and all(run.validation_curve for run in runs):
+        return "no comparison, since the FLOPs of the runs are not recorded by term."
     if verdict.budget is None:
         unevaluated = " and ".join(run.name for run in runs if not run.validation_curve)
         return f"no comparison, since {unevaluated} has no validation loss."

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sas_megatron.scaling.curve_verdicts import CURVE_AXES
 from sas_megatron.scaling.drawing import INK, choose_style
 from sas_megatron.scaling.outcomes import Axis
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TITLES: dict[Axis, str] = {
+PANELS: dict[Axis, str] = {
     "tokens": "At equal tokens",
     "flops": "At equal FLOPs",
     "seconds": "At equal time",
@@ -45,9 +44,9 @@ def draw_loss_curves(
     budgets: Mapping[Axis, Collection[float]] | None = None,
 ) -> None:
     """Draw validation curves, optionally with faint training curves and dotted lines at budgets."""
-    panels = figure.subplots(1, len(CURVE_AXES), sharey=True)
+    panels = figure.subplots(1, len(PANELS), sharey=True)
     limits = choose_loss_range(curves)
-    for panel, axis in zip(panels, CURVE_AXES, strict=True):
+    for panel, axis in zip(panels, PANELS, strict=True):
         _draw_panel(panel, axis, curves, train_curves, sorted((budgets or {}).get(axis, ())))
         if limits is not None:
             panel.set_ylim(*limits)
@@ -102,7 +101,7 @@ def _draw_panel(
             zorder=2,
             label="largest budget both reached" if number == 0 else None,
         )
-    panel.set_title(TITLES[axis], loc="left", fontsize=10.5)
+    panel.set_title(PANELS[axis], loc="left", fontsize=10.5)
     panel.set_xlabel(label)
     panel.set_xlim(left=0)
     panel.grid(axis="y", color="#808080", alpha=0.25, linewidth=0.7)

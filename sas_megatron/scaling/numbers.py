@@ -87,6 +87,18 @@ def format_significant(value: float | None) -> str:
     return f"{value:.4g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else format_power(value)
 
 
+def format_p_value(value: float | None) -> str:
+    """Format with two significant digits: p = 0.013."""
+    if value is None:
+        return MISSING
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
+def format_degrees(value: float | None) -> str:
+    """Format degrees of freedom with at most one decimal."""
+    return MISSING if value is None else f"{value:.1f} degrees of freedom".replace(".0 ", " ")
+
+
 def format_interval(
     interval: tuple[float | None, float | None] | None,
     format_end: Callable[[float], str] = format_significant,

@@ -11,12 +11,16 @@ from typing import Literal
 from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.points import Points
 
-Axis = Literal["params", "tokens", "flops", "seconds"]
-AXES: tuple[Axis, ...] = ("params", "tokens", "flops", "seconds")
+Axis = Literal["params", "tokens", "flops", "causal_flops", "seconds"]
+AXES: tuple[Axis, ...] = ("params", "tokens", "flops", "causal_flops", "seconds")
+# Both conventions of attention FLOPs are compared: all S² pairs of tokens, and the causal half.
+Spending = Literal["flops", "causal_flops", "seconds"]
+SPENDING: tuple[Spending, ...] = ("flops", "causal_flops", "seconds")
 AXIS_NAMES: dict[Axis, str] = {
     "params": "parameters and tokens",
     "tokens": "tokens",
     "flops": "FLOPs",
+    "causal_flops": "FLOPs of the causal half",
     "seconds": "time",
 }
 
@@ -25,9 +29,11 @@ AXIS_NAMES: dict[Axis, str] = {
 class Outcome:
     """A run that completed its schedule.
 
-    `size` and `budget` are labels that the matched runs of all variants share. `flops` are the training FLOPs
-    of the full run. `seconds` is None if the time was not measured, and `loss` is None if the run diverged.
-    `epochs` is how many times the run read its training data; None if it is not recorded.
+    `size` and `budget` are labels that the matched runs of all variants share; the budget is a number as
+    text. `flops` are the training FLOPs of the full run, with all S² pairs of tokens; `causal_flops` count
+    the causal half. `seconds` is None if the time was not measured, and `loss` is None if the run diverged.
+    `seconds_error` is the relative standard error of the seconds, and `epochs` is how many times the run read
+    its training data; None if they are not known.
     """
 
     variant: str
@@ -37,8 +43,10 @@ class Outcome:
     params: int
     tokens: int
     flops: float
+    causal_flops: float
     seconds: float | None
     loss: float | None
+    seconds_error: float | None = None
     epochs: float | None = None
 
     def __post_init__(self) -> None:
@@ -114,12 +122,15 @@ def count_diverged(outcomes: Sequence[Outcome], variant: str) -> int:
 
 
 def gather_points(outcomes: Sequence[Outcome], variant: str) -> Points:
-    """Return the runs of a variant as points for a scaling law, stratified by the name of the size.
+    """Return the runs of a variant as points for a scaling law.
+
+    The budgets of one size and seed are dependent, as checkpoints of one run.
 
     Raises:
         FieldError: The variant has no run with a loss, or a value is not a positive number.
     """
     chosen = choose_variant(outcomes, variant)
+    seeds = [f"{outcome.size}, seed {outcome.seed}" for outcome in chosen]
     epochs = [outcome.epochs for outcome in chosen if outcome.epochs is not None]
     return Points.of(
         [outcome.params for outcome in chosen],
@@ -127,5 +138,6 @@ def gather_points(outcomes: Sequence[Outcome], variant: str) -> Points:
         [outcome.known("loss") for outcome in chosen],
         flops=[outcome.flops for outcome in chosen],
         sizes=[outcome.size for outcome in chosen],
+        runs=seeds if len(set(seeds)) < len(seeds) else None,
         epochs=epochs if len(epochs) == len(chosen) else None,
     )

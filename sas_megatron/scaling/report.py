@@ -7,7 +7,7 @@ writes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,6 +75,9 @@ class Report:
     subtitle: str
     sections: tuple[Section, ...]
     record: dict[str, Any]
+    # What the report opens with: an answer of a few sentences and a figure.
+    answer: tuple[str, ...] = ()
+    figure: ReportFigure | None = None
     about: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
     footer: str = ""
@@ -105,7 +108,7 @@ def write_report(report: Report, folder: str | Path, files: ReportFiles) -> Path
     contents[folder / files.record] = record.encode()
     if files.summary is not None:
         contents[folder / files.summary] = render_markdown(report, files).encode()
-    for figure in _list_figures(report.sections):
+    for figure in _list_figures(report):
         for name in files.figures:
             file_format: FileFormat = "png" if name.endswith(".png") else "svg"
             drawing = render(figure.draw, size=figure.size, file_format=file_format)
@@ -142,16 +145,17 @@ def render_page(report: Report, *, written_at: datetime | None = None) -> str:
 def render_markdown(report: Report, files: ReportFiles) -> str:
     """Return the report as Markdown with links to its figures."""
     parts = [f"# {report.title}\n"]
-    parts += [f"- {name}: {text}" for name, text in report.about]
-    parts += [f"- {remark}" for remark in report.remarks]
+    if report.answer:
+        parts.append(" ".join(report.answer) + "\n")
+    if report.figure is not None:
+        parts.append(_link_figure(report.figure, files))
     for section in report.sections:
         parts.append(f"\n## {section.title}\n")
         for block in section.blocks:
             if not block.in_summary:
                 continue
             if block.figure is not None:
-                path = files.figures[0].format(name=block.figure.name)
-                parts.append(f"![{block.title}]({path})\n")
+                parts.append(_link_figure(block.figure, files))
                 continue
             if block.title:
                 parts.append(f"\n### {block.title}\n")
@@ -160,11 +164,20 @@ def render_markdown(report: Report, files: ReportFiles) -> str:
             if block.grid is not None:
                 parts.append(_render_markdown_grid(block.grid))
             parts += [f"- {text}" for text in block.texts]
+    if report.about or report.remarks:
+        parts.append("\n## About\n")
+        parts += [f"- {name}: {text}" for name, text in report.about]
+        parts += [f"- {remark}" for remark in report.remarks]
     return "\n".join(parts) + "\n"
 
 
-def _list_figures(sections: Sequence[Section]) -> list[ReportFigure]:
-    return [block.figure for section in sections for block in section.blocks if block.figure is not None]
+def _link_figure(figure: ReportFigure, files: ReportFiles) -> str:
+    return f"![{figure.title}]({files.figures[0].format(name=figure.name)})\n"
+
+
+def _list_figures(report: Report) -> list[ReportFigure]:
+    blocks = [block for section in report.sections for block in section.blocks]
+    return [figure for figure in (report.figure, *(block.figure for block in blocks)) if figure is not None]
 
 
 def _render_markdown_grid(grid: Grid) -> str:

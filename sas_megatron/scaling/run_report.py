@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sas_megatron.config.loading import find_differences
 from sas_megatron.scaling.curve_verdicts import CURVE_AXES
-from sas_megatron.scaling.loss_figure import CurveData, draw_loss_curves
+from sas_megatron.scaling.loss_figure import PANELS, CurveData, draw_loss_curves
 from sas_megatron.scaling.numbers import (
     MISSING,
     format_bytes,
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-# Version 1 had the axes consumed_tokens, training_flops and elapsed_seconds, and shorter verdicts.
-FORMAT_VERSION = 2
+# Version 2 had other names of a verdict's estimates. Version 1 had the axes consumed_tokens, training_flops
+# and elapsed_seconds, and shorter verdicts.
+FORMAT_VERSION = 3
 FILES = ReportFiles("comparison.html", "comparison.json", figures=("{name}.png",))
 
 _Format = Callable[[RunMeasures], str]
@@ -232,7 +233,7 @@ def build_curves(runs: Sequence[Run], *, kind: str) -> list[CurveData]:
 
     def build(run: Run, index: int, points: Sequence[CurvePoint]) -> CurveData:
         losses = [math.nan if point.loss is None else point.loss for point in points]
-        spent = {axis: [point.spent(axis) for point in points] for axis in CURVE_AXES}
+        spent = {axis: [run.spent(point, axis) or 0.0 for point in points] for axis in PANELS}
         return CurveData(f"{run.name}, validation", index, spent, losses)
 
     return [
@@ -249,7 +250,7 @@ def _draw(figure: Figure, runs: Sequence[Run], comparison: RunComparison, *, tit
             for verdict in comparison.verdicts
             if verdict.axis == axis and verdict.budget is not None
         }
-        for axis in CURVE_AXES
+        for axis in PANELS
     }
     draw_loss_curves(
         figure,

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.flops import causal_half
 from sas_megatron.scaling.outcomes import Axis
 from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 
@@ -56,15 +57,6 @@ class CurvePoint(_Record):
     elapsed_seconds: float
     loss: float | None = None
 
-    def spent(self, axis: Axis) -> float:
-        """Return the tokens, FLOPs or seconds spent up to this step.
-
-        Raises:
-            KeyError: The axis is "params".
-        """
-        value: float = getattr(self, _FIELDS[axis])
-        return value
-
 
 class TrainPoint(CurvePoint):
     """Loss of the batch of a step."""
@@ -84,6 +76,13 @@ class HealthEvent(_Record):
     """A problem of a step that the health checks found; not a point of a curve."""
 
     kind: Literal["health"]
+    step: int
+
+
+class Probe(_Record):
+    """Measurements of the probe batch by layer; not a point of a curve."""
+
+    kind: Literal["probe"]
     step: int
 
 
@@ -130,10 +129,24 @@ class Run:
     validation_curve: tuple[CurvePoint, ...]
     remarks: tuple[str, ...] = ()
 
+    def spent(self, point: CurvePoint, axis: Axis) -> float | None:
+        """Return the amount spent up to a point; None for the causal half if FLOPs by term are not recorded.
+
+        Raises:
+            KeyError: The axis is "params".
+        """
+        if axis != "causal_flops":
+            return float(getattr(point, _FIELDS[axis]))
+        terms = self.summary.training_flops_per_token
+        if not terms:
+            return None
+        half = causal_half(terms, sequence_length=self.config.data.sequence_length)
+        return point.training_flops * sum(half.values()) / sum(terms.values())
+
 
 _Curves = tuple[tuple[CurvePoint, ...], tuple[CurvePoint, ...]]
-_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint | HealthEvent] = TypeAdapter(
-    Annotated[TrainPoint | ValidationPoint | HealthEvent, Field(discriminator="kind")]
+_METRICS_LINE: TypeAdapter[TrainPoint | ValidationPoint | HealthEvent | Probe] = TypeAdapter(
+    Annotated[TrainPoint | ValidationPoint | HealthEvent | Probe, Field(discriminator="kind")]
 )
 
 
@@ -296,7 +309,7 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
                 remarks = (f"{path}: the last line ({number}) is incomplete and was ignored.",)
                 break
             raise FileProblem(f"{path}:{number}", _describe(error), "correct or remove the line") from None
-        if isinstance(point, HealthEvent):
+        if isinstance(point, HealthEvent | Probe):
             continue
         for curve in (train, validation):
             while curve and curve[-1].step > point.step:

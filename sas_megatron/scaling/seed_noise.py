@@ -1,260 +1,255 @@
-"""Seed noise: t-intervals of loss differences, and the number of seeds that a test needs.
+"""Noise between seeds: the error of any weighted difference of two variants, and its degrees of freedom.
 
-A cell is one size and one budget, with one run per seed. Cells are fixed effects: an interval holds for the
-sizes and budgets that were trained. Only the seeds are random, with one standard deviation for all sizes.
+A cell is one size and one budget. Cells are fixed effects: an interval holds for the sizes and budgets that
+were trained. Only seeds are random. A seed determines the order of the data at all sizes and budgets, and the
+budgets of a trunk share most of their steps, so that the runs of a seed are not independent repetitions: a
+seed counts once. The noise of a weighted mean over cells is therefore measured on the mean itself. The same
+weights are applied to every variant that has two or more seeds in these cells, one value z per seed, with
 
-The budgets of one size and seed start with the same weights and samples; as branches of one trunk they share
-most of their steps. They are not independent repetitions, so the noise is that of their mean, with one value
-per seed.
+    z = effect of the variant + effect of the seed (the same for all variants) + interaction.
+
+The two variances are pooled over variants (Henderson's method 3, 1953, Biometrics 9). The degrees of freedom
+follow Satterthwaite (1946, Biometrics Bulletin 2). With equal seeds for both variants the effect of the seed
+cancels and the test is exact: for two variants it is the paired t-test, for more the t-test of a two-way
+analysis of variance. A variant with one seed is compared with the mean over the baseline's seeds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
 
-LEVEL, POWER = 0.95, 0.8
-# Upper limit of the search for a number of seeds.
-MAX_SEEDS = 1000
+from sas_megatron.scaling.analysis_of_variance import SumsOfSquares, analyze_variance, complete_table
+from sas_megatron.scaling.laws.log_sum import FloatArray
+from sas_megatron.scaling.significance import Estimate, Part, add_variances
+
+# Deviations from the other seeds of a cell beyond which a run is an outlier.
+OUTLIER = 3.0
+# Standard deviation of the prior on the power of the budget to which the variance is proportional. Few seeds
+# would otherwise give nearly all weight to the budget whose runs happen to lie together.
+SLOPE_PRIOR = 1.0
+
+Cell = tuple[str, str]
+Weights = Mapping[Cell, float]
 
 
 @dataclass(frozen=True)
-class CellDifference:
-    """The candidate's loss minus the baseline's in one cell.
+class SeedLosses:
+    """The losses of one variant by cell (rows) and seed (columns), with missing runs completed.
 
-    `pairs` holds the difference by seed for the seeds that both have. If they share none it is empty, and
-    `candidate` and `baseline` hold the losses of each by seed.
+    A missing run is assumed to differ from the other seeds of its cell as its seed does in others. `seeds`
+    are the columns of `losses`: those that share a cell with another seed. If there are none, a single column
+    has the mean of each cell. `measured` has all seeds as columns, and NaN for a missing run.
     """
 
-    size: str
-    budget: str
-    pairs: Mapping[int, float]
-    candidate: Mapping[int, float] = field(default_factory=dict)
-    baseline: Mapping[int, float] = field(default_factory=dict)
+    cells: tuple[Cell, ...]
+    seeds: tuple[int, ...]
+    losses: FloatArray
+    all_seeds: tuple[int, ...]
+    measured: FloatArray
+
+    @staticmethod
+    def of(losses: Mapping[Cell, Mapping[int, float]]) -> SeedLosses:
+        """Build the table from the losses by cell and seed."""
+        cells = tuple(losses)
+        seeds = np.array(sorted({seed for by_seed in losses.values() for seed in by_seed}))
+        measured_CS = np.array([[losses[cell].get(seed, math.nan) for seed in seeds] for cell in cells])
+        known_CS = np.isfinite(measured_CS)
+        # A seed that is alone in all of its cells does not show how seeds differ.
+        repeated_S = known_CS[known_CS.sum(axis=1) > 1].any(axis=0)
+        if repeated_S.any():
+            completed_CS = complete_table(measured_CS)[:, repeated_S]
+            used = tuple(seeds[repeated_S].tolist())
+            return SeedLosses(cells, used, completed_CS, tuple(seeds.tolist()), measured_CS)
+        most = int(known_CS.sum(axis=0).argmax())
+        means_C1 = np.nanmean(measured_CS, axis=1, keepdims=True)
+        return SeedLosses(cells, (int(seeds[most]),), means_C1, tuple(seeds.tolist()), measured_CS)
 
     @property
-    def difference(self) -> float:
-        """The difference of the mean losses over seeds."""
-        return _mean(self.pairs) if self.pairs else _mean(self.candidate) - _mean(self.baseline)
+    def means(self) -> dict[Cell, float]:
+        """The mean over seeds of each cell."""
+        return dict(zip(self.cells, self.losses.mean(axis=1).tolist(), strict=True))
+
+    def combine(self, weights: Weights) -> FloatArray | None:
+        """Return the weighted sum over cells by seed; None if a cell is missing."""
+        if not weights.keys() <= set(self.cells):
+            return None
+        vector_C = np.array([weights.get(cell, 0.0) for cell in self.cells])
+        combined: FloatArray = vector_C @ self.losses
+        return combined
 
 
 @dataclass(frozen=True)
-class DifferenceNoise:
-    """Standard deviation of the difference between two single seeds, averaged over the budgets of a size.
+class Outlier:
+    """A run that is more than `OUTLIER` pooled deviations from the other seeds of its cell."""
 
-    `degrees` are its degrees of freedom. `assumed` is True if it was estimated from repeated seeds within one
-    variant, as if the runs of a pair were independent.
-    """
+    variant: str
+    cell: Cell
+    seed: int
+    deviations: float
 
-    deviation: float
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """The losses of all variants, and the deviation of a run by budget, pooled over variants and sizes."""
+
+    tables: Mapping[str, SeedLosses]
+    deviations: Mapping[str, float]
     degrees: int
-    assumed: bool
 
+    @staticmethod
+    def of(losses: Mapping[str, Mapping[Cell, Mapping[int, float]]]) -> NoiseModel:
+        """Build the model from the losses by variant, cell and seed."""
+        tables = {variant: SeedLosses.of(by_cell) for variant, by_cell in losses.items()}
+        pooled = {budget: (0.0, 0) for table in tables.values() for _, budget in table.cells}
+        for table in tables.values():
+            for (_, budget), measured_S in zip(table.cells, table.measured, strict=True):
+                known_S = measured_S[np.isfinite(measured_S)]
+                squares, degrees = pooled[budget]
+                pooled[budget] = (squares + float(known_S.var()) * len(known_S), degrees + len(known_S) - 1)
+        return NoiseModel(tables, _smooth(pooled), sum(degrees for _, degrees in pooled.values()))
 
-@dataclass(frozen=True)
-class MeanDifference:
-    """The mean difference over cells, its interval and the p-value of a zero difference.
+    def find_outliers(self) -> tuple[Outlier, ...]:
+        """Return the runs that are far from the mean of the other seeds of their cell."""
+        found: list[Outlier] = []
+        for variant, table in self.tables.items():
+            for cell, measured_S in zip(table.cells, table.measured, strict=True):
+                count = int(np.isfinite(measured_S).sum())
+                deviation = self.deviations[cell[1]]
+                if count < 2 or deviation == 0:
+                    continue
+                # The distance to the mean of the others has the variance σ² n / (n − 1).
+                distances = (measured_S - np.nanmean(measured_S)) * math.sqrt(count / (count - 1)) / deviation
+                # An outlier also moves the mean of the others: only the farthest run of a cell is one.
+                farthest = int(np.nanargmax(np.abs(distances)))
+                if abs(distances[farthest]) > OUTLIER:
+                    seed = table.all_seeds[farthest]
+                    found.append(Outlier(variant, cell, seed, float(distances[farthest])))
+        return tuple(found)
 
-    All fields except `difference` are None without an estimate of the noise; `seeds_needed` is None too if
-    more than `MAX_SEEDS` are needed.
-    """
+    def weigh(self, parts: Sequence[tuple[Weights, Weights]]) -> FloatArray:
+        """Return weights of differences that add to 1, proportional to 1 / variance.
 
-    difference: float
-    interval: tuple[float, float] | None
-    p_value: float | None
-    noise: DifferenceNoise | None
-    seeds_needed: int | None
+        The variance is that of the difference of single runs, by their budgets alone.
 
+        Args:
+            parts: For each difference, the weights of the candidate's and of the baseline's cells.
+        """
+        variances = np.array(
+            [
+                sum(
+                    weight**2 * self.deviations.get(budget, 1.0) ** 2
+                    for weights in part
+                    for (_, budget), weight in weights.items()
+                )
+                for part in parts
+            ]
+        )
+        inverse = 1 / variances if (variances > 0).all() else np.ones(len(parts))
+        return np.asarray(inverse / inverse.sum())
 
-# One mapping for each budget of a size: seed -> loss or difference.
-LossesByBudget = Sequence[Mapping[int, float]]
+    @property
+    def num_repeated(self) -> int:
+        """The number of variants with two or more seeds."""
+        return sum(len(table.seeds) > 1 for table in self.tables.values())
 
+    def estimate(
+        self,
+        difference: float,
+        *,
+        candidate: str,
+        baseline: str,
+        weights: tuple[Weights, Weights],
+        others: Sequence[Part] = (),
+    ) -> Estimate:
+        """Return the error of a weighted difference between two variants.
 
-def estimate_noise(
-    cells: Sequence[CellDifference], repetitions: Iterable[LossesByBudget]
-) -> DifferenceNoise | None:
-    """Estimate the noise from pairs of seeds, or from repetitions if no size has two pairs.
-
-    Args:
-        cells: The differences of two variants.
-        repetitions: For each variant and size, its losses.
-    """
-    pooled = pool_deviation(average_budgets([cell.pairs for cell in group]) for group in _by_size(cells))
-    if pooled is not None:
-        return DifferenceNoise(*pooled, assumed=False)
-    pooled = pool_deviation(average_budgets(budgets) for budgets in repetitions)
-    return None if pooled is None else DifferenceNoise(math.sqrt(2) * pooled[0], pooled[1], assumed=True)
-
-
-def pool_deviation(groups: Iterable[Sequence[float]]) -> tuple[float, int] | None:
-    """Return the standard deviation within groups and its degrees of freedom; None without repetitions."""
-    repeated = [group for group in groups if len(group) > 1]
-    squares = sum(float(np.var(group)) * len(group) for group in repeated)
-    degrees = sum(len(group) - 1 for group in repeated)
-    return (math.sqrt(squares / degrees), degrees) if degrees else None
-
-
-def average_budgets(budgets: LossesByBudget) -> tuple[float, ...]:
-    """Return the mean over budgets of each seed that has a budget in common with another seed.
-
-    A missing run is imputed: the seed is assumed to differ from the other seeds there as on its other
-    budgets. The result is empty if no budget has two seeds.
-    """
-    # A single seed on a budget gives no information about differences between seeds.
-    repeated = [budget for budget in budgets if len(budget) > 1]
-    if not repeated:
-        return ()
-    seeds = sorted({seed for budget in repeated for seed in budget})
-    runs = [
-        (row, seeds.index(seed), loss) for row, budget in enumerate(repeated) for seed, loss in budget.items()
-    ]
-    # Least squares: each loss is the sum of a budget effect and a seed effect.
-    design = np.zeros((len(runs), len(repeated) + len(seeds)))
-    for number, (row, column, _) in enumerate(runs):
-        design[number, [row, len(repeated) + column]] = 1
-    effects = np.linalg.lstsq(design, np.array([loss for *_, loss in runs]))[0][len(repeated) :]
-    overall = float(np.mean([_mean(budget) for budget in budgets if budget]))
-    return tuple((overall + effects - effects.mean()).tolist())
-
-
-def average_difference(
-    cells: Sequence[CellDifference], noise: DifferenceNoise | None, *, num_comparisons: int = 1
-) -> MeanDifference:
-    """Return the unweighted mean over cells.
-
-    Args:
-        cells: At least one cell.
-        noise: None gives the mean alone.
-        num_comparisons: Comparisons that are tested together; they increase the number of seeds needed.
-    """
-    difference = float(np.mean([cell.difference for cell in cells]))
-    if noise is None:
-        return MeanDifference(difference, None, None, None, None)
-    by_size = _by_size(cells)
-    weights = [len(group) / len(cells) for group in by_size]
-    shares = [_variance_share(group) for group in by_size]
-    error = noise.deviation * math.sqrt(
-        sum(weight**2 * share for weight, share in zip(weights, shares, strict=True))
-    )
-    half_width = float(special.stdtrit(noise.degrees, (1 + LEVEL) / 2)) * error
-    # The deviation at which equally weighted sizes have the same standard error.
-    even = noise.deviation * math.sqrt(len(weights) * sum(weight**2 for weight in weights))
-    needed = count_seeds_needed(difference, even, len(weights), num_comparisons=num_comparisons)
-    interval = (difference - half_width, difference + half_width)
-    return MeanDifference(difference, interval, _p_value(difference, error, noise.degrees), noise, needed)
-
-
-def adjust_p_values(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of several tests by Holm's step-down method (Holm 1979, Scand. J. Stat. 6).
-
-    The smallest of n p-values is multiplied by n, the next by n - 1, and so on; the adjusted values are made
-    monotonic. The probability of any false positive is then at most that of a single test.
-    """
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
-
-
-def count_seeds_needed(
-    difference: float, deviation: float, num_sizes: int, *, num_comparisons: int = 1
-) -> int | None:
-    """Return the smallest number of seeds per size at which a t-test detects `difference` with 80 % power.
-
-    The significance level is 5 %, divided by the number of comparisons (the first step of `adjust_p_values`).
-    The result is None if more than `MAX_SEEDS` are needed.
-    """
-    if difference == 0:
-        return None
-    level = 1 - (1 - LEVEL) / num_comparisons
-    low, high = 1, MAX_SEEDS
-    if not _is_detected(difference, deviation, num_sizes, high, level):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _is_detected(difference, deviation, num_sizes, middle, level):
-            high = middle
+        Args:
+            difference: The candidate's weighted loss minus the baseline's.
+            candidate: Name of a variant.
+            baseline: Name of the other variant.
+            weights: Weights of the candidate's cells and of the baseline's cells.
+            others: Further independent parts of the variance.
+        """
+        ours, theirs = self.tables[candidate].seeds, self.tables[baseline].seeds
+        sums = self._pool(weights, (1 / len(ours), 1 / len(theirs)))
+        degrees = sums.seeds_degrees + sums.interaction_degrees
+        if not degrees:
+            return Estimate(difference)
+        single = 1 / len(ours) + 1 / len(theirs)
+        # The effects of the seeds that only one of the two has do not cancel.
+        unshared = sum(
+            ((seed in ours) / len(ours) - (seed in theirs) / len(theirs)) ** 2 for seed in {*ours, *theirs}
+        )
+        mean_square = (sums.seeds + sums.interaction) / degrees
+        parts = [*others]
+        if sums.interaction_degrees:
+            interaction = sums.interaction / sums.interaction_degrees
+            constant = (single - unshared) * interaction + unshared * sums.interaction / degrees
+            parts.append((constant, sums.interaction_degrees))
+            if sums.seeds_degrees:
+                parts.append((unshared * sums.seeds / degrees, sums.seeds_degrees))
         else:
-            low = middle
-    return high
+            # The effects of seeds cannot be separated: they are assumed not to cancel.
+            interaction = mean_square
+            parts.append((single * mean_square, degrees))
+        variance, effective = add_variances(parts)
+        return Estimate.of(difference, math.sqrt(variance), effective, math.sqrt(2 * interaction))
+
+    def _pool(self, weights: tuple[Weights, Weights], shares: tuple[float, float]) -> SumsOfSquares:
+        """Return the sums of squares of all variants, averaged over the two sets of weights."""
+        found = []
+        for one in weights:
+            rows = [
+                dict(zip(table.seeds, combined.tolist(), strict=True))
+                for table in self.tables.values()
+                if len(table.seeds) > 1 and (combined := table.combine(one)) is not None
+            ]
+            found.append(analyze_variance(rows))
+        fewest = min(found, key=lambda sums: (sums.interaction_degrees, sums.seeds_degrees))
+        if not all(sums.seeds_degrees + sums.interaction_degrees for sums in found):
+            return SumsOfSquares(0.0, 0, 0.0, 0)
+        shared = np.array(shares) / sum(shares)
+
+        def average(name: str) -> float:
+            degrees = getattr(fewest, f"{name}_degrees")
+            # Both are linear combinations of the same runs, so that they count once.
+            means = [
+                getattr(sums, name) / count if (count := getattr(sums, f"{name}_degrees")) else 0.0
+                for sums in found
+            ]
+            return float(shared @ means) * int(degrees)
+
+        return SumsOfSquares(
+            average("seeds"), fewest.seeds_degrees, average("interaction"), fewest.interaction_degrees
+        )
 
 
-def _is_detected(difference: float, deviation: float, num_sizes: int, seeds: int, level: float) -> bool:
-    if deviation == 0:
-        return True
-    degrees = num_sizes * (seeds - 1)
-    shift = abs(difference) * math.sqrt(seeds * num_sizes) / deviation
-    critical = float(special.stdtrit(degrees, (1 + level) / 2))
-    # Far beyond the critical value the noncentral t lies entirely above it, and is hard to compute.
-    return shift > critical + 10 or 1 - float(special.nctdtr(degrees, shift, critical)) >= POWER
+def _smooth(pooled: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Return the deviation of a run by budget, with a variance proportional to a power of the budget.
 
-
-def _p_value(difference: float, error: float, degrees: int) -> float:
-    if error == 0:
-        return float(difference == 0)
-    return 2 * float(special.stdtr(degrees, -abs(difference) / error))
-
-
-def _by_size(cells: Sequence[CellDifference]) -> list[list[CellDifference]]:
-    """Group cells by size; cells with and without pairs are separate groups."""
-    groups: dict[tuple[str, bool], list[CellDifference]] = {}
-    for cell in cells:
-        groups.setdefault((cell.size, bool(cell.pairs)), []).append(cell)
-    return list(groups.values())
-
-
-def _variance_share(cells: Sequence[CellDifference]) -> float:
-    """Return the variance of a size's mean divided by that of the difference between two single seeds."""
-    if cells[0].pairs:
-        return _sum_squared_weights([cell.pairs for cell in cells])
-    both = ([cell.candidate for cell in cells], [cell.baseline for cell in cells])
-    return sum(_sum_squared_weights(budgets) for budgets in both) / 2
-
-
-def _sum_squared_weights(budgets: Sequence[Collection[int]]) -> float:
-    """Return the sum of the squared weights of seeds in the mean over budgets: 1/n for n seeds on each."""
-    seeds = {seed for budget in budgets for seed in budget}
-    weights = [sum(1 / len(budget) for budget in budgets if seed in budget) / len(budgets) for seed in seeds]
-    return sum(weight**2 for weight in weights)
-
-
-def _mean(by_seed: Mapping[int, float]) -> float:
-    return float(np.mean(list(by_seed.values())))
-
-
-@dataclass(frozen=True)
-class SeedNoise:
-    """Standard deviation of a final loss over seeds, pooled over cells.
-
-    `degrees` are its degrees of freedom; None if the deviation was given and not measured.
-    """
-
-    deviation: float
-    degrees: int | None
-
-
-def smallest_detectable_difference(noise: SeedNoise, *, seeds: tuple[int, int], num_cells: int = 1) -> float:
-    """Return the difference of two mean losses that a two-sided test at 5 % detects with 80 % power.
-
-    (t₀.₉₇₅ + t₀.₈) σ √((1/n₁ + 1/n₂)/cells), the usual approximation (Cohen 1988, section 2.5), with the
-    degrees of freedom of the noise; a given deviation is treated as exact.
+    The power is fitted to the logarithms of the variances, with their exact means and variances for normal
+    losses, and a normal prior with mean 0.
 
     Args:
-        noise: Noise of a single run.
-        seeds: n₁ and n₂, the seeds of each variant.
-        num_cells: Cells over which the difference is averaged.
+        pooled: For each budget, the sum of squares of runs within cells and its degrees of freedom.
     """
-
-    def quantile(probability: float) -> float:
-        if noise.degrees is None:
-            return float(special.ndtri(probability))
-        return float(special.stdtrit(noise.degrees, probability))
-
-    factor = quantile((1 + LEVEL) / 2) + quantile(POWER)
-    return factor * noise.deviation * math.sqrt((1 / seeds[0] + 1 / seeds[1]) / num_cells)
+    budgets = {budget: math.log(float(budget)) for budget in pooled}
+    known = {budget: part for budget, part in pooled.items() if part[0] > 0}
+    slope = 0.0
+    if known:
+        x = np.array([budgets[budget] for budget in known])
+        squares, degrees = np.array(list(known.values())).T
+        y = np.log(squares / 2) - special.digamma(degrees / 2)
+        weights = 1 / special.polygamma(1, degrees / 2)
+        x_centred = x - weights @ x / weights.sum()
+        slope = float(weights @ (x_centred * y) / (weights @ x_centred**2 + SLOPE_PRIOR**-2))
+    scales = {budget: math.exp(slope * position) for budget, position in budgets.items()}
+    degrees_of_freedom = sum(count for _, count in pooled.values())
+    total = sum(square / scales[budget] for budget, (square, _) in pooled.items())
+    base = total / degrees_of_freedom if degrees_of_freedom else 0.0
+    return {budget: math.sqrt(base * scale) for budget, scale in scales.items()}

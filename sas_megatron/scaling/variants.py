@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.attention import parse_attention, resolve_kind
-from sas_megatron.config.errors import FileProblem
+from sas_megatron.config.attention import MODIFIERS, parse_attention, resolve_kind
+from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import read_yaml
 from sas_megatron.config.run import RunConfig
 
@@ -37,18 +37,44 @@ def build_variant(base: RunConfig, attention: str) -> tuple[str, RunConfig]:
 def default_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     """Return the section `attention` of a kind with defaults from the base; the base's own for its own kind.
 
+    Modifiers of the base are kept.
+
     Raises:
         UserError: The kind is unknown.
     """
     if kind == base.attention.kind:
         return base.attention.model_dump(exclude_unset=True)
     variant = resolve_kind(kind)
-    common = base.attention.model_dump(exclude_unset=True, include={"dropout", "backend"})
+    common = base.attention.model_dump(exclude_unset=True, include={"dropout", "backend", *MODIFIERS})
     return {
         "kind": kind,
         **common,
         **variant.defaults_from(base.attention, hidden_size=base.model.hidden_size),
     }
+
+
+def scale_fields(fields: dict[str, Any], factors: dict[str, Any]) -> dict[str, Any]:
+    """Return attention fields of which some are multiplied by a factor, such as twice as many heads.
+
+    Args:
+        fields: The section `attention`.
+        factors: Factors by the name of a field.
+
+    Raises:
+        FieldError: A field has no number, a factor is not a number, or their product is not an integer.
+    """
+    scaled = dict(fields)
+    for name, factor in factors.items():
+        value = fields.get(name)
+        if not isinstance(value, int) or not isinstance(factor, int | float) or value * factor % 1:
+            raise FieldError(
+                f"times.{name}",
+                factor,
+                f"must be a number whose product with attention.{name}={value} is an integer",
+                "use another factor, or a base in which the field has a multiple of its divisor",
+            )
+        scaled[name] = int(value * factor)
+    return scaled
 
 
 def _name_directory(base: RunConfig, name: str) -> Path:

@@ -25,11 +25,11 @@ from sas_megatron.distributed.communication_counter import gather_communication_
 from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology, build_communication_counter
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
+from sas_megatron.evaluation.probes import probe_model
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
 from sas_megatron.training.build import build_engine
 from sas_megatron.training.engine import Engine
 from sas_megatron.training.health_monitor import HealthMonitor
-from sas_megatron.training.metrics import Progress, read_counts
 from sas_megatron.training.records import Recorder
 from sas_megatron.training.run_data import RunData
 from sas_megatron.training.run_files import RunFiles
@@ -66,12 +66,7 @@ class Run:
         self.saver = CheckpointSaver(RunFiles.checkpoints(config), config, topology)
         self.start = find_starting_point(config, log=self.recorder.log)
         self.engine: Engine = build_engine(config, initial_weights=self.start.weights_folder)
-        checkpoint = self.start.checkpoint
-        self.progress = (
-            Progress()
-            if checkpoint is None
-            else read_counts(checkpoint.progress["counts"], checkpoint=checkpoint.path)
-        )
+        self.progress = self.start.read_progress()
         self.last_step: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
         self.health = HealthMonitor(config, topology, self.progress.health, recorder=self.recorder)
@@ -170,14 +165,16 @@ class Run:
         """Compute the validation loss and record it."""
         num_microbatches = self.data.num_microbatches(self.config.evaluation.num_sequences)
         batches = self.data.validation_batches()
-        held_out = evaluate_held_out(
+        self.held_out = held_out = evaluate_held_out(
             functools.partial(self.engine.forward, batches=batches, num_microbatches=num_microbatches),
             byte_lengths=self.data.byte_lengths,
             topology=self.topology,
         )
-        self.held_out = held_out
         self.progress.count_evaluation(held_out.loss)
         self.recorder.log_validation(self.progress, held_out)
+        if self.config.evaluation.probe_sequences:
+            layers = probe_model(self.engine, self.data, config=self.config, topology=self.topology)
+            self.recorder.log_probe(self.progress, layers)
 
     def _save(self) -> None:
         """Save a checkpoint, after the records up to it have been synced to disk."""
@@ -225,11 +222,8 @@ class Run:
         return interval is not None and self.progress.step % interval == 0
 
     def _counted_communication(self) -> contextlib.AbstractContextManager[object]:
-        return (
-            self.communication_counter
-            if self.config.logging.communication_counter
-            else contextlib.nullcontext()
-        )
+        is_counted = self.config.logging.communication_counter
+        return self.communication_counter if is_counted else contextlib.nullcontext()
 
     def _synchronize(self) -> None:
         if self.topology.device.type == "cuda":

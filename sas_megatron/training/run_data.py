@@ -49,6 +49,24 @@ class RunData:
         num_samples = self._config.evaluation.num_sequences
         return self._batches(self._validation_samples, first_sample=0, num_samples=num_samples)
 
+    def probe_batches(self) -> tuple[Iterator[Batch], int]:
+        """Return the microbatches of the probe and their number, the same on every data rank."""
+        num_samples, size = self._config.evaluation.probe_sequences, self._config.training.micro_batch_size
+        multiple = self._config.parallel.microbatch_group_size
+        count = math.ceil(num_samples / size / multiple) * multiple
+        batches = microbatches(
+            self._validation_samples,
+            first_sample=0,
+            num_samples=num_samples,
+            num_microbatches=count,
+            micro_batch_size=size,
+            data_rank=0,
+            data_size=1,
+            device=self._topology.device,
+            context_group=self._topology.context_group,
+        )
+        return batches, count
+
     def num_microbatches(self, num_samples: int) -> int:
         """Return the number of microbatches in which each data rank processes its share of `num_samples`."""
         samples_per_round = self._config.training.micro_batch_size * self._topology.data_size

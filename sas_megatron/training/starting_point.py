@@ -15,6 +15,7 @@ from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.checkpoint.weights_source import WeightsSource, find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.object_collectives import run_on_rank0
+from sas_megatron.training.metrics import Progress, read_counts
 from sas_megatron.training.resuming import Branch, check_checkpoint_config, find_branch, suggest_branch
 from sas_megatron.training.run_files import RunFiles
 
@@ -27,6 +28,16 @@ class StartingPoint:
     checkpoint: Checkpoint | None
     branch: Branch | None
     initial_weights: WeightsSource | None
+
+    def read_progress(self) -> Progress:
+        """Return the progress that the checkpoint contains; without one, that of a new run.
+
+        Raises:
+            DamagedCheckpoint: A field has another type.
+        """
+        if self.checkpoint is None:
+            return Progress()
+        return read_counts(self.checkpoint.progress["counts"], checkpoint=self.checkpoint.path)
 
     @property
     def weights_folder(self) -> Path | None:

@@ -43,7 +43,7 @@ WITHOUT_TORCH = [
     *(PACKAGE / "attention" / name for name in ("__init__.py", "sas/tensor_parallel.py")),
     *(
         path
-        for variant in ("gqa", "mfa", "mla", "sas", "tpa")
+        for variant in ("diff", "gqa", "mfa", "mla", "sas", "tpa")
         for path in (
             PACKAGE / "attention" / variant / name for name in ("__init__.py", "config.py", "costs.py")
         )

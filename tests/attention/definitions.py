@@ -8,7 +8,7 @@ Weights are full tensors, named as in the layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,80 +19,28 @@ from sas_megatron.attention.mla.config import LatentAttentionConfig
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.attention.tpa.config import TensorProductAttentionConfig
 from sas_megatron.config.attention import AttentionConfig
-
-Weights = Mapping[str, torch.Tensor]
-
-
-def simulate_heads(x_TND: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    """u[m, d] = b1[m] + Σ_n Σ_j W1[m, n, j]·x[n, d + j - (k-1)/2]; w = u + conv2(ReLU(u))."""
-    prefix = f"simulation.heads.{name}."
-    u = _convolve(x_TND, weights[prefix + "expand"], weights.get(prefix + "expand_bias"))
-    return u + _convolve(u.clamp(min=0), weights[prefix + "refine"], weights.get(prefix + "refine_bias"))
-
-
-def _convolve(x_TND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    tokens, _, width = x_TND.shape
-    taps = weight.shape[2]
-    result = x_TND.new_zeros(tokens, weight.shape[0], width)
-    for tap in range(taps):
-        shift = tap - (taps - 1) // 2
-        shifted = torch.zeros_like(x_TND)
-        for feature in range(width):
-            if 0 <= feature + shift < width:
-                shifted[:, :, feature] = x_TND[:, :, feature + shift]
-        result = result + torch.einsum("mn,tnd->tmd", weight[:, :, tap], shifted)
-    return result if bias is None else result + bias[None, :, None]
-
-
-def simulate_features(x_TMD: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    """y = x·A1ᵀ + a1 (D to E), z = y + ReLU(y)·A2ᵀ + a2 (E to E)."""
-    prefix = f"simulation.features.{name}."
-
-    def linear(x: torch.Tensor, part: str) -> torch.Tensor:
-        bias = weights.get(f"{prefix}{part}_bias")
-        product = torch.einsum("tmd,ed->tme", x, weights[prefix + part])
-        return product if bias is None else product + bias
-
-    y = linear(x_TMD, "expand")
-    return y + linear(y.clamp(min=0), "refine")
-
-
-def rotate(x_SBMD: torch.Tensor, rotary_dim: int, base: int = 10000) -> torch.Tensor:
-    """Rotate the pairs (i, i + R/2) of the first R = `rotary_dim` features, with angles in float32."""
-    positions = torch.arange(x_SBMD.shape[0], dtype=torch.float32)
-    frequencies = 1.0 / (base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
-    angles = torch.outer(positions, frequencies)
-    cosine, sine = (
-        torch.cat([part, part], dim=-1)[:, None, None, :].to(x_SBMD.dtype)
-        for part in (angles.cos(), angles.sin())
-    )
-    rotary, rest = x_SBMD[..., :rotary_dim], x_SBMD[..., rotary_dim:]
-    first, second = rotary.chunk(2, dim=-1)
-    return torch.cat([rotary * cosine + torch.cat([-second, first], dim=-1) * sine, rest], dim=-1)
-
-
-def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.Tensor) -> torch.Tensor:
-    """Return causal softmax attention [S, B, M, D], computed head by head with scale 1/√E."""
-    length, heads, width = query_SBME.shape[0], query_SBME.shape[2], query_SBME.shape[3]
-    readers = heads // key_SBGE.shape[2]
-    forbidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-    outputs = []
-    for head in range(heads):
-        query, key, value = (
-            query_SBME[:, :, head],
-            key_SBGE[:, :, head // readers],
-            value_SBGD[:, :, head // readers],
-        )
-        scores = torch.einsum("sbe,tbe->bst", query, key) / math.sqrt(width)
-        weights = scores.masked_fill(forbidden, float("-inf")).softmax(dim=-1)
-        outputs.append(torch.einsum("bst,tbd->sbd", weights, value))
-    return torch.stack(outputs, dim=2)
+from tests.attention.modifier_definitions import (
+    Weights,
+    knock_values,
+    modifier_weight_shapes,
+    modify_output,
+    normalize_query_key,
+    root_mean_square_norm,
+)
+from tests.attention.step_definitions import (
+    attend,
+    attend_blocks,
+    rotate,
+    rotate_neighbours,
+    simulate_features,
+    simulate_heads,
+)
 
 
 def grouped_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig, *, rotary: bool = True
 ) -> torch.Tensor:
-    """Grouped-query attention and SAS: project, simulate, rotate, attend, project each block and average."""
+    """Grouped-query attention and SAS: project, simulate, rotate, attend, project each block, aggregate."""
     length, batch, _ = hidden_SBH.shape
     heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
     columns = hidden_SBH @ weights["linear_qkv.weight"].T
@@ -103,35 +51,41 @@ def grouped_attention(
         "key": grouped[:, :, -2],
         "value": grouped[:, :, -1],
     }
-    blocks = 1
+    blocks, divisor = 1, 1.0
+    if rotary and config.rotary == "before":
+        rotary = False
+        for name in ("query", "key"):
+            base[name] = rotate(base[name].view(length, batch, -1, width), config.rotary_width).flatten(0, 1)
     if isinstance(config, SimulatedAttentionConfig):
         blocks = config.head_expansion
+        divisor = {"mean": blocks, "rsqrt": math.sqrt(blocks)}[config.aggregation]
         switches = config.head_simulations()
         for name, x_TND in base.items():
+            is_on, activation = name in switches, config.head_activation
             base[name] = (
-                simulate_heads(x_TND, weights, name) if name in switches else x_TND.repeat(1, blocks, 1)
+                simulate_heads(x_TND, weights, name, activation) if is_on else x_TND.repeat(1, blocks, 1)
             )
         if config.simulate_features:
             for name in ("query", "key"):
-                base[name] = simulate_features(base[name], weights, name)
+                base[name] = simulate_features(base[name], weights, name, config.feature_activation)
     query, key, value = (x.view(length, batch, *x.shape[1:]) for x in base.values())
+    query, key = normalize_query_key(query, key, weights, config)
     if rotary:
         query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
-    context = attend_blocks(query, key, value, blocks)
+    context = attend_blocks(query, key, knock_values(value, weights, config), blocks)
+    if config.output_norm or config.output_gate != "none":
+        # They follow the aggregation of blocks.
+        return project(torch.stack(context).sum(dim=0) / divisor, hidden_SBH, weights, config)
     projected = [block.flatten(2) @ weights["linear_proj.weight"].T for block in context]
-    return torch.stack(projected).mean(dim=0)
+    return torch.stack(projected).sum(dim=0) / divisor
 
 
-def attend_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int
-) -> list[torch.Tensor]:
-    """Return the attention of each block of simulated heads."""
-    return [
-        attend(q, k, v)
-        for q, k, v in zip(
-            query.chunk(blocks, dim=2), key.chunk(blocks, dim=2), value.chunk(blocks, dim=2), strict=True
-        )
-    ]
+def project(
+    context_SBND: torch.Tensor, hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig
+) -> torch.Tensor:
+    """Modify the result of attention, and apply the output projection."""
+    context = modify_output(context_SBND, hidden_SBH, weights, config)
+    return context.flatten(2) @ weights["linear_proj.weight"].T
 
 
 def latent_attention(
@@ -154,44 +108,26 @@ def latent_attention(
     down = weights["linear_kv_down_proj.weight"]
     latent = hidden_SBH @ down[: config.kv_lora_rank].T
     latent = root_mean_square_norm(latent, weights["kv_layernorm.weight"])
-    rotary_key = rotate_neighbours((hidden_SBH @ down[config.kv_lora_rank :].T)[:, :, None])
+    rotary_key = hidden_SBH @ down[config.kv_lora_rank :].T
     queries, keys, values = [], [], []
     for of_query, of_key_value in zip(
         query_up.chunk(config.num_heads),
         weights["linear_kv_up_proj.weight"].chunk(config.num_heads),
         strict=True,
     ):
-        query = query_latent @ of_query.T
-        rotary_query = rotate_neighbours(query[:, :, None, config.head_dim :])[:, :, 0]
-        queries.append(torch.cat([query[:, :, : config.head_dim], rotary_query], dim=-1))
+        queries.append(query_latent @ of_query.T)
         key, value = of_key_value[: config.head_dim], of_key_value[config.head_dim :]
-        keys.append(torch.cat([latent @ key.T, rotary_key[:, :, 0]], dim=-1))
+        keys.append(torch.cat([latent @ key.T, rotary_key], dim=-1))
         values.append(latent @ value.T)
-    context = attend(*(torch.stack(heads, dim=2) for heads in (queries, keys, values)))
-    return context.flatten(2) @ weights["linear_proj.weight"].T
-
-
-def root_mean_square_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
-    """x / √(mean x² + ε) · weight."""
-    return x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
-
-
-def rotate_neighbours(x_SBMR: torch.Tensor, base: int = 10000) -> torch.Tensor:
-    """Rotate the pairs (2i, 2i + 1), with angles in float32, as DeepSeek does.
-
-    The layer stores the rotated pairs as two halves, in queries and keys, which gives the same scores.
-    """
-    width = x_SBMR.shape[-1]
-    positions = torch.arange(x_SBMR.shape[0], dtype=torch.float32)
-    rotated = torch.empty_like(x_SBMR)
-    for even in range(0, width, 2):
-        frequency = 1.0 / (base ** (torch.tensor(even, dtype=torch.float32) / width))
-        angle = (positions * frequency)[:, None, None]
-        cosine, sine = angle.cos().to(x_SBMR.dtype), angle.sin().to(x_SBMR.dtype)
-        first, second = x_SBMR[..., even], x_SBMR[..., even + 1]
-        rotated[..., even] = first * cosine - second * sine
-        rotated[..., even + 1] = first * sine + second * cosine
-    return rotated
+    query, key, value = (torch.stack(heads, dim=2) for heads in (queries, keys, values))
+    query, key = normalize_query_key(query, key, weights, config)
+    if config.rotary != "none":
+        query, key = (
+            torch.cat([x[..., : config.head_dim], rotate_neighbours(x[..., config.head_dim :])], dim=-1)
+            for x in (query, key)
+        )
+    context = attend(query, key, knock_values(value, weights, config))
+    return project(context, hidden_SBH, weights, config)
 
 
 def latent_weight_shapes(config: LatentAttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -237,6 +173,33 @@ def grouped_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str
     return shapes
 
 
+def differential_attention(
+    hidden_SBH: torch.Tensor, weights: Weights, config: AttentionConfig
+) -> torch.Tensor:
+    """out_i = a_2i - σ(x·W_λ)_i·a_(2i+1), with 2N query heads on G keys and values (Diff-Transformer-V2)."""
+    length, batch, _ = hidden_SBH.shape
+    groups, width = config.num_key_value_heads, config.head_dim
+    # Megatron-core keeps each group's queries, key and value together.
+    grouped = (hidden_SBH @ weights["linear_qkv.weight"].T).view(length, batch, groups, -1, width)
+    query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+    query, key = normalize_query_key(query, key, weights, config)
+    query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
+    a = attend(query, key, knock_values(value, weights, config))
+    factors = torch.sigmoid(hidden_SBH @ weights["linear_lambda.weight"].T)
+    heads = [a[:, :, 2 * i] - factors[..., i, None] * a[:, :, 2 * i + 1] for i in range(config.num_heads)]
+    return project(torch.stack(heads, dim=2), hidden_SBH, weights, config)
+
+
+def differential_weight_shapes(config: AttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the full shapes of the layer's weights, by name."""
+    heads, groups, width = config.num_heads, config.num_key_value_heads, config.head_dim
+    return {
+        "linear_qkv.weight": ((2 * heads + 2 * groups) * width, hidden_size),
+        "linear_proj.weight": (hidden_size, heads * width),
+        "linear_lambda.weight": (heads, hidden_size),
+    }
+
+
 def tensor_product_attention(
     hidden_SBH: torch.Tensor, weights: Weights, config: TensorProductAttentionConfig
 ) -> torch.Tensor:
@@ -247,19 +210,24 @@ def tensor_product_attention(
     for name in ("query", "key", "value"):
         of_heads = hidden_SBH @ weights[f"linear_qkv.heads.{name}"].T
         if name == "query" and not config.factorize_query:
-            heads_by_name[name] = rotate(of_heads.view(length, batch, heads, width), config.rotary_width)
+            query = of_heads.view(length, batch, heads, width)
+            heads_by_name[name] = query if config.qk_norm else rotate(query, config.rotary_width)
             continue
         rank = {"query": config.query_rank or 6, "key": config.key_rank, "value": config.value_rank}[name]
         a_SBNR = of_heads.view(length, batch, heads, rank)
         b_SBRD = (hidden_SBH @ weights[f"linear_qkv.features.{name}"].T).view(length, batch, rank, width)
-        if name != "value":
+        if name != "value" and not config.qk_norm:
             b_SBRD = rotate(b_SBRD, config.rotary_width)
         total = hidden_SBH.new_zeros(length, batch, heads, width)
         for r in range(rank):
             total = total + torch.einsum("sbn,sbd->sbnd", a_SBNR[..., r], b_SBRD[:, :, r])
         heads_by_name[name] = total / rank
-    context = attend(heads_by_name["query"], heads_by_name["key"], heads_by_name["value"])
-    return context.flatten(2) @ weights["linear_proj.weight"].T
+    query, key = heads_by_name["query"], heads_by_name["key"]
+    if config.qk_norm:
+        query, key = normalize_query_key(query, key, weights, config)
+        query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
+    context = attend(query, key, knock_values(heads_by_name["value"], weights, config))
+    return project(context, hidden_SBH, weights, config)
 
 
 def tensor_product_weight_shapes(
@@ -292,8 +260,10 @@ def factorized_attention(
     query = (low_SBR @ weights["linear_query_up.weight"].T).view(length, batch, config.num_heads, width)
     key = (hidden_SBH @ shared[rank : rank + width].T).unsqueeze(2)
     value = (hidden_SBH @ shared[rank + width :].T).unsqueeze(2)
+    query, key = normalize_query_key(query, key, weights, config)
+    value = knock_values(value, weights, config)
     context = attend(rotate(query, config.rotary_width), rotate(key, config.rotary_width), value)
-    return context.flatten(2) @ weights["linear_proj.weight"].T
+    return project(context, hidden_SBH, weights, config)
 
 
 def factorized_weight_shapes(
@@ -314,7 +284,11 @@ class Definition:
     """A variant's layer, a function of hidden states [S, B, H] and full weights, and its weights' shapes."""
 
     self_attention: Callable[..., torch.Tensor]
-    weight_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]
+    own_weight_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]
+
+    def weight_shapes(self, config: AttentionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the full shapes of the layer's weights by name, those of modifiers included."""
+        return {**self.own_weight_shapes(config, hidden_size), **modifier_weight_shapes(config, hidden_size)}
 
 
 _GROUPED = Definition(grouped_attention, grouped_weight_shapes)
@@ -325,5 +299,6 @@ DEFINITIONS: dict[str, Definition] = {
     "sas": _GROUPED,
     "mfa": Definition(factorized_attention, factorized_weight_shapes),
     "tpa": Definition(tensor_product_attention, tensor_product_weight_shapes),
+    "diff": Definition(differential_attention, differential_weight_shapes),
     "mla": Definition(latent_attention, latent_weight_shapes),
 }

@@ -94,7 +94,7 @@ def transformer_config(case: LayerCase, tensor: int, context: int = 1) -> Any:
     return layer.transformer_config_type(
         num_layers=1,
         hidden_size=HIDDEN_SIZE,
-        num_attention_heads=config.num_heads,
+        num_attention_heads=config.num_query_heads,
         num_query_groups=config.num_key_value_heads,
         kv_channels=config.head_dim,
         add_bias_linear=False,
@@ -103,6 +103,7 @@ def transformer_config(case: LayerCase, tensor: int, context: int = 1) -> Any:
         tensor_model_parallel_size=tensor,
         sequence_parallel=case.sequence_parallel,
         context_parallel_size=context,
+        no_rope_freq=1 if config.rotary == "none" else None,
         **layer.transformer_options(config),
     )
 
@@ -134,10 +135,9 @@ def rotary_angles(config: AttentionConfig) -> torch.Tensor | None:
 
     if not config.uses_model_rotary:
         return None
+    width = config.rotary_width or config.head_dim
     # Each context rank gets the angles of its local tokens.
-    return RotaryEmbedding(config.rotary_width, 1.0, cp_group=parallel_state.get_context_parallel_group())(
-        LENGTH
-    )
+    return RotaryEmbedding(width, 1.0, cp_group=parallel_state.get_context_parallel_group())(LENGTH)
 
 
 def on_rank(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from sas_megatron.attention.sas.simulated_attention import average_blocks
+from sas_megatron.attention.sas.simulated_attention import aggregate_blocks
 from sas_megatron.config.parallel import ParallelConfig
 from tests import small_attentions as small
 from tests.attention import layer_case
@@ -23,9 +24,22 @@ VARIANTS: dict[str, small.Attention] = {
     "mla uncompressed queries": {**small.MLA_UNCOMPRESSED_QUERIES, "kv_lora_rank": 7},
     "sas": {**small.SAS, "kernel_size": 5},
     "sas grouped": {**small.SAS_GROUPED, "head_expansion": 2},
+    "diff": small.DIFF,
+    "diff grouped": small.DIFF_GROUPED,
     "mfa": small.MFA,
     "tpa": small.TPA,
     "tpa kv": {**small.TPA_UNFACTORED_QUERIES, "value_rank": 3},
+    "gqa without rotary": {**small.GQA, "rotary": "none"},
+    "mla without rotary": {**small.MLA, "rotary": "none"},
+    "mfa without rotary": {**small.MFA, "rotary": "none"},
+    "tpa without rotary": {**small.TPA, "rotary": "none"},
+    # Without biases, of which those of keys have no effect (and gradients of 0) without a later rotation.
+    "sas rotary before": {
+        **small.SAS_GROUPED,
+        "rotary": "before",
+        "aggregation": "rsqrt",
+        "simulation_bias": False,
+    },
 }
 
 
@@ -92,9 +106,10 @@ def test_tensor_ranks_drop_different_attention_weights_reproducibly(ranks: Any) 
     assert torch.equal(first, again)
 
 
-def test_averaging_before_projecting_equals_projecting_each_block() -> None:
+@pytest.mark.parametrize(("aggregation", "divisor"), [("mean", 3), ("rsqrt", math.sqrt(3))])
+def test_aggregating_before_projecting_equals_projecting_each_block(aggregation: str, divisor: float) -> None:
     context = layer_case.drawn("context", (5, 3, 12, 7), torch.float64)
     weight = layer_case.drawn("projection", (20, 4 * 7), torch.float64)
     each = [block.flatten(2) @ weight.T for block in context.chunk(3, dim=2)]
-    once = average_blocks(context, 3).flatten(2) @ weight.T
-    assert_near(once, torch.stack(each).mean(dim=0), torch.float64, "aggregation")
+    once = aggregate_blocks(context, 3, aggregation=aggregation).flatten(2) @ weight.T
+    assert_near(once, torch.stack(each).sum(dim=0) / divisor, torch.float64, "aggregation")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 
 from sas_megatron.config.errors import FieldError
+from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.parallel import ParallelConfig
+from sas_megatron.costs.head_sharding import count_context_elements
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
 from tests.attention.test_attention_properties import VARIANTS
+from tests.conftest import ROOT
 from tests.rank_pool import in_layout
 from tests.selection import cases
 from tests.tolerances import assert_near
@@ -31,6 +35,8 @@ CASES = {
     **{f"{name} P=2 C=2 sequence": (fields, 2, 2, True) for name, fields in VARIANTS.items()},
     # There are too few keys to shard the blocks, or to shard at all: keys are sharded in order, or copied.
     "sas multi-query C=2": ({**VARIANTS["sas"], "num_kv_heads": 1, "head_expansion": 2}, 1, 2, False),
+    # Three keys and two ranks: neither number divides the other, so six copies are sent.
+    "gqa G=3 C=2": ({"kind": "gqa", "num_heads": 6, "num_kv_heads": 3, "head_dim": 6}, 1, 2, False),
     "sas multi-query C=4": ({**VARIANTS["sas"], "num_kv_heads": 1, "head_expansion": 2}, 1, 4, False),
     # Two base heads on four ranks: there are enough simulated heads.
     "sas C=4 > N": (SAS_OVER_HEADS, 1, 4, False),
@@ -47,6 +53,10 @@ CASES_OF_ALL = (
     "tpa P=2 C=2 sequence",
     "tpa kv P=2 C=2",
     "mla uncompressed queries C=4",
+    *(f"{kind} without rotary {layout}" for kind in ("mfa", "tpa") for layout in ("C=2", "C=4", "P=2 C=2")),
+    *(f"gqa without rotary {layout}" for layout in ("C=4", "P=2 C=2", "P=2 C=2 sequence")),
+    *(f"mla without rotary {layout}" for layout in ("C=2", "C=4", "P=2 C=2")),
+    *(f"sas rotary before {layout}" for layout in ("C=2", "P=2 C=2")),
     "gqa C=4",
     "tpa kv C=4",
 )
@@ -100,8 +110,10 @@ def bytes_over_context(case: LayerCase, context: int) -> tuple[float, float]:
         ({"num_heads": 4, "num_kv_heads": 2}, 2, 2 * (4 + 2) * 10 + 2 * 2 * 6 + 4 * 6),
         # More ranks than base heads: r·N·D of the result.
         ({"num_heads": 2}, 4, 2 * (2 + 2) * 10 + 2 * 2 * 6 + 2 * 2 * 6),
-        # Multi-query: each query head is sent with copies of the r key heads.
-        ({"num_heads": 4, "num_kv_heads": 1}, 4, 2 * (4 + 4) * 10 + 2 * 4 * 6 + 4 * 6),
+        # Multi-query: the r key heads are sent in order, one copy per rank, and the result before the mean.
+        ({"num_heads": 4, "num_kv_heads": 1}, 4, 2 * 4 * 10 + 4 * (10 + 6) + 2 * 4 * 6),
+        # With more heads, the mean saves more than copies of the key heads of each block cost.
+        ({"num_heads": 16, "num_kv_heads": 1}, 2, 2 * 16 * 10 + 2 * 2 * (10 + 6) + 16 * 6),
     ],
 )
 def test_context_ranks_send_the_bytes_of_the_formula(
@@ -113,4 +125,19 @@ def test_context_ranks_send_the_bytes_of_the_formula(
     assert (
         ranks(context).run(bytes_over_context, case, context)
         == [pytest.approx((expected, expected))] * context
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "context", "ratio"),
+    [("1.3b", "mqa", 2, 1.78), ("1.3b", "mfa", 4, 1.71), ("1.3b", "gqa", 8, 1.33)],
+)
+def test_fewer_elements_are_sent_than_with_a_copy_of_the_key_for_each_query_head(
+    size: str, kind: str, context: int, ratio: float
+) -> None:
+    attention = load_run_config(ROOT / "configs" / size / f"{kind}.yaml").attention
+    queries, width = attention.num_heads, attention.head_dim
+    copied = Fraction(context - 1, context) * 4 * queries * width
+    assert float(copied / count_context_elements(attention, tensor=1, context=context)) == pytest.approx(
+        ratio, abs=0.005
     )

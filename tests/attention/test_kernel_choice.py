@@ -31,9 +31,9 @@ def sas(**fields: Any) -> SimulatedAttentionConfig:
 
 @pytest.fixture(autouse=True)
 def _forget_logged_choices() -> Iterator[None]:
-    simulation_kernels._log_choice.cache_clear()
+    simulation_kernels._log_once.cache_clear()
     yield
-    simulation_kernels._log_choice.cache_clear()
+    simulation_kernels._log_once.cache_clear()
 
 
 def test_auto_selects_fused_kernels_only_in_bfloat16_on_a_gpu() -> None:
@@ -67,6 +67,31 @@ def test_sizes_that_exceed_shared_memory_run_in_torch(fields: dict[str, Any], ke
         FieldError, match=f"^attention.kernel=fused: cannot run here, since the fused {kernel}"
     ):
         check_kernel(sas(kernel="fused", **fields))
+
+
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "attention.rotary=before": {"rotary": "before"},
+    "attention.head_activation=gelu": {"head_activation": "gelu"},
+    "attention.feature_activation=none": {"feature_activation": "none"},
+}
+
+
+@pytest.mark.parametrize("named", UNSUPPORTED)
+def test_fused_kernels_refuse_what_they_do_not_support_by_name(named: str) -> None:
+    fields = UNSUPPORTED[named]
+    reason = find_unfused_reason(sas(**fields), device="gpu", element_bytes=2)
+    assert reason == f"the fused kernels do not support {named}"
+    with pytest.raises(FieldError) as raised:
+        sas(kernel="fused", **fields)
+    assert str(raised.value) == f"attention.kernel=fused: does not support {named}; use auto or plain"
+
+
+def test_fused_kernels_support_activations_of_simulations_that_are_off() -> None:
+    features = sas(kernel="fused", simulate_features=False, feature_activation="gelu")
+    off = dict.fromkeys(("simulate_query_heads", "simulate_key_heads", "simulate_value_heads"), False)
+    heads = sas(kernel="fused", head_activation="none", **off)
+    assert features.unfusable_field is None
+    assert heads.unfusable_field is None
 
 
 def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

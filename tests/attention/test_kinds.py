@@ -61,7 +61,7 @@ def test_the_kinds_of_other_packages_are_listed_with_the_known_ones(
     install(tmp_path, "tied.config = tied_attention:TiedAttentionConfig")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
-        FieldError, match=r"not a known variant; use one of gqa, mfa, mha, mla, .*, tied, tpa"
+        FieldError, match=r"not a known variant; use one of diff, gqa, mfa, mha, mla, .*, tied, tpa"
     ):
         resolve_part("flash", "config")
 

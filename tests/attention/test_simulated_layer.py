@@ -20,6 +20,11 @@ def sas(**fields: Any) -> dict[str, Any]:
     return {"kind": "sas", "head_dim": 6, "head_expansion": 2, "simulated_head_dim": 10, **fields}
 
 
+def unbiased(**fields: Any) -> dict[str, Any]:
+    """Return SAS without biases: a bias that all keys share does not change unrotated attention weights."""
+    return sas(simulation_bias=False, **fields)
+
+
 # The cases contain each option of the operator at least once, with N = 4, 6 and 12, and grouped
 # and multi-query heads.
 OPERATORS: dict[str, dict[str, Any]] = {
@@ -47,6 +52,30 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "features only": sas(
         num_heads=4, simulate_query_heads=False, simulate_key_heads=False, simulate_value_heads=False
     ),
+    "gelu": sas(num_heads=4, head_activation="gelu", feature_activation="gelu"),
+    "linear heads": sas(num_heads=4, num_kv_heads=2, head_activation="none", feature_activation="gelu"),
+    "linear features, rsqrt": sas(num_heads=4, feature_activation="none", aggregation="rsqrt"),
+    "rotary before": unbiased(num_heads=4, rotary="before"),
+    "rotary before, grouped three, partial": unbiased(
+        num_heads=6, num_kv_heads=3, rotary="before", rotary_dim=4, head_expansion=3, aggregation="rsqrt"
+    ),
+    "rotary before, multi-query": unbiased(num_heads=4, num_kv_heads=1, rotary="before"),
+    "rotary before, features only": unbiased(
+        num_heads=4,
+        num_kv_heads=2,
+        rotary="before",
+        simulate_query_heads=False,
+        simulate_key_heads=False,
+        simulate_value_heads=False,
+    ),
+    "no rotary": unbiased(num_heads=4, num_kv_heads=2, rotary="none"),
+    "value alone": sas(
+        num_heads=4,
+        simulate_query_heads=False,
+        simulate_key_heads=False,
+        simulate_features=False,
+        simulated_head_dim=6,
+    ),
     "unfused": sas(num_heads=4, num_kv_heads=2, backend="unfused"),
     "fused": sas(num_heads=4, backend="fused"),
 }
@@ -73,6 +102,15 @@ DEFAULT_LAYOUTS: dict[str, tuple[tuple[int, str, bool], ...]] = {
     "no value heads": ((2, "gather", True), (4, "all_to_all", False)),
     "no features": ((2, "all_to_all", False),),
     "features only": ((4, "gather", True), (2, "all_to_all", False)),
+    "gelu": ((2, "gather", False),),
+    "linear heads": ((4, "all_to_all", True),),
+    "linear features, rsqrt": ((2, "all_to_all", True),),
+    "rotary before": ((2, "gather", True), (4, "all_to_all", False)),
+    "rotary before, grouped three, partial": ((2, "all_to_all", True),),
+    "rotary before, multi-query": ((2, "all_to_all", False), (4, "gather", True)),
+    "rotary before, features only": ((2, "gather", False),),
+    "no rotary": ((2, "all_to_all", True),),
+    "value alone": ((2, "gather", True),),
     "unfused": ((2, "gather", True),),
     "fused": ((4, "all_to_all", False),),
 }

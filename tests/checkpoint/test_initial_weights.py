@@ -14,6 +14,7 @@ from sas_megatron.checkpoint.importing import write_model
 from sas_megatron.checkpoint.tensor_files import StoredTensors
 from sas_megatron.checkpoint.unsharded_weights import UnshardedModel
 from sas_megatron.checkpoint.upcycling import upcycle
+from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from tests.checkpoint.unsharded_models import ATTENTIONS, PARTS, build_unsharded_weights, compute_logits
@@ -88,6 +89,20 @@ def test_weights_give_the_same_logits_on_every_layout(
     )
     by_rank = ranks(config.parallel.model_size).run(compute_loaded_logits, config)
     assert_near(joined_logits(by_rank, config.parallel), expected, torch.float64, "logits")
+
+
+def test_weights_recorded_before_a_field_existed_have_its_default(ranks: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    config = small_config(checkpoint={"initial_weights": str(folder)})
+    (weights,) = ranks(1).run(build_unsharded_weights, config, torch.float64)
+    write_model(unsharded_model(config, weights), folder)
+    record = json.loads((folder / "weights.json").read_text())
+    del record["architecture"]["attention"]["rotary"]
+    (folder / "weights.json").write_text(json.dumps(record))
+    assert find_weights(folder, config).folder == folder
+    unrotated = small_config(attention={**ATTENTIONS["mha"], "rotary": "none"})
+    with pytest.raises(FieldError, match=r"attention.rotary=none: must be after, as for the weights in"):
+        find_weights(folder, unrotated)
 
 
 BASES = ["mha", "gqa", "gqa-partly-rotary", "mqa"]

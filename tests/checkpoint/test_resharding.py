@@ -38,6 +38,8 @@ FOLDER = f"iter_{STEPS:07d}"
             ("sas-gather", 2),
             ("sas-all_to_all", 4),
             ("mfa", 2),
+            ("modified", 4),
+            ("diff", 2),
             ("tpa", 2),
         ],
     ),

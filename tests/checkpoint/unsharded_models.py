@@ -18,6 +18,16 @@ ATTENTIONS: dict[str, small.Attention] = {
     "mqa": small.MQA,
     "mla": {**small.MLA, "value_head_dim": 5},
     "mla-whole-queries": small.MLA_UNCOMPRESSED_QUERIES,
+    **{
+        f"{name}-modified": {**small.MODIFIERS, **attention}
+        for name, attention in (
+            ("mha", {**small.MHA, "output_gate": "headwise"}),
+            ("diff", small.DIFF_GROUPED),
+            ("mla", {**small.MLA, "value_head_dim": 5}),
+            ("tpa", {**small.TPA, "initialization": "normal"}),
+            ("sas", small.SAS_GROUPED),
+        )
+    },
     "mfa": small.MFA,
     "tpa": {**small.TPA, "initialization": "normal"},
     "tpa-kv": small.TPA_UNFACTORED_QUERIES,
@@ -29,6 +39,14 @@ ATTENTIONS: dict[str, small.Attention] = {
         "simulation_bias": False,
         "rotary_dim": 8,
     },
+    "sas-before": {
+        **small.SAS_GROUPED,
+        "rotary": "before",
+        "head_activation": "gelu",
+        "feature_activation": "none",
+        "aggregation": "rsqrt",
+    },
+    "mla-unrotated": {**small.MLA, "rotary": "none"},
     "sas-partly": {**small.SAS, "simulate_key_heads": False, "simulate_features": False},
 }
 # Settings of the rest of the model. With the first, the Llama format can express mha, gqa and mqa.

@@ -161,6 +161,6 @@ def test_empty_names_and_missing_files_are_rejected() -> None:
     with pytest.raises(UserError, match="--tasks='': is empty; give one or more"):
         TaskSettings(names=())
     with pytest.raises(UserError, match="--files='domain=': contains no path; name one"):
-        _find_files(("domain=",))
+        _find_files(("domain=",), text_column="text")
     with pytest.raises(UserError, match=r"lost\.txt: does not exist"):
-        _find_files(("one=builtin", "two=lost.txt"))
+        _find_files(("one=builtin", "two=lost.txt"), text_column="text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -68,8 +69,7 @@ def test_json_contains_the_law_its_intervals_and_the_optimal_exponents(tmp_path:
     assert cost["source"] == "flops"
     assert (cost["coefficient"], cost["exponent"]) == pytest.approx((6, 1))
     assert tree["hold_out"]["n_fitted"] == 54
-    assert set(tree["profile95"]) == {"E", "alpha", "beta"}
-    assert tree["projection"]["alpha"] == pytest.approx(tree["alpha"], rel=0.1)
+    assert tree["n_runs"] == 60
     assert tree["isoflop"] is None
     assert tree["compute_law"]["objective"] <= tree["pure_compute_law"]["objective"]
     assert tree["compute_law"]["gamma"] > tree["pure_compute_law"]["gamma"] > 0
@@ -122,6 +122,57 @@ def test_tables_agree_with_the_json(tmp_path: Path) -> None:
     assert f"Prediction of the {len(tree['hold_out']['runs'])} largest runs" in printed
 
 
+def test_page_states_one_estimate_and_other_methods_only_on_request(tmp_path: Path) -> None:
+    points = draw_grid(0)
+    path = write(tmp_path / "points.csv", points)
+    plain, other = fit_json(path, "--bootstraps", 60), fit_json(path, "--bootstraps", 60, "--other-methods")
+    assert plain["least_squares"] is plain["profile95"] is plain["projection"] is None
+    assert set(other["profile95"]) == {"E", "alpha", "beta"}
+    low, high = other["profile95"]["alpha"]
+    assert low <= other["least_squares"]["alpha"] <= high
+    assert other["projection"]["alpha"] == pytest.approx(other["alpha"], rel=0.1)
+    printed = fit(path, "--bootstraps", 60)
+    assert "likelihood" not in printed
+    assert printed.count(f"{plain['alpha']:.5g}") == 1
+    assert "95 % profile likelihood" in fit(path, "--bootstraps", 60, "--other-methods")
+
+
+def test_methods_that_disagree_are_named(tmp_path: Path) -> None:
+    points = draw_grid(0)
+    # One diverged run affects least squares more than the Huber loss.
+    loss = np.where(np.arange(60) == 3, 2 * points.loss, points.loss)
+    path = write(tmp_path / "points.csv", Points.of(points.params, points.tokens, loss))
+    remarks = fit_json(path, "--bootstraps", 60, "--other-methods")["remarks"]
+    assert [remark for remark in remarks if remark.startswith("Outside the law's intervals: ")]
+
+
+def test_columns_and_runs_are_chosen_by_name(tmp_path: Path) -> None:
+    points = draw_grid(0)
+    path = write(tmp_path / "points.csv", points, id=[number // 3 for number in range(60)])
+    text = path.read_text().replace("params,tokens", "Model Size,D")
+    path.write_text(text.replace(",", ";"))
+    tree = fit_json(path, "--bootstraps", 60, "--columns", "params=Model Size,tokens=D,run=id")
+    assert (tree["n_points"], tree["n_runs"]) == (60, 20)
+    assert tree["alpha"] == pytest.approx(fit_surface(points).surface.alpha, rel=1e-6)
+
+
+def test_runs_that_repeat_their_data_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "points.csv", draw_grid(0), epochs=[1 + (number % 2) for number in range(60)])
+    remarks = fit_json(path, "--bootstraps", 60)["remarks"]
+    assert [remark for remark in remarks if remark.startswith("30 of 60 runs read their training data more")]
+
+
+def test_largest_size_can_be_held_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "points.csv", draw_grid(0))
+    tree = fit_json(path, "--bootstraps", 60, "--hold-out", "largest-size")["hold_out"]
+    assert {run["params"] for run in tree["runs"]} == {5e9}
+    inside = round(tree["share_inside_noise95"] * 12)
+    printed = fit(path, "--bootstraps", 60, "--hold-out", "largest-size")
+    assert (
+        f"{inside} of 12 within 95 % intervals of the noise, which leave out the error of the law" in printed
+    )
+
+
 def test_variant_is_chosen_by_name(tmp_path: Path) -> None:
     points = draw_grid(0)
     both = Points.of(
@@ -159,12 +210,16 @@ LINE = GOOD.splitlines()[4]
         (GOOD.replace(LINE, "1e7,1e9,low"), "line 5: loss=low: must be a positive number"),
         (
             GOOD.replace("loss\n", "perplexity\n"),
-            "has no column loss; its first line must contain params,",
+            "has no column loss; its first line must contain params,tokens,loss, and may contain flops, "
+            "size, run, variant, epochs, but it contains params, tokens, perplexity; name its columns with",
         ),
         ("params,tokens,loss\n", "has no points"),
         ("", "has no column params, tokens, loss"),
         ("\n".join(GOOD.splitlines()[:3]), "points=2: the law has five parameters"),
-        (GOOD.replace("30000000.0,", "10000000.0,").replace("90000000.0,", "10000000.0,"), "params=1 value"),
+        ("\n".join(GOOD.splitlines()[:2]), "points=1: the law has five parameters"),
+        (GOOD.replace("30000000.0,", "10000001.0,").replace("90000000.0,", "10000002.0,"), "params=1 value"),
+        (GOOD.replace(LINE, LINE.replace(".", ",")), "line 5, column 4: has "),
+        (GOOD + LINE, "line 11: repeats line 5"),
     ],
     ids=[
         "NaN loss",
@@ -177,7 +232,10 @@ LINE = GOOD.splitlines()[4]
         "no points",
         "empty",
         "two points",
+        "one point",
         "one size",
+        "decimal commas",
+        "a row twice",
     ],
 )
 def test_degenerate_points_are_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -209,6 +267,9 @@ def test_degenerate_points_exit_with_status_two(tmp_path: Path) -> None:
         (["--drop-highest", "-1"], "--drop-highest=-1: must be less than the number of points, 9"),
         (["--drop-highest", "9"], "--drop-highest=9: must be less than the number of points, 9"),
         (["--variant", "sas"], "--variant=sas: the points have no column variant"),
+        (["--hold-out", "1"], "--hold-out=1: must be a fraction between 0 and 1 or largest-size; use"),
+        (["--columns", "N=params"], "--columns=N=params: must assign a column of the table"),
+        (["--columns", "loss=L"], "has no column L, it contains params, tokens, loss; name one of these"),
     ],
 )
 def test_invalid_option_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -232,3 +293,23 @@ def test_fit_of_240_points_takes_seconds_and_1000_draws_less_than_a_minute(tmp_p
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(f"{seconds:.1f} s")
     assert seconds < THOUSAND_BOOTSTRAPS_SECONDS
+
+
+@exhaustive
+def test_100_000_points_with_100_draws_take_two_minutes_and_one_gibibyte_at_most(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    params = np.exp(generator.uniform(np.log(1e7), np.log(1e10), 100_000))
+    tokens = params * np.exp(generator.uniform(np.log(5), np.log(200), 100_000))
+    loss = CHINCHILLA.predict(params, tokens) * np.exp(0.01 * generator.standard_normal(100_000))
+    path = write(tmp_path / "points.csv", Points.of(params, tokens, loss), flops=False)
+    command = [sys.executable, "-m", "sas_megatron", "fit", str(path), "--bootstraps", "100", "--json"]
+    with (tmp_path / "law.json").open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    seconds, gibibytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+    print(f"{seconds:.1f} s, {gibibytes:.2f} GiB")
+    assert seconds < 120
+    assert gibibytes < 1
+    law = json.loads((tmp_path / "law.json").read_text())
+    assert law["alpha"] == pytest.approx(CHINCHILLA.alpha, abs=0.003)

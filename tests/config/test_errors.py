@@ -57,15 +57,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown kind": (
         {"attention": {"kind": "flash", "num_heads": 6}},
-        "attention.kind=flash: is not a known variant; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
+        "attention.kind=flash: is not a known variant; use one of diff, gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "kind that is not a string": (
         {"attention": {"kind": ["sas"]}},
-        "attention.kind=['sas']: is not a known variant; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
+        "attention.kind=['sas']: is not a known variant; use one of diff, gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "no kind": (
         {"attention": {"num_heads": 6}},
-        "attention: needs a kind; use one of gqa, mfa, mha, mla, mqa, sas, tpa",
+        "attention: needs a kind; use one of diff, gqa, mfa, mha, mla, mqa, sas, tpa",
     ),
     "heads over ranks": (
         {"attention": MHA, "parallel": {"tensor": 4}},
@@ -181,17 +181,43 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "odd head": (
         {"attention": {**MHA, "head_dim": 7}},
         "attention.head_dim=7: must be even, since rotary embeddings rotate pairs of its features; "
-        "use an even width, or set attention.rotary_dim",
+        "use an even width, or set attention.rotary_dim or attention.rotary=none",
     ),
     "odd simulated head": (
         {"attention": {**SAS, "simulated_head_dim": 13}},
         "attention.simulated_head_dim=13: must be even, since rotary embeddings rotate pairs of its features"
-        "; use an even width, or set attention.rotary_dim",
+        "; use an even width, or set attention.rotary_dim or attention.rotary=none",
+    ),
+    "rotary embeddings before what is not simulated": (
+        {"attention": {**MHA, "rotary": "before"}},
+        "attention.rotary=before: must be after or none with attention.kind=mha; use after",
+    ),
+    "rotary width without rotary embeddings": (
+        {"attention": {**MHA, "rotary": "none", "rotary_dim": 4}},
+        "attention.rotary_dim=4: must be null if attention.rotary=none; omit it",
+    ),
+    "rotary width of base heads": (
+        {"attention": {**SAS, "rotary": "before", "rotary_dim": 12}},
+        "attention.rotary_dim=12: must not exceed the 10 features of a query/key head; use 10 or less",
+    ),
+    "aggregation of identity": (
+        {"attention": {**SAS, "initialization": "identity", "aggregation": "rsqrt"}},
+        "attention.aggregation=rsqrt: must be mean with identity initialization, since the layer starts as "
+        "the base layer; omit it",
     ),
     "rotary width of identity": (
         {"attention": {**SAS, "initialization": "identity", "rotary_dim": 12}},
         "attention.rotary_dim=12: must be at most attention.head_dim=10 with identity initialization; "
         "omit it",
+    ),
+    "QK-norm of identity": (
+        {"attention": {**SAS, "initialization": "identity", "qk_norm": True}},
+        "attention.qk_norm=True: must be false with identity initialization, since norms of 16 features "
+        "differ from those of 10; set attention.simulated_head_dim=10, or another initialization",
+    ),
+    "unknown gate": (
+        {"attention": {**MHA, "output_gate": "ring"}},
+        "attention.output_gate='ring': is not one of the choices; use 'none', 'headwise' or 'elementwise'",
     ),
     "dropout of everything": (
         {"attention": {**MHA, "dropout": 1.0}},

@@ -14,7 +14,7 @@ from sas_megatron.config.loading import MAX_LISTED_PROBLEMS, build_run_config, l
 from sas_megatron.config.model import MAX_LAYERS
 from sas_megatron.config.section import MAX_INTEGER
 from sas_megatron.config.yaml_text import MAX_DEPTH, MAX_FILE_BYTES, MAX_VALUES, parse_yaml
-from sas_megatron.scaling.laws.points import read_points
+from sas_megatron.scaling.laws.point_table import read_points
 from tests.fork_server import run_command
 from tests.run_configs import small_config, small_tree
 

@@ -66,6 +66,24 @@ def test_a_user_without_a_home_folder_is_told_to_name_a_cache_folder(
         builtin_corpus()
 
 
+def test_files_that_the_corpus_leaves_out_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = tmp_path / "lib"
+    (library / "site-packages").mkdir(parents=True)
+    for name, content in (("a.py", b"a = 1"), ("b.py", b""), ("c.py", b"\xff"), ("d.py", b"\xe9")):
+        (library / name).write_bytes(content)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):  # also when the corpus exists already
+        (path,) = resolve_sources(["builtin"])
+        assert pq.read_table(path)["path"].to_pylist() == ["a.py"]
+        (message,) = caplog.messages
+        assert "files that are not UTF-8 (2)" in message
+        assert "empty files (1)" in message
+        caplog.clear()
+
+
 def test_other_sources_are_unchanged() -> None:
     assert resolve_sources(["a.txt", "./builtin"]) == ["a.txt", "./builtin"]
 

@@ -112,6 +112,23 @@ def test_weights_count_the_epochs_of_each_prefix(small_data: SmallData, tmp_path
     assert use.epochs_at(10) == use.epochs / 2
 
 
+def test_prefixes_that_name_the_same_files_are_one_part(small_data: SmallData, tmp_path: Path) -> None:
+    once = count_data_use(small_data.run(tmp_path))
+    assert "more than once" not in once.describe()[0]
+    prefix = small_data.prefix
+    for second in (
+        prefix,
+        prefix.parent / "." / prefix.name,
+        f"{prefix.parent}/../{prefix.parent.name}/text",
+    ):
+        for weights in (None, [3.0, 1.0]):
+            prefixes = [str(prefix), str(second)]
+            use = count_data_use(small_data.run(tmp_path, data={"prefixes": prefixes, "weights": weights}))
+            assert use.epochs == pytest.approx(once.epochs)
+            assert use.num_distinct_windows == once.num_distinct_windows
+            assert f"; data.prefixes names {prefix} more than once" in use.describe()[0]
+
+
 def test_study_plan_has_a_column_and_a_warning(small_data: SmallData, tmp_path: Path) -> None:
     base = small_data.run(tmp_path / "run", evaluation={"num_sequences": 5000}).model_dump(mode="json")
     study = write_study(

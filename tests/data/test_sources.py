@@ -10,8 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sas_megatron.cli.main import cli
-from sas_megatron.config.data import DataConfig
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.sources import find_source_files, find_sources
 from sas_megatron.data.token_files import load_manifest
@@ -84,15 +83,6 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
     documents = stream_documents([write(tmp_path / "a.jsonl", "".join(lines)), write(tmp_path / "b.txt", "")])
     assert (list(documents), documents.num_empty) == (["a", "b"], 4)
     assert (list(documents), documents.num_empty) == (["a", "b"], 4), "not the sum of two iterations"
-
-
-def test_a_prefix_named_twice_is_refused(tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to("tokens")
-    (tmp_path / "tokens").write_text("")
-    for second in (tmp_path / "tokens", tmp_path / "x" / ".." / "tokens", link):
-        with pytest.raises(FieldError, match=r"names \S+ twice, whose documents would count twice; name it"):
-            DataConfig(prefixes=[str(tmp_path / "tokens"), str(second)], tokenizer="t", sequence_length=8)
 
 
 def invoke(*arguments: object) -> Result:

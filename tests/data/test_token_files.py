@@ -13,7 +13,12 @@ import pytest
 
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.data.prepare import prepare_token_files
-from sas_megatron.data.token_files import load_manifest, read_document_tokens, token_file, verify_token_files
+from sas_megatron.data.token_files import (
+    load_manifest,
+    read_document_tokens,
+    token_file,
+    verify_token_files,
+)
 from sas_megatron.data.tokenizer import Tokenizer
 
 

@@ -1,7 +1,9 @@
-"""Driving all ranks from rank 0: calls reach every rank, and an error on rank 0 is raised on all ranks."""
+"""Rank 0 drives the other ranks, or works while they wait; its errors are raised on all ranks."""
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -45,3 +47,33 @@ def test_calls_reach_every_rank_and_return_the_result_of_rank_0(ranks: Any) -> N
 @pytest.mark.parametrize("failure", ["in the action", "in the function"])
 def test_an_error_on_rank_0_is_raised_on_all_ranks(ranks: Any, failure: str) -> None:
     assert ranks(2).run(drive, failure) == [([1, 10], "field=1: is wrong; correct it")] * 2
+
+
+def wait_for_rank0(seconds: float, fails: bool) -> str:
+    """Run an action of `seconds` on rank 0, on ranks whose collectives may take 0.5 s."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    from sas_megatron.distributed.object_collectives import run_long_on_rank0
+
+    def act() -> str:
+        time.sleep(seconds)
+        if fails:
+            raise UserError("cannot be built")
+        return "built"
+
+    _set_pg_timeout(timedelta(seconds=0.5))
+    try:
+        return run_long_on_rank0(act)
+    except UserError as error:
+        return f"{error}"
+    finally:
+        _set_pg_timeout(timedelta(minutes=10))
+
+
+@pytest.mark.parametrize(("fails", "result"), [(False, "built"), (True, "cannot be built")])
+def test_an_action_of_rank_0_may_exceed_the_timeout_of_collectives(
+    ranks: Any, fails: bool, result: str
+) -> None:
+    # The second call shows that a key of the first one is not taken for its own.
+    for _ in range(2):
+        assert ranks(2).run(wait_for_rank0, 1.2, fails) == [result] * 2

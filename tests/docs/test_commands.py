@@ -19,7 +19,7 @@ from tests.docs.pages import PAGES, ROOT, Command, commands_of, inline_code
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
 FIELDS = {key for kind in KINDS for key in known_keys({"attention": {"kind": kind}})}
 # Programs whose arguments are not checked here.
-OTHER_PROGRAMS = {"git", "source", "time", "scancel", "apptainer", "enroot"}
+OTHER_PROGRAMS = {"export", "git", "kubectl", "source", "time", "scancel", "apptainer", "enroot"}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.text}"[:100])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import DOCS, PAGES, ROOT, commands_of
+from tests.scaling.laws.public_tables import olmo_ladder
 from tests.selection import exhaustive
 
 # A run directory that does not exist, and the data of the quickstart.
@@ -36,10 +37,23 @@ COMMANDS = {
         "--max-new-tokens 3",
     ),
     "export.md": ("sas-megatron checkpoint export runs/my_run --output exported/my_run", ""),
+    "fitting.md": ("sas-megatron fit points.csv", "--bootstraps 100"),
+    "initial_weights.md": (
+        "sas-megatron train configs/quickstart_mla.yaml parallel.tensor=1 attention.initialization=authors",
+        "training.num_steps=5 schedule.warmup_steps=2",
+    ),
     "kernels.md": ("python -m tests.attention.fused.compilation 16 3 128 192 3", ""),
     "layouts.md": ("sas-megatron estimate configs/quickstart_sas.yaml --world-size 2 --validate", ""),
+    "modifiers.md": (
+        "sas-megatron train configs/quickstart_gated.yaml parallel.tensor=1",
+        "training.num_steps=5 schedule.warmup_steps=2",
+    ),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),
     "speed.md": ("sas-megatron bench attention", "--repeats 1"),
+    "statistics.md": (
+        "sas-megatron study report docs/studies/python_ablation/study.parquet --output runs/report",
+        "--bootstraps 50",
+    ),
     "studies.md": ("sas-megatron study plan configs/studies/python.yaml", ""),
     "training.md": (
         "sas-megatron train configs/quickstart_mha.yaml parallel.tensor=1 logging.run_directory=runs/mha",
@@ -96,6 +110,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         "launch/quickstart.sh", "--corpus-bytes 4000000 training.num_steps=20 schedule.warmup_steps=5"
     )
     assert "At equal FLOPs" in printed
+    ladder = olmo_ladder()
+    rows = zip(ladder.params, ladder.tokens, ladder.loss, strict=True)
+    lines = ["params,tokens,loss", *(",".join(map(str, row)) for row in rows)]
+    (found.folder / "points.csv").write_text("\n".join(lines), encoding="utf-8")
     for name in ("125m/sas", "my_run"):
         shutil.copytree(found.folder / "quickstart" / "runs" / "sas", found.folder / "runs" / name)
     found.run(

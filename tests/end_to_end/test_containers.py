@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
@@ -41,6 +43,37 @@ def test_images_are_pinned_run_without_root_and_copy_only_existing_files(name: s
             assert f"!{path.split('/')[0]}" in ignored
     for script in re.findall(r"/opt/sas_megatron/(launch/\S+\.sh)", text):
         assert (ROOT / script).stat().st_mode & 0o111
+
+
+def test_docker_run_passes_devices_and_variables_of_the_network(tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    engine.chmod(0o755)
+    (tmp_path / "infiniband").mkdir()
+    network = {
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "UCX_TLS": "rc",
+        "FI_PROVIDER": "efa",
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    others = {"CONTAINER_ENGINE": str(engine), "SECRET": "x", "MY_NCCL_NOTE": "x"}
+    for folder, has_devices in ((tmp_path / "infiniband", True), (tmp_path / "nothing", False)):
+        done = shell("launch/docker_run.sh", "2", "run.yaml", INFINIBAND=str(folder), **network, **others)
+        assert done.returncode == 0, done.stderr
+        options = done.stdout.splitlines()
+        assert (f"{folder}:/dev/infiniband" in options) is has_devices
+        passed = {option for before, option in itertools.pairwise(options) if before == "--env"}
+        assert network.keys() <= passed
+        assert not {"SECRET", "MY_NCCL_NOTE", "INFINIBAND"} & passed
+        assert options[-2:] == ["2", "run.yaml"]
+
+
+def test_the_gpu_image_has_the_providers_of_infiniband_devices() -> None:
+    packages = (ROOT / "docker" / "train.Dockerfile").read_text().split("apt-get install")[1].split("&&")[0]
+    # Ubuntu's libibverbs1 only recommends the package with the drivers of user space (mlx5 and others).
+    assert {"libibverbs1", "ibverbs-providers"} <= set(packages.split())
 
 
 def test_both_nodes_of_the_compose_cluster_have_the_variables_of_torchrun_sh() -> None:

@@ -166,7 +166,7 @@ def test_quickstart_reports_a_comparison_and_trains_only_once(launcher: str, tmp
 
 SHELL_SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("launch/*.sh", "launch/*.sbatch", "tests/*.sh", ".ci/run")
+    for pattern in ("launch/**/*.sh", "launch/*.sbatch", "tests/*.sh", ".ci/run")
     for path in ROOT.glob(pattern)
 )
 
@@ -179,11 +179,12 @@ def test_scripts_pass_the_shell_linter(script: str) -> None:
 
 def test_launch_scripts_contain_no_config_fields() -> None:
     sections = "|".join(RunConfig.model_fields)
-    for path in sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")):
+    for path in sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch")):
         code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
         fields = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", "\n".join(code)))
-        # A requeued job resumes; this field does not change what the run computes.
-        assert fields <= ({"checkpoint.resume"} if path.name == "slurm_train.sbatch" else set()), path
+        # A requeued job and a replaced pod resume; this field does not change what the run computes.
+        resumes = path.name in ("slurm_train.sbatch", "run_pod.sh")
+        assert fields <= ({"checkpoint.resume"} if resumes else set()), path
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "docker_run.sh", "slurm_train.sbatch"])
@@ -200,7 +201,7 @@ def test_the_table_of_launchers_names_existing_scripts_and_variables() -> None:
     ]
     assert len(table) > 10
     for line in table:
-        scripts = re.findall(r"\b(?:launch|docker)/[\w.]+\w", line)
+        scripts = re.findall(r"\b(?:launch|docker)/[\w./]+\w", line)
         known = "".join((ROOT / script).read_text() for script in scripts)
         for variable in re.findall(r"\b([A-Z_]{3,})=", line):
             assert variable in known, line

@@ -11,6 +11,7 @@ import pytest
 
 from sas_megatron.config.loading import dump_tree
 from sas_megatron.config.run import RunConfig
+from tests import small_attentions as small
 from tests.conftest import ROOT
 from tests.fork_server import run_command
 from tests.small_data import SmallData
@@ -75,6 +76,26 @@ def test_a_variant_of_another_package_is_trained_and_its_costs_are_counted(
     assert matched.returncode == 0, matched.stderr
 
 
+def test_a_variant_of_another_package_has_every_modifier(
+    installed: Path, small_data: SmallData, tmp_path: Path
+) -> None:
+    run = small_data.run(tmp_path / "run", training={"num_steps": 2})
+    config = tied_config(run, tmp_path / "tied.yaml", **small.MODIFIERS)
+    done = command(installed, "train", config)
+    assert done.returncode == 0, done.stderr
+    terms = json.loads((tmp_path / "run" / "summary.json").read_text())["parameters"]
+    assert {name: terms[name] for name in ("qk_norm", "knocking_heads", "output_norm", "output_gate")} == {
+        "qk_norm": 2 * 2 * 12,
+        "knocking_heads": 2 * 3 * 12 * 12,
+        "output_norm": 2 * 12,
+        "output_gate": 2 * 48 * 4 * 12,
+    }
+    generated = command(
+        installed, "generate", tmp_path / "run", "--prompt", "import", "--max-new-tokens", "3"
+    )
+    assert generated.returncode == 0, generated.stderr
+
+
 def test_unknown_fields_of_the_variant_are_refused(
     installed: Path, small_data: SmallData, tmp_path: Path
 ) -> None:
@@ -90,4 +111,4 @@ def test_without_the_package_the_error_names_the_known_kinds(small_data: SmallDa
     config = tied_config(small_data.run(tmp_path / "run"), tmp_path / "tied.yaml")
     done = command(tmp_path, "train", config)
     assert done.returncode == 2
-    assert "attention.kind=tied: is not a known variant; use one of gqa, mfa, mha" in done.stderr
+    assert "attention.kind=tied: is not a known variant; use one of diff, gqa, mfa, mha" in done.stderr

@@ -6,6 +6,7 @@ processes.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -200,11 +201,18 @@ def _build_tables() -> Seeds:
     lines += [
         f"{size:g},{tokens:g},{loss:.4f},{6 * size * tokens:g},{size:g},mha" for size, tokens, loss in rows
     ]
-    return {"csv": {"points.csv": "\n".join(lines).encode()}}
+    text = "\n".join(lines)
+    records = (json.dumps({"params": size, "tokens": tokens, "loss": loss}) for size, tokens, loss in rows)
+    contents = {
+        "csv": text.encode(),
+        "semicolons": text.replace(",", ";").encode("utf-16"),
+        "json": "\n".join(records).encode(),
+    }
+    return {name: {"points.csv": content} for name, content in contents.items()}
 
 
 def _run_table(_arguments: tuple[str, ...]) -> None:
-    from sas_megatron.scaling.laws.points import read_points
+    from sas_megatron.scaling.laws.point_table import read_points
 
     read_points("points.csv").check_surface()
 

@@ -12,7 +12,7 @@ from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
-from tests.model.small_runs import attentions
+from tests.model.small_runs import modified_attentions
 from tests.run_configs import small_config
 
 
@@ -36,7 +36,7 @@ def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.Sear
 @st.composite
 def runs_with_layouts(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
     """Draw a run with any attention and a layout that it supports, its world size and a pipeline stage."""
-    attention = draw(attentions())
+    attention = draw(modified_attentions())
     parsed = parse_attention(attention)
     parallel, num_layers = draw(_layouts(parsed))
     tensor, context = parallel["tensor"], parallel["context"]

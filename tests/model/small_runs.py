@@ -11,7 +11,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
 from tests.run_configs import small_config
 
-KINDS = ("mha", "gqa", "mqa", "mla", "tpa", "mfa", "sas", "sas", "sas")
+KINDS = ("mha", "gqa", "mqa", "diff", "mla", "tpa", "mfa", "sas", "sas", "sas")
 
 
 def sweep(max_examples: int) -> settings:
@@ -26,6 +26,20 @@ def sweep(max_examples: int) -> settings:
 
 
 @st.composite
+def modified_attentions(draw: st.DrawFn, *, backends: tuple[str, ...] = ("unfused",)) -> dict[str, Any]:
+    """Draw an attention, every second one with random modifiers."""
+    attention: dict[str, Any] = draw(attentions(backends=backends))
+    if draw(st.booleans()):
+        return attention
+    switches = {name: draw(st.booleans()) for name in ("qk_norm", "knocking_heads", "output_norm")}
+    return {
+        **attention,
+        **switches,
+        "output_gate": draw(st.sampled_from(["none", "headwise", "elementwise"])),
+    }
+
+
+@st.composite
 def attentions(draw: st.DrawFn, *, backends: tuple[str, ...] = ("unfused",)) -> dict[str, Any]:
     kind = draw(st.sampled_from(KINDS))
     num_kv_heads, readers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -35,6 +49,7 @@ def attentions(draw: st.DrawFn, *, backends: tuple[str, ...] = ("unfused",)) -> 
         "num_heads": num_kv_heads * readers,
         "head_dim": head_dim,
         "backend": draw(st.sampled_from(backends)),
+        "rotary": draw(st.sampled_from(["after", "after", "none", *(["before"] if kind == "sas" else [])])),
     }
     if kind == "mla":
         rotary_head_dim = 2 * draw(st.integers(1, 3))
@@ -45,7 +60,7 @@ def attentions(draw: st.DrawFn, *, backends: tuple[str, ...] = ("unfused",)) -> 
             "kv_lora_rank": draw(st.integers(1, 9)),
             "query_lora_rank": draw(st.none() | st.integers(1, 9)),
         }
-    if kind in ("gqa", "sas"):
+    if kind in ("gqa", "diff", "sas"):
         attention["num_kv_heads"] = num_kv_heads
     if kind == "mfa":
         most = attention["num_heads"] * head_dim
@@ -63,6 +78,9 @@ def _simulations(draw: st.DrawFn, head_dim: int) -> dict[str, Any]:
     switches = ("query_heads", "key_heads", "value_heads", "features")
     simulation: dict[str, Any] = {f"simulate_{switch}": draw(st.booleans()) for switch in switches}
     simulation["simulation_bias"] = draw(st.booleans())
+    for activation in ("head_activation", "feature_activation"):
+        simulation[activation] = draw(st.sampled_from(["relu", "gelu", "none"]))
+    simulation["aggregation"] = draw(st.sampled_from(["mean", "rsqrt"]))
     simulation["head_expansion"] = draw(st.integers(1, 3))
     simulation["kernel_size"] = draw(st.sampled_from([1, 3, 5]))
     simulation["exchange"] = draw(st.sampled_from(["auto", "gather", "all_to_all"]))
@@ -102,7 +120,7 @@ def recomputations(draw: st.DrawFn, *, kind: str, num_layers: int) -> dict[str, 
 @st.composite
 def small_runs(draw: st.DrawFn) -> RunConfig:
     """Draw a run in one process, with unfused attention and any recomputation."""
-    attention, model = draw(attentions()), draw(models())
+    attention, model = draw(modified_attentions()), draw(models())
     recomputation = draw(recomputations(kind=attention["kind"], num_layers=model["num_layers"]))
     return small_config(
         attention=attention,
@@ -115,7 +133,8 @@ def small_runs(draw: st.DrawFn) -> RunConfig:
 @st.composite
 def shared_runs(draw: st.DrawFn) -> RunConfig:
     """Draw a run on up to eight ranks per layer, with any backend and precision, with or without dropout."""
-    attention, model = draw(attentions(backends=("unfused", "fused", "auto"))), draw(models(most_layers=2))
+    attention = draw(modified_attentions(backends=("unfused", "fused", "auto")))
+    model = draw(models(most_layers=2))
     tensor, context = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
     attention["dropout"] = draw(st.sampled_from([0.0, 0.0, 0.0, 0.1]))
     model["hidden_dropout"] = draw(st.sampled_from([0.0, 0.0, 0.1]))

@@ -1,8 +1,11 @@
-"""The counted parameters equal a built model's, and published numbers."""
+"""The counted parameters equal a built model's, and published numbers; counting is fast, without torch."""
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -16,12 +19,15 @@ from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
+from sas_megatron.costs.communication import count_communication_bytes
 from sas_megatron.costs.parameters import count_parameters
+from tests.conftest import ROOT
 from tests.model.one_microbatch import undrawn_weights
 from tests.model.small_runs import small_runs, sweep
 from tests.model.term_tracing import term_of_name
 from tests.rank_pool import in_layout
 from tests.run_configs import SHIPPED
+from tests.selection import exhaustive
 
 
 @contextlib.contextmanager
@@ -97,3 +103,32 @@ def test_latent_attention_has_the_published_number_of_parameters(name: str) -> N
     assert counted.pop("latent_norms") == latent + (query_latent or 0)
     assert sum(counted.values()) == expected
     assert sum(costs.count_kv_cache_elements().values()) == 576  # 4.5·d_h, table 1 of the paper
+
+
+SECONDS = 1.0
+
+
+@exhaustive  # also slower on a busy machine
+def test_a_thousand_counts_take_less_than_a_second() -> None:
+    layout = ["model.num_layers=32", "parallel.tensor=4", "parallel.pipeline=2", "optimizer.distributed=true"]
+    config = load_run_config(ROOT / "configs" / "125m" / "sas.yaml", layout)
+    # Processor time, which does not depend on other processes.
+    start = time.process_time()
+    for _ in range(1000):
+        count_communication_bytes(config, world_size=16)
+    assert time.process_time() - start < SECONDS
+
+
+def test_counting_imports_no_torch() -> None:
+    script = (
+        "import sys\n"
+        "from sas_megatron.config.loading import load_run_config\n"
+        "from sas_megatron.costs.communication import count_communication_bytes\n"
+        "for path in sys.argv[1:]:\n"
+        "    config = load_run_config(path, ['parallel.tensor=2'])\n"
+        "    counted = count_communication_bytes(config, world_size=config.parallel.model_size)\n"
+        "    assert counted['tensor'], path\n"
+        "    assert not {'torch', 'megatron'} & set(sys.modules), path\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *SHIPPED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

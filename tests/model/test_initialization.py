@@ -11,6 +11,7 @@ import torch
 
 from sas_megatron.attention.tpa.config import TensorProductAttentionConfig
 from sas_megatron.config.run import RunConfig
+from tests import small_attentions as small
 from tests.model.model_parts import initial_weights, joined_weights, logits_part
 from tests.run_configs import small_config
 from tests.small_attentions import GQA, MFA, MHA, SAS_GROUPED, TPA, TPA_UNFACTORED_QUERIES
@@ -31,8 +32,8 @@ def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize(
     "attention",
-    [MHA, SAS, TPA, MFA],
-    ids=["mha", "sas", "tpa", "mfa"],
+    [MHA, SAS, TPA, MFA, {**small.DIFF, **small.MODIFIERS}],
+    ids=["mha", "sas", "tpa", "mfa", "diff, modified"],
 )
 def test_shards_form_the_same_full_weights_for_any_number_of_ranks(
     ranks: Any, attention: dict[str, Any], activation: str

@@ -25,9 +25,22 @@ ATTENTIONS: dict[str, small.Attention] = {
     "sas-all_to_all": {**small.SAS, "exchange": "all_to_all"},
     "sas-grouped-gather": {**small.SAS_GROUPED, "kernel_size": 5, "exchange": "gather"},
     "sas-grouped-all_to_all": {**small.SAS_GROUPED, "head_expansion": 2, "exchange": "all_to_all"},
+    "diff": small.DIFF_GROUPED,
+    "gqa-modified": {**small.GQA, **small.MODIFIERS},
+    "sas-modified": {**small.SAS, **small.MODIFIERS, "output_gate": "headwise"},
     "mfa": small.MFA,
     "tpa": small.TPA,
     "tpa-kv": small.TPA_UNFACTORED_QUERIES,
+    "gqa-unrotated": {**small.GQA, "rotary": "none"},
+    "mla-unrotated": {**small.MLA, "rotary": "none"},
+    "sas-before": {
+        **small.SAS_GROUPED,
+        "rotary": "before",
+        "head_activation": "gelu",
+        "feature_activation": "none",
+        "aggregation": "rsqrt",
+        "exchange": "all_to_all",
+    },
 }
 # The other parts of the model, so that each is tested in each layout.
 PARTS: dict[str, dict[str, Any]] = {
@@ -80,6 +93,7 @@ DEFAULT = (
     "tensor 2-plain-mla",
     "tensor 2-plain-tpa-kv",
     "tensor 2, sequence-biased-gqa",
+    "tensor 2, sequence-plain-mla-unrotated",
     "tensor 2, sequence-plain-sas-grouped-gather",
     "tensor 2, sequence-plain-mla",
     "tensor 2, sequence-biased-mfa",
@@ -91,6 +105,7 @@ DEFAULT = (
     "tensor 4, sequence-plain-gqa",
     "pipeline 2-biased-mha",
     "pipeline 2 interleaved-biased-sas-gather",
+    "pipeline 2 interleaved-plain-gqa-modified",
     "pipeline 2, first stage short-plain-gqa",
     "context 2-plain-gqa",
     "context 2-biased-mla",
@@ -98,13 +113,18 @@ DEFAULT = (
     "context 2-biased-mfa",
     "context 2-plain-tpa-kv",
     "context 2, pipeline 2-biased-mha",
+    "context 2, pipeline 2-biased-sas-modified",
+    "context 2, pipeline 2-plain-gqa-unrotated",
     "context 2, pipeline 2-plain-sas-grouped-gather",
     "tensor 2, sequence, pipeline 2 interleaved-biased-tpa",
+    "tensor 2, sequence, pipeline 2 interleaved-biased-diff",
     "tensor 2, sequence, pipeline 2 interleaved-plain-sas-all_to_all",
+    "tensor 2, sequence, pipeline 2 interleaved-biased-sas-before",
     "tensor 2, context 2-biased-mqa",
     "tensor 2, context 2-plain-sas-gather",
     "tensor 2, context 2-biased-sas-grouped-all_to_all",
     "tensor 2, context 2-plain-tpa",
+    "tensor 2, context 2-plain-sas-before",
 )
 
 

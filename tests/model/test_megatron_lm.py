@@ -83,18 +83,21 @@ ATTENTIONS: dict[str, small.Attention] = {
     "mqa": small.MQA,
     "mla": small.MLA,
     "mfa": small.MFA,
+    "diff": {**small.DIFF, **small.MODIFIERS},
     "sas": {**small.SAS, "head_expansion": 2, "rotary_dim": 6},
     "tpa": small.TPA,
+    "mla without rotary": {**small.MLA, "rotary": "none"},
+    "sas without rotary": {**small.SAS, "head_expansion": 2, "rotary": "none"},
 }
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *("mla without rotary", "sas without rotary")])
 def test_the_spec_of_every_kind_computes_the_same_as_our_model(
-    ranks: Any, tmp_path: Path, kind: str, tensor: int
+    ranks: Any, tmp_path: Path, name: str, tensor: int
 ) -> None:
-    assert kind in DEFINITIONS
-    config = config_of(ATTENTIONS[kind], tensor)
+    config = config_of(ATTENTIONS[name], tensor)
+    assert config.attention.kind in DEFINITIONS
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(config))
     for equal, difference in ranks(tensor).run(compare_with_ours, path, config):
@@ -120,6 +123,14 @@ def test_sizes_that_differ_from_the_config_are_rejected(ranks: Any, tmp_path: Pa
     path.write_text(dump_yaml(config))
     [message] = ranks(1).run(error_message, path, config, {"kv_channels": 8})
     assert message.startswith(f"--kv-channels=8: must equal 6 of {path}; change one of them")
+
+
+def test_layers_without_rotary_embeddings_need_the_option_of_the_scripts(ranks: Any, tmp_path: Path) -> None:
+    config = config_of({**ATTENTIONS["gqa"], "rotary": "none"})
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    [message] = ranks(1).run(error_message, path, config, {"no_rope_freq": None})
+    assert message.startswith(f"--no-rope-freq=None: must equal [1, 1] of {path}; change one of them")
 
 
 def test_a_rotary_width_that_differs_from_the_models_is_rejected(ranks: Any, tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ MUTANTS = (
     ),
     Mutant(
         "resume-repeats-a-sample",
-        "sas_megatron.training.loop:Run.__init__",
-        'checkpoint.progress["counts"], checkpoint',
-        '{**(c := checkpoint.progress["counts"]), "consumed_samples": c["consumed_samples"] - 1}, checkpoint',
+        "sas_megatron.training.starting_point:StartingPoint.read_progress",
+        'self.checkpoint.progress["counts"],',
+        '{**(c := self.checkpoint.progress["counts"]), "consumed_samples": c["consumed_samples"] - 1},',
         "A resumed run reads the last sample before the checkpoint again.",
     ),
     Mutant(

@@ -47,11 +47,15 @@ def draw_isoflops(
 
 @dataclass(frozen=True)
 class Variant:
-    """Loss surface of a variant, and factors on 6N FLOPs per token and on the time at 1e15 FLOP/s."""
+    """Loss surface of a variant, and factors on 6N FLOPs per token and on the time at 1e15 FLOP/s.
+
+    `causal_share` is the share of the FLOPs with the causal half of the attention.
+    """
 
     surface: LossSurface = CHINCHILLA
     flops_factor: float = 1.0
     seconds_factor: float = 1.0
+    causal_share: float = 0.9
 
 
 def draw_outcomes(
@@ -91,6 +95,7 @@ def draw_outcomes(
                             params=int(params),
                             tokens=int(tokens),
                             flops=flops,
+                            causal_flops=flops * variant.causal_share,
                             seconds=flops / 1e15 * variant.seconds_factor,
                             loss=float(loss * np.exp(common + error)),
                         )

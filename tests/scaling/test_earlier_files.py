@@ -49,7 +49,8 @@ def test_comparison_of_earlier_runs_gives_the_same_numbers() -> None:
     comparison = compare_runs([load_run(FIXTURES / "runs" / name) for name in ("mha", "sas")])
     for row, expected in zip(comparison.rows, before["rows"], strict=True):
         assert vars(row) == expected
-    for verdict, expected in zip(comparison.verdicts, before["verdicts"], strict=True):
+    verdicts = [verdict for verdict in comparison.verdicts if verdict.axis != "causal_flops"]
+    for verdict, expected in zip(verdicts, before["verdicts"], strict=True):
         assert verdict.budget == expected["budget"]
         assert verdict.difference == expected["difference"]
 
@@ -84,6 +85,8 @@ def test_table_of_an_earlier_study_is_read_and_collected_again(plan: Plan) -> No
         # Paths in run.json were shortened when the fixture was made.
         for fields in (row, expected[name]):
             fields["provenance_sha256"] = None
+            # The first version of the table had only the median of the rounds.
+            fields["step_rounds"] = []
         assert row == expected[name]
 
 

@@ -14,7 +14,7 @@ from sas_megatron.scaling.matching import COUNTED_AXES, DEPTH, MLP, Degrees, cou
 from sas_megatron.scaling.variants import build_variant
 from tests.scaling.conftest import build_config
 
-KINDS = ["mha", "gqa", "mqa", "mla", "mfa", "tpa", "sas"]
+KINDS = ["mha", "gqa", "mqa", "diff", "mla", "mfa", "tpa", "sas"]
 
 
 def base_config(**changes: object) -> RunConfig:

@@ -118,12 +118,13 @@ def test_json_contains_rows_verdicts_and_budgets_with_missing_values_as_null(
     assert tree["budgets"] == {
         "tokens": {"gqa & <b>": 32130},
         "flops": {"gqa & <b>": 32130e3},
+        "causal_flops": {"gqa & <b>": 32130e3},
         "seconds": {"gqa & <b>": 45.0},
     }
     assert tree["rows"][1]["peak_memory_bytes"] is None
     assert tree["rows"][1]["final_validation_loss_difference"] == -0.25
     assert [verdict["difference"] for verdict in tree["verdicts"]] == pytest.approx(
-        [-0.25, -0.1875, -0.03125]
+        [-0.25, -0.1875, -0.1875, -0.03125]
     )
     assert len(tree["remarks"]) == len(compare_runs(runs).remarks)
 

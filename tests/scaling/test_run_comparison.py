@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -81,6 +83,9 @@ def test_verdicts_are_phrased_with_budgets_and_losses(pair: tuple[Run, Run]) -> 
         "At equal FLOPs (3.21 × 10⁷ FLOPs): gqa 4.4375, mha 4.6250; gqa is lower by 0.1875. "
         "gqa is read between its evaluations at steps 60 and 90 of 90, before the end of its learning rate "
         "decay, which increases its loss.",
+        "At equal FLOPs of the causal half (3.21 × 10⁷ FLOPs): gqa 4.4375, mha 4.6250; gqa is lower by "
+        "0.1875. gqa is read between its evaluations at steps 60 and 90 of 90, before the end of its "
+        "learning rate decay, which increases its loss.",
         "At equal time (45 s of training): gqa 4.5938, mha 4.6250; gqa is lower by 0.0312. "
         "gqa is read between its evaluations at steps 30 and 60 of 90, before the end of its learning rate "
         "decay, which increases its loss.",
@@ -145,11 +150,30 @@ def test_missing_results_stay_missing(write_run: WriteRun) -> None:
 
 
 def test_curve_is_not_interpolated_across_a_missing_loss(write_run: WriteRun) -> None:
-    curve = load_run(write_run("mha", losses={30: 5.5, 60: None, 90: 4.625})).validation_curve
-    assert read_loss(curve, "seconds", 30.0) is None
-    assert read_loss(curve, "seconds", 25.0) is None
-    assert read_loss(curve, "seconds", 44.0) is None
-    assert read_loss(curve, "seconds", 45.0) == Reading(4.625, (90, 90))
+    run = load_run(write_run("mha", losses={30: 5.5, 60: None, 90: 4.625}))
+    assert read_loss(run, "seconds", 30.0) is None
+    assert read_loss(run, "seconds", 25.0) is None
+    assert read_loss(run, "seconds", 44.0) is None
+    assert read_loss(run, "seconds", 45.0) == Reading(4.625, (90, 90))
+
+
+def test_causal_half_of_attention_is_compared_as_well(write_run: WriteRun) -> None:
+    # Half of the FLOPs of a step are scores; with the causal half (52 of 102 pairs) a quarter is left out.
+    terms = {"scores": 600.0, "mlp": 600.0}
+    wide = write_run(
+        "wide",
+        losses={60: 4.5, 90: 4.375},
+        flops_per_token=1200.0,
+        summary={"training_flops_per_token": terms},
+    )
+    base = load_run(write_run("mha", losses={60: 4.75, 90: 4.625}))
+    full, half = (judge_curves(base, load_run(wide), axis) for axis in ("flops", "causal_flops"))
+    assert full.budget == 32130e3
+    share = (600 * 26 / 51 + 600) / 1200
+    assert half.budget == pytest.approx(32130 * 1200 * share)
+    unknown = write_run("unknown", losses={90: 4.5}, summary={"training_flops_per_token": None})
+    verdict = judge_curves(base, load_run(unknown), "causal_flops")
+    assert verdict.statement == "no comparison, since the FLOPs of the runs are not recorded by term."
 
 
 def test_different_sizes_and_machines_are_remarked_on(write_run: WriteRun) -> None:
@@ -171,8 +195,9 @@ def test_runs_with_other_differences_are_refused(write_run: WriteRun) -> None:
         compare_runs(runs)
 
 
-def build_curve(spent: list[int], losses: list[float]) -> tuple[ValidationPoint, ...]:
-    return tuple(
+def build_curve(spent: list[int], losses: list[float]) -> SimpleNamespace:
+    """Return a run with a validation curve alone."""
+    points = tuple(
         ValidationPoint.model_validate(
             {
                 "kind": "validation",
@@ -185,6 +210,11 @@ def build_curve(spent: list[int], losses: list[float]) -> tuple[ValidationPoint,
         )
         for step, (tokens, loss) in enumerate(zip(spent, losses, strict=True), 1)
     )
+    summary = SimpleNamespace(training_flops_per_token={"mlp": 3.0})
+    config = SimpleNamespace(data=SimpleNamespace(sequence_length=51))
+    run = SimpleNamespace(validation_curve=points, summary=summary, config=config)
+    run.spent = lambda point, axis: Run.spent(run, point, axis)
+    return run
 
 
 @given(
@@ -196,10 +226,11 @@ def build_curve(spent: list[int], losses: list[float]) -> tuple[ValidationPoint,
 def test_interpolation_stays_between_its_neighbours_and_never_extrapolates(
     spent: list[int], losses: list[float], share: float, axis: Axis
 ) -> None:
-    curve = build_curve(spent, losses[: len(spent)])
-    first, last = curve[0].spent(axis), curve[-1].spent(axis)
+    run: Any = build_curve(spent, losses[: len(spent)])
+    curve = run.validation_curve
+    first, last = run.spent(curve[0], axis), run.spent(curve[-1], axis)
     budget = first + share * (last - first) if len(curve) > 1 else first + share
-    reading = read_loss(curve, axis, budget)
+    reading = read_loss(run, axis, budget)
     if not first <= budget <= last:
         assert reading is None
         return
@@ -207,10 +238,10 @@ def test_interpolation_stays_between_its_neighbours_and_never_extrapolates(
     neighbours = [point for point in curve if point.step in reading.steps]
     low, high = min(p.loss for p in neighbours), max(p.loss for p in neighbours)
     assert low - 1e-9 <= reading.loss <= high + 1e-9
-    assert neighbours[0].spent(axis) <= budget <= neighbours[-1].spent(axis)
+    assert run.spent(neighbours[0], axis) <= budget <= run.spent(neighbours[-1], axis)
 
 
 def test_shared_budget_is_the_end_of_the_shorter_curve(pair: tuple[Run, Run]) -> None:
     for axis, order in itertools.product(CURVE_AXES, (pair, pair[::-1])):
-        ends = [run.validation_curve[-1].spent(axis) for run in pair]
+        ends = [run.spent(run.validation_curve[-1], axis) for run in pair]
         assert find_shared_budget(*order, axis) == min(ends)

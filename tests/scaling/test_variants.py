@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention import KINDS, MODIFIERS
 from sas_megatron.config.errors import UserError
 from sas_megatron.scaling.variants import build_variant
 from tests.scaling.conftest import build_config
@@ -42,6 +42,18 @@ def test_groups_dropout_and_backend_of_the_base_are_kept() -> None:
     assert (variant.attention.dropout, variant.attention.backend) == (0.25, "unfused")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_modifiers_of_the_base_are_kept_by_every_kind(kind: str) -> None:
+    base = build_config(attention__qk_norm=True, attention__output_gate="headwise")
+    _, variant = build_variant(base, kind)
+    assert {name: getattr(variant.attention, name) for name in MODIFIERS} == {
+        "qk_norm": True,
+        "knocking_heads": False,
+        "output_norm": False,
+        "output_gate": "headwise",
+    }
+
+
 @pytest.mark.parametrize(
     ("directory", "expected"),
     [("runs/a", "runs/a_tpa"), ("runs/125m/mha", "runs/125m/tpa"), ("runs/1_mha", "runs/1_tpa")],
@@ -71,5 +83,5 @@ def test_file_without_attention_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(UserError, match=r"attention\.kind=ring: is not a known variant; use one of gqa, mfa"):
+    with pytest.raises(UserError, match=r"attention\.kind=ring: is not a known variant; use one of diff"):
         build_variant(build_config(), "ring")

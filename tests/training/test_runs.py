@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from sas_megatron.checkpoint.tensor_reading import TensorReader
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention import KINDS, MODIFIERS
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.training.run_files import RunFiles
 from tests.conftest import ROOT
 from tests.rank_pool import in_layout
+from tests.run_configs import SHIPPED
 from tests.selection import cases
 from tests.small_data import SmallData
 from tests.tolerances import LOSS_AFTER_FIVE_STEPS
@@ -69,8 +70,21 @@ def assert_same_final_state(actual: RunConfig, expected: RunConfig) -> None:
     assert final_counts(actual) == final_counts(expected)
 
 
+QUICKSTARTS = [path.stem.removeprefix("quickstart_") for path in SHIPPED if "quickstart" in path.stem]
+
+
+def test_every_kind_and_modifier_has_a_quickstart_config() -> None:
+    paths = [ROOT / "configs" / f"quickstart_{name}.yaml" for name in QUICKSTARTS]
+    attentions = [load_run_config(path).attention for path in paths]
+    assert {attention.kind for attention in attentions} == set(KINDS)
+    for name in MODIFIERS:
+        choices = {getattr(attention, name) for attention in attentions}
+        assert choices == ({"none", "headwise", "elementwise"} if name == "output_gate" else {False, True})
+
+
 @pytest.mark.parametrize(
-    ("kind", "num_steps"), cases([("sas", 30), *((kind, 120) for kind in KINDS)], default=[("sas", 30)])
+    ("kind", "num_steps"),
+    cases([("sas", 30), *((kind, 120) for kind in QUICKSTARTS)], default=[("sas", 30)]),
 )
 def test_every_shipped_quickstart_config_learns_the_builtin_corpus(
     ranks: Any, small_data: SmallData, tmp_path: Path, kind: str, num_steps: int

@@ -8,11 +8,31 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import AttentionConfig, InitialWeights
 from sas_megatron.config.section import divisors
 
 
-class GroupedQueryAttentionConfig(AttentionConfig):
+class ProjectedAttentionConfig(AttentionConfig):
+    """The field that the three kinds share, and the start that their authors' code gives the projections."""
+
+    initialization: Literal["authors", "normal"] = Field(
+        default="normal",
+        description="authors: as in the code of the kind's authors (docs/initial_weights.md); normal: as for "
+        "the model's other matrices.",
+    )
+
+    @override
+    def initial_weights(self, name: str, full_shape: tuple[int, ...]) -> InitialWeights | None:
+        """Return N(0, 1/√fan_in) for `authors` (tensorflow/mesh, mesh_tensorflow/transformer/attention.py).
+
+        There, the query's start includes the factor 1/√D of the scores, which core attention applies here.
+        Multi-query attention was published with this code; the T5 models from which grouped-query attention
+        was trained have the same start.
+        """
+        return None if self.initialization == "normal" else InitialWeights("normal", full_shape[1] ** -0.5)
+
+
+class GroupedQueryAttentionConfig(ProjectedAttentionConfig):
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245): N/G query heads read a key/value head."""
 
     dimension_steps: ClassVar[dict[str, int]] = {**AttentionConfig.dimension_steps, "num_kv_heads": 1}
@@ -33,10 +53,22 @@ class GroupedQueryAttentionConfig(AttentionConfig):
         return {**super().defaults_from(base, hidden_size=hidden_size), "num_kv_heads": groups}
 
 
-class MultiHeadAttentionConfig(AttentionConfig):
+class MultiHeadAttentionConfig(ProjectedAttentionConfig):
     """Multi-head attention (Vaswani et al., arXiv 1706.03762): a key/value head for each query head."""
 
     kind: Literal["mha"] = Field(default="mha", description="Multi-head attention.")
+
+    @override
+    def initial_weights(self, name: str, full_shape: tuple[int, ...]) -> InitialWeights | None:
+        """Return Xavier's uniform distribution of each projection for `authors`.
+
+        This is `uniform_unit_scaling` with gain 1, of the hyperparameters `transformer_base` in
+        tensorflow/tensor2tensor, for each of the four projections.
+        """
+        if self.initialization == "normal":
+            return None
+        hidden_size = full_shape[0] if name == "linear_proj.weight" else full_shape[1]
+        return InitialWeights("uniform", math.sqrt(6 / (hidden_size + self.num_heads * self.head_dim)))
 
     @model_validator(mode="after")
     def _check_multi_head(self) -> MultiHeadAttentionConfig:
@@ -49,7 +81,7 @@ class MultiHeadAttentionConfig(AttentionConfig):
         return self
 
 
-class MultiQueryAttentionConfig(AttentionConfig):
+class MultiQueryAttentionConfig(ProjectedAttentionConfig):
     """Multi-query attention (Shazeer, arXiv 1911.02150): one key/value head for all query heads."""
 
     kind: Literal["mqa"] = Field(default="mqa", description="Multi-query attention.")

@@ -52,12 +52,16 @@ class FactorizedCosts(AttentionCosts):
     def count_activation_bytes(self, hidden_size: int, layer: ActivationSpec) -> dict[str, int]:
         """Return the bytes of `qkv` (hidden state, saved tensors of the norm), `query_up`, core attention."""
         attention = self.attention
+        # Key and value are views of 2·D columns, the key unless it is rotated.
+        key_value_bytes = layer.full_bytes(2 * attention.head_dim)
+        views = frozenset({"key", "value"} if attention.rotary == "none" else {"value"})
         norm = layer.norm_bytes(attention.query_rank, "rmsnorm", input_width=attention.shared_width)
         return {
             "qkv": layer.local_bytes(hidden_size) + norm,
             "query_up": layer.local_bytes(attention.query_rank),
-            # Key and value are views of 2·D columns.
-            **self.count_core_bytes(layer, value_bytes=layer.full_bytes(2 * attention.head_dim)),
+            **self.count_core_bytes(
+                layer, value_bytes=key_value_bytes, views=views, columns_bytes=key_value_bytes
+            ),
         }
 
     @override

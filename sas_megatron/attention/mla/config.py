@@ -11,7 +11,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention import AttentionConfig, InitialWeights
+
+# σ of all learnable parameters, output projections included, of DeepSeek-V2 (section 3.1.2) and DeepSeek-V3
+# (arXiv 2412.19437, section 4.2).
+AUTHORS_STD = 0.006
 
 
 class LatentAttentionConfig(AttentionConfig):
@@ -37,6 +41,16 @@ class LatentAttentionConfig(AttentionConfig):
     query_lora_rank: int | None = Field(
         description="Width of the latent from which queries are projected; null: no latent for queries."
     )
+
+    initialization: Literal["authors", "normal"] = Field(
+        default="normal",
+        description="authors: N(0, 0.006) for all matrices, as in DeepSeek-V2; normal: as for the model's "
+        "other matrices.",
+    )
+
+    @override
+    def initial_weights(self, name: str, full_shape: tuple[int, ...]) -> InitialWeights | None:
+        return None if self.initialization == "normal" else InitialWeights("normal", AUTHORS_STD)
 
     @classmethod
     @override
@@ -88,8 +102,8 @@ class LatentAttentionConfig(AttentionConfig):
     @property
     @override
     def rotary_width(self) -> int:
-        """R, the features of a query/key head with rotary embeddings."""
-        return self.rotary_head_dim
+        """R, the features of a query/key head with rotary embeddings; 0 without rotary embeddings."""
+        return 0 if self.rotary == "none" else self.rotary_head_dim
 
     @property
     @override

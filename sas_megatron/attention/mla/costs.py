@@ -105,7 +105,7 @@ class LatentCosts(AttentionCosts):
             "latent_norms": norms,
             "key_value_up": layer.local_bytes(latent),
             **self.count_core_bytes(layer, value_bytes=layer.full_bytes(value_width)),
-            "rotary": layer.rope_bytes(attention.rotary_head_dim),
+            "rotary": layer.rope_bytes(attention.rotary_width),
         }
 
     @override

@@ -189,9 +189,11 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
     @override
     def rotary_angles(
         self, rotary_pos_emb: torch.Tensor | None, hidden_states: torch.Tensor, cache: KeyValueCache | None
-    ) -> torch.Tensor:
-        """Return the angles of the layer's own rotary embedding."""
+    ) -> torch.Tensor | None:
+        """Return the angles of the layer's own rotary embedding; None to apply none."""
         assert rotary_pos_emb is None, "latent attention computes its own rotary angles"
+        if not self.has_rotary_embeddings:
+            return None
         if cache is None:
             num_positions = self.rotary_pos_emb.get_rotary_seq_len(
                 None, None, hidden_states, self.config, None
@@ -238,6 +240,16 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
         key = torch.cat([key, rotary_key.expand(-1, -1, key.shape[2], -1)], dim=-1)
         return key, value.contiguous()
 
+    @override
+    def rotate(self, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+        """Apply rotary embeddings to the last R features of heads [S, B, N/P, D + R]."""
+        if rope is None:
+            return heads
+        apply_rope = _rotate_neighbours if rope.shape[1] > 1 else self.apply_rope
+        widths = [self.config.qk_head_dim, self.config.qk_pos_emb_head_dim]
+        first, rotary = heads.split(widths, dim=-1)
+        return torch.cat([first, apply_rope(rotary, rope)], dim=-1)
+
     def _up_projection(self, spec: Any, input_size: int, output_size: int, *, buffer_name: str) -> Any:
         """Build a column-parallel projection without a bias."""
         return build_module(
@@ -269,6 +281,8 @@ def _rotate_neighbours(heads: torch.Tensor, rope: torch.Tensor | None) -> torch.
     """Rotate the pairs (2i, 2i + 1), and store them as two halves, as Megatron-core does for this layer.
 
     Megatron-core's function requires the same positions in all sequences, which decoding does not have.
+    Without angles, return the heads.
     """
-    assert rope is not None, "latent attention computes its own rotary angles"
+    if rope is None:
+        return heads
     return apply_rope(torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1), rope)

@@ -17,6 +17,7 @@ from sas_megatron.config.attention import AttentionConfig, InitialWeights
 class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
+    rotary_choices: ClassVar[tuple[str, ...]] = ("after", "before", "none")
     recomputable: ClassVar[dict[str, tuple[str, ...]]] = {
         **AttentionConfig.recomputable,
         "simulation": ("head_simulation", "feature_simulation"),
@@ -45,6 +46,18 @@ class SimulatedAttentionConfig(AttentionConfig):
     simulate_value_heads: bool = Field(default=True, description="false: the value's heads are repeated.")
     simulate_features: bool = Field(default=True, description="false: queries and keys have D features.")
     simulation_bias: bool = Field(default=True, description="Biases in all maps of the simulation.")
+    head_activation: Literal["relu", "gelu", "none"] = Field(
+        default="relu",
+        description="Activation function between the convolutions of the head simulation; none: linear.",
+    )
+    feature_activation: Literal["relu", "gelu", "none"] = Field(
+        default="relu",
+        description="Activation function between the maps of the feature simulation; none: linear.",
+    )
+    aggregation: Literal["mean", "rsqrt"] = Field(
+        default="mean",
+        description="How the r blocks of heads are aggregated. mean: sum/r, as in the paper; rsqrt: sum/√r.",
+    )
     initialization: Literal["authors", "identity", "normal"] = Field(
         default="authors",
         description="authors: PyTorch's defaults; identity: starts as the base layer; "
@@ -107,6 +120,21 @@ class SimulatedAttentionConfig(AttentionConfig):
                     f"must be at least attention.head_dim={self.head_dim}",
                     f"use {self.head_dim + self.head_dim // 2}, for example",
                 )
+        if self.kernel == "fused" and self.unfusable_field is not None:
+            raise self.problem("kernel", f"does not support {self.unfusable_field}", "use auto or plain")
+        if self.initialization == "identity" and self.aggregation != "mean":
+            raise self.problem(
+                "aggregation",
+                "must be mean with identity initialization, since the layer starts as the base layer",
+                "omit it",
+            )
+        if self.initialization == "identity" and self.qk_norm and self.query_key_dim > self.head_dim:
+            raise self.problem(
+                "qk_norm",
+                f"must be false with identity initialization, since norms of {self.query_key_dim} features "
+                f"differ from those of {self.head_dim}",
+                f"set attention.simulated_head_dim={self.head_dim}, or another initialization",
+            )
         if self.initialization == "identity" and self.rotary_width > self.head_dim:
             raise self.problem(
                 "rotary_dim",
@@ -126,10 +154,10 @@ class SimulatedAttentionConfig(AttentionConfig):
     @property
     @override
     def rotary_width(self) -> int:
-        """Features with rotary embeddings: by default E, and D with identity initialization."""
-        if self.rotary_dim is not None:
-            return self.rotary_dim
-        return self.head_dim if self.initialization == "identity" else self.query_key_dim
+        """Features with rotary embeddings: by default E, and D with `before` or identity initialization."""
+        if self.rotary == "after" and self.rotary_dim is None and self.initialization == "identity":
+            return self.head_dim
+        return super().rotary_width
 
     @property
     def num_simulated_heads(self) -> int:
@@ -146,6 +174,17 @@ class SimulatedAttentionConfig(AttentionConfig):
     def simulates_heads(self) -> bool:
         """Whether the heads of query, key or value are simulated."""
         return self.simulate_query_heads or self.simulate_key_heads or self.simulate_value_heads
+
+    @property
+    def unfusable_field(self) -> str | None:
+        """The first field that the fused kernels do not support, as `attention.field=value`, if any."""
+        supported = {"rotary": self.rotary != "before"}
+        if self.simulates_heads:
+            supported["head_activation"] = self.head_activation == "relu"
+        if self.simulate_features:
+            supported["feature_activation"] = self.feature_activation == "relu"
+        found = next((name for name, is_supported in supported.items() if not is_supported), None)
+        return None if found is None else f"attention.{found}={getattr(self, found)}"
 
     def head_simulations(self) -> dict[str, int]:
         """Return the base heads of each head simulation that is on, by `query`, `key` and `value`."""

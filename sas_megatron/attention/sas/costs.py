@@ -3,9 +3,11 @@
 The simulation saves these tensors of a microbatch for its backward pass:
 
     linear_qkv  ->  base heads of the exchanged tokens              for the first maps, as views if possible
-                ->  first map, ReLU                                 for the second maps
+                ->  first map, activation function                  for the second maps
                 ->  second map, exchanged back                      for feature simulation, and the value
-                ->  feature simulation: first map, ReLU             for its second map
+                ->  feature simulation: first map, activation       for its second map
+
+ReLU saves its result only, which the second map reads; GELU saves its input as well.
 
 The fused kernels save the columns of the exchanged tokens, and heads that other ranks have sent. Whether they
 run (`is_fused`) depends on `attention.kernel`, the device, and the sizes of their tiles.
@@ -20,18 +22,19 @@ from sas_megatron.attention.sas.tensor_parallel import exchange_traffic, resolve
 from sas_megatron.costs.activation_spec import ActivationSpec
 from sas_megatron.costs.attention import AttentionCosts
 from sas_megatron.costs.attention_backend import Device
+from sas_megatron.costs.kernel_tiles import (
+    SHARED_MEMORY_BYTES,
+    TILE_ROWS,
+    padded_size,
+    split_size,
+    taps_at_once,
+)
 from sas_megatron.costs.tensor_traffic import TensorGroup, Traffic, Weight
 
-# Shared memory that a program may use on a multiprocessor of compute capability 9.0 (H100, H200 data sheet).
-SHARED_MEMORY_BYTES = 227 * 1024
 # Bytes of a bfloat16, the dtype of the fused kernels.
 ELEMENT_BYTES = 2
-# Largest partial sum, in float32, that one program of a fused kernel can accumulate next to its tiles.
-LARGEST_SUM_BYTES = 64 * 1024
-# Smallest side of a matrix product in Triton.
-SMALLEST_TILE_SIDE = 16
-# Default rows of a tile of the fused kernels.
-TILE_ROWS = 128
+# Tensors of a simulation's size that an activation function and the map after it save.
+SAVED_BY_ACTIVATION = {"relu": 1, "gelu": 2, "none": 1}
 
 
 class SimulatedCosts(AttentionCosts):
@@ -77,7 +80,8 @@ class SimulatedCosts(AttentionCosts):
     def count_forward_flops(self, hidden_size: int, *, sequence_length: int) -> dict[str, int]:
         """Return the forward FLOPs of one token by term; convolutions with all taps, padding included.
 
-        The average over blocks and the ReLUs are not counted, like all element-wise operations.
+        The aggregation of blocks and the activation functions are not counted, like all element-wise
+        operations.
         """
         attention = self.attention
         width, wide = attention.head_dim, attention.query_key_dim
@@ -131,7 +135,7 @@ class SimulatedCosts(AttentionCosts):
         """Return `qkv` (the hidden state), head simulation, feature simulation, and core attention.
 
         If the simulation is recomputed, the projected heads are saved instead of its two terms, in `qkv`.
-        The average over blocks saves nothing; its result is in `projection`.
+        The aggregation of blocks saves nothing; its result is in `projection`.
         """
         attention = self.attention
         simulation = SimulationActivations(attention, layer)
@@ -143,10 +147,17 @@ class SimulatedCosts(AttentionCosts):
                 terms["head_simulation"] = simulation.count_head_bytes()
             if attention.simulate_features:
                 terms["feature_simulation"] = simulation.count_feature_bytes()
-        terms |= self.count_core_bytes(layer, value_bytes=simulation.count_value_bytes())
-        if simulation.is_fused and attention.simulate_features:
+        terms |= self.count_core_bytes(
+            layer,
+            value_bytes=simulation.count_value_bytes(),
+            views=simulation.find_received_views(),
+            columns_bytes=simulation.received_columns_bytes,
+        )
+        if simulation.is_fused and attention.simulate_features and not attention.qk_norm:
             # The kernels apply rotary embeddings, with a table that the model has once.
             del terms["rotary"]
+        elif attention.rotary == "before":
+            terms["rotary"] = simulation.count_base_rotary_bytes()
         return terms
 
     @override
@@ -175,6 +186,12 @@ class SimulationActivations:
         self.exchange = resolve_exchange(attention, tensor_parallel=layer.tensor) if exchanges else None
         # With all_to_all, query, key and value are received side by side, and are views of these columns.
         self.received_columns = self._count_received_columns() if self.exchange == "all_to_all" else None
+        self.received_columns_bytes = layer.full_bytes(self.received_columns or 0)
+        # Tokens of which the rank simulates heads.
+        self.tokens = layer.tokens
+        if self.exchange == "all_to_all":
+            # If the ranks do not divide the tokens, the first rank has one token more than the last.
+            self.tokens = -(-layer.tokens // layer.tensor)
 
     def count_projected_bytes(self) -> int:
         """Return the bytes of the rank's projected columns, and of queries if they are a copy."""
@@ -188,14 +205,10 @@ class SimulationActivations:
         return self.layer.full_bytes(columns + copied)
 
     def count_head_bytes(self) -> int:
-        """Return the bytes of base heads, of the results of the ReLUs, and of copied rows of weights."""
+        """Return the bytes of base heads, of what φ and the second maps save, and of copied weights."""
         attention = self.attention
-        tokens = self.layer.tokens
-        if self.exchange == "all_to_all":
-            # If the ranks do not divide the tokens, the first rank has one token more than the last.
-            tokens = -(-tokens // self.layer.tensor)
         if self.is_fused:
-            return self.layer.element_bytes * tokens * attention.qkv_width
+            return self.layer.element_bytes * self.tokens * attention.qkv_width
         # Queries of several groups are not contiguous among the columns and are copied; others are views.
         is_copied = "query" in self.simulations and 1 < self.base_heads["key"] < self.base_heads["query"]
         has_views = len(self.simulations) > (1 if is_copied else 0)
@@ -203,10 +216,32 @@ class SimulationActivations:
             attention.num_heads * attention.head_dim if is_copied else 0
         )
         simulated = attention.head_expansion * sum(self.simulations.values()) * attention.head_dim
-        return self.layer.element_bytes * (tokens * (columns + simulated) + self._count_copied_weights())
+        simulated *= SAVED_BY_ACTIVATION[attention.head_activation]
+        return self.layer.element_bytes * (self.tokens * (columns + simulated) + self._count_copied_weights())
+
+    def count_base_rotary_bytes(self) -> int:
+        """Return the bytes of cosines and sines for base heads, of each token that the rank simulates."""
+        if "simulation" in self.layer.recomputed:
+            return 0
+        if self.attention.simulates_heads:
+            return self.layer.element_bytes * self.tokens * self.attention.rotary_width
+        return self.layer.rope_bytes(self.attention.rotary_width // 2)
+
+    def find_received_views(self) -> frozenset[str]:
+        """Return which heads are views of the received columns in core attention.
+
+        Queries and keys are none if their features are simulated, or if they are rotated. Several heads of
+        several sequences are copied by chunked attention.
+        """
+        layer = self.layer
+        is_new = self.attention.simulate_features or self.attention.rotary == "after"
+        copies = layer.backend == "chunked" and "attention" not in layer.recomputed
+        if self.received_columns is None or is_new or (copies and layer.batch > 1 and layer.heads[1] > 1):
+            return frozenset()
+        return frozenset(self.simulations)
 
     def count_feature_bytes(self) -> int:
-        """Return the bytes of D features per query and key head, and of the E features after the ReLU."""
+        """Return the bytes of D features per query and key head, and of the E features that φ saves."""
         heads = dict(zip(("query", "key"), self.layer.heads, strict=True))
         if self.is_fused:
             is_recomputed = self.attention.simulates_heads and self.exchange != "all_to_all"
@@ -216,6 +251,7 @@ class SimulationActivations:
         views = self._find_views()
         inputs = sum(count * self.attention.head_dim for name, count in heads.items() if name not in views)
         results = sum(heads.values()) * self.attention.query_key_dim
+        results *= SAVED_BY_ACTIVATION[self.attention.feature_activation]
         return self.layer.full_bytes(inputs + results + (self.received_columns or 0 if views else 0))
 
     def count_value_bytes(self) -> int:
@@ -223,6 +259,7 @@ class SimulationActivations:
         heads = self.layer.heads[1]
         # Chunked attention needs a contiguous value, which several heads of several sequences are not.
         is_copied = "attention" not in self.layer.recomputed and self.layer.batch > 1 and heads > 1
+        is_copied = is_copied and not self.attention.knocking_heads
         if self.received_columns is None or "value" not in self.simulations or is_copied:
             return self.layer.full_bytes(heads * self.attention.head_dim)
         features_save = self.attention.simulate_features and "simulation" not in self.layer.recomputed
@@ -273,6 +310,8 @@ def find_unfused_reason(
         return "the fused kernels need a CUDA device"
     if element_bytes != ELEMENT_BYTES:
         return "the fused kernels are made for bfloat16"
+    if attention.unfusable_field is not None:
+        return f"the fused kernels do not support {attention.unfusable_field}"
     return find_misfit(attention)
 
 
@@ -305,25 +344,3 @@ def count_shared_memory_bytes(attention: SimulatedAttentionConfig) -> dict[str, 
         wide = main + rest
         needed["feature simulation"] = ELEMENT_BYTES * (wide * (narrow + wide) + TILE_ROWS * (narrow + main))
     return needed
-
-
-def padded_size(size: int) -> int:
-    """Return the side of a tile for `size` elements: the next power of two, at least `SMALLEST_TILE_SIDE`."""
-    return max(SMALLEST_TILE_SIDE, 1 << (size - 1).bit_length())
-
-
-def split_size(size: int) -> tuple[int, int]:
-    """Return two powers of two that cover `size` columns with less padding than one; the second may be 0."""
-    main = max(SMALLEST_TILE_SIDE, 1 << (size.bit_length() - 1))
-    return (main, 0) if size <= main else (main, padded_size(size - main))
-
-
-def taps_at_once(taps: int, *, num_outputs: int, num_inputs: int) -> int:
-    """Return the number of taps whose gradients one program accumulates: all taps if they fit, otherwise one.
-
-    Args:
-        taps: Taps of the second convolution.
-        num_outputs: Its local output heads.
-        num_inputs: Its input heads, which are all simulated heads.
-    """
-    return taps if 4 * taps * padded_size(num_outputs) * padded_size(num_inputs) <= LARGEST_SUM_BYTES else 1

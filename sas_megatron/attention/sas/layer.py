@@ -4,8 +4,8 @@
       -> exchange over tensor ranks: the columns of all heads
       -> head simulation (query, key, value); each rank keeps or receives its local heads  [T, r·N/P, D]
       -> feature simulation (query, key)                                                   [T, r·N/P, E]
-      -> rotary embeddings (unless the simulation's kernels apply them)
-      -> core attention with the average over blocks (PEAA), output projection
+      -> rotary embeddings, unless the kernels apply them (`rotary=before`: on base heads, after the exchange)
+      -> core attention with the aggregation of blocks (PEAA), output projection
 
 Features are simulated after the exchange: each head is mapped alone, so this costs the same, and D instead
 of E features per head are exchanged.
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import checkpoint
-from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from typing_extensions import override
@@ -31,30 +30,16 @@ from typing_extensions import override
 from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.layer import SelfAttentionLayer
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights, Simulation, SimulationShape
+from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights, Simulation
 from sas_megatron.attention.sas.simulation_kernels import (
     NAMES,
     HeadSource,
+    build_simulation,
     build_simulation_kernels,
     check_kernel,
 )
 from sas_megatron.attention.sas.tensor_parallel import HeadExchange, build_head_exchange, choose_exchange
 from sas_megatron.distributed.gradient_sums import sum_gradients_over
-
-
-def build_simulation(
-    attention: SimulatedAttentionConfig, *, dtype: torch.dtype, device: torch.device | int
-) -> Simulation:
-    """Build the simulation of a layer, with uninitialized weights."""
-    shape = SimulationShape(
-        num_heads=attention.head_simulations(),
-        expansion=attention.head_expansion,
-        kernel_size=attention.kernel_size,
-        head_dim=attention.head_dim,
-        simulated_head_dim=attention.query_key_dim if attention.simulate_features else None,
-        bias=attention.simulation_bias,
-    )
-    return Simulation(shape, dtype=dtype, device=device)
 
 
 def sum_weight_gradients(
@@ -74,21 +59,12 @@ def sum_weight_gradients(
 
 
 class SimulatedSelfAttention(SelfAttentionLayer):
-    """Self-attention whose queries, keys and values are simulated from few projected heads.
-
-    Outputs and gradients do not depend on the number of tensor ranks.
-    """
+    """Self-attention with heads simulated from few; results do not depend on the number of tensor ranks."""
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: SelfAttentionSubmodules,
-        layer_number: int,
-        *args: Any,
-        attention: SimulatedAttentionConfig,
-        **options: Any,
+        self, config: TransformerConfig, *args: Any, attention: SimulatedAttentionConfig, **options: Any
     ) -> None:
-        super().__init__(config, submodules, layer_number, *args, **options)
+        super().__init__(config, *args, **options)
         self.attention = attention
         device = torch.cuda.current_device()
         self.simulation = build_simulation(attention, dtype=config.params_dtype, device=device)
@@ -96,16 +72,14 @@ class SimulatedSelfAttention(SelfAttentionLayer):
         strategy = choose_exchange(attention, tensor_parallel=self.tp_group.size())
         self.exchange = build_head_exchange(strategy, self.tp_group)
         self.gather = build_head_exchange("gather", self.tp_group)
-        self.recomputes_simulation = (
-            config.recompute_granularity == "selective" and "simulation" in config.recompute_modules
-        )
+        self.recomputes_simulation = "simulation" in config.recompute_modules
 
     @classmethod
     @override
     def build_spec(cls, attention: SimulatedAttentionConfig) -> ModuleSpec:
         check_kernel(attention)
         return build_self_attention_spec(
-            attention, module=cls, num_blocks=attention.head_expansion, attention=attention
+            attention, module=cls, aggregation=attention.aggregation, attention=attention
         )
 
     @override
@@ -124,12 +98,12 @@ class SimulatedSelfAttention(SelfAttentionLayer):
         else:
             base = self.get_query_key_value_tensors(hidden_states)
         # The kernels need the same positions in all sequences, which decoding does not have.
-        kernels_apply_rope = (
-            self.kernels.applies_rope and self.attention.simulate_features and not is_decoding
-        )
+        kernels_apply_rope = self.kernels.applies_rope and not is_decoding
+        base_rope, rope = self._split_rope(rope)
         simulate = functools.partial(
             self._simulate,
-            rope=rope if kernels_apply_rope else None,
+            base_rope=base_rope,
+            feature_rope=rope if kernels_apply_rope else None,
             exchange=self.gather if is_decoding else self.exchange,
         )
         if self.recomputes_simulation and self.training:
@@ -147,37 +121,56 @@ class SimulatedSelfAttention(SelfAttentionLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this rank's simulated keys and values, which are computed here from cached base heads."""
         key, value = kept
-        if is_decoding and self.attention.kv_cache == "base":
-            return self.apply_rope(self._simulate_local("key", key), rope), self._simulate_local(
-                "value", value
-            )
-        return key, value
+        if not is_decoding or self.attention.kv_cache == "simulated":
+            return key, value
+        _, rope = self._split_rope(rope)
+        return self.apply_rope(self._simulate_local("key", key), rope), self._simulate_local("value", value)
+
+    @property
+    @override
+    def expands_cache(self) -> bool:
+        return self.attention.kv_cache == "base"
+
+    def _split_rope(self, rope: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the rotary angles of base heads and those of simulated heads, one of which is None."""
+        return (rope, None) if self.attention.rotary == "before" else (None, rope)
 
     def _project_base(
         self, hidden_states: torch.Tensor, rope: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """Return simulated queries of this rank, and all base keys and values [S, B, G, D]."""
+        """Return simulated queries of this rank, and all base keys, with `before` rotated, and values."""
         columns, _ = self.linear_qkv(hidden_states)
         heads = self.kernels.split_columns(self.gather.gather_columns(columns.flatten(0, 1)))
         query, key, value = (part.unflatten(0, columns.shape[:2]) for part in heads)
+        base_rope, rope = self._split_rope(rope)
+        query, key = self.apply_rope(query, base_rope), self.apply_rope(key, base_rope)
         return self.apply_rope(self._simulate_local("query", query), rope), key, value
 
     def _simulate_local(self, name: str, heads_SBND: torch.Tensor) -> torch.Tensor:
         """Simulate this rank's heads [S, B, r·N/P, E or D] from all base heads of the query, key or value."""
         local = self.gather.local_base_heads(heads_SBND.shape[2])
         simulated = self.simulation(name, heads_SBND.flatten(0, 1), base_heads=local)
-        heads: torch.Tensor = simulated.unflatten(0, heads_SBND.shape[:2])
-        return heads
+        return torch.unflatten(simulated, 0, heads_SBND.shape[:2])
 
     def _simulate(
-        self, *base: torch.Tensor, rope: torch.Tensor | None, exchange: HeadExchange
+        self,
+        *base: torch.Tensor,
+        base_rope: torch.Tensor | None,
+        feature_rope: torch.Tensor | None,
+        exchange: HeadExchange,
     ) -> tuple[torch.Tensor, ...]:
-        """Simulate query, key and value from projected columns [S, B, W/P], or from local base heads."""
+        """Simulate query, key and value from projected columns [S, B, W/P], or from local base heads.
+
+        Rotary angles [S, 1 or B, 1, R] apply to base heads, or in the kernels of the feature simulation.
+        """
         weights = sum_weight_gradients(self.simulation, self.tp_group)
         shape = base[0].shape[:2]
-        heads, source = [part.flatten(0, 1) for part in base], None
         if self.attention.simulates_heads:
-            heads, source = self._exchange_and_simulate(heads[0], weights, exchange)
+            angles = None if base_rope is None else base_rope.expand(-1, shape[1], -1, -1).flatten(0, 1)
+            heads, source = self._exchange_and_simulate(base[0].flatten(0, 1), weights, exchange, angles)
+        else:
+            rotated = *(self.apply_rope(part, base_rope) for part in base[:2]), base[2]
+            heads, source = [part.flatten(0, 1) for part in rotated], None
         simulated = {
             name: part if f"heads.{name}" in weights else part.repeat(1, self.attention.head_expansion, 1)
             for name, part in zip(NAMES, heads, strict=True)
@@ -185,18 +178,28 @@ class SimulatedSelfAttention(SelfAttentionLayer):
         if self.attention.simulate_features:
             for name in ("query", "key"):
                 simulated[name] = self.kernels.features(
-                    name, simulated[name], weights, rope=rope, source=source
+                    name, simulated[name], weights, rope=feature_rope, source=source
                 )
         return tuple(part.unflatten(0, shape) for part in simulated.values())
 
     def _exchange_and_simulate(
-        self, columns_TW_local: torch.Tensor, weights: dict[str, ResidualMapWeights], exchange: HeadExchange
+        self,
+        columns_TW_local: torch.Tensor,
+        weights: dict[str, ResidualMapWeights],
+        exchange: HeadExchange,
+        angles_T1R: torch.Tensor | None,
     ) -> tuple[list[torch.Tensor], HeadSource | None]:
         """Return query, key and value [T, local heads, D] after head simulation, and their source.
 
         Heads that are not simulated have one copy. The source is None if other ranks computed the heads.
+        Rotary angles, if any, apply to base queries and keys.
         """
         columns_TW = exchange.gather_columns(columns_TW_local)
+        if angles_T1R is not None:
+            angles = angles_T1R[exchange.own_tokens(len(angles_T1R))].unsqueeze(1)
+            columns_TW = self.kernels.rotate_columns(
+                columns_TW, lambda heads_TND: self.apply_rope(heads_TND.unsqueeze(1), angles)
+            )
         computed_heads = exchange.base_heads_to_simulate
         simulated = self.kernels.heads(columns_TW, weights, computed_heads)
         num_blocks = [self.attention.head_expansion if f"heads.{name}" in weights else 1 for name in NAMES]

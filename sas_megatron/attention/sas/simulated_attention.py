@@ -4,10 +4,12 @@ Query, key and value of every token have few heads, which a residual map expands
 map expands the features of query and key heads:
 
     base heads x [T, N, D]
-      -> head simulation (query, key, value)     u = conv1(x), w = u + conv2(ReLU(u))          [T, M, D]
-      -> feature simulation (query, key)         y = w·A1ᵀ + a1, z = y + ReLU(y)·A2ᵀ + a2      [T, M, E]
+      -> head simulation (query, key, value)     u = conv1(x), w = u + conv2(φ(u))             [T, M, D]
+      -> feature simulation (query, key)         y = w·A1ᵀ + a1, z = y + φ(y)·A2ᵀ + a2         [T, M, E]
       -> rotary embeddings, then attention with M heads of E query/key and D value features (elsewhere)
       -> parameter-efficient attention aggregation (PEAA): the average over r blocks of heads  [.., N, D]
+
+φ is ReLU in the paper.
 
 The heads are the channels of the convolutions, which run along the features with k taps. M = r·N simulated
 heads form r blocks: head g·N + n is the copy of base head n in block g. For keys and values, N is the number
@@ -30,10 +32,12 @@ import torch.nn.functional as F
 from torch import nn
 
 DrawGenerator = Callable[[str], torch.Generator]
+# φ by its name in a config. `gelu` is x·Φ(x), without an approximation.
+ACTIVATIONS: dict[str, Callable[..., Any]] = {"relu": F.relu, "gelu": F.gelu, "none": lambda x: x}
 
 
 class ResidualMapWeights(NamedTuple):
-    """Weights of y = expand(x), z = y + refine(ReLU(y)).
+    """Weights of y = expand(x), z = y + refine(φ(y)).
 
     `expand` is [M, N, k] for heads and [E, D] for features, `refine` [M, M, k] and [E, E], and the biases are
     [M] and [E], or None.
@@ -46,13 +50,18 @@ class ResidualMapWeights(NamedTuple):
 
 
 def simulate_heads(
-    heads_TND: torch.Tensor, weights: ResidualMapWeights, *, base_heads: slice | None = None
+    heads_TND: torch.Tensor,
+    weights: ResidualMapWeights,
+    *,
+    activation: str = "relu",
+    base_heads: slice | None = None,
 ) -> torch.Tensor:
     """Return the simulated heads of every token, [T, M, D].
 
     Args:
         heads_TND: All N base heads of T tokens.
         weights: Weights of the head simulation.
+        activation: φ, a name in `ACTIVATIONS`.
         base_heads: Compute only the copies of these base heads in every block, [T, r·len(base_heads), D].
     """
     padding = weights.expand.shape[-1] // 2
@@ -64,7 +73,8 @@ def simulate_heads(
         refine = _select_copies(refine, base_heads, num_heads, dim=0)
         bias = None if bias is None else _select_copies(bias, base_heads, num_heads, dim=0)
     # The sum is in place, in the branch's output, which no backward pass needs; this saves a large tensor.
-    return F.conv1d(F.relu(expanded), refine, bias, padding=padding).add_(kept)
+    activated = ACTIVATIONS[activation](expanded)
+    return F.conv1d(activated, refine, bias, padding=padding).add_(kept)
 
 
 def _select_copies(tensor: torch.Tensor, base_heads: slice, num_heads: int, *, dim: int) -> torch.Tensor:
@@ -73,35 +83,47 @@ def _select_copies(tensor: torch.Tensor, base_heads: slice, num_heads: int, *, d
     return blocks.narrow(dim + 1, base_heads.start, base_heads.stop - base_heads.start).flatten(dim, dim + 1)
 
 
-def simulate_features(heads_MD: torch.Tensor, weights: ResidualMapWeights) -> torch.Tensor:
+def simulate_features(
+    heads_MD: torch.Tensor, weights: ResidualMapWeights, *, activation: str = "relu"
+) -> torch.Tensor:
     """Return heads with simulated features: [..., D] -> [..., E]. Each head of each token is mapped alone."""
     # On rows, not on the tensor itself: for that, `linear` would return a view of its rows, and autograd
     # copies the gradient of an in-place addition to a view three times.
     expanded = F.linear(heads_MD.flatten(0, -2), weights.expand, weights.expand_bias)
     # In place, as in `simulate_heads`.
-    simulated = F.linear(F.relu(expanded), weights.refine, weights.refine_bias).add_(expanded)
+    activated = ACTIVATIONS[activation](expanded)
+    simulated = F.linear(activated, weights.refine, weights.refine_bias).add_(expanded)
     return simulated.view(*heads_MD.shape[:-1], -1)
 
 
-def average_blocks(context_SBMD: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Return the average of r blocks of heads (PEAA): [S, B, r·N, D] in block-major order -> [S, B, N, D].
+def aggregate_blocks(
+    context_SBMD: torch.Tensor, num_blocks: int, *, aggregation: str = "mean"
+) -> torch.Tensor:
+    """Aggregate r blocks of heads (PEAA): [S, B, r·N, D] in block-major order -> [S, B, N, D].
 
     In the paper, each block passes through the output projection, and the results are averaged. Projection
-    and average commute, so averaging first saves r - 1 of r projections.
+    and average commute, so averaging first saves r - 1 of r projections. `rsqrt` divides the sum by √r.
     """
     if num_blocks == 1:
         return context_SBMD
-    blocks_SBrND: torch.Tensor = context_SBMD.unflatten(2, (num_blocks, -1))
-    return blocks_SBrND.mean(dim=2)
+    mean_SBND: torch.Tensor = context_SBMD.unflatten(2, (num_blocks, -1)).mean(dim=2)
+    return mean_SBND * num_blocks**0.5 if aggregation == "rsqrt" else mean_SBND
 
 
 class ResidualMap(nn.Module, ABC):
     """The weights of one simulation, and their initialization."""
 
     def __init__(
-        self, expand_shape: Sequence[int], refine_shape: Sequence[int], *, bias: bool, **options: Any
+        self,
+        expand_shape: Sequence[int],
+        refine_shape: Sequence[int],
+        *,
+        bias: bool,
+        activation: str = "relu",
+        **options: Any,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.expand = nn.Parameter(torch.empty(expand_shape, **options))
         self.refine = nn.Parameter(torch.empty(refine_shape, **options))
         self.expand_bias = nn.Parameter(torch.empty(expand_shape[0], **options)) if bias else None
@@ -141,16 +163,14 @@ class ResidualMap(nn.Module, ABC):
 class HeadSimulation(ResidualMap):
     """Simulates r·N heads from N, with kernels of k taps."""
 
-    def __init__(
-        self, num_heads: int, *, expansion: int, kernel_size: int, bias: bool, **options: Any
-    ) -> None:
+    def __init__(self, num_heads: int, *, expansion: int, kernel_size: int, **options: Any) -> None:
         simulated = num_heads * expansion
         refine_shape = (simulated, simulated, kernel_size)
-        super().__init__((simulated, num_heads, kernel_size), refine_shape, bias=bias, **options)
+        super().__init__((simulated, num_heads, kernel_size), refine_shape, **options)
 
     def forward(self, heads_TND: torch.Tensor, *, base_heads: slice | None = None) -> torch.Tensor:
         """Apply `simulate_heads` with this module's weights."""
-        return simulate_heads(heads_TND, self.weights(), base_heads=base_heads)
+        return simulate_heads(heads_TND, self.weights(), activation=self.activation, base_heads=base_heads)
 
     def draw_identity(self, name: str, drawn: torch.Tensor, bound: float, generator: torch.Generator) -> None:
         """Make every block a copy of the base heads, with a refinement that cancels over the blocks.
@@ -164,9 +184,8 @@ class HeadSimulation(ResidualMap):
         if name == "expand":
             drawn[:, :, kernel_size // 2] = torch.eye(num_heads).repeat(expansion, 1)
             return
-        shared = drawn.new_empty(simulated, num_heads, kernel_size).uniform_(
-            -bound, bound, generator=generator
-        )
+        shared = drawn.new_empty(simulated, num_heads, kernel_size)
+        shared.uniform_(-bound, bound, generator=generator)
         for block in range(expansion):
             columns = slice(block * num_heads, (block + 1) * num_heads)
             drawn[:, columns] = (block - (expansion - 1) / 2) * shared
@@ -176,21 +195,15 @@ class FeatureSimulation(ResidualMap):
     """Simulates E features of a head from D; all heads of the query, or of the key, share the weights."""
 
     def __init__(
-        self,
-        head_dim: int,
-        *,
-        simulated_head_dim: int,
-        bias: bool,
-        random_extra_features: bool,
-        **options: Any,
+        self, head_dim: int, *, simulated_head_dim: int, random_extra_features: bool, **options: Any
     ) -> None:
         wide = simulated_head_dim
-        super().__init__((wide, head_dim), (wide, wide), bias=bias, **options)
+        super().__init__((wide, head_dim), (wide, wide), **options)
         self.random_extra_features = random_extra_features
 
     def forward(self, heads_MD: torch.Tensor) -> torch.Tensor:
         """Apply `simulate_features` with this module's weights."""
-        return simulate_features(heads_MD, self.weights())
+        return simulate_features(heads_MD, self.weights(), activation=self.activation)
 
     def draw_identity(self, name: str, drawn: torch.Tensor, bound: float, generator: torch.Generator) -> None:
         """Pass on the D features, with E - D further features that add nothing to the scores.
@@ -218,6 +231,7 @@ class SimulationShape(NamedTuple):
         head_dim: D, features of a base head.
         simulated_head_dim: E, features of a simulated query or key head; None for no feature simulation.
         bias: Whether the maps have biases.
+        head_activation, feature_activation: φ of the simulations of heads, and of features.
     """
 
     num_heads: Mapping[str, int]
@@ -226,6 +240,8 @@ class SimulationShape(NamedTuple):
     head_dim: int
     simulated_head_dim: int | None
     bias: bool
+    head_activation: str = "relu"
+    feature_activation: str = "relu"
 
 
 class Simulation(nn.Module):
@@ -234,25 +250,22 @@ class Simulation(nn.Module):
     def __init__(self, shape: SimulationShape, **options: Any) -> None:
         super().__init__()
         self.expansion = shape.expansion
-        self.heads = nn.ModuleDict(
-            {
-                name: HeadSimulation(
-                    num_heads,
-                    expansion=shape.expansion,
-                    kernel_size=shape.kernel_size,
-                    bias=shape.bias,
-                    **options,
-                )
-                for name, num_heads in shape.num_heads.items()
-            }
-        )
-        self.features = nn.ModuleDict()
+        options["bias"] = shape.bias
+        self.heads, self.features = nn.ModuleDict(), nn.ModuleDict()
+        for name, num_heads in shape.num_heads.items():
+            self.heads[name] = HeadSimulation(
+                num_heads,
+                expansion=shape.expansion,
+                kernel_size=shape.kernel_size,
+                activation=shape.head_activation,
+                **options,
+            )
         for name in ("query", "key") if shape.simulated_head_dim is not None else ():
             self.features[name] = FeatureSimulation(
                 shape.head_dim,
                 simulated_head_dim=shape.simulated_head_dim or shape.head_dim,
-                bias=shape.bias,
                 random_extra_features=name == "query",
+                activation=shape.feature_activation,
                 **options,
             )
 

@@ -1,4 +1,4 @@
-"""The two implementations of a layer's simulation: torch's operations, and fused Triton kernels."""
+"""A layer's simulation, and its two implementations: torch's operations, and fused Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from typing_extensions import override
@@ -16,6 +16,8 @@ from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.attention.sas.costs import find_misfit, find_unfused_reason
 from sas_megatron.attention.sas.simulated_attention import (
     ResidualMapWeights,
+    Simulation,
+    SimulationShape,
     simulate_features,
     simulate_heads,
 )
@@ -49,8 +51,8 @@ class SimulationKernels(ABC):
     Weights are given for all maps of a layer, by `heads.query`, `features.key` and so on.
     """
 
-    # Whether `features` also applies rotary embeddings.
-    applies_rope: ClassVar[bool]
+    # Whether `features` is called, and also applies rotary embeddings.
+    applies_rope = False
 
     def __init__(self, attention: SimulatedAttentionConfig) -> None:
         self.attention = attention
@@ -62,6 +64,17 @@ class SimulationKernels(ABC):
         # Megatron-core's order: for each group its queries, its key, its value.
         grouped = columns_TW.unflatten(1, (groups, queries + 2, self.attention.head_dim))
         return [part.flatten(1, 2) for part in grouped.split([queries, 1, 1], dim=2)]
+
+    def rotate_columns(
+        self, columns_TW: torch.Tensor, rotate: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return projected columns whose queries and keys, [T, heads, D], have passed through `rotate`."""
+        groups = self.attention.num_key_value_heads
+        grouped = columns_TW.unflatten(1, (groups, -1, self.attention.head_dim))
+        # In each group, the queries and the key precede the value.
+        rotary, value = grouped.split([grouped.shape[2] - 1, 1], dim=2)
+        rotated = rotate(rotary.flatten(1, 2)).view(rotary.shape)
+        return torch.cat([rotated, value], dim=2).flatten(1)
 
     @abstractmethod
     def heads(
@@ -102,8 +115,6 @@ class SimulationKernels(ABC):
 class PlainKernels(SimulationKernels):
     """Convolutions and linear maps of torch."""
 
-    applies_rope = False
-
     @override
     def heads(
         self,
@@ -117,7 +128,13 @@ class PlainKernels(SimulationKernels):
             if map_weights is None:
                 simulated.append(heads_TND[:, selected])
             else:
-                simulated.append(simulate_heads(heads_TND, map_weights, base_heads=selected))
+                heads = simulate_heads(
+                    heads_TND,
+                    map_weights,
+                    activation=self.attention.head_activation,
+                    base_heads=selected,
+                )
+                simulated.append(heads)
         return simulated
 
     @override
@@ -131,16 +148,16 @@ class PlainKernels(SimulationKernels):
         source: HeadSource | None,
     ) -> torch.Tensor:
         assert rope is None, "torch's operations do not apply rotary embeddings"
-        return simulate_features(heads_TMD, weights[f"features.{name}"])
+        activation = self.attention.feature_activation
+        return simulate_features(heads_TMD, weights[f"features.{name}"], activation=activation)
 
 
 class FusedKernels(SimulationKernels):
     """Triton kernels. The backward pass recomputes intermediate tensors from the projected columns."""
 
-    applies_rope = True
-
     def __init__(self, attention: SimulatedAttentionConfig) -> None:
         super().__init__(attention)
+        self.applies_rope = attention.simulate_features
         # Imported here, since only these kernels need Triton.
         from sas_megatron.attention.sas.fused import features, heads
 
@@ -202,6 +219,23 @@ class FusedKernels(SimulationKernels):
         return self._features.Recomputation(compute, (source.columns, *(map_weights or ())))
 
 
+def build_simulation(
+    attention: SimulatedAttentionConfig, *, dtype: torch.dtype, device: torch.device | int
+) -> Simulation:
+    """Build the simulation of a layer, with uninitialized weights."""
+    shape = SimulationShape(
+        num_heads=attention.head_simulations(),
+        expansion=attention.head_expansion,
+        kernel_size=attention.kernel_size,
+        head_dim=attention.head_dim,
+        simulated_head_dim=attention.query_key_dim if attention.simulate_features else None,
+        bias=attention.simulation_bias,
+        head_activation=attention.head_activation,
+        feature_activation=attention.feature_activation,
+    )
+    return Simulation(shape, dtype=dtype, device=device)
+
+
 def check_kernel(attention: SimulatedAttentionConfig) -> None:
     """Check that `attention.kernel` can run, before Megatron-core builds the layer and replaces the error.
 
@@ -226,19 +260,22 @@ def build_simulation_kernels(attention: SimulatedAttentionConfig, *, dtype: torc
         device: Device = "gpu" if torch.cuda.is_available() else "cpu"
         reason = find_unfused_reason(attention, device=device, element_bytes=dtype.itemsize)
         reason = reason or _find_missing_requirement()
-        _log_choice("fused" if reason is None else f"plain, since {reason}")
-        return FusedKernels(attention) if reason is None else PlainKernels(attention)
+        _log_once(f"attention.kernel=auto: {'fused' if reason is None else f'plain, since {reason}'}")
+        if reason is not None:
+            return PlainKernels(attention)
     if attention.kernel == "plain":
         return PlainKernels(attention)
     if dtype == torch.float64:
         raise NotImplementedError("the fused kernels accumulate in float32, and do not support float64")
+    if attention.qk_norm and attention.rotary == "after":
+        _log_once("attention.qk_norm=true: rotary embeddings follow the norm, outside of the fused kernels")
     return FusedKernels(attention)
 
 
 @functools.lru_cache(maxsize=8)
-def _log_choice(choice: str) -> None:
-    """Log a choice once, not for each layer."""
-    logger.info("attention.kernel=auto: %s", choice)
+def _log_once(message: str) -> None:
+    """Log a message once, not for each layer."""
+    logger.info("%s", message)
 
 
 def _find_missing_requirement() -> str | None:

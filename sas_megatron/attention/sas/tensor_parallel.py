@@ -158,6 +158,10 @@ class HeadExchange(ABC):
     def gather_columns(self, columns_TW_local: torch.Tensor) -> torch.Tensor:
         """Return the columns of all ranks in rank order, [T, W/P] -> [T', W]."""
 
+    def own_tokens(self, num_tokens: int) -> slice:
+        """Return the tokens T' of which this rank has all columns: all of `num_tokens` by default."""
+        return slice(0, num_tokens)
+
     def base_heads_to_simulate(self, num_heads: int) -> slice:
         """Return the base heads whose simulated copies this rank computes: all of `num_heads` by default."""
         return slice(0, num_heads)
@@ -245,6 +249,13 @@ class AllToAllExchange(HeadExchange):
         )
         by_token: torch.Tensor = received.unflatten(0, (self.num_ranks, num_local)).transpose(0, 1)
         return by_token.flatten(1)
+
+    @override
+    def own_tokens(self, num_tokens: int) -> slice:
+        """Return the local tokens, a contiguous 1/P of all."""
+        tokens_per_rank = self._tokens_per_rank(num_tokens)
+        first = sum(tokens_per_rank[: self.rank])
+        return slice(first, first + tokens_per_rank[self.rank])
 
     @override
     def scatter_heads(

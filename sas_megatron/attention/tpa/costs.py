@@ -63,15 +63,24 @@ class TensorProductCosts(AttentionCosts):
         """Return the bytes of `qkv`, `factor_products` and core attention.
 
         `qkv` saves the hidden state and two concatenated weights: the weights of all head factors, and the
-        weights of all feature factors.
+        weights of all feature factors. A query that is neither factorized nor rotated is a view of all
+        columns of head factors, unless chunked attention copies it.
         """
         attention = self.attention
         heads, ranks = attention.num_heads // layer.tensor, sum(attention.ranks.values())
+        is_view = attention.rotary == "none" and not attention.factorize_query
+        if layer.backend == "chunked" and "attention" not in layer.recomputed:
+            is_view = is_view and (layer.batch == 1 or heads == 1)
         weights = heads * sum(attention.head_widths.values()) + ranks * attention.head_dim
         return {
             "qkv": layer.local_bytes(hidden_size) + layer.element_bytes * weights * hidden_size,
             "factor_products": layer.full_bytes(ranks * (heads + attention.head_dim)),
-            **self.count_core_bytes(layer, value_bytes=layer.full_bytes(heads * attention.head_dim)),
+            **self.count_core_bytes(
+                layer,
+                value_bytes=layer.full_bytes(heads * attention.head_dim),
+                views=frozenset({"query"} if is_view else ()),
+                columns_bytes=layer.full_bytes(heads * sum(attention.head_widths.values())),
+            ),
         }
 
     @override

@@ -2,8 +2,9 @@
 
     hidden [B, S, H] -> project: queries, and the tensors that the KV cache stores of each token
         -> the KV cache: these tensors of all T tokens, previous ones included
-        -> expand: keys and values of all T tokens
-        -> softmax attention over M heads -> the average over the r blocks of SAS -> output projection
+        -> expand: keys and values of all T tokens -> modifiers
+        -> softmax attention over M heads -> aggregation of the r blocks of SAS -> modifiers
+        -> output projection
 
 Letters: B sequences, S new tokens, T all tokens, H hidden size, N and G query and key/value heads, D features
 of a head; for SAS (arXiv 2507.07694) r blocks, M = r·N simulated heads and E simulated features; R features
@@ -12,73 +13,23 @@ with rotary embeddings, except for tensor product attention, where R is the numb
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .attention_steps_sas_megatron import (
+    Modifiers,
+    Positions,
+    RopeCosSin,
+    apply_rope,
+    attend,
+    split_heads,
+)
 from .configuration_sas_megatron import SASMegatronConfig
-from .simulated_attention import Simulation, SimulationShape, average_blocks
-
-
-class RopeCosSin(NamedTuple):
-    """Cosines and sines of the rotary angles of each token, [B or 1, 1, tokens, R/2]."""
-
-    cosine: torch.Tensor
-    sine: torch.Tensor
-
-
-class Positions(NamedTuple):
-    """Rotary embeddings and mask of a forward pass.
-
-    Attributes:
-        rope_of_new: Cosines and sines of the S new tokens.
-        rope_of_all: Cosines and sines of all T tokens.
-        allowed: The tokens to which each new token may attend, [B or 1, 1, S, T]; None for the causal mask.
-    """
-
-    rope_of_new: RopeCosSin
-    rope_of_all: RopeCosSin
-    allowed: torch.Tensor | None
-
-
-def apply_rope(heads: torch.Tensor, rope: RopeCosSin) -> torch.Tensor:
-    """Rotate the pairs (i, i + R/2) of the first R features of heads [B, heads, tokens, D]."""
-    half = rope.cosine.shape[-1]
-    first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], dim=-1)
-    cosine, sine = rope.cosine.to(heads.dtype), rope.sine.to(heads.dtype)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], dim=-1)
-
-
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None
-) -> torch.Tensor:
-    """Return attention [B, M, S, D] of query [B, M, S, E], key [B, G, T, E] and value [B, G, T, D].
-
-    Each key head is read by M/G consecutive query heads.
-    """
-    width, value_width = query.shape[-1], value.shape[-1]
-    context = F.scaled_dot_product_attention(
-        query,
-        key,
-        # The fused implementations require equal widths.
-        F.pad(value, (0, width - value_width)),
-        attn_mask=allowed,
-        is_causal=allowed is None and query.shape[2] > 1,
-        scale=1 / math.sqrt(width),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    narrowed: torch.Tensor = context[..., :value_width]
-    return narrowed
-
-
-def split_heads(columns: torch.Tensor, width: int) -> torch.Tensor:
-    """Reshape [B, S, heads·width] to [B, heads, S, width]."""
-    heads: torch.Tensor = columns.unflatten(-1, (-1, width))
-    return heads.transpose(1, 2)
+from .simulated_attention import Simulation, SimulationShape, aggregate_blocks
 
 
 class GroupedAttention(nn.Module):
@@ -88,6 +39,9 @@ class GroupedAttention(nn.Module):
     """
 
     num_blocks = 1
+    aggregation = "mean"
+    # Whether `expand` computes keys and values from the cached tensors.
+    expands_cache = False
     linear_qkv: Any
 
     def __init__(self, config: SASMegatronConfig, layer_index: int) -> None:
@@ -95,7 +49,9 @@ class GroupedAttention(nn.Module):
         fields = config.attention
         self.layer_index = layer_index
         self.num_heads, self.num_groups = fields["num_heads"], fields["num_kv_heads"]
-        self.head_dim = fields["head_dim"]
+        self.num_query_heads, self.head_dim = self.num_heads, fields["head_dim"]
+        # As in the native model, core attention holds the weights of the modifiers.
+        self.core_attention = nn.ModuleDict({"modifiers": Modifiers(config)})
         self.build_projections(config, fields)
         self.linear_proj = nn.Linear(
             self.num_heads * (fields.get("value_head_dim") or self.head_dim),
@@ -105,24 +61,54 @@ class GroupedAttention(nn.Module):
 
     def build_projections(self, config: SASMegatronConfig, _fields: dict[str, Any]) -> None:
         """Build the modules that `project` and `expand` use."""
-        columns = (self.num_heads + 2 * self.num_groups) * self.head_dim
+        columns = (self.num_query_heads + 2 * self.num_groups) * self.head_dim
         self.linear_qkv = nn.Linear(config.hidden_size, columns, bias=config.linear_bias)
 
     def forward(self, hidden: torch.Tensor, positions: Positions, cache: Cache | None) -> torch.Tensor:
         """Return the layer's output for hidden states, both [B, S, H]."""
-        query, *kept = self.project(hidden, positions.rope_of_new)
+        # QK-norm precedes the rotary embeddings, which are then applied here.
+        (rope_of_new, later_of_new), (rope_of_all, later_of_all) = (
+            self.modifiers.split_rope(rope) for rope in (positions.rope_of_new, positions.rope_of_all)
+        )
+        query, kept_key, kept_value = self.project(hidden, rope_of_new)
+        query = self.rotate(self.modifiers.normalize("query_norm", query), later_of_new)
+        if not self.expands_cache:
+            kept_key, kept_value = self.modify(kept_key, kept_value, later_of_new)
         if cache is not None:
-            kept = cache.update(*kept, self.layer_index)
-        kept_key, kept_value = kept
-        key, value = self.expand(kept_key, kept_value, positions.rope_of_all)
+            kept_key, kept_value = cache.update(kept_key, kept_value, self.layer_index)
+        key, value = self.expand(kept_key, kept_value, rope_of_all)
+        if self.expands_cache:
+            key, value = self.modify(key, value, later_of_all)
         context = attend(query, key, value, positions.allowed)
-        averaged = average_blocks(context.permute(2, 0, 1, 3), self.num_blocks).transpose(0, 1)
-        projected: torch.Tensor = self.linear_proj(averaged.flatten(2))
+        aggregated = aggregate_blocks(
+            context.permute(2, 0, 1, 3), self.num_blocks, aggregation=self.aggregation
+        ).transpose(0, 1)
+        reduced = self.modifiers.normalize("output_norm", self.reduce_heads(aggregated, hidden))
+        projected: torch.Tensor = self.linear_proj(self.modifiers.gate(reduced, hidden))
         return projected
+
+    @property
+    def modifiers(self) -> Any:
+        """The modifiers of this layer."""
+        return self.core_attention["modifiers"]
+
+    def modify(
+        self, key: torch.Tensor, value: torch.Tensor, rope: RopeCosSin
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys after QK-norm and the rotary embeddings that follow it, and knocked values."""
+        return self.rotate(self.modifiers.normalize("key_norm", key), rope), self.modifiers.knock(value)
+
+    def rotate(self, heads: torch.Tensor, rope: RopeCosSin) -> torch.Tensor:
+        """Apply rotary embeddings to normalized heads of queries or keys."""
+        return apply_rope(heads, rope)
+
+    def reduce_heads(self, context: torch.Tensor, _hidden: torch.Tensor) -> torch.Tensor:
+        """Return N heads [B, S, N, D] from the result of attention."""
+        return context
 
     def base_heads(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """Return the projected query [B, N, S, D], and key and value [B, G, S, D]."""
-        readers = self.num_heads // self.num_groups
+        readers = self.num_query_heads // self.num_groups
         # Queries, key and value of a group are next to each other.
         groups = self.linear_qkv(hidden).unflatten(-1, (self.num_groups, readers + 2, self.head_dim))
         parts = groups.split([readers, 1, 1], dim=3)
@@ -140,14 +126,31 @@ class GroupedAttention(nn.Module):
         return key, value
 
 
+class DifferentialAttention(GroupedAttention):
+    """Differential attention, second version (microsoft/unilm): differences of neighbouring query heads."""
+
+    def build_projections(self, config: SASMegatronConfig, fields: dict[str, Any]) -> None:
+        """Build the fused projection with 2N query heads, and that of λ."""
+        self.num_query_heads = 2 * self.num_heads
+        super().build_projections(config, fields)
+        self.linear_lambda = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+
+    def reduce_heads(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return a_2i - σ(x·W_λ)_i · a_(2i+1), [B, S, N, D]."""
+        factors = torch.sigmoid(self.linear_lambda(hidden)).unsqueeze(-1)
+        return context[:, :, 0::2] - factors * context[:, :, 1::2]
+
+
 class SimulatedAttention(GroupedAttention):
     """SAS: attention with r·N heads that are simulated from N, and E query/key features from D."""
 
     def build_projections(self, config: SASMegatronConfig, fields: dict[str, Any]) -> None:
         """Build the fused projection and the simulation."""
         super().build_projections(config, fields)
-        self.num_blocks = fields["head_expansion"]
+        self.num_blocks, self.aggregation = fields["head_expansion"], fields["aggregation"]
+        self.rotates_base_heads = fields["rotary"] == "before"
         self.caches_simulated = config.cache_simulated_heads
+        self.expands_cache = not self.caches_simulated
         base = {"query": self.num_heads, "key": self.num_groups, "value": self.num_groups}
         self.simulation = Simulation(
             SimulationShape(
@@ -157,25 +160,32 @@ class SimulatedAttention(GroupedAttention):
                 head_dim=self.head_dim,
                 simulated_head_dim=fields["simulated_head_dim"] if fields["simulate_features"] else None,
                 bias=fields["simulation_bias"],
+                head_activation=fields["head_activation"],
+                feature_activation=fields["feature_activation"],
             )
         )
 
-    def simulate(self, name: str, heads: torch.Tensor) -> torch.Tensor:
-        """Simulate heads and features of the query, key or value from base heads [B, heads, S, D]."""
+    def simulate(self, name: str, heads: torch.Tensor, rope: RopeCosSin | None = None) -> torch.Tensor:
+        """Simulate heads and features of the query, key or value from base heads [B, heads, S, D].
+
+        `rope` is for simulated queries and keys; it is not applied if base heads have rotary embeddings.
+        """
         # The simulation takes tokens first: [B·S, heads, D].
         simulated = self.simulation(name, heads.transpose(1, 2).flatten(0, 1))
-        by_sequence: torch.Tensor = simulated.unflatten(0, (heads.shape[0], -1))
-        return by_sequence.transpose(1, 2)
+        by_sequence: torch.Tensor = simulated.unflatten(0, (heads.shape[0], -1)).transpose(1, 2)
+        return by_sequence if rope is None or self.rotates_base_heads else apply_rope(by_sequence, rope)
 
     def project(self, hidden: torch.Tensor, rope: RopeCosSin) -> tuple[torch.Tensor, ...]:
         """Return simulated queries, and base keys and values, or simulated ones if these are cached.
 
-        Rotary embeddings are applied after the simulation, so base keys are cached without them.
+        If rotary embeddings are applied after the simulation, base keys are cached without them.
         """
         query, key, value = self.base_heads(hidden)
+        if self.rotates_base_heads:
+            query, key = apply_rope(query, rope), apply_rope(key, rope)
         if self.caches_simulated:
-            key, value = apply_rope(self.simulate("key", key), rope), self.simulate("value", value)
-        return apply_rope(self.simulate("query", query), rope), key, value
+            key, value = self.simulate("key", key, rope), self.simulate("value", value)
+        return self.simulate("query", query, rope), key, value
 
     def expand(
         self, key: torch.Tensor, value: torch.Tensor, rope: RopeCosSin
@@ -183,11 +193,13 @@ class SimulatedAttention(GroupedAttention):
         """Simulate the cached keys and values, unless they are simulated already."""
         if self.caches_simulated:
             return key, value
-        return apply_rope(self.simulate("key", key), rope), self.simulate("value", value)
+        return self.simulate("key", key, rope), self.simulate("value", value)
 
 
 class LatentAttention(GroupedAttention):
     """MLA (arXiv 2405.04434): keys and values of all heads from one cached latent and one rotary key."""
+
+    expands_cache = True
 
     def build_projections(self, config: SASMegatronConfig, fields: dict[str, Any]) -> None:
         """Build down and up projections, and the norms between them."""
@@ -222,6 +234,8 @@ class LatentAttention(GroupedAttention):
 
     def rotate_neighbours(self, heads: torch.Tensor, rope: RopeCosSin) -> torch.Tensor:
         """Rotate the pairs (2i, 2i + 1), and store them as two halves, in queries and keys."""
+        if rope.cosine.shape[-1] == 0:
+            return heads
         return apply_rope(torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1), rope)
 
     def expand(
@@ -231,6 +245,11 @@ class LatentAttention(GroupedAttention):
         heads = split_heads(self.linear_kv_up_proj(latent[:, 0]), self.head_dim + self.value_dim)
         key, value = heads.split([self.head_dim, self.value_dim], dim=-1)
         return torch.cat([key, rotary_key.expand(-1, self.num_heads, -1, -1)], dim=-1), value
+
+    def rotate(self, heads: torch.Tensor, rope: RopeCosSin) -> torch.Tensor:
+        """Apply rotary embeddings to the last R features of normalized heads."""
+        first, rotary = heads.split([self.head_dim, self.rotary_dim], dim=-1)
+        return torch.cat([first, self.rotate_neighbours(rotary, rope)], dim=-1)
 
 
 class SharedProjection(nn.Module):
@@ -262,6 +281,8 @@ class FactorizedAttention(GroupedAttention):
 
 class TensorProductAttention(GroupedAttention):
     """TPA (arXiv 2501.06425): heads (1/R)·Σ_r A_r ⊗ B_r, with A_r over heads and B_r over features."""
+
+    expands_cache = True
 
     def build_projections(self, config: SASMegatronConfig, fields: dict[str, Any]) -> None:
         """Build the weights of A, by head and factor, and of B, by factor and feature.
@@ -320,6 +341,7 @@ ATTENTIONS: dict[str, type[GroupedAttention]] = {
     "mha": GroupedAttention,
     "gqa": GroupedAttention,
     "mqa": GroupedAttention,
+    "diff": DifferentialAttention,
     "mla": LatentAttention,
     "mfa": FactorizedAttention,
     "sas": SimulatedAttention,

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention_sas_megatron import ATTENTIONS, Positions, RopeCosSin
+from .attention_sas_megatron import ATTENTIONS
+from .attention_steps_sas_megatron import Positions, RopeCosSin
 from .configuration_sas_megatron import SASMegatronConfig
 
 # The name of the cache in transformers' arguments and results; `cache` from 5.24 on.
@@ -191,11 +192,16 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
         return Positions(rope_of_new, rope, _allowed_tokens(slots, num_past, attention_mask))
 
     def _rope_cos_sin(self, positions: torch.Tensor) -> RopeCosSin:
-        """Return cosines and sines for positions [B or 1, tokens], computed in float32 as in training."""
+        """Return cosines and sines for positions [B or 1, tokens], computed in float32 as in training.
+
+        A model without rotary embeddings rotates 0 features.
+        """
         fields = self.config.attention
-        width = fields["rotary_head_dim"] if fields["kind"] == "mla" else fields["rotary_dim"]
+        width = fields["rotary_head_dim" if fields["kind"] == "mla" else "rotary_dim"]
+        if fields.get("rotary") == "none":
+            width = 0
         pairs = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
-        frequencies = 1.0 / self.config.rotary_base ** (pairs / width)
+        frequencies = 1.0 / self.config.rotary_base ** (pairs / max(width, 1))
         angles = positions[:, None, :, None].float() * frequencies
         return RopeCosSin(angles.cos(), angles.sin())
 

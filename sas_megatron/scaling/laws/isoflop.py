@@ -1,45 +1,63 @@
-"""IsoFLOP profiles: a parabola of loss over log size for each budget, and power laws of the minima.
+"""IsoFLOP profiles: the size with the lowest loss at each budget of FLOPs, and power laws of these minima.
 
-Hoffmann et al. 2022, approach 2 (section 3.2). A parabola is not the exact profile of the law, so that the
-exponents are biased if the sizes are mostly on one side of the minimum (arXiv 2603.22339). It is a check of
-the surface fit, not a replacement.
+FLOPs -> peaks of their density are the budgets -> mean loss of each size -> parabola through the five sizes
+nearest the minimum -> line through the logarithms of the minima
+
+Hoffmann et al. 2022, approach 2 (section 3.2). A parabola in log N is not the exact profile of the law: over
+wide profiles it shifts the minimum, by different amounts at different budgets, and so biases the exponents
+(arXiv 2603.22339). A local parabola follows the curve, as does the Akima spline of Porian et al. 2024 (arXiv
+2406.19146). The profiles are a check of the surface fit, not a replacement.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.log_sum import FloatArray, IntArray
-from sas_megatron.scaling.laws.points import Points, count_levels
-from sas_megatron.scaling.laws.resampling import Interval, percentile_interval
+from sas_megatron.scaling.laws.points import Points, count_levels, find_levels
+from sas_megatron.scaling.laws.resampling import LEVEL, Interval
 
-# Runs belong to one budget if their FLOPs exceed the lowest of the group by at most this share.
-SAME_BUDGET = 0.1
-FEWEST_SIZES, FEWEST_BUDGETS = 3, 2
-# An interval needs most of the draws; in the others, too few sizes were drawn for a minimum.
-LEAST_SHARE_OF_DRAWS = 0.9
+# Standard deviation of the kernel of the density of log FLOPs, and the bins to which FLOPs are rounded.
+KERNEL_WIDTH, BIN_WIDTH = 0.08, 0.004
+# Two peaks are two budgets if the density between them falls below this share of the lower peak.
+LARGEST_VALLEY = 0.5
+# Runs further from the peak, in log FLOPs, belong to no budget.
+BUDGET_REACH = 0.2
+FEWEST_SIZES, LOCAL_SIZES, FEWEST_BUDGETS = 3, 5, 2
+# The sizes nearest the minimum are chosen again after each fit, until they no longer change.
+MAX_REFITS = 10
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The minimum of the parabola of one budget."""
+    """The minimum of one budget: loss(N) = loss + curvature · log(N / params)² from `smallest` to `largest`.
+
+    `smallest` and `largest` are the outermost of the sizes to which the parabola is fitted.
+    """
 
     flops: float
     params: float
     tokens: float
     loss: float
     num_points: int
+    curvature: float
+    smallest: float
+    largest: float
 
 
 @dataclass(frozen=True)
 class IsoflopFit:
     """Minima by budget, and the exponents of C in the optimal N and the optimal D.
 
-    Intervals are None without a bootstrap. `without_minimum` counts the budgets whose minimum is outside the
-    trained sizes.
+    Intervals are the 95 % t intervals of the lines through the minima, None with two budgets.
+    `without_minimum` counts the budgets whose lowest loss is not between the trained sizes, and `num_between`
+    the runs that belong to no budget.
     """
 
     profiles: tuple[Profile, ...]
@@ -48,40 +66,34 @@ class IsoflopFit:
     params_interval: Interval | None
     tokens_interval: Interval | None
     without_minimum: int
+    num_between: int
 
 
-def fit_isoflop(points: Points, *, weights_RI: FloatArray | None = None) -> IsoflopFit:
+class _Minimum(NamedTuple):
+    """The sizes to which a parabola is fitted, and the position, value and curvature of its minimum."""
+
+    fitted: IntArray
+    position: float
+    value: float
+    curvature: float
+
+
+def fit_isoflop(points: Points) -> IsoflopFit:
     """Fit the profiles, and lines through the logarithms of their minima.
-
-    Args:
-        points: The runs.
-        weights_RI: Bootstrap draws for the intervals.
 
     Raises:
         FieldError: Fewer than two budgets have three sizes with a minimum between them.
     """
-    ones_1I = np.ones((1, len(points)))
-    profiles, members, without = [], [], 0
-    for group in group_budgets(points.compute):
+    groups = group_budgets(points.compute)
+    profiles, without = [], 0
+    for group in groups:
         chosen = points.take(group)
         if count_levels(chosen.params) < FEWEST_SIZES:
             continue
-        log_params, log_loss = _find_minima(np.log(chosen.params), chosen.loss, ones_1I[:, group])
-        log_tokens, _ = _find_minima(np.log(chosen.tokens), chosen.loss, ones_1I[:, group])
-        if np.isnan(log_params[0]) or np.isnan(log_tokens[0]):
+        if (profile := _fit_profile(chosen)) is None:
             without += 1
-            continue
-        flops = float(np.exp(np.log(chosen.compute).mean()))
-        profiles.append(
-            Profile(
-                flops,
-                float(np.exp(log_params[0])),
-                float(np.exp(log_tokens[0])),
-                float(log_loss[0]),
-                len(group),
-            )
-        )
-        members.append(group)
+        else:
+            profiles.append(profile)
     if len(profiles) < FEWEST_BUDGETS:
         raise FieldError(
             "isoFLOP profiles",
@@ -90,78 +102,100 @@ def fit_isoflop(points: Points, *, weights_RI: FloatArray | None = None) -> Isof
             "train several sizes at equal FLOPs",
         )
     log_flops = np.log([profile.flops for profile in profiles])
-    exponents = {
-        name: float(_slopes(log_flops, np.log([[getattr(profile, name) for profile in profiles]]))[0])
-        for name in ("params", "tokens")
-    }
-    intervals = (
-        dict.fromkeys(exponents, None)
-        if weights_RI is None
-        else {name: _interval(log_flops, points, members, name, weights_RI) for name in exponents}
-    )
-    return IsoflopFit(
-        tuple(profiles),
-        exponents["params"],
-        exponents["tokens"],
-        intervals["params"],
-        intervals["tokens"],
-        without,
-    )
+    params = _fit_line(log_flops, np.log([profile.params for profile in profiles]))
+    tokens = _fit_line(log_flops, np.log([profile.tokens for profile in profiles]))
+    num_between = len(points) - sum(len(group) for group in groups)
+    return IsoflopFit(tuple(profiles), params[0], tokens[0], params[1], tokens[1], without, num_between)
 
 
 def group_budgets(flops: FloatArray) -> list[IntArray]:
-    """Return the indices of the points of each budget, in ascending order."""
-    order = np.argsort(flops, kind="stable")
-    groups: list[list[int]] = []
-    for index in order:
-        if groups and flops[index] <= flops[groups[-1][0]] * (1 + SAME_BUDGET):
-            groups[-1].append(int(index))
-        else:
-            groups.append([int(index)])
-    return [np.array(group) for group in groups]
+    """Return the indices of the runs of each budget, in ascending order of FLOPs.
+
+    Nominal budgets that differ by rounding are one peak of the density. Runs between the peaks, or in the
+    valleys of a continuum of FLOPs, belong to no budget.
+    """
+    log_flops = np.log(flops)
+    start = log_flops.min() - 4 * KERNEL_WIDTH
+    bins = np.round((log_flops - start) / BIN_WIDTH).astype(int)
+    counts = np.bincount(bins, minlength=bins.max() + round(4 * KERNEL_WIDTH / BIN_WIDTH) + 1)
+    steps = np.arange(-4 * KERNEL_WIDTH, 4 * KERNEL_WIDTH + BIN_WIDTH / 2, BIN_WIDTH) / KERNEL_WIDTH
+    density = np.convolve(counts, np.exp(-(steps**2) / 2), mode="same")
+    peaks = start + BIN_WIDTH * np.array(_find_peaks(density))
+    nearest = np.searchsorted((peaks[1:] + peaks[:-1]) / 2, log_flops)
+    is_near = np.abs(log_flops - peaks[nearest]) <= BUDGET_REACH
+    groups = [np.flatnonzero(is_near & (nearest == number)) for number in range(len(peaks))]
+    return [group for group in groups if len(group)]
 
 
-def _interval(
-    log_flops: FloatArray, points: Points, members: list[IntArray], name: str, weights_RI: FloatArray
-) -> Interval | None:
-    minima_RB = np.stack(
-        [
-            _find_minima(np.log(getattr(points, name)[group]), points.loss[group], weights_RI[:, group])[0]
-            for group in members
-        ],
-        axis=1,
+def _find_peaks(density: FloatArray) -> list[int]:
+    """Return the peaks that a deep valley separates from their neighbours, in ascending order."""
+    rises = np.diff(density, prepend=0) > 0
+    falls = np.diff(density, append=0) <= 0
+    peaks = np.flatnonzero(rises & falls).tolist()
+    while True:
+        # Remove the lowest peak with a shallow valley on one side, since its runs belong to a higher peak.
+        valleys = [density[low:high].min() for low, high in itertools.pairwise(peaks)]
+        around = [max(sides) for sides in zip([0.0, *valleys], [*valleys, 0.0], strict=True)]
+        shallow = [
+            number for number, peak in enumerate(peaks) if around[number] > LARGEST_VALLEY * density[peak]
+        ]
+        if not shallow:
+            return peaks
+        peaks.pop(min(shallow, key=lambda number: density[peaks[number]]))
+
+
+def _fit_profile(points: Points) -> Profile | None:
+    """Fit the runs of one budget; return None if no minimum is between their sizes."""
+    level_I = find_levels(points.params)
+    count_S = np.bincount(level_I)
+    log_params_S, log_tokens_S, loss_S = (
+        np.bincount(level_I, values) / count_S
+        for values in (np.log(points.params), np.log(points.tokens), points.loss)
     )
-    slopes_R = _slopes(log_flops, minima_RB)
-    known = np.isfinite(slopes_R)
-    return percentile_interval(slopes_R[known]) if known.mean() >= LEAST_SHARE_OF_DRAWS else None
+    minimum = _fit_minimum(log_params_S, loss_S)
+    if minimum is None:
+        return None
+    fitted = minimum.fitted
+    # At equal FLOPs, the tokens are nearly a power of the size.
+    log_tokens = np.polyval(np.polyfit(log_params_S[fitted] - minimum.position, log_tokens_S[fitted], 1), 0.0)
+    return Profile(
+        flops=float(np.exp(np.log(points.compute).mean())),
+        params=float(np.exp(minimum.position)),
+        tokens=float(np.exp(log_tokens)),
+        loss=minimum.value,
+        num_points=len(points),
+        curvature=minimum.curvature,
+        smallest=float(np.exp(log_params_S[fitted[0]])),
+        largest=float(np.exp(log_params_S[fitted[-1]])),
+    )
 
 
-def _find_minima(
-    log_size_I: FloatArray, loss_I: FloatArray, weights_RI: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Return the position and the loss of each row's minimum; NaN if it is outside the sizes."""
-    centre, spread = log_size_I.mean(), np.ptp(log_size_I) / 2
-    x_I = (log_size_I - centre) / spread
-    powers_PI = np.stack([np.ones_like(x_I), x_I, x_I**2])
-    gram_RPP = np.einsum("ri,pi,qi->rpq", weights_RI, powers_PI, powers_PI)
-    target_RP = np.einsum("ri,pi,i->rp", weights_RI, powers_PI, loss_I)
-    solvable = np.linalg.cond(gram_RPP) < 1e10
-    gram_RPP[~solvable] = np.eye(3)
-    constant, slope, curvature = np.linalg.solve(gram_RPP, target_RP[..., None])[..., 0].T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        lowest_R = -slope / (2 * curvature)
-    inside = solvable & (curvature > 0) & (np.abs(lowest_R) <= 1)
-    loss_R = constant - slope**2 / (4 * np.where(inside, curvature, 1))
-    return np.where(inside, centre + spread * lowest_R, np.nan), np.where(inside, loss_R, np.nan)
+def _fit_minimum(log_size_S: FloatArray, loss_S: FloatArray) -> _Minimum | None:
+    """Fit a parabola to the sizes nearest its minimum; return None if no minimum is between them."""
+    minimum: _Minimum | None = None
+    position = float(log_size_S[loss_S.argmin()])
+    for _ in range(MAX_REFITS):
+        nearest = np.argsort(np.abs(log_size_S - position), kind="stable")[:LOCAL_SIZES]
+        fitted = np.sort(nearest)
+        if minimum is not None and np.array_equal(fitted, minimum.fitted):
+            break
+        x = log_size_S[fitted] - position
+        curvature, slope, constant = (float(value) for value in np.polyfit(x, loss_S[fitted], 2))
+        if curvature <= 0 or not x[0] <= -slope / (2 * curvature) <= x[-1]:
+            return None
+        position -= slope / (2 * curvature)
+        minimum = _Minimum(fitted, position, constant - slope**2 / (4 * curvature), curvature)
+    return minimum
 
 
-def _slopes(log_flops_B: FloatArray, minima_RB: FloatArray) -> FloatArray:
-    """Return the slope of each row's line through the budgets with a minimum; NaN with fewer than two."""
-    present_RB = np.isfinite(minima_RB)
-    count_R1 = np.maximum(present_RB.sum(axis=1, keepdims=True), 1)
-    x_RB = np.where(present_RB, log_flops_B, 0.0)
-    y_RB = np.where(present_RB, minima_RB, 0.0)
-    x_RB = np.where(present_RB, x_RB - x_RB.sum(axis=1, keepdims=True) / count_R1, 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slopes: FloatArray = (x_RB * y_RB).sum(axis=1) / (x_RB**2).sum(axis=1)
-    return np.where(present_RB.sum(axis=1) >= FEWEST_BUDGETS, slopes, np.nan)
+def _fit_line(x: FloatArray, y: FloatArray) -> tuple[float, Interval | None]:
+    """Return the slope of the least-squares line and its t interval, None with two points."""
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    degrees = len(x) - 2
+    if degrees < 1:
+        return slope, None
+    residuals = y - y.mean() - slope * centred
+    error = np.sqrt(residuals @ residuals / degrees / (centred @ centred))
+    half = float(special.stdtrit(degrees, (1 + LEVEL) / 2) * error)
+    return slope, (slope - half, slope + half)

@@ -56,6 +56,10 @@ class LogSumProblem:
     log_loss: FloatArray
     delta: float = HUBER_DELTA
 
+    def take(self, chosen: IntArray) -> LogSumProblem:
+        """Return the problem of the chosen points."""
+        return LogSumProblem(self.forms[:, chosen], self.log_loss[chosen], self.delta)
+
     def residuals(self, theta_RP: FloatArray) -> FloatArray:
         """Return the log of the predicted minus the log of the measured loss, (R, I)."""
         exponents_RTI = self._exponents(theta_RP)

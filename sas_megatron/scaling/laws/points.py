@@ -1,22 +1,16 @@
-"""Points to which a law is fitted, from a CSV file or arrays, and checks that they determine the law."""
+"""Points to which a law is fitted, and checks that they can determine the law."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
+from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.log_sum import BoolArray, FloatArray, IntArray
 
-REQUIRED = ("params", "tokens", "loss")
-OPTIONAL = ("flops", "size", "variant", "epochs")
 # The law has five parameters; with five points it interpolates them without any residual.
 FEWEST_POINTS = 6
 # E + A/N^α has three parameters, and so has E + B/D^β.
@@ -25,21 +19,27 @@ FEWEST_LEVELS = 3
 SAME_LEVEL = 0.01
 # If log D is linear in log N up to this share of its variance, N^-α and D^-β cannot be separated.
 LEAST_FREE_VARIANCE = 1e-3
+# Products and powers of values within these bounds cannot overflow.
+SMALLEST, LARGEST = 1e-60, 1e60
 
 
 @dataclass(frozen=True)
 class Points:
-    """Runs as columns. `flops` are the training FLOPs with attention, or None if they are not recorded.
+    """Measured losses as columns.
 
-    `sizes` are the strata of the bootstrap. `epochs` are how many times each run read its training data, or
-    None if they are not recorded.
+    `flops` are the training FLOPs with attention, or None if they are not recorded. `sizes` and `runs` are
+    numbers from 0 on: the stratum of the bootstrap, and the training run of each point. `runs` is None if
+    every point is a run of its own; otherwise the points of a run are its checkpoints, whose errors are not
+    independent. `epochs` are how many times each run read its training data, or None if they are not
+    recorded.
     """
 
     params: FloatArray
     tokens: FloatArray
     loss: FloatArray
     flops: FloatArray | None
-    sizes: NDArray[np.str_]
+    sizes: IntArray
+    runs: IntArray | None = None
     epochs: FloatArray | None = None
 
     def __len__(self) -> int:
@@ -53,12 +53,13 @@ class Points:
         *,
         flops: Iterable[float] | None = None,
         sizes: Sequence[str] | None = None,
+        runs: Sequence[str] | None = None,
         epochs: Iterable[float] | None = None,
     ) -> Points:
         """Build points from columns; by default, equal parameter counts form a size.
 
         Raises:
-            FieldError: A value is not a positive number.
+            FieldError: A value is not a positive number, or a run has several sizes.
         """
         columns = {"params": params, "tokens": tokens, "loss": loss}
         if flops is not None:
@@ -67,16 +68,17 @@ class Points:
             columns["epochs"] = epochs
         arrays = {name: np.array(list(values), dtype=float) for name, values in columns.items()}
         for name, values in arrays.items():
-            for row, value in enumerate(values):
-                if not (math.isfinite(value) and value > 0):
-                    raise FieldError(f"{name}[{row}]", value, *_positive(name))
-        named = [f"{value:.0f}" for value in arrays["params"]] if sizes is None else sizes
+            for row in np.flatnonzero(~is_valid(values))[:1]:
+                raise FieldError(f"{name}[{row}]", values[row], *describe_valid(name, float(values[row])))
+        # Numbers in ascending order of the size, so that the bootstrap does not depend on the unit.
+        numbers = np.unique(arrays["params"], return_inverse=True)[1] if sizes is None else _number(sizes)
         return Points(
             params=arrays["params"],
             tokens=arrays["tokens"],
             loss=arrays["loss"],
             flops=arrays.get("flops"),
-            sizes=np.array(named, dtype=str),
+            sizes=numbers,
+            runs=None if runs is None else _number_runs(runs, numbers),
             epochs=arrays.get("epochs"),
         )
 
@@ -90,6 +92,11 @@ class Points:
         """The recorded FLOPs, or 6 N D if they are not recorded."""
         return self.flops_6nd if self.flops is None else self.flops
 
+    @property
+    def num_runs(self) -> int:
+        """Number of independent runs."""
+        return len(self) if self.runs is None else len(np.unique(self.runs))
+
     def take(self, chosen: BoolArray | IntArray) -> Points:
         """Select points by mask or index."""
         return dataclasses.replace(
@@ -99,6 +106,7 @@ class Points:
             loss=self.loss[chosen],
             flops=None if self.flops is None else self.flops[chosen],
             sizes=self.sizes[chosen],
+            runs=None if self.runs is None else self.runs[chosen],
             epochs=None if self.epochs is None else self.epochs[chosen],
         )
 
@@ -123,13 +131,14 @@ class Points:
         Raises:
             FieldError: There are too few points, sizes or token budgets, or tokens are a function of size.
         """
-        if len(self) < FEWEST_POINTS:
-            raise FieldError(
-                "points",
-                len(self),
-                f"the law has five parameters and needs at least {FEWEST_POINTS} points",
-                "add runs",
-            )
+        for name, count in (("points", len(self)), ("runs", self.num_runs)):
+            if count < FEWEST_POINTS:
+                raise FieldError(
+                    name,
+                    count,
+                    f"the law has five parameters and needs at least {FEWEST_POINTS} {name}",
+                    "add runs",
+                )
         for name, values in (("params", self.params), ("tokens", self.tokens)):
             levels = count_levels(values)
             if levels < FEWEST_LEVELS:
@@ -150,86 +159,57 @@ class Points:
             )
 
 
-def count_levels(values: FloatArray, *, tolerance: float = SAME_LEVEL) -> int:
-    """Return the number of distinct values, where values within the relative tolerance are equal."""
-    return int((np.diff(np.log(np.sort(values))) > tolerance).sum()) + 1
+def find_levels(values: FloatArray, *, tolerance: float = SAME_LEVEL) -> IntArray:
+    """Return the number of each value's level, counted from 0 for the lowest values.
 
-
-def read_points(path: str | Path, *, variant: str | None = None) -> Points:
-    """Read a CSV file with the columns params, tokens, loss, and optionally flops, size, variant and epochs.
-
-    Raises:
-        FileProblem: The file cannot be read, lacks a column, or has a value that is not a positive number.
-        FieldError: The file contains several variants and none is chosen, or not the chosen one.
+    A level contains the values that exceed its lowest value by at most the relative tolerance.
     """
-    try:
-        with (
-            translate_os_errors(path, problem="cannot be read", remedy="name a CSV file of points"),
-            open(path, newline="", encoding="utf-8-sig") as file,
-        ):
-            reader = csv.DictReader(file)
-            header = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = header
-            rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise FileProblem(path, f"is not a CSV file ({error})", "use comma-separated text") from None
-    missing = [name for name in REQUIRED if name not in header]
-    if missing:
-        raise FileProblem(
-            path,
-            f"has no column {', '.join(missing)}",
-            f"its first line must contain {','.join(REQUIRED)}, and may contain {', '.join(OPTIONAL)}",
-        )
-    if not rows:
-        raise FileProblem(path, "has no points", "add a line for each run")
-    rows = _choose_variant(rows, variant, has_column="variant" in header)
-    columns = {
-        name: [_number(path, line, name, row[name]) for line, row in rows]
-        for name in (*REQUIRED, "flops", "epochs")
-        if name in header
-    }
-    return Points.of(
-        columns["params"],
-        columns["tokens"],
-        columns["loss"],
-        flops=columns.get("flops"),
-        sizes=[row["size"] or "" for _, row in rows] if "size" in header else None,
-        epochs=columns.get("epochs"),
-    )
+    order = np.argsort(values, kind="stable")
+    ascending = np.asarray(values)[order]
+    starts = [0]
+    while (end := int(np.searchsorted(ascending, ascending[starts[-1]] * (1 + tolerance), "right"))) < len(
+        ascending
+    ):
+        starts.append(end)
+    levels = np.empty(len(ascending), dtype=np.intp)
+    levels[order] = np.searchsorted(starts, np.arange(len(ascending)), "right") - 1
+    return levels
 
 
-_Rows = list[tuple[int, dict[str, str]]]
+def count_levels(values: FloatArray, *, tolerance: float = SAME_LEVEL) -> int:
+    """Return the number of levels of `find_levels`."""
+    return int(find_levels(values, tolerance=tolerance).max()) + 1
 
 
-def _choose_variant(rows: _Rows, variant: str | None, *, has_column: bool) -> _Rows:
-    if not has_column and variant is None:
-        return rows
-    present = sorted({row["variant"] or "" for _, row in rows}) if has_column else []
-    if variant is None and len(present) == 1:
-        return rows
-    if variant not in present:
-        if not present:
-            raise FieldError("--variant", variant, "the points have no column variant", "omit the option")
-        raise FieldError(
-            "--variant",
-            variant,
-            f"a law is fitted to one variant, but the points contain {', '.join(present)}",
-            "choose one of these",
-        )
-    return [(line, row) for line, row in rows if row["variant"] == variant]
+def is_valid(values: FloatArray) -> BoolArray:
+    """Return whether each value is a positive number within the supported range."""
+    return np.isfinite(values) & (values >= SMALLEST) & (values <= LARGEST)
 
 
-def _number(path: str | Path, line: int, name: str, text: str | None) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        rule, remedy = _positive(name)
-        raise FileProblem(path, f"line {line}: {name}={text or 'nothing'}: {rule}", remedy)
-    return value
-
-
-def _positive(name: str) -> tuple[str, str]:
+def describe_valid(name: str, value: float) -> tuple[str, str]:
+    """Return the rule that an invalid value of a column breaks, and the remedy."""
+    if value > 0 and np.isfinite(value):
+        return f"must be between {SMALLEST:g} and {LARGEST:g}", "use another unit or correct the value"
     remedy = "remove diverged runs" if name == "loss" else "remove the run or correct the value"
     return "must be a positive number", remedy
+
+
+def _number(labels: Sequence[str]) -> IntArray:
+    """Return the number of each label, in order of first appearance."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.intp)
+
+
+def _number_runs(runs: Sequence[str], sizes: IntArray) -> IntArray | None:
+    """Return the number of each point's run, or None if every point is a run of its own."""
+    numbers = _number(runs)
+    size_of: dict[int, int] = {}
+    for label, run, size in zip(runs, numbers.tolist(), sizes.tolist(), strict=True):
+        if size_of.setdefault(run, size) != size:
+            raise FieldError(
+                "run",
+                label,
+                "has points of several sizes, but a run trains one model",
+                "rename one of the runs",
+            )
+    return numbers if len(size_of) < len(numbers) else None

@@ -13,7 +13,7 @@ import numpy as np
 from sas_megatron.config.errors import FieldError
 from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, BoolArray, FloatArray
 from sas_megatron.scaling.laws.points import count_levels
-from sas_megatron.scaling.laws.sum_of_powers import Fit, SumOfPowers
+from sas_megatron.scaling.laws.sum_of_powers import NEGLIGIBLE_SHARE, Fit, SumOfPowers
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class PowerLawFit:
     objective: float
     problem: SumOfPowers
     fit: Fit
+
+    @property
+    def is_distinct(self) -> bool:
+        """Whether the law differs from one without E: its E, if it has one, is not negligible."""
+        lowest = float(np.exp(self.problem.log_loss.min()))
+        return not self.problem.irreducible or float(self.law.E) >= NEGLIGIBLE_SHARE * lowest
 
     def refit(self, weights_RI: FloatArray) -> PowerLaw:
         """Return the laws for rows of weights, as arrays."""
@@ -96,10 +102,15 @@ def fit_power_law(
 
 
 def find_frontier(spent: FloatArray, loss: FloatArray) -> BoolArray:
-    """Return a mask of the Pareto frontier: runs for which no run of at most equal cost has a lower loss."""
-    cheaper = spent[:, None] <= spent[None, :]
-    better = loss[:, None] < loss[None, :]
-    frontier: BoolArray = np.asarray(~(cheaper & better).any(axis=0))
+    """Return a mask of the Pareto frontier: runs whose loss is below that of all runs of at most equal cost.
+
+    Of several runs with equal cost and loss, the first is on the frontier.
+    """
+    order = np.lexsort((np.asarray(loss), np.asarray(spent)))
+    ascending = np.asarray(loss)[order]
+    frontier = np.zeros(len(order), dtype=bool)
+    lowest_before = np.minimum.accumulate(np.concatenate([[np.inf], ascending[:-1]]))
+    frontier[order] = ascending < lowest_before
     return frontier
 
 

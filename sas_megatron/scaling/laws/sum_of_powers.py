@@ -16,14 +16,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, FloatArray, LogSumProblem, minimize
+from sas_megatron.scaling.laws.log_sum import HUBER_DELTA, FloatArray, IntArray, LogSumProblem, minimize
 from sas_megatron.scaling.laws.projection import project
 
 # Exponents of published laws lie between 0.05 and 0.8 (Kaplan et al. 2020, Hoffmann et al. 2022).
 GRID_EXPONENTS = np.geomspace(0.02, 3.0, 20)
 NUM_STARTS = 32
+# With more points than this, minima are found on as many of them, and the lowest ones are completed on all
+# points. The law is then so well determined that the minimum for other weights is near.
+MOST_START_POINTS, NUM_FINALISTS = 2000, 3
 # All combinations of exponents, by number of regressors.
 _EXPONENT_GRIDS = {count: np.array(list(itertools.product(GRID_EXPONENTS, repeat=count))) for count in (1, 2)}
+# A term that never exceeds this share of the loss counts as absent.
+NEGLIGIBLE_SHARE = 1e-6
 # Final step of `fit_projected`, as the logarithm of a ratio of exponents, and its maximum number of grids.
 FINEST_RATIO, MAX_REFINEMENTS = 1e-9, 400
 # A term that the projection sets to zero starts at this share of the mean loss, so that it can grow.
@@ -85,22 +90,28 @@ class SumOfPowers:
 
     def fit(self) -> Fit:
         """Return the lowest minimum over a grid of starting points."""
-        ones_1I = np.ones((1, len(self.log_loss)))
-        starts_1GP, squares_1G = self._grid_starts(ones_1I)
+        chosen = self._start_points
+        problem = self.problem.take(chosen)
+        ones_1I = np.ones((1, len(chosen)))
+        starts_1GP, squares_1G = self._grid_starts(ones_1I, chosen)
         # Starts are selected by rank, densely among the best grid points and sparsely among the others.
         ranks = np.unique(np.geomspace(1, starts_1GP.shape[1], NUM_STARTS).round().astype(int)) - 1
         starts_RP = starts_1GP[0, np.argsort(squares_1G[0])[ranks]]
-        minima = minimize(self.problem, starts_RP, ones_1I)
+        minima = minimize(problem, starts_RP, ones_1I)
+        if self._is_large:
+            finalists_RP = minima.theta[np.argsort(minima.value)[:NUM_FINALISTS]]
+            minima = minimize(self.problem, finalists_RP, np.ones((1, len(self.log_loss))))
         lowest = int(minima.value.argmin())
         return Fit(minima.theta[lowest], float(minima.value[lowest]))
 
     def refit(self, weights_RI: FloatArray, fit: Fit) -> FloatArray:
         """Return the parameters (R, P) for other weights, started from `fit` and the best grid point."""
-        starts_RGP, squares_RG = self._grid_starts(weights_RI)
         rows = np.arange(len(weights_RI))
-        starts = np.concatenate(
-            [np.tile(fit.theta, (len(rows), 1)), starts_RGP[rows, squares_RG.argmin(axis=1)]]
-        )
+        from_fit_RP = np.tile(fit.theta, (len(rows), 1))
+        if self._is_large:
+            return minimize(self.problem, from_fit_RP, weights_RI).theta
+        starts_RGP, squares_RG = self._grid_starts(weights_RI, self._start_points)
+        starts = np.concatenate([from_fit_RP, starts_RGP[rows, squares_RG.argmin(axis=1)]])
         minima = minimize(self.problem, starts, np.concatenate([weights_RI, weights_RI]))
         first, second = minima.value.reshape(2, -1)
         halves = minima.theta.reshape(2, len(rows), -1)
@@ -113,13 +124,13 @@ class SumOfPowers:
         The grid is refined around its best exponents until its steps are as small as rounding errors.
         """
         ones_1I = np.ones((1, len(self.log_loss)))
-        _, squares_1G = project(self._relative_terms(_EXPONENT_GRIDS[len(self.log_x)]), ones_1I)
+        _, squares_1G = self._grid_starts(np.ones((1, len(self._start_points))), self._start_points)
         centre_J = _EXPONENT_GRIDS[len(self.log_x)][squares_1G[0].argmin()]
         offsets_GJ = np.array(list(itertools.product(range(-2, 3), repeat=len(centre_J))))
         ratio = float(np.log(GRID_EXPONENTS[1] / GRID_EXPONENTS[0]))
         for _ in range(MAX_REFINEMENTS):
             exponents_GJ = centre_J * np.exp(offsets_GJ * ratio)
-            terms_GIT = self._relative_terms(exponents_GJ)
+            terms_GIT = self._relative_terms(exponents_GJ, slice(None))
             coefficients_GT = project(terms_GIT, ones_1I).coefficients[0]
             # Computed from the residuals: a difference of sums would lose half of the digits.
             squares_G = ((1 - (terms_GIT @ coefficients_GT[:, :, None])[..., 0]) ** 2).sum(axis=1)
@@ -160,19 +171,31 @@ class SumOfPowers:
         centred: FloatArray = self.log_x - self.log_x.mean(axis=1, keepdims=True)
         return centred
 
-    def _relative_terms(self, exponents_GJ: FloatArray) -> FloatArray:
-        """Return the terms without coefficients, divided by the losses, (G, I, T)."""
-        powers_GIJ = -exponents_GJ[:, None, :] * self._centred_x.T
+    @property
+    def _is_large(self) -> bool:
+        return len(self.log_loss) > MOST_START_POINTS
+
+    @functools.cached_property
+    def _start_points(self) -> IntArray:
+        """The points on which starting points are found: all, or a random part of many."""
+        count = len(self.log_loss)
+        if not self._is_large:
+            return np.arange(count)
+        return np.sort(np.random.default_rng(1).choice(count, MOST_START_POINTS, replace=False))
+
+    def _relative_terms(self, exponents_GJ: FloatArray, chosen: IntArray | slice) -> FloatArray:
+        """Return the terms without coefficients, divided by the losses, at the chosen points, (G, I, T)."""
+        powers_GIJ = -exponents_GJ[:, None, :] * self._centred_x[:, chosen].T
         constant_GI1 = np.zeros((*powers_GIJ.shape[:2], int(self.irreducible)))
         terms: FloatArray = np.exp(
-            np.concatenate([constant_GI1, powers_GIJ], axis=2) - self.problem.log_loss[:, None]
+            np.concatenate([constant_GI1, powers_GIJ], axis=2) - self.problem.log_loss[chosen, None]
         )
         return terms
 
-    def _grid_starts(self, weights_RI: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def _grid_starts(self, weights_RI: FloatArray, chosen: IntArray) -> tuple[FloatArray, FloatArray]:
         """Return the grid as parameters (R, G, P), and the residual sum of squares of each point (R, G)."""
         exponents_GJ = _EXPONENT_GRIDS[len(self.log_x)]
-        coefficients_RGT, squares_RG = project(self._relative_terms(exponents_GJ), weights_RI)
+        coefficients_RGT, squares_RG = project(self._relative_terms(exponents_GJ, chosen), weights_RI)
         logs_RGT = np.log(np.maximum(coefficients_RGT, SMALLEST_START))
         exponents_RGJ = np.broadcast_to(exponents_GJ, (*squares_RG.shape, exponents_GJ.shape[1]))
         return np.concatenate([logs_RGT, exponents_RGJ], axis=2), squares_RG

@@ -6,14 +6,22 @@ slices are not compared. A level of an axis that only some variants have becomes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from sas_megatron.config.errors import FieldError
-from sas_megatron.scaling.comparison import Comparison, compare_variants
+from sas_megatron.scaling.analysis_of_variance import analyze_variance
+from sas_megatron.scaling.comparison import Comparison, compare_candidates, compare_variants
 from sas_megatron.scaling.laws.law_fit import LawFit, fit_law
-from sas_megatron.scaling.outcomes import LossCurve, Outcome, gather_points
+from sas_megatron.scaling.laws.loss_surface import TokenCost, optimal_exponents
+from sas_megatron.scaling.outcomes import LossCurve, Outcome, choose_variant, gather_points
+from sas_megatron.scaling.seed_noise import NoiseModel, Outlier
 from sas_megatron.scaling.study.study_table import Row, StudyTable
+from sas_megatron.scaling.verdicts import model_noise
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,10 @@ class Slice:
         Their seconds are steps × measured seconds per step (`study time`) if all rows have them, otherwise
         the training time of each run.
         """
+        all_rows = [row for rows in self.rows.values() for row in rows]
+        error = _estimate_time_error(all_rows) if self.has_step_times else None
         return [
-            _build_outcome(variant, row, has_step_times=self.has_step_times)
+            _build_outcome(variant, row, has_step_times=self.has_step_times, seconds_error=error)
             for variant, rows in self.rows.items()
             for row in rows
             if row.status != "missing"
@@ -55,11 +65,15 @@ class Slice:
 
 @dataclass(frozen=True)
 class VariantLaw:
-    """The law of one variant. If it could not be fitted, `fit` is None and `reason` states why."""
+    """The law of one variant. If it could not be fitted, `fit` is None and `reason` states why.
+
+    `causal_exponents` are the compute-optimal exponents with the FLOPs of the causal half.
+    """
 
     variant: str
-    fit: LawFit | None
-    reason: str | None
+    fit: LawFit | None = None
+    causal_exponents: dict[str, float] | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ class SliceAnalysis:
     slice: Slice
     laws: tuple[VariantLaw, ...]
     comparisons: tuple[Comparison, ...]
+    noise: NoiseModel | None
+    outliers: tuple[Outlier, ...]
     remarks: tuple[str, ...]
 
 
@@ -80,7 +96,9 @@ def analyze(table: StudyTable, *, num_draws: int = 1000, seed: int = 1) -> tuple
         num_draws: Bootstrap draws.
         seed: Seed of the bootstrap.
     """
-    return tuple(_analyze_slice(part, num_draws=num_draws, seed=seed) for part in cut_slices(table))
+    return tuple(
+        _analyze_slice(part, table.withdrawn, num_draws=num_draws, seed=seed) for part in cut_slices(table)
+    )
 
 
 def cut_slices(table: StudyTable) -> tuple[Slice, ...]:
@@ -106,31 +124,62 @@ def _baseline_first(by_variant: dict[str, list[Row]], baseline: str) -> Sequence
     return sorted(by_variant.items(), key=lambda item: item[1][0].variant != baseline)
 
 
-def _analyze_slice(part: Slice, *, num_draws: int, seed: int) -> SliceAnalysis:
+def _analyze_slice(part: Slice, withdrawn: Mapping[str, str], *, num_draws: int, seed: int) -> SliceAnalysis:
     outcomes, curves = part.outcomes, part.curves
     known = {outcome.variant for outcome in outcomes if outcome.loss is not None}
     first, *others = part.rows
-    laws = tuple(_fit_law(outcomes, variant, num_draws=num_draws, seed=seed) for variant in part.rows)
+    laws = tuple(
+        _fit_law(outcomes, variant, num_draws=num_draws, seed=seed)
+        for variant in part.rows
+        if variant not in withdrawn
+    )
     if first not in known:
         reason = f"The baseline {first} has no finished run: no variant can be compared."
-        return SliceAnalysis(part, laws, (), (reason,))
-    candidates = [variant for variant in others if variant in known]
-    comparisons = compare_variants(
-        outcomes, curves, baseline=first, candidates=candidates, num_draws=num_draws, seed=seed
-    )
-    remarks = tuple(f"{variant} has no finished run." for variant in others if variant not in known)
-    return SliceAnalysis(part, laws, comparisons, remarks)
+        return SliceAnalysis(part, laws, (), None, (), (reason,))
+    candidates = [variant for variant in others if variant in known and variant not in withdrawn]
+    noise = model_noise(outcomes)
+    comparisons = compare_variants(outcomes, curves, noise=noise, baseline=first, candidates=candidates)
+    remarks = [*compare_candidates(outcomes, noise, candidates)]
+    remarks += [f"{variant} has no finished run." for variant in others if variant not in known]
+    remarks += [
+        f"The results of {variant} are withdrawn: {reason}"
+        for variant, reason in withdrawn.items()
+        if variant in part.rows
+    ]
+    return SliceAnalysis(part, laws, comparisons, noise, noise.find_outliers(), tuple(remarks))
 
 
 def _fit_law(outcomes: Sequence[Outcome], variant: str, *, num_draws: int, seed: int) -> VariantLaw:
     try:
-        points = gather_points(outcomes, variant)
-        return VariantLaw(variant, fit_law(points, num_draws=num_draws, seed=seed), None)
+        fit = fit_law(gather_points(outcomes, variant), num_draws=num_draws, seed=seed)
     except FieldError as error:
-        return VariantLaw(variant, None, str(error))
+        return VariantLaw(variant, reason=str(error))
+    if fit.ci95["E"][0] <= 0:
+        reason = "the runs do not determine an irreducible loss: its 95 % interval begins at zero"
+        return VariantLaw(variant, reason=reason)
+    causal = np.array([run.causal_flops for run in choose_variant(outcomes, variant)])
+    cost = TokenCost.of(dataclasses.replace(fit.fit.points, flops=causal))
+    single = {name: np.array([value]) for name, value in dataclasses.asdict(fit.fit.surface).items()}
+    exponents = {name: float(value[0]) for name, value in optimal_exponents(single, cost).items()}
+    return VariantLaw(variant, fit, exponents)
 
 
-def _build_outcome(variant: str, row: Row, *, has_step_times: bool) -> Outcome:
+def _estimate_time_error(rows: Iterable[Row]) -> float | None:
+    """Return the relative standard error of a median step time; None without repeated rounds.
+
+    The variance of the logarithms, without the effects of cells and rounds, is pooled over the cells. The
+    variance of a median of n normal values is at most π/2n times that of a value.
+    """
+    rounds = {(row.variant, row.size): row.step_rounds for row in rows}
+    fewest = min(map(len, rounds.values()), default=0)
+    logs = [dict(enumerate(np.log(times[:fewest]).tolist())) for times in rounds.values() if fewest > 1]
+    sums = analyze_variance(logs)
+    if not sums.interaction_degrees:
+        return None
+    return math.sqrt(math.pi / (2 * fewest) * sums.interaction / sums.interaction_degrees)
+
+
+def _build_outcome(variant: str, row: Row, *, has_step_times: bool, seconds_error: float | None) -> Outcome:
     seconds = row.training_seconds
     if has_step_times and row.step_seconds is not None:
         seconds = row.step_seconds * row.steps
@@ -142,8 +191,10 @@ def _build_outcome(variant: str, row: Row, *, has_step_times: bool) -> Outcome:
         params=row.params,
         tokens=row.tokens,
         flops=row.training_flops,
+        causal_flops=row.causal_flops,
         seconds=seconds,
         loss=row.loss,
+        seconds_error=seconds_error,
         epochs=row.epochs,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -17,7 +18,7 @@ from sas_megatron.scaling.study.plan import Plan, PlannedRun
 from sas_megatron.scaling.study.run_states import IGNORED_FIELDS, find_dependency, has_diverged
 from sas_megatron.scaling.study.step_times import describe_step_times, read_step_times
 from sas_megatron.scaling.study.study_table import Row, StudyTable
-from sas_megatron.scaling.study.sweeps import list_sweep_remarks
+from sas_megatron.scaling.study.sweeps import list_sweep_remarks, list_sweep_runs
 from sas_megatron.training.data_identity import corpus_contents, remove_equal_data
 
 # Fields of run.json that must be equal in all runs, or their losses are not comparable.
@@ -43,7 +44,7 @@ def collect(plan: Plan) -> StudyTable:
     status = _list_statuses(plan, done=set(found))
     rows = tuple(
         _build_row(
-            run, found.get(run.name), status=status[run.name], step_seconds=step_times.get(run.cell.name)
+            run, found.get(run.name), status=status[run.name], step_rounds=step_times.get(run.cell.name, [])
         )
         for run in plan.results
     )
@@ -53,6 +54,8 @@ def collect(plan: Plan) -> StudyTable:
         rows=rows,
         collected_at=datetime.now(UTC).isoformat(timespec="seconds"),
         remarks=_list_remarks(plan, rows, list(found.values())),
+        sweeps=list_sweep_runs(plan),
+        withdrawn=dict(plan.study.withdrawn),
     )
 
 
@@ -119,7 +122,7 @@ def _list_remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple
     return tuple(remarks)
 
 
-def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_seconds: float | None) -> Row:
+def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_rounds: list[float]) -> Row:
     config, cell = planned.config, planned.cell
     flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
     counted = Row(
@@ -143,7 +146,8 @@ def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_second
         global_batch_size=config.training.global_batch_size,
         schedule=config.schedule.kind,
         trunk=planned.trunk,
-        step_seconds=step_seconds,
+        step_seconds=statistics.median(step_rounds) if step_rounds else None,
+        step_rounds=step_rounds,
     )
     return counted if run is None else _add_measurements(counted, planned, run)
 

@@ -12,21 +12,23 @@ import numpy as np
 
 from sas_megatron.scaling.drawing import COLORS, INK, choose_style
 from sas_megatron.scaling.gains import Gain
-from sas_megatron.scaling.loss_figure import CurveData, draw_loss_curves
-from sas_megatron.scaling.outcomes import Axis
+from sas_megatron.scaling.outcomes import AXIS_NAMES, SPENDING
 from sas_megatron.scaling.report import ReportFigure
 from sas_megatron.scaling.study.analysis import Slice, SliceAnalysis
+from sas_megatron.scaling.study.evidence_figures import curve_figure, sweep_figure
 from sas_megatron.scaling.study.law_figures import LOSS_LABEL, format_thousands, list_law_figures
-from sas_megatron.scaling.study.study_table import Row
+from sas_megatron.scaling.study.study_table import Row, SweepRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Gains outside this range are cut off.
+GAIN_RANGE, GAIN_TICKS = (0.2, 5.0), (0.25, 0.5, 1.0, 2.0, 4.0)
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "---", "ooo", "+++")
 
 
-def list_figures(analysis: SliceAnalysis) -> list[ReportFigure]:
+def list_figures(analysis: SliceAnalysis, sweeps: Sequence[SweepRun]) -> list[ReportFigure]:
     """Return the figures for which the slice has data."""
     variants = list(analysis.slice.rows)
     figures = [
@@ -38,23 +40,18 @@ def list_figures(analysis: SliceAnalysis) -> list[ReportFigure]:
             (9.0, 5.2),
             lambda figure: _draw_frontier(figure, analysis.slice),
         ),
-        ReportFigure(
-            "curves",
-            "Learning curves of the largest size",
-            "Validation loss during training for the largest size and budget of each variant, against "
-            "tokens, FLOPs and seconds; mean over seeds.",
-            (12.5, 4.4),
-            lambda figure: draw_loss_curves(figure, build_mean_curves(analysis.slice)),
-        ),
+        curve_figure(analysis.slice),
     ]
-    if any(comparison.compute_gains or comparison.time_gains for comparison in analysis.comparisons):
+    swept = sweep_figure(analysis.slice, sweeps)
+    figures += [] if swept is None else [swept]
+    if any(comparison.gains for comparison in analysis.comparisons):
         figures.append(
             ReportFigure(
                 "gain",
                 "Gain against budget",
                 "Budget that the baseline needs for the loss of the variant, as a multiple of the variant's "
                 "budget, with 95 % bands. Above 1 the variant is worth its cost.",
-                (10.5, 4.4),
+                (12.5, 4.4),
                 lambda figure: _draw_gains(figure, analysis),
             )
         )
@@ -69,30 +66,6 @@ def list_figures(analysis: SliceAnalysis) -> list[ReportFigure]:
         )
     )
     return figures
-
-
-def build_mean_curves(part: Slice) -> list[CurveData]:
-    """Return the mean validation curve over seeds of each variant's largest size and budget."""
-    curves = []
-    for index, (variant, rows) in enumerate(part.rows.items()):
-        done = [row for row in rows if row.curve_loss]
-        if not done:
-            continue
-        largest = max(done, key=lambda row: (row.params, row.budget))
-        seeds = [
-            row
-            for row in done
-            if (row.size, row.budget) == (largest.size, largest.budget)
-            and row.curve_steps == largest.curve_steps
-        ]
-        losses = np.array([row.curve_loss for row in seeds], dtype=float).mean(axis=0)
-        seconds = largest.curve_seconds
-        if part.has_step_times and largest.step_seconds is not None:
-            seconds = [step * largest.step_seconds for step in largest.curve_steps]
-        tokens = [float(count) for count in largest.curve_tokens]
-        spent: dict[Axis, list[float]] = {"tokens": tokens, "flops": largest.curve_flops, "seconds": seconds}
-        curves.append(CurveData(variant, index, spent, losses.tolist()))
-    return curves
 
 
 def _style(part: Slice, variant: str) -> dict[str, Any]:
@@ -131,20 +104,23 @@ def _average_seeds(rows: Sequence[Row]) -> list[tuple[float, float, float, float
 
 
 def _draw_gains(figure: Figure, analysis: SliceAnalysis) -> None:
-    panels = figure.subplots(1, 2, sharey=True)
-    for comparison in analysis.comparisons:
-        gains = (comparison.compute_gains, comparison.time_gains)
-        for panel, found in zip(panels, gains, strict=True):
-            known = [gain for gain in found or () if gain.gain is not None]
+    panels = figure.subplots(1, len(SPENDING), sharey=True)
+    for panel, axis in zip(panels, SPENDING, strict=True):
+        for comparison in analysis.comparisons:
+            known = [gain for gain in comparison.gains.get(axis, ()) if gain.gain is not None]
             if known:
                 variant = comparison.candidate
                 _draw_gain(panel, known, variant, _style(analysis.slice, variant))
-    baseline = next(iter(analysis.slice.rows))
-    for panel, name in zip(panels, ("training FLOPs", "training seconds"), strict=True):
         panel.axhline(1.0, color=INK, linewidth=0.9)
         panel.set_xscale("log")
-        panel.set_xlabel(f"budget of the variant ({name})")
+        panel.set_yscale("log")
+        unit = "seconds" if axis == "seconds" else AXIS_NAMES[axis]
+        panel.set_xlabel(f"budget of the variant ({unit})")
+    baseline = next(iter(analysis.slice.rows))
     panels[0].set_ylabel(f"budget of {baseline} / budget of the variant")
+    panels[0].set_ylim(*GAIN_RANGE)
+    panels[0].set_yticks(GAIN_TICKS, [f"{tick:g}" for tick in GAIN_TICKS])
+    panels[0].yaxis.set_minor_formatter("")
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False)
 
@@ -153,13 +129,11 @@ def _draw_gain(panel: Axes, gains: Sequence[Gain], variant: str, style: dict[str
     budgets = [gain.budget for gain in gains]
     values = [gain.gain or np.nan for gain in gains]
     panel.plot(budgets, values, **style, markersize=4, linewidth=1.4, label=variant)
-    bands = [(gain.budget, *gain.gain_interval) for gain in gains if gain.gain_interval is not None]
-    highest = 3 * max(gain.gain or 0.0 for gain in gains)
+    bands = [(gain.budget, *gain.interval) for gain in gains if gain.interval is not None]
     panel.fill_between(
         [budget for budget, _, _ in bands],
         [low for _, low, _ in bands],
-        # A band without an upper end leaves the frame.
-        [min(high, highest) for _, _, high in bands],
+        [high for _, _, high in bands],
         color=style["color"],
         alpha=0.18,
         linewidth=0,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from sas_megatron.data.epochs import format_epochs
 from sas_megatron.scaling.comparison import Comparison
 from sas_megatron.scaling.convergence import MeanSaving
 from sas_megatron.scaling.gains import Gain
+from sas_megatron.scaling.matched_cells import CellDifference
 from sas_megatron.scaling.numbers import (
     MISSING,
     format_count,
@@ -16,58 +18,147 @@ from sas_megatron.scaling.numbers import (
     format_exact,
     format_interval,
     format_loss,
+    format_p_value,
     format_power,
     format_ratio,
     format_share,
     format_significant,
 )
-from sas_megatron.scaling.outcomes import AXIS_NAMES
+from sas_megatron.scaling.outcomes import AXES, AXIS_NAMES, Axis
 from sas_megatron.scaling.report import Grid
+from sas_megatron.scaling.seed_noise import NoiseModel
+from sas_megatron.scaling.significance import MAX_SEEDS
 from sas_megatron.scaling.study.analysis import SliceAnalysis
-from sas_megatron.scaling.study.study_table import Row
+from sas_megatron.scaling.study.study_table import Row, StudyTable, SweepRun
+from sas_megatron.scaling.verdicts import Verdict
+
+AxisGroups = Sequence[tuple[Axis, ...]]
 
 
-def verdict_grid(comparisons: Sequence[Comparison]) -> Grid:
-    """Return by variant and axis: the result, the mean difference and its interval."""
-    headings = ("variant", *(f"at equal {name}" for name in AXIS_NAMES.values()))
-    lines = []
-    for comparison in comparisons:
-        cells = []
-        for verdict in comparison.verdicts:
-            if verdict.mean is None:
-                cells.append("not compared")
-                continue
-            text = f"{verdict.result}\n{format_difference(verdict.mean.difference)}"
-            if verdict.mean.interval is not None:
-                text += f" ({format_interval(verdict.mean.interval, format_difference)})"
-            cells.append(text)
-        lines.append((comparison.candidate, *cells))
+def group_axes(comparisons: Sequence[Comparison]) -> list[tuple[Axis, ...]]:
+    """Return the axes, with those together on which all verdicts are the same."""
+    groups: dict[tuple[str, ...], list[Axis]] = {}
+    for axis in AXES:
+        verdicts = [comparison.verdict(axis) for comparison in comparisons]
+        if any(verdict.estimate is not None for verdict in verdicts):
+            groups.setdefault(tuple(verdict.statement for verdict in verdicts), []).append(axis)
+    return [tuple(axes) for axes in groups.values()]
+
+
+def name_axes(axes: Sequence[Axis]) -> str:
+    """Return axes in words; equal parameters include equal tokens."""
+    included = {"tokens": "params", "causal_flops": "flops"}
+    named = [axis for axis in axes if included.get(axis) not in axes]
+    both = " (by both conventions)" if {"flops", "causal_flops"} <= {*axes} else ""
+    return ", ".join(f"equal {AXIS_NAMES[axis]}{both * (axis == 'flops')}" for axis in named)
+
+
+def verdict_grid(comparisons: Sequence[Comparison], groups: AxisGroups, withdrawn: Sequence[str]) -> Grid:
+    """Return by variant and axis: the result, the mean difference, its interval and its p-value."""
+    headings = ("variant", *(f"at {name_axes(axes)}" for axes in groups))
+    lines = [
+        (comparison.candidate, *(_format_verdict(comparison.verdict(axes[0])) for axes in groups))
+        for comparison in comparisons
+    ]
+    lines += [(variant, *("withdrawn" for _ in groups)) for variant in withdrawn]
     return Grid(headings, tuple(lines), "verdict")
+
+
+def _format_verdict(verdict: Verdict) -> str:
+    estimate = verdict.estimate
+    if estimate is None:
+        return "not compared"
+    text = f"{verdict.result}\n{format_difference(estimate.difference)}"
+    if estimate.interval is not None:
+        text += f" ({format_interval(estimate.interval, format_difference)})"
+        text += f"\n{format_p_value(verdict.p_value)}, {estimate.degrees:.2g} df"
+    if estimate.interval is not None and verdict.result == "inconclusive":
+        text += f", {verdict.seeds_needed or f'> {MAX_SEEDS}'} seeds"
+    if verdict.same_size is not None:
+        text += f"\nbest sizes; same sizes {format_difference(verdict.same_size.difference)}"
+    return text
+
+
+def difference_grid(comparisons: Sequence[Comparison], axis: Axis, noise: NoiseModel) -> Grid | None:
+    """Return the differences by size and budget; None without any.
+
+    The last line is the deviation of a run over seeds.
+    """
+    cells: dict[tuple[str, str | None], dict[str, str]] = {
+        (comparison.candidate, cell.size): {}
+        for comparison in comparisons
+        for cell in _list_cells(comparison, axis)
+    }
+    for comparison in comparisons:
+        for cell in _list_cells(comparison, axis):
+            cells[comparison.candidate, cell.size][cell.budget] = format_difference(cell.difference)
+    if not cells:
+        return None
+    budgets = sorted({budget for by_budget in cells.values() for budget in by_budget}, key=float)
+    lines = [
+        (variant, size or "best", *(by_budget.get(budget, MISSING) for budget in budgets))
+        for (variant, size), by_budget in cells.items()
+    ]
+    if noise.degrees:
+        deviations = (format_loss(noise.deviations[budget]) for budget in budgets)
+        lines.append(("deviation of a run over seeds", "all", *deviations))
+    return Grid(("variant", "size", *(f"budget {budget}" for budget in budgets)), tuple(lines), "total")
+
+
+def _list_cells(comparison: Comparison, axis: Axis) -> tuple[CellDifference, ...]:
+    return comparison.verdict(axis).cells
 
 
 def gain_grid(comparisons: Sequence[Comparison]) -> Grid | None:
     """Return the gains at the smallest, middle and largest budget with a gain; None without any."""
     lines = []
     for comparison in comparisons:
-        for kind, gains, format_budget in (
-            ("compute", comparison.compute_gains, lambda budget: f"{format_power(budget)} FLOPs"),
-            ("time", comparison.time_gains, format_duration),
-        ):
-            known = [gain for gain in gains or () if gain.gain is not None]
+        for axis, gains in comparison.gains.items():
+            known = [gain for gain in gains if gain.gain is not None]
             if not known:
                 continue
             chosen = [known[0], known[len(known) // 2], known[-1]]
-            cells = [f"{_format_gain(gain)}\nat {format_budget(gain.budget)}" for gain in chosen]
-            lines.append((f"{comparison.candidate}, {kind}", *cells))
+            cells = [f"{_format_gain(gain)}\nat {_format_budget(axis, gain.budget)}" for gain in chosen]
+            lines.append((f"{comparison.candidate}, {AXIS_NAMES[axis]}", *cells))
     headings = ("gain", "smallest budget", "middle budget", "largest budget")
     return Grid(headings, tuple(lines)) if lines else None
 
 
+def _format_budget(axis: Axis, budget: float) -> str:
+    return format_duration(budget) if axis == "seconds" else f"{format_power(budget)} FLOPs"
+
+
 def _format_gain(gain: Gain) -> str:
     text = format_ratio(gain.gain)
-    if gain.gain_interval is None:
+    if gain.interval is None:
         return text
-    return f"{text} ({format_interval(gain.gain_interval, '{:.3f}'.format)})"
+    return f"{text} ({format_interval(gain.interval, '{:.3f}'.format)})"
+
+
+def rate_grid(table: StudyTable) -> Grid | None:
+    """Return the differences at the best swept rates and at their neighbours; None without a sweep."""
+    sweeps: dict[tuple[str, str], list[SweepRun]] = {}
+    for run in table.sweeps:
+        sweeps.setdefault((run.variant, run.size), []).append(run)
+    lines = []
+    for (variant, size), runs in sweeps.items():
+        if variant == table.baseline or (table.baseline, size) not in sweeps:
+            continue
+        ours, theirs = _losses_around_best(runs), _losses_around_best(sweeps[table.baseline, size])
+        pairs = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+        differences = [ours[one] - theirs[other] for one, other in pairs]
+        cells = [MISSING if math.isnan(value) else format_difference(value) for value in differences]
+        lines.append((variant, size, *cells))
+    names = [f"{name}: {side} rate" for name in ("variant", table.baseline) for side in ("lower", "higher")]
+    return Grid(("variant", "size", "best rates", *names), tuple(lines)) if lines else None
+
+
+def _losses_around_best(runs: Sequence[SweepRun]) -> list[float]:
+    """Return the losses at the next lower, the best and the next higher rate; NaN if there is none."""
+    ordered = sorted(runs, key=lambda run: run.learning_rate)
+    losses = [math.nan, *(math.nan if run.loss is None else run.loss for run in ordered), math.nan]
+    best = min(range(len(losses)), key=lambda index: math.inf if math.isnan(losses[index]) else losses[index])
+    return [losses[best + shift] if 0 <= best + shift < len(losses) else math.nan for shift in (-1, 0, 1)]
 
 
 def saving_grid(comparisons: Sequence[Comparison]) -> Grid | None:
@@ -114,19 +205,19 @@ def exponent_grid(analysis: SliceAnalysis) -> Grid | None:
     """Return the exponents of compute and the prediction error of the largest runs; None without any law."""
     lines = []
     for law in analysis.laws:
-        if law.fit is None:
+        if law.fit is None or law.causal_exponents is None:
             continue
         best = law.fit.compute_optimal
         cells = [
-            f"{best.exponents[name]:.3f}\n{format_interval(best.ci95[name])}"
+            f"{best.exponents[name]:.3f} ({format_interval(best.ci95[name])})\n"
+            f"causal half {law.causal_exponents[name]:.3f}"
             for name in ("params_exponent", "tokens_exponent", "loss_exponent")
         ]
         hold_out = law.fit.hold_out
         prediction = MISSING
         if hold_out is not None:
             prediction = (
-                f"{format_share(hold_out.root_mean_square_error)} error\n"
-                f"{format_share(hold_out.share_inside)} in interval"
+                f"{format_share(hold_out.root_mean_square_error)} error\nof {len(hold_out.runs)} runs"
             )
         lines.append((law.variant, *cells, prediction))
     headings = ("variant", "optimal N", "optimal D", "loss above E", "largest runs")

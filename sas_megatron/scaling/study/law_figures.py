@@ -14,7 +14,6 @@ from sas_megatron.scaling.drawing import INK, MARKERS, choose_style
 from sas_megatron.scaling.laws.isoflop import group_budgets
 from sas_megatron.scaling.laws.law_fit import LawFit
 from sas_megatron.scaling.laws.loss_surface import surface_quantities
-from sas_megatron.scaling.laws.resampling import draw_weights
 from sas_megatron.scaling.report import ReportFigure
 from sas_megatron.scaling.study.analysis import SliceAnalysis
 
@@ -100,8 +99,7 @@ def _draw_laws(figure: Figure, fits: Mapping[str, LawFit]) -> None:
 def _draw_law(panel: Axes, law: LawFit) -> None:
     fit = law.fit
     points = fit.points
-    weights = draw_weights(points.sizes.tolist(), num_draws=BAND_DRAWS, seed=1)
-    quantities = surface_quantities(fit.problem, fit.problem.refit(weights, fit.fit))
+    quantities = surface_quantities(fit.problem, fit.resample(num_draws=BAND_DRAWS, seed=1))
     E, A, B, alpha, beta = (quantities[name][:, None] for name in ("E", "A", "B", "alpha", "beta"))
     sizes = sorted(set(points.params.tolist()))
     grid = np.geomspace(points.tokens.min(), points.tokens.max(), 60)
@@ -152,12 +150,14 @@ def _draw_isoflop(figure: Figure, fits: Mapping[str, LawFit]) -> None:
                 linestyle="",
                 label=f"{chosen.compute.mean():.2g} FLOPs",
             )
-            if len(set(chosen.params.tolist())) >= 3:
-                x = np.log(chosen.params)
-                grid = np.linspace(x.min(), x.max(), 60)
-                parabola = np.polyval(np.polyfit(x, chosen.loss, 2), grid)
-                panel.plot(np.exp(grid), parabola, color=shade, linewidth=1.2)
         for profile in () if law.isoflop is None else law.isoflop.profiles:
+            grid = np.geomspace(profile.smallest, profile.largest, 60)
+            panel.plot(
+                grid,
+                profile.loss + profile.curvature * np.log(grid / profile.params) ** 2,
+                color=INK,
+                linewidth=1.2,
+            )
             panel.plot(profile.params, profile.loss, color=INK, marker="x", linestyle="")
         _set_log_ticks(panel)
         panel.set_title(variant)

@@ -25,7 +25,7 @@ from sas_megatron.scaling.study.layouts import Layouts
 from sas_megatron.scaling.study.learning_rates import kaplan_rate, step_law_batch_tokens, step_law_rate
 from sas_megatron.scaling.study.plan import Cell, Plan, PlannedRun, Role, count_budget_tokens
 from sas_megatron.scaling.study.study_file import Overrides, Study
-from sas_megatron.scaling.variants import default_attention
+from sas_megatron.scaling.variants import default_attention, scale_fields
 
 # Learning rates by variant and size.
 Rates = Mapping[tuple[str, str], float]
@@ -110,7 +110,8 @@ class _PlanBuilder:
         tree = _override(self.base, study.sizes[size] | others)
         reference = build_run_config(tree)
         defaults = default_attention(reference, self._kind(variant))
-        tree["attention"] = defaults | study.variants[variant] | attention
+        fields = defaults | study.variants[variant] | attention
+        tree["attention"] = scale_fields(fields, fields.pop("times", {}))
         config = build_run_config(tree)
         if study.match != "none" and config != reference:
             config = match(

@@ -7,7 +7,6 @@ once, so that rounds, and the medians over them, are comparable.
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,12 +79,12 @@ def describe_step_times(plan: Plan) -> list[str]:
     return remarks
 
 
-def read_step_times(plan: Plan) -> dict[str, float]:
-    """Return by name the median seconds per step of the cells measured with their current config."""
+def read_step_times(plan: Plan) -> dict[str, list[float]]:
+    """Return by name the seconds per step, by round, of the cells measured with their current config."""
     record = _read_record(plan)
     measured = {} if record is None else record.cells
     return {
-        cell.name: statistics.median(measured[cell.name].step_seconds)
+        cell.name: measured[cell.name].step_seconds
         for cell in plan.cells
         if cell.name in measured and _is_measured_config(cell, measured[cell.name].config)
     }

@@ -122,7 +122,7 @@ class Study(Section):
     directory: str = Field(description="Directory of the configs, runs, table and report.")
     variants: dict[str, Overrides] = Field(
         description="Name -> attention fields. The kind is the name unless it is given; other fields default "
-        "to values derived from the size's base."
+        "to values derived from the size's base. times: factors of fields, as {num_heads: 2, head_dim: 0.5}."
     )
     sizes: dict[str, Overrides] = Field(description="Name -> fields of the base, as section.field.")
     axes: dict[str, dict[str, Overrides]] = Field(
@@ -159,6 +159,12 @@ class Study(Section):
         "difference; null: measured once runs of several seeds have finished.",
     )
 
+    withdrawn: dict[str, str] = Field(
+        default={},
+        description="Variants whose results are not compared until they are trained again, with the reason, "
+        "which the report states.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Study:
         self.require_paths("base", "directory")
@@ -175,6 +181,14 @@ class Study(Section):
             if not name.replace("_", "").replace(".", "").isalnum():
                 raise FieldError(
                     "study", name, "becomes part of file names", "use letters, digits, dots and underscores"
+                )
+        for name in self.withdrawn:
+            if name not in list(self.variants)[1:]:
+                raise FieldError(
+                    "withdrawn",
+                    name,
+                    "is not a variant other than the baseline",
+                    f"name one of {', '.join(list(self.variants)[1:])}",
                 )
         self.require_between(0.0, 1.0, "decay_fraction")
         self.require_positive("tolerance", "seed_noise")

@@ -10,42 +10,59 @@ from typing import Any
 
 from sas_megatron import __version__
 from sas_megatron.scaling.comparison import Comparison
-from sas_megatron.scaling.laws.law_fit import law_fit_record
+from sas_megatron.scaling.laws.law_record import law_fit_record
 from sas_megatron.scaling.numbers import MISSING, format_fields, replace_non_finite
-from sas_megatron.scaling.outcomes import Axis
+from sas_megatron.scaling.outcomes import AXIS_NAMES
 from sas_megatron.scaling.report import Block, Grid, Report, ReportFiles, Section, write_report
 from sas_megatron.scaling.study.analysis import SliceAnalysis, analyze
+from sas_megatron.scaling.study.answer import answer_study
+from sas_megatron.scaling.study.evidence_figures import difference_figure
 from sas_megatron.scaling.study.figures import list_figures
 from sas_megatron.scaling.study.grids import (
+    difference_grid,
     exponent_grid,
     gain_grid,
+    group_axes,
     law_grid,
+    name_axes,
+    rate_grid,
     run_grid,
     saving_grid,
     verdict_grid,
 )
 from sas_megatron.scaling.study.study_table import StudyTable
-from sas_megatron.scaling.verdicts import Verdict, phrase_verdict
 
-# Version 2 had other names of a verdict's fields and of its result.
-FORMAT_VERSION = 3
+# Version 3 had other names of a verdict's estimates and of gains.
+FORMAT_VERSION = 4
 FILES = ReportFiles("report.html", "report.json", "summary.md")
 
 VERDICT_NOTE = (
-    "Loss of the variant minus that of {baseline}: the mean over sizes, budgets and seeds that can be "
-    "compared, with the 95 % interval of each variant alone. Lower is better. A variant wins if the "
-    "difference is negative and significant at 95 % among all comparisons on its axis (Holm's method). "
-    "Budgets of one seed share most of their steps and count once."
+    "Loss of the variant minus that of {baseline}: the mean over sizes and budgets, weighted by 1 / "
+    "variance of a run at that budget, with its 95 % interval, the p-value after Holm's correction for all "
+    "variants of a column, and the degrees of freedom (df). Lower is better. A variant wins or loses if p "
+    "< 0.05; otherwise the seeds of each variant are stated with which a difference of this size is found "
+    "with a power of 80 %. Seeds are the repetitions, since a seed has the same data order at all sizes "
+    "and budgets. Their variance is pooled over the variants. A variant with one seed is compared with the "
+    "mean over the seeds of {baseline}. FLOPs are compared with all S² pairs of tokens, and with the "
+    "causal half."
+)
+DIFFERENCE_NOTE = (
+    "Loss of the variant minus that of {baseline} at {axes}, by size and budget. The last line is the "
+    "standard deviation of a run over seeds, pooled over variants and sizes and smoothed over budgets."
 )
 GAIN_NOTE = (
     "The budget that {baseline} would need for the same loss, as a multiple of the variant's budget, with "
-    "95 % bootstrap intervals over runs. Above 1 the variant is worth its cost. Nothing is extrapolated "
-    "beyond the measured budgets. The bootstrap draws runs independently, so that intervals are too narrow "
-    "if the branches of one trunk have correlated errors."
+    "95 % intervals from the noise between seeds. Above 1 the variant is worth its cost. Nothing is "
+    "extrapolated beyond the measured budgets."
 )
 LAW_NOTE = (
-    "Fitted by the sum of Huber losses of log residuals; second line: 95 % interval by bootstrap over runs, "
-    "which are drawn independently."
+    "Fitted by the sum of Huber losses of log residuals; second line: 95 % interval by bootstrap over the "
+    "sizes and seeds, which are drawn with all of their budgets."
+)
+RATE_NOTE = (
+    "Difference of the losses in the learning rate sweeps (one seed, smallest budget), at the best swept "
+    "rates and with the next lower or higher rate for the variant or for {baseline}. A verdict is fragile if "
+    "the sign changes."
 )
 SAVING_NOTE = "Share of the baseline's steps that a variant does not need to reach the baseline's final loss."
 RUN_NOTE = "A dash is a missing value. The last column is the beginning of the SHA-256 checksum of run.json."
@@ -61,15 +78,16 @@ def write_study_report(table: StudyTable, folder: Path, *, num_draws: int = 1000
 
 
 def build_study_report(table: StudyTable, *, num_draws: int = 1000) -> Report:
-    """Analyze the collected table of a study, with `num_draws` bootstrap draws."""
+    """Analyze the collected table of a study, with `num_draws` bootstrap draws of the laws."""
     analyses = analyze(table, num_draws=num_draws)
     variants = list(dict.fromkeys(row.variant for row in table.rows))
     return Report(
         title=f"{table.name}: {', '.join(variants[1:])} against {table.baseline}",
         subtitle="",
+        answer=answer_study(table, analyses),
+        figure=difference_figure(analyses),
         sections=tuple(
-            _build_section(analysis, index, baseline=table.baseline)
-            for index, analysis in enumerate(analyses)
+            _build_section(analysis, index, table=table) for index, analysis in enumerate(analyses)
         ),
         record=_study_record(table, analyses),
         about=_describe_study(table),
@@ -78,25 +96,21 @@ def build_study_report(table: StudyTable, *, num_draws: int = 1000) -> Report:
     )
 
 
-def _build_section(analysis: SliceAnalysis, index: int, *, baseline: str) -> Section:
-    comparisons = analysis.comparisons
+def _build_section(analysis: SliceAnalysis, index: int, *, table: StudyTable) -> Section:
+    comparisons, baseline = analysis.comparisons, table.baseline
     name = analysis.slice.name
-    verdicts = [text for comparison in comparisons for text in _list_verdicts(comparison.verdicts)]
-    remarks = _merge_remarks(
-        (comparison.candidate, remark) for comparison in comparisons for remark in comparison.remarks
+    blocks = _list_verdict_blocks(analysis, table, is_first=index == 0)
+    blocks += _grid_block(
+        "Compute- and time-equivalent gain", GAIN_NOTE.format(baseline=baseline), gain_grid(comparisons)
     )
-    blocks = [Block(texts=(*analysis.remarks, *remarks))]
-    if comparisons:
-        note = VERDICT_NOTE.format(baseline=baseline)
-        blocks.insert(0, Block(note=note, grid=verdict_grid(comparisons), texts=tuple(verdicts)))
-    gain_note = GAIN_NOTE.format(baseline=baseline)
-    blocks += _grid_block("Compute- and time-equivalent gain", gain_note, gain_grid(comparisons))
     blocks += _grid_block("L(N, D) = E + A/N^α + B/D^β", LAW_NOTE, law_grid(analysis))
     blocks += _grid_block(
         "Powers of compute, and prediction of the largest runs", "", exponent_grid(analysis)
     )
     blocks.append(Block(texts=_list_law_remarks(analysis)))
-    for figure in list_figures(analysis):
+    if index == 0:
+        blocks += _grid_block("Learning rates", RATE_NOTE.format(baseline=baseline), rate_grid(table))
+    for figure in list_figures(analysis, table.sweeps if index == 0 else ()):
         named = dataclasses.replace(figure, name=f"{index + 1}_{figure.name}") if name else figure
         blocks.append(Block(title=figure.title, figure=named))
     saved = saving_grid(comparisons)
@@ -106,16 +120,64 @@ def _build_section(analysis: SliceAnalysis, index: int, *, baseline: str) -> Sec
     return Section(name or "Verdicts", tuple(blocks))
 
 
+def _list_verdict_blocks(analysis: SliceAnalysis, table: StudyTable, *, is_first: bool) -> list[Block]:
+    """Return the verdicts in a table and in words, and the differences by size and budget."""
+    comparisons, noise = analysis.comparisons, analysis.noise
+    remarks = _merge_remarks(
+        (comparison.candidate, remark) for comparison in comparisons for remark in comparison.remarks
+    )
+    if not comparisons or noise is None:
+        return [Block(texts=(*analysis.remarks, *remarks))]
+    groups = group_axes(comparisons)
+    withdrawn = [name for name in table.withdrawn if name in analysis.slice.rows]
+    outliers = tuple(
+        f"Outlier: {outlier.variant}, size {outlier.cell[0]}, budget {outlier.cell[1]}, seed {outlier.seed} "
+        f"is {abs(outlier.deviations):.1f} deviations from the other seeds of its cell."
+        for outlier in analysis.outliers
+    )
+    blocks = [
+        Block(
+            note=VERDICT_NOTE.format(baseline=table.baseline) if is_first else "",
+            grid=verdict_grid(comparisons, groups, withdrawn),
+        ),
+        Block("Limits", texts=(*analysis.remarks, *_list_reservations(comparisons), *remarks, *outliers)),
+    ]
+    for number, axes in enumerate(groups):
+        grid = difference_grid(comparisons, axes[0], noise)
+        note = DIFFERENCE_NOTE.format(baseline=table.baseline, axes=name_axes(axes))
+        title = f"Differences at {name_axes(axes)}"
+        if grid is not None:
+            blocks.append(
+                Block(title, note if is_first and number == 0 else "", grid, in_summary=number == 0)
+            )
+    return blocks
+
+
+def _list_reservations(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return each reservation once, after the variants and axes that it applies to."""
+    named: dict[str, dict[str, list[str]]] = {}
+    for comparison in comparisons:
+        for verdict in comparison.verdicts:
+            for text in verdict.reservations:
+                axes = named.setdefault(text, {}).setdefault(AXIS_NAMES[verdict.axis], [])
+                axes.append(comparison.candidate)
+            if verdict.estimate is None:
+                text = "not compared, since no runs of the baseline enclose the runs of the variant."
+                named.setdefault(text, {}).setdefault(AXIS_NAMES[verdict.axis], []).append(
+                    comparison.candidate
+                )
+    lines = []
+    for text, by_axis in named.items():
+        by_names: dict[str, list[str]] = {}
+        for axis, names in by_axis.items():
+            by_names.setdefault(", ".join(dict.fromkeys(names)), []).append(axis)
+        where = "; ".join(f"{names} at equal {', '.join(axes)}" for names, axes in by_names.items())
+        lines.append(f"{where}: {text}")
+    return lines
+
+
 def _grid_block(title: str, note: str, grid: Grid | None) -> list[Block]:
     return [] if grid is None else [Block(title, note, grid)]
-
-
-def _list_verdicts(verdicts: Sequence[Verdict]) -> list[str]:
-    """Return each statement once, with all axes on which it holds."""
-    axes: dict[str, list[Axis]] = {}
-    for verdict in verdicts:
-        axes.setdefault(verdict.statement, []).append(verdict.axis)
-    return [phrase_verdict(shared, statement) for statement, shared in axes.items()]
 
 
 def _merge_remarks(remarks: Iterable[tuple[str, str]]) -> list[str]:
@@ -145,9 +207,6 @@ def _list_law_remarks(analysis: SliceAnalysis) -> tuple[str, ...]:
     remarks += _merge_remarks(
         (law.variant, remark) for law in analysis.laws if law.fit is not None for remark in law.fit.remarks
     )
-    for comparison in analysis.comparisons:
-        if comparison.irreducible is not None:
-            remarks.append(f"{comparison.candidate} and {comparison.baseline}: {comparison.irreducible.text}")
     return tuple(remarks)
 
 
@@ -159,10 +218,6 @@ def _describe_study(table: StudyTable) -> tuple[tuple[str, str], ...]:
     return (
         ("Runs", f"{done} of {len(table.rows)} finished"),
         ("Collected", table.collected_at),
-        (
-            "Verdicts",
-            "at 95 % for all variants of an axis together (Holm's method); intervals for each variant alone",
-        ),
         ("Machine", "; ".join(map(_describe_machine, machines)) or MISSING),
         ("Package", f"{__version__}, {'; '.join(revisions) or MISSING}"),
         (
@@ -173,8 +228,8 @@ def _describe_study(table: StudyTable) -> tuple[tuple[str, str], ...]:
         ),
         (
             "FLOPs",
-            "counted by term, with full attention (S², not the causal half) and without embedding look-ups; "
-            "6ND in a separate column",
+            "counted by term, without embedding look-ups; with all S² pairs of tokens where the causal "
+            "half is not named; 6ND in a separate column",
         ),
     )
 
@@ -202,11 +257,18 @@ def _study_record(table: StudyTable, analyses: Sequence[SliceAnalysis]) -> dict[
                     law.variant: {"reason": law.reason} if law.fit is None else law_fit_record(law.fit)
                     for law in analysis.laws
                 },
-                "comparisons": [
-                    replace_non_finite(dataclasses.asdict(comparison)) for comparison in analysis.comparisons
-                ],
+                "comparisons": [_comparison_record(comparison) for comparison in analysis.comparisons],
                 "remarks": analysis.remarks,
             }
             for analysis in analyses
         ],
     }
+
+
+def _comparison_record(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as JSON values, without the weights of cells."""
+    record: dict[str, Any] = replace_non_finite(dataclasses.asdict(comparison))
+    for verdict in record["verdicts"]:
+        for cell in verdict["cells"]:
+            del cell["weights"]
+    return record

@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sas_megatron.config.errors import FileProblem, translate_os_errors
+from sas_megatron.costs.flops import causal_half
 from sas_megatron.io.files import make_folder, replace_file
 
-# Version 2 added the epochs.
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+# Version 3 added rounds of step times, sweeps and withdrawn variants; version 2 added the epochs.
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Row:
     median_step_seconds: float | None = None
     # Measured in alternation with the other cells (`study time`), hence comparable; None if not measured.
     step_seconds: float | None = None
+    # The measurements of which it is the median, one per round.
+    step_rounds: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     world_size: int | None = None
     machine: str | None = None
@@ -73,16 +76,38 @@ class Row:
     curve_seconds: list[float] = field(default_factory=list)
     curve_loss: list[float | None] = field(default_factory=list)
 
+    @property
+    def causal_flops(self) -> float:
+        """The training FLOPs with the causal half of the attention."""
+        half = causal_half(self.flops_per_token, sequence_length=self.sequence_length)
+        return self.tokens * sum(half.values())
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A run of a learning rate sweep; `loss` is None if it diverged."""
+
+    variant: str
+    size: str
+    learning_rate: float
+    loss: float | None
+
 
 @dataclass(frozen=True)
 class StudyTable:
-    """The rows of a study, its name and baseline, and the remarks of the collection."""
+    """The rows of a study, its name and baseline, and the remarks of the collection.
+
+    `sweeps` are the runs of its learning rate sweeps. `withdrawn` names variants that are not compared, with
+    the reason.
+    """
 
     name: str
     baseline: str
     rows: tuple[Row, ...]
     collected_at: str
     remarks: tuple[str, ...] = ()
+    sweeps: tuple[SweepRun, ...] = ()
+    withdrawn: dict[str, str] = field(default_factory=dict)
 
 
 # Mappings are stored as JSON text, since their keys differ between rows.
@@ -115,6 +140,8 @@ def write_table(table: StudyTable, path: Path) -> None:
         "baseline": table.baseline,
         "collected_at": table.collected_at,
         "remarks": table.remarks,
+        "sweeps": [dataclasses.asdict(run) for run in table.sweeps],
+        "withdrawn": table.withdrawn,
     }
     built = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({"study": json.dumps(about)}))
     with translate_os_errors(path, problem="cannot be written", remedy="choose another --output"):
@@ -143,7 +170,13 @@ def read_table(path: str | Path) -> StudyTable:
             for row in built.to_pylist()
         )
         return StudyTable(
-            about["name"], about["baseline"], rows, about["collected_at"], tuple(about["remarks"])
+            about["name"],
+            about["baseline"],
+            rows,
+            about["collected_at"],
+            tuple(about["remarks"]),
+            tuple(SweepRun(**run) for run in about.get("sweeps", ())),
+            dict(about.get("withdrawn", {})),
         )
     except FileNotFoundError:
         raise FileProblem(

@@ -18,11 +18,12 @@ from sas_megatron.scaling.study.learning_rates import (
     find_best_rate,
     step_law_rate,
 )
-from sas_megatron.scaling.study.plan import Plan, count_budget_tokens
+from sas_megatron.scaling.study.plan import Plan, PlannedRun, count_budget_tokens
 from sas_megatron.scaling.study.plan_builder import build_plan
 from sas_megatron.scaling.study.recorded import RatesRecord, read_recorded
 from sas_megatron.scaling.study.run_states import check_config, final_loss, is_settled
 from sas_megatron.scaling.study.study_file import Study
+from sas_megatron.scaling.study.study_table import SweepRun
 
 RECORD = "learning_rates.json"
 
@@ -84,6 +85,19 @@ def list_sweep_remarks(study: Study) -> tuple[str, ...]:
     return tuple(remarks)
 
 
+def list_sweep_runs(plan: Plan) -> tuple[SweepRun, ...]:
+    """Return the runs of the sweep that have ended, with their losses."""
+    return tuple(
+        SweepRun(run.cell.variant, run.cell.size, run.config.optimizer.learning_rate, _read_loss(run))
+        for run in plan.runs
+        if run.role == "sweep" and is_settled(run)
+    )
+
+
+def _read_loss(run: PlannedRun) -> float | None:
+    return final_loss(run) if has_finished(run.directory) else None
+
+
 def _read_rates(path: Path) -> RatesRecord | None:
     remedy = "restore it from a copy, or remove it to determine the rates from the sweep's runs again"
     return read_recorded(path, RatesRecord, remedy=remedy)
@@ -93,8 +107,7 @@ def _choose_rates(plan: Plan) -> dict[str, Any]:
     trials: dict[tuple[str, str], list[Trial]] = {}
     for run in plan.runs:
         if run.role == "sweep":
-            loss = final_loss(run) if has_finished(run.directory) else None
-            trial = Trial(run.config.optimizer.learning_rate, loss)
+            trial = Trial(run.config.optimizer.learning_rate, _read_loss(run))
             trials.setdefault((run.cell.variant, run.cell.size), []).append(trial)
     best = {key: find_best_rate(tried) for key, tried in trials.items()}
     law: dict[str, dict[str, float]] = {}

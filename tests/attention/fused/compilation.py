@@ -22,11 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.costs import taps_at_once
 from sas_megatron.attention.sas.fused import feature_kernels, features, head_kernels, heads
 from sas_megatron.attention.sas.fused.features import Tile, Tiling
 from sas_megatron.attention.sas.fused.heads import HeadColumns, HeadShard
 from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
+from sas_megatron.costs.kernel_tiles import taps_at_once
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.attention.sas.costs import SHARED_MEMORY_BYTES, count_shared_memory_bytes
+from sas_megatron.attention.sas.costs import count_shared_memory_bytes
+from sas_megatron.costs.kernel_tiles import SHARED_MEMORY_BYTES
 from tests.conftest import ROOT
 from tests.selection import exhaustive
 

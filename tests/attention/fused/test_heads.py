@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from sas_megatron.attention.sas.costs import taps_at_once
 from sas_megatron.attention.sas.fused.features import Tile, Tiling
 from sas_megatron.attention.sas.fused.heads import HeadColumns, HeadShard, simulate_heads
 from sas_megatron.attention.sas.simulated_attention import simulate_heads as simulate_plain
+from sas_megatron.costs.kernel_tiles import taps_at_once
 from tests.attention.fused.simulation_case import (
     Draws,
     as_float64,
@@ -137,7 +137,7 @@ def test_sums_that_do_not_fit_are_accumulated_tap_by_tap(monkeypatch: pytest.Mon
     sizes = {"num_outputs": case.num_heads * case.expansion, "num_inputs": case.num_heads * case.expansion}
     assert taps_at_once(case.kernel_size, **sizes) == case.kernel_size
     at_once = gradients_of(lambda: simulate_heads(columns, shards, tiling=TILING), leaves)
-    monkeypatch.setattr("sas_megatron.attention.sas.costs.LARGEST_SUM_BYTES", 0)
+    monkeypatch.setattr("sas_megatron.costs.kernel_tiles.LARGEST_SUM_BYTES", 0)
     assert taps_at_once(case.kernel_size, **sizes) == 1
     with poisoned_memory():
         tap_by_tap = gradients_of(lambda: simulate_heads(columns, shards, tiling=TILING), leaves)

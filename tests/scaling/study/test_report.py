@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.scaling import report as report_module
-from sas_megatron.scaling.outcomes import AXIS_NAMES
+from sas_megatron.scaling.numbers import format_difference
 from sas_megatron.scaling.study.analysis import analyze, cut_slices
 from sas_megatron.scaling.study.study_report import write_study_report
-from sas_megatron.scaling.study.study_table import StudyTable, read_table, write_table
+from sas_megatron.scaling.study.study_table import StudyTable, SweepRun, read_table, write_table
 from tests.scaling.study.synthetic_tables import build_synthetic_table
 from tests.selection import exhaustive
 
@@ -96,11 +96,11 @@ def test_page_fits_the_browser_and_loads_no_resources(
     found = measure(report, tmp_path, *options)
     assert found["width"] == width
     assert found["overflow"] <= 0, "the page scrolls horizontally"
-    assert len(found["drawn"]) == 6
+    assert len(found["drawn"]) == 7
     assert all(drawn_width > 300 and height > 100 for drawn_width, height in found["drawn"])
     assert found["texts"] > 100
     assert found["loaded"] == []
-    assert found["tables"] == 6
+    assert found["tables"] == 8
     assert (found["ink"] == "rgb(232, 235, 238)") == (scheme == "dark")
     assert found["verdict"] != "rgba(0, 0, 0, 0)"
 
@@ -122,16 +122,15 @@ def test_summary_page_and_json_agree(report: Path) -> None:
     (part,) = record["slices"]
     for comparison in part["comparisons"]:
         for verdict in comparison["verdicts"]:
-            statement = verdict["statement"]
-            (line,) = (line for line in summary.splitlines() if line.endswith(f": {statement}"))
-            assert f"at equal {AXIS_NAMES[verdict['axis']]}" in line.lower().replace("flops", "FLOPs")
-            assert line.removeprefix("- ").replace("'", "&#39;") in page
+            difference = format_difference(verdict["estimate"]["difference"])
+            assert f"{verdict['result']}<br>{difference}" in summary
+            assert f"{verdict['result']}\n{difference}" in page
     results = {
         comparison["candidate"]: [verdict["result"] for verdict in comparison["verdicts"]]
         for comparison in part["comparisons"]
     }
     assert results["sas"][:2] == ["wins", "wins"]
-    assert results["gqa"] == ["loses"] * 4
+    assert results["gqa"] == ["loses"] * 5
     assert part["laws"]["mha"]["E"] == pytest.approx(1.8, abs=0.1)
     assert "A remark &lt;of&gt; it." in page
     for row in build_synthetic_table().rows:
@@ -139,24 +138,56 @@ def test_summary_page_and_json_agree(report: Path) -> None:
     figures = sorted(path.name for path in (report / "figures").iterdir())
     assert figures == sorted(
         f"{name}.{suffix}"
-        for name in ("costs", "curves", "frontier", "gain", "laws", "residuals")
+        for name in ("costs", "curves", "differences", "frontier", "gain", "laws", "residuals")
         for suffix in ("png", "svg")
     )
     assert all(f"figures/{name}" in summary for name in figures if name.endswith("png"))
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_statements_that_hold_for_several_axes_or_variants_appear_once(tmp_path: Path) -> None:
+def test_sentences_that_hold_for_several_axes_or_variants_appear_once(tmp_path: Path) -> None:
     seeds = {"mha": 3, "gqa": 3, "sas": 3}
     write_study_report(build_synthetic_table(seeds=seeds, budgets=(4,), num_sizes=1), tmp_path, num_draws=50)
     lines = (tmp_path / "summary.md").read_text().splitlines()
     statements = [line for line in lines if line.startswith("- ") and ": " in line]
     assert len(statements) == len(set(statements))
-    assert sum("No compute-equivalent gain" in line for line in statements) == 1
+    (gains,) = (line for line in statements if "No gain" in line)
+    assert gains.startswith("- gqa, sas: No gain in FLOPs, FLOPs of the causal half, time: ")
     (law,) = (line for line in statements if "no law" in line)
     assert law.startswith("- mha, gqa, sas: no law (")
-    (win,) = (line for line in statements if "sas wins" in line)
-    assert win.startswith("- At equal parameters and tokens, at equal tokens: sas wins: ")
+    # At equal FLOPs by both conventions, the verdicts are the same: there is one column.
+    (headings,) = (line for line in lines if line.startswith("| variant | at equal parameters"))
+    assert (
+        headings
+        == "| variant | at equal parameters and tokens | at equal FLOPs (by both conventions), equal time |"
+    )
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_page_opens_with_an_answer_of_at_most_five_sentences_and_a_figure(tmp_path: Path) -> None:
+    write_study_report(build_synthetic_table(num_sizes=2), tmp_path, num_draws=50)
+    title, _, answer, _, figure, *_ = (tmp_path / "summary.md").read_text().splitlines()
+    assert title == "# made_up: gqa, sas against mha"
+    assert answer.startswith("At equal parameters and tokens, sas (−0.")
+    assert ") wins against mha, and gqa (+0.1" in answer
+    assert "degrees of freedom." in answer
+    assert answer.count(". ") < 5
+    assert figure == "![Difference against budget](figures/differences.png)"
+    page = (tmp_path / "report.html").read_text()
+    assert page.index('class="answer"') < page.index("<figure>") < page.index("<table")
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_withdrawn_variants_are_not_compared(tmp_path: Path) -> None:
+    reason = "It started wrongly."
+    table = dataclasses.replace(build_synthetic_table(num_sizes=2), withdrawn={"gqa": reason})
+    (analysis,) = analyze(table, num_draws=50)
+    assert [comparison.candidate for comparison in analysis.comparisons] == ["sas"]
+    assert f"The results of gqa are withdrawn: {reason}" in analysis.remarks
+    write_study_report(table, tmp_path, num_draws=50)
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| gqa | withdrawn | withdrawn |" in summary
+    assert "The results of gqa are withdrawn." in summary.splitlines()[2]
 
 
 def test_slices_are_not_compared_with_each_other() -> None:
@@ -193,9 +224,8 @@ def test_missing_results_are_reported_as_missing(tmp_path: Path) -> None:
     # At a single budget, SAS uses 1.5 times the FLOPs, so that no runs of mha enclose it.
     write_study_report(build_synthetic_table(budgets=(4,)), tmp_path, num_draws=50)
     summary = (tmp_path / "summary.md").read_text()
-    assert summary.count("| not compared | not compared |") == 1
-    assert "- gqa: No compute-equivalent gain" not in summary
-    assert "- gqa, sas: No test of a shared irreducible loss: " in summary
+    assert summary.count("| not compared |") == 1
+    assert "- gqa: No gain" not in summary
     one_budget = build_synthetic_table(budgets=(4,))
     (analysis,) = analyze(one_budget, num_draws=50)
     assert all(law.fit is None or not math.isnan(law.fit.fit.surface.E) for law in analysis.laws)
@@ -220,7 +250,11 @@ def test_report_keeps_other_files_of_its_folder(tmp_path: Path) -> None:
 
 
 def test_table_round_trips_and_other_files_are_refused(tmp_path: Path) -> None:
-    table = build_synthetic_table()
+    table = dataclasses.replace(
+        build_synthetic_table(),
+        sweeps=(SweepRun("mha", "w0", 0.001, 4.5), SweepRun("mha", "w0", 0.1, None)),
+        withdrawn={"gqa": "It started wrongly."},
+    )
     write_table(table, tmp_path / "study.parquet")
     assert read_table(tmp_path / "study.parquet") == table
     with pytest.raises(

@@ -49,6 +49,20 @@ def test_diverged_trial_is_a_result_and_is_not_run_again(tmp_path: Path) -> None
     assert messages == []
 
 
+def test_table_contains_the_losses_of_a_sweep(tmp_path: Path) -> None:
+    leave_sweep(plan_at(tmp_path))
+    plan = plan_at(tmp_path)
+    leave_run(plan.results[0])
+    found = collect(plan).sweeps
+    assert [(run.variant, run.size) for run in found] == [("mha", "small")] * 3 + [("mha", "large")] * 3
+    for size in ("small", "large"):
+        rates, losses = zip(
+            *((run.learning_rate, run.loss) for run in found if run.size == size), strict=True
+        )
+        assert rates == pytest.approx((1.5e-4, 3e-4, 6e-4))
+        assert losses == (pytest.approx(4 + math.log(2) ** 2), pytest.approx(4.0), None)
+
+
 def test_table_remarks_on_rates_at_the_edge_of_a_sweep(tmp_path: Path) -> None:
     sizes = {**SIZES, "huge": {"model.num_layers": 9}}
     leave_sweep(plan_at(tmp_path, sizes=sizes), best=1e-4)

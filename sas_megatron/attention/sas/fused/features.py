@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from sas_megatron.attention.sas.costs import TILE_ROWS, padded_size, split_size
 from sas_megatron.attention.sas.fused import feature_kernels
 from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
+from sas_megatron.costs.kernel_tiles import TILE_ROWS, padded_size, split_size
 
 # Triton's interpreter runs programs one after another; a few are enough to test that they share the work.
 INTERPRETED_PROGRAMS = 3

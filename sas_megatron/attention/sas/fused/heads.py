@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sas_megatron.attention.sas.costs import padded_size, taps_at_once
 from sas_megatron.attention.sas.fused import head_kernels
 from sas_megatron.attention.sas.fused.features import Tile, Tiling, compute_type, count_programs
 from sas_megatron.attention.sas.simulated_attention import ResidualMapWeights
+from sas_megatron.costs.kernel_tiles import padded_size, taps_at_once
 
 
 class HeadColumns(NamedTuple):
