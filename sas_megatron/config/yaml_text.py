@@ -37,9 +37,11 @@ def parse_yaml(text: str) -> Any:
         value = YAML(typ="safe", pure=True).load(text)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
-    except (YAMLError, ValueError) as error:
-        # ruamel raises ValueError for an invalid date or number, such as 2020-13-45.
-        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from None
+    except Exception as error:
+        # ruamel raises YAMLError, ValueError for an invalid date or number, such as 2020-13-45, and for some
+        # texts KeyError or another error of its own code.
+        reason = str(error) if isinstance(error, YAMLError | ValueError) else repr(error)
+        raise ValueError(f"is not YAML ({' '.join(reason.split())})") from None
     _count_values(value, known={}, open_containers=set())
     return value
 

@@ -181,3 +181,12 @@ def test_long_names_from_a_file_do_not_lengthen_a_message(tmp_path: Path) -> Non
     path.write_text(f"params,tokens,loss,variant\n1,1,1,{'a' * 70_000}\n1,1,1,b\n")
     with pytest.raises(FieldError, match=r"the points contain a+… \(70,\d+ characters\); choose one"):
         read_points(path)
+
+
+def test_an_error_of_the_yaml_reader_itself_is_a_user_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model:\n  num_layers: 2\noptimizer:\n%YAML 9.9\n  learning_rate: 0.003\n")
+    with pytest.raises(
+        FileProblem, match=r"config.yaml: is not YAML \(KeyError\(\(9, 9\)\)\); correct the file"
+    ):
+        load_run_config(path)
