@@ -41,6 +41,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         self.require_positive("sequence_length")
+        self.require_paths("prefixes", "tokenizer", "index_cache")
         self.require_at_most(MAX_INT32, "sequence_length", reason="positions are stored as int32")
         if not self.prefixes:
             raise self.problem("prefixes", "names no token file", "give at least one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -14,6 +15,8 @@ MAX_INTEGER = 2**53
 MAX_LISTED_DIVISOR = 4096
 # Largest number of ranks, tokens of a vocabulary or positions: Megatron-core and torch store them as int32.
 MAX_INT32 = 2**31 - 1
+# Linux accepts names of 255 bytes and paths of 4095; files in a folder, and endings, take some of them.
+MAX_NAME_BYTES, MAX_PATH_CHARACTERS = 230, 3800
 
 
 def divisors(number: int, *, limit: int = MAX_LISTED_DIVISOR) -> list[int]:
@@ -82,6 +85,24 @@ class Section(BaseModel):
             value = getattr(self, field)
             if value is not None and value > most:
                 raise self.problem(field, f"must be at most {most:,}, since {reason}", "use a smaller number")
+
+    def require_paths(self, *fields: str) -> None:
+        """Check that each of `fields`, a path or several, fits a file system; a field that is None passes.
+
+        Raises:
+            FieldError: A path, or one of its names with an ending, is too long.
+        """
+        for field in fields:
+            value = getattr(self, field)
+            for path in value if isinstance(value, list) else [value or ""]:
+                names = os.fsencode(path).split(b"/")
+                if max(map(len, names)) > MAX_NAME_BYTES or len(path) > MAX_PATH_CHARACTERS:
+                    raise self.problem(
+                        field,
+                        f"has a name of more than {MAX_NAME_BYTES} bytes, or more than {MAX_PATH_CHARACTERS} "
+                        "characters, which is too long for a file system",
+                        "use a shorter path",
+                    )
 
     def require_between(self, low: float, high: float, *fields: str) -> None:
         """Check that each of `fields` is in [low, high).

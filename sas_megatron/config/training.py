@@ -198,6 +198,7 @@ class CheckpointConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> CheckpointConfig:
         self.require_positive("interval", "keep_last", "keep_every")
+        self.require_paths("initial_weights", "branch_from")
         if self.keep_every is not None and self.keep_last is None:
             raise self.problem(
                 "keep_every",
@@ -306,6 +307,7 @@ class LoggingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> LoggingConfig:
         self.require_positive("interval")
+        self.require_paths("run_directory")
         steps = self.profile_steps
         if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
             raise self.problem(

@@ -165,12 +165,11 @@ class Run:
         """Compute the validation loss and record it."""
         num_microbatches = self.data.num_microbatches(self.config.evaluation.num_sequences)
         batches = self.data.validation_batches()
-        held_out = evaluate_held_out(
+        self.held_out = held_out = evaluate_held_out(
             functools.partial(self.engine.forward, batches=batches, num_microbatches=num_microbatches),
             byte_lengths=self.data.byte_lengths,
             topology=self.topology,
         )
-        self.held_out = held_out
         self.progress.count_evaluation(held_out.loss)
         self.recorder.log_validation(self.progress, held_out)
         if self.config.evaluation.probe_sequences:
@@ -223,11 +222,8 @@ class Run:
         return interval is not None and self.progress.step % interval == 0
 
     def _counted_communication(self) -> contextlib.AbstractContextManager[object]:
-        return (
-            self.communication_counter
-            if self.config.logging.communication_counter
-            else contextlib.nullcontext()
-        )
+        is_counted = self.config.logging.communication_counter
+        return self.communication_counter if is_counted else contextlib.nullcontext()
 
     def _synchronize(self) -> None:
         if self.topology.device.type == "cuda":

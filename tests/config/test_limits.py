@@ -103,6 +103,22 @@ LIMITS: dict[str, tuple[dict[str, Any], str]] = {
         r"data.weights=.*: must have",
     ),
     "infinite sum of shares": ({"data": {"split": [1e308, 1e308]}}, r"data.split=.*: must have a finite sum"),
+    "names of a file system": (
+        {"logging": {"run_directory": f"runs/{'n' * 300}"}},
+        r"logging.run_directory=runs/n+: has a name of more than 230 bytes, or more than 3800 char",
+    ),
+    "bytes of a name": (
+        {"data": {"tokenizer": 100 * "wörter"}},
+        r"data.tokenizer=(wörter)+: has a name of more",
+    ),
+    "paths of a file system": (
+        {"data": {"prefixes": ["a", 4000 * "/a"]}},
+        r"data.prefixes=\['a', .*: has a name",
+    ),
+    "long path of weights": (
+        {"checkpoint": {"branch_from": 300 * "n"}},
+        r"checkpoint.branch_from=n+: has a name",
+    ),
     "ranks": (
         {
             "attention": {"kind": "mha", "num_heads": 2**40, "head_dim": 6},

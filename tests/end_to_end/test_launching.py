@@ -201,7 +201,7 @@ def test_the_table_of_launchers_names_existing_scripts_and_variables() -> None:
     ]
     assert len(table) > 10
     for line in table:
-        scripts = re.findall(r"\b(?:launch|docker)/[\w.]+\w", line)
+        scripts = re.findall(r"\b(?:launch|docker)/[\w./]+\w", line)
         known = "".join((ROOT / script).read_text() for script in scripts)
         for variable in re.findall(r"\b([A-Z_]{3,})=", line):
             assert variable in known, line

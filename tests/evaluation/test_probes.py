@@ -13,7 +13,7 @@ import torch
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from tests import small_attentions as small
-from tests.attention import definitions
+from tests.attention import step_definitions as definitions
 from tests.model.model_parts import perturb_weights
 from tests.rank_pool import in_layout
 from tests.run_configs import small_config

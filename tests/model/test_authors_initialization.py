@@ -175,10 +175,15 @@ ROWS: dict[tuple[str, str], tuple[str, str]] = {
 }
 
 
+# Rows without a published rule, which state that of this package.
+UNPUBLISHED = {("`diff`", "λ")}
+
+
 def test_the_table_in_the_docs_states_the_published_standard_deviations() -> None:
     page = (ROOT / "docs" / "initial_weights.md").read_text(encoding="utf-8")
     table = page.partition("| kind | tensor | authors' start | σ at 768 |")[2].partition("\n\n")[0]
     stated = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \| ([0-9.]+) \|", table, flags=re.MULTILINE)
+    stated = [row for row in stated if row[:2] not in UNPUBLISHED]
     assert {(kind, tensor) for kind, tensor, _ in stated} == ROWS.keys()
     rules = {kind: KINDS[kind][1]() for kind in {kind for kind, _ in ROWS.values()}}
     for kind, tensor, std in stated:

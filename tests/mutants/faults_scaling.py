@@ -20,7 +20,7 @@ MUTANTS = (
     ),
     Mutant(
         "bootstrap-draws-too-many-runs",
-        "sas_megatron.scaling.laws.resampling:_draw",
+        "sas_megatron.scaling.laws.resampling:draw_weights",
         "drawn = len(group) - 1",
         "drawn = len(group)",
         "The bootstrap draws m of m runs, so that its intervals are too narrow.",

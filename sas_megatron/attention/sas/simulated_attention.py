@@ -184,9 +184,8 @@ class HeadSimulation(ResidualMap):
         if name == "expand":
             drawn[:, :, kernel_size // 2] = torch.eye(num_heads).repeat(expansion, 1)
             return
-        shared = drawn.new_empty(simulated, num_heads, kernel_size).uniform_(
-            -bound, bound, generator=generator
-        )
+        shared = drawn.new_empty(simulated, num_heads, kernel_size)
+        shared.uniform_(-bound, bound, generator=generator)
         for block in range(expansion):
             columns = slice(block * num_heads, (block + 1) * num_heads)
             drawn[:, columns] = (block - (expansion - 1) / 2) * shared

@@ -2,8 +2,7 @@
 
 In each stratum of m runs, m − 1 are drawn with replacement, with weight m/(m − 1) each (Rao and Wu 1988, J.
 Am. Stat. Assoc. 83). Drawing m runs would make the variance of a mean too small by (m − 1)/m, by half for m =
-2. Strata are sizes; sizes with a single run form one common stratum. Variants are paired: the draws are over
-the union of their (size, budget, seed), and each variant uses the weights of its runs.
+2. Strata are sizes; sizes with a single run form one common stratum.
 
 If points are checkpoints of runs, whole runs are drawn, all from one stratum, since the errors of a run's
 checkpoints are not independent. With 8 to 22 runs these intervals contained the truth in 93 to 99 % of 200
@@ -44,35 +43,18 @@ def draw_point_weights(points: Points, *, num_draws: int, seed: int) -> Iterator
     if points.runs is not None:
         names, run_of_point = np.unique(points.runs, return_inverse=True)
         strata = [0] * len(names)
-    _check_draws(num_draws, len(strata))
-    generator = np.random.default_rng(seed)
-    for first in range(0, num_draws, block := max(1, BLOCK_WEIGHTS // len(points))):
-        yield _draw(strata, min(block, num_draws - first), generator)[:, run_of_point]
-
-
-def draw_weights(strata: Sequence[object], *, num_draws: int, seed: int) -> FloatArray:
-    """Return the weight of each run in each draw, with shape (draws, runs).
-
-    Args:
-        strata: The stratum of each run.
-        num_draws: Number of draws.
-        seed: Seed of the generator.
-
-    Raises:
-        FieldError: There are too few draws for an interval, or fewer than two runs.
-    """
-    _check_draws(num_draws, len(strata))
-    return _draw(strata, num_draws, np.random.default_rng(seed))
-
-
-def _check_draws(num_draws: int, num_runs: int) -> None:
     if num_draws < FEWEST_DRAWS:
         raise FieldError("--bootstraps", num_draws, f"an interval needs at least {FEWEST_DRAWS}", "use 1000")
-    if num_runs < 2:
-        raise FieldError("runs", num_runs, "a bootstrap needs at least two", "add runs")
+    if len(strata) < 2:
+        raise FieldError("runs", len(strata), "a bootstrap needs at least two", "add runs")
+    generator = np.random.default_rng(seed)
+    for first in range(0, num_draws, block := max(1, BLOCK_WEIGHTS // len(points))):
+        weights = draw_weights(strata, num_draws=min(block, num_draws - first), generator=generator)
+        yield weights[:, run_of_point]
 
 
-def _draw(strata: Sequence[object], num_draws: int, generator: np.random.Generator) -> FloatArray:
+def draw_weights(strata: Sequence[object], *, num_draws: int, generator: np.random.Generator) -> FloatArray:
+    """Return the weight of each run in each draw, with shape (draws, runs), given the stratum of each run."""
     _, stratum_of_run, counts = np.unique(np.asarray(strata), return_inverse=True, return_counts=True)
     members = np.split(np.argsort(stratum_of_run, kind="stable"), np.cumsum(counts)[:-1])
     groups = [group for group in members if len(group) > 1]

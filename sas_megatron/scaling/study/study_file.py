@@ -167,6 +167,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Study:
+        self.require_paths("base", "directory")
         for field in ("variants", "sizes"):
             if not getattr(self, field):
                 raise self.problem(field, "is empty", "add at least one entry")

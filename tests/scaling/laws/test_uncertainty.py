@@ -98,18 +98,19 @@ def test_undetermined_end_of_an_interval_is_open() -> None:
 
 def test_draws_preserve_the_weight_of_each_stratum() -> None:
     strata = ["a"] * 3 + ["b"] * 5 + ["c", "d", "e"]
-    weights = draw_weights(strata, num_draws=400, seed=3)
+    weights = draw_weights(strata, num_draws=400, generator=np.random.default_rng(3))
     for rows in (slice(0, 3), slice(3, 8), slice(8, 11)):
         np.testing.assert_allclose(weights[:, rows].sum(axis=1), rows.stop - rows.start)
     assert not np.allclose(weights[:, 8], 1)
     # A single run cannot be exchanged with another.
-    np.testing.assert_array_equal(draw_weights(["a", "a", "b"], num_draws=40, seed=0)[:, 2], 1)
+    weights = draw_weights(["a", "a", "b"], num_draws=40, generator=np.random.default_rng(0))
+    np.testing.assert_array_equal(weights[:, 2], 1)
 
 
 @pytest.mark.parametrize("runs", [2, 3, 7])
 def test_variance_of_a_mean_is_unbiased_with_few_seeds(runs: int) -> None:
     values = np.random.default_rng(0).standard_normal(runs)
-    means = draw_weights(["a"] * runs, num_draws=40_000, seed=1) @ values / runs
+    means = draw_weights(["a"] * runs, num_draws=40_000, generator=np.random.default_rng(1)) @ values / runs
     assert means.var() == pytest.approx(values.var(ddof=1) / runs, rel=0.05)
 
 
@@ -119,8 +120,9 @@ def test_percentile_interval_excludes_a_fortieth_on_each_side() -> None:
 
 @pytest.mark.parametrize(("strata", "number"), [(["a"], 100), (["a", "b"], 39)])
 def test_too_few_runs_or_draws_are_refused(strata: list[str], number: int) -> None:
+    points = Points.of([1] * len(strata), [1] * len(strata), [1] * len(strata), sizes=strata)
     with pytest.raises(FieldError):
-        draw_weights(strata, num_draws=number, seed=0)
+        next(draw_point_weights(points, num_draws=number, seed=0))
 
 
 def test_points_without_a_size_are_stratified_by_parameters() -> None:

@@ -302,3 +302,8 @@ def test_a_study_of_too_many_runs_is_refused_before_they_are_planned(
         UserError, match=rf"study={count} runs: must have at most 3,000, as the product of sizes"
     ):
         load_study(write_study(tmp_path, **changes))
+
+
+def test_a_directory_with_a_name_too_long_for_a_file_system_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"study.directory=n+: has a name of more than 230 bytes"):
+        load_study(write_study(tmp_path, directory="n" * 300))
