@@ -79,7 +79,7 @@ def test_a_variant_of_another_package_is_trained_and_its_costs_are_counted(
 def test_a_variant_of_another_package_has_every_modifier(
     installed: Path, small_data: SmallData, tmp_path: Path
 ) -> None:
-    run = small_data.run(tmp_path / "run", training={"num_steps": 2})
+    run = small_data.run(tmp_path / "run", training={"num_steps": 4})
     config = tied_config(run, tmp_path / "tied.yaml", **small.MODIFIERS)
     done = command(installed, "train", config)
     assert done.returncode == 0, done.stderr
