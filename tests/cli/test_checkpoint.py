@@ -44,7 +44,7 @@ def test_damaged_checkpoints_are_printed_and_the_status_is_2(run_directory: Path
     assert second.startswith(message)
     assert third.endswith("intact, step 15, 5 files, 477 bytes")
     assert of_run.stderr.startswith(
-        f"sas-megatron: error: {run_directory}: contains damaged checkpoints: iter_0000010; restore it"
+        f"sas-megatron: error: {run_directory}: contains damaged checkpoints: iter_0000010; restore them"
     )
 
 

@@ -92,6 +92,7 @@ def test_the_summary_of_generation_fits(capsys: pytest.CaptureFixture[str]) -> N
             "seconds": 12345.6,
             "tokens_per_second": 123456.7,
             "step": 1_234_567,
+            "empty_prompts": 0,
         }
     )
     printed = capsys.readouterr()
