@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import os
 import subprocess
 import tempfile
@@ -101,6 +102,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the number of tests that run only with --all."""
     if count := terminalreporter.config.stash[_num_deselected]:
         terminalreporter.write_line(f"{count} tests run only with tests/run.sh --all")
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured_logging() -> None:
+    """Start each test without what a command that ran in this process has set (`configure_logging`)."""
+    logging.getLogger("sas_megatron").setLevel(logging.NOTSET)
+    for handler in logging.getLogger().handlers:
+        handler.filters.clear()
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,21 @@ def configure_logging() -> None:
     """
     from sas_megatron.platform.launcher import is_rank0
 
-    printed: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not (message in printed or printed.add(message))  # type: ignore[func-returns-value]
-
     logging.basicConfig(format="%(message)s")
     for handler in logging.getLogger().handlers:
-        handler.addFilter(is_new)
+        handler.addFilter(_NewMessages())
     logging.getLogger("sas_megatron").setLevel(logging.INFO if is_rank0() else logging.WARNING)
+
+
+class _NewMessages(logging.Filter):
+    """Passes each message once; every handler needs its own, since each handles all messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._passed
+        self._passed.add(message)
+        return is_new

@@ -25,8 +25,8 @@ def modifier_weights(attention: AttentionConfig, hidden_size: int) -> list[Weigh
     width, heads = attention.value_width, attention.num_heads
     sizes = {
         "qk_norm": [attention.query_key_dim] * 2 if attention.qk_norm else [],
-        "knocking_heads": [width * width] * 3 if attention.knocking_heads else [],
         "output_norm": [width] if attention.output_norm else [],
+        "knocking_heads": [width * width] * 3 if attention.knocking_heads else [],
     }
     weights = [
         Weight(term, elements, partial_over="heads", summed_by="layer")
