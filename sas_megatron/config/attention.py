@@ -266,8 +266,15 @@ class AttentionConfig(Section):
 
     @classmethod
     def defaults_from(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
-        """Return the fields of a variant that replaces `base` in a study that names only its kind."""
-        return {"num_heads": base.num_heads, "head_dim": base.head_dim}
+        """Return the fields of a variant that replaces `base` in a study that names only its kind.
+
+        A kind whose groups may be solved for (`dimension_steps`) has those of the base.
+        """
+        fields = {"num_heads": base.num_heads, "head_dim": base.head_dim}
+        groups = base.num_key_value_heads
+        if "num_kv_heads" in cls.dimension_steps and groups != base.num_heads:
+            fields["num_kv_heads"] = groups
+        return fields
 
     def initial_weights(self, name: str, full_shape: tuple[int, ...]) -> InitialWeights | None:
         """Return the initial distribution of a matrix by the variant's paper; None for the model's default.

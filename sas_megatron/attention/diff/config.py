@@ -10,7 +10,7 @@ N(0, σ), so that λ is about 1/2 at the start.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import override
@@ -26,14 +26,6 @@ class DifferentialAttentionConfig(AttentionConfig):
 
     kind: Literal["diff"] = Field(default="diff", description="Differential attention, second version.")
     num_heads: int = Field(description="N, heads after the difference of 2N query heads.")
-
-    @classmethod
-    @override
-    def defaults_from(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
-        """Return the base's heads and groups, which are unchanged."""
-        groups = base.num_key_value_heads
-        grouped = {} if groups == base.num_heads else {"num_kv_heads": groups}
-        return {**super().defaults_from(base, hidden_size=hidden_size), **grouped}
 
     @property
     @override

@@ -84,14 +84,6 @@ class SimulatedAttentionConfig(AttentionConfig):
         "auto: fused on a CUDA device in bfloat16 if the weights fit in shared memory, otherwise plain.",
     )
 
-    @classmethod
-    @override
-    def defaults_from(cls, base: AttentionConfig, *, hidden_size: int) -> dict[str, Any]:
-        """Return the base's heads and groups, with the default simulation."""
-        groups = base.num_key_value_heads
-        grouped = {} if groups == base.num_heads else {"num_kv_heads": groups}
-        return {**super().defaults_from(base, hidden_size=hidden_size), **grouped}
-
     @override
     def initial_weights(self, name: str, full_shape: tuple[int, ...]) -> InitialWeights | None:
         if name == "linear_proj.weight" and self.output_initialization == "torch":
