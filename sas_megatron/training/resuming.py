@@ -178,13 +178,20 @@ def _check_config(config: RunConfig, saved: RunConfig, origin: Path) -> None:
     run = Path(config.logging.run_directory)
     # Without the record of the run, whose data are compared by their contents, the paths must be equal.
     ignored = (*RESUME_MAY_CHANGE, *(DATA_PATHS if (run / RECORD).exists() else ()))
+    _raise_if_fields_differ(
+        config,
+        saved,
+        ignored=ignored,
+        owner=f"the run to resume ({origin})",
+        alternative="choose another logging.run_directory",
+    )
+
+
+def _raise_if_fields_differ(
+    config: RunConfig, saved: RunConfig, *, ignored: tuple[str, ...], owner: str, alternative: str
+) -> None:
     for field, (new, previous) in find_differences([config, saved], ignored=ignored).items():
-        raise FieldError(
-            field,
-            new,
-            f"was {previous} in the run to resume ({origin})",
-            "restore the old value, or choose another logging.run_directory",
-        )
+        raise FieldError(field, new, f"was {previous} in {owner}", f"restore the old value, or {alternative}")
 
 
 def describe_config_repair(config: RunConfig) -> str | None:
@@ -231,14 +238,13 @@ def find_branch(config: RunConfig) -> Branch | None:
     branch = Branch(path.resolve(), manifest.step)
     trunk = load_run_config(path / CONFIG)
     _check_schedules(config, trunk, branch)
-    ignored = (*BRANCH_MAY_CHANGE, *DATA_PATHS)
-    for field, (new, previous) in find_differences([config, trunk], ignored=ignored).items():
-        raise FieldError(
-            field,
-            new,
-            f"was {previous} in the run that saved {path}",
-            "restore the old value, or remove checkpoint.branch_from",
-        )
+    _raise_if_fields_differ(
+        config,
+        trunk,
+        ignored=(*BRANCH_MAY_CHANGE, *DATA_PATHS),
+        owner=f"the run that saved {path}",
+        alternative="remove checkpoint.branch_from",
+    )
     if config.training.num_ordered_samples != trunk.training.num_ordered_samples:
         raise FieldError(
             "training.order_steps",
