@@ -13,6 +13,7 @@ from sas_megatron.config.parallel import ParallelConfig
 from tests.attention.definitions import DEFINITIONS
 from tests.model.model_parts import WeightPart, joined_weights, weight_parts
 from tests.rank_pool import in_layout
+from tests.tolerances import assert_near
 
 HIDDEN_SIZE, LENGTH, BATCH = 20, 8, 3  # LENGTH divides by 4 for sequence parallelism; T = 24 does not by 5
 
@@ -44,6 +45,14 @@ class LayerResult:
     output: torch.Tensor
     input_gradient: torch.Tensor
     gradients: dict[str, torch.Tensor]
+
+    def assert_near(self, expected: LayerResult, dtype: torch.dtype) -> None:
+        """Compare the output and every gradient with those of the definition, for computations in `dtype`."""
+        assert_near(self.output, expected.output, dtype, "output")
+        assert_near(self.input_gradient, expected.input_gradient, dtype, "input gradient")
+        assert self.gradients.keys() == expected.gradients.keys()
+        for name, gradient in expected.gradients.items():
+            assert_near(self.gradients[name], gradient, dtype, f"gradient of {name}")
 
 
 def drawn(

@@ -11,7 +11,6 @@ import torch
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
 from tests.selection import cases, exhaustive
-from tests.tolerances import assert_near
 
 BOTH = ("gather", "all_to_all")
 
@@ -124,11 +123,7 @@ def legal(fields: dict[str, Any], tensor: int) -> bool:
 def check(ranks: Any, case: LayerCase, tensor: int) -> None:
     expected = layer_case.by_definition(case.attention, case.dtype)
     actual = layer_case.joined(case, ranks(tensor).run(layer_case.on_rank, case, tensor))
-    assert_near(actual.output, expected.output, case.dtype, "output")
-    assert_near(actual.input_gradient, expected.input_gradient, case.dtype, "input gradient")
-    assert actual.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        assert_near(actual.gradients[name], gradient, case.dtype, f"gradient of {name}")
+    actual.assert_near(expected, case.dtype)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -258,6 +253,4 @@ def test_tokens_need_not_divide_by_the_ranks(
     monkeypatch.setattr(layer_case, "LENGTH", length)
     expected = layer_case.by_definition.__wrapped__(case.attention, case.dtype)
     actual = layer_case.joined(case, by_rank)
-    assert_near(actual.output, expected.output, case.dtype, "output")
-    for name, gradient in expected.gradients.items():
-        assert_near(actual.gradients[name], gradient, case.dtype, f"gradient of {name}")
+    actual.assert_near(expected, case.dtype)

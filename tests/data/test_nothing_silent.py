@@ -15,6 +15,7 @@ from sas_megatron.config.run import RunConfig
 from tests.conftest import ROOT
 from tests.data.damaged_files import write_table
 from tests.data.preparing import prepare_two_documents
+from tests.docs.pages import read_table
 from tests.fork_server import run_command
 from tests.scaling.study.studies import write_study
 from tests.small_data import SmallData
@@ -24,15 +25,8 @@ Done = subprocess.CompletedProcess[str]
 
 def table_rows() -> list[tuple[str, str]]:
     """Return command and kind of each row of the table."""
-    lines = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
-    first = lines.index("| command | left out, repeated, kept or cut | reported |") + 2
-    rows = []
-    for line in lines[first:]:
-        if not line.startswith("|"):
-            return rows
-        command, kind, _ = (cell.strip() for cell in line.strip("|").split(" | "))
-        rows.append((command.strip("`"), kind))
-    return rows
+    rows = read_table(ROOT / "docs" / "data.md", "| command | left out, repeated, kept or cut | reported |")
+    return [(command.strip("`"), kind) for command, kind, _ in rows]
 
 
 class Workspace:

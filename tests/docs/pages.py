@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,6 +20,13 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", flags=re.DOTALL)
 # Programs that start a command in running text; commands in bash blocks may start with any program.
 _PROGRAMS = ("sas-megatron ", "launch/", "tests/run.sh", "python -m ", "torchrun ", "srun ", "sbatch ")
+
+
+def read_table(page: Path, heading: str) -> list[tuple[str, ...]]:
+    """Return the cells of each row of the table with this heading line."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[lines.index(heading) + 2 :])
+    return [tuple(cell.strip() for cell in row.strip("|").split(" | ")) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from sas_megatron.scaling.study.plan import Plan
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.sweeps import plan_with_rates
 from tests.conftest import ROOT
+from tests.docs.pages import read_table
 from tests.end_to_end.test_stop_during_startup import TrainingInStartup
 from tests.rank_pool import in_layout
 from tests.scaling.study.studies import leave_run, write_study
@@ -37,11 +38,8 @@ HEADING = "| command | left out, repeated, cut or repaired | reported |"
 
 def table_rows() -> list[tuple[str, str]]:
     """Return command and kind of each row of the table."""
-    lines = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()
-    first = lines.index(HEADING) + 2
-    last = next(index for index in range(first, len(lines)) if not lines[index].startswith("|"))
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[first:last]]
-    return [(command, kind) for command, kind, _ in cells]
+    rows = read_table(ROOT / "docs" / "training.md", HEADING)
+    return [(command, kind) for command, kind, _ in rows]
 
 
 def stop_after_one_step(config: Any) -> list[str]:
