@@ -138,7 +138,7 @@ def _find_gains(
         except FieldError as error:
             reasons.setdefault(str(error), []).append(AXIS_NAMES[axis])
             continue
-        budgets = np.geomspace(min(other.spent.values()), max(other.spent.values()), NUM_BUDGETS)
+        budgets = np.geomspace(other.lowest, other.highest, NUM_BUDGETS)
         found[axis] = tuple(find_gain(base, other, noise, budget) for budget in budgets.tolist())
     remarks = (f"No gain in {', '.join(axes)}: {reason}." for reason, axes in reasons.items())
     return found, tuple(remarks)

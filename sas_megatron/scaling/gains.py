@@ -40,10 +40,19 @@ class Frontier:
     losses: dict[Cell, float]
     seconds_error: float
 
+    @property
+    def lowest(self) -> float:
+        """The smallest amount spent."""
+        return min(self.spent.values())
+
+    @property
+    def highest(self) -> float:
+        """The largest amount spent."""
+        return max(self.spent.values())
+
     def covers(self, spent: float) -> bool:
         """Return whether the amount is within the measured range (with a margin of 1 %)."""
-        lowest, highest = min(self.spent.values()), max(self.spent.values())
-        return lowest * (1 - SAME_LEVEL) <= spent <= highest * (1 + SAME_LEVEL)
+        return self.lowest * (1 - SAME_LEVEL) <= spent <= self.highest * (1 + SAME_LEVEL)
 
     def weigh_cells(self, spent: float) -> dict[Cell, float]:
         """Return the derivatives of the predicted loss at an amount by the losses of the cells.
@@ -126,13 +135,13 @@ def find_gain(baseline: Frontier, candidate: Frontier, noise: NoiseModel, budget
     """Return the candidate's gain at a budget."""
     name = AXIS_NAMES[candidate.axis]
     if not candidate.covers(budget):
-        lowest, highest = min(candidate.spent.values()), max(candidate.spent.values())
-        reason = f"the runs of {candidate.variant} are between {lowest:.3g} and {highest:.3g} in {name}"
+        span = f"{candidate.lowest:.3g} and {candidate.highest:.3g}"
+        reason = f"the runs of {candidate.variant} are between {span} in {name}"
         return Gain(budget, None, None, None, f"{reason}; losses are not extrapolated.")
     loss = float(candidate.law.predict(budget))
     needed = float(baseline.law.spend_for(loss))
     if not baseline.covers(needed):
-        side = "more" if needed > max(baseline.spent.values()) else "less"
+        side = "more" if needed > baseline.highest else "less"
         reason = (
             f"{baseline.variant} would reach the loss of {candidate.variant} with {side} {name} than any of "
             "its runs; losses are not extrapolated."
