@@ -27,7 +27,7 @@ from sas_megatron.attention.modifiers import AttentionModifiers
 from sas_megatron.attention.sas.simulated_attention import aggregate_blocks
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
-from sas_megatron.costs.head_sharding import AttendedHeads, HeadSharding
+from sas_megatron.costs.head_sharding import AttendedHeads, HeadSharding, count_local_heads
 from sas_megatron.distributed.context_exchange import ContextExchange
 
 
@@ -242,16 +242,16 @@ def check_backend(attention: AttentionConfig) -> None:
 
 def _why_cudnn_cannot_run(attention: AttentionConfig) -> str | None:
     """Return torch's reason, or None if cuDNN's attention can train with these heads on the current GPU."""
+    queries, keys = count_local_heads(attention, tensor=1)
     query, key, value = (
         torch.empty(1, heads, 128, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         for heads, width in (
-            (attention.num_heads, attention.query_key_dim),
-            (attention.num_key_value_heads, attention.query_key_dim),
-            (attention.num_key_value_heads, attention.value_width),
+            (queries, attention.query_key_dim),
+            (keys, attention.query_key_dim),
+            (keys, attention.value_width),
         )
     )
-    is_grouped = attention.num_heads != attention.num_key_value_heads
-    parameters = SDPAParams(query, key, value, None, attention.dropout, True, is_grouped)
+    parameters = SDPAParams(query, key, value, None, attention.dropout, True, queries != keys)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if can_use_cudnn_attention(parameters, debug=True):
