@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.flops import causal_half
+from sas_megatron.scaling.layer_measurements import LayerMeasurements, join_measurements
 from sas_megatron.scaling.outcomes import Axis
 from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 
@@ -30,6 +31,7 @@ VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
     "data.index_cache",
+    "evaluation.probe_sequences",
     "checkpoint.resume",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
@@ -80,10 +82,11 @@ class HealthEvent(_Record):
 
 
 class Probe(_Record):
-    """Measurements of the probe batch by layer; not a point of a curve."""
+    """Measurements by layer after a step, of its update or of the probe batch; not a point of a curve."""
 
-    kind: Literal["probe"]
+    kind: Literal["update", "probe"]
     step: int
+    layers: list[dict[str, Any]]
 
 
 class HealthCounts(_Record):
@@ -128,6 +131,7 @@ class Run:
     train_curve: tuple[CurvePoint, ...]
     validation_curve: tuple[CurvePoint, ...]
     remarks: tuple[str, ...] = ()
+    measurements: LayerMeasurements = field(default_factory=LayerMeasurements)
 
     def spent(self, point: CurvePoint, axis: Axis) -> float | None:
         """Return the amount spent up to a point; None for the causal half if FLOPs by term are not recorded.
@@ -176,7 +180,7 @@ def load_run(directory: str | Path) -> Run:
         )
     provenance = _read_object(directory / "run.json")
     _check_config_checksum(directory / "config.yaml", provenance)
-    (train_curve, validation_curve), remarks = _read_metrics(directory / "metrics.jsonl")
+    (train_curve, validation_curve), measurements, remarks = _read_metrics(directory / "metrics.jsonl")
     if summary.health is not None and summary.health.skipped_steps:
         remarks += (
             f"{summary_path}: the update of {summary.health.skipped_steps} steps was skipped (see `health`).",
@@ -190,6 +194,7 @@ def load_run(directory: str | Path) -> Run:
         summary=summary,
         train_curve=train_curve,
         validation_curve=validation_curve,
+        measurements=measurements,
         remarks=remarks,
     )
 
@@ -290,8 +295,8 @@ def _read_summary(path: Path) -> RunSummary:
         raise FileProblem(path, _describe(error), "restore the file, or train again") from None
 
 
-def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
-    """Return the training and validation curves, and a remark if an incomplete line was ignored.
+def _read_metrics(path: Path) -> tuple[_Curves, LayerMeasurements, tuple[str, ...]]:
+    """Return both curves, the measurements by layer, and a remark if an incomplete line was ignored.
 
     A run that was resumed from an older checkpoint has logged the steps after it twice: the last record
     counts.
@@ -299,6 +304,7 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
     lines = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
     train: list[CurvePoint] = []
     validation: list[CurvePoint] = []
+    probes: list[Probe] = []
     remarks: tuple[str, ...] = ()
     for position, (number, line) in enumerate(lines):
         try:
@@ -309,6 +315,8 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
                 remarks = (f"{path}: the last line ({number}) is incomplete and was ignored.",)
                 break
             raise FileProblem(f"{path}:{number}", _describe(error), "correct or remove the line") from None
+        if isinstance(point, Probe):
+            probes.append(point)
         if isinstance(point, HealthEvent | Probe):
             continue
         for curve in (train, validation):
@@ -320,17 +328,18 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
         curve.append(point)
     for curve in (train, validation):
         _check_order(path, curve)
-    return (tuple(train), tuple(validation)), remarks
+    measurements = join_measurements((probe.step, probe.layers) for probe in probes)
+    return (tuple(train), tuple(validation)), measurements, remarks
 
 
 def _check_order(path: Path, curve: Sequence[CurvePoint]) -> None:
     for before, after in itertools.pairwise(curve):
-        for field in _FIELDS.values():
-            if getattr(after, field) < getattr(before, field):
+        for name in _FIELDS.values():
+            if getattr(after, name) < getattr(before, name):
                 raise FileProblem(
                     path,
-                    f"{field} decreases from {getattr(before, field)} at step {before.step} "
-                    f"to {getattr(after, field)} at step {after.step}, although it is cumulative",
+                    f"{name} decreases from {getattr(before, name)} at step {before.step} "
+                    f"to {getattr(after, name)} at step {after.step}, although it is cumulative",
                     "train again, or leave this run out",
                 )
 

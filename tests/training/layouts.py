@@ -64,6 +64,7 @@ class Layout:
             "parallel": self.parallel,
             "optimizer": {"learning_rate": 0.01, **self.optimizer},
             "schedule": {"warmup_steps": 2},
+            "evaluation": {"num_sequences": 4, "probe_sequences": 3},
             "training": {
                 "num_steps": 9,
                 "global_batch_size": 8,
