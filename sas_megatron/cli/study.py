@@ -258,12 +258,35 @@ def report(study: Path, *, output: Path | None, bootstraps: int) -> None:
     from sas_megatron.scaling.study.study_report import write_study_report
     from sas_megatron.scaling.study.study_table import read_table
 
-    path = study
-    if study.suffix in (".yaml", ".yml"):
-        path = _load_plan(study)().directory / TABLE
+    path = _find_table(study)
     table = read_table(path)
     page = write_study_report(table, output or path.parent / "report", num_draws=bootstraps)
     click.echo(f"» {page}")
+
+
+@study.command(short_help="Show what happens inside the models, side by side.")
+@_study_file
+@_as_json
+def probes(study: Path, *, as_json: bool) -> None:
+    """Print what the runs measured inside their models, side by side, from the collected table.
+
+    STUDY is the study file, or the table that `study collect` wrote.
+    """
+    from sas_megatron.cli.mechanism_tables import measured_slices, mechanism_record, print_mechanisms
+    from sas_megatron.scaling.study.study_table import read_table
+
+    slices = measured_slices(read_table(_find_table(study)))
+    if as_json:
+        click.echo(json.dumps(mechanism_record(slices), indent=2))
+    else:
+        print_mechanisms(slices)
+
+
+def _find_table(study: Path) -> Path:
+    """Return the path of a study's collected table, given the study file or the table."""
+    if study.suffix in (".yaml", ".yml"):
+        return _load_plan(study)().directory / TABLE
+    return study
 
 
 def _load_plan(path: Path) -> Callable[[], Plan]:
