@@ -84,6 +84,28 @@ def run_preflight_checks(run_directory: Path, config: RunConfig | None) -> Prefl
     return PreflightReport([*nodes, *all_ranks], world_size, is_printed=is_rank0())
 
 
+def compare_layout(config: RunConfig) -> PreflightReport:
+    """Compare a small version of a run in one process with the same at its layout (`layout_check`).
+
+    All ranks that a launcher has started must call it.
+
+    Raises:
+        UserError: The config is not valid for this number of ranks or these devices.
+    """
+    world_size = launched_world_size()
+    config.check_world_size(world_size)
+    from sas_megatron.platform.device import prepare_device
+    from sas_megatron.platform.gpu_settings import apply_gpu_settings
+
+    apply_gpu_settings(config.training)
+    device = prepare_device()  # before Megatron-core is imported
+
+    from sas_megatron.preflight.layout_check import check_layout
+
+    findings = check_layout(config, device=device, world_size=world_size)
+    return PreflightReport(findings, world_size, is_printed=is_rank0())
+
+
 def _check_node(run_directory: Path, config: RunConfig | None, world_size: int) -> Iterator[Finding]:
     # This precedes the import of torch, which opens many files and takes seconds.
     yield check_open_files(world_size=world_size)
