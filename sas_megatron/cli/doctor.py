@@ -64,14 +64,19 @@ def doctor(
     if compares_layout:
         if run_config is None:
             raise FieldError("--layout", True, "needs a config", "name one: doctor --layout CONFIG")
-        report = compare_layout(run_config)
+        report = compare_layout(run_config, show=lambda report: _show(report, as_json=as_json))
     else:
         if run_directory is None:
             run_directory = Path("." if run_config is None else run_config.logging.run_directory)
         report = run_preflight_checks(run_directory, run_config)
     if report.is_printed:
-        click.echo(_as_json(report) if as_json else _as_table(report))
+        _show(report, as_json=as_json)
     sys.exit(worst(report.findings) == Severity.FAILURE)
+
+
+def _show(report: PreflightReport, *, as_json: bool) -> None:
+    click.echo(_as_json(report) if as_json else _as_table(report))
+    sys.stdout.flush()
 
 
 def _as_json(report: PreflightReport) -> str:

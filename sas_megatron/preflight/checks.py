@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,10 +84,14 @@ def run_preflight_checks(run_directory: Path, config: RunConfig | None) -> Prefl
     return PreflightReport([*nodes, *all_ranks], world_size, is_printed=is_rank0())
 
 
-def compare_layout(config: RunConfig) -> PreflightReport:
+def compare_layout(config: RunConfig, *, show: Callable[[PreflightReport], None]) -> PreflightReport:
     """Compare a small version of a run in one process with the same at its layout (`layout_check`).
 
     All ranks that a launcher has started must call it.
+
+    Args:
+        config: The run.
+        show: Prints the report; called on rank 0.
 
     Raises:
         UserError: The config is not valid for this number of ranks or these devices.
@@ -102,8 +106,11 @@ def compare_layout(config: RunConfig) -> PreflightReport:
 
     from sas_megatron.preflight.layout_check import check_layout
 
-    findings = check_layout(config, device=device, world_size=world_size)
-    return PreflightReport(findings, world_size, is_printed=is_rank0())
+    def report(findings: list[Finding]) -> None:
+        show(PreflightReport(findings, world_size, is_printed=True))
+
+    findings = check_layout(config, device=device, world_size=world_size, report=report)
+    return PreflightReport(findings, world_size, is_printed=False)
 
 
 def _check_node(run_directory: Path, config: RunConfig | None, world_size: int) -> Iterator[Finding]:

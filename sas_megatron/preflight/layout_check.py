@@ -88,7 +88,13 @@ class OneProcess:
     losses: list[float] = field(default_factory=list)
 
 
-def check_layout(config: RunConfig, *, device: torch.device, world_size: int) -> list[Finding]:
+def check_layout(
+    config: RunConfig,
+    *,
+    device: torch.device,
+    world_size: int,
+    report: Callable[[list[Finding]], None],
+) -> list[Finding]:
     """Train a small version of a config in one process and at its layout, and compare them.
 
     All ranks must call it, before their world is initialized. TF32 is off on this rank from then on.
@@ -97,6 +103,8 @@ def check_layout(config: RunConfig, *, device: torch.device, world_size: int) ->
         config: The run.
         device: The device of this rank.
         world_size: The number of ranks that the launcher has started.
+        report: Called on rank 0 with the findings while the other ranks wait, since a launcher may end all
+            ranks when the first one exits with an error.
 
     Returns:
         The findings, the same on every rank.
@@ -113,7 +121,10 @@ def check_layout(config: RunConfig, *, device: torch.device, world_size: int) ->
     with joined_topology(
         small.parallel, device=device, seed=small.training.seed, timeout_minutes=minutes
     ) as topology:
-        return _compare_layout(small, topology, expected)
+        findings = _compare_layout(small, topology, expected)
+        if topology.is_rank0:
+            report(findings)
+        return findings
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from sas_megatron.config.optimizer import DeepSpeedConfig
 from sas_megatron.config.parallel import ParallelConfig
@@ -61,7 +62,7 @@ def small_version(config: RunConfig, *, world_size: int) -> RunConfig:
 def one_process_version(small: RunConfig) -> RunConfig:
     """Return the run in one process, with Megatron-core's engine and without recomputation."""
     sections = {name: getattr(small, name) for name in RunConfig.model_fields}
-    changed = {
+    changed: dict[str, dict[str, Any]] = {
         "parallel": {},
         "deepspeed": {},
         "training": {"engine": "megatron", "recompute": "none", "recompute_modules": None},

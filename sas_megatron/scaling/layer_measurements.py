@@ -8,13 +8,13 @@ heads, and the entropy their mean.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Value = float | None
-# Values by head, and how those of all heads are joined.
-_OF_HEADS = {"largest_score": max, "mean_entropy": statistics.fmean}
+# How values of all heads or layers are joined, if not by their mean.
+_JOINED_BY: dict[str, Callable[[Sequence[float]], float]] = {"largest_score": max}
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class LayerMeasurements:
     Attributes:
         steps: The steps after which the model was measured, in ascending order.
         curves: For each name, the mean over the layers at each step; the largest value for the largest score.
-        layers: For each name, the value of each layer at the last step. None for values that were not
-            measured or not finite.
+        layers: For each name, the value of each layer at the last step; for updates, at the last step with
+            one, since the learning rate may end at 0. None for values that were not measured or not finite.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -55,8 +55,25 @@ def join_measurements(records: Iterable[tuple[int, Sequence[Mapping[str, Any]]]]
     return LayerMeasurements(
         steps,
         {name: [_join(name, layers) for layers in values] for name, values in by_layer.items()},
-        {name: values[-1] for name, values in by_layer.items()},
+        {name: values[find_last(name, values)] for name, values in by_layer.items()},
     )
+
+
+def find_last(name: str, values: Sequence[Any]) -> int:
+    """Return the index of the last step of a measurement; for updates, of the last step with one.
+
+    Args:
+        name: The measurement's name.
+        values: At each step, the mean over the layers or the values of the layers.
+    """
+    last = len(values) - 1
+    if not name.startswith("update_ratio"):
+        return last
+    for index in range(last, -1, -1):
+        of_step = values[index] if isinstance(values[index], list) else [values[index]]
+        if any(of_step):  # neither 0 nor None
+            return index
+    return last
 
 
 def _flatten(entry: Mapping[str, Any]) -> dict[str, Value]:
@@ -76,4 +93,4 @@ def _join(name: str, values: Sequence[Value]) -> Value:
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
         return None
-    return float(_OF_HEADS.get(name, statistics.fmean)(known))
+    return _JOINED_BY.get(name, statistics.fmean)(known)

@@ -260,7 +260,8 @@ def test_deepspeed_has_the_probes_of_megatron_core(
         ranks(2).run(complete, config)
     (expected,), (found,) = (records(config, "probe") for config in (megatron, deepspeed))
     for entry, of_megatron in zip(found["layers"], expected["layers"], strict=True):
-        assert entry["largest_score"] == pytest.approx(of_megatron["largest_score"], rel=1e-4)
+        # A largest score may be near 0.
+        assert entry["largest_score"] == pytest.approx(of_megatron["largest_score"], rel=1e-4, abs=1e-5)
         assert entry["copy_similarity"] == pytest.approx(of_megatron["copy_similarity"], rel=1e-4)
 
 

@@ -72,7 +72,9 @@ def assert_equal_layers(found: list[dict[str, Any]], expected: list[dict[str, An
     for layer, of_one_process in zip(found, expected, strict=True):
         assert layer.keys() == of_one_process.keys()
         for name, values in of_one_process.items():
-            assert layer[name] == pytest.approx(values, rel=LAYER_MEASUREMENT), name
+            # A largest score may be near 0.
+            nearly = pytest.approx(values, rel=LAYER_MEASUREMENT, abs=LAYER_MEASUREMENT / 100)
+            assert layer[name] == nearly, name
 
 
 def test_the_default_pairs_are_in_the_table_and_include_every_attention() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sas_megatron.scaling.drawing import choose_style
+from sas_megatron.scaling.layer_measurements import find_last
 from sas_megatron.scaling.numbers import MISSING, format_share, format_significant
 from sas_megatron.scaling.report import Block, Grid, ReportFigure
 from sas_megatron.scaling.study.study_table import Row
@@ -62,7 +63,8 @@ class Mechanism:
 MECHANISMS = (
     Mechanism(
         "Do simulated copies become different heads?",
-        "Mean cosine between the r simulated copies of a head: 1 for equal copies, 0 for unrelated ones.",
+        "Mean cosine between the r simulated copies of a head: 1 for equal copies, 0 for unrelated and −1 "
+        "for opposite ones.",
         ("copy_similarity",),
         lambda value: MISSING if value is None else f"{value:.3f}".replace("-", "−"),
     ),
@@ -84,7 +86,8 @@ MECHANISMS = (
     ),
     Mechanism(
         "Does every part train?",
-        "Norm of the gradient before clipping, and norm of the update divided by that of the weights.",
+        "Norm of the gradient before clipping, and norm of the last update that is not 0 (the learning rate "
+        "may end at 0) divided by that of the weights.",
         ("gradient_norm", "update_ratio"),
     ),
 )
@@ -149,7 +152,7 @@ def mechanism_grid(mechanism: Mechanism, runs: Runs) -> Grid | None:
         for name in mechanism.find_names(rows):
             curves = [row.layer_curves[name] for row in rows if name in row.layer_curves]
             layers = [row.layer_values[name] for row in rows if name in row.layer_values]
-            ends = (_average([curve[index] for curve in curves]) for index in (0, -1))
+            ends = (_average([curve[index] for curve in curves]) for index in (0, find_last(name, curves[0])))
             lines.append(
                 (
                     variant,

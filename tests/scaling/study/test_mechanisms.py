@@ -45,6 +45,15 @@ def test_records_of_a_run_are_joined_by_step_layer_and_head() -> None:
     assert join_measurements([]).steps == []
 
 
+def test_the_last_update_is_that_of_the_last_step_with_one() -> None:
+    found = join_measurements(
+        (step, [{"layer": 1, "update_ratio": {"mlp": ratio}, "silent_units": {"heads.query": ratio}}])
+        for step, ratio in ((1, 0.25), (2, 0.125), (3, 0.0))
+    )
+    assert found.curves["update_ratio.mlp"] == [0.25, 0.125, 0.0]
+    assert found.layers == {"update_ratio.mlp": [0.125], "silent_units.heads.query": [0.0]}
+
+
 def test_a_table_has_means_over_seeds_and_layers_and_names_the_extreme_layers() -> None:
     table = with_measurements(build_synthetic_table(num_sizes=2))
     by_variant = {
