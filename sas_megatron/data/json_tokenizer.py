@@ -95,7 +95,7 @@ def _read_end(path: Path, settings: bytes | None) -> str | None:
         return None
     try:
         token = json.loads(settings).get("eos_token")
-        return token["content"] if isinstance(token, dict) else token
+        return str(token["content"]) if isinstance(token, dict) else token and str(token)
     except (ValueError, KeyError, AttributeError) as error:
         raise FileProblem(
             path.with_name(SETTINGS_FILE), f"is damaged ({error})", "copy it again, or remove it"

@@ -19,32 +19,17 @@ from sas_megatron.data.adoption import Adoption, adopt_token_files, expand_prefi
 from sas_megatron.data.token_files import load_manifest, token_file, verify_token_files
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.data.tokenizer_loading import load_tokenizer
+from tests.data.token_pairs import CODES, INDEX_HEADER, write_pair
 from tests.data.tokenizer_kinds import END, WORDS, write_byte_level, write_prefixed
 from tests.fork_server import run_command
 from tests.rank_pool import in_layout
 
-INDEX_HEADER = struct.Struct("<9sQBQQ")
-CODES = {"uint16": 8, "int32": 4, "int64": 5}
 TEXTS = [WORDS * (number % 5 + 1) + str(number) for number in range(60)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(write_byte_level(tmp_path_factory.mktemp("byte_level")))
-
-
-def write_pair(prefix: Path, documents: Sequence[Sequence[int]], dtype: str = "uint16") -> Path:
-    """Write token files as Megatron-LM's tools/preprocess_data.py does, each document as one sequence."""
-    lengths = np.array([len(document) for document in documents], dtype=np.int32)
-    tokens = np.concatenate([np.array(document, dtype=dtype) for document in documents])
-    pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * tokens.itemsize
-    header = INDEX_HEADER.pack(b"MMIDIDX\0\0", 1, CODES[dtype], len(documents), len(documents) + 1)
-    boundaries = np.arange(len(documents) + 1, dtype=np.int64)
-    token_file(prefix, ".bin").write_bytes(tokens.tobytes())
-    token_file(prefix, ".idx").write_bytes(
-        header + lengths.tobytes() + pointers.tobytes() + boundaries.tobytes()
-    )
-    return prefix
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], *, before: Sequence[int] = ()) -> list[list[int]]:
@@ -158,7 +143,7 @@ def damage(case: str, prefix: Path, documents: list[list[int]]) -> None:
         ("position", ".idx: has a wrong position for document 1; copy it again from where it was written"),
         ("sentences", ".idx: has 60 sequences in 30 documents; write the token files with one sequence"),
         ("floats", ".idx: has tokens that are not integers (type 6)"),
-        ("large token", ".bin: has token id 400, outside of the vocabulary of 340"),
+        ("large token", ".bin: has token id 400, outside of the vocabulary of 330"),
         ("other record", ".json: is not a manifest of token files"),
     ],
 )
@@ -187,7 +172,7 @@ def test_another_end_of_document_is_named(tokenizer: Tokenizer, tmp_path: Path) 
 
 
 def test_tokens_of_another_tokenizer_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    permutation = np.roll(np.arange(340), 7)
+    permutation = np.roll(np.arange(330), 7)
     documents = [permutation[document].tolist() for document in encode(tokenizer, TEXTS)]
     with pytest.raises(
         FileProblem, match=r"corpus.bin: has no text that .* encodes as the tokens in this file"
@@ -220,7 +205,7 @@ def test_the_command_adopts_shards(tokenizer: Tokenizer, tmp_path: Path) -> None
     shards[1].with_suffix(".bin").write_bytes(b"\xff" * shards[1].with_suffix(".bin").stat().st_size)
     refused = run_command(*arguments, "--overwrite")
     assert refused.returncode == 2
-    assert "outside of the vocabulary of 340" in refused.stderr
+    assert "outside of the vocabulary of 330" in refused.stderr
 
 
 def read_both(prefixes: list[str], location: str, cache: str) -> list[list[Any]]:
@@ -242,7 +227,7 @@ def read_both(prefixes: list[str], location: str, cache: str) -> list[list[Any]]
         index_cache=f"{cache}/ours",
         reset_at_document_ends=True,
     )
-    tokenizer = open_token_files(data, vocab_size=340, verify=True)
+    tokenizer = open_token_files(data, vocab_size=330, verify=True)
     ours = build_training_samples(data, tokenizer, num_samples=90, seed=5)
     theirs = BlendedMegatronDatasetBuilder(
         GPTDataset,

@@ -16,7 +16,7 @@ import pytest
 
 from sas_megatron.data.tokenizer_loading import load_tokenizer
 from tests.data.preparing import files_of
-from tests.data.test_adoption import write_pair
+from tests.data.token_pairs import write_pair
 from tests.data.tokenizer_kinds import KINDS, WORDS, write_byte_level
 from tests.selection import draws, exhaustive
 

@@ -77,7 +77,7 @@ def train_byte_level(*, normalizer: Any = None, add_prefix_space: bool = False) 
         tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340,
+        vocab_size=330,
         special_tokens=["<|begin|>", END, "<|user|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
