@@ -104,7 +104,7 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         remedy=PREPARE_AGAIN,
         missing=(
             "does not exist, so the token files are missing or incomplete",
-            "prepare them with `sas-megatron data prepare`",
+            "prepare them with `sas-megatron data prepare`, or give existing ones to `sas-megatron data adopt`",
         ),
     ):
         content = path.read_bytes()
@@ -121,7 +121,6 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
             path,
             f"has schema version {manifest.schema_version}, and this program reads up to {SCHEMA_VERSION}",
             PREPARE_AGAIN,
-            TokenType,
         )
     return manifest
 
