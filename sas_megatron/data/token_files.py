@@ -104,7 +104,7 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         remedy=PREPARE_AGAIN,
         missing=(
             "does not exist, so the token files are missing or incomplete",
-            "prepare them with `sas-megatron data prepare`, or give existing ones to `sas-megatron data adopt`",
+            "use `sas-megatron data prepare`, or `sas-megatron data adopt` for token files of Megatron",
         ),
     ):
         content = path.read_bytes()
