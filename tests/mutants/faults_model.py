@@ -6,7 +6,7 @@ MUTANTS = (
     # model
     Mutant(
         "head-flops-without-vocabulary-padding",
-        "sas_megatron.costs.flops:count_forward_flops",
+        "sas_megatron.costs.flops:_count_head_flops",
         "2 * model.hidden_size * model.padded_vocab_size",
         "2 * model.hidden_size * model.vocab_size",
         "The FLOPs of the output layer omit the rows that pad the vocabulary.",
