@@ -7,8 +7,8 @@ MUTANTS = (
     Mutant(
         "head-flops-without-vocabulary-padding",
         "sas_megatron.costs.flops:_count_head_flops",
-        "2 * model.hidden_size * model.padded_vocab_size",
-        "2 * model.hidden_size * model.vocab_size",
+        "2 * config.model.hidden_size * config.model.padded_vocab_size",
+        "2 * config.model.hidden_size * config.model.vocab_size",
         "The FLOPs of the output layer omit the rows that pad the vocabulary.",
     ),
     Mutant(
