@@ -114,7 +114,7 @@ def prepare(
     click.echo(f"{prefix}: {facts}, in {preparation.encoding_seconds:.1f} s ({speed:,.0f} tokens/s)")
 
 
-@data.command()
+@data.command(short_help="Check and record token files of Megatron.")
 @click.argument("prefixes", nargs=-1, required=True, metavar="PREFIX...")
 @click.option(
     "--tokenizer",
