@@ -55,6 +55,10 @@ COMMANDS = {
         "--bootstraps 50",
     ),
     "studies.md": ("sas-megatron study plan configs/studies/python.yaml", ""),
+    "tokenizers.md": (
+        "sas-megatron tokenizer train builtin --kind bpe --vocab-size 8192 --output bpe/tokenizer.json",
+        "--sample-bytes 1000000",
+    ),
     "training.md": (
         "sas-megatron train configs/quickstart_mha.yaml parallel.tensor=1 logging.run_directory=runs/mha",
         "training.num_steps=25",
