@@ -33,6 +33,7 @@ class AttentionConfig(Section):
         uses_model_rotary: Whether the layer uses the model's rotary embedding, rather than its own.
         rotary_choices: The values of `rotary` that the variant supports.
         has_fused_qkv: Whether queries, keys and values come from Megatron-core's fused projection.
+        supports_qkv_bias: Whether `qkv_bias` adds biases to these projections.
         recomputable: The parts that `training.recompute_modules` may name, with the FLOP terms of each.
         dimension_steps: For matching (scaling/matching.py), the fields that may be solved for, with a step
             that suits the hardware.
@@ -44,6 +45,7 @@ class AttentionConfig(Section):
     uses_model_rotary: ClassVar[bool] = True
     rotary_choices: ClassVar[tuple[str, ...]] = ("after", "none")
     has_fused_qkv: ClassVar[bool] = True
+    supports_qkv_bias: ClassVar[bool] = False
     recomputable: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("scores", "values")}
     dimension_steps: ClassVar[dict[str, int]] = {"num_heads": 1, "head_dim": 8}
     size_dimensions: ClassVar[tuple[str, ...]] = ()
@@ -71,6 +73,11 @@ class AttentionConfig(Section):
         "auto: by chunks of queries where that is faster (on a CPU, causal, float32, up to 1,024 tokens), "
         "otherwise fused.",
     )
+    qkv_bias: bool = Field(
+        default=False,
+        description="Add biases to the projections of queries, keys and values only, as Qwen2 does; "
+        "model.linear_bias adds them to all projections.",
+    )
     qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys before rotary embeddings.")
     knocking_heads: bool = Field(
         default=False, description="A gated map of D×D of each value head, shared by all heads."
@@ -93,6 +100,12 @@ class AttentionConfig(Section):
                 "num_kv_heads",
                 f"must divide attention.num_heads={self.num_heads}",
                 f"use one of {divisors(self.num_heads)}",
+            )
+        if self.qkv_bias and not self.supports_qkv_bias:
+            raise self.problem(
+                "qkv_bias",
+                f"is not supported by attention.kind={self.kind}",
+                "omit it, or use one of the kinds mha, gqa, mqa, diff, sas",
             )
         self._check_rotary()
         return self

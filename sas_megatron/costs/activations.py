@@ -168,11 +168,20 @@ def _count_layer(config: RunConfig, spec: ActivationSpec) -> Terms:
     model = config.model
     attention = build_attention_costs(config.attention)
     return {
-        "norms": 2 * spec.norm_bytes(model.hidden_size, model.normalization),
+        "norms": _count_norms(config, spec),
         **attention.count_activation_bytes(model.hidden_size, spec),
         "mlp": _count_mlp(config, spec),
         "residual": 2 * _count_hidden_dropout(config, spec),
     }
+
+
+def _count_norms(config: RunConfig, spec: ActivationSpec) -> int:
+    """Return the bytes of both norms of a layer, which with parallel residual branches read one tensor."""
+    model = config.model
+    first = spec.norm_bytes(model.hidden_size, model.normalization)
+    if not model.parallel_residual:
+        return 2 * first
+    return first + spec.norm_bytes(model.hidden_size, model.normalization, input_width=0)
 
 
 def _count_hidden_dropout(config: RunConfig, spec: ActivationSpec) -> int:

@@ -32,11 +32,12 @@ class AttentionCosts:
         """Return the layer's weights in the order in which its module registers them.
 
         The output projection comes last here, although Megatron-core registers it first. By default, `qkv`
-        has H·D(N + 2G) elements and `projection` N·D·H, both with biases if `linear_bias` is set.
+        has H·D(N + 2G) elements and `projection` N·D·H, both with biases if `linear_bias` is set; the first
+        also has one if `attention.qkv_bias` is set.
         """
         width = self.attention.qkv_width
         qkv = [Weight("qkv", hidden_size * width, sharded=True)]
-        if linear_bias:
+        if linear_bias or self.attention.qkv_bias:
             qkv.append(Weight("qkv", width, sharded=True))
         return [*qkv, *self.projection_weights(hidden_size, linear_bias=linear_bias)]
 

@@ -50,6 +50,7 @@ TERM_OF_FUNCTION = {
     "SimulatedSelfAttention.project": "qkv",
     "TransformerLayer._forward_mlp": "mlp",
     "_bias_dropout_add_func": "residual",
+    "get_bias_dropout.<locals>.bias_dropout": "residual",
     "TransformerBlock._checkpointed_forward": "layer_inputs",
     "checkpointed_forward": "layer_inputs",  # its name from megatron-core 0.19 on
     "LanguageModule.compute_language_model_loss": "head",
