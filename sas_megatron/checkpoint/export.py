@@ -26,6 +26,7 @@ from sas_megatron.checkpoint.tensor_files import (
     new_folder,
     write_tensors,
 )
+from sas_megatron.checkpoint.tokenizer_files import write_tokenizer
 from sas_megatron.checkpoint.trained_run import open_fitting_tokenizer
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import dump_yaml
@@ -43,7 +44,6 @@ _MODEL_CODE = (
     Path(simulated_attention.__file__),
     Path(rotary_frequencies.__file__),
 )
-_TOKENIZER_CODE = "tokenization_sas_megatron.py"
 
 
 def export_model(
@@ -73,7 +73,7 @@ def export_model(
         UserError: The weights do not match the config, or a file cannot be read or written.
     """
     tokenizer = tokenizer or open_fitting_tokenizer(
-        Path(config.data.tokenizer), config, remedy="name the tokenizer with which the model was trained"
+        config.data.tokenizer, config, remedy="name the tokenizer with which the model was trained"
     )
     export_format, obstacle = choose_format(config.model, config.attention)
     tensors = _remove_padding(weights, config, dtype)
@@ -91,7 +91,7 @@ def export_model(
             partial / "generation_config.json",
             {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id, "use_cache": True},
         )
-        _write_tokenizer(partial, tokenizer, config)
+        write_tokenizer(partial, tokenizer, config)
         for path in () if obstacle is None else _MODEL_CODE:
             shutil.copyfile(path, partial / path.name)
         resolved = dump_yaml(config)
@@ -143,26 +143,6 @@ def _remove_padding(
             f"weights: have {total:,} parameters, but the config describes {expected:,}; use the config of "
             "the run that trained them"
         )
-
-
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
-    end_of_document = tokenizer.piece(tokenizer.eos_id)
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    shutil.copyfile(_CODE / _TOKENIZER_CODE, folder / _TOKENIZER_CODE)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "SASMegatronTokenizer",
-            "auto_map": {"AutoTokenizer": ["tokenization_sas_megatron.SASMegatronTokenizer", None]},
-            "model_max_length": config.data.sequence_length,
-            "eos_token": end_of_document,
-            # The vocabulary has no padding token, so the end of document is used instead.
-            "pad_token": end_of_document,
-            "padding_side": "left",
-            "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

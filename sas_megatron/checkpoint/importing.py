@@ -3,6 +3,7 @@
 config.json, model*.safetensors  ->  weights*.safetensors   under global names
                                      weights.json           architecture, checksum and origin
                                      model.yaml             the sections `model` and `attention` of a config
+tokenizer.json, tokenizer.model  ->  the same files
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.errors import FieldError, FileProblem, shorten
 from sas_megatron.config.loading import dump_tree
 from sas_megatron.config.model import ModelConfig
+from sas_megatron.data.tokenizer import Tokenizer
 
 # Default limit of model.vocab_multiple, a multiple of all usual tensor-parallel sizes.
 _MAX_VOCAB_MULTIPLE = 128
@@ -121,13 +123,18 @@ def open_model(source: Path, *, vocab_multiple: int | None = None) -> UnshardedM
 
 
 def write_model(
-    unsharded_model: UnshardedModel, folder: Path, *, shard_bytes: int = SHARD_BYTES
+    unsharded_model: UnshardedModel,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> WeightsRecord:
     """Write unsharded weights, their record and their config sections into a new folder.
 
     Args:
         unsharded_model: The model.
         folder: New folder.
+        tokenizer: The tokenizer of the model, whose files are written as well.
         shard_bytes: Largest size of a file of weights. Memory holds one file at a time.
 
     Raises:
@@ -141,6 +148,8 @@ def write_model(
             origin=unsharded_model.origin,
         )
         record.write(partial)
+        for name, content in {} if tokenizer is None else tokenizer.files.items():
+            (partial / name).write_bytes(content)
         sections = {
             "model": unsharded_model.model.model_dump(mode="json"),
             "attention": unsharded_model.attention.model_dump(mode="json"),

@@ -152,6 +152,7 @@ def import_command(
     """
     _prepare()
     from sas_megatron.checkpoint.importing import open_model, write_model
+    from sas_megatron.checkpoint.tokenizer_files import open_source_tokenizer
     from sas_megatron.checkpoint.unsharded_weights import open_run_weights
     from sas_megatron.checkpoint.upcycling import upcycle
     from sas_megatron.config.errors import FieldError
@@ -167,14 +168,21 @@ def import_command(
         imported = open_run_weights(source, has_iteration=False).to_unsharded_model()
     if target is not None:
         imported = upcycle(imported, target)
-    record = write_model(imported, output)
+    tokenizer = open_source_tokenizer(source)
+    record = write_model(imported, output, tokenizer=tokenizer)
     if as_json:
         click.echo(json.dumps({"folder": str(output), **record.model_dump(mode="json")}, indent=2))
         return
     model = imported.model
     click.echo(
         f"{output}: {imported.attention.kind}, {model.num_layers} layers, hidden size {model.hidden_size}, "
-        f"vocabulary {model.vocab_size}\nStart training from it with checkpoint.initial_weights={output}"
+        f"vocabulary {model.vocab_size}\n"
+        + (
+            "no tokenizer in the source\n"
+            if tokenizer is None
+            else f"tokenizer: {output / next(iter(tokenizer.files))}, round trip {tokenizer.round_trip}\n"
+        )
+        + f"Start training from it with checkpoint.initial_weights={output}"
     )
 
 

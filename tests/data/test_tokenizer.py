@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.data.documents import stream_documents
-from sas_megatron.data.tokenizer import SPACE_MARK, Tokenizer
+from sas_megatron.data.sentencepiece_tokenizer import SPACE_MARK
+from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from sas_megatron.data.tokenizer_training import sample_passages, train_tokenizer
 
 DIFFICULT = [
@@ -81,7 +83,7 @@ def test_training_is_deterministic(tmp_path: Path, corpus: Path, model_type: str
             model_type=model_type,
         )
         models.append(path.read_bytes())
-        record = json.loads(path.with_suffix(".json").read_text())
+        record = json.loads(path.with_suffix(".training.json").read_text())
         assert (record["model_type"], record["sha256"]) == (model_type, trained.sha256)
         assert record["trainer_options"]["normalization_rule_name"] == "identity"
     assert models[0] == models[1]
@@ -140,9 +142,9 @@ def test_another_tokenizer_is_replaced_only_on_request(tmp_path: Path) -> None:
         f"{path}: is another tokenizer, which token files and checkpoints may need; name another "
         "--output, or give --overwrite"
     )
-    assert Tokenizer(path).sha256 == first.sha256
+    assert load_tokenizer(path).sha256 == first.sha256
     train_tokenizer(documents, vocab_size=271, model_path=path, overwrite=True)
-    assert Tokenizer(path).vocab_size == 271
+    assert load_tokenizer(path).vocab_size == 271
 
 
 def test_unigram_error_names_the_largest_vocabulary(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_unigram_error_names_the_largest_vocabulary(tmp_path: Path) -> None:
 def test_error_names_invalid_models(tmp_path: Path, tokenizer_path: Path) -> None:
     path = tmp_path / "t.model"
     with pytest.raises(FileProblem, match=r"t\.model: does not exist; train one with"):
-        Tokenizer(path)
+        load_tokenizer(path)
     model = tokenizer_path.read_bytes()
     not_utf8 = model.replace(SPACE_MARK.encode(), b"\xff\xfe\xfd")
     not_hexadecimal = model.replace(b"<0x41>", b"<0xZZ>")
@@ -165,9 +167,9 @@ def test_error_names_invalid_models(tmp_path: Path, tokenizer_path: Path) -> Non
     for content in (b"", b"garbage", model[:5000], not_utf8, not_hexadecimal, damaged_byte):
         path.write_bytes(content)
         with pytest.raises(FileProblem, match=r"t\.model: is damaged, or is not a sentencepiece model"):
-            Tokenizer(path)
+            load_tokenizer(path)
     with pytest.raises(FileProblem, match="cannot be read"):
-        Tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -188,4 +190,4 @@ def test_irreversible_models_are_refused(tmp_path: Path, options: dict[str, obje
     path = tmp_path / "t.model"
     path.write_bytes(model.getvalue())
     with pytest.raises(FileProblem, match=problem):
-        Tokenizer(path)
+        load_tokenizer(path)

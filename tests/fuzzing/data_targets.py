@@ -99,9 +99,9 @@ def _build_tokenizers() -> Seeds:
 
 
 def _run_tokenizer(_arguments: tuple[str, ...]) -> None:
-    from sas_megatron.data.tokenizer import Tokenizer
+    from sas_megatron.data.tokenizer_loading import load_tokenizer
 
-    tokenizer = Tokenizer("tokenizer.model")
+    tokenizer = load_tokenizer("tokenizer.model")
     text = "the run of a model: \u2581 été\n\t\0 👍"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     tokenizer.decode(range(tokenizer.vocab_size))
