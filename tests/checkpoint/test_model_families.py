@@ -15,7 +15,7 @@ from sas_megatron.checkpoint.tensor_files import StoredTensors
 from sas_megatron.checkpoint.upcycling import upcycle
 from sas_megatron.checkpoint.weights_source import describe_architecture
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from tests.checkpoint.transformers_models import (
     FAMILIES,
     MODELS,
@@ -74,7 +74,7 @@ def test_an_import_is_exported_to_the_same_format(small_data: SmallData, tmp_pat
         dict(imported.tensors),
         config,
         folder=tmp_path / "exported",
-        tokenizer=Tokenizer(small_data.tokenizer),
+        tokenizer=load_tokenizer(small_data.tokenizer),
     )
     assert exported.obstacle is None
     model = transformers.AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_an_upcycled_model_and_its_export_have_the_logits_of_transformers(
     (decoded,) = ranks(1).run(decode_logits, weights, config)
     assert_near(decoded, expected, torch.float64, "logits of decoding")
     folder = export_model(
-        weights, config, folder=tmp_path / "exported", tokenizer=Tokenizer(small_data.tokenizer)
+        weights, config, folder=tmp_path / "exported", tokenizer=load_tokenizer(small_data.tokenizer)
     ).folder
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, trust_remote_code=True
