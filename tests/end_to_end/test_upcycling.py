@@ -122,7 +122,7 @@ def test_a_llama_with_its_own_tokenizer_is_upcycled_trained_and_exported(tmp_pat
     # Before the first update, the upcycled model computes the same as the Llama.
     assert sas[0] == pytest.approx(base[0], rel=1e-5)
     assert sas[-1] < sas[0]
-    assert sas[-1] != pytest.approx(base[-1], rel=1e-4), "the simulation is trained"
+    assert sas[-1] != pytest.approx(base[-1], rel=1e-5), "the simulation is trained"
     run(tmp_path, "checkpoint", "export", "runs/sas", "--output", "exported")
     exported_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     for document in DOCUMENTS:
