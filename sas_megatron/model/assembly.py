@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.output_loss import resolve_output_loss
+from sas_megatron.costs.output_loss import is_loss_blocked, resolve_output_loss
 from sas_megatron.distributed.topology import virtual_pipeline_size
 from sas_megatron.model.initialization import initialize_weights
 from sas_megatron.model.output_loss import GPT
@@ -232,6 +232,7 @@ def _build_chunk(config: RunConfig, chunk: int, dtype: torch.dtype | None) -> GP
     layers_of_stage = config.parallel.layers_of_stages(config.model.num_layers)[stage]
     model = GPT(
         is_loss_chunked=resolve_output_loss(config) == "chunked",
+        is_loss_blocked=is_loss_blocked(config, device="gpu" if torch.cuda.is_available() else "cpu"),
         z_loss=config.model.z_loss,
         config=build_transformer_config(config, dtype=dtype),
         transformer_layer_spec=build_block_spec(config, num_layers=layers_of_stage // num_chunks),
