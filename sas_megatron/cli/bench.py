@@ -239,7 +239,7 @@ def data(
     megatron_lm: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare `data prepare` with sentencepiece alone."""
+    """Compare `data prepare` with the library of the tokenizer alone."""
     import tempfile
 
     from sas_megatron.benchmarks.data import measure_preparation

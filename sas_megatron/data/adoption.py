@@ -153,7 +153,8 @@ def _check(prefix: str, tokenizer: Tokenizer) -> TokenManifest:
     for path in (bin_path, idx_path):
         if not path.exists():
             raise FileProblem(path, "does not exist", "copy both files, PREFIX.bin and PREFIX.idx")
-    dtype, num_documents = read_header(idx_path)
+    token_type, num_documents = read_header(idx_path)
+    dtype = np.dtype(token_type)
     bin_bytes = bin_path.stat().st_size
     num_tokens = bin_bytes // dtype.itemsize
     check_positions(idx_path, num_documents=num_documents, num_tokens=num_tokens, token_bytes=dtype.itemsize)
@@ -175,7 +176,7 @@ def _check(prefix: str, tokenizer: Tokenizer) -> TokenManifest:
         text_bytes=contents.text_bytes,
         empty_documents=0,
         documents_without_end=without_end,
-        dtype=dtype.name,
+        dtype=token_type,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         end_of_document=tokenizer.end_of_document,

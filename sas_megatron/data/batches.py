@@ -121,7 +121,7 @@ def index_folder(data: DataConfig, tokenizer: Tokenizer, *, sizes: list[int], se
         megatron.core.__version__,
         [[manifest.bin_sha256, manifest.idx_sha256] for manifest in manifests],
         tokenizer.sha256,
-        data.model_dump(mode="json", exclude={"index_cache", "tokenizer"}),
+        data.model_dump(mode="json", exclude={"index_cache", "tokenizer", "end_of_document"}),
         sizes,
         seed,
     ]

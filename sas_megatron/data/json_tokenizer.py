@@ -13,11 +13,9 @@ import tokenizers
 
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.sentencepiece_tokenizer import SPACE_MARK
-from sas_megatron.data.tokenizer import RefusedText, Tokenizer
+from sas_megatron.data.tokenizer import RefusedText, Tokenizer, check_all_bytes, count_ids
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
-# Bytes that no UTF-8 text contains.
-_NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
 class JsonTokenizer(Tokenizer):
@@ -95,7 +93,7 @@ def _read_end(path: Path, settings: bytes | None) -> str | None:
         return None
     try:
         token = json.loads(settings).get("eos_token")
-        return token["content"] if isinstance(token, dict) else token
+        return str(token["content"]) if isinstance(token, dict) else token and str(token)
     except (ValueError, KeyError, AttributeError) as error:
         raise FileProblem(
             path.with_name(SETTINGS_FILE), f"is damaged ({error})", "copy it again, or remove it"
@@ -122,25 +120,20 @@ def _list_token_bytes(
         for part in ("normalizer", "pre_tokenizer", "decoder")
         for step in _steps(fields.get(part))
     }
-    token_bytes = [b""] * (1 + max(vocabulary.values()))
+    token_bytes = [b""] * count_ids(path, vocabulary.values())
     if "ByteLevel" in kinds:
         byte_of = byte_level_alphabet()
-        missing = [byte for char, byte in byte_of.items() if char not in vocabulary]
+        present = [byte for char, byte in byte_of.items() if char in vocabulary]
     elif model.get("byte_fallback"):
         byte_of = {}
-        missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]
+        present = [byte for byte in range(256) if f"<0x{byte:02X}>" in vocabulary]
     else:
         raise FileProblem(
             path,
             f"is a {model.get('type')} model without byte-level tokens or byte fallback",
             "use a byte-level tokenizer, or one with byte fallback",
         )
-    if missing := sorted(set(missing) - _NEVER_IN_UTF8):
-        raise FileProblem(
-            path,
-            f"has no token for {len(missing)} bytes, such as 0x{missing[0]:02x}",
-            "train it with the complete alphabet of bytes",
-        )
+    check_all_bytes(path, present)
     for token, token_id in vocabulary.items():
         if token_id in added:
             token_bytes[token_id] = b"" if added[token_id]["special"] else token.encode()

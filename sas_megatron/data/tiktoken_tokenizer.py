@@ -14,7 +14,7 @@ import numpy.typing as npt
 import tiktoken
 
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.data.tokenizer import RefusedText, Tokenizer
+from sas_megatron.data.tokenizer import RefusedText, Tokenizer, check_all_bytes, count_ids
 
 TIKTOKEN_FILE = "tokenizer.tiktoken"
 FORMAT = "tiktoken encoding"
@@ -28,7 +28,10 @@ class TiktokenTokenizer(Tokenizer):
     ) -> None:
         self._encoding = encoding
         special = encoding._special_tokens
-        token_bytes = [b""] * encoding.n_vocab
+        ids = [*encoding._mergeable_ranks.values(), *special.values()]
+        token_bytes = [b""] * count_ids(Path(location), ids)
+        # The library would abort a text with another byte.
+        check_all_bytes(Path(location), (token[0] for token in encoding._mergeable_ranks if len(token) == 1))
         for token, token_id in encoding._mergeable_ranks.items():
             token_bytes[token_id] = token
         super().__init__(
@@ -88,13 +91,18 @@ def read_encoding(path: Path, fields: dict[str, Any]) -> tiktoken.Encoding:
     """
     try:
         ranks = {base64.b64decode(token, validate=True): rank for rank, token in fields["mergeable_ranks"]}
+        ids = [*ranks.values(), *fields["special_tokens"].values()]
+        if len(set(ids)) < len(fields["mergeable_ranks"]) + len(fields["special_tokens"]):
+            raise ValueError("it has two tokens with the same bytes or id")
         return tiktoken.Encoding(
             str(fields["name"]),
             pat_str=fields["pat_str"],
             mergeable_ranks=ranks,
             special_tokens=fields["special_tokens"],
         )
-    except Exception as error:  # the library raises several, among them OverflowError
+    except BaseException as error:  # the library raises several, and a PanicException, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise FileProblem(path, f"is a damaged tiktoken encoding ({error})", "copy it again") from error
 
 

@@ -11,7 +11,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from sas_megatron.data.round_trip import EXACT
 from sas_megatron.data.token_index import (
     BLOCK_BYTES,
     PREPARE_AGAIN,
+    TokenType,
     check_header,
     check_positions,
     count_index_bytes,
@@ -65,7 +65,7 @@ class TokenManifest(BaseModel):
     text_bytes: int
     empty_documents: int  # number of documents left out because they are empty
     documents_without_end: int = 0  # only of adopted files
-    dtype: Literal["uint8", "int8", "int16", "uint16", "int32", "int64"]
+    dtype: TokenType
     vocab_size: int
     eos_id: int
     # None in version 1, of which all tokenizers were exact.
@@ -104,7 +104,7 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         remedy=PREPARE_AGAIN,
         missing=(
             "does not exist, so the token files are missing or incomplete",
-            "prepare them with `sas-megatron data prepare`",
+            "use `sas-megatron data prepare`, or `sas-megatron data adopt` for token files of Megatron",
         ),
     ):
         content = path.read_bytes()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,9 @@ from sas_megatron.config.errors import FileProblem, translate_os_errors
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
-CODE_OF_DTYPE = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+TokenType = Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
+TYPE_OF_CODE: dict[int, TokenType] = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+CODE_OF_DTYPE: dict[str, int] = {name: code for code, name in TYPE_OF_CODE.items()}
 BLOCK_BYTES = 1 << 22
 PREPARE_AGAIN = "prepare it again with `sas-megatron data prepare --overwrite`"
 
@@ -79,7 +81,7 @@ def read_offsets(path: Path, num_documents: int) -> npt.NDArray[np.int64]:
     return _map(path, "<i8", offset=INDEX_HEADER.size + 4 * num_documents, count=num_documents)
 
 
-def read_header(path: Path) -> tuple[np.dtype[Any], int]:
+def read_header(path: Path) -> tuple[TokenType, int]:
     """Return the type of the tokens and the number of documents of an .idx file of any program.
 
     Raises:
@@ -93,8 +95,7 @@ def read_header(path: Path) -> tuple[np.dtype[Any], int]:
     if fields[:2] != (INDEX_MAGIC, INDEX_VERSION):
         raise FileProblem(path, "is not an index of token files", PREPARE_AGAIN)
     _, _, code, num_sequences, num_boundaries = fields
-    dtypes = {code: name for name, code in CODE_OF_DTYPE.items()}
-    if code not in dtypes:
+    if code not in TYPE_OF_CODE:
         raise FileProblem(path, f"has tokens that are not integers (type {code})", PREPARE_AGAIN)
     if num_boundaries != num_sequences + 1 or num_sequences == 0:
         raise FileProblem(
@@ -107,7 +108,7 @@ def read_header(path: Path) -> tuple[np.dtype[Any], int]:
         raise FileProblem(
             path, f"has {size_bytes:,} bytes, but its header gives {expected_bytes:,}", PREPARE_AGAIN
         )
-    return np.dtype(dtypes[code]), num_sequences
+    return TYPE_OF_CODE[code], num_sequences
 
 
 def check_header(path: Path, *, dtype: str, num_documents: int) -> None:

@@ -17,11 +17,50 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.data.round_trip import EXACT, describe_changes
 
 # The usual names of the token after a document, of a tokenizer that does not name one.
 USUAL_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+# A larger id is damage, for which memory would be reserved. Published vocabularies have up to 2^18 tokens.
+MAX_VOCABULARY = 1 << 22
+
+
+def count_ids(path: Path, ids: Iterable[int]) -> int:
+    """Return the largest token id plus one.
+
+    Raises:
+        FileProblem: There are no ids, or one is negative or too large.
+    """
+    smallest, largest = min(ids := list(ids), default=-1), max(ids, default=-1)
+    if smallest < 0 or largest >= MAX_VOCABULARY:
+        raise FileProblem(
+            path,
+            f"has token ids from {smallest} to {largest}",
+            f"use a tokenizer with ids from 0 to at most {MAX_VOCABULARY - 1}",
+        )
+    return largest + 1
+
+
+def check_all_bytes(path: Path, present: Iterable[int]) -> None:
+    """Check that every byte of UTF-8 has a token, so that every text can be encoded.
+
+    Args:
+        path: The file of the tokenizer, for the message.
+        present: The bytes that have a token.
+
+    Raises:
+        FileProblem: A byte has none.
+    """
+    # No UTF-8 text contains the other bytes.
+    missing = sorted({*range(0xC0), *range(0xC2, 0xF5)}.difference(present))
+    if missing:
+        raise FileProblem(
+            path,
+            f"has no token for {len(missing)} bytes, such as 0x{missing[0]:02x}",
+            "train it with the complete alphabet of bytes",
+        )
 
 
 class RefusedText(UserError):

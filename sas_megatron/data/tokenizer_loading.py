@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
 
 
-def _parse(path: Path, content: bytes) -> Mapping[str, Any]:
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -77,7 +77,7 @@ def train_byte_level(*, normalizer: Any = None, add_prefix_space: bool = False) 
         tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340,
+        vocab_size=330,
         special_tokens=["<|begin|>", END, "<|user|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -141,12 +141,10 @@ def write_tiktoken(folder: Path) -> Path:
     return path
 
 
-def write_tiktoken_plugin(folder: Path, *, with_ranks: bool) -> dict[str, str]:
+def write_tiktoken_plugin(folder: Path) -> dict[str, str]:
     """Write a package that registers the encoding `small`; return the environment of commands that find it.
 
-    Args:
-        folder: A new folder.
-        with_ranks: Put the ranks into tiktoken's cache, as if they had been downloaded.
+    The ranks would be downloaded from an address that does not exist.
     """
     (folder / "tiktoken_ext").mkdir(parents=True)
     fields = {name: value for name, value in tiktoken_fields().items() if name != "mergeable_ranks"}
@@ -156,14 +154,15 @@ def write_tiktoken_plugin(folder: Path, *, with_ranks: bool) -> dict[str, str]:
         f"    return {{**{fields!r}, 'mergeable_ranks': load_tiktoken_bpe({TIKTOKEN_URL!r})}}\n"
         "ENCODING_CONSTRUCTORS = {'small': small}\n"
     )
-    cache = folder / "cache"
-    cache.mkdir()
-    if with_ranks:
-        ranks = tiktoken_fields()["mergeable_ranks"].items()
-        lines = [base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks]
-        name = hashlib.sha1(TIKTOKEN_URL.encode()).hexdigest()
-        (cache / name).write_bytes(b"".join(lines))
-    return {"PYTHONPATH": str(folder), "TIKTOKEN_CACHE_DIR": str(cache)}
+    (folder / "cache").mkdir()
+    return {"PYTHONPATH": str(folder), "TIKTOKEN_CACHE_DIR": str(folder / "cache")}
+
+
+def write_tiktoken_ranks(folder: Path) -> None:
+    """Put the ranks of `write_tiktoken_plugin` into the cache of tiktoken, as if they had been downloaded."""
+    ranks = tiktoken_fields()["mergeable_ranks"].items()
+    lines = [base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks]
+    (folder / "cache" / hashlib.sha1(TIKTOKEN_URL.encode()).hexdigest()).write_bytes(b"".join(lines))
 
 
 KINDS: dict[str, Callable[[Path], Path]] = {
