@@ -67,7 +67,7 @@ def test_a_step_of_transformers_trains_its_model() -> None:
     batch: Any = {name: torch.arange(24).view(2, 12) for name in ("tokens", "labels")}
 
     def loss() -> float:
-        return float(step.model(input_ids=batch["tokens"], labels=batch["labels"]).loss)
+        return float(step.model(input_ids=batch["tokens"], labels=batch["labels"]).loss.detach())
 
     before = loss()
     for _ in range(5):
