@@ -116,13 +116,13 @@ def test_a_llama_with_its_own_tokenizer_is_upcycled_trained_and_exported(tmp_pat
     fields = {"kind": "sas", "initialization": "identity", "simulated_head_dim": 8, "head_expansion": 2}
     write_run(tmp_path, "sas", **fields)
     run(tmp_path, "checkpoint", "import", "llama", "--upcycle", "sas.yaml", "--output", "weights/sas")
-    for name in ("base", "sas"):
-        run(tmp_path, "train", f"{name}.yaml", f"checkpoint.initial_weights=weights/{name}")
+    for name, num_steps in (("base", 1), ("sas", 4)):
+        weights, steps = f"checkpoint.initial_weights=weights/{name}", f"training.num_steps={num_steps}"
+        run(tmp_path, "train", f"{name}.yaml", weights, steps)
     base, sas = losses_of(tmp_path, "base"), losses_of(tmp_path, "sas")
     # Before the first update, the upcycled model computes the same as the Llama.
     assert sas[0] == pytest.approx(base[0], rel=1e-5)
     assert sas[-1] < sas[0]
-    assert sas[-1] != pytest.approx(base[-1], rel=1e-5), "the simulation is trained"
     run(tmp_path, "checkpoint", "export", "runs/sas", "--output", "exported")
     exported_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     for document in DOCUMENTS:
