@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
+from sas_megatron.config.attention import AttentionConfig, resolve_kind
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import FileProblem, UserError, shorten, translate_os_errors
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.shipped_configs import find_config
@@ -34,6 +35,10 @@ MEGATRON_ALIASES: dict[str, str] = {
     "init_method_std": "model.init_std",
     "norm_eps": "model.norm_epsilon",
     "add_bias_linear": "model.linear_bias",
+    "add_qkv_bias": "attention.qkv_bias",
+    "use_rope_scaling": "model.rotary_scaling",
+    "rope_scaling_factor": "model.rotary_scaling_factor",
+    "rotary_seq_len_interpolation_factor": "model.rotary_scaling_factor",
     "untie_embeddings_and_output_weights": "model.tie_embeddings",
     "tensor_model_parallel_size": "parallel.tensor",
     "sequence_parallel": "parallel.sequence",

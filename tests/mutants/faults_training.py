@@ -205,7 +205,7 @@ MUTANTS = (
     ),
     Mutant(
         "exported-rotary-base-is-default",
-        "sas_megatron.checkpoint.llama:llama_config",
+        "sas_megatron.checkpoint.llama:common_llama_fields",
         '"rope_theta": model.rotary_base',
         '"rope_theta": 10000.0',
         "An exported Llama has the default rotary base instead of the model's.",
