@@ -88,7 +88,14 @@ def list_sweep_remarks(study: Study) -> tuple[str, ...]:
 def list_sweep_runs(plan: Plan) -> tuple[SweepRun, ...]:
     """Return the runs of the sweep that have ended, with their losses."""
     return tuple(
-        SweepRun(run.cell.variant, run.cell.size, run.config.optimizer.learning_rate, _read_loss(run))
+        SweepRun(
+            variant=run.cell.variant,
+            size=run.cell.size,
+            learning_rate=run.config.optimizer.learning_rate,
+            loss=_read_loss(run),
+            budget=float(run.budget),
+            seed=run.seed,
+        )
         for run in plan.runs
         if run.role == "sweep" and is_settled(run)
     )
