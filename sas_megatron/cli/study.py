@@ -14,9 +14,13 @@ from sas_megatron.cli.study_files import (
     load_study_file,
     match_names,
     study_file,
+    study_files,
 )
 from sas_megatron.cli.study_results import collect, export_runs, import_runs, report
 from sas_megatron.config.errors import FieldError
+
+# Interval over which the load of other processes is measured before a measurement.
+SECONDS_TO_LISTEN = 1.0
 
 _only = click.option("--only", default="*", help="Restrict to runs whose names match, such as 'sas-*'.")
 
@@ -110,27 +114,38 @@ def run(study: Path, *, only: str, jobs: int) -> None:
 
 
 @study.command(short_help="Measure the step time of every variant and size.")
-@study_file
+@study_files
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Measurements per cell."
 )
-def time(study: Path, *, rounds: int) -> None:
-    """Measure the step time of every variant and size on this machine, for the study's time axis.
+@click.option("--on-busy-machine", is_flag=True, help="Measure even if other processes use the processors.")
+def time(studies: tuple[Path, ...], *, rounds: int, on_busy_machine: bool) -> None:
+    """Measure the step time of every variant and size on this machine, for the time axis of reports.
 
-    Each round measures every cell once, with random data. Results are best on a machine without other load.
+    Each round measures every cell of all studies once, with random data, so that all seconds are comparable.
+    A machine on which other processes use more than 0.2 processors is refused.
     """
-    from sas_megatron.benchmarks.step_time import measure_step_seconds
-    from sas_megatron.platform.local_machine import describe_processor
-    from sas_megatron.scaling.study.step_times import measure_step_times
+    import time as clock
 
-    planned = load_plan(study)()
-    path = measure_step_times(
-        planned,
+    from sas_megatron.benchmarks.step_time import measure_step_seconds
+    from sas_megatron.platform.local_machine import OtherLoad, describe_processor
+    from sas_megatron.scaling.study.step_times import check_quiet, describe_step_times, measure_step_times
+
+    plans = [load_plan(path)() for path in studies]
+    if not on_busy_machine:
+        load = OtherLoad()
+        clock.sleep(SECONDS_TO_LISTEN)
+        check_quiet(load.measure())
+    paths = measure_step_times(
+        plans,
         lambda configs, count: measure_step_seconds(configs, rounds=count),
         rounds=rounds,
         machine=describe_processor(),
     )
-    click.echo(f"» step times of {len(planned.cells)} cells, {rounds} rounds: {path}")
+    for planned, path in zip(plans, paths, strict=True):
+        for remark in describe_step_times(planned)[1:]:
+            click.echo(f"· {remark}")
+        click.echo(f"» step times of {len(planned.cells)} cells, {rounds} rounds: {path}")
 
 
 @study.command(context_settings={"ignore_unknown_options": True})

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from sas_megatron.data.epochs import format_epochs
+from sas_megatron.scaling.budget_trend import estimate_trend
 from sas_megatron.scaling.comparison import Comparison
 from sas_megatron.scaling.convergence import MeanSaving
 from sas_megatron.scaling.gains import Gain
@@ -29,7 +30,7 @@ from sas_megatron.scaling.numbers import (
 from sas_megatron.scaling.outcomes import AXES, AXIS_NAMES, Axis
 from sas_megatron.scaling.report import Grid
 from sas_megatron.scaling.seed_noise import NoiseModel
-from sas_megatron.scaling.significance import MAX_SEEDS
+from sas_megatron.scaling.significance import MAX_SEEDS, Estimate
 from sas_megatron.scaling.study.analysis import SliceAnalysis
 from sas_megatron.scaling.study.study_table import Row, StudyTable, SweepCell, SweepRun
 from sas_megatron.scaling.verdicts import Verdict
@@ -109,6 +110,27 @@ def difference_grid(comparisons: Sequence[Comparison], axis: Axis, noise: NoiseM
 
 def _list_cells(comparison: Comparison, axis: Axis) -> tuple[CellDifference, ...]:
     return comparison.verdict(axis).cells
+
+
+def trend_grid(comparisons: Sequence[Comparison], noise: NoiseModel) -> Grid | None:
+    """Return the change of each difference per tenfold amount; None if the runs have almost one budget."""
+    axes: tuple[Axis, ...] = ("tokens", "flops", "causal_flops")
+    lines = []
+    for comparison in comparisons:
+        trends = [estimate_trend(comparison.verdict(axis), noise) for axis in axes]
+        if any(trends):
+            cells = (MISSING if trend is None else _format_trend(trend) for trend in trends)
+            lines.append((comparison.candidate, *cells))
+    headings = ("variant", *(f"per tenfold {AXIS_NAMES[axis]}" for axis in axes))
+    return Grid(headings, tuple(lines)) if lines else None
+
+
+def _format_trend(trend: Estimate) -> str:
+    text = format_difference(trend.difference)
+    if trend.interval is None:
+        return text
+    interval = format_interval(trend.interval, format_difference)
+    return f"{text} ({interval})\n{format_p_value(trend.p_value)}, {trend.degrees:.2g} df"
 
 
 def gain_grid(comparisons: Sequence[Comparison]) -> Grid | None:

@@ -227,12 +227,13 @@ class _PlanBuilder:
         if rule == "kaplan":
             rate = kaplan_rate(parameters)
         elif rule == "step_law":
-            rate = step_law_rate(parameters, longest * cell.step_tokens)
+            multiple = (self.study.learning_rate.multiples or {}).get(cell.variant, 1.0)
+            rate = multiple * step_law_rate(parameters, longest * cell.step_tokens)
         elif rule == "stated":
             rate = self.study.learning_rate.find_stated_rate(cell.variant, cell.size)
         elif rule == "sweep" and self.rates is not None:
             rate = self.rates[cell.variant, cell.size]
-            if self.study.trunks == "none":
+            if self.study.trunks == "none" or self.study.learning_rate.sweep_budget is not None:
                 # The found rates are those of the sweep's budget.
                 swept_tokens = count_budget_tokens(self.study, cell, self.study.sweep_budget)
                 rate *= step_law_rate(parameters, longest * cell.step_tokens)

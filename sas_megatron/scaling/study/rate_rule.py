@@ -29,6 +29,11 @@ class LearningRateRule(Section):
         description="With rule=stated: the rate of each variant, one for all sizes or by size, as "
         "{mha: 4e-3, sas: {w48: 4e-3, w64: 3e-3}}.",
     )
+    multiples: dict[str, float] | None = Field(
+        default=None,
+        description="With rule=step_law: a factor for each variant, such as those that a sweep in another "
+        "study found; null: 1.",
+    )
     factors: list[float] = Field(
         default=[0.25, 0.5, 1.0, 2.0, 4.0],
         description="Factors of a sweep, times optimizer.learning_rate of base and size.",
@@ -37,7 +42,9 @@ class LearningRateRule(Section):
         default=None, description="Sizes of the sweep of each variant; null: the two smallest."
     )
     sweep_budget: float | None = Field(
-        default=None, description="Budget of the sweep, in the unit of budgets; null: the smallest budget."
+        default=None,
+        description="Budget of the sweep, in the unit of budgets; the rates then follow the step law from "
+        "this budget to that of a run, as they do without shared trunks. null: the smallest budget.",
     )
     sweep_seed: int | None = Field(
         default=None,
@@ -68,11 +75,14 @@ class LearningRateRule(Section):
             raise self.problem(
                 "rates", "must be given if and only if rule=stated", "give both of them, or neither"
             )
-        for variant, rate in (self.rates or {}).items():
-            if min(rate.values() if isinstance(rate, dict) else [rate], default=1) <= 0:
-                raise FieldError(
-                    f"learning_rate.rates.{variant}", rate, "must be positive", "use 1e-3, for example"
-                )
+        if self.multiples is not None and self.rule != "step_law":
+            raise self.problem("multiples", "requires rule=step_law", "remove it, or set rule: step_law")
+        for field in ("rates", "multiples"):
+            for variant, rate in (getattr(self, field) or {}).items():
+                if min(rate.values() if isinstance(rate, dict) else [rate], default=1) <= 0:
+                    raise FieldError(
+                        f"learning_rate.{field}.{variant}", rate, "must be positive", "use 1e-3, for example"
+                    )
         return self
 
     def check_names(self, *, variants: Collection[str], sizes: Collection[str]) -> None:
@@ -81,8 +91,10 @@ class LearningRateRule(Section):
         Raises:
             FieldError: A name is unknown, a variant or size has no stated rate, or a sweep has no sizes.
         """
+        for field in ("rates", "multiples"):
+            if getattr(self, field) is not None:
+                _check_equal(f"learning_rate.{field}", getattr(self, field), variants, noun="variant")
         if self.rates is not None:
-            _check_equal("learning_rate.rates", self.rates, variants, noun="variant")
             for variant, rate in self.rates.items():
                 if isinstance(rate, dict):
                     _check_equal(f"learning_rate.rates.{variant}", rate, sizes, noun="size")

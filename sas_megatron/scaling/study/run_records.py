@@ -35,7 +35,8 @@ RUN_FILES = ("config.yaml", "run.json", "summary.json", METRICS)
 # Lines of metrics.jsonl that are kept, by kind; the first choice that fits into `MAX_RECORD_BYTES` is used.
 # Evaluations are the results of a run, and are kept as far as possible.
 _CHOICES: tuple[dict[str, int], ...] = tuple(
-    {"train": train, "probe": probes, "health": 20, "validation": evaluations}
+    # Measurements of an update and of the probe belong together: equal numbers keep those of equal steps.
+    {"train": train, "update": probes, "probe": probes, "health": 20, "validation": evaluations}
     for evaluations in (1000, 100, 25)
     for train, probes in ((64, 8), (32, 4), (16, 2), (8, 1))
 )

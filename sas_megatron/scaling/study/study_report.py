@@ -29,6 +29,7 @@ from sas_megatron.scaling.study.grids import (
     rate_grid,
     run_grid,
     saving_grid,
+    trend_grid,
     verdict_grid,
 )
 from sas_megatron.scaling.study.study_table import StudyTable
@@ -50,6 +51,12 @@ VERDICT_NOTE = (
 DIFFERENCE_NOTE = (
     "Loss of the variant minus that of {baseline} at {axes}, by size and budget. The last line is the "
     "standard deviation of a run over seeds, pooled over variants and sizes and smoothed over budgets."
+)
+TREND_NOTE = (
+    "Slope of the differences over the logarithm of the amount, with the weights of the verdicts, its 95 % "
+    "interval, the p-value of a single test, and the degrees of freedom. Negative: the variant gains on "
+    "{baseline} as both spend more. At equal FLOPs it follows the best sizes where the trained sizes enclose "
+    "them, and the same sizes elsewhere."
 )
 GAIN_NOTE = (
     "The budget that {baseline} would need for the same loss, as a multiple of the variant's budget, with "
@@ -156,6 +163,11 @@ def _list_verdict_blocks(analysis: SliceAnalysis, table: StudyTable, *, is_first
             blocks.append(
                 Block(title, note if is_first and number == 0 else "", grid, in_summary=number == 0)
             )
+    blocks += _grid_block(
+        "Change of the difference with the budget",
+        TREND_NOTE.format(baseline=table.baseline) if is_first else "",
+        trend_grid(comparisons, noise),
+    )
     return blocks
 
 

@@ -281,7 +281,7 @@ def test_step_times_are_measured_and_added_to_the_table(
 ) -> None:
     context = fork_context()
     monkeypatch.setattr(rank_processes.multiprocessing, "get_context", lambda _method: context)
-    done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2"])
+    done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2", "--on-busy-machine"])
     assert done.exit_code == 0, done.output
     path = finished.parent / "study" / "step_seconds.json"
     record = json.loads(path.read_text())
