@@ -18,10 +18,10 @@ from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters, without_embeddings
 from sas_megatron.scaling.study.plan_builder import build_plan
 from sas_megatron.scaling.study.study_file import load_study
-from tests.conftest import ROOT
+from tests.run_configs import STUDIES
 from tests.scaling.study.studies import plan_of, write_study
 
-SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+SHIPPED = sorted(STUDIES.rglob("*.yaml"))
 
 
 def test_branches_share_a_trunk_and_have_the_steps_of_their_budget(tmp_path: Path) -> None:
