@@ -90,14 +90,14 @@ def export_records(plan: Plan, folder: Path) -> Exchange:
         else:
             contents[path] = record.compress()
             new.append(run.name)
-    files = {
-        name: (plan.directory / name).read_text(encoding="utf-8")
-        for name in STUDY_FILES
-        if (plan.directory / name).exists()
-    }
+    own = target / f"{STUDY_RECORD}{ENDING}"
+    # Files that another machine exported are kept unless this one has its own.
+    files = dict(read_record(own).files) if own.exists() else {}
+    for name in STUDY_FILES:
+        if (plan.directory / name).exists():
+            files[name] = (plan.directory / name).read_text(encoding="utf-8")
     if files:
-        record = CompactRecord(study=target.name, name=STUDY_RECORD, files=files)
-        contents[target / f"{STUDY_RECORD}{ENDING}"] = record.compress()
+        contents[own] = CompactRecord(study=target.name, name=STUDY_RECORD, files=files).compress()
     with translate_os_errors(target, problem="cannot be written", remedy="choose another folder of records"):
         make_folder(target)
         write_files(contents)
@@ -145,7 +145,9 @@ def collect_records(study: Study, base: dict[str, Any], folder: Path) -> StudyTa
         directory = str(Path(temporary) / Path(study.directory).name)
         moved = study.model_copy(update={"directory": directory})
         import_records(lambda: plan_with_rates(moved, base), folder)
-        return collect(plan_with_rates(moved, base))
+        table = collect(plan_with_rates(moved, base))
+        remarks = tuple(remark.replace(f"{temporary}/", "") for remark in table.remarks)
+        return dataclasses.replace(table, remarks=remarks)
 
 
 def _import_runs(plan: Plan, source: Path, records: Mapping[Path, CompactRecord]) -> Exchange:

@@ -67,10 +67,14 @@ def test_imported_runs_count_as_done_on_another_machine(tmp_path: Path) -> None:
     assert ours.rows == theirs.rows
     assert ours.sweeps == theirs.sweeps
     assert any("Step times were measured on processor x" in remark for remark in theirs.remarks)
+    # Files of the study that this machine does not have are kept.
+    (there().directory / "step_seconds.json").unlink()
+    export_records(there(), tmp_path / "records")
+    assert "step_seconds.json" in read_record(exported.folder / "study.json.gz").files
     # Nothing is new the second time, and the records of imported runs are the original ones.
     assert import_records(there, tmp_path / "records").new == ()
     again = export_records(there(), tmp_path / "again")
-    for path in again.folder.iterdir():
+    for path in again.folder.glob("*-*"):
         assert path.read_bytes() == (exported.folder / path.name).read_bytes()
 
 
