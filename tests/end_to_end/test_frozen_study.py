@@ -23,16 +23,15 @@ from tests.small_data import SmallData
 class Checkout:
     """A repository with the files of this checkout and a study of one run, and a working directory."""
 
-    def __init__(self, folder: Path, base: dict[str, Any] | None = None, **changes: Any) -> None:
+    def __init__(self, folder: Path, base: dict[str, Any] | None = None, *, tokens: int = 64_000) -> None:
         self.root, self.work = folder / "checkout", folder / "work"
         self.work.mkdir()
         for name in ("sas_megatron", "launch", "configs"):
             shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("setup.py", ".gitignore"):
             shutil.copy(ROOT / name, self.root)
-        tree = study_tree(
-            self.work, budgets={"tokens": [6_400]}, variants={"mha": {"head_dim": 12}}, **changes
-        )
+        variants = {"mha": {"head_dim": 12}}
+        tree = study_tree(self.work, budgets={"tokens": [tokens]}, variants=variants)
         tree |= {"directory": "runs/study", "sizes": {"one": {"model.num_layers": 1}}}
         tree["base"] = "../python_small.yaml" if base is None else "base.yaml"
         self.study = self.root / "configs" / "studies" / "tiny.yaml"
@@ -89,7 +88,7 @@ def test_edits_of_the_checkout_do_not_reach_a_frozen_study(tmp_path: Path) -> No
     checkout = Checkout(tmp_path)
     first = checkout.run(checkout.commit, STUDY, STUDY_COMMAND="plan")
     assert first[0] == 0, first[1]
-    assert "mha-one-6400-s1234" in first[1]
+    assert "mha-one-64000-s1234" in first[1]
     checkout.study.write_text(checkout.study.read_text().replace("one:", "two:"))
     (checkout.root / "sas_megatron" / "__init__.py").write_text("raise SystemExit('edited')\n")
     # The working directory contains an edited package as well.
@@ -113,8 +112,9 @@ def test_a_frozen_study_has_the_lowest_priority_and_stops_and_resumes(
     small_data: SmallData, tmp_path: Path
 ) -> None:
     base = base_tree(small_data, tmp_path / "none")
-    checkout = Checkout(tmp_path, base, trunks="none")
-    run = checkout.work / "runs" / "study" / "runs" / "mha-one-6400-s1234"
+    # Steps for some seconds, so that the run is still training when it is stopped.
+    checkout = Checkout(tmp_path, base, tokens=320_000)
+    run = checkout.work / "runs" / "study" / "runs" / "mha-one-320000-s1234"
     process = checkout.start("HEAD", STUDY)
     wait_until(lambda: (run / "checkpoints").exists() or process.poll() is not None)
     assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
