@@ -9,7 +9,8 @@ from sas_megatron.config.run import RunConfig
 from tests.conftest import ROOT
 
 # All shipped run configs. Study files have another format and are tested in tests/scaling/study.
-SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
+STUDIES = ROOT / "configs" / "studies"
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if STUDIES not in path.parents)
 
 
 def small_tree(**sections: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.costs.flops import causal_half
 from sas_megatron.io.files import make_folder, replace_file
 
-# Version 3 added rounds of step times, sweeps and withdrawn variants; version 2 added the epochs.
-SCHEMA_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
+# Version 4 added study, host and data of a run, and budget and seed of a sweep; version 3 added rounds of
+# step times, sweeps and withdrawn variants; version 2 added the epochs.
+SCHEMA_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Row:
     world_size: int | None = None
     machine: str | None = None
     git: str | None = None
+    # The host of its last session, the study that planned it, and a checksum of what identifies its token
+    # files; None in tables of version 3 and earlier.
+    host: str | None = None
+    study: str | None = None
+    corpus_sha256: str | None = None
     # Checksum of run.json, which identifies the run that the row was collected from.
     provenance_sha256: str | None = None
     curve_steps: list[int] = field(default_factory=list)
@@ -83,14 +89,28 @@ class Row:
         return self.tokens * sum(half.values())
 
 
+# Size, budget and seed of a sweep.
+SweepCell = tuple[str, float | None, int | None]
+
+
 @dataclass(frozen=True)
 class SweepRun:
-    """A run of a learning rate sweep; `loss` is None if it diverged."""
+    """A run of a learning rate sweep; `loss` is None if it diverged.
+
+    `budget` and `seed` are None in tables of version 3 and earlier.
+    """
 
     variant: str
     size: str
     learning_rate: float
     loss: float | None
+    budget: float | None = None
+    seed: int | None = None
+
+    @property
+    def cell(self) -> SweepCell:
+        """Size, budget and seed, in which the losses of two variants are comparable."""
+        return self.size, self.budget, self.seed
 
 
 @dataclass(frozen=True)
