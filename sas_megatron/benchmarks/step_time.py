@@ -71,7 +71,7 @@ def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> floa
         torch.cuda.synchronize()
         start = time.perf_counter()
         engine.forward_backward(_random_batches(config, device), num_microbatches=num_microbatches)
-        engine.update(engine.compute_gradient_norm())
+        engine.update(float(engine.compute_gradient_norm()))
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     # The first step creates the optimizer state and the tables of rotary embeddings.
