@@ -76,7 +76,7 @@ def _prepare_engine(config: RunConfig, topology: Topology) -> Callable[[], None]
 
     def take_step() -> None:
         engine.forward_backward(batches, num_microbatches=num_microbatches)
-        engine.update(engine.compute_gradient_norm())
+        engine.update(float(engine.compute_gradient_norm()))
 
     return take_step
 

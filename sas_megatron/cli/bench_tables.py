@@ -110,6 +110,17 @@ def loop_rows(result: dict[str, Any]) -> Rows:
     return [*rows, ("loop / step", f"{result['share_of_step']:.2%}")]
 
 
+def read_delay_rows(result: dict[str, Any]) -> Rows:
+    """Return the rows of `bench loop --read-delay-ms`."""
+    delay = f"{result['delay_seconds'] * 1e3:g} ms more for each sample"
+    return [
+        ("samples of a step", str(result["samples_per_step"])),
+        ("step", f"{result['plain_seconds'] * 1e3:.1f} ms"),
+        (f"step, {delay}", f"{result['delayed_seconds'] * 1e3:.1f} ms"),
+        ("ratio", f"{result['ratio']:.3f}"),
+    ]
+
+
 def data_rows(result: dict[str, Any]) -> Rows:
     """Return the rows of `bench data`."""
     megatron_lm = []

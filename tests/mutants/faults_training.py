@@ -30,8 +30,8 @@ MUTANTS = (
     Mutant(
         "gradients-clipped-by-squared-norm",
         "sas_megatron.training.megatron_engine:MegatronEngine.update",
-        "total_norm=gradient_norm",
-        "total_norm=gradient_norm**2",
+        "gradient_norm=gradient_norm",
+        "gradient_norm=gradient_norm**2",
         "Gradients are clipped by the square of their norm.",
     ),
     Mutant(
