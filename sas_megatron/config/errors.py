@@ -27,17 +27,27 @@ class UserError(Exception):
 
 
 class FieldError(UserError):
-    """A field whose value breaks a rule: `attention.kernel_size=4: must be odd, so that …; use 3 or 5`."""
+    """A field whose value breaks a rule: `attention.kernel_size=4: must be odd, so that …; use 3 or 5`.
 
-    def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
+    Args:
+        field: The dotted name.
+        value: Its value.
+        rule: The rule.
+        remedy: How the user can follow the rule.
+        fix: Overrides that do so, such as `attention.kernel_size=3`; the command line prints the command
+            with them.
+    """
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str, fix: tuple[str, ...] = ()) -> None:
         self.field = field
         self.value = value
         self.rule = rule
         self.remedy = remedy
+        self.fix = fix
         super().__init__(f"{field}={shorten(value)}: {shorten(rule)}; {shorten(remedy)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.value, self.rule, self.remedy)
+        return type(self), (self.field, self.value, self.rule, self.remedy, self.fix)
 
 
 class FileProblem(UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, ClassVar, Self
 
@@ -24,6 +25,15 @@ def divisors(number: int, *, limit: int = MAX_LISTED_DIVISOR) -> list[int]:
     return [candidate for candidate in range(1, min(number, limit) + 1) if number % candidate == 0]
 
 
+def _as_integers(value: Any) -> Any:
+    """Return whole numbers as int, since YAML reads 5e5 as a float, and other values unchanged."""
+    if isinstance(value, list):
+        return [_as_integers(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_INTEGER:
+        return int(value)
+    return value
+
+
 class Section(BaseModel):
     """A section of a run's config; immutable once built."""
 
@@ -43,7 +53,15 @@ class Section(BaseModel):
         for former, name in cls.former_names.items():
             if former in fields:
                 renamed.setdefault(name, fields[former])
+        for name in cls._integer_fields() & renamed.keys():
+            renamed[name] = _as_integers(renamed[name])
         return renamed
+
+    @classmethod
+    @functools.cache
+    def _integer_fields(cls) -> frozenset[str]:
+        integers = (int, int | None, list[int], list[int] | None)
+        return frozenset(name for name, field in cls.model_fields.items() if field.annotation in integers)
 
     @model_validator(mode="after")
     def _check_integers(self) -> Self:
@@ -56,9 +74,9 @@ class Section(BaseModel):
                     )
         return self
 
-    def problem(self, field: str, rule: str, remedy: str) -> FieldError:
-        """Return the error to raise when `field` of this section breaks `rule`."""
-        return FieldError(f"{self.section_name}.{field}", getattr(self, field), rule, remedy)
+    def problem(self, field: str, rule: str, remedy: str, fix: tuple[str, ...] = ()) -> FieldError:
+        """Return the error to raise when `field` of this section breaks `rule`; `fix` as in `FieldError`."""
+        return FieldError(f"{self.section_name}.{field}", getattr(self, field), rule, remedy, fix)
 
     def require_positive(self, *fields: str) -> None:
         """Check that each of `fields` is above zero; a field that is None passes.

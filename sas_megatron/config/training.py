@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.section import Section
 
 # numpy, which shuffles the samples of Megatron-core's data sets, accepts seeds of 32 bits.
 NUM_SEEDS = 2**32
 # A year. Timeouts are datetime.timedelta, and torch converts them to nanoseconds of 64 bits.
 MAX_TIMEOUT_MINUTES = 365 * 24 * 60
+
+
+# Spellings of other programs -> the data type.
+PRECISIONS = {
+    **dict.fromkeys(("float32", "fp32", "f32", "float", "single", "torch.float32", "32"), "float32"),
+    **dict.fromkeys(("bfloat16", "bf16", "torch.bfloat16"), "bfloat16"),
+}
+NOT_OFFERED_PRECISIONS = (
+    "float16",
+    "fp16",
+    "f16",
+    "half",
+    "torch.float16",
+    "16",
+    "tf32",
+    "float64",
+    "fp64",
+    "fp8",
+)
+
+
+def parse_precision(value: Any) -> Any:
+    """Return the data type that a common spelling names; other values are left to the field's rule.
+
+    Raises:
+        FieldError: It names a data type that is not offered.
+    """
+    spelling = str(value).lower() if isinstance(value, str | int) else None
+    if spelling in NOT_OFFERED_PRECISIONS:
+        raise FieldError(
+            "training.precision",
+            value,
+            "is not offered: weights and activations are float32 or bfloat16",
+            "use bfloat16",
+            fix=("training.precision=bfloat16",),
+        )
+    return PRECISIONS.get(str(spelling), value)
 
 
 class TrainingConfig(Section):
@@ -22,9 +60,10 @@ class TrainingConfig(Section):
     num_steps: int = Field(description="Number of optimizer steps of the run.")
     global_batch_size: int = Field(description="Samples per optimizer step, over all ranks.")
     micro_batch_size: int = Field(description="B, samples per forward pass on one rank.")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(parse_precision)] = Field(
         default="float32",
-        description="Data type of weights and activations; gradients and optimizer states are float32.",
+        description="Data type of weights and activations; gradients and optimizer states are float32. Other "
+        "spellings, such as bf16 and fp32, are accepted.",
     )
     deterministic: bool = Field(
         default=False,
