@@ -50,6 +50,17 @@ class FieldError(UserError):
         return type(self), (self.field, self.value, self.rule, self.remedy, self.fix)
 
 
+class WorldSizeError(FieldError):
+    """A number of processes that a run cannot use; `num_processes` is one that it can use."""
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str, num_processes: int) -> None:
+        self.num_processes = num_processes
+        super().__init__(field, value, rule, remedy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.rule, self.remedy, self.num_processes)
+
+
 class FileProblem(UserError):
     """A file that cannot be read, written or parsed: `PATH: problem; remedy`."""
 

@@ -6,6 +6,7 @@ YAML file + dotted overrides -> nested mappings -> `RunConfig`, or a `UserError`
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,13 +107,11 @@ def _find_base(path: Path, named: Any) -> Path | None:
 def _merge(base: dict[str, Any], tree: dict[str, Any]) -> None:
     """Set the fields of `tree` in `base`."""
     for section, fields in tree.items():
-        before = base.get(section)
-        if not isinstance(before, dict) or not isinstance(fields, dict):
-            base[section] = fields
-        elif section == "attention" and fields.get("kind", before.get("kind")) != before.get("kind"):
-            base[section] = fields
-        else:
-            base[section] = before | fields
+        before: Any = base.get(section)
+        can_merge = isinstance(before, dict) and isinstance(fields, dict)
+        if can_merge and section == "attention":
+            can_merge = fields.get("kind", before.get("kind")) == before.get("kind")
+        base[section] = {**before, **fields} if can_merge else fields
 
 
 def build_run_config(tree: dict[str, Any]) -> RunConfig:
@@ -198,6 +197,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"{name}: {error}") from None
 
 
+def format_override(field: str, value: Any) -> str:
+    """Return the override that sets a field to a value of JSON's types."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        is_plain = parse_yaml(text) == value
+    except ValueError:
+        is_plain = False
+    return f"{field}={text if is_plain else json.dumps(value)}"
+
+
 def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set the value at a dotted path in nested mappings, and add the mappings that it lacks.
 
@@ -222,7 +231,8 @@ def _describe(problem: Any, tree: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{path}: is required; add it"
     if kind == "literal_error":
-        return f"{path}={value}: is not one of the choices; use {problem['ctx']['expected']}"
+        choices = problem["ctx"]["expected"].replace("True", "true").replace("False", "false")
+        return f"{path}={value}: is not one of the choices; use {choices}"
     expected = problem["msg"].removeprefix("Input should be ").split(" or instance of ")[0]
     return f"{path}={value}: must be {expected}; {TYPE_REMEDIES.get(kind, f'use {expected}')}"
 

@@ -34,6 +34,16 @@ def _as_integers(value: Any) -> Any:
     return value
 
 
+def largest_at_most(limit: int, choices: list[int]) -> int:
+    """Return the largest of `choices`, which contain 1, that is at most `limit`."""
+    return max(choice for choice in choices if choice <= max(1, limit))
+
+
+def next_multiple(number: int, of: int) -> int:
+    """Return the smallest multiple of `of` that is at least `number`."""
+    return -(-number // of) * of
+
+
 class Section(BaseModel):
     """A section of a run's config; immutable once built."""
 

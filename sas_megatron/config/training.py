@@ -1,4 +1,4 @@
-"""The `training`, `evaluation`, `checkpoint`, `health` and `logging` sections."""
+"""The `training` and `checkpoint` sections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.config.section import Section
+from sas_megatron.config.section import Section, next_multiple
 
 # numpy, which shuffles the samples of Megatron-core's data sets, accepts seeds of 32 bits.
 NUM_SEEDS = 2**32
@@ -129,20 +129,24 @@ class TrainingConfig(Section):
                     field,
                     f"requires training.recompute={mode}",
                     f"remove it, or set training.recompute={mode}",
+                    (f"training.recompute={mode}",),
                 )
         if self.order_steps is not None and self.order_steps < self.num_steps:
             raise self.problem(
                 "order_steps",
                 f"must be at least training.num_steps={self.num_steps}",
                 f"use {self.num_steps} or more, or leave it out",
+                ("training.order_steps=null",),
             )
         if not 0 <= self.seed < NUM_SEEDS:
             raise self.problem("seed", f"must be at least 0 and below {NUM_SEEDS}", "use 1234, for example")
         if self.global_batch_size % self.micro_batch_size:
+            multiple = next_multiple(self.global_batch_size, self.micro_batch_size)
             raise self.problem(
                 "global_batch_size",
                 f"must be a multiple of training.micro_batch_size={self.micro_batch_size}",
-                f"use {-(-self.global_batch_size // self.micro_batch_size) * self.micro_batch_size}",
+                f"use {multiple}",
+                (f"training.global_batch_size={multiple}",),
             )
         return self
 
@@ -161,36 +165,6 @@ class TrainingConfig(Section):
         return self.global_batch_size // self.micro_batch_size // data_parallel
 
 
-class EvaluationConfig(Section):
-    """Held-out loss during training, on the same fixed windows each time."""
-
-    section_name: ClassVar[str] = "evaluation"
-
-    interval: int | None = Field(
-        default=None, description="Steps between evaluations; null: evaluate only at the end."
-    )
-    num_sequences: int = Field(
-        default=64,
-        description="Number of windows drawn from the validation split; the same windows for every seed.",
-    )
-    probe_sequences: int = Field(
-        default=0,
-        description="The first windows on which each evaluation also measures activations, scores and the "
-        "simulation by layer (records of the kind `probe` in metrics.jsonl); 0: none.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> EvaluationConfig:
-        self.require_positive("interval", "num_sequences")
-        if not 0 <= self.probe_sequences <= self.num_sequences:
-            raise self.problem(
-                "probe_sequences",
-                f"must be between 0 and evaluation.num_sequences={self.num_sequences}",
-                "use 2, for example",
-            )
-        return self
-
-
 class CheckpointConfig(Section):
     """When to save and remove checkpoints, and which weights a run starts from."""
 
@@ -202,10 +176,11 @@ class CheckpointConfig(Section):
         description="Additional steps after which to save. These checkpoints are never removed; other runs "
         "can branch off from them.",
     )
-    resume: bool = Field(
+    resume: Literal[True, False, "auto"] = Field(
         default=False,
         description="Resume from the newest undamaged checkpoint in the run directory, if one exists; the "
-        "parallel layout may differ.",
+        "parallel layout may differ. auto (the default of the scripts in launch/): the same, without a "
+        "report if there is none.",
     )
     keep_last: int | None = Field(
         default=None,
@@ -243,6 +218,7 @@ class CheckpointConfig(Section):
                 "keep_every",
                 "has no effect with checkpoint.keep_last=null, which keeps all checkpoints",
                 "set checkpoint.keep_last too, or leave it out",
+                ("checkpoint.keep_every=null",),
             )
         if self.at_steps is not None and min(self.at_steps, default=1) < 1:
             raise self.problem(
@@ -253,6 +229,7 @@ class CheckpointConfig(Section):
                 "branch_from",
                 "provides the weights, and checkpoint.initial_weights is also set",
                 "remove one of them",
+                ("checkpoint.initial_weights=null",),
             )
         return self
 
@@ -263,95 +240,3 @@ class CheckpointConfig(Section):
     def is_permanent(self, step: int) -> bool:
         """Return whether the checkpoint of this step is kept regardless of `keep_last`."""
         return (self.keep_every is not None and step % self.keep_every == 0) or step in (self.at_steps or [])
-
-
-class HealthConfig(Section):
-    """Checks for non-finite and outlying steps, for diverging replicas of weights, and for slow ranks."""
-
-    section_name: ClassVar[str] = "health"
-
-    skipped_in_a_row: int = Field(
-        default=3,
-        description="Number of consecutive steps that may be skipped because of a spike or a non-finite loss "
-        "or gradient. A skipped step uses up its samples and leaves weights, optimizer and schedule "
-        "unchanged. The next such step ends the run; with 0, the first such step ends it.",
-    )
-    spike_response: Literal["record", "skip", "stop"] = Field(
-        default="record",
-        description="Response to a loss or gradient norm far above the previous ones: record it, also skip "
-        "the step, or end the run before the update.",
-    )
-    spike_threshold: float = Field(
-        default=10.0,
-        description="Number of deviations above the median that counts as a spike. A deviation is 1.4826 × "
-        "the median absolute deviation, and at least 1% of the median.",
-    )
-    spike_window: int = Field(
-        default=64,
-        description="Number of previous updates that a step is compared with; the check starts after that "
-        "number of updates.",
-    )
-    replica_check_interval: int | None = Field(
-        default=None,
-        description="Steps between checks that replicated weights are bitwise equal on all ranks that hold "
-        "them; the run ends if they are not. null: never check.",
-    )
-    straggler_interval: int | None = Field(
-        default=None,
-        description="Steps between measurements of each rank's own time per step, without the time spent "
-        "waiting for other ranks. null: never measure.",
-    )
-    straggler_excess: float = Field(
-        default=0.2,
-        description="Report a rank whose own time exceeds the median of its pipeline stage by more than this "
-        "fraction.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> HealthConfig:
-        self.require_between(0, float("inf"), "skipped_in_a_row")
-        self.require_positive("spike_threshold", "replica_check_interval", "straggler_interval")
-        self.require_positive("straggler_excess")
-        if self.spike_window < 3:
-            raise self.problem(
-                "spike_window", "must be 3 or more to have a median and a deviation", "use 64, for example"
-            )
-        return self
-
-
-class LoggingConfig(Section):
-    """The run directory, and the intervals and contents of logs."""
-
-    section_name: ClassVar[str] = "logging"
-    former_names: ClassVar[dict[str, str]] = {"wire_ledger": "communication_counter"}
-
-    run_directory: str = Field(
-        description="Folder for config.yaml, run.json, metrics.jsonl, summary.json and checkpoints/."
-    )
-    interval: int = Field(
-        default=10, description="Steps between logged steps; each logged step is one line of metrics.jsonl."
-    )
-    tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
-    communication_counter: bool = Field(
-        default=False,
-        description="Count the bytes that each rank sends in collectives, by process group, and write them "
-        "to summary.json.",
-    )
-    profile_steps: list[int] | None = Field(
-        default=None,
-        description="First and last step to profile on every rank. The traces are written to "
-        "profile/*.json.gz and open in Perfetto; profiled steps are slower. null: do not profile.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> LoggingConfig:
-        self.require_positive("interval")
-        self.require_paths("run_directory")
-        steps = self.profile_steps
-        if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
-            raise self.problem(
-                "profile_steps",
-                "must be two step numbers, counted from 1, the first not after the last",
-                "use [10, 12] for three steps, or null for none",
-            )
-        return self

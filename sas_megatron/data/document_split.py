@@ -85,6 +85,7 @@ def check_split(data: DataConfig, document_tokens: Mapping[str, npt.NDArray[np.i
                 if split
                 else f"prepare {prefix} from more documents: training and validation need more than "
                 f"data.sequence_length={data.sequence_length} tokens each",
+                (f"data.split={split}",) if split else (),
             )
         raise FieldError(
             "data.sequence_length",
@@ -93,6 +94,7 @@ def check_split(data: DataConfig, document_tokens: Mapping[str, npt.NDArray[np.i
             f"{has})",
             f"use at most {counts.num_tokens - 1}, or "
             + (f"data.split={split}" if split else "prepare more documents"),
+            (f"data.split={split}" if split else f"data.sequence_length={counts.num_tokens - 1}",),
         )
 
 

@@ -33,7 +33,7 @@ def check_run(config: RunConfig, *, world_size: int) -> None:
     open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_on_node())
     check_repetition(config)
     RunFiles.check_directory(config)
-    if config.checkpoint.resume and find_checkpoints(RunFiles.checkpoints(config)):
+    if config.checkpoint.resume is not False and find_checkpoints(RunFiles.checkpoints(config)):
         return
     if config.checkpoint.initial_weights is not None:
         find_weights(Path(config.checkpoint.initial_weights), config)

@@ -71,14 +71,15 @@ class RunFiles:
         """
         directory = Path(config.logging.run_directory)
         _check_kinds(directory)
-        if (directory / METRICS).exists() and not config.checkpoint.resume:
+        if (directory / METRICS).exists() and config.checkpoint.resume is False:
             raise FieldError(
                 "logging.run_directory",
                 directory,
                 "already holds a run",
-                "set checkpoint.resume=true to resume it, or choose another directory",
+                "set checkpoint.resume=auto to resume it, or choose another directory",
+                ("checkpoint.resume=auto",),
             )
-        if config.checkpoint.resume:
+        if config.checkpoint.resume is not False:
             check_resumable(config)
         existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):

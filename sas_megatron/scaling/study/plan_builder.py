@@ -246,7 +246,7 @@ class _PlanBuilder:
                 {
                     **settings,
                     "logging.run_directory": str(directory),
-                    "checkpoint.resume": True,
+                    "checkpoint.resume": "auto",
                     "checkpoint.keep_last": 1,
                 }
             )
