@@ -44,6 +44,24 @@ def next_multiple(number: int, of: int) -> int:
     return -(-number // of) * of
 
 
+def require_path_lengths(field: str, paths: list[str]) -> None:
+    """Check that the paths of a field fit a file system.
+
+    Raises:
+        FieldError: A path, or one of its names with an ending, is too long.
+    """
+    for path in paths:
+        names = os.fsencode(path).split(b"/")
+        if max(map(len, names)) > MAX_NAME_BYTES or len(path) > MAX_PATH_CHARACTERS:
+            raise FieldError(
+                field,
+                paths if len(paths) > 1 else path,
+                f"has a name of more than {MAX_NAME_BYTES} bytes, or more than {MAX_PATH_CHARACTERS} "
+                "characters, which is too long for a file system",
+                "use a shorter path",
+            )
+
+
 class Section(BaseModel):
     """A section of a run's config; immutable once built."""
 
@@ -122,15 +140,8 @@ class Section(BaseModel):
         """
         for field in fields:
             value = getattr(self, field)
-            for path in value if isinstance(value, list) else [value or ""]:
-                names = os.fsencode(path).split(b"/")
-                if max(map(len, names)) > MAX_NAME_BYTES or len(path) > MAX_PATH_CHARACTERS:
-                    raise self.problem(
-                        field,
-                        f"has a name of more than {MAX_NAME_BYTES} bytes, or more than {MAX_PATH_CHARACTERS} "
-                        "characters, which is too long for a file system",
-                        "use a shorter path",
-                    )
+            paths = value if isinstance(value, list) else [value or ""]
+            require_path_lengths(f"{self.section_name}.{field}", paths)
 
     def require_between(self, low: float, high: float, *fields: str) -> None:
         """Check that each of `fields` is in [low, high).

@@ -92,6 +92,13 @@ class HealthCounts(_Record):
     skipped_steps: int
 
 
+class SetLoss(_Record):
+    """Loss of a named validation set (`evaluation.sets`); None if it is not finite."""
+
+    loss: float | None
+    num_tokens: int
+
+
 class RunSummary(_Record):
     """The contents of summary.json; None for a result that the run does not have."""
 
@@ -112,6 +119,8 @@ class RunSummary(_Record):
     best_validation_loss: float | None = None
     validation_perplexity: float | None = None
     validation_bits_per_byte: float | None = None
+    # None without named validation sets.
+    validation_sets: dict[str, SetLoss] | None = None
     world_size: int | None = None
     health: HealthCounts | None = None
 

@@ -142,6 +142,7 @@ class Recorder:
         self.log(
             f"validation loss at iteration {progress.step} | lm loss value: {held_out.loss:.6E} | "
             f"lm loss PPL: {held_out.perplexity:.6E} | bits per byte: {held_out.bits_per_byte:.4f} |"
+            + "".join(f" {name}: {found.loss:.6E} |" for name, found in held_out.sets.items())
         )
         self._write({"kind": "validation", **self.throughput.position(progress), **held_out.results})
 
