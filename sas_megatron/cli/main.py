@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.doctor:doctor",
         "Check a node or an allocation for problems that would make training fail.",
     ),
+    "runs": ("sas_megatron.cli.runs:runs", "Send the records of runs to W&B or MLflow."),
     "bench": ("sas_megatron.cli.bench:bench", "Measure speed and memory on this machine."),
 }
 

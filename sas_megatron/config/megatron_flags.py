@@ -60,6 +60,7 @@ MEGATRON_ALIASES: dict[str, str] = {
     "async_save": "checkpoint.asynchronous",
     "log_interval": "logging.interval",
     "save": "logging.run_directory",
+    "wandb_project": "logging.tracker_project",
 }
 
 # The value of a field by its dotted name; None if it is absent.
@@ -187,6 +188,7 @@ NOT_OFFERED: dict[str, str] = {
     "load": "checkpoint.resume=auto resumes the run in logging.run_directory, and checkpoint.initial_weights "
     "names weights",
     "finetune": "checkpoint.initial_weights names weights that a new run starts from",
+    "wandb_exp_name": "the name of logging.run_directory is the name of the run",
     "tensorboard_dir": "events are written to tensorboard/ in logging.run_directory",
     "tokenizer_type": "the file that data.tokenizer names determines it",
     "vocab_file": "data.tokenizer names one file",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sas_megatron.config.errors import FieldError
 from sas_megatron.config.section import Section
 
 
@@ -69,13 +70,44 @@ class LoggingConfig(Section):
     section_name: ClassVar[str] = "logging"
     former_names: ClassVar[dict[str, str]] = {"wire_ledger": "communication_counter"}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_tensorboard(cls, fields: Any) -> Any:
+        """Read the field `tensorboard` of earlier versions, which `trackers` has replaced."""
+        if not isinstance(fields, dict) or not isinstance(fields.get("tensorboard"), bool):
+            return fields
+        remaining = dict(fields)
+        trackers = ["tensorboard"] if remaining.pop("tensorboard") else []
+        if remaining.setdefault("trackers", trackers) != trackers:
+            kept = [name for name in remaining["trackers"] if name != "tensorboard"] + trackers
+            raise FieldError(
+                "logging.tensorboard",
+                fields["tensorboard"],
+                f"has been replaced by logging.trackers, which is {remaining['trackers']}",
+                f"remove it, and set logging.trackers=[{', '.join(kept)}]",
+            )
+        return remaining
+
     run_directory: str = Field(
         description="Folder for config.yaml, run.json, metrics.jsonl, summary.json and checkpoints/."
     )
     interval: int = Field(
         default=10, description="Steps between logged steps; each logged step is one line of metrics.jsonl."
     )
-    tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default=["tensorboard"],
+        description="Programs that show the records: TensorBoard's event files in the run directory, a W&B "
+        "project, an MLflow experiment.",
+    )
+    tracker_project: str = Field(
+        default="sas_megatron", description="The W&B project, or the MLflow experiment, of the run."
+    )
+    tracker_group: str | None = Field(
+        default=None, description="The group of the run in W&B and MLflow; a study names its directory."
+    )
+    tracker_tags: list[str] = Field(
+        default=[], description="Tags of the run in W&B and MLflow; a study names the variant and the size."
+    )
     communication_counter: bool = Field(
         default=False,
         description="Count the bytes that each rank sends in collectives, by process group, and write them "
@@ -91,6 +123,11 @@ class LoggingConfig(Section):
     def _check(self) -> LoggingConfig:
         self.require_positive("interval")
         self.require_paths("run_directory")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise self.problem("trackers", "names a tracker twice", "name each once")
+        for field in ("tracker_project", "tracker_group"):
+            if getattr(self, field) == "":
+                raise self.problem(field, "is empty", "use a name, or leave it out")
         steps = self.profile_steps
         if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
             raise self.problem(

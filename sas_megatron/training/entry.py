@@ -17,6 +17,7 @@ from sas_megatron.data.validation_sets import check_validation_sets
 from sas_megatron.fault_tolerance.final_report import TRAINING
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
 from sas_megatron.platform.launcher import is_first_on_node, is_rank0, launched_world_size
+from sas_megatron.tracking.tracker import check_installed
 from sas_megatron.training.resuming import find_branch
 from sas_megatron.training.run_files import RunFiles
 
@@ -34,6 +35,7 @@ def check_run(config: RunConfig, *, world_size: int) -> None:
     open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_on_node())
     check_validation_sets(config, verify=is_first_on_node())
     check_repetition(config)
+    check_installed(config.logging.trackers)
     RunFiles.check_directory(config)
     if config.checkpoint.resume is not False and find_checkpoints(RunFiles.checkpoints(config)):
         return

@@ -209,7 +209,8 @@ def test_token_files_of_sets_are_checked_before_the_run(
         broken = config.replaced({"evaluation.sets": {"x": [str(tmp_path / name)]}})
         with pytest.raises(error, match=message):
             check_run(broken, world_size=1)
-    short = config.replaced(
-        {"data.sequence_length": 4000, "evaluation.sets": {"code": [str(small_data.prefix)]}}
-    )
-    check_run(short, world_size=1)
+    tiny = tmp_path / "tiny.txt"
+    tiny.write_text("two words")
+    prepare_token_files([tiny], tokenizer_path=small_data.tokenizer, prefix=tmp_path / "tiny", num_workers=1)
+    with pytest.raises(FieldError, match=r"evaluation.sets.x=.*: data.sequence_length=40: must be less than"):
+        check_run(config.replaced({"evaluation.sets": {"x": [str(tmp_path / "tiny")]}}), world_size=1)
