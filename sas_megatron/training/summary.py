@@ -80,8 +80,9 @@ def build_summary(
     held_out = {} if results.held_out is None else results.held_out.results
     last_step = results.last_step
     return {
-        # Schema 2 renamed `wire_bytes_sent` to `communication_bytes_sent`; schema 3 added the epochs.
-        "schema": 3,
+        # Schema 2 renamed `wire_bytes_sent` to `communication_bytes_sent`; schema 3 added the epochs, and
+        # schema 4 the named validation sets.
+        "schema": 4,
         "exit_reason": results.run_exit.reason,
         "steps": progress.step,
         "tokens": position["consumed_tokens"],
