@@ -29,10 +29,10 @@ from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
+    "logging.tracker",
     "data.index_cache",
     "checkpoint.resume",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every",
+    "checkpoint.keep_",
     "checkpoint.asynchronous",
 )
 FINISHED = "finished"
@@ -257,7 +257,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _may_differ(key: str) -> bool:
-    return key in INERT_KEYS or any(key == varied or key.startswith(f"{varied}.") for varied in VARIED_KEYS)
+    return key.startswith((*INERT_KEYS, *VARIED_KEYS))
 
 
 def _read_config(path: Path) -> RunConfig:

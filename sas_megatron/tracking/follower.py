@@ -20,7 +20,7 @@ from pathlib import Path
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.io.files import make_folder
-from sas_megatron.tracking.rows import RowReader
+from sas_megatron.tracking.rows import RowReader, has_ended
 from sas_megatron.tracking.sent_record import FOLDER, locked, read_sent_record
 from sas_megatron.tracking.sync import Sender
 from sas_megatron.tracking.tracker import REMOTE_TRACKERS, load_tracked_run
@@ -72,13 +72,18 @@ class Follower:
         return [f"trackers: {', '.join(self._trackers)}; their log is {log}"]
 
     def finish(self) -> list[str]:
-        """Close the pipe, wait a few seconds, and return a line for each tracker that lacks rows."""
+        """Close the pipe; at the end of a run, wait a few seconds, and describe the trackers that lack rows.
+
+        A run that is to be resumed has no time to wait, and its next session sends the rest.
+        """
         if self._process is None:
             return []
         process, self._process = self._process, None
         assert process.stdin is not None
         with contextlib.suppress(OSError):
             process.stdin.close()
+        if not has_ended(self._run):
+            return []
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_AT_END)
         return [line for name in self._trackers for line in self._describe_missing(name)]

@@ -67,6 +67,9 @@ class Sender:
             return SyncResult(self._name, 0, last_step)
         try:
             record = self._connect()
+            if record.last_step < last_step:  # the server has not received all that was sent
+                self._reader.rewind()
+                rows = self._reader.read(after=record.last_step)
             rows = [row for row in rows if row.step > record.last_step]
             if rows:
                 assert self._tracker is not None

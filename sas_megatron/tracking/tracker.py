@@ -101,7 +101,7 @@ def check_installed(trackers: Sequence[str]) -> None:
         FieldError: One is not.
     """
     for name in trackers:
-        if name in REMOTE_TRACKERS and importlib.util.find_spec(name) is None:
+        if name in REMOTE_TRACKERS and not _is_installed(name):
             remaining = f"logging.trackers=[{', '.join(other for other in trackers if other != name)}]"
             raise FieldError(
                 "logging.trackers",
@@ -110,6 +110,12 @@ def check_installed(trackers: Sequence[str]) -> None:
                 f"pip install 'sas-megatron[{name}]', or set {remaining}",
                 (remaining,),
             )
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package is installed; a folder of that name, as W&B creates, is no package."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def build_tracker(name: str, run: TrackedRun) -> Tracker:

@@ -81,9 +81,9 @@ class OnlineWandbTracker(Tracker):
         folder = self._run.directory / FOLDER
         make_folder(folder)
         self._wandb_run = _init(self._run, folder=folder, mode="online")
-        # W&B counts steps from 0 and continues after the last one that the server has.
-        received = int(self._wandb_run.step) - 1
-        return record.model_copy(update={"last_step": max(record.last_step, received)})
+        # W&B counts steps from 0 and continues after the last one that the server has. It sends in the
+        # background, so that a machine that fails may not have sent all that is recorded.
+        return record.model_copy(update={"last_step": max(0, int(self._wandb_run.step) - 1)})
 
     @override
     def send(self, rows: Sequence[Row], record: SentRecord, save: Save) -> SentRecord:
