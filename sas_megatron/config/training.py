@@ -165,6 +165,13 @@ class TrainingConfig(Section):
         return self.global_batch_size // self.micro_batch_size // data_parallel
 
 
+def _refuse_numbers(value: Any) -> Any:
+    """Return the value; 0 and 1, which Python counts as equal to false and true, are refused."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise FieldError("checkpoint.resume", value, "is not one of the choices", "use true, false or auto")
+    return value
+
+
 class CheckpointConfig(Section):
     """When to save and remove checkpoints, and which weights a run starts from."""
 
@@ -176,7 +183,7 @@ class CheckpointConfig(Section):
         description="Additional steps after which to save. These checkpoints are never removed; other runs "
         "can branch off from them.",
     )
-    resume: Literal[True, False, "auto"] = Field(
+    resume: Annotated[Literal[True, False, "auto"], BeforeValidator(_refuse_numbers)] = Field(
         default=False,
         description="Resume from the newest undamaged checkpoint in the run directory, if one exists; the "
         "parallel layout may differ. auto (the default of the scripts in launch/): the same, without a "

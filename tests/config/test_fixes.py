@@ -57,6 +57,7 @@ ALONE = {
     "number of layers that float64 cannot represent",
     "numbers of a list that float64 cannot represent",
     "interval of zero steps",
+    "number instead of a boolean",
 }
 
 
