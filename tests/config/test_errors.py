@@ -10,6 +10,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.hints import known_keys
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.megatron_flags import MEGATRON_ALIASES, NOT_OFFERED, OTHER_UNITS
+from sas_megatron.config.model import ModelConfig
 from tests.run_configs import small_config, small_tree
 
 MHA: dict[str, Any] = {"kind": "mha", "num_heads": 6, "head_dim": 10}
@@ -65,9 +66,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing like it": (
         {"model": {"zzzzzz": 1}},
-        "model.zzzzzz=1: no such key; zzzzzz is not offered; the fields of model are num_layers, "
-        "hidden_size, ffn_hidden_size, vocab_size, vocab_multiple, activation, normalization, norm_epsilon, "
-        "linear_bias, tie_embeddings, hidden_dropout, rotary_base, init_std, output_init",
+        "model.zzzzzz=1: no such key; zzzzzz is not offered; the fields of model are "
+        + ", ".join(ModelConfig.model_fields),
     ),
     "no such section": (
         {"zzzzzz": {"a": 1}},

@@ -9,6 +9,7 @@ import pytest
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import build_run_config, load_run_config
+from sas_megatron.config.optimizer import OptimizerConfig
 from sas_megatron.scaling.study.study_file import load_study
 from tests.conftest import ROOT
 from tests.run_configs import small_config, small_tree
@@ -105,9 +106,7 @@ HINTS: dict[str, tuple[str, Any, str]] = {
     "not offered, and like no key": (
         "optimizer.muon",
         True,
-        "muon is not offered; the fields of optimizer are learning_rate, weight_decay, beta1, beta2, "
-        "epsilon, clip_gradient_norm, distributed, simulation_learning_rate_multiplier, "
-        "simulation_weight_decay_multiplier",
+        f"muon is not offered; the fields of optimizer are {', '.join(OptimizerConfig.model_fields)}",
     ),
     "another command": (
         "data.mock_data",
