@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sas_megatron.config.errors import FileProblem
+from sas_megatron.tracking.mlflow_tracker import MlflowTracker
 from sas_megatron.tracking.rows import RowReader, has_ended
 from sas_megatron.tracking.sent_record import (
     SentRecord,
@@ -23,7 +24,13 @@ from sas_megatron.tracking.sent_record import (
     record_path,
     write_sent_record,
 )
-from sas_megatron.tracking.tracker import NotReached, TrackedRun, Tracker, build_tracker, load_tracked_run
+from sas_megatron.tracking.tracker import NotReached, TrackedRun, Tracker, load_tracked_run
+from sas_megatron.tracking.wandb_tracker import build_wandb_tracker
+
+
+def build_tracker(name: str, run: TrackedRun) -> Tracker:
+    """Return a tracker of `REMOTE_TRACKERS` for a run. It does not connect yet."""
+    return build_wandb_tracker(run) if name == "wandb" else MlflowTracker(run)
 
 
 @dataclass(frozen=True)

@@ -116,14 +116,3 @@ def _is_installed(package: str) -> bool:
     """Return whether a package is installed; a folder of that name, as W&B creates, is no package."""
     found = importlib.util.find_spec(package)
     return found is not None and found.origin is not None
-
-
-def build_tracker(name: str, run: TrackedRun) -> Tracker:
-    """Return a tracker of `REMOTE_TRACKERS` for a run. It does not connect yet."""
-    if name == "wandb":
-        from sas_megatron.tracking.wandb_tracker import build_wandb_tracker
-
-        return build_wandb_tracker(run)
-    from sas_megatron.tracking.mlflow_tracker import MlflowTracker
-
-    return MlflowTracker(run)
