@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sas_megatron.config.attention_kinds import KINDS, resolve_part
-from sas_megatron.config.errors import FieldError, UserError
-from sas_megatron.config.section import Section, divisors
+from sas_megatron.config.errors import UserError
+from sas_megatron.config.section import Section, divisors, largest_at_most
 
 # Fields of the modifiers, which every variant supports (attention/modifiers.py); all are off by default.
 MODIFIERS = ("qk_norm", "knocking_heads", "output_norm", "output_gate")
@@ -96,10 +96,12 @@ class AttentionConfig(Section):
         self.require_positive("num_heads", "num_kv_heads", "head_dim", "rotary_dim")
         self.require_between(0.0, 1.0, "dropout")
         if self.num_heads % self.num_key_value_heads:
+            choices = divisors(self.num_heads)
             raise self.problem(
                 "num_kv_heads",
                 f"must divide attention.num_heads={self.num_heads}",
-                f"use one of {divisors(self.num_heads)}",
+                f"use one of {choices}",
+                (f"attention.num_kv_heads={largest_at_most(self.num_kv_heads or 1, choices)}",),
             )
         if self.qkv_bias and not self.supports_qkv_bias:
             raise self.problem(
@@ -113,9 +115,19 @@ class AttentionConfig(Section):
     def _check_rotary(self) -> None:
         if self.rotary not in self.rotary_choices:
             choices = " or ".join(self.rotary_choices)
-            raise self.problem("rotary", f"must be {choices} with attention.kind={self.kind}", "use after")
+            raise self.problem(
+                "rotary",
+                f"must be {choices} with attention.kind={self.kind}",
+                "use after",
+                ("attention.rotary=after",),
+            )
         if self.rotary == "none" and self.rotary_dim is not None:
-            raise self.problem("rotary_dim", "must be null if attention.rotary=none", "omit it")
+            raise self.problem(
+                "rotary_dim",
+                "must be null if attention.rotary=none",
+                "omit it",
+                ("attention.rotary_dim=null",),
+            )
         if not self.uses_model_rotary:
             return
         if self.rotary_dim is not None and self.rotary_dim % 2:
@@ -123,18 +135,21 @@ class AttentionConfig(Section):
                 "rotary_dim",
                 "must be even, since rotary embeddings rotate pairs of features",
                 f"use {self.rotary_dim + 1}",
+                (f"attention.rotary_dim={self.rotary_dim + 1}",),
             )
         if self.rotary_width > self.rotated_head_dim:
             raise self.problem(
                 "rotary_dim",
                 f"must not exceed the {self.rotated_head_dim} features of a query/key head",
                 f"use {self.rotated_head_dim} or less",
+                (f"attention.rotary_dim={self.rotated_head_dim}",),
             )
         if self.rotary_width % 2:
             raise self.problem(
                 "head_dim" if self.rotary_width == self.head_dim else "simulated_head_dim",
                 "must be even, since rotary embeddings rotate pairs of its features",
                 "use an even width, or set attention.rotary_dim or attention.rotary=none",
+                (f"attention.rotary_dim={self.rotary_width - 1}",),
             )
 
     @property
@@ -188,51 +203,6 @@ class AttentionConfig(Section):
     def is_modified(self) -> bool:
         """Whether any modifier is on."""
         return any(getattr(self, name) not in (False, "none") for name in MODIFIERS)
-
-    def check_tensor_parallel(self, tensor: int) -> None:
-        """Check that the heads can be sharded over `tensor` ranks.
-
-        Raises:
-            FieldError: The heads cannot be sharded.
-        """
-        groups = self.num_key_value_heads
-        if self.num_heads % tensor:
-            raise self.problem(
-                "num_heads",
-                f"must be divisible by parallel.tensor={tensor}, the ranks that share the heads",
-                f"set parallel.tensor to one of {divisors(self.num_heads)}",
-            )
-        if groups % tensor and tensor % groups:
-            legal = [p for p in divisors(self.num_heads) if groups % p == 0 or p % groups == 0]
-            raise FieldError(
-                "attention.num_kv_heads",
-                groups,
-                f"must be a multiple or a divisor of parallel.tensor={tensor}",
-                f"set parallel.tensor to one of {legal}",
-            )
-        if self.has_fused_qkv and groups < tensor and self.qkv_width % tensor:
-            # With fewer key/value heads than ranks, Megatron-core shards columns rather than heads.
-            raise self.problem(
-                "head_dim",
-                f"gives {self.qkv_width} columns of queries, keys and values, which must be divisible by "
-                f"parallel.tensor={tensor} if there are only {groups} key/value heads",
-                f"use a multiple of {tensor}",
-            )
-
-    def check_context_parallel(self, tensor: int, context: int) -> None:
-        """Check that the heads of a tensor rank can be sharded over `context` ranks.
-
-        Raises:
-            FieldError: The heads of a tensor rank cannot be sharded.
-        """
-        heads = self.num_attended_heads // tensor
-        if heads % context:
-            raise FieldError(
-                "parallel.context",
-                context,
-                f"must divide the {heads} heads of each of parallel.tensor={tensor} ranks",
-                f"use one of {divisors(heads)}",
-            )
 
     def resolved_fields(self) -> dict[str, Any]:
         """Return the values of optional fields with their defaults resolved."""

@@ -29,10 +29,10 @@ from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
+    "logging.tracker",
     "data.index_cache",
     "checkpoint.resume",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every",
+    "checkpoint.keep_",
     "checkpoint.asynchronous",
 )
 FINISHED = "finished"
@@ -92,6 +92,13 @@ class HealthCounts(_Record):
     skipped_steps: int
 
 
+class SetLoss(_Record):
+    """Loss of a named validation set (`evaluation.sets`); None if it is not finite."""
+
+    loss: float | None
+    num_tokens: int
+
+
 class RunSummary(_Record):
     """The contents of summary.json; None for a result that the run does not have."""
 
@@ -112,6 +119,8 @@ class RunSummary(_Record):
     best_validation_loss: float | None = None
     validation_perplexity: float | None = None
     validation_bits_per_byte: float | None = None
+    # None without named validation sets.
+    validation_sets: dict[str, SetLoss] | None = None
     world_size: int | None = None
     health: HealthCounts | None = None
 
@@ -248,7 +257,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _may_differ(key: str) -> bool:
-    return key in INERT_KEYS or any(key == varied or key.startswith(f"{varied}.") for varied in VARIED_KEYS)
+    return key.startswith((*INERT_KEYS, *VARIED_KEYS))
 
 
 def _read_config(path: Path) -> RunConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sas_megatron.config.attention import MODIFIERS, parse_attention, resolve_kind
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.config.loading import read_yaml
+from sas_megatron.config.loading import read_run_tree
 from sas_megatron.config.run import RunConfig
 
 
@@ -23,7 +23,7 @@ def build_variant(base: RunConfig, attention: str) -> tuple[str, RunConfig]:
         UserError: The kind is unknown, or the file or its attention is invalid.
     """
     if Path(attention).suffix in (".yaml", ".yml"):
-        tree = read_yaml(attention)
+        tree = read_run_tree(attention)
         if "attention" not in tree:
             raise FileProblem(attention, "has no section attention", "add one, with its kind")
         name, fields = Path(attention).stem, tree["attention"]

@@ -161,7 +161,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "number instead of a boolean": (
         {"checkpoint": {"resume": 1}},
-        "checkpoint.resume=1: must be a valid boolean; write true or false",
+        "checkpoint.resume=1: is not one of the choices; use true, false or auto",
     ),
     "number instead of text": (
         {"data": {"tokenizer": 7}},

@@ -48,6 +48,7 @@ COMMANDS = {
         "sas-megatron train configs/quickstart_gated.yaml parallel.tensor=1",
         "training.num_steps=5 schedule.warmup_steps=2",
     ),
+    "monitoring.md": ("sas-megatron runs sync runs/125m/sas --tracker mlflow", ""),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),
     "speed.md": ("sas-megatron bench attention", "--repeats 1"),
     "statistics.md": (

@@ -74,7 +74,8 @@ def probed(config: RunConfig) -> tuple[list[dict[str, Any]], list[torch.Tensor],
     for chunk in engine.model_chunks:
         for layer in chunk.decoder.layers:
             layer.self_attention.register_forward_pre_hook(lambda _module, given: inputs.append(given[0]))
-    data = SimpleNamespace(_config=config, _topology=topology, _validation_samples=RandomSamples(config))
+    samples = {"validation": RandomSamples(config)}
+    data = SimpleNamespace(_config=config, _topology=topology, _validation_samples=samples)
     data.probe_batches = lambda: RunData.probe_batches(data)  # type: ignore[arg-type]
     found = probe_model(engine, data, config=config, topology=topology)
     weights = {name: parameter.detach() for name, parameter in engine.model_chunks[0].named_parameters()}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.errors import UserError
+from sas_megatron.config.head_layout import check_context_parallel, check_tensor_parallel
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
 from tests.model.small_runs import bias_of_queries, modified_attentions
@@ -71,7 +72,7 @@ def runs_with_layouts(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
 def _layouts(draw: st.DrawFn, attention: AttentionConfig) -> tuple[dict[str, Any], int]:
     """Draw the `parallel` section, and a number of layers that its stages can share."""
     tensor = draw(st.sampled_from([ranks for ranks in (1, 2, 3, 4) if _can_share(attention, ranks)]))
-    fitting = [ranks for ranks in (1, 2, 3, 4) if _passes(attention.check_context_parallel, tensor, ranks)]
+    fitting = [ranks for ranks in (1, 2, 3, 4) if _passes(check_context_parallel, attention, tensor, ranks)]
     pipeline = draw(st.integers(1, 3))
     num_chunks = draw(st.integers(1, 2)) if pipeline > 1 else 1
     first, last = (num_chunks * draw(st.integers(1, 2)) for _ in range(2))
@@ -108,7 +109,7 @@ def _can_share(attention: AttentionConfig, tensor: int) -> bool:
     sharded = [
         weight for weight in build_attention_costs(attention).weights(1, linear_bias=True) if weight.sharded
     ]
-    return _passes(attention.check_tensor_parallel, tensor) and not any(
+    return _passes(check_tensor_parallel, attention, tensor) and not any(
         weight.elements % tensor for weight in sharded
     )
 

@@ -79,6 +79,7 @@ class MultiHeadAttentionConfig(ProjectedAttentionConfig):
                 "num_kv_heads",
                 "must equal num_heads in multi-head attention",
                 "omit it, or use kind: gqa",
+                ("attention.num_kv_heads=null",),
             )
         return self
 
@@ -93,6 +94,9 @@ class MultiQueryAttentionConfig(ProjectedAttentionConfig):
     def _check_multi_query(self) -> MultiQueryAttentionConfig:
         if self.num_key_value_heads != 1:
             raise self.problem(
-                "num_kv_heads", "must be 1 in multi-query attention", "omit it, or use kind: gqa"
+                "num_kv_heads",
+                "must be 1 in multi-query attention",
+                "omit it, or use kind: gqa",
+                ("attention.num_kv_heads=1",),
             )
         return self

@@ -175,6 +175,7 @@ def _add_measurements(counted: Row, planned: PlannedRun, run: Run) -> Row:
             "loss": summary.final_validation_loss,
             "train_loss": summary.final_train_loss,
             "bits_per_byte": summary.validation_bits_per_byte,
+            "set_losses": {name: found.loss for name, found in (summary.validation_sets or {}).items()},
             "training_seconds": summary.training_seconds,
             "median_step_seconds": summary.median_step_seconds,
             "peak_memory_bytes": summary.peak_memory_bytes,

@@ -271,12 +271,22 @@ class _PlanBuilder:
                 {
                     **settings,
                     "logging.run_directory": str(directory),
-                    "checkpoint.resume": True,
+                    "checkpoint.resume": "auto",
                     "checkpoint.keep_last": 1,
+                    **self._tracker_settings(cell),
                 }
             )
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
+
+    def _tracker_settings(self, cell: Cell) -> dict[str, Any]:
+        """Return the group and the tags of a run, if a tracker shows them."""
+        logging = cell.config.logging
+        if set(logging.trackers) <= {"tensorboard"}:
+            return {}
+        tags = [*logging.tracker_tags, cell.variant, cell.size, *cell.levels.values()]
+        group = logging.tracker_group or Path(self.study.directory).name
+        return {"logging.tracker_group": group, "logging.tracker_tags": list(dict.fromkeys(tags))}
 
 
 def _plan_run(

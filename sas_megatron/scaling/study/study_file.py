@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
-from sas_megatron.config.loading import read_yaml
+from sas_megatron.config.loading import read_run_tree, read_yaml
 from sas_megatron.config.section import Section
 from sas_megatron.scaling.matching import MLP, TOLERANCE
 from sas_megatron.scaling.study.rate_rule import LearningRateRule
@@ -224,7 +224,7 @@ def load_study(path: str | Path, *, directory: Path | None = None) -> tuple[Stud
     study = read_study(path)
     directory = directory or find_directory(study.directory, Path(path))
     study = study.model_copy(update={"directory": str(directory)})
-    return study, read_yaml(Path(path).parent / study.base)
+    return study, read_run_tree(Path(path).parent / study.base)
 
 
 def read_study(path: str | Path) -> Study:
