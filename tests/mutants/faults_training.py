@@ -79,8 +79,8 @@ MUTANTS = (
     Mutant(
         "resume-adam-step-off-by-one",
         "sas_megatron.training.optimizer_states:set_num_updates",
-        "torch.tensor(float(num_updates))",
-        "torch.tensor(float(num_updates + 1))",
+        "torch.tensor(float(num_updates), ",
+        "torch.tensor(float(num_updates + 1), ",
         "After the run is resumed, Adam's bias correction counts one update too many.",
     ),
     Mutant(
@@ -337,5 +337,20 @@ MUTANTS = (
         "[-(self.max_length + 1) :]",
         "[-self.max_length :]",
         "Truncating a context to the length of the model removes one token too many.",
+    ),
+    # tracking
+    Mutant(
+        "tracker-repeats-the-last-step",
+        "sas_megatron.tracking.rows:RowReader.read",
+        "if row.step > after]",
+        "if row.step >= after]",
+        "After a restart the last step that a tracker has received is sent again.",
+    ),
+    Mutant(
+        "tracker-sends-incomplete-rows",
+        "sas_megatron.tracking.rows:RowReader.read",
+        "if rows and not is_final:",
+        "if False:",
+        "A row is sent before the evaluation of its step is recorded.",
     ),
 )
