@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -192,6 +193,7 @@ def edit_json(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
 
+@functools.cache
 def characters_of_every_category() -> list[str]:
     """Return characters of each general category and plane of Unicode, without surrogates."""
     found: dict[tuple[str, int], list[str]] = {}
