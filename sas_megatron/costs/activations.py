@@ -227,9 +227,9 @@ def _count_head(config: RunConfig, spec: ActivationSpec) -> Terms:
     model = config.model
     saved = FLOAT32_BYTES * spec.tokens
     if resolve_output_loss(config) == "full":
+        saved = count_probability_bytes(config) + spec.tokens * (INDEX_BYTES + MASK_BYTES)
+    if is_loss_blocked(config, device=spec.device):
         saved = count_probability_bytes(config)
-        if not is_loss_blocked(config, device=spec.device):
-            saved += spec.tokens * (INDEX_BYTES + MASK_BYTES)
     return {
         "norms": spec.norm_bytes(model.hidden_size, model.normalization),
         "head": spec.local_bytes(model.hidden_size) + saved,
