@@ -42,8 +42,8 @@ MUTANTS = (
     Mutant(
         "head-activations-without-labels",
         "sas_megatron.costs.activations:_count_head",
-        "saved += spec.tokens * (INDEX_BYTES + MASK_BYTES)",
-        "saved += 0",
+        "count_probability_bytes(config) + spec.tokens * (INDEX_BYTES + MASK_BYTES)",
+        "count_probability_bytes(config)",
         "The activation memory of the loss omits the labels.",
     ),
     Mutant(
@@ -266,5 +266,20 @@ MUTANTS = (
         "process.kill()",
         "pass",
         "When a measuring rank fails, the processes of the other ranks are not terminated.",
+    ),
+    # tracking
+    Mutant(
+        "tracker-repeats-the-last-step",
+        "sas_megatron.tracking.rows:RowReader.read",
+        "if row.step > after]",
+        "if row.step >= after]",
+        "After a restart the last step that a tracker has received is sent again.",
+    ),
+    Mutant(
+        "tracker-sends-incomplete-rows",
+        "sas_megatron.tracking.rows:RowReader.read",
+        "if rows and not is_final:",
+        "if False:",
+        "A row is sent before the evaluation of its step is recorded.",
     ),
 )

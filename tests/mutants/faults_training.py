@@ -100,7 +100,7 @@ MUTANTS = (
     Mutant(
         "stop-decided-by-each-rank",
         "sas_megatron.training.step:_reduce_over_ranks",
-        "totals[3].item() > 0",
+        "stops > 0",
         "stop_requested",
         "Only the ranks that received the stop signal stop.",
     ),
@@ -337,20 +337,5 @@ MUTANTS = (
         "[-(self.max_length + 1) :]",
         "[-self.max_length :]",
         "Truncating a context to the length of the model removes one token too many.",
-    ),
-    # tracking
-    Mutant(
-        "tracker-repeats-the-last-step",
-        "sas_megatron.tracking.rows:RowReader.read",
-        "if row.step > after]",
-        "if row.step >= after]",
-        "After a restart the last step that a tracker has received is sent again.",
-    ),
-    Mutant(
-        "tracker-sends-incomplete-rows",
-        "sas_megatron.tracking.rows:RowReader.read",
-        "if rows and not is_final:",
-        "if False:",
-        "A row is sent before the evaluation of its step is recorded.",
     ),
 )

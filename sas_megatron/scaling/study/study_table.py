@@ -18,8 +18,8 @@ from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.costs.flops import causal_half
 from sas_megatron.io.files import make_folder, replace_file
 
-# Version 4 added study, host and data of a run, budget and seed of a sweep, and losses of named validation sets;
-# version 3 added rounds of step times, sweeps and withdrawn variants; version 2 added the epochs.
+# Version 4 added study, host and data of a run, budget and seed of a sweep, and losses of named validation
+# sets; version 3 added rounds of step times, sweeps and withdrawn variants; version 2 added the epochs.
 SCHEMA_VERSION = 4
 READABLE_VERSIONS = (1, 2, 3, 4)
 
