@@ -13,9 +13,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
@@ -23,6 +23,14 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.flops import causal_half
 from sas_megatron.scaling.layer_measurements import LayerMeasurements, join_measurements
 from sas_megatron.scaling.outcomes import Axis
+from sas_megatron.scaling.run_records import (
+    CurvePoint,
+    HealthEvent,
+    Probe,
+    RunSummary,
+    TrainPoint,
+    ValidationPoint,
+)
 from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 
 # The fields that a comparison varies, and fields that do not affect the result. A resumed run equals the
@@ -30,11 +38,11 @@ from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
+    "logging.tracker",
     "data.index_cache",
     "evaluation.probe_sequences",
     "checkpoint.resume",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every",
+    "checkpoint.keep_",
     "checkpoint.asynchronous",
 )
 FINISHED = "finished"
@@ -43,80 +51,6 @@ _FIELDS: dict[Axis, str] = {
     "flops": "training_flops",
     "seconds": "elapsed_seconds",
 }
-
-
-class _Record(BaseModel):
-    # NaN is not valid JSON: a missing result is null or absent.
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class CurvePoint(_Record):
-    """One line of metrics.jsonl: the amounts spent up to a step, and the loss at that step."""
-
-    step: int
-    consumed_tokens: int
-    training_flops: float
-    elapsed_seconds: float
-    loss: float | None = None
-
-
-class TrainPoint(CurvePoint):
-    """Loss of the batch of a step."""
-
-    kind: Literal["train"]
-    loss: float | None = Field(default=None, validation_alias="train_loss")
-
-
-class ValidationPoint(CurvePoint):
-    """Loss on the held-out windows after a step."""
-
-    kind: Literal["validation"]
-    loss: float | None = Field(default=None, validation_alias="validation_loss")
-
-
-class HealthEvent(_Record):
-    """A problem of a step that the health checks found; not a point of a curve."""
-
-    kind: Literal["health"]
-    step: int
-
-
-class Probe(_Record):
-    """Measurements by layer after a step, of its update or of the probe batch; not a point of a curve."""
-
-    kind: Literal["update", "probe"]
-    step: int
-    layers: list[dict[str, Any]]
-
-
-class HealthCounts(_Record):
-    """Counts of summary.json: steps whose update was skipped."""
-
-    skipped_steps: int
-
-
-class RunSummary(_Record):
-    """The contents of summary.json; None for a result that the run does not have."""
-
-    exit_reason: str
-    steps: int
-    tokens: int
-    # None in summaries of schema 2 and earlier.
-    epochs: float | None = None
-    training_flops: float | None = None
-    training_flops_per_token: dict[str, float] | None = None
-    parameters: dict[str, int] | None = None
-    training_seconds: float | None = None
-    total_seconds: float | None = None
-    median_step_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    final_train_loss: float | None = None
-    final_validation_loss: float | None = None
-    best_validation_loss: float | None = None
-    validation_perplexity: float | None = None
-    validation_bits_per_byte: float | None = None
-    world_size: int | None = None
-    health: HealthCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +187,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _may_differ(key: str) -> bool:
-    return key in INERT_KEYS or any(key == varied or key.startswith(f"{varied}.") for varied in VARIED_KEYS)
+    return key.startswith((*INERT_KEYS, *VARIED_KEYS))
 
 
 def _read_config(path: Path) -> RunConfig:

@@ -73,8 +73,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def compute_gradient_norm(self) -> float:
-        """Return the norm of the accumulated gradients over all ranks, before clipping."""
+    def compute_gradient_norm(self) -> float | torch.Tensor:
+        """Return the norm of the accumulated gradients over all ranks, before clipping.
+
+        It is the same float32 number on every rank, possibly a scalar tensor that the host has not read.
+        """
 
     @abstractmethod
     def update(self, gradient_norm: float) -> None:

@@ -165,9 +165,9 @@ class Run:
     def _evaluate(self) -> None:
         """Compute the validation loss and record it."""
         num_microbatches = self.data.num_microbatches(self.config.evaluation.num_sequences)
-        batches = self.data.validation_batches()
         self.held_out = held_out = evaluate_held_out(
-            functools.partial(self.engine.forward, batches=batches, num_microbatches=num_microbatches),
+            functools.partial(self.engine.forward, num_microbatches=num_microbatches),
+            self.data.validation_batches(),
             byte_lengths=self.data.byte_lengths,
             topology=self.topology,
         )

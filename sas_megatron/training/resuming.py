@@ -20,7 +20,7 @@ from sas_megatron.checkpoint.manifest import (
 from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.checkpoint.weights_source import read_checkpoint_config
 from sas_megatron.config.errors import FieldError, FileProblem, UserError, translate_os_errors
-from sas_megatron.config.loading import find_differences, load_run_config
+from sas_megatron.config.loading import find_differences, format_override, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.io.file_records import find_damage
 from sas_megatron.io.run_record import RECORD
@@ -194,7 +194,13 @@ def _raise_if_fields_differ(
     config: RunConfig, saved: RunConfig, *, ignored: tuple[str, ...], owner: str, alternative: str
 ) -> None:
     for field, (new, previous) in find_differences([config, saved], ignored=ignored).items():
-        raise FieldError(field, new, f"was {previous} in {owner}", f"restore the old value, or {alternative}")
+        raise FieldError(
+            field,
+            new,
+            f"was {previous} in {owner}",
+            f"restore the old value, or {alternative}",
+            (format_override(field, previous),),
+        )
 
 
 def describe_config_repair(config: RunConfig) -> str | None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.head_layout import check_context_parallel
 from sas_megatron.config.run import RunConfig
 from sas_megatron.scaling.matching import COUNTED_AXES, DEPTH, MLP, Degrees, counted_costs, match
 from sas_megatron.scaling.variants import build_variant
@@ -234,7 +235,7 @@ def test_solved_head_count_is_divisible_by_every_tensor_parallel_size() -> None:
     found = match(base, variant, axis="params", degrees=Degrees(tensor=(1, 3, 4), context=(1,)))
     assert found.config.attention.num_heads % 12 == 0
     for tensor, context in itertools.product((1, 3, 4), (1,)):
-        found.config.attention.check_context_parallel(tensor, context)
+        check_context_parallel(found.config.attention, tensor, context)
 
 
 def test_value_of_the_config_is_a_valid_choice_for_any_multiple() -> None:

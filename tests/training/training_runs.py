@@ -200,15 +200,15 @@ def steps_without(fault: str, config: RunConfig) -> Any:
     from sas_megatron.attention.sas import layer as simulated_layer
     from sas_megatron.training import megatron_engine
 
-    original_sum, original_finalize = simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads
+    original_sum, original_finalize = simulated_layer.sum_gradients_over, megatron_engine.finalize_gradients
     if fault == "simulation":
         simulated_layer.sum_gradients_over = lambda _group, weights: tuple(weights)
     else:
-        megatron_engine.finalize_model_grads = _finalize_without_norms
+        megatron_engine.finalize_gradients = _finalize_without_norms
     try:
         return take_steps(config)
     finally:
-        simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads = (
+        simulated_layer.sum_gradients_over, megatron_engine.finalize_gradients = (
             original_sum,
             original_finalize,
         )

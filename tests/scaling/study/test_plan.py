@@ -17,18 +17,12 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.training import EvaluationConfig
 from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters, without_embeddings
-from sas_megatron.scaling.study.plan import Plan
 from sas_megatron.scaling.study.plan_builder import build_plan
 from sas_megatron.scaling.study.study_file import load_study
-from tests.conftest import ROOT
-from tests.scaling.study.studies import write_study
+from tests.run_configs import STUDIES
+from tests.scaling.study.studies import plan_of, write_study
 
-SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
-
-
-def plan_of(folder: Path, *, rates: Any = None, **changes: Any) -> Plan:
-    study, base = load_study(write_study(folder, **changes))
-    return build_plan(study, base, rates=rates)
+SHIPPED = sorted(STUDIES.rglob("*.yaml"))
 
 
 def test_branches_share_a_trunk_and_have_the_steps_of_their_budget(tmp_path: Path) -> None:

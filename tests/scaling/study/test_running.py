@@ -22,6 +22,8 @@ from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study import runner
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.plan import Plan
+from sas_megatron.scaling.study.record_exchange import collect_records, export_records
+from sas_megatron.scaling.study.run_records import MAX_RECORD_BYTES
 from sas_megatron.scaling.study.run_states import acquire_lock, is_locked, log_path, read_status
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.study_table import read_table
@@ -122,6 +124,13 @@ def test_finished_study_is_collected_and_not_run_again(finished: Path) -> None:
     # The two trunks are included.
     statuses = CliRunner().invoke(cli, ["study", "status", str(finished), "--json"])
     assert json.loads(statuses.output)["counts"] == {"done": 6}
+
+
+def test_records_of_real_runs_give_the_same_table(finished: Path, tmp_path: Path) -> None:
+    exported = export_records(plan_at(finished), tmp_path)
+    assert len(exported.new) == 6
+    assert max(path.stat().st_size for path in exported.folder.iterdir()) <= MAX_RECORD_BYTES
+    assert collect_records(*load_study(finished), tmp_path).rows == collect(plan_at(finished)).rows
 
 
 def times_of_finished(plan: Plan) -> dict[Path, int]:
@@ -291,7 +300,7 @@ def test_step_times_are_measured_and_added_to_the_table(
 ) -> None:
     context = fork_context()
     monkeypatch.setattr(rank_processes.multiprocessing, "get_context", lambda _method: context)
-    done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2"])
+    done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2", "--on-busy-machine"])
     assert done.exit_code == 0, done.output
     path = finished.parent / "study" / "step_seconds.json"
     record = json.loads(path.read_text())
