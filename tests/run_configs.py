@@ -10,8 +10,11 @@ from tests.conftest import ROOT
 
 # All shipped run configs. Study files have another format and are tested in tests/scaling/study; bases are
 # parts of configs.
+STUDIES = ROOT / "configs" / "studies"
 SHIPPED = sorted(
-    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("studies", "bases")
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if STUDIES not in path.parents and path.parent.name != "bases"
 )
 
 

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.quickstart:quickstart",
         "Train MHA and SAS on the same text and compare them.",
     ),
-    "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
+    "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a tokenizer."),
     "data": ("sas_megatron.cli.data:data", "Encode documents as token files, and inspect token files."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
     "evaluate": (

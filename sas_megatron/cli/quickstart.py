@@ -82,7 +82,7 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
     from sas_megatron.data.corpus import builtin_corpus
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.prepare import prepare_token_files
-    from sas_megatron.data.tokenizer import Tokenizer
+    from sas_megatron.data.tokenizer_loading import load_tokenizer
     from sas_megatron.data.tokenizer_training import train_tokenizer
 
     _log("text: the source code of the Python standard library")
@@ -91,7 +91,7 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
     if not model.exists():
         _log(f"tokenizer: sentencepiece, {vocab_size:,} pieces")
         train_tokenizer(stream_documents([corpus]), vocab_size=vocab_size, model_path=model)
-    if Tokenizer(model).vocab_size != vocab_size:
+    if load_tokenizer(model).vocab_size != vocab_size:
         raise FieldError(
             "model.vocab_size",
             vocab_size,

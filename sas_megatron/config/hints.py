@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
+from sas_megatron.config.attention import AttentionConfig, resolve_kind
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.megatron_flags import describe_flag
 from sas_megatron.config.run import RunConfig

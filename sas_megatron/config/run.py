@@ -52,6 +52,7 @@ class RunConfig(BaseModel):
         check_tensor_parallel(self.attention, self.parallel.tensor)
         check_context_parallel(self.attention, self.parallel.tensor, self.parallel.context)
         check_cudnn(self.attention, self.training)
+        self._check_model()
         self.parallel.check_layers(self.model.num_layers)
         self._check_divisibility()
         if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:
@@ -65,6 +66,23 @@ class RunConfig(BaseModel):
         self._check_engine()
         self._check_steps()
         return self
+
+    def _check_model(self) -> None:
+        """Check the fields of model and attention that depend on each other."""
+        if self.attention.qkv_bias and self.model.linear_bias:
+            raise self.attention.problem(
+                "qkv_bias",
+                "has no effect with model.linear_bias=true, which adds these biases and those of all other "
+                "projections",
+                "set attention.qkv_bias=false",
+            )
+        if self.model.rotary_scaling != "none" and not self.attention.uses_model_rotary:
+            raise self.model.problem(
+                "rotary_scaling",
+                f"is not supported by attention.kind={self.attention.kind}, which has its own rotary "
+                "embedding",
+                "set model.rotary_scaling=none and omit its other fields, or use another kind",
+            )
 
     def _check_divisibility(self) -> None:
         """Check that sequence, MLP and embedding table can be sharded over the ranks."""

@@ -20,6 +20,7 @@ from sentencepiece import sentencepiece_model_pb2
 from sas_megatron import __version__
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
+from sas_megatron.data.sentencepiece_tokenizer import SPACE_MARK
 from sas_megatron.data.token_files import (
     SCHEMA_VERSION,
     TokenManifest,
@@ -28,7 +29,7 @@ from sas_megatron.data.token_files import (
     verify_token_files,
 )
 from sas_megatron.data.token_index import write_index
-from sas_megatron.data.tokenizer import SPACE_MARK, Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from sas_megatron.io.files import make_folder, user_cache_folder
 
 # Changes whenever the same arguments give other files.
@@ -77,7 +78,7 @@ def provide_mock_data(data: DataConfig, *, vocab_size: int) -> DataConfig:
 def _is_intact(folder: Path) -> bool:
     try:
         manifest = verify_token_files(folder / "tokens", full=True)
-        return Tokenizer(folder / "mock.model").sha256 == manifest.tokenizer_sha256
+        return load_tokenizer(folder / "mock.model").sha256 == manifest.tokenizer_sha256
     except FileProblem:
         return False
 
@@ -108,7 +109,7 @@ def _write_folder(folder: Path, *, vocab_size: int, num_documents: int) -> None:
 def _write_files(temporary: Path, folder: Path, *, vocab_size: int, num_documents: int) -> None:
     model = temporary / "mock.model"
     model.write_bytes(build_mock_tokenizer(vocab_size))
-    tokenizer = Tokenizer(model)
+    tokenizer = load_tokenizer(model)
     lengths = np.full(num_documents, TOKENS_PER_DOCUMENT, dtype=np.int32)
     tokens = _draw_tokens(vocab_size, num_documents).astype(tokenizer.token_dtype)
     tokens[:, -1] = tokenizer.eos_id

@@ -112,7 +112,7 @@ def _held_out_step(
     def report_totals(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         mask = batch["loss_mask"]
         total = (losses_BS * mask).sum(dtype=torch.float64)
-        num_bytes = byte_lengths(batch["labels"], mask)
+        num_bytes = byte_lengths(batch["tokens"], batch["labels"], mask)
         totals = torch.stack([total, mask.sum(dtype=torch.float64), num_bytes.double()])
         return total, mask.sum().to(torch.int), {"totals": totals}
 

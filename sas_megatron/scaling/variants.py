@@ -37,7 +37,7 @@ def build_variant(base: RunConfig, attention: str) -> tuple[str, RunConfig]:
 def default_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     """Return the section `attention` of a kind with defaults from the base; the base's own for its own kind.
 
-    Modifiers of the base are kept.
+    Modifiers of the base are kept, and biases of queries, keys and values if the kind supports them.
 
     Raises:
         UserError: The kind is unknown.
@@ -45,7 +45,8 @@ def default_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     if kind == base.attention.kind:
         return base.attention.model_dump(exclude_unset=True)
     variant = resolve_kind(kind)
-    common = base.attention.model_dump(exclude_unset=True, include={"dropout", "backend", *MODIFIERS})
+    kept = {"dropout", "backend", *MODIFIERS, *(["qkv_bias"] if variant.supports_qkv_bias else [])}
+    common = base.attention.model_dump(exclude_unset=True, include=kept)
     return {
         "kind": kind,
         **common,

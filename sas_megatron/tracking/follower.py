@@ -13,9 +13,10 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
@@ -136,7 +137,7 @@ def _is_closed(descriptor: int, *, seconds: float) -> bool:
             return True
 
 
-def _send(senders: dict[str, Sender], names: Sequence[str]) -> bool:
+def _send(senders: Mapping[Any, Sender], names: Sequence[str]) -> bool:
     """Send new rows; return whether all trackers were reached."""
     reached = True
     for name in names:

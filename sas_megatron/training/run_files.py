@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sas_megatron import __version__
-from sas_megatron.checkpoint.trained_run import TOKENIZER
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.tokenizer_loading import load_tokenizer, tokenizer_exists
 from sas_megatron.fault_tolerance.stop_request import RunExit
 from sas_megatron.io.files import write_file
 from sas_megatron.io.run_record import RECORD, SCHEMA, RunRecord, damaged_record, read_run_record
@@ -242,9 +242,11 @@ class RunFiles:
 
     def _copy_tokenizer(self, config: RunConfig) -> None:
         """Keep the tokenizer with the run, for commands that read the run where the path does not exist."""
-        tokenizer, copy = Path(config.data.tokenizer), self.directory / TOKENIZER
-        if tokenizer.is_file():  # a test may train without one
-            content = tokenizer.read_bytes()
+        if not tokenizer_exists(config.data.tokenizer):  # a test may train without one
+            return
+        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+        for name, content in tokenizer.files.items():
+            copy = self.directory / name
             if not (copy.is_file() and copy.read_bytes() == content):
                 write_file(copy, content)
 

@@ -234,6 +234,21 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "attention.qk_norm=True: must be false with identity initialization, since norms of 16 features "
         "differ from those of 10; set attention.simulated_head_dim=10, or another initialization",
     ),
+    "biases of a kind without them": (
+        {"attention": {**MLA, "qkv_bias": True}},
+        "attention.qkv_bias=True: is not supported by attention.kind=mla; "
+        "omit it, or use one of the kinds mha, gqa, mqa, diff, sas",
+    ),
+    "biases that exist already": (
+        {"attention": {**MHA, "qkv_bias": True}, "model": {"linear_bias": True}},
+        "attention.qkv_bias=True: has no effect with model.linear_bias=true, which adds these biases and "
+        "those of all other projections; set attention.qkv_bias=false",
+    ),
+    "rotary scaling of latent attention": (
+        {"attention": MLA, "model": {"rotary_scaling": "linear", "rotary_scaling_factor": 2.0}},
+        "model.rotary_scaling=linear: is not supported by attention.kind=mla, which has its own rotary "
+        "embedding; set model.rotary_scaling=none and omit its other fields, or use another kind",
+    ),
     "unknown gate": (
         {"attention": {**MHA, "output_gate": "ring"}},
         "attention.output_gate='ring': is not one of the choices; use 'none', 'headwise' or 'elementwise'",

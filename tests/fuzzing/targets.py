@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.hints import known_keys
 from sas_megatron.config.loading import dump_tree
 from tests.fork_server import ROOT

@@ -13,7 +13,7 @@ from sas_megatron.config.errors import UserError
 from sas_megatron.config.head_layout import check_context_parallel, check_tensor_parallel
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
-from tests.model.small_runs import modified_attentions
+from tests.model.small_runs import bias_of_queries, modified_attentions
 from tests.run_configs import small_config
 
 
@@ -29,6 +29,7 @@ def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.Sear
             "activation": st.sampled_from(["swiglu", "gelu"]),
             "normalization": st.sampled_from(["rmsnorm", "layernorm"]),
             "linear_bias": st.booleans(),
+            "parallel_residual": st.booleans(),
             "tie_embeddings": st.booleans(),
         }
     )
@@ -47,10 +48,12 @@ def runs_with_layouts(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
     micro_batch_size, data_parallel = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     round_size = parallel["pipeline"] if parallel["virtual_pipeline"] > 1 else 1
     num_microbatches = round_size * draw(st.integers(1, 3))
+    model = draw(_models(st.just(num_layers), multiple=tensor))
+    attention |= draw(bias_of_queries(attention, linear_bias=model["linear_bias"]))
     chunk = math.lcm(2 * context if context > 1 else 1, tensor * context if parallel["sequence"] else 1)
     config = small_config(
         attention=attention,
-        model=draw(_models(st.just(num_layers), multiple=tensor)),
+        model=model,
         parallel=parallel,
         data={"sequence_length": chunk * draw(st.integers(1, 3))},
         optimizer={"learning_rate": 0.01, "distributed": distributed},

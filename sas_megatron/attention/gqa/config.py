@@ -15,6 +15,8 @@ from sas_megatron.config.section import divisors
 class ProjectedAttentionConfig(AttentionConfig):
     """The field that the three kinds share, and the start that their authors' code gives the projections."""
 
+    supports_qkv_bias: ClassVar[bool] = True
+
     initialization: Literal["authors", "normal"] = Field(
         default="normal",
         description="authors: as in the code of the kind's authors (docs/initial_weights.md); normal: as for "

@@ -17,6 +17,7 @@ from sas_megatron.config.attention import AttentionConfig, InitialWeights
 class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
+    supports_qkv_bias: ClassVar[bool] = True
     rotary_choices: ClassVar[tuple[str, ...]] = ("after", "before", "none")
     recomputable: ClassVar[dict[str, tuple[str, ...]]] = {
         **AttentionConfig.recomputable,

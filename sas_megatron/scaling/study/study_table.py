@@ -18,8 +18,9 @@ from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.costs.flops import causal_half
 from sas_megatron.io.files import make_folder, replace_file
 
-# Version 4 added the losses of named validation sets; version 3 added rounds of step times, sweeps and
-# withdrawn variants; version 2 added the epochs.
+# Version 4 added study, host and data of a run, budget and seed of a sweep, losses of named validation sets,
+# and measurements inside the models; version 3 added rounds of step times, sweeps and withdrawn variants;
+# version 2 added the epochs.
 SCHEMA_VERSION = 4
 READABLE_VERSIONS = (1, 2, 3, 4)
 
@@ -71,6 +72,11 @@ class Row:
     world_size: int | None = None
     machine: str | None = None
     git: str | None = None
+    # The host of its last session, the study that planned it, and a checksum of what identifies its token
+    # files; None in tables of version 3 and earlier.
+    host: str | None = None
+    study: str | None = None
+    corpus_sha256: str | None = None
     # Checksum of run.json, which identifies the run that the row was collected from.
     provenance_sha256: str | None = None
     curve_steps: list[int] = field(default_factory=list)
@@ -78,6 +84,11 @@ class Row:
     curve_flops: list[float] = field(default_factory=list)
     curve_seconds: list[float] = field(default_factory=list)
     curve_loss: list[float | None] = field(default_factory=list)
+    # Measurements inside the model (`layer_measurements`): the steps, by name the mean over layers at each of
+    # them, and by name the values of the layers at the last one.
+    layer_steps: list[int] = field(default_factory=list)
+    layer_curves: dict[str, list[float | None]] = field(default_factory=dict)
+    layer_values: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def causal_flops(self) -> float:
@@ -86,14 +97,28 @@ class Row:
         return self.tokens * sum(half.values())
 
 
+# Size, budget and seed of a sweep.
+SweepCell = tuple[str, float | None, int | None]
+
+
 @dataclass(frozen=True)
 class SweepRun:
-    """A run of a learning rate sweep; `loss` is None if it diverged."""
+    """A run of a learning rate sweep; `loss` is None if it diverged.
+
+    `budget` and `seed` are None in tables of version 3 and earlier.
+    """
 
     variant: str
     size: str
     learning_rate: float
     loss: float | None
+    budget: float | None = None
+    seed: int | None = None
+
+    @property
+    def cell(self) -> SweepCell:
+        """Size, budget and seed, in which the losses of two variants are comparable."""
+        return self.size, self.budget, self.seed
 
 
 @dataclass(frozen=True)
@@ -114,7 +139,7 @@ class StudyTable:
 
 
 # Mappings are stored as JSON text, since their keys differ between rows.
-_MAPPINGS = ("levels", "flops_per_token")
+_MAPPINGS = ("levels", "flops_per_token", "layer_curves", "layer_values")
 _TYPES: dict[str, pa.DataType] = {
     "str": pa.string(),
     "str | None": pa.string(),
@@ -124,6 +149,7 @@ _TYPES: dict[str, pa.DataType] = {
     "float | None": pa.float64(),
     "dict[str, str]": pa.string(),
     "dict[str, float]": pa.string(),
+    "dict[str, list[float | None]]": pa.string(),
     "list[int]": pa.list_(pa.int64()),
     "list[float]": pa.list_(pa.float64()),
     "list[float | None]": pa.list_(pa.float64()),
