@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from sentencepiece import sentencepiece_model_pb2
 
 from sas_megatron import __version__
@@ -164,7 +165,7 @@ def build_mock_tokenizer(vocab_size: int) -> bytes:
     return content
 
 
-def _draw_tokens(vocab_size: int, num_documents: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+def _draw_tokens(vocab_size: int, num_documents: int) -> npt.NDArray[np.int64]:
     """Return random tokens without control tokens, int64 [documents, TOKENS_PER_DOCUMENT].
 
     The n-th token has a probability in proportion to 1/n, about as the words of a text.
@@ -172,7 +173,6 @@ def _draw_tokens(vocab_size: int, num_documents: int) -> np.ndarray[tuple[int, i
     num_choices = vocab_size - 3
     cumulative = np.cumsum(1.0 / np.arange(1, num_choices + 1))
     uniform = np.random.default_rng(SEED).random((num_documents, TOKENS_PER_DOCUMENT))
-    drawn: np.ndarray[tuple[int, int], np.dtype[np.int64]] = np.searchsorted(
-        cumulative, uniform * cumulative[-1], side="right"
-    )
-    return 3 + np.minimum(drawn, num_choices - 1)
+    drawn = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    tokens: npt.NDArray[np.int64] = (3 + np.minimum(drawn, num_choices - 1)).astype(np.int64)
+    return tokens

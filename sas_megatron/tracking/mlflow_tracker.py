@@ -59,7 +59,7 @@ class MlflowTracker(Tracker):
         runs = self._client.search_runs(
             [experiment.experiment_id], filter_string=f"tags.`{RUN_ID_TAG}` = '{self._run.run_id}'"
         )
-        return runs[0].info.run_id if runs else None
+        return str(runs[0].info.run_id) if runs else None
 
     def _create_run(self) -> str:
         from mlflow.entities import Param
