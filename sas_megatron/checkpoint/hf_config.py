@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
 from sas_megatron.checkpoint.hf_fields import SizeFields
 from sas_megatron.checkpoint.weights_source import describe_architecture
-from sas_megatron.config.attention import KINDS, AttentionConfig
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.io.file_records import parse_json, read_regular_file

@@ -43,6 +43,7 @@ def find_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | None:
         "attention.kind": (attention.kind, attention.kind in ("mha", "gqa", "mqa")),
         "attention.rotary": (attention.rotary, attention.rotary == "after"),
         "attention.rotary_dim": (attention.rotary_dim, attention.rotary_width == attention.head_dim),
+        "attention.window_size": (attention.window_size, attention.window_size is None),
         **{
             f"attention.{name}": (getattr(attention, name), getattr(attention, name) in (False, "none"))
             for name in MODIFIERS

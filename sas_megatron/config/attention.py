@@ -1,56 +1,23 @@
-"""The `attention` section: the fields that all variants share, and the table of variants.
+"""The `attention` section: the fields and rules that all variants share.
 
-A variant consists of three classes, for its config, its costs and its layer, which `KINDS` names. They are
-imported when a config uses the kind: config/ and costs/ import no variant, and reading a config imports no
-torch. A variant from another package names the same three classes as entry points (`ENTRY_POINT_GROUP`).
+Each variant derives a class, which the table in `config.attention_kinds` names.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import pkgutil
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sas_megatron.config.attention_kinds import KINDS, resolve_part
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.section import Section, divisors
 
-Part = Literal["config", "costs", "layer"]
-
-# Another package registers the kind `name` by three entry points of this group, `name.config`, `name.costs`
-# and `name.layer`. docs/own_attention has an example.
-ENTRY_POINT_GROUP = "sas_megatron.attention"
 # Fields of the modifiers, which every variant supports (attention/modifiers.py); all are off by default.
 MODIFIERS = ("qk_norm", "knocking_heads", "output_norm", "output_gate")
-
-
-class VariantNames(NamedTuple):
-    """The classes of a variant, as `module:class`."""
-
-    config: str
-    costs: str
-    layer: str
-
-
-def _variant(folder: str, name: str, costs: str, layer: str) -> VariantNames:
-    package = f"sas_megatron.attention.{folder}"
-    return VariantNames(f"{package}.config:{name}", f"{package}.costs:{costs}", f"{package}.layer:{layer}")
-
-
-KINDS: dict[str, VariantNames] = {
-    "diff": _variant("diff", "DifferentialAttentionConfig", "DifferentialCosts", "DifferentialSelfAttention"),
-    "mha": _variant("gqa", "MultiHeadAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
-    "gqa": _variant("gqa", "GroupedQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
-    "mqa": _variant("gqa", "MultiQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
-    "mfa": _variant("mfa", "FactorizedAttentionConfig", "FactorizedCosts", "FactorizedSelfAttention"),
-    "mla": _variant("mla", "LatentAttentionConfig", "LatentCosts", "LatentSelfAttention"),
-    "sas": _variant("sas", "SimulatedAttentionConfig", "SimulatedCosts", "SimulatedSelfAttention"),
-    "tpa": _variant(
-        "tpa", "TensorProductAttentionConfig", "TensorProductCosts", "TensorProductSelfAttention"
-    ),
-}
+# Fields that decide which keys a query attends to; every variant supports them.
+WINDOW_FIELDS = ("window_size", "window_pattern")
 
 
 @dataclass(frozen=True)
@@ -109,6 +76,16 @@ class AttentionConfig(Section):
         "auto: by chunks of queries where that is faster (on a CPU, causal, float32, up to 1,024 tokens), "
         "otherwise fused.",
     )
+    window_size: int | None = Field(
+        default=None,
+        description="Keys that a query attends to in layers with a window, the last of which is its own; "
+        "null: all keys up to its own.",
+    )
+    window_pattern: list[Literal["window", "full"]] = Field(
+        default=["window"],
+        description="With window_size, which layers have a window, from the first one on; repeated over all "
+        "layers.",
+    )
     qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys before rotary embeddings.")
     knocking_heads: bool = Field(
         default=False, description="A gated map of D×D of each value head, shared by all heads."
@@ -133,7 +110,21 @@ class AttentionConfig(Section):
                 f"use one of {divisors(self.num_heads)}",
             )
         self._check_rotary()
+        self._check_window()
         return self
+
+    def _check_window(self) -> None:
+        self.require_positive("window_size")
+        if self.window_size is None and self.window_pattern != ["window"]:
+            raise self.problem(
+                "window_pattern", "requires attention.window_size", "set it, or remove the pattern"
+            )
+        if "window" not in self.window_pattern:
+            raise self.problem(
+                "window_pattern",
+                "must contain a layer with a window",
+                "use [window, full], for example, or remove attention.window_size for full attention",
+            )
 
     def _check_rotary(self) -> None:
         if self.rotary not in self.rotary_choices:
@@ -208,6 +199,11 @@ class AttentionConfig(Section):
     def num_blocks(self) -> int:
         """Blocks of N heads whose results are averaged: 1, for SAS r."""
         return self.num_attended_heads // self.num_query_heads
+
+    def window_of_layer(self, layer_number: int) -> int | None:
+        """Return the window of a layer, numbered from 1 over all pipeline stages; None for full attention."""
+        is_full = self.window_pattern[(layer_number - 1) % len(self.window_pattern)] == "full"
+        return None if is_full else self.window_size
 
     @property
     def is_modified(self) -> bool:
@@ -296,19 +292,6 @@ def resolve_kind(kind: object) -> type[AttentionConfig]:
     return resolved
 
 
-def resolve_part(kind: object, part: Part) -> Any:
-    """Import one of the three classes of an attention kind. Built-in kinds precede entry points.
-
-    Raises:
-        FieldError: The kind is unknown, or its package registers it by the former contract.
-    """
-    if isinstance(kind, str) and kind in KINDS:
-        name: str = getattr(KINDS[kind], part)
-    else:
-        name = _find_entry_point(kind, part)
-    return pkgutil.resolve_name(name)
-
-
 def parse_attention(value: Any) -> AttentionConfig:
     """Build the section from a mapping in a config file, by its `kind`.
 
@@ -320,30 +303,3 @@ def parse_attention(value: Any) -> AttentionConfig:
     if not isinstance(value, dict) or "kind" not in value:
         raise UserError(f"attention: needs a kind; use one of {', '.join(sorted(KINDS))}")
     return resolve_kind(value["kind"]).model_validate(value)
-
-
-def _find_entry_point(kind: object, part: Part) -> str:
-    """Return the name of a class of another package.
-
-    The metadata of all installed packages is read, which takes long; a sweep builds many configs, so this
-    runs for kinds that are not built in only.
-    """
-    points = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
-    found = points.get(f"{kind}.{part}")
-    if found is not None:
-        return found.value
-    parts = [f"{kind}.{name}" for name in VariantNames._fields]
-    registered = next((points[name] for name in (str(kind), *parts) if name in points), None)
-    if registered is not None:
-        package = registered.dist.name if registered.dist is not None else registered.module
-        raise FieldError(
-            "attention.kind",
-            kind,
-            f"is registered by the package {package} as {registered.name}, without {kind}.{part}: a variant "
-            f"needs the entry points {', '.join(parts)} in the group {ENTRY_POINT_GROUP}",
-            f"install a version of {package} for this contract, or register it as docs/own_attention does",
-        )
-    names = {*KINDS, *(name.removesuffix(".config") for name in points if name.endswith(".config"))}
-    raise FieldError(
-        "attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}"
-    )

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
+from sas_megatron.config.attention import AttentionConfig, resolve_kind
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import FileProblem, UserError, shorten, translate_os_errors
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.shipped_configs import find_config

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from sas_megatron.config.attention import AttentionConfig, resolve_part
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import resolve_part
 from sas_megatron.costs.activation_spec import ActivationSpec, CoreAttentionSpec
 from sas_megatron.costs.attention_backend import Device
 from sas_megatron.costs.attention_modifiers import (

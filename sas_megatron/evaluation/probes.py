@@ -13,18 +13,20 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from sas_megatron.attention.backend import window_mask
 from sas_megatron.attention.sas.layer import SimulatedSelfAttention
 from sas_megatron.attention.sas.simulated_attention import simulate_features, simulate_heads
 from sas_megatron.attention.sas.simulation_kernels import NAMES
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.head_sharding import shard_heads
+from sas_megatron.data.segments import Segments
 from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import forward_step
@@ -162,16 +164,21 @@ class _Probe:
         allowed: torch.Tensor | None = None,
         causal: bool = True,
         dropout: float = 0.0,
+        segments: Segments | None = None,
+        window: int | None = None,
     ) -> None:
         batch = self._take("scores", query_BMSE.shape[0])
         if not batch:
             return
         readers = query_BMSE.shape[1] // key_BGSE.shape[1]
         length, num_keys = query_BMSE.shape[2], key_BGSE.shape[2]
-        visible = torch.ones(length, num_keys, dtype=torch.bool, device=query_BMSE.device)
-        visible = visible.tril(num_keys - length) if causal else visible
-        if allowed is not None:
-            visible = visible & allowed[:batch, 0]
+        assert causal, "the probe decodes no text"
+        assert allowed is None, "the probe decodes no text"
+        visible = window_mask(length, num_keys, window=window, device=query_BMSE.device)
+        if segments is not None:
+            visible = visible & torch.stack([_same_segment(sizes) for sizes in segments.lengths[:batch]]).to(
+                visible.device
+            )
         scale = self.attention.core_attention.backend.scale
         for index, head in enumerate(self._attended_heads()):
             query, key = (
@@ -249,6 +256,12 @@ def _mean(total: float, count: int, *, root: float = 1.0) -> float | None:
     """Return a mean, or its square root, as JSON allows it."""
     mean = total / count
     return float(mean**root) if math.isfinite(mean) else None
+
+
+def _same_segment(lengths: Sequence[int]) -> torch.Tensor:
+    """Return which pairs of tokens of a sample are in the same segment, a boolean [S, S]."""
+    numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return numbers[:, None] == numbers
 
 
 def _widened(heads: torch.Tensor) -> torch.Tensor:

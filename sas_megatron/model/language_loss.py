@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-Batch = dict[str, torch.Tensor]
+# Tensors by name, and the segments of the samples as `packed_seq_params` (`data.batches.microbatches`).
+Batch = dict[str, Any]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def token_losses(model: Any, batch: Batch) -> torch.Tensor:
     """Return each token's loss, [B, S] in float32; on all but the last stage, hidden states [S, B, H]."""
+    segments = {name: batch[name] for name in ("packed_seq_params",) if name in batch}
     losses: torch.Tensor = model(
-        batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **segments
     )
     return losses
 

@@ -64,6 +64,7 @@ class RunData:
             data_size=1,
             device=self._topology.device,
             context_group=self._topology.context_group,
+            with_segments=self._config.data.reset_at_document_ends,
         )
         return batches, count
 
@@ -84,4 +85,5 @@ class RunData:
             data_size=self._topology.data_size,
             device=self._topology.device,
             context_group=self._topology.context_group,
+            with_segments=self._config.data.reset_at_document_ends,
         )

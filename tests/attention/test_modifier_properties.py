@@ -10,8 +10,9 @@ import torch
 
 from sas_megatron.attention.sas import simulation_kernels
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.config.attention import KINDS as ALL_KINDS
-from sas_megatron.config.attention import AttentionConfig, VariantNames
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import KINDS as ALL_KINDS
+from sas_megatron.config.attention_kinds import VariantNames
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.parallel import ParallelConfig
 from tests import small_attentions as small

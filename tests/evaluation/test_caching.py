@@ -93,7 +93,7 @@ DEFAULT = [
     *("gqa-partly-rotary", "mqa", "mla", "mfa", "tpa", "sas-grouped", "sas-partly", "sas-multi-query"),
     *("mha-modified", "diff-modified", "mla-modified", "mfa-modified", "tpa-modified"),
     *("sas-modified", "sas-simulated-modified", "sas-before-modified"),
-    *("sas-before", "sas-before-simulated", "mla-unrotated"),
+    *("sas-before", "sas-before-simulated", "mla-unrotated", "gqa-window", "sas-window"),
     *("sas-simulated", "sas-grouped-simulated", "sas-all_to_all-simulated", "sas-only-features"),
 ]
 

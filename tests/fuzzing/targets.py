@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.loading import dump_tree, known_keys
 from tests.fork_server import ROOT
 from tests.fuzzing.child import Seeds, Target, run_command, run_successfully

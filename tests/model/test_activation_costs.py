@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 
 from sas_megatron.attention.gqa.config import GroupedQueryAttentionConfig
-from sas_megatron.config.attention import KINDS, AttentionConfig, VariantNames
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import KINDS, VariantNames
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.activations import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig

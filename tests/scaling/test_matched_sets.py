@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.loading import build_run_config, load_run_config, read_yaml
 from sas_megatron.costs.activations import count_kv_cache_bytes, count_peak_activation_bytes
 from sas_megatron.costs.communication import count_communication_bytes
