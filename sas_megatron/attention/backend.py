@@ -130,7 +130,8 @@ class AttentionBackend:
         allowed = window_mask(rows, rows + window - 1, window=window, device=query_BMSE.device)
         # A mask that is added can be shared by all blocks; torch would convert a boolean one for each.
         bias = torch.zeros_like(allowed, dtype=query_BMSE.dtype).masked_fill(~allowed, float("-inf"))
-        results, before = [], None
+        results: list[torch.Tensor] = []
+        before: list[torch.Tensor] | None = None
         for query, *block in zip(
             *(part.split(sizes, dim=2) for part in (query_BMSE, key_BGSE, value_BGSD)), strict=True
         ):

@@ -81,7 +81,8 @@ def count_recompute_flops(
     for module in config.recomputed_modules:
         for name in {**config.attention.recomputable, "mlp": ("mlp",)}[module]:
             again[name] = list(every)
-    again["scores"] += _layers_with(RECOMPUTING, config, device=device, sequence_length=sequence_length)
+    recomputing = _layers_with(RECOMPUTING, config, device=device, sequence_length=sequence_length)
+    again["scores"] += recomputing
     repeated = build_attention_costs(config.attention).count_repeated_flops(
         device=device, element_bytes=config.training.element_bytes
     )
@@ -124,7 +125,7 @@ def causal_half(flops: Mapping[str, float], *, sequence_length: int) -> dict[str
         window = sequence_length if name in CAUSAL_TERMS else None
         if (found := _WINDOW_TERM.fullmatch(name)) is not None:
             window = int(found[1])
-        fraction = 1.0 if window is None else 1 - (window - 1) / (2 * sequence_length)
+        fraction = 1.0 if window is None else (2 * sequence_length - window + 1) / (2 * sequence_length)
         halved[name] = count * fraction
     return halved
 

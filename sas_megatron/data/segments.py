@@ -28,6 +28,8 @@ class Segments(PackedSeqParams):
 
     lengths: tuple[tuple[int, ...], ...] = ()
     positions: torch.Tensor | None = None
+    # The angles of all positions that `select_new` was called with last, and its result.
+    _selected: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     @staticmethod
     def build(lengths: Sequence[Sequence[int]], positions_BS_local: torch.Tensor) -> Segments:
@@ -70,8 +72,14 @@ class Segments(PackedSeqParams):
         return all(len(sample) == 1 for sample in self.lengths)
 
     def select_new(self, rope: torch.Tensor) -> torch.Tensor:
-        """Select the rotary angles of the tokens, [S, B, 1, R], from those of all positions, [S, 1, 1, R]."""
-        selected: torch.Tensor = rope[self.positions].squeeze(2)
+        """Select the rotary angles of the tokens, [S, B, 1, R], from those of all positions, [S, 1, 1, R].
+
+        All layers get the same tensor, since the model passes the same angles to them.
+        """
+        known, selected = self._selected
+        if selected is None or known is not rope:
+            selected = rope[self.positions].squeeze(2)
+            self._selected = (rope, selected)
         return selected
 
 

@@ -83,6 +83,11 @@ def _check_sizes(config: TransformerConfig, run_config: RunConfig) -> None:
             f"attention.kind={run_config.attention.kind}: needs a {needed.__name__}, but the model has a "
             f"{type(config).__name__}; add --multi-latent-attention"
         )
+    if config.window_size is not None:
+        raise UserError(
+            f"--window-size={config.window_size}: is not read by these layers; set attention.window_size in "
+            f"{os.environ[CONFIG_VARIABLE]} instead"
+        )
     expected = build_transformer_config(run_config)
     for name in (*SIZES, *layer.transformer_options(run_config.attention)):
         value, stated = getattr(config, name), getattr(expected, name)
