@@ -108,5 +108,6 @@ def attend_chunked(
         heads.permute(2, 0, 1, 3).flatten(1, 2).transpose(0, 1)
         for heads in (query_BMSE, key_BMSE, value_BMSD)
     )
-    context: torch.Tensor = _ChunkedAttention.apply(query, key, value, scale, window)
-    return context.unflatten(0, (batch, -1))
+    context_ZSD = _ChunkedAttention.apply(query, key, value, scale, window)
+    context: torch.Tensor = context_ZSD.unflatten(0, (batch, -1))
+    return context
