@@ -33,12 +33,6 @@ KERNEL_ERROR: dict[torch.dtype, float] = {
 # error of 0.1 or more.
 WHOLE_MODEL_GRADIENT = 6e-5
 
-# Gradients of a model in float64 and the sum of its losses: Megatron-core's cross entropy rounds logits to
-# float32, and logits that differ in their last bits may be rounded differently, by 6e-8. Sums of losses are
-# float32.
-FLOAT32_LOGITS = 1e-7
-FLOAT32_LOSS = 1e-6
-
 # Loss after 5 optimizer steps in float32, between layouts: Adam's division amplifies rounding errors.
 LOSS_AFTER_FIVE_STEPS = 1e-5
 

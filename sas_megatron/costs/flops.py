@@ -31,6 +31,7 @@ from sas_megatron.costs.attention_backend import (
     Device,
     resolve_backend,
 )
+from sas_megatron.costs.output_loss import resolve_output_loss
 
 # Forward plus backward over forward: the gradients of inputs and of weights cost one forward pass each.
 TRAINING_FACTOR = 3
@@ -49,10 +50,9 @@ def count_forward_flops(config: RunConfig, *, sequence_length: int | None = None
         config: The run.
         sequence_length: Number of tokens; None for that of the config.
     """
-    model = config.model
     layer = _count_layer_flops(config, sequence_length)
     terms = _sum_layers(config, layer, dict.fromkeys(layer, _all_layers(config)), sequence_length)
-    terms["head"] = 2 * model.hidden_size * model.padded_vocab_size
+    terms["head"] = _count_head_flops(config)
     return terms
 
 
@@ -68,7 +68,7 @@ def count_recompute_flops(
     """Return the FLOPs of one token that the backward pass spends on recomputation, by term.
 
     Counted are the parts that `training.recompute` names, the scores that fused core attention recomputes,
-    and recomputation in the kernels of the attention variant.
+    recomputation in the kernels of the attention variant, and the logits that the chunked loss recomputes.
 
     Args:
         config: The run.
@@ -88,6 +88,8 @@ def count_recompute_flops(
     )
     counted = Counter(_sum_layers(config, layer, again, sequence_length))
     counted.update({name: config.model.num_layers * count for name, count in repeated.items()})
+    if resolve_output_loss(config) == "chunked":
+        counted["head"] = _count_head_flops(config)
     return {name: count for name, count in counted.items() if count}
 
 
@@ -182,6 +184,10 @@ def _layers_with(
 
 def _all_layers(config: RunConfig) -> Layers:
     return range(1, config.model.num_layers + 1)
+
+
+def _count_head_flops(config: RunConfig) -> int:
+    return 2 * config.model.hidden_size * config.model.padded_vocab_size
 
 
 def _recomputed_layers(config: RunConfig) -> Layers:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 
 RECORD = "run.json"
+# Sessions of schema 1 have no number, and drew initial weights with torch's generator. Those of schema 2 draw
+# them by position (model/weight_stream.py), so the same seed gives other weights.
+SCHEMA = 2
 _REMEDY = "restore it from a copy, or remove it: a resumed run then writes a new one"
 
 
@@ -37,6 +40,7 @@ class SessionRecord(_Entry):
 class RunRecord(_Entry):
     """The contents of run.json; the top level repeats the provenance of the last session."""
 
+    schema_number: int = Field(default=1, alias="schema")
     # The token files by name, in the order of `data.prefixes`.
     corpus: dict[str, TokensRecord] | None = None
     sessions: list[SessionRecord] = []
@@ -50,7 +54,7 @@ def read_run_record(run: Path) -> RunRecord | None:
     """Read the run.json of a run directory; None if there is none.
 
     Raises:
-        FileProblem: The file cannot be read or is damaged.
+        FileProblem: The file cannot be read, is damaged, or a later version wrote it.
     """
     path = run / RECORD
     if not path.exists():
@@ -58,11 +62,16 @@ def read_run_record(run: Path) -> RunRecord | None:
     with translate_os_errors(path, problem="cannot be read", remedy=_REMEDY):
         content = path.read_bytes()
     try:
-        return RunRecord.model_validate_json(content)
+        record = RunRecord.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise damaged_record(path, f"{where + ': ' if where else ''}{first['msg']}") from None
+    if record.schema_number > SCHEMA:
+        raise FileProblem(
+            path, f"has schema {record.schema_number}, newer than {SCHEMA}", "update the package"
+        )
+    return record
 
 
 def damaged_record(path: Path, reason: str) -> FileProblem:

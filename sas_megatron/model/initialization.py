@@ -1,13 +1,13 @@
 """Initial weights that do not depend on the layout.
 
-Each full parameter is drawn on the CPU by a generator that is seeded with (seed, global name), and each rank
-keeps its shard. Megatron-core draws in the order in which it builds modules, which differs between layouts.
+Each rank draws its shard of a parameter from the parameter's own stream of random numbers, at the positions
+of the shard in the full parameter. Megatron-core draws in the order in which it builds modules, which differs
+between layouts.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +22,7 @@ from torch import nn
 from sas_megatron.attention.sas.simulated_attention import ResidualMap
 from sas_megatron.config.attention import InitialWeights
 from sas_megatron.config.run import RunConfig
+from sas_megatron.model.weight_stream import WeightStream
 
 _LAYERS = "decoder.layers."
 _MODIFIERS = "core_attention.modifiers."
@@ -32,16 +33,6 @@ _MODIFIER_WEIGHTS = {
     "knocking.gate": InitialWeights("normal", 0.0),
     "knocking.down": InitialWeights("identity", 1.0),
 }
-
-
-def parameter_generator(seed: int, name: str) -> torch.Generator:
-    """Return the generator of one parameter, seeded with the run's seed and the parameter's global name."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _module_generator(seed: int, module_name: str, name: str) -> torch.Generator:
-    return parameter_generator(seed, f"{module_name}.{name}")
 
 
 def initialize_weights(model: nn.Module, config: RunConfig) -> None:
@@ -85,10 +76,14 @@ def initialize_simulation(
         if isinstance(part, ResidualMap):
             part.initialize(
                 config.attention.initialization,  # type: ignore[attr-defined]  # only SAS has such modules
-                functools.partial(_module_generator, config.training.seed, name_of(local_name)),
+                functools.partial(_draw, config.training.seed, name_of(local_name)),
             )
             drawn.update(part.parameters())
     return drawn
+
+
+def _draw(seed: int, module_name: str, name: str, distribution: str, scale: float, out: torch.Tensor) -> None:
+    WeightStream(seed, f"{module_name}.{name}").fill(out, distribution, scale)
 
 
 def global_name(model: Any, name: str) -> str:
@@ -113,14 +108,11 @@ def _initialize_parameter(name: str, parameter: nn.Parameter, config: RunConfig)
     else:
         shape = full_shape(parameter)
         initial = _initial_weights(name, tuple(shape), config)
-        generator = parameter_generator(config.training.seed, name)
-        if initial.distribution == "normal":
-            full = torch.empty(shape).normal_(0.0, initial.scale, generator=generator)
-        elif initial.distribution == "identity":
-            full = initial.scale * torch.eye(*shape)
+        if initial.distribution == "identity":
+            parameter.copy_(tensor_parallel_shard(initial.scale * torch.eye(*shape), parameter))
         else:
-            full = torch.empty(shape).uniform_(-initial.scale, initial.scale, generator=generator)
-        parameter.copy_(tensor_parallel_shard(full, parameter))
+            stream = WeightStream(config.training.seed, name)
+            stream.fill(parameter, initial.distribution, initial.scale, starts=shard_starts(parameter))
 
 
 def _initial_weights(name: str, full_shape: tuple[int, ...], config: RunConfig) -> InitialWeights:
@@ -149,14 +141,40 @@ def full_shape(parameter: nn.Parameter) -> list[int]:
 
 
 def tensor_parallel_shard(full: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """Return this rank's shard of a full tensor, in Megatron-core's layout of `parameter`.
+    """Return this rank's shard of a full tensor, in Megatron-core's layout of `parameter`."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    parts = [full.narrow(dim, part.start, len(part)) for part in _local_indices(parameter)]
+    return torch.cat(parts, dim=dim)
+
+
+def shard_starts(parameter: nn.Parameter) -> list[int]:
+    """Return where the contiguous runs of this rank's shard start in the flattened full parameter.
+
+    All runs have the same length.
+    """
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return [0]
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    outer, (size, *inner) = math.prod(parameter.shape[:dim]), full_shape(parameter)[dim:]
+    return [
+        (row * size + part.start) * math.prod(inner)
+        for row in range(outer)
+        for part in _local_indices(parameter)
+    ]
+
+
+def _local_indices(parameter: nn.Parameter) -> list[range]:
+    """Return the indices of this rank's shard along the sharded dimension of the full parameter.
 
     A stride of s (2 for the MLP's gate and up projections) means that the tensor consists of s matrices, each
     of which is sharded over the ranks.
     """
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return full
     dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    matrices = full.chunk(stride, dim=dim)
-    return torch.cat([matrix.chunk(ranks, dim=dim)[rank] for matrix in matrices], dim=dim)
+    length = parameter.shape[dim] // stride
+    return [
+        range(first, first + length)
+        for first in range(rank * length, stride * ranks * length, ranks * length)
+    ]

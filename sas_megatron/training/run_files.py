@@ -27,7 +27,7 @@ from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.fault_tolerance.stop_request import RunExit
 from sas_megatron.io.files import write_file
-from sas_megatron.io.run_record import RECORD, RunRecord, damaged_record, read_run_record
+from sas_megatron.io.run_record import RECORD, SCHEMA, RunRecord, damaged_record, read_run_record
 from sas_megatron.training.resuming import (
     Branch,
     KeptRecords,
@@ -255,6 +255,7 @@ class RunFiles:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         sessions.append(
             {
+                "schema": SCHEMA,
                 "session": self._session,
                 "host": socket.gethostname(),
                 "started_at": started,

@@ -12,6 +12,7 @@ from sas_megatron.config.parallel import ParallelConfig
 from tests.attention import layer_case
 from tests.attention.layer_case import LayerCase
 from tests.rank_pool import in_layout
+from tests.run_configs import small_config
 from tests.tolerances import assert_near
 
 SAS = {
@@ -48,14 +49,12 @@ def megatron_layer(num_kv_heads: int) -> torch.nn.Module:
 
 def initialized_layer(num_kv_heads: int) -> torch.nn.Module:
     """Build SAS with identity initialization."""
-    from sas_megatron.attention.sas.simulated_attention import ResidualMap
-    from sas_megatron.model.initialization import parameter_generator
+    from sas_megatron.model.initialization import initialize_simulation
 
     case = LayerCase.of(num_kv_heads=num_kv_heads, **SAS)
     layer = layer_case.build_layer(case, 1)
-    for name, module in layer.named_modules():
-        if isinstance(module, ResidualMap):
-            module.initialize("identity", lambda part, name=name: parameter_generator(5, f"{name}.{part}"))
+    config = small_config(attention={**SAS, "num_kv_heads": num_kv_heads}, training={"seed": 5})
+    initialize_simulation(layer, config, name_of=lambda name: name)
     return layer
 
 

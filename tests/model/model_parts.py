@@ -131,12 +131,8 @@ def perturb_weights(model: Any) -> None:
     Matrices from N(0, 0.02) keep scores, gates and ReLUs in their linear range, so they are scaled up. Noise
     is added to biases, which start at 0, to norms, which start at 1, and to matrices that start at 0.
     """
-    from sas_megatron.model.initialization import (
-        full_shape,
-        global_name,
-        parameter_generator,
-        tensor_parallel_shard,
-    )
+    from sas_megatron.model.initialization import global_name, shard_starts
+    from sas_megatron.model.weight_stream import WeightStream
 
     for local_name, parameter in model.named_parameters():
         name = global_name(model, local_name)
@@ -145,5 +141,6 @@ def perturb_weights(model: Any) -> None:
         if parameter.dim() == 2 and parameter.any():
             parameter.mul_(8.0)
         else:
-            noise = torch.randn(full_shape(parameter), generator=parameter_generator(6, name))
-            parameter.add_(0.3 * tensor_parallel_shard(noise, parameter))
+            noise = torch.empty_like(parameter)
+            WeightStream(6, name).fill(noise, "normal", 0.3, starts=shard_starts(parameter))
+            parameter.add_(noise)

@@ -20,12 +20,15 @@ from tests.tolerances import assert_near
 SAS = {**SAS_GROUPED, "head_expansion": 2}
 
 
+TRAINING = {"num_steps": 9, "global_batch_size": 4, "micro_batch_size": 2, "seed": 3}
+
+
 def config_of(attention: dict[str, Any], tensor: int = 1, seed: int = 3, **model: Any) -> RunConfig:
     return small_config(
         attention=attention,
         model=model,
         parallel={"tensor": tensor},
-        training={"num_steps": 9, "global_batch_size": 4, "micro_batch_size": 2, "seed": seed},
+        training={**TRAINING, "seed": seed},
     )
 
 
@@ -48,6 +51,60 @@ def test_shards_form_the_same_full_weights_for_any_number_of_ranks(
         assert joined.keys() == full.keys()
         for name, weight in full.items():
             assert torch.equal(joined[name], weight), f"{name} at {tensor} ranks"
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_pipeline_stages_start_with_the_weights_of_one_process(ranks: Any, tie_embeddings: bool) -> None:
+    """Two tensor ranks, two stages and two chunks each; a tied embedding is on both stages."""
+    model = {"num_layers": 4, "tie_embeddings": tie_embeddings}
+    (alone,) = ranks(1).run(initial_weights, config_of(SAS, **model))
+    layout = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
+    by_rank = ranks(4).run(
+        initial_weights, small_config(attention=SAS, model=model, parallel=layout, training=TRAINING)
+    )
+    full, found = joined_weights([alone]), set()
+    for stage in (by_rank[:2], by_rank[2:]):
+        for name, weight in joined_weights(stage).items():
+            assert torch.equal(weight, full[name]), name
+            found.add(name)
+    assert found == full.keys()
+
+
+def test_rows_that_pad_the_vocabulary_do_not_change_other_weights(ranks: Any) -> None:
+    padded, wider = (
+        joined_weights(ranks(2).run(initial_weights, config_of(SAS, 2, vocab_multiple=multiple)))
+        for multiple in (2, 64)
+    )
+    tables = {"embedding.word_embeddings.weight", "output_layer.weight"}
+    for name, weight in padded.items():
+        assert torch.equal(wider[name][: len(weight)], weight), name
+        assert (len(weight), len(wider[name])) == ((46, 64) if name in tables else (len(weight),) * 2), name
+
+
+def count_drawn_numbers(config: RunConfig) -> tuple[int, int]:
+    """Return how many numbers a rank draws, and how many its matrices and biases have."""
+    from sas_megatron.model.weight_stream import WeightStream
+
+    num_drawn, words = 0, WeightStream.words
+
+    def count(stream: Any, counter: int, num_counters: int) -> Any:
+        nonlocal num_drawn
+        num_drawn += 8 * num_counters
+        return words(stream, counter, num_counters)
+
+    WeightStream.words = count  # type: ignore[method-assign]
+    try:
+        weights = initial_weights(config)
+    finally:
+        WeightStream.words = words  # type: ignore[method-assign]
+    return num_drawn, sum(part.tensor.numel() for name, part in weights.items() if "layernorm" not in name)
+
+
+def test_a_rank_draws_only_its_shard(ranks: Any) -> None:
+    model = {"hidden_size": 64, "ffn_hidden_size": 256}
+    attention = {"kind": "mha", "num_heads": 8, "head_dim": 16}
+    for num_drawn, num_local in ranks(4).run(count_drawn_numbers, config_of(attention, 4, **model)):
+        assert 0 < num_drawn <= 1.01 * num_local
 
 
 @pytest.mark.parametrize("initialization", ["authors", "normal", "identity"])

@@ -90,10 +90,31 @@ MUTANTS = (
     ),
     Mutant(
         "gate-and-up-projection-mixed",
-        "sas_megatron.model.initialization:tensor_parallel_shard",
-        "full.chunk(stride, dim=dim)",
-        "full.chunk(1, dim=dim)",
+        "sas_megatron.model.initialization:_local_indices",
+        "parameter.partition_dim, parameter.partition_stride",
+        "parameter.partition_dim, 1",
         "The initial weights of the MLP's gate and up projections depend on the number of tensor ranks.",
+    ),
+    Mutant(
+        "shards-draw-equal-numbers",
+        "sas_megatron.model.initialization:shard_starts",
+        "row * size + part.start",
+        "row * size + 0 * part.start",
+        "All tensor ranks start with the weights of the first shard.",
+    ),
+    Mutant(
+        "rows-draw-shifted-numbers",
+        "sas_megatron.model.weight_stream:WeightStream._draw",
+        "row[offset : offset + length]",
+        "row[:length]",
+        "A shard that starts inside a counter has the numbers of earlier positions.",
+    ),
+    Mutant(
+        "normal-radius-without-square-root-of-two",
+        "sas_megatron.model.weight_stream:_to_normal",
+        "radii *= -2.0",
+        "radii *= -1.0",
+        "Normal weights start √2 times too narrow.",
     ),
     # config
     Mutant(

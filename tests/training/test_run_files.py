@@ -51,6 +51,19 @@ def test_a_damaged_run_json_is_reported_before_the_run_is_resumed(tmp_path: Path
             RunFiles.check_directory(config)
 
 
+def test_run_json_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    config = small_config(
+        logging={"run_directory": str(tmp_path), "tensorboard": False}, checkpoint={"resume": True}
+    )
+    RunFiles(config).open(config, {"corpus": {}}, resumed_step=0)
+    path = tmp_path / "run.json"
+    record = json.loads(path.read_text())
+    assert record["schema"] == record["sessions"][-1]["schema"] == 2
+    path.write_text(json.dumps({**record, "schema": 3}))
+    with pytest.raises(FileProblem, match=r"run\.json: has schema 3, newer than 2; update the package"):
+        RunFiles.check_directory(config)
+
+
 def tensorboard_steps(folder: Path) -> list[int]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-DrawGenerator = Callable[[str], torch.Generator]
+Draw = Callable[[str, str, float, torch.Tensor], None]
 # φ by its name in a config. `gelu` is x·Φ(x), without an approximation.
 ACTIVATIONS: dict[str, Callable[..., Any]] = {"relu": F.relu, "gelu": F.gelu, "none": lambda x: x}
 
@@ -134,29 +134,29 @@ class ResidualMap(nn.Module, ABC):
         return ResidualMapWeights(self.expand, self.refine, self.expand_bias, self.refine_bias)
 
     @torch.no_grad()
-    def initialize(self, scheme: str, generator: DrawGenerator) -> None:
-        """Draw the weights in float64 on the CPU, and cast them.
+    def initialize(self, scheme: str, draw: Draw) -> None:
+        """Compute the weights in float64 on the CPU, and cast them.
 
         Args:
             scheme: `authors`: PyTorch's default for convolutions and linear maps, uniform in ±1/√fan_in,
                 biases included; `normal`: N(0, 1/fan_in), which preserves the variance, biases 0;
                 `identity`: the layer starts as the base layer, biases 0.
-            generator: Returns the generator of a parameter, by its name in this module.
+            draw: Called with a parameter's name, `uniform` (in ±scale) or `normal`, scale, tensor to fill.
         """
         for name, parameter in self.named_parameters():
             matrix = self.expand if name.startswith("expand") else self.refine
             bound = 1 / math.sqrt(matrix[0].numel())
             drawn = torch.zeros(parameter.shape, dtype=torch.float64)
             if scheme == "authors":
-                drawn.uniform_(-bound, bound, generator=generator(name))
+                draw(name, "uniform", bound, drawn)
             elif scheme == "normal" and parameter is matrix:
-                drawn.normal_(0.0, bound, generator=generator(name))
+                draw(name, "normal", bound, drawn)
             elif scheme == "identity" and parameter is matrix:
-                self.draw_identity(name, drawn, bound, generator(name))
+                self.draw_identity(name, drawn, bound, draw)
             parameter.copy_(drawn)
 
     @abstractmethod
-    def draw_identity(self, name: str, drawn: torch.Tensor, bound: float, generator: torch.Generator) -> None:
+    def draw_identity(self, name: str, drawn: torch.Tensor, bound: float, draw: Draw) -> None:
         """Fill `drawn`, zeros in the shape of `expand` or `refine`, such that the layer is the base layer."""
 
 
@@ -172,7 +172,7 @@ class HeadSimulation(ResidualMap):
         """Apply `simulate_heads` with this module's weights."""
         return simulate_heads(heads_TND, self.weights(), activation=self.activation, base_heads=base_heads)
 
-    def draw_identity(self, name: str, drawn: torch.Tensor, bound: float, generator: torch.Generator) -> None:
+    def draw_identity(self, name: str, drawn: torch.Tensor, bound: float, draw: Draw) -> None:
         """Make every block a copy of the base heads, with a refinement that cancels over the blocks.
 
         `expand` has centre tap 1 from base head n to head g·N + n. In `refine`, the input columns of block g
@@ -185,7 +185,7 @@ class HeadSimulation(ResidualMap):
             drawn[:, :, kernel_size // 2] = torch.eye(num_heads).repeat(expansion, 1)
             return
         shared = drawn.new_empty(simulated, num_heads, kernel_size)
-        shared.uniform_(-bound, bound, generator=generator)
+        draw(name, "uniform", bound, shared)
         for block in range(expansion):
             columns = slice(block * num_heads, (block + 1) * num_heads)
             drawn[:, columns] = (block - (expansion - 1) / 2) * shared
@@ -205,7 +205,7 @@ class FeatureSimulation(ResidualMap):
         """Apply `simulate_features` with this module's weights."""
         return simulate_features(heads_MD, self.weights(), activation=self.activation)
 
-    def draw_identity(self, name: str, drawn: torch.Tensor, bound: float, generator: torch.Generator) -> None:
+    def draw_identity(self, name: str, drawn: torch.Tensor, bound: float, draw: Draw) -> None:
         """Pass on the D features, with E - D further features that add nothing to the scores.
 
         `refine` is 0 and `expand` is [I; extra rows]·(E/D)^¼. The factor, applied to queries and to keys,
@@ -216,7 +216,7 @@ class FeatureSimulation(ResidualMap):
             return
         simulated_head_dim, head_dim = drawn.shape
         if self.random_extra_features:
-            drawn.uniform_(-bound, bound, generator=generator)
+            draw(name, "uniform", bound, drawn)
         drawn[:head_dim] = torch.eye(head_dim)
         drawn *= (simulated_head_dim / head_dim) ** 0.25
 
