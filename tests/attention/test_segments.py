@@ -95,11 +95,22 @@ def segments_of(lengths: Any) -> Segments:
     return Segments.build(lengths, torch.stack(positions))
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, CHUNK_TOKENS, CHUNK_TOKENS + 1, 289])
+WHOLE = ((290,), (290,))
+BACKENDS = [("auto", 4), ("fused", 4), ("fused", 2), ("unfused", 2)]
+WINDOWS = [None, 1, 3, CHUNK_TOKENS, CHUNK_TOKENS + 1, 289]
+BACKEND_CASES = [
+    (*backend, lengths, window)
+    for backend, lengths, window in itertools.product(BACKENDS, (LENGTHS, WHOLE), WINDOWS)
+]
+# Windows of one key, and wider than a block; whole samples have no boundaries within.
+DEFAULT_BACKEND_CASES = [
+    case for case in BACKEND_CASES if case[3] in ((None, 1, CHUNK_TOKENS + 1) if case[2] is LENGTHS else (3,))
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "groups"), [("auto", 4), ("fused", 4), ("fused", 2), ("unfused", 2)], ids=str
+    ("name", "groups", "lengths", "window"), cases(BACKEND_CASES, default=DEFAULT_BACKEND_CASES)
 )
-@pytest.mark.parametrize("lengths", [LENGTHS, ((290,), (290,))], ids=["documents", "whole samples"])
 def test_every_backend_attends_to_the_document_and_the_window(
     name: str, groups: int, lengths: Any, window: int | None
 ) -> None:
@@ -127,7 +138,7 @@ def packed_definition(query: Any, key: Any, value: Any, ends: Any, *others: Any,
 
 
 @pytest.mark.parametrize("window", [None, 3, 100])
-@pytest.mark.parametrize("lengths", [LENGTHS, ((290,), (290,))], ids=["documents", "whole samples"])
+@pytest.mark.parametrize("lengths", [LENGTHS, WHOLE], ids=["documents", "whole samples"])
 def test_variable_length_attention_is_called_as_torch_documents_it(
     lengths: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

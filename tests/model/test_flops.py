@@ -252,6 +252,6 @@ def test_recomputation_and_padding_within_windows_are_counted_in_their_terms() -
     assert again["scores_window_5"] == forward["scores_window_5"] // 3 + forward["scores_window_5"]
     assert again["values"] == forward["values"] // 2
     padding = count_padding_flops(config, device="cpu")
-    # Three passes over all layers and one more over the recomputed ones; values of 6 features become 9.
-    assert padding["values_window_5"] == (3 * 3 + 1) * forward["values_window_5"] // 3 // 2
-    assert padding["values"] == (3 * 2 + 1) * forward["values"] // 2 // 2
+    # Three passes over all layers and one more over the recomputed ones; values of 6 features become 10.
+    assert padding["values_window_5"] == (3 * 3 + 1) * forward["values_window_5"] // 3 * 4 // 6
+    assert padding["values"] == (3 * 2 + 1) * forward["values"] // 2 * 4 // 6

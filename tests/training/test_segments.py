@@ -217,8 +217,6 @@ def test_every_layout_and_engine_trains_on_documents_like_one_process(ranks: Any
             assert_within(WHOLE_MODEL_GRADIENT, gradient, expected_gradient, f"gradient of {parameter}")
     for steps in by_rank:
         assert steps.losses == pytest.approx(expected.losses, rel=LOSS_AFTER_FIVE_STEPS)
-    [whole] = ranks(1).run(take_steps, single.replaced({"data.reset_at_document_ends": False}))
-    assert abs(whole.losses[-1] / expected.losses[-1] - 1) > 10 * LOSS_AFTER_FIVE_STEPS
 
 
 class LargestSquare(TorchDispatchMode):
