@@ -84,7 +84,9 @@ def probe_batches(config: RunConfig, topology: Any) -> Any:
     """Return an object that gives a probe the first of `RandomSamples`."""
     from sas_megatron.training.run_data import RunData
 
-    data: Any = SimpleNamespace(_config=config, _topology=topology, _validation_samples=RandomSamples(config))
+    data: Any = SimpleNamespace(
+        _config=config, _topology=topology, _validation_samples={"validation": RandomSamples(config)}
+    )
     data.probe_batches = lambda: RunData.probe_batches(data)
     return data
 
