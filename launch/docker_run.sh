@@ -26,7 +26,8 @@ infiniband=${INFINIBAND:-/dev/infiniband}
 if [ -d "$infiniband" ]; then options+=(--device "$infiniband:/dev/infiniband"); fi
 if [ -t 1 ]; then options+=(--tty); fi
 for name in GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS JOIN_SECONDS LOG_DIR RUN_ID \
-  SKIP_DOCTOR SAS_MEGATRON_COMMAND TORCH_ELASTIC_SHUTDOWN_TIMEOUT OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS CUDA_VISIBLE_DEVICES; do
+  CHECK_LAYOUT SKIP_DOCTOR SAS_MEGATRON_COMMAND TORCH_ELASTIC_SHUTDOWN_TIMEOUT OMP_NUM_THREADS \
+  CUDA_DEVICE_MAX_CONNECTIONS CUDA_VISIBLE_DEVICES; do
   if [ -n "${!name:-}" ]; then options+=(--env "$name"); fi
 done
 # Pass on the settings of the network, such as its interfaces: NCCL, torch's use of it, gloo, UCX and libfabric.

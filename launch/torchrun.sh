@@ -11,6 +11,7 @@
 #   MAX_RESTARTS   how often failed processes are restarted (0); nodes are then ranked by arrival
 #   JOIN_SECONDS   how long nodes wait for each other (50)
 #   LOG_DIR        a directory for one log file per process, in a subdirectory per node
+#   CHECK_LAYOUT   1: instead of training, compare a small version of CONFIG at its layout with one process (0)
 #   RUN_ID         a name for the run, equal on all nodes, to distinguish runs with the same address
 set -euo pipefail
 # shellcheck source=launch/cluster_variables.sh
@@ -27,6 +28,8 @@ port=${MASTER_PORT:-29500}
 node_rank=${NODE_RANK-${SLURM_NODEID-}}
 restarts=${MAX_RESTARTS:-0}
 check_node_variables "$processes" "$nodes" "$node_rank"
+check_variable CHECK_LAYOUT "${CHECK_LAYOUT:-0}" '[01]' '0 or 1'
+if [ "${CHECK_LAYOUT:-0}" = 1 ]; then command=(doctor --layout); else command=(train); fi
 check_variable MAX_RESTARTS "$restarts" '[0-9]+' 'the number of restarts of failed processes'
 options=(--nproc-per-node "$processes" --max-restarts "$restarts")
 # torchrun passes the signals that ask a run to save and stop on to the processes.
@@ -72,4 +75,4 @@ else
 fi
 # Report user errors once, before any process is started.
 WORLD_SIZE=$((processes * ${nodes#*:})) sas-megatron train --check "${arguments[@]}" >/dev/null
-exec torchrun "${options[@]}" -m sas_megatron train "${arguments[@]}"
+exec torchrun "${options[@]}" -m sas_megatron "${command[@]}" "${arguments[@]}"

@@ -95,7 +95,7 @@ class AttentionLayer:
                 "attention layers support neither an additive bias nor packed sequences"
             )
         modifiers: AttentionModifiers = self.core_attention.modifiers
-        weights = modifiers.summed_weights()
+        weights = modifiers()
         query, key, value = self._project_and_expand(
             hidden_states, rotary_pos_emb, cache=inference_context, weights=weights
         )

@@ -16,7 +16,7 @@ from sas_megatron.cli.study_files import (
     study_file,
     study_files,
 )
-from sas_megatron.cli.study_results import collect, export_runs, import_runs, report
+from sas_megatron.cli.study_results import collect, export_runs, import_runs, probes, report
 from sas_megatron.config.errors import FieldError
 
 # Interval over which the load of other processes is measured before a measurement.
@@ -207,5 +207,5 @@ def status(study: Path, *, only: str, as_json: bool) -> None:
         print_status(statuses)
 
 
-for _command in (collect, report, export_runs, import_runs):
+for _command in (collect, report, probes, export_runs, import_runs):
     study.add_command(_command)

@@ -90,11 +90,32 @@ def report(studies: tuple[Path, ...], *, records: Path | None, output: Path | No
         if records is not None:
             tables.append(_read_records(path, records))
             continue
-        if path.suffix in (".yaml", ".yml"):
-            path = load_plan(path)().directory / TABLE
-        tables.append(read_table(path))
-    folder = output or path.parent / "report"
+        tables.append(read_table(_find_table(path)))
+    folder = output or _find_table(path).parent / "report"
     click.echo(f"» {write_study_report(merge_tables(tables), folder, num_draws=bootstraps)}")
+
+
+@click.command(short_help="Show what happens inside the models, side by side.")
+@study_file
+@json_option
+def probes(study: Path, *, as_json: bool) -> None:
+    """Print what the runs measured inside their models, side by side, from the collected table.
+
+    STUDY is the study file, or the table that `study collect` wrote.
+    """
+    from sas_megatron.cli.mechanism_tables import measured_slices, mechanism_record, print_mechanisms
+    from sas_megatron.scaling.study.study_table import read_table
+
+    slices = measured_slices(read_table(_find_table(study)))
+    if as_json:
+        click.echo(json.dumps(mechanism_record(slices), indent=2))
+    else:
+        print_mechanisms(slices)
+
+
+def _find_table(study: Path) -> Path:
+    """Return the path of a study's collected table, given the study file or the table."""
+    return load_plan(study)().directory / TABLE if study.suffix in (".yaml", ".yml") else study
 
 
 def _read_records(path: Path, folder: Path) -> StudyTable:

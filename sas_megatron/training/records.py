@@ -2,8 +2,8 @@
 
 The console shows a progress bar on a terminal, and Megatron's log lines elsewhere.
 
-A record has a `kind`: `train` for a logged step, `validation` for an evaluation, `probe` for what
-`evaluation.probes` measures by layer, `health` for an event that `health_monitor` describes.
+A record has a `kind`: `train` for a logged step, `validation` for an evaluation, `update` and `probe` for
+what `run_probe` measures by layer, `health` for an event that `health_monitor` describes.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ class Recorder:
         )
         self._write({"kind": "validation", **self.throughput.position(progress), **held_out.results})
 
-    def log_probe(self, progress: Progress, layers: list[dict[str, Any]]) -> None:
-        """Record the measurements of the probe batch, without a line on the console."""
-        self._write({"kind": "probe", **self.throughput.position(progress), "layers": layers})
+    def log_probe(self, kind: str, progress: Progress, layers: list[dict[str, Any]]) -> None:
+        """Record measurements by layer, of the kind `update` or `probe`, without a line on the console."""
+        self._write({"kind": kind, **self.throughput.position(progress), "layers": layers})
 
     def log_health(self, step: int, event: dict[str, Any]) -> None:
         """Record an event of the run's health, without a line on the console."""

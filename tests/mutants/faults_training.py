@@ -85,7 +85,7 @@ MUTANTS = (
     ),
     Mutant(
         "distributed-states-at-first-element",
-        "sas_megatron.training.optimizer_states:_updated_parameters",
+        "sas_megatron.training.optimizer_states:updated_parameters",
         '["params"][index], elements.start',
         '["params"][index], 0',
         "A checkpoint places every shard of the distributed optimizer at the start of its parameter.",

@@ -78,6 +78,53 @@ def test_every_kind_matches_the_base_on_every_axis(axis: str, kind: str) -> None
         assert abs(costs["params"] / target["params"] - 1) <= 0.01
 
 
+CONTROLS: dict[str, dict[str, object]] = {
+    "one block": {"head_expansion": 1},
+    "linear": {"head_activation": "none", "feature_activation": "none"},
+    "reparametrized": {
+        "head_expansion": 1,
+        "kernel_size": 1,
+        "head_activation": "none",
+        "simulation_bias": False,
+        "simulate_features": False,
+    },
+    "value path": {
+        "simulate_query_heads": False,
+        "simulate_key_heads": False,
+        "simulate_features": False,
+    },
+    "rotary before": {"rotary": "before"},
+}
+MODIFIERS: dict[str, dict[str, object]] = {
+    "elementwise gate": {"output_gate": "elementwise"},
+    "headwise gate": {"output_gate": "headwise"},
+    "output norm": {"output_norm": True},
+    "QK-norm": {"qk_norm": True},
+    "knocking heads": {"knocking_heads": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("sas", name) for name in CONTROLS),
+        *itertools.product(("mha", "diff", "mla", "sas"), MODIFIERS),
+    ],
+)
+def test_every_control_and_modifier_matches_the_base(kind: str, name: str) -> None:
+    base = base_config()
+    _, variant = build_variant(base, kind)
+    fields = {f"attention.{field}": value for field, value in (CONTROLS | MODIFIERS)[name].items()}
+    variant = variant.replaced(fields)
+    for axis in COUNTED_AXES:
+        if axis == "kv":  # controls and modifiers have no effect on it
+            continue
+        found = match(base, variant, axis=axis, free=(MLP,)).config
+        target, costs = counted_costs(base), counted_costs(found)
+        assert abs(costs[axis] / target[axis] - 1) <= 0.01
+        assert found.attention == variant.attention
+
+
 def test_match_has_the_mlp_width_nearest_to_the_base() -> None:
     base = base_config()
     _, variant = build_variant(base, "tpa")

@@ -67,14 +67,19 @@ class Layout:
         return max(1, 4 * model_size // self.world_size)
 
     def config(self, attention: str) -> RunConfig:
+        """Return a run of one of `ATTENTIONS` on this layout with eight samples per step."""
+        return self.config_of(ATTENTIONS[attention])
+
+    def config_of(self, attention: small.Attention) -> RunConfig:
         """Return a run on this layout with eight samples per step."""
         sections: dict[str, Any] = {
-            "attention": ATTENTIONS[attention],
+            "attention": attention,
             "model": {**self.model, "num_layers": self.num_layers},
             "data": {"sequence_length": 16},
             "parallel": self.parallel,
             "optimizer": {"learning_rate": 0.01, **self.optimizer},
             "schedule": {"warmup_steps": 2},
+            "evaluation": {"num_sequences": 4, "probe_sequences": 3},
             "training": {
                 "num_steps": 9,
                 "global_batch_size": 8,

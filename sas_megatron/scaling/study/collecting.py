@@ -190,6 +190,9 @@ def _add_measurements(counted: Row, planned: PlannedRun, run: Run) -> Row:
             "curve_flops": [point.training_flops for point in curve],
             "curve_seconds": [point.elapsed_seconds for point in curve],
             "curve_loss": [point.loss for point in curve],
+            "layer_steps": run.measurements.steps,
+            "layer_curves": run.measurements.curves,
+            "layer_values": run.measurements.layers,
         }
     )
 

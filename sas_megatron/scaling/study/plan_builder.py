@@ -35,6 +35,8 @@ from sas_megatron.scaling.variants import default_attention, scale_fields
 # Learning rates by variant and size.
 Rates = Mapping[tuple[str, str], float]
 ATTENTION = "attention."
+# Validation windows on which the runs of a study measure what happens inside the model.
+PROBE_SEQUENCES = 2
 
 
 def build_plan(
@@ -113,11 +115,11 @@ class _PlanBuilder:
         }
         others = {name: value for name, value in overrides if not name.startswith(ATTENTION)}
         tree = _override(self.base, study.sizes[size] | others)
-        reference = build_run_config(tree)
+        reference = _with_probes(build_run_config(tree))
         defaults = default_attention(reference, self._kind(variant))
         fields = defaults | study.variants[variant] | attention
         tree["attention"] = scale_fields(fields, fields.pop("times", {}))
-        config = build_run_config(tree)
+        config = _with_probes(build_run_config(tree))
         if study.match != "none" and config != reference:
             config = match(
                 reference, config, axis=study.match, free=tuple(study.free), tolerance=study.tolerance
@@ -308,6 +310,14 @@ def _plan_run(
         trunk=trunk,
         trained_steps=config.training.num_steps - trunk_steps,
     )
+
+
+def _with_probes(config: RunConfig) -> RunConfig:
+    """Return the config with measurements inside the model, unless it states `evaluation.probe_sequences`."""
+    if "probe_sequences" in config.evaluation.model_fields_set:
+        return config
+    number = min(PROBE_SEQUENCES, config.evaluation.num_sequences)
+    return config.replaced({"evaluation.probe_sequences": number})
 
 
 def _name(cell: Cell, budget: float, seed: int) -> str:

@@ -32,6 +32,7 @@ from sas_megatron.scaling.study.grids import (
     trend_grid,
     verdict_grid,
 )
+from sas_megatron.scaling.study.mechanisms import choose_runs, list_mechanism_blocks
 from sas_megatron.scaling.study.study_table import StudyTable
 
 # Version 3 had other names of a verdict's estimates and of gains.
@@ -97,8 +98,9 @@ def build_study_report(table: StudyTable, *, num_draws: int = 1000) -> Report:
         subtitle="",
         answer=answer_study(table, analyses),
         figure=difference_figure(analyses),
-        sections=tuple(
-            _build_section(analysis, index, table=table) for index, analysis in enumerate(analyses)
+        sections=(
+            *(_build_section(analysis, index, table=table) for index, analysis in enumerate(analyses)),
+            *_build_mechanism_sections(analyses),
         ),
         record=_study_record(table, analyses),
         about=_describe_study(table),
@@ -131,6 +133,17 @@ def _build_section(analysis: SliceAnalysis, index: int, *, table: StudyTable) ->
     if index == 0:
         blocks += _grid_block("Machines", MACHINE_NOTE, machine_grid(table))
     return Section(name or "Verdicts", tuple(blocks))
+
+
+def _build_mechanism_sections(analyses: Sequence[SliceAnalysis]) -> list[Section]:
+    """Return for each slice with measurements a section on what happens inside its models."""
+    sections = []
+    for index, analysis in enumerate(analyses, 1):
+        runs, name = choose_runs(analysis.slice.rows), analysis.slice.name
+        if runs:
+            blocks = list_mechanism_blocks(runs, name=f"{index}_mechanisms" if name else "mechanisms")
+            sections.append(Section(": ".join(filter(None, ("Inside the models", name))), blocks))
+    return sections
 
 
 def _list_verdict_blocks(analysis: SliceAnalysis, table: StudyTable, *, is_first: bool) -> list[Block]:

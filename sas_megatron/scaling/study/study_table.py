@@ -18,8 +18,9 @@ from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.costs.flops import causal_half
 from sas_megatron.io.files import make_folder, replace_file
 
-# Version 4 added study, host and data of a run, budget and seed of a sweep, and losses of named validation
-# sets; version 3 added rounds of step times, sweeps and withdrawn variants; version 2 added the epochs.
+# Version 4 added study, host and data of a run, budget and seed of a sweep, losses of named validation sets,
+# and measurements inside the models; version 3 added rounds of step times, sweeps and withdrawn variants;
+# version 2 added the epochs.
 SCHEMA_VERSION = 4
 READABLE_VERSIONS = (1, 2, 3, 4)
 
@@ -83,6 +84,11 @@ class Row:
     curve_flops: list[float] = field(default_factory=list)
     curve_seconds: list[float] = field(default_factory=list)
     curve_loss: list[float | None] = field(default_factory=list)
+    # Measurements inside the model (`layer_measurements`): the steps, by name the mean over layers at each of
+    # them, and by name the values of the layers at the last one.
+    layer_steps: list[int] = field(default_factory=list)
+    layer_curves: dict[str, list[float | None]] = field(default_factory=dict)
+    layer_values: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def causal_flops(self) -> float:
@@ -133,7 +139,7 @@ class StudyTable:
 
 
 # Mappings are stored as JSON text, since their keys differ between rows.
-_MAPPINGS = ("levels", "flops_per_token")
+_MAPPINGS = ("levels", "flops_per_token", "layer_curves", "layer_values")
 _TYPES: dict[str, pa.DataType] = {
     "str": pa.string(),
     "str | None": pa.string(),
@@ -143,6 +149,7 @@ _TYPES: dict[str, pa.DataType] = {
     "float | None": pa.float64(),
     "dict[str, str]": pa.string(),
     "dict[str, float]": pa.string(),
+    "dict[str, list[float | None]]": pa.string(),
     "list[int]": pa.list_(pa.int64()),
     "list[float]": pa.list_(pa.float64()),
     "list[float | None]": pa.list_(pa.float64()),

@@ -51,7 +51,10 @@ def results(path: Path) -> dict[str, tuple[Any, ...]]:
     """Return the table's values of each run, except for times and paths."""
     rows = collect(plan_at(path)).rows
     return {
-        row.run: (row.status, row.loss, row.train_loss, row.tokens, row.training_flops, row.curve_loss)
+        row.run: (
+            *(row.status, row.loss, row.train_loss, row.tokens, row.training_flops, row.curve_loss),
+            *(row.layer_steps, row.layer_curves, row.layer_values),
+        )
         for row in rows
     }
 
@@ -108,6 +111,10 @@ def test_finished_study_is_collected_and_not_run_again(finished: Path) -> None:
         assert row.steps == row.tokens // 320
         assert row.curve_steps == list(range(5, row.steps + 1, 5))
         assert row.curve_loss[-1] == row.loss
+        # What happens inside the models is measured at each evaluation, and at each step before one.
+        assert row.layer_steps == row.curve_steps
+        assert None not in row.layer_curves["update_ratio.mlp"]
+        assert ("copy_similarity.query" in row.layer_curves) == (row.variant == "sas")
         assert row.training_flops == row.tokens * sum(row.flops_per_token.values()) == row.curve_flops[-1]
         assert row.flops_6nd == 6 * row.params * row.tokens
     # Branches of one trunk have the same loss before the branch point.
@@ -243,9 +250,12 @@ def test_runs_that_differ_from_the_plan_or_each_other_are_not_collected(
 ) -> None:
     base = base_tree(small_data, finished.parent / "none")
     base["optimizer"]["weight_decay"] = 0.2
+    base["evaluation"]["probe_sequences"] = 0
     other = write_study(tmp_path, base, **{**STUDY, "directory": str(finished.parent / "study")})
-    with pytest.raises(UserError, match=r"mha-one-3200-s1234: optimizer\.weight_decay is 0\.1, planned 0\.2"):
+    with pytest.raises(UserError) as raised:
         collect(plan_at(other))
+    assert "mha-one-3200-s1234: optimizer.weight_decay is 0.1, planned 0.2" in str(raised.value)
+    assert "probe_sequences" not in str(raised.value), "it affects no result"
     # A finished run stays done, even if the plan has changed.
     complete(other, "--only", "sas*6400*")
     provenance = finished.parent / "study" / "runs" / "sas-one-6400-s1234" / "run.json"
