@@ -1,7 +1,7 @@
 """Export a model to a folder that transformers loads: weights, config, code, tokenizer and model card.
 
-A model that the Llama format can express becomes a Llama, which needs no code from the folder. Other models
-keep the native names of their weights and include the code in `remote_code`.
+A model that a format of transformers can express (`export_formats`) needs no code from the folder. Other
+models keep the native names of their weights and include the code in `remote_code`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from sas_megatron.attention.sas import simulated_attention
+from sas_megatron.checkpoint.export_formats import choose_format
 from sas_megatron.checkpoint.hf_config import native_config
-from sas_megatron.checkpoint.llama import find_obstacle, llama_config, to_llama
 from sas_megatron.checkpoint.model_card import Export, write_card
 from sas_megatron.checkpoint.tensor_files import (
     EMBEDDING_NAMES,
@@ -33,6 +33,7 @@ from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.model import rotary_frequencies
 
 _CODE = Path(__file__).parent / "remote_code"
 _MODEL_CODE = (
@@ -41,6 +42,7 @@ _MODEL_CODE = (
         for name in ("attention", "attention_steps", "configuration", "modeling")
     ),
     Path(simulated_attention.__file__),
+    Path(rotary_frequencies.__file__),
 )
 
 
@@ -73,13 +75,13 @@ def export_model(
     tokenizer = tokenizer or open_fitting_tokenizer(
         config.data.tokenizer, config, remedy="name the tokenizer with which the model was trained"
     )
-    obstacle = find_obstacle(config.model, config.attention)
+    export_format, obstacle = choose_format(config.model, config.attention)
     tensors = _remove_padding(weights, config, dtype)
-    if obstacle is None:
-        fields = llama_config(config.model, config.attention)
-        tensors = to_llama(tensors, config.attention)
-    else:
+    if export_format is None:
         fields = native_config(config.model, config.attention)
+    else:
+        fields = export_format.config_fields(config.model, config.attention)
+        tensors = export_format.convert(tensors, config.attention)
     with new_folder(folder) as partial:
         weights_sha256 = write_tensors(partial, tensors, stem="model", shard_bytes=shard_bytes)
         written_dtype = dtype or next(iter(weights.values())).dtype

@@ -19,8 +19,16 @@ from pydantic import ValidationError
 
 from sas_megatron.checkpoint.gpt_neox import from_neox, neox_shapes, read_neox_config
 from sas_megatron.checkpoint.hf_config import HFConfig, read_native_config
-from sas_megatron.checkpoint.hf_fields import LlamaFields, NativeFields, NeoXFields, SizeFields
+from sas_megatron.checkpoint.hf_fields import (
+    LlamaFields,
+    NativeFields,
+    NeoXFields,
+    Qwen2Fields,
+    Qwen3Fields,
+    SizeFields,
+)
 from sas_megatron.checkpoint.llama import from_llama, llama_shapes, read_llama_config
+from sas_megatron.checkpoint.qwen import read_qwen2_config, read_qwen3_config
 from sas_megatron.checkpoint.tensor_files import (
     EMBEDDING_NAMES,
     SHARD_BYTES,
@@ -57,6 +65,8 @@ class _Format(NamedTuple):
 
 _FORMATS = {
     "llama": _Format(LlamaFields, read_llama_config, llama_shapes, from_llama),
+    "qwen2": _Format(Qwen2Fields, read_qwen2_config, llama_shapes, from_llama),
+    "qwen3": _Format(Qwen3Fields, read_qwen3_config, llama_shapes, from_llama),
     "gpt_neox": _Format(NeoXFields, read_neox_config, neox_shapes, from_neox),
     "sas_megatron": _Format(
         NativeFields,
@@ -68,7 +78,7 @@ _FORMATS = {
 
 
 def open_model(source: Path, *, vocab_multiple: int | None = None) -> UnshardedModel:
-    """Open a Hugging Face model in the Llama or GPT-NeoX format, or one that this package exported.
+    """Open a Hugging Face model in the format of Llama, Qwen2, Qwen3 or GPT-NeoX, or one exported from here.
 
     Args:
         source: Folder of the model.
@@ -210,5 +220,5 @@ def _pad_embeddings(
         raise FileProblem(
             stored.stored.folder,
             f"contains {len(stored.unread)} tensors that its config does not describe ({examples} …)",
-            "import a model with the weights of a standard Llama or GPT-NeoX",
+            "import a model with the weights of a standard model of its type",
         )

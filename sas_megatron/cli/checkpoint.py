@@ -80,8 +80,8 @@ def export_command(
     """Export a model to a folder that transformers loads.
 
     SOURCE is a run directory, whose newest checkpoint is exported, or a checkpoint. Multi-head, grouped-query
-    and multi-query models with RMSNorm and SwiGLU are written in the Llama format. Exports of all other
-    models include their code and need trust_remote_code=True.
+    and multi-query models are written in the format of Llama, Qwen2, Qwen3 or GPT-NeoX that can express them.
+    Exports of all other models include their code and need trust_remote_code=True.
     """
     _prepare()
     import torch
@@ -116,7 +116,7 @@ def export_command(
         )
         return
     model_format = (
-        "in the Llama format"
+        "without model code"
         if exported.obstacle is None
         else f"with its code, because the Llama format has no {exported.obstacle}"
     )
@@ -142,8 +142,9 @@ def import_command(
 ) -> None:
     """Write unsharded weights from which training starts with checkpoint.initial_weights=OUTPUT.
 
-    SOURCE is the folder of a Hugging Face model (Llama, GPT-NeoX, or exported by this package), a run
-    directory or a checkpoint. model.yaml in OUTPUT contains the sections that the config of the run needs.
+    SOURCE is the folder of a Hugging Face model (Llama, Qwen2, Qwen3, GPT-NeoX, or exported by this package),
+    a run directory or a checkpoint. model.yaml in OUTPUT contains the sections that the config of the run
+    needs.
 
     \f
     Raises:

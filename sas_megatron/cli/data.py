@@ -162,6 +162,44 @@ def adopt(
 
 
 @data.command()
+@click.argument("list_path", metavar="LIST", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The Parquet file; a JSON record is beside it.",
+)
+@click.option(
+    "--wheels",
+    "wheel_folder",
+    type=click.Path(path_type=Path),
+    default=Path("data/wheels"),
+    show_default=True,
+    help="Folder of the wheels; missing ones are downloaded with pip.",
+)
+@click.option("--sha256", help="The SHA-256 that the documents must have.")
+def wheels(list_path: Path, *, output: Path, wheel_folder: Path, sha256: str | None) -> None:
+    """Write the Python source of a pinned list of wheels as one corpus, without duplicates.
+
+    LIST has a line NAME==VERSION --hash=sha256:HEX for each wheel. The corpus is the same on every machine.
+    """
+    from sas_megatron.data.wheel_corpus import build_wheel_corpus
+
+    corpus = build_wheel_corpus(
+        list_path,
+        output,
+        wheel_folder=wheel_folder,
+        expected_sha256=sha256,
+        log=lambda text: click.echo(text, err=True),
+    )
+    left_out = ", ".join(f"{kind} ({count:,})" for kind, count in corpus.left_out.items())
+    click.echo(
+        f"{output}: {corpus.num_documents:,} documents, {corpus.text_bytes:,} bytes, sha256 {corpus.sha256}"
+        + (f"; left out {left_out}" if left_out else "")
+    )
+
+
+@data.command()
 @click.argument("prefix")
 @click.option(
     "--document", type=int, default=0, show_default=True, help="Index of the document to show, from 0."

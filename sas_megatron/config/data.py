@@ -64,6 +64,7 @@ class DataConfig(Section):
                 "weights",
                 f"has {len(self.weights)} entries for {len(self.prefixes)} prefixes",
                 "give one weight for each prefix",
+                ("data.weights=null",),
             )
         if self.weights is not None and min(self.weights) <= 0:
             raise self.problem(

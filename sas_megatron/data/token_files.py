@@ -204,6 +204,7 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
             vocab_size,
             f"must not be less than the {tokenizer.vocab_size} tokens of {data.tokenizer}",
             f"use {tokenizer.vocab_size}",
+            (f"model.vocab_size={tokenizer.vocab_size}",),
         )
     for prefix in data.prefixes:
         manifest = load_manifest(prefix)

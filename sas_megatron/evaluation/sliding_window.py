@@ -21,6 +21,7 @@ import numpy.typing as npt
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.batches import build_validation_samples
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.validation_sets import UNNAMED, list_validation_sets
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.evaluation.results import describe_loss
 from sas_megatron.evaluation.scoring import Passage, Scores, score
@@ -142,7 +143,9 @@ def document_windows(
         yield from cut_windows(np.array([eos, *tokenizer.encode(document), eos], dtype=np.int32), settings)
 
 
-def validation_windows(config: RunConfig, tokenizer: Tokenizer, *, length: int) -> Iterator[Passage]:
+def validation_windows(
+    config: RunConfig, tokenizer: Tokenizer, *, length: int, name: str = UNNAMED
+) -> Iterator[Passage]:
     """Yield the validation windows of a run. Every rank must call this function after joining the world.
 
     Args:
@@ -150,13 +153,15 @@ def validation_windows(config: RunConfig, tokenizer: Tokenizer, *, length: int) 
         tokenizer: Its tokenizer.
         length: Window length. With another length than in training, the total number of tokens is about
             equal.
+        name: The validation set.
 
     Raises:
         UserError: As in `windowed_config`.
     """
     windowed = windowed_config(config, length)
     num_windows = windowed.evaluation.num_sequences
-    samples = build_validation_samples(windowed.data, tokenizer, num_samples=num_windows)
+    data = list_validation_sets(windowed)[name]
+    samples = build_validation_samples(data, tokenizer, num_samples=num_windows)
     for number in range(num_windows):
         sample = samples[number]
         tokens, labels = (np.asarray(sample[name], dtype=np.int32) for name in ("tokens", "labels"))

@@ -28,6 +28,7 @@ from sas_megatron.data.tokenizer_loading import load_tokenizer, tokenizer_exists
 from sas_megatron.fault_tolerance.stop_request import RunExit
 from sas_megatron.io.files import write_file
 from sas_megatron.io.run_record import RECORD, SCHEMA, RunRecord, damaged_record, read_run_record
+from sas_megatron.tracking.rows import list_scalars
 from sas_megatron.training.resuming import (
     Branch,
     KeptRecords,
@@ -50,7 +51,7 @@ class RunFiles:
 
     def __init__(self, config: RunConfig) -> None:
         self.directory = Path(config.logging.run_directory)
-        self._with_tensorboard = config.logging.tensorboard
+        self._with_tensorboard = "tensorboard" in config.logging.trackers
         # Distinguishes this session from others of the run.
         self._session = uuid.uuid4().hex
         self._metrics: TextIO | None = None
@@ -71,14 +72,15 @@ class RunFiles:
         """
         directory = Path(config.logging.run_directory)
         _check_kinds(directory)
-        if (directory / METRICS).exists() and not config.checkpoint.resume:
+        if (directory / METRICS).exists() and config.checkpoint.resume is False:
             raise FieldError(
                 "logging.run_directory",
                 directory,
                 "already holds a run",
-                "set checkpoint.resume=true to resume it, or choose another directory",
+                "set checkpoint.resume=auto to resume it, or choose another directory",
+                ("checkpoint.resume=auto",),
             )
-        if config.checkpoint.resume:
+        if config.checkpoint.resume is not False:
             check_resumable(config)
         existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -167,9 +169,8 @@ class RunFiles:
 
     def _add_scalars(self, record: dict[str, Any]) -> None:
         if self._tensorboard is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            for tag, value in list_scalars(record).items():
+                self._tensorboard.add_scalar(tag, value, record["step"])
 
     def sync(self) -> None:
         """Wait until the records are on disk, so that no checkpoint exists without the records before it.
@@ -272,6 +273,8 @@ class RunFiles:
         record = {
             **sessions[-1],
             "started_at": sessions[0]["started_at"],
+            # That of the first session, so that all sessions are one run of a tracker.
+            "run_id": sessions[0]["session"],
             "initial_weights": initial_weights[-1] if initial_weights else None,
             "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
             "sessions": sessions,

@@ -48,7 +48,9 @@ COMMANDS = {
         "sas-megatron train configs/quickstart_gated.yaml parallel.tensor=1",
         "training.num_steps=5 schedule.warmup_steps=2",
     ),
+    "monitoring.md": ("sas-megatron runs sync runs/125m/sas --tracker mlflow", ""),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),
+    "scale_study.md": ("sas-megatron study status configs/studies/scale/a.yaml", ""),
     "speed.md": ("sas-megatron bench attention", "--repeats 1"),
     "statistics.md": (
         "sas-megatron study report docs/studies/python_ablation/study.parquet --output runs/report",
