@@ -39,10 +39,10 @@ MUTANTS = (
         "Token files with ids that the tokenizer does not have are adopted.",
     ),
     Mutant(
-        "adoption-without-position-check",
-        "sas_megatron.data.adoption:_check",
-        "num_documents=num_documents, num_tokens=num_tokens, token_bytes=dtype.itemsize",
-        "num_documents=1, num_tokens=num_tokens, token_bytes=dtype.itemsize",
-        "The positions of the documents of adopted files are not checked.",
+        "adoption-without-end-check",
+        "sas_megatron.data.adoption:_count_without_end",
+        "count += int((last != tokenizer.eos_id).sum())",
+        "count += int((last < 0).sum())",
+        "Documents of adopted files without a token at their end are neither counted nor logged.",
     ),
 )
