@@ -32,7 +32,7 @@ class SmallData:
             "schedule": {"kind": "cosine", "warmup_steps": 3},
             "training": {"num_steps": 20, "global_batch_size": 8, "micro_batch_size": 4},
             "evaluation": {"num_sequences": 6, "interval": 10},
-            "logging": {"run_directory": str(directory), "interval": 1, "tensorboard": False},
+            "logging": {"run_directory": str(directory), "interval": 1, "trackers": []},
         }
         for section, fields in sections.items():
             tree.setdefault(section, {}).update(fields)

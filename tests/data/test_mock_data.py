@@ -24,7 +24,7 @@ data: {sequence_length: 40}
 optimizer: {learning_rate: 1e-2}
 training: {num_steps: 6, global_batch_size: 8, micro_batch_size: 4}
 evaluation: {num_sequences: 6}
-logging: {run_directory: run, interval: 1, tensorboard: false}
+logging: {run_directory: run, interval: 1, trackers: []}
 """
 
 

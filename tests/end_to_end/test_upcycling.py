@@ -92,7 +92,7 @@ def write_run(folder: Path, name: str, **attention: Any) -> None:
         "optimizer": {"learning_rate": 0.01},
         "training": {"num_steps": 4, "global_batch_size": 4, "micro_batch_size": 2},
         "evaluation": {"num_sequences": 2},
-        "logging": {"run_directory": f"runs/{name}", "interval": 1, "tensorboard": False},
+        "logging": {"run_directory": f"runs/{name}", "interval": 1, "trackers": []},
     }
     (folder / f"{name}.yaml").write_text(dump_tree(tree), encoding="utf-8")
 

@@ -13,6 +13,7 @@ from tests.run_configs import small_config
 
 # Every tenth step has an evaluation.
 EVALUATED = 10
+TAGS = ("lm loss", "lm loss validation")
 
 
 def write_run(
@@ -73,13 +74,13 @@ def read_offline_parts(run: Path) -> list[Any]:
 
 def steps_in_parts(run: Path) -> dict[str, list[int]]:
     """Return the steps of each curve in the published parts of a W&B run, as often as they occur."""
-    steps: dict[str, list[int]] = {}
+    steps: dict[str, list[int]] = {tag: [] for tag in TAGS}
     for record in read_offline_parts(run):
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            for tag in ("lm loss", "lm loss validation"):
+            for tag in TAGS:
                 if tag in items:
-                    steps.setdefault(tag, []).append(int(json.loads(items["_step"])))
+                    steps[tag].append(int(json.loads(items["_step"])))
     return steps
 
 
@@ -89,7 +90,7 @@ def steps_in_database(path: Path) -> dict[str, list[int]]:
         rows = database.execute(
             "select key, step from metrics where key like 'lm loss%' order by step"
         ).fetchall()
-    steps: dict[str, list[int]] = {}
+    steps: dict[str, list[int]] = {tag: [] for tag in TAGS}
     for tag, step in rows:
         steps.setdefault(tag, []).append(step)
     return steps

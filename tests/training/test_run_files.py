@@ -17,7 +17,7 @@ from tests.run_configs import small_config
 
 
 def test_a_full_disk_is_reported_with_the_file_that_is_written(tmp_path: Path) -> None:
-    config = small_config(logging={"run_directory": str(tmp_path / "run"), "tensorboard": False})
+    config = small_config(logging={"run_directory": str(tmp_path / "run"), "trackers": []})
     files = RunFiles(config)
     with no_file_longer_than(100), pytest.raises(FileProblem, match=rf"^{tmp_path}/run: cannot be .*large\)"):
         files.open(config, {}, resumed_step=0)
@@ -31,7 +31,7 @@ def test_a_full_disk_is_reported_with_the_file_that_is_written(tmp_path: Path) -
 
 
 def test_a_run_directory_that_vanishes_is_reported(tmp_path: Path) -> None:
-    config = small_config(logging={"run_directory": str(tmp_path / "run"), "tensorboard": False})
+    config = small_config(logging={"run_directory": str(tmp_path / "run"), "trackers": []})
     files = RunFiles(config)
     files.open(config, {}, resumed_step=0)
     files.check_session()
@@ -42,7 +42,7 @@ def test_a_run_directory_that_vanishes_is_reported(tmp_path: Path) -> None:
 
 def test_a_damaged_run_json_is_reported_before_the_run_is_resumed(tmp_path: Path) -> None:
     config = small_config(
-        logging={"run_directory": str(tmp_path), "tensorboard": False}, checkpoint={"resume": True}
+        logging={"run_directory": str(tmp_path), "trackers": []}, checkpoint={"resume": True}
     )
     RunFiles(config).open(config, {"corpus": {}}, resumed_step=0)
     for text in ('{"sessions": [', "[]", '{"corpus": {"text": {}}}'):
@@ -53,7 +53,7 @@ def test_a_damaged_run_json_is_reported_before_the_run_is_resumed(tmp_path: Path
 
 def test_run_json_of_a_later_version_is_refused(tmp_path: Path) -> None:
     config = small_config(
-        logging={"run_directory": str(tmp_path), "tensorboard": False}, checkpoint={"resume": True}
+        logging={"run_directory": str(tmp_path), "trackers": []}, checkpoint={"resume": True}
     )
     RunFiles(config).open(config, {"corpus": {}}, resumed_step=0)
     path = tmp_path / "run.json"
@@ -73,7 +73,7 @@ def tensorboard_steps(folder: Path) -> list[int]:
 
 
 def write_steps(directory: Path, steps: range, *, resumed_step: int, branch: Any = None) -> None:
-    config = small_config(logging={"run_directory": str(directory), "tensorboard": True})
+    config = small_config(logging={"run_directory": str(directory), "trackers": ["tensorboard"]})
     files = RunFiles(config)
     files.open(config, {}, resumed_step=resumed_step, branch=branch)
     for step in steps:

@@ -321,7 +321,7 @@ def test_the_run_directory_contains_provenance_and_summary(
     config = small_data.run(
         tmp_path / "run",
         training={"num_steps": 4},
-        logging={"tensorboard": True, "communication_counter": True},
+        logging={"trackers": ["tensorboard"], "communication_counter": True},
     )
     ranks(2).run(complete, config)
     from sas_megatron.config.loading import load_run_config
