@@ -2,7 +2,7 @@
 
     a mask tensor (decoding), or neither segments nor a window   one call
     segments or a window, on a GPU in half precision             torch's variable-length attention
-    otherwise                                                    each segment by itself, and within a window
+    otherwise                                                    each segment separately, and within a window
                                                                  each block of queries with its keys
 
 No tensor has a row and a column for each token of a sample, unless `attention.backend=unfused` asks for it.

@@ -7,7 +7,7 @@
       -> modifiers of queries, keys and values
       -> core attention -> reduce_heads -> modifiers of the result -> output projection
 
-With segments, the rotary angles are those of each token's position in its segment, [S, B, 1, R], as when
+With segments, the rotary angles belong to each token's position in its segment, [S, B, 1, R], as when
 decoding texts of different lengths.
 
 The modifiers (`attention.modifiers`) are off by default. A variant needs no code for them. With QK-norm, its
@@ -90,7 +90,7 @@ class AttentionLayer:
             rotary_pos_emb: Rotary angles [positions, 1, 1, R] of the model: of the S tokens, or when
                 decoding of all slots of the cache.
             attention_bias: Must be None.
-            packed_seq_params: The `Segments` of the samples, in place of a mask; None for one per sample.
+            packed_seq_params: The `Segments` of the samples, instead of a mask; None for one per sample.
 
         Raises:
             NotImplementedError: An additive bias, or packed sequences of another class or with a mask or a

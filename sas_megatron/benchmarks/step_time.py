@@ -37,7 +37,7 @@ def measure_step_seconds(
         with_transformers: Whether to time the model of transformers with the first config's parameters, too.
 
     Returns:
-        The median seconds of a step by round and config; those of transformers are the last of a round.
+        The median seconds of a step by round and config; transformers' come last in a round.
     """
     world_size = configs[0].parallel.model_size
     threads = max(1, (os.cpu_count() or 1) // world_size)

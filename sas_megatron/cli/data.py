@@ -167,7 +167,7 @@ def adopt(
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="The Parquet file; a JSON record is beside it.",
+    help="The Parquet file; a JSON record has the same name.",
 )
 @click.option(
     "--wheels",

@@ -19,7 +19,7 @@ def runs() -> None:
     "trackers",
     multiple=True,
     type=click.Choice(["wandb", "mlflow"]),
-    help="Tracker to send to; by default those of logging.trackers in the run's config.",
+    help="Tracker to send to; by default, logging.trackers of the run's config.",
 )
 def sync(directories: tuple[Path, ...], trackers: tuple[str, ...]) -> None:
     """Send the steps of run DIRECTORIES that their trackers have not received yet.

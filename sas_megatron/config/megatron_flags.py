@@ -185,7 +185,7 @@ NOT_OFFERED: dict[str, str] = {
     "recompute_method": "recompute_layers counts the first layers of each stage",
     "use_torch_fsdp2": "training.engine=deepspeed with deepspeed.zero_stage=3 shards parameters",
     "use_custom_fsdp": "training.engine=deepspeed with deepspeed.zero_stage=3 shards parameters",
-    "tp_comm_overlap": "the layers are those of Megatron-core without TransformerEngine's overlap",
+    "tp_comm_overlap": "the layers come from Megatron-core, without TransformerEngine's overlap",
     "transformer_impl": "the layers are the same with and without TransformerEngine",
     "use_flash_attn": "attention.backend selects the kernels",
     "cp_comm_type": "context ranks exchange tokens for heads (all-to-all)",

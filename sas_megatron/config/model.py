@@ -70,7 +70,7 @@ class ModelConfig(Section):
     rotary_base: int = Field(default=10000, description="θ, the base of the rotary embeddings.")
     rotary_scaling: Literal["none", "linear", "llama3"] = Field(
         default="none",
-        description="Scaling of the rotary frequencies, for sequences longer than those of earlier training. "
+        description="Scaling of the rotary frequencies, for longer sequences than in earlier training. "
         "linear: all are divided by rotary_scaling_factor (Chen et al. 2023, arXiv 2306.15595); llama3: only "
         "the low ones, as in Llama 3.1.",
     )

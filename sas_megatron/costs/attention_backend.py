@@ -12,7 +12,7 @@
 `fused` is torch's scaled-dot-product attention, for which values are padded to the width of the keys.
 `composed` is the sequence of plain operations that torch falls back to when it has no fused kernel.
 `cudnn` needs no padding; it does not support a single key, which therefore runs as `fused`. `varlen` is
-torch's variable-length attention, with the padding of `fused`. The others compute each segment by itself.
+torch's variable-length attention, with the padding of `fused`. The others compute each segment separately.
 Within a window, `chunked` leaves out the keys before it, `fused` and `composed` run once for each of
 `window_blocks`, and `unfused` computes all scores.
 """

@@ -42,7 +42,7 @@ SEED = 0
 
 
 def provide_mock_data(data: DataConfig, *, vocab_size: int) -> DataConfig:
-    """Return the `data` section with random token files instead of those that it names; write them if needed.
+    """Return the `data` section with random token files instead of its own; write them if needed.
 
     Args:
         data: The section; its sequence length and split decide the number of tokens.

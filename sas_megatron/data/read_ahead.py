@@ -4,7 +4,7 @@
     main thread    queue -> asynchronous copy to the device
 
 Reading ahead changes no state: the order of the samples is fixed, and a run counts the samples that it has
-consumed, not those that were read.
+consumed, not the samples that were read.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def read_wheel_list(path: Path) -> list[PinnedWheel]:
 
 
 def download_wheels(list_path: Path, wheels: list[PinnedWheel], folder: Path) -> dict[str, Path]:
-    """Return the wheel files by SHA-256; those that are not in the folder are downloaded from pip's index.
+    """Return the wheel files by SHA-256; missing ones are downloaded from pip's index.
 
     Raises:
         UserError: pip reports an error, or the folder cannot be written.
@@ -132,7 +132,7 @@ def build_wheel_corpus(
     Args:
         list_path: The list of wheels.
         output: The Parquet file.
-        wheel_folder: Folder of the wheels; those that are missing are downloaded.
+        wheel_folder: Folder of the wheels; missing ones are downloaded.
         expected_sha256: SHA-256 of the documents that the corpus must have; None for any.
         log: Called with a line for each wheel.
 

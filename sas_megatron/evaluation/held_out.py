@@ -77,7 +77,7 @@ def evaluate_held_out(
         topology: The process groups.
 
     Returns:
-        The loss of all tokens with those of the named sets, the same on every rank.
+        The loss of all tokens and the losses of the named sets, the same on every rank.
     """
     # Summed loss, tokens and bytes of each set.
     totals = torch.zeros(len(batches_by_set), 3, dtype=torch.float64, device=topology.device)

@@ -117,7 +117,7 @@ def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Return the arguments that an operation changes in place; those on lists of tensors return nothing."""
+    """Return the arguments that an operation changes in place; operations on lists return nothing."""
     arguments = [argument.name for argument in func._schema.arguments if argument.is_write]
     written = [name for name in arguments if name != "grads"]  # changed only if AdamW unscales gradients
     values = [_argument(func, args, kwargs, name) for name in written]

@@ -4,7 +4,7 @@
     one device read  saves one read for each parameter and model chunk; costs nothing
     reading ahead    hides reads of samples; costs host memory for the batches that are ready
 
-The letters are those of `costs.output_loss`.
+For the letters see `costs.output_loss`.
 """
 
 from __future__ import annotations

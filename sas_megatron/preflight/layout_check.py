@@ -186,7 +186,7 @@ def _local_part(full: torch.Tensor, tensor: TrainedTensor, *, num_elements: int)
 
 
 def _merge(by_rank: list[ErrorsByName], *, order: list[str]) -> ErrorsByName:
-    """Return the sums over all ranks; those of a tensor that no rank has are infinite."""
+    """Return the sums over all ranks; the sums of a tensor that no rank has are infinite."""
     merged: ErrorsByName = {}
     for name in order:
         merged[name] = ErrorSums()

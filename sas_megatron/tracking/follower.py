@@ -80,7 +80,7 @@ class Follower:
         if self._process is None:
             return []
         process, self._process = self._process, None
-        assert process.stdin is not None
+        assert process.stdin is not None, "it was started with a pipe"
         with contextlib.suppress(OSError):
             process.stdin.close()
         if not has_ended(self._run):

@@ -79,7 +79,7 @@ class Sender:
                 rows = self._reader.read(after=record.last_step)
             rows = [row for row in rows if row.step > record.last_step]
             if rows:
-                assert self._tracker is not None
+                assert self._tracker is not None, "used outside of its context"
                 record = self._tracker.send(rows, record, self._save)
             self._record = record
             return SyncResult(self._name, len(rows), record.last_step)

@@ -102,7 +102,7 @@ def build_summary(
         "best_validation_loss": progress.best_validation_loss,
         "validation_perplexity": held_out.get("validation_perplexity"),
         "validation_bits_per_byte": held_out.get("validation_bits_per_byte"),
-        # The losses of named validation sets; the losses above are those of all their tokens.
+        # The losses of named validation sets; the losses above are of all their tokens.
         "validation_sets": held_out.get("validation_sets"),
         "world_size": topology.world_size,
         "communication_bytes_sent": results.bytes_sent,

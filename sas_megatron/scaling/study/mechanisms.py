@@ -1,6 +1,6 @@
 """What happens inside the models of a study, side by side: a table for each question, and a figure.
 
-The models are those of the largest size and budget. Values are means over seeds.
+The models have the largest size and budget. Values are means over seeds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Mechanism:
 
     Attributes:
         question: The question.
-        meaning: What the values mean.
+        meaning: Meaning of the values.
         names: Measurements by name, or by the beginning of their names up to a dot.
         format: Formats a value.
     """
@@ -130,7 +130,7 @@ def list_mechanism_blocks(runs: Runs, *, name: str = "mechanisms") -> tuple[Bloc
 
 
 def describe_runs(runs: Runs, *, name: str = "") -> str:
-    """Return which models were measured, and what the columns of the tables are.
+    """Return which models were measured, and the columns of the tables.
 
     Args:
         runs: The runs of each variant.

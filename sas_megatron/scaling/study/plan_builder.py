@@ -236,7 +236,7 @@ class _PlanBuilder:
         elif rule == "sweep" and self.rates is not None:
             rate = self.rates[cell.variant, cell.size]
             if self.study.trunks == "none" or self.study.learning_rate.sweep_budget is not None:
-                # The found rates are those of the sweep's budget.
+                # The rates were found at the sweep's budget.
                 swept_tokens = count_budget_tokens(self.study, cell, self.study.sweep_budget)
                 rate *= step_law_rate(parameters, longest * cell.step_tokens)
                 rate /= step_law_rate(parameters, swept_tokens)

@@ -31,7 +31,7 @@ class LearningRateRule(Section):
     )
     multiples: dict[str, float] | None = Field(
         default=None,
-        description="With rule=step_law: a factor for each variant, such as those that a sweep in another "
+        description="With rule=step_law: a factor for each variant, for example from a sweep in another "
         "study found; null: 1.",
     )
     factors: list[float] = Field(
@@ -86,7 +86,7 @@ class LearningRateRule(Section):
         return self
 
     def check_names(self, *, variants: Collection[str], sizes: Collection[str]) -> None:
-        """Check the variants and sizes that the rule names against those of the study.
+        """Check that the study has the variants and sizes that the rule names.
 
         Raises:
             FieldError: A name is unknown, a variant or size has no stated rate, or a sweep has no sizes.

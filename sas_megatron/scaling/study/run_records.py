@@ -35,7 +35,7 @@ RUN_FILES = ("config.yaml", "run.json", "summary.json", METRICS)
 # Lines of metrics.jsonl that are kept, by kind; the first choice that fits into `MAX_RECORD_BYTES` is used.
 # Evaluations are the results of a run, and are kept as far as possible.
 _CHOICES: tuple[dict[str, int], ...] = tuple(
-    # Measurements of an update and of the probe belong together: equal numbers keep those of equal steps.
+    # Measurements of an update and of the probe belong together: equal numbers keep the same steps of both.
     {"train": train, "update": probes, "probe": probes, "health": 20, "validation": evaluations}
     for evaluations in (1000, 100, 25)
     for train, probes in ((64, 8), (32, 4), (16, 2), (8, 1))
@@ -99,7 +99,7 @@ def thin_metrics(lines: Sequence[str], kept: Mapping[str, int]) -> tuple[list[st
     """Return lines of metrics.jsonl that are evenly spaced, with the first and the last of each kind.
 
     Args:
-        lines: The lines; those that are no objects are left out.
+        lines: The lines; lines without an object are left out.
         kept: Number of lines of each kind that are kept; of other kinds, all are.
 
     Returns:
