@@ -117,7 +117,11 @@ def common_llama_fields(model: ModelConfig, attention: AttentionConfig) -> dict[
 
 
 def to_llama(tensors: NamedTensors, attention: AttentionConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Convert full native weights, of a model that Llama's or Qwen's format can express, to Llama's names."""
+    """Convert full native weights, of a model that Llama's or Qwen's format can express, to Llama's names.
+
+    Raises:
+        AssertionError: A weight has no counterpart, although `find_obstacle` found none.
+    """
     for name, tensor in tensors:
         module, _, kind = name.rpartition(".")
         if module in _NAMES:

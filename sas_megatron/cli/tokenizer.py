@@ -78,6 +78,10 @@ def train(
 
     SOURCE is a file or folder of documents (Parquet, Arrow, JSON Lines, text), or the word builtin for the
     source code of the Python standard library.
+
+    \f
+    Raises:
+        FieldError: An option does not fit --kind.
     """
     from sas_megatron.config.errors import FieldError
     from sas_megatron.data.corpus import resolve_sources

@@ -32,7 +32,7 @@ class LearningRateRule(Section):
     multiples: dict[str, float] | None = Field(
         default=None,
         description="With rule=step_law: a factor for each variant, for example from a sweep in another "
-        "study found; null: 1.",
+        "study; null: 1.",
     )
     factors: list[float] = Field(
         default=[0.25, 0.5, 1.0, 2.0, 4.0],
