@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.distributed.topology import Topology, joined_groups
+from sas_megatron.model import assembly
 
 
 class _FakeResults(TorchDispatchMode):
@@ -109,7 +110,8 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
         (dist, "all_gather_object", gather_local_object),
         (torch.nn.Module, "bfloat16", _check_bfloat16),
         (torch, "get_rng_state", real_random_state),
-        # No operation draws random numbers on fake tensors.
+        # No operation draws random numbers on fake tensors, and NumPy would draw them for nothing.
+        (assembly, "initialize_weights", lambda *_args: None),
         (torch, "set_rng_state", lambda *_args: None),
     ]
 

@@ -236,7 +236,7 @@ class _ObservedEngine(MegatronEngine):
     """The Megatron engine, which notifies the profiler when the microbatches of a step are finished."""
 
     def __init__(self, config: RunConfig, profiler: StepProfiler) -> None:
-        super().__init__(config, build_gpt_chunks(config, draws_weights=False))
+        super().__init__(config, build_gpt_chunks(config))
         self._profiler = profiler
 
     @override
