@@ -49,6 +49,7 @@ def find_neox_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | 
         "attention.kind": attention.kind == "mha",
         "attention.head_dim": attention.head_dim * attention.num_heads == model.hidden_size,
         "attention.rotary": attention.rotary == "after",
+        "attention.window_size": attention.window_size is None,
         **{f"attention.{name}": getattr(attention, name) in (False, "none") for name in MODIFIERS},
         "model.normalization": model.normalization == "layernorm",
         "model.activation": model.activation in _ACTIVATION_NAMES,

@@ -73,7 +73,6 @@ def estimate_savings(
     saved_reads = num_tensors + num_chunks
     flops = 2 * tokens * model.hidden_size * model.padded_vocab_size // config.parallel.tensor
     rate = hardware.matrix_rate(training.precision) * hardware.attainable.matrix
-    mask_bytes = training.micro_batch_size * data.sequence_length**2 if data.reset_at_document_ends else 0
     return StepSavings(
         output_loss=resolve_output_loss(config),
         logits_bytes=count_probability_bytes(config),
@@ -81,6 +80,6 @@ def estimate_savings(
         device_reads=1,
         saved_device_reads=saved_reads,
         saved_read_seconds=1e-6 * hardware.operation_microseconds * saved_reads,
-        host_bytes=MICROBATCHES_IN_MEMORY * (BYTES_PER_TOKEN * tokens + mask_bytes),
+        host_bytes=MICROBATCHES_IN_MEMORY * BYTES_PER_TOKEN * tokens,
         hidden_read_seconds=step_seconds * data_parallel / training.global_batch_size,
     )

@@ -37,7 +37,7 @@ class RunData:
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self._config = config
         self._topology = topology
-        # The first stage embeds the tokens, and the last one needs the labels. All stages need a mask.
+        # The first stage embeds the tokens, and the last one needs the labels. All stages need segments.
         last_stage = config.parallel.pipeline - 1
         self._reads_samples = config.data.reset_at_document_ends or topology.pipeline_rank in (0, last_stage)
         # The microbatches from sample `_next_sample` on, which a thread reads.

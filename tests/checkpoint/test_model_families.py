@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from sas_megatron.checkpoint.export import export_model
+from sas_megatron.checkpoint.export_formats import choose_format
 from sas_megatron.checkpoint.importing import open_model, write_model
 from sas_megatron.checkpoint.tensor_files import StoredTensors
 from sas_megatron.checkpoint.upcycling import upcycle
 from sas_megatron.checkpoint.weights_source import describe_architecture
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer_loading import load_tokenizer
+from tests import small_attentions as small
 from tests.checkpoint.transformers_models import (
     FAMILIES,
     MODELS,
@@ -61,6 +63,26 @@ def test_tensor_ranks_and_decoding_give_the_logits_of_transformers(
     if not config.parallel.sequence:
         for logits in pool.run(decode_logits, weights, config):
             assert_near(logits, expected, torch.float64, "logits of decoding")
+
+
+NEOX = {"linear_bias": True, "normalization": "layernorm", "activation": "gelu"}
+
+
+@pytest.mark.parametrize(
+    ("attention", "model"),
+    [
+        (small.GQA, {}),
+        ({**small.GQA, "qkv_bias": True}, {}),
+        ({**small.GQA, "qk_norm": True}, {}),
+        ({"kind": "mha", "num_heads": 4, "head_dim": 5, "rotary_dim": 4}, NEOX),
+    ],
+    ids=["llama", "qwen2", "qwen3", "gpt_neox"],
+)
+def test_no_format_without_model_code_has_windows(attention: dict[str, Any], model: dict[str, Any]) -> None:
+    full = small_config(attention=attention, model=model)
+    assert choose_format(full.model, full.attention)[0] is not None
+    windowed = full.replaced({"attention.window_size": 4})
+    assert choose_format(windowed.model, windowed.attention)[0] is None
 
 
 @pytest.mark.parametrize("name", MODELS)
