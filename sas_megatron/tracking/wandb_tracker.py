@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import override
 
@@ -33,7 +33,7 @@ def build_wandb_tracker(run: TrackedRun) -> Tracker:
     return OfflineWandbTracker(run) if is_offline else OnlineWandbTracker(run)
 
 
-def _init(run: TrackedRun, *, folder: Path, mode: str) -> Any:
+def _init(run: TrackedRun, *, folder: Path, mode: Literal["online", "offline"]) -> Any:
     """Start a W&B run; it records neither the machine nor the program, which run.json describes."""
     import wandb
 
