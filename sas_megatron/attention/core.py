@@ -7,10 +7,9 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -20,94 +19,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sas_megatron.attention.chunked import attend_chunked, supports_chunks
+from sas_megatron.attention.backend import AttentionBackend
 from sas_megatron.attention.modifiers import AttentionModifiers
 from sas_megatron.attention.sas.simulated_attention import aggregate_blocks
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError
 from sas_megatron.costs.head_sharding import AttendedHeads, HeadSharding, count_local_heads
+from sas_megatron.data.segments import Segments
 from sas_megatron.distributed.context_exchange import ContextExchange
-
-
-class AttentionBackend:
-    """Computes softmax(scale·QKᵀ)·V over the heads of one rank, as `attention.backend` selects.
-
-    Args:
-        name: One of the choices of `attention.backend`.
-        scale: Factor of the scores.
-    """
-
-    def __init__(self, name: Literal["auto", "fused", "unfused", "cudnn"], *, scale: float) -> None:
-        self.name, self.scale = name, scale
-
-    def attend(
-        self,
-        query_BMSE: torch.Tensor,
-        key_BGSE: torch.Tensor,
-        value_BGSD: torch.Tensor,
-        *,
-        allowed: torch.Tensor | None = None,
-        causal: bool = True,
-        dropout: float = 0.0,
-    ) -> torch.Tensor:
-        """Return [B, M, S, D]; if the backend pads the value, [B, M, S, E] with zeros at the end.
-
-        Args:
-            query_BMSE: Queries.
-            key_BGSE: Keys; each head is read by M/G consecutive query heads.
-            value_BGSD: Values.
-            allowed: Boolean mask, True where attention is allowed; None for no mask tensor.
-            causal: Whether to apply the causal mask.
-            dropout: Probability of dropping an attention weight.
-        """
-        if self.name == "unfused":
-            return self._attend_unfused(
-                query_BMSE, key_BGSE, value_BGSD, allowed=allowed, causal=causal, dropout=dropout
-            )
-        if self.name == "auto" and supports_chunks(query_BMSE, key_BGSE, causal=causal, dropout=dropout):
-            return attend_chunked(query_BMSE, key_BGSE, value_BGSD, scale=self.scale)
-        # cuDNN does not support a single key, as the first token of a generated text has.
-        if self.name == "cudnn" and key_BGSE.shape[2] > 1:
-            kernel: contextlib.AbstractContextManager[None] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-        else:
-            kernel = contextlib.nullcontext()
-            # torch runs unequal widths unfused; padding is faster (measured on a CPU).
-            value_BGSD = F.pad(value_BGSD, (0, query_BMSE.shape[-1] - value_BGSD.shape[-1]))
-        with kernel:
-            return F.scaled_dot_product_attention(
-                query_BMSE,
-                key_BGSE,
-                value_BGSD,
-                attn_mask=allowed,
-                dropout_p=dropout,
-                is_causal=causal,
-                scale=self.scale,
-                enable_gqa=query_BMSE.shape[1] != key_BGSE.shape[1],
-            )
-
-    def _attend_unfused(
-        self,
-        query_BMSE: torch.Tensor,
-        key_BGSE: torch.Tensor,
-        value_BGSD: torch.Tensor,
-        *,
-        allowed: torch.Tensor | None,
-        causal: bool,
-        dropout: float,
-    ) -> torch.Tensor:
-        """Compute separate matrix products, which torch's FLOP counter sees; softmax in at least float32."""
-        readers = query_BMSE.shape[1] // key_BGSE.shape[1]
-        key, value = (heads.repeat_interleave(readers, dim=1) for heads in (key_BGSE, value_BGSD))
-        scores = (query_BMSE * self.scale) @ key.transpose(-2, -1)
-        if causal:
-            rows, columns = scores.shape[-2:]
-            allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        return F.dropout(weights.to(scores.dtype), dropout) @ value
 
 
 class CoreAttention(MegatronModule):
@@ -124,12 +44,14 @@ class CoreAttention(MegatronModule):
         config: TransformerConfig,
         *_args: object,
         attention: AttentionConfig,
+        layer_number: int = 1,
         num_blocks: int = 1,
         aggregation: str = "mean",
         softmax_scale: float | None = None,
         **_options: object,
     ) -> None:
         super().__init__(config=config)
+        self.window = attention.window_of_layer(layer_number)
         self.num_blocks, self.aggregation = num_blocks, aggregation
         self.dropout = attention.dropout
         scale = softmax_scale or 1 / math.sqrt(attention.query_key_dim)
@@ -147,9 +69,12 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         *,
         attn_mask_type: AttnMaskType | None = None,
+        packed_seq_params: Segments | None = None,
         **_options: object,
     ) -> torch.Tensor:
         """Attend, and aggregate the blocks.
+
+        Without a mask tensor, queries attend to the keys of their segment, and of this layer's window.
 
         Args:
             query_SBME: [S, B, M, E], in block-major order.
@@ -157,6 +82,7 @@ class CoreAttention(MegatronModule):
             value_SBGD: [T, B, G, D].
             attention_mask: True where attention is forbidden, [B or 1, 1, S, T]; None: see `attn_mask_type`.
             attn_mask_type: The type of mask without a mask tensor: `causal` or `no_mask`.
+            packed_seq_params: The segments of the samples, over all context ranks; None for one per sample.
 
         Returns:
             [S, B, M/r·D].
@@ -183,6 +109,8 @@ class CoreAttention(MegatronModule):
                 allowed=None if attention_mask is None else attention_mask.logical_not(),
                 causal=attention_mask is None and attn_mask_type != AttnMaskType.no_mask,
                 dropout=dropout,
+                segments=packed_seq_params,
+                window=self.window,
             )
         # A rank that has all blocks of its base heads aggregates them before it sends anything.
         aggregated_SBND = self._aggregate(context_BMSD.permute(2, 0, 1, 3), sharded_blocks)

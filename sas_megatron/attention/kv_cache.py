@@ -37,6 +37,20 @@ class KeyValueCache:
         slots = torch.arange(self.num_slots, device=self._device)
         self.forbidden = (slots > self.positions_SB.T[:, None, :, None]).contiguous()  # [B, 1, S, T]
 
+    def mask(self, window: int | None) -> tuple[torch.Tensor | None, AttnMaskType]:
+        """Return the mask of this pass for a layer, [B, 1, S, T] or None, and its type without a mask tensor.
+
+        Without earlier tokens, the type is causal, and core attention itself applies the window.
+
+        Args:
+            window: Number of keys that a query attends to, the last of which is its own; None for all.
+        """
+        if window is None or self.num_slots <= window or max(self.lengths) == 0:
+            return self.forbidden, self.mask_type
+        slots = torch.arange(self.num_slots, device=self._device)
+        positions_BS = self.positions_SB.T[:, None, :, None]
+        return (slots > positions_BS) | (slots <= positions_BS - window), self.mask_type
+
     def update(self, layer_number: int, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Store a layer's tensors [S, B, ...] of new tokens; return its tensors [T, B, ...] of all tokens."""
         if layer_number not in self._kept:

@@ -7,6 +7,9 @@
       -> modifiers of queries, keys and values
       -> core attention -> reduce_heads -> modifiers of the result -> output projection
 
+With segments, the rotary angles are those of each token's position in its segment, [S, B, 1, R], as when
+decoding texts of different lengths.
+
 The modifiers (`attention.modifiers`) are off by default. A variant needs no code for them. With QK-norm, its
 methods get no rotary angles, since the norm precedes the rotary embeddings; `rotate` then applies these.
 
@@ -30,12 +33,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from typing_extensions import override
 
+from sas_megatron.attention.backend import window_mask
 from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.kv_cache import KeyValueCache
 from sas_megatron.attention.modifiers import AttentionModifiers, Weights
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.attention_kinds import resolve_part
 from sas_megatron.config.errors import FieldError
+from sas_megatron.data.segments import Segments
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
 
@@ -85,21 +90,20 @@ class AttentionLayer:
             rotary_pos_emb: Rotary angles [positions, 1, 1, R] of the model: of the S tokens, or when
                 decoding of all slots of the cache.
             attention_bias: Must be None.
-            packed_seq_params: Must be None.
+            packed_seq_params: The `Segments` of the samples, in place of a mask; None for one per sample.
 
         Raises:
-            NotImplementedError: An additive bias or packed sequences are given.
+            NotImplementedError: An additive bias, or packed sequences of another class or with a mask or a
+                cache are given.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError(
-                "attention layers support neither an additive bias nor packed sequences"
-            )
+        segments: Segments | None = packed_seq_params
+        _check_masks(segments, attention_mask, attention_bias, inference_context)
         modifiers: AttentionModifiers = self.core_attention.modifiers
         weights = modifiers()
         query, key, value = self._project_and_expand(
-            hidden_states, rotary_pos_emb, cache=inference_context, weights=weights
+            hidden_states, rotary_pos_emb, cache=inference_context, segments=segments, weights=weights
         )
-        context = self._attend(query, key, value, attention_mask, cache=inference_context)
+        context = self._attend(query, key, value, attention_mask, cache=inference_context, segments=segments)
         context = modifiers.normalize_output(self.reduce_heads(context, hidden_states), weights)
         output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(
             modifiers.gate_output(context, hidden_states)
@@ -112,6 +116,7 @@ class AttentionLayer:
         rotary_pos_emb: torch.Tensor | None,
         *,
         cache: KeyValueCache | None,
+        segments: Segments | None,
         weights: Weights,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries of the S tokens, and keys and values of all T tokens, all of them modified."""
@@ -119,7 +124,9 @@ class AttentionLayer:
         is_decoding, norms = cache is not None, modifiers.attention.qk_norm
         # QK-norm precedes the rotary embeddings, unless SAS applies these before it simulates heads.
         rotates = norms and modifiers.attention.rotary != "before"
-        rope = self.rotary_angles(rotary_pos_emb, hidden_states, cache)
+        rope = self.rotary_angles(rotary_pos_emb, hidden_states, cache or segments)
+        if segments is not None and rope is not None:
+            rope = segments.select_new(rope)
         new_rope = rope if cache is None or rope is None else cache.select_new(rope)
         query, *kept = self.project(hidden_states, None if rotates else new_rope, is_decoding=is_decoding)
         if norms:
@@ -149,17 +156,23 @@ class AttentionLayer:
         attention_mask: torch.Tensor | None,
         *,
         cache: KeyValueCache | None,
+        segments: Segments | None,
     ) -> torch.Tensor:
         """Return the result of core attention, [S, B, N/P·D]."""
+        mask, mask_type = attention_mask, AttnMaskType.causal
+        window = self.core_attention.window
+        if cache is not None:
+            mask, mask_type = cache.mask(window)
+        elif mask is not None and window is not None:
+            mask = mask | ~window_mask(*mask.shape[-2:], window=window, device=mask.device)
         if cache is None and self.checkpoint_core_attention and self.training:  # type: ignore[attr-defined]
             context: torch.Tensor = self._checkpointed_attention_forward(  # type: ignore[attr-defined]
-                query, key, value, attention_mask
+                query, key, value, mask, packed_seq_params=segments
             )
             return context
-        mask, mask_type = attention_mask, AttnMaskType.causal
-        if cache is not None:
-            mask, mask_type = cache.forbidden, cache.mask_type
-        context = self.core_attention(query, key, value, mask, attn_mask_type=mask_type)
+        context = self.core_attention(
+            query, key, value, mask, attn_mask_type=mask_type, packed_seq_params=segments
+        )
         return context
 
     @property
@@ -185,9 +198,19 @@ class AttentionLayer:
         return self.apply_rope(heads, rope)
 
     def rotary_angles(
-        self, rotary_pos_emb: torch.Tensor | None, hidden_states: torch.Tensor, cache: KeyValueCache | None
+        self,
+        rotary_pos_emb: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        cache: KeyValueCache | Segments | None,
     ) -> torch.Tensor | None:
-        """Return the rotary angles [positions, 1, 1, R], by default the model's; None to apply none."""
+        """Return the rotary angles [positions, 1, 1, R], by default the model's; None to apply none.
+
+        Args:
+            rotary_pos_emb: The angles that the model passes to its layers.
+            hidden_states: The layer's input.
+            cache: The KV cache or the segments, if tokens have positions of their own: the angles are then
+                those of all positions below `cache.max_tokens`. None for the angles of the tokens.
+        """
         assert cache is None or rotary_pos_emb is not None, "decoding needs the model's rotary angles"
         return rotary_pos_emb if self.has_rotary_embeddings else None
 
@@ -260,6 +283,23 @@ class SelfAttentionLayer(AttentionLayer, SelfAttention):
     @override
     def build_spec(cls, attention: Any) -> ModuleSpec:
         return build_self_attention_spec(attention, module=cls)
+
+
+def _check_masks(
+    segments: object, mask: torch.Tensor | None, bias: torch.Tensor | None, cache: KeyValueCache | None
+) -> None:
+    """Raise `NotImplementedError` for arguments of Megatron-core's layers that attention does not support."""
+    if bias is not None:
+        raise NotImplementedError("attention layers do not support an additive bias")
+    if segments is None:
+        return
+    if not isinstance(segments, Segments):
+        raise NotImplementedError(
+            "attention layers do not support Megatron-core's packed sequences [T, 1, H]; use samples "
+            "[S, B, H] with sas_megatron.data.segments.Segments, or a mask tensor (--reset-attention-mask)"
+        )
+    if mask is not None or cache is not None:
+        raise NotImplementedError("segments replace a mask tensor, and are not used with a KV cache")
 
 
 def resolve_layer(attention: AttentionConfig) -> type[AttentionLayer]:

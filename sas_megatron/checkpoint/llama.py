@@ -62,6 +62,7 @@ def check_llama_layers(model: ModelConfig, attention: AttentionConfig) -> dict[s
         "attention.kind": attention.kind in ("mha", "gqa", "mqa"),
         "attention.rotary": attention.rotary == "after",
         "attention.rotary_dim": attention.rotary_width == attention.head_dim,
+        "attention.window_size": attention.window_size is None,
         **{f"attention.{name}": getattr(attention, name) in (False, "none") for name in others},
         "model.normalization": model.normalization == "rmsnorm",
         "model.activation": model.activation == "swiglu",

@@ -141,17 +141,17 @@ def _show_savings(console: Console, savings: dict[str, Any]) -> None:
     table = _table("savings in a step", ["saves", "costs"])
     # Costs of the chunked loss, whether it is selected or not.
     table.add_row(
-        f"model.output_loss=chunked ({savings['output_loss']} here)",
+        f"chunked loss (here {savings['output_loss']})",
         _bytes(savings["logits_bytes"]),
         f"{savings['logits_seconds']:.2g} s",
     )
     table.add_row(
-        f"reads of the device ({savings['device_reads']} left)",
+        f"device reads ({savings['device_reads']} left)",
         f"{savings['saved_device_reads']}, {savings['saved_read_seconds']:.2g} s",
         "nothing",
     )
     table.add_row(
-        "reading samples ahead",
+        "reading ahead",
         f"{1e3 * savings['hidden_read_seconds']:.3g} ms a sample",
         f"{_bytes(savings['host_bytes'])} of host",
     )

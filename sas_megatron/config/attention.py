@@ -13,6 +13,8 @@ from sas_megatron.config.section import Section, divisors, largest_at_most
 
 # Fields of the modifiers, which every variant supports (attention/modifiers.py); all are off by default.
 MODIFIERS = ("qk_norm", "knocking_heads", "output_norm", "output_gate")
+# Fields that decide which keys a query attends to; every variant supports them.
+WINDOW_FIELDS = ("window_size", "window_pattern")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ class AttentionConfig(Section):
         description="Add biases to the projections of queries, keys and values only, as Qwen2 does; "
         "model.linear_bias adds them to all projections.",
     )
+    window_size: int | None = Field(
+        default=None,
+        description="Keys that a query attends to in layers with a window, the last of which is its own; "
+        "null: all keys up to its own.",
+    )
+    window_pattern: list[Literal["window", "full"]] = Field(
+        default=["window"],
+        description="With window_size, which layers have a window, from the first one on; repeated over all "
+        "layers.",
+    )
     qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys before rotary embeddings.")
     knocking_heads: bool = Field(
         default=False, description="A gated map of D×D of each value head, shared by all heads."
@@ -111,7 +123,21 @@ class AttentionConfig(Section):
                 ("attention.qkv_bias=false",),
             )
         self._check_rotary()
+        self._check_window()
         return self
+
+    def _check_window(self) -> None:
+        self.require_positive("window_size")
+        if self.window_size is None and self.window_pattern != ["window"]:
+            raise self.problem(
+                "window_pattern", "requires attention.window_size", "set it, or remove the pattern"
+            )
+        if "window" not in self.window_pattern:
+            raise self.problem(
+                "window_pattern",
+                "must contain a layer with a window",
+                "use [window, full], for example, or remove attention.window_size for full attention",
+            )
 
     def _check_rotary(self) -> None:
         if self.rotary not in self.rotary_choices:
@@ -199,6 +225,11 @@ class AttentionConfig(Section):
     def num_blocks(self) -> int:
         """Blocks of N heads whose results are averaged: 1, for SAS r."""
         return self.num_attended_heads // self.num_query_heads
+
+    def window_of_layer(self, layer_number: int) -> int | None:
+        """Return the window of a layer, numbered from 1 over all pipeline stages; None for full attention."""
+        is_full = self.window_pattern[(layer_number - 1) % len(self.window_pattern)] == "full"
+        return None if is_full else self.window_size
 
     @property
     def is_modified(self) -> bool:

@@ -9,6 +9,7 @@ Whether the GPU and the installed cuDNN meet them is checked by torch when a mod
 from __future__ import annotations
 
 from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.data import DataConfig
 from sas_megatron.config.training import TrainingConfig
 
 WIDTH_MULTIPLE = 8
@@ -21,7 +22,7 @@ DROPOUT_STEPS = 16
 AUTO = ("attention.backend=auto",)
 
 
-def check_cudnn(attention: AttentionConfig, training: TrainingConfig) -> None:
+def check_cudnn(attention: AttentionConfig, training: TrainingConfig, data: DataConfig) -> None:
     """Check that cuDNN's attention supports the fields of a run with `attention.backend=cudnn`.
 
     Raises:
@@ -30,6 +31,13 @@ def check_cudnn(attention: AttentionConfig, training: TrainingConfig) -> None:
     if attention.backend != "cudnn":
         return
     _check_widths(attention)
+    if data.reset_at_document_ends or attention.window_size is not None:
+        # torch's variable-length attention, which needs neither a mask nor a call for each document, has no
+        # cuDNN kernel.
+        field = "attention.window_size" if attention.window_size else "data.reset_at_document_ends"
+        raise attention.problem(
+            "backend", f"does not support {field}", f"use auto or fused, or leave out {field}"
+        )
     if attention.dropout * DROPOUT_STEPS % 1:
         raise attention.problem(
             "backend",

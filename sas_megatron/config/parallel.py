@@ -183,6 +183,15 @@ class ParallelConfig(Section):
         even = (num_layers - sum(given.values())) // max(1, self.pipeline - len(given))
         return [given.get(stage, even) for stage in range(self.pipeline)]
 
+    def layers_of_chunk(self, num_layers: int, stage: int, chunk: int) -> range:
+        """Return the layers of a model chunk of a stage, numbered from 1 over all stages.
+
+        As in Megatron-core, the chunks with index 0 of all stages precede those with index 1.
+        """
+        sizes = [layers // self.virtual_pipeline for layers in self.layers_of_stages(num_layers)]
+        first = 1 + chunk * sum(sizes) + sum(sizes[:stage])
+        return range(first, first + sizes[stage])
+
     @property
     def microbatch_group_size(self) -> int:
         """Microbatches that a model chunk processes before the next chunk; 1 without interleaved stages."""

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from sas_megatron.config.attention import AttentionConfig, parse_attention
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.cudnn import check_cudnn
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, WorldSizeError
@@ -51,8 +52,9 @@ class RunConfig(BaseModel):
     def _check(self) -> RunConfig:
         check_tensor_parallel(self.attention, self.parallel.tensor)
         check_context_parallel(self.attention, self.parallel.tensor, self.parallel.context)
-        check_cudnn(self.attention, self.training)
+        check_cudnn(self.attention, self.training, self.data)
         self._check_model()
+        self._check_segments()
         self.parallel.check_layers(self.model.num_layers)
         self._check_divisibility()
         if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:
@@ -87,6 +89,24 @@ class RunConfig(BaseModel):
                     "model.rotary_scaling=none",
                     *(f"model.{field}=null" for field in ROTARY_SCALINGS[self.model.rotary_scaling]),
                 ),
+            )
+
+    def _check_segments(self) -> None:
+        """Check that windows fit the layers, and that rotary embeddings can restart at document ends."""
+        pattern, num_layers = self.attention.window_pattern, self.model.num_layers
+        if len(pattern) > num_layers:
+            raise self.attention.problem(
+                "window_pattern",
+                f"has {len(pattern)} entries, more than model.num_layers={num_layers}",
+                f"use {num_layers} or fewer",
+            )
+        has_own_rotary = self.attention.kind not in KINDS and not self.attention.uses_model_rotary
+        if self.data.reset_at_document_ends and has_own_rotary and self.parallel.context > 1:
+            raise self.data.problem(
+                "reset_at_document_ends",
+                f"needs the rotary angles of all positions, and attention.kind={self.attention.kind} from "
+                "another package computes those of a context rank itself",
+                "set parallel.context=1, or data.reset_at_document_ends=false",
             )
 
     def _check_divisibility(self) -> None:

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sas_megatron.costs.attention_backend import Backend, Device, query_chunks
+from sas_megatron.costs.attention_backend import (
+    PADDING,
+    Backend,
+    Device,
+    first_key,
+    query_chunks,
+    window_blocks,
+)
 
 # Some statistics are saved in float32, whatever the precision of the activations.
 FLOAT32_BYTES = 4
@@ -27,7 +34,8 @@ class ActivationSpec:
         element_bytes: Size of an activation's element.
         device: The device that computes the layer.
         backend: The implementation of core attention.
-        masked: Whether a mask tensor, made from document ends, replaces the causal mask.
+        window: Keys that a query attends to, fewer than S; None for all up to its own.
+        restarts: Whether positions restart at document ends, so that each sample has its own.
         recomputed: The parts of the layer that `training.recompute_modules` recomputes.
         heads: Query heads and key heads of a tensor rank.
         attended_heads: Query heads and key heads of a context rank in core attention.
@@ -42,7 +50,8 @@ class ActivationSpec:
     element_bytes: int
     device: Device
     backend: Backend
-    masked: bool
+    window: int | None
+    restarts: bool
     recomputed: frozenset[str]
     heads: tuple[int, int]
     attended_heads: tuple[int, int]
@@ -92,7 +101,8 @@ class ActivationSpec:
 
     def rope_bytes(self, width: int) -> int:
         """Return the bytes of cosines and sines of `width` columns each, for queries and again for keys."""
-        return self.element_bytes * self.length // self.context * 4 * width
+        samples = self.batch if self.restarts else 1
+        return self.element_bytes * samples * self.length // self.context * 4 * width
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class CoreAttentionSpec:
         # torch pads the values to the width of the keys. With one head, or heads of one feature, the result
         # is a view of the padded tensor, so the padding is saved as well.
         is_view = layer.context == 1 and 1 in (heads, width)
-        if layer.backend in ("fused", "composed") and is_view:
+        if layer.backend in PADDING and is_view:
             width = self.query_key_width
         result = layer.full_bytes(heads * width)
         if "attention" in layer.recomputed:
@@ -141,9 +151,11 @@ class CoreAttentionSpec:
         if layer.backend == "cudnn":
             is_saved = layer.context == 1 and layer.num_blocks == 1
             return {"attention": self._cudnn_bytes(), "projection": 0 if is_saved else result}
-        if layer.backend == "fused":
+        if layer.backend in ("fused", "varlen"):
             # It saves its result, which is the projection's input unless something changes it in between.
-            is_saved = layer.context == 1 and layer.num_blocks == 1 and width == self.query_key_width
+            # Results of the blocks of a window are concatenated.
+            is_whole = layer.context == 1 and layer.num_blocks == 1 and layer.window is None
+            is_saved = is_whole and width == self.query_key_width
             return {"attention": self._fused_bytes(), "projection": 0 if is_saved else result}
         counts = {
             "composed": self._composed_bytes,
@@ -173,9 +185,9 @@ class CoreAttentionSpec:
     def _fused_bytes(self) -> int:
         """Return the bytes of query, key, value and result padded to E, and the log-sum-exp of each query."""
         queries, keys = self.layer.attended_heads
-        mask = self._rows * self.layer.length if self.layer.masked else 0
         # The value and the result are padded.
-        elements = self._rows * (queries + keys) * self.query_key_width + mask
+        elements = self._rows * (queries + keys) * self.query_key_width
+        elements += self._count_window_elements(keys)
         inputs = self._input_bytes(
             self._attended_views,
             query=self._attended_bytes(queries, self.query_key_width),
@@ -183,11 +195,22 @@ class CoreAttentionSpec:
         )
         return inputs + self.layer.element_bytes * elements + FLOAT32_BYTES * self._rows * queries
 
+    def _count_window_elements(self, keys: int) -> int:
+        """Return the elements that the blocks of a window save: keys and values again, and one mask.
+
+        The first block's keys are views of those that are counted without a window.
+        """
+        layer = self.layer
+        if layer.window is None or layer.backend != "fused":
+            return 0
+        (rows, _), *others = _window_keys(layer.length, layer.window)
+        again = layer.batch * keys * 2 * self.query_key_width * sum(num_keys for _, num_keys in others)
+        return again + rows * (rows + layer.window - 1)
+
     def _cudnn_bytes(self) -> int:
         """Return the bytes of query, key, value and result, unpadded, and the log-sum-exp of each query."""
         queries, _ = self.layer.attended_heads
-        mask = self._rows * self.layer.length if self.layer.masked else 0
-        elements = self._rows * queries * self.value_width + mask
+        elements = self._rows * queries * self.value_width
         return (
             self._separate_input_bytes()
             + self.layer.element_bytes * elements
@@ -209,7 +232,13 @@ class CoreAttentionSpec:
     def _composed_bytes(self) -> int:
         """Return the float32 bytes of query, key, padded value, weights, dropout noise and product."""
         queries, _ = self.layer.attended_heads
-        return FLOAT32_BYTES * self._rows * queries * 3 * (self.query_key_width + self.layer.length)
+        if self.layer.window is None:
+            return FLOAT32_BYTES * self._rows * queries * 3 * (self.query_key_width + self.layer.length)
+        blocks = _window_keys(self.layer.length, self.layer.window)
+        of_queries = self._rows * queries * self.query_key_width
+        of_keys = sum(num_keys for _, num_keys in blocks) * 2 * self.query_key_width
+        weights = 3 * sum(num_queries * num_keys for num_queries, num_keys in blocks)
+        return FLOAT32_BYTES * (of_queries + self.layer.batch * queries * (of_keys + weights))
 
     def _unfused_bytes(self) -> int:
         """Return the bytes of query, key, value and mask, and of the weights in float32 and the layer's type.
@@ -219,7 +248,7 @@ class CoreAttentionSpec:
         layer = self.layer
         queries, _ = layer.attended_heads
         heads = self._rows * queries * (2 * self.query_key_width + self.value_width)
-        mask = layer.length * (self._rows if layer.masked else layer.length)
+        mask = layer.length * layer.length
         weights = self._rows * queries * layer.length
         saved = layer.element_bytes * heads + mask + FLOAT32_BYTES * weights
         if self.has_dropout:
@@ -232,5 +261,14 @@ class CoreAttentionSpec:
         """Query, key and value, and for each chunk of queries the weights of the keys that they attend to."""
         layer = self.layer
         queries, _ = layer.attended_heads
-        weights = layer.batch * sum((end - start) * end for start, end in query_chunks(layer.length))
+        weights = layer.batch * sum(
+            (end - start) * (end - first_key(start, layer.window))
+            for start, end in query_chunks(layer.length)
+        )
         return self._separate_input_bytes() + layer.element_bytes * queries * weights
+
+
+def _window_keys(length: int, window: int) -> list[tuple[int, int]]:
+    """Return the numbers of queries and of keys of each of `window_blocks`."""
+    sizes = window_blocks(length, window)
+    return [(size, size + (window - 1 if index else 0)) for index, size in enumerate(sizes)]

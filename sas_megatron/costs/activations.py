@@ -18,11 +18,13 @@ sequence-parallel buffer and the rotary table, which a model has once, and saved
 On a CPU, every term equals, to the byte, the memory that torch 2.13 saves on the first tensor rank (see
 tests/model). On a GPU it is not measured: fused norms, dropout and a biased MLP's activation function are
 counted by definition, and core attention as its CPU kernel, without the padding or fallbacks that a GPU
-kernel may have.
+kernel may have. With `data.reset_at_document_ends`, a document is counted as long as the sequence, for which
+attention saves the most.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from sas_megatron.config.run import RunConfig
@@ -124,26 +126,32 @@ def count_kv_cache_bytes(config: RunConfig, *, element_bytes: int = 2) -> Terms:
 def _count_chunks(config: RunConfig, device: Device, stage: int) -> list[Terms]:
     """Return the bytes saved of one microbatch for each model chunk of a stage."""
     config.parallel.check_stage(stage)
-    spec = _activation_spec(config, device)
     return [
-        _count_chunk(config, spec, stage=stage, chunk=chunk)
+        _count_chunk(config, device, stage=stage, chunk=chunk)
         for chunk in range(config.parallel.virtual_pipeline)
     ]
 
 
-def _count_chunk(config: RunConfig, spec: ActivationSpec, *, stage: int, chunk: int) -> Terms:
+def _count_chunk(config: RunConfig, device: Device, *, stage: int, chunk: int) -> Terms:
     parallel, model = config.parallel, config.model
-    num_layers = parallel.layers_of_stages(model.num_layers)[stage] // parallel.virtual_pipeline
+    layers = parallel.layers_of_chunk(model.num_layers, stage, chunk)
     num_recomputed = 0
     if config.training.recompute == "full":
-        num_recomputed = config.training.recompute_layers or num_layers
+        num_recomputed = config.training.recompute_layers or len(layers)
+    windows = Counter(config.attention.window_of_layer(number) for number in layers[num_recomputed:])
+    spec = _activation_spec(config, device)
     is_first = stage == 0 and chunk == 0
     is_last = stage == parallel.pipeline - 1 and chunk == parallel.virtual_pipeline - 1
-    layer = _count_layer(config, spec)
+    of_windows = {
+        window: _count_layer(config, _activation_spec(config, device, window)) for window in windows
+    }
     terms = _sum_terms(
         [
             {"embedding": _count_embedding(config, spec) if is_first else 0},
-            {name: (num_layers - num_recomputed) * size for name, size in layer.items()},
+            *(
+                {name: windows[window] * size for name, size in layer.items()}
+                for window, layer in of_windows.items()
+            ),
             {"layer_inputs": num_recomputed * spec.local_bytes(model.hidden_size)},
             _count_head(config, spec) if is_last else {},
         ]
@@ -151,8 +159,10 @@ def _count_chunk(config: RunConfig, spec: ActivationSpec, *, stage: int, chunk: 
     return {name: size for name, size in terms.items() if size}
 
 
-def _activation_spec(config: RunConfig, device: Device) -> ActivationSpec:
+def _activation_spec(config: RunConfig, device: Device, window: int | None = None) -> ActivationSpec:
+    """Return the microbatch in a layer; documents that attend to themselves are as long as the sequence."""
     attention, parallel = config.attention, config.parallel
+    window = None if window is None or window >= config.data.sequence_length else window
     return ActivationSpec(
         batch=config.training.micro_batch_size,
         length=config.data.sequence_length,
@@ -161,8 +171,9 @@ def _activation_spec(config: RunConfig, device: Device) -> ActivationSpec:
         sequence=parallel.sequence,
         element_bytes=config.training.element_bytes,
         device=device,
-        backend=resolve_backend(config, device=device),
-        masked=config.data.reset_at_document_ends,
+        backend=resolve_backend(config, device=device, window=window),
+        window=window,
+        restarts=config.data.reset_at_document_ends,
         recomputed=frozenset(config.recomputed_modules),
         heads=count_local_heads(attention, tensor=parallel.tensor),
         attended_heads=count_attended_heads(attention, tensor=parallel.tensor, context=parallel.context),

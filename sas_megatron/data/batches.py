@@ -24,6 +24,7 @@ from sas_megatron.config.data import DataConfig
 from sas_megatron.data.document_split import format_split, split_documents
 from sas_megatron.data.epochs import balance_samples
 from sas_megatron.data.index_cache import provide_folder
+from sas_megatron.data.segments import Segments, segment_lengths
 from sas_megatron.data.token_files import load_manifest, read_document_lengths
 from sas_megatron.data.tokenizer import Tokenizer
 
@@ -82,9 +83,10 @@ def _build_samples(
                 path_to_cache=str(cache),
                 tokenizer=tokenizer,
                 reset_position_ids=data.reset_at_document_ends,
-                reset_attention_mask=data.reset_at_document_ends,
+                # Segments replace the mask, which has S² elements.
+                reset_attention_mask=False,
                 eod_mask_loss=False,
-                create_attention_mask=data.reset_at_document_ends,
+                create_attention_mask=False,
             ),
         ).build()
 
@@ -139,16 +141,17 @@ def microbatches(
     data_size: int,
     device: torch.device,
     context_group: dist.ProcessGroup | None = None,
-) -> Iterator[dict[str, torch.Tensor]]:
+    with_segments: bool = False,
+) -> Iterator[dict[str, Any]]:
     """Yield this rank's microbatches of the samples [first_sample, first_sample + num_samples).
 
     All microbatches have the same shape on every rank, as pipeline stages require. If the samples do not fill
     them, the last sample is repeated with a loss mask of zero.
 
     Yields:
-        tokens and labels [B, S] int64, loss_mask [B, S] float32 and position_ids [B, S]; with
-        `data.reset_at_document_ends` also attention_mask [B, 1, S, S] bool, True at masked positions. With
-        context parallelism all but attention_mask hold only this rank's tokens.
+        tokens and labels [B, S] int64, loss_mask [B, S] float32 and position_ids [B, S], which hold only this
+        rank's tokens under context parallelism; with `with_segments` (`data.reset_at_document_ends`) also
+        packed_seq_params, the `Segments` in which the positions restart.
     """
     stride = micro_batch_size * data_size
     end = first_sample + num_samples
@@ -156,7 +159,7 @@ def microbatches(
         start = first_sample + microbatch * stride + data_rank * micro_batch_size
         indices = range(start, start + micro_batch_size)
         examples = [samples[min(index, end - 1)] for index in indices]
-        batch = {
+        batch: dict[str, Any] = {
             name: torch.stack([torch.as_tensor(example[name]) for example in examples]).to(
                 device, non_blocking=True
             )
@@ -164,11 +167,11 @@ def microbatches(
         }
         batch["loss_mask"][max(0, end - start) :] = 0.0
         if context_group is not None and context_group.size() > 1:
-            # Attention reads all tokens of a head (Ulysses), so every rank keeps the full mask.
-            batch = {
-                name: value if name == "attention_mask" else _slice_context(value, context_group)
-                for name, value in batch.items()
-            }
+            batch = {name: _slice_context(value, context_group) for name, value in batch.items()}
+        if with_segments:
+            # Attention reads all tokens of a head (Ulysses), so every context rank needs all lengths.
+            lengths = [segment_lengths(torch.as_tensor(example["position_ids"])) for example in examples]
+            batch["packed_seq_params"] = Segments.build(lengths, batch["position_ids"])
         yield batch
 
 

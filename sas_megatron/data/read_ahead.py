@@ -12,13 +12,15 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from sas_megatron.data.segments import Segments
+
 T = TypeVar("T")
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 # Enough for the first microbatches of a step to be ready while the last ones of the previous step are used,
 # and for reads that take longer now and then.
@@ -85,13 +87,22 @@ def _stop(stopped: threading.Event, filled: queue.Queue[T | _End]) -> None:
 
 def pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield the batches, for a CUDA device in pinned memory, from which copies to it are asynchronous."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of the calling thread
+    if device.type != "cuda":
+        yield from batches
+        return
+    torch.cuda.set_device(device)  # of the calling thread
     for batch in batches:
-        yield {name: value.pin_memory() for name, value in batch.items()} if device.type == "cuda" else batch
+        yield _map_tensors(batch, torch.Tensor.pin_memory)
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield the batches on the device; the copies of pinned tensors do not wait."""
     for batch in batches:
-        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        yield _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    return {
+        name: value.map_tensors(change) if isinstance(value, Segments) else change(value)
+        for name, value in batch.items()
+    }

@@ -20,11 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sas_megatron.attention.backend import window_mask
 from sas_megatron.attention.sas.layer import SimulatedSelfAttention
 from sas_megatron.attention.sas.simulated_attention import simulate_features, simulate_heads
 from sas_megatron.attention.sas.simulation_kernels import NAMES
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.head_sharding import shard_heads
+from sas_megatron.data.segments import Segments
 from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import forward_step
@@ -164,23 +166,28 @@ class _Probe:
         allowed: torch.Tensor | None = None,
         causal: bool = True,
         dropout: float = 0.0,
+        segments: Segments | None = None,
+        window: int | None = None,
     ) -> None:
         batch = self._take("scores", query_BMSE.shape[0])
         if not batch:
             return
         readers = query_BMSE.shape[1] // key_BGSE.shape[1]
         length, num_keys = query_BMSE.shape[2], key_BGSE.shape[2]
+        assert causal, "the probe decodes no text"
+        assert allowed is None, "the probe decodes no text"
+        segment_BS = None if segments is None else _segment_numbers(segments, query_BMSE.device)[:batch]
         scale = self.attention.core_attention.backend.scale
         for start in range(0, length, QUERIES):
             rows = slice(start, min(start + QUERIES, length))
             num_rows = rows.stop - start
-            visible = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query_BMSE.device)
-            visible = visible.tril(num_keys - length + start) if causal else visible
-            if allowed is not None:
-                visible = visible & allowed[:batch, 0, rows]
+            columns = num_keys - length + rows.stop
+            visible = window_mask(num_rows, columns, window=window, device=query_BMSE.device)
+            if segment_BS is not None:
+                visible = visible & (segment_BS[:, rows, None] == segment_BS[:, None, :columns])
             for index, head in enumerate(self._attended_heads()):
                 query = _widened(query_BMSE[:batch, index, rows])
-                key = _widened(key_BGSE[:batch, index // readers])
+                key = _widened(key_BGSE[:batch, index // readers, :columns])
                 scores = (scale * query @ key.transpose(1, 2)).masked_fill(~visible, float("-inf"))
                 log_weights = scores.log_softmax(dim=-1)
                 # 0·log 0 is 0.
@@ -253,6 +260,13 @@ def _mean(total: float, count: int, *, root: float = 1.0) -> float | None:
     """Return a mean, or its square root, as JSON allows it."""
     mean = total / count
     return float(mean**root) if math.isfinite(mean) else None
+
+
+def _segment_numbers(segments: Segments, device: torch.device) -> torch.Tensor:
+    """Return the number of each token's segment in its sample, [B, S]."""
+    return torch.stack(
+        [torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)) for sizes in segments.lengths]
+    ).to(device)
 
 
 def _widened(heads: torch.Tensor) -> torch.Tensor:

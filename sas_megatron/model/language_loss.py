@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 
-Batch = dict[str, torch.Tensor]
+# Tensors by name, and the segments of the samples as `packed_seq_params` (`data.batches.microbatches`).
+Batch = dict[str, Any]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def token_losses(model: Any, batch: Batch) -> torch.Tensor:
     """Return each token's loss, [B, S] in float32; on all but the last stage, hidden states [S, B, H].
 
-    A stage that is neither the first nor the last needs no tokens: its batch may be empty.
+    A stage that is neither the first nor the last needs no tokens: its batch may lack them.
     """
-    inputs = map(batch.get, ("tokens", "position_ids", "attention_mask"))
-    losses: torch.Tensor = model(*inputs, labels=batch.get("labels"))
+    segments = {name: batch[name] for name in ("packed_seq_params",) if name in batch}
+    losses: torch.Tensor = model(
+        batch.get("tokens"), batch.get("position_ids"), None, labels=batch.get("labels"), **segments
+    )
     return losses
 
 

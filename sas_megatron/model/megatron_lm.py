@@ -97,6 +97,11 @@ def _check_sizes(config: TransformerConfig, run_config: RunConfig) -> None:
             "scripts, which build the rotary embedding of the model; set it to none, or train with "
             "`sas-megatron train`"
         )
+    if config.window_size is not None:
+        raise UserError(
+            f"--window-size={config.window_size}: is not read by these layers; set attention.window_size in "
+            f"{os.environ[CONFIG_VARIABLE]} instead"
+        )
     expected = build_transformer_config(run_config)
     for name in (*SIZES, *layer.transformer_options(run_config.attention)):
         value, stated = getattr(config, name), getattr(expected, name)

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from typing_extensions import override
 
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.segments import Segments
 from sas_megatron.distributed.topology import Topology, build_communication_counter
 from sas_megatron.model.assembly import build_gpt_chunks
 from sas_megatron.model.language_loss import Batch, forward_step
@@ -214,16 +215,20 @@ class StepProfiler:
 
 
 def synthetic_batch(config: RunConfig, device: torch.device) -> Batch:
-    """Return a microbatch with the shapes of `data.batches.microbatches`, in which all tokens are zero."""
+    """Return a microbatch with the shapes of `data.batches.microbatches`, in which all tokens are zero.
+
+    A document has as many tokens as a sample, for which attention needs the most work and memory.
+    """
     data, batch_size = config.data, config.training.micro_batch_size
     length = data.sequence_length
     shape = (batch_size, length // config.parallel.context)
-    batch = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in ("tokens", "labels")}
+    batch: Batch = {
+        name: torch.zeros(shape, dtype=torch.int64, device=device) for name in ("tokens", "labels")
+    }
     batch["loss_mask"] = torch.ones(shape, device=device)
     batch["position_ids"] = torch.zeros(shape, dtype=torch.int64, device=device)
     if data.reset_at_document_ends:
-        shape_of_mask = (batch_size, 1, length, length)
-        batch["attention_mask"] = torch.zeros(shape_of_mask, dtype=torch.bool, device=device)
+        batch["packed_seq_params"] = Segments.build([[length]] * batch_size, batch["position_ids"])
     return batch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.attention import MODIFIERS, parse_attention, resolve_kind
+from sas_megatron.config.attention import MODIFIERS, WINDOW_FIELDS, parse_attention, resolve_kind
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import read_run_tree
 from sas_megatron.config.run import RunConfig
@@ -37,7 +37,8 @@ def build_variant(base: RunConfig, attention: str) -> tuple[str, RunConfig]:
 def default_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     """Return the section `attention` of a kind with defaults from the base; the base's own for its own kind.
 
-    Modifiers of the base are kept, and biases of queries, keys and values if the kind supports them.
+    Modifiers and windows of the base are kept, and biases of queries, keys and values if the kind supports
+    them.
 
     Raises:
         UserError: The kind is unknown.
@@ -45,7 +46,13 @@ def default_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     if kind == base.attention.kind:
         return base.attention.model_dump(exclude_unset=True)
     variant = resolve_kind(kind)
-    kept = {"dropout", "backend", *MODIFIERS, *(["qkv_bias"] if variant.supports_qkv_bias else [])}
+    kept = {
+        "dropout",
+        "backend",
+        *WINDOW_FIELDS,
+        *MODIFIERS,
+        *(["qkv_bias"] if variant.supports_qkv_bias else []),
+    }
     common = base.attention.model_dump(exclude_unset=True, include=kept)
     return {
         "kind": kind,

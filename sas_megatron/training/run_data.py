@@ -113,6 +113,7 @@ class RunData:
             data_size=1,
             device=self._topology.device,
             context_group=self._topology.context_group,
+            with_segments=self._config.data.reset_at_document_ends,
         )
         return batches, count
 
@@ -141,6 +142,7 @@ class RunData:
                 data_size=topology.data_size,
                 device=torch.device("cpu"),
                 context_group=topology.context_group,
+                with_segments=config.data.reset_at_document_ends,
             )
 
         return read

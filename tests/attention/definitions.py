@@ -72,7 +72,9 @@ def grouped_attention(
     query, key = normalize_query_key(query, key, weights, config)
     if rotary:
         query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
-    context = attend_blocks(query, key, knock_values(value, weights, config), blocks)
+    context = attend_blocks(
+        query, key, knock_values(value, weights, config), blocks, window=config.window_size
+    )
     if config.output_norm or config.output_gate != "none":
         # They follow the aggregation of blocks.
         return project(torch.stack(context).sum(dim=0) / divisor, hidden_SBH, weights, config)
@@ -126,7 +128,7 @@ def latent_attention(
             torch.cat([x[..., : config.head_dim], rotate_neighbours(x[..., config.head_dim :])], dim=-1)
             for x in (query, key)
         )
-    context = attend(query, key, knock_values(value, weights, config))
+    context = attend(query, key, knock_values(value, weights, config), window=config.window_size)
     return project(context, hidden_SBH, weights, config)
 
 
@@ -184,7 +186,7 @@ def differential_attention(
     query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
     query, key = normalize_query_key(query, key, weights, config)
     query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
-    a = attend(query, key, knock_values(value, weights, config))
+    a = attend(query, key, knock_values(value, weights, config), window=config.window_size)
     factors = torch.sigmoid(hidden_SBH @ weights["linear_lambda.weight"].T)
     heads = [a[:, :, 2 * i] - factors[..., i, None] * a[:, :, 2 * i + 1] for i in range(config.num_heads)]
     return project(torch.stack(heads, dim=2), hidden_SBH, weights, config)
@@ -226,7 +228,9 @@ def tensor_product_attention(
     if config.qk_norm:
         query, key = normalize_query_key(query, key, weights, config)
         query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
-    context = attend(query, key, knock_values(heads_by_name["value"], weights, config))
+    context = attend(
+        query, key, knock_values(heads_by_name["value"], weights, config), window=config.window_size
+    )
     return project(context, hidden_SBH, weights, config)
 
 
@@ -262,7 +266,8 @@ def factorized_attention(
     value = (hidden_SBH @ shared[rank + width :].T).unsqueeze(2)
     query, key = normalize_query_key(query, key, weights, config)
     value = knock_values(value, weights, config)
-    context = attend(rotate(query, config.rotary_width), rotate(key, config.rotary_width), value)
+    query, key = rotate(query, config.rotary_width), rotate(key, config.rotary_width)
+    context = attend(query, key, value, window=config.window_size)
     return project(context, hidden_SBH, weights, config)
 
 

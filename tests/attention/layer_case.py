@@ -20,18 +20,22 @@ HIDDEN_SIZE, LENGTH, BATCH = 20, 8, 3  # LENGTH divides by 4 for sequence parall
 
 @dataclass(frozen=True)
 class LayerCase:
-    """An attention config, the type of its elements, and the layout."""
+    """An attention config, the type of its elements, the layout, and the segments of each sample."""
 
     attention: tuple[tuple[str, Any], ...]
     dtype: torch.dtype = torch.float64
     sequence_parallel: bool = field(default=False)
+    segments: tuple[tuple[int, ...], ...] = ((LENGTH,),) * BATCH
 
     @staticmethod
     def of(
-        dtype: torch.dtype = torch.float64, sequence_parallel: bool = False, **attention: Any
+        dtype: torch.dtype = torch.float64,
+        sequence_parallel: bool = False,
+        segments: tuple[tuple[int, ...], ...] = ((LENGTH,),) * BATCH,
+        **attention: Any,
     ) -> LayerCase:
         """Build a case from the fields of the attention section."""
-        return LayerCase(tuple(sorted(attention.items())), dtype, sequence_parallel)
+        return LayerCase(tuple(sorted(attention.items())), dtype, sequence_parallel, segments)
 
     def config(self) -> AttentionConfig:
         """Return the attention section."""
@@ -79,15 +83,32 @@ def output_gradient(dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def by_definition(attention: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> LayerResult:
-    """Compute the definition in float64, from inputs and weights rounded to `dtype`."""
+def by_definition(
+    attention: tuple[tuple[str, Any], ...],
+    dtype: torch.dtype,
+    segments: tuple[tuple[int, ...], ...] = ((LENGTH,),) * BATCH,
+) -> LayerResult:
+    """Compute the definition in float64, for one segment after another, from values rounded to `dtype`."""
     config = parse_attention(dict(attention))
     weights = {
         name: drawn(name, shape, dtype).double().requires_grad_()
         for name, shape in DEFINITIONS[config.kind].weight_shapes(config, HIDDEN_SIZE).items()
     }
     hidden = layer_input(dtype).double().requires_grad_()
-    output = DEFINITIONS[config.kind].self_attention(hidden, weights, config)
+    output = torch.cat(
+        [
+            torch.cat(
+                [
+                    DEFINITIONS[config.kind].self_attention(segment, weights, config)
+                    for segment in sample.split(lengths)
+                ]
+            )
+            for sample, lengths in zip(hidden.split(1, dim=1), segments, strict=True)
+        ]
+        if any(len(lengths) > 1 for lengths in segments)
+        else [DEFINITIONS[config.kind].self_attention(hidden, weights, config)],
+        dim=1,
+    )
     output.backward(output_gradient(dtype).double())
     gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
     assert hidden.grad is not None
@@ -137,16 +158,19 @@ def build_layer(case: LayerCase, tensor: int, context: int = 1) -> torch.nn.Modu
     )
 
 
-def rotary_angles(config: AttentionConfig) -> torch.Tensor | None:
-    """Return the angles that the GPT model passes to its layers; None for a layer with its own."""
+def rotary_angles(config: AttentionConfig, *, packed: bool = False) -> torch.Tensor | None:
+    """Return the angles that the GPT model passes to its layers; None for a layer with its own.
+
+    Each context rank gets the angles of its local tokens, and with packed sequences those of all positions.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     if not config.uses_model_rotary:
         return None
     width = config.rotary_width or config.head_dim
-    # Each context rank gets the angles of its local tokens.
-    return RotaryEmbedding(width, 1.0, cp_group=parallel_state.get_context_parallel_group())(LENGTH)
+    group = parallel_state.get_context_parallel_group()
+    return RotaryEmbedding(width, 1.0, cp_group=group)(LENGTH, packed_seq=packed)
 
 
 def on_rank(
@@ -169,10 +193,24 @@ def on_rank(
     if case.sequence_parallel:
         hidden, gradient = (x.chunk(tensor)[topology.tensor_rank].clone() for x in (hidden, gradient))
     hidden.requires_grad_()
-    output, _ = layer(hidden, None, rotary_pos_emb=rotary_angles(case.config()))
+    segments = segments_on_rank(case, zigzag_tokens(context)[topology.context_rank] if context > 1 else None)
+    angles = rotary_angles(case.config(), packed=segments is not None)
+    output, _ = layer(hidden, None, rotary_pos_emb=angles, packed_seq_params=segments)
     output.backward(gradient)
     sum_sequence_parallel_gradients(layer)
     return output.detach(), hidden.grad, weight_parts([layer], lambda parameter: parameter.grad)
+
+
+def segments_on_rank(case: LayerCase, tokens: list[int] | None) -> Any:
+    """Return the segments of a case for a context rank with these tokens; None for one per sample."""
+    from sas_megatron.data.segments import Segments
+
+    if all(len(lengths) == 1 for lengths in case.segments):
+        return None
+    positions = torch.stack(
+        [torch.cat([torch.arange(length) for length in lengths]) for lengths in case.segments]
+    )
+    return Segments.build(case.segments, positions if tokens is None else positions[:, tokens])
 
 
 def sum_sequence_parallel_gradients(layer: torch.nn.Module) -> None:

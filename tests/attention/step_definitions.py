@@ -91,11 +91,17 @@ def rotate_neighbours(x_SBMR: torch.Tensor, base: int = 10000) -> torch.Tensor:
     return rotated
 
 
-def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.Tensor) -> torch.Tensor:
-    """Return causal softmax attention [S, B, M, D], computed head by head with scale 1/√E."""
+def attend(
+    query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.Tensor, *, window: int | None = None
+) -> torch.Tensor:
+    """Return causal softmax attention [S, B, M, D], computed head by head with scale 1/√E.
+
+    Within a window, query i attends to the keys i - window < j <= i, as in Mistral 7B (arXiv 2310.06825).
+    """
     length, heads, width = query_SBME.shape[0], query_SBME.shape[2], query_SBME.shape[3]
     readers = heads // key_SBGE.shape[2]
-    forbidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    forbidden = (distance < 0) | (distance >= (window or length))
     outputs = []
     for head in range(heads):
         query, key, value = (
@@ -110,11 +116,11 @@ def attend(query_SBME: torch.Tensor, key_SBGE: torch.Tensor, value_SBGD: torch.T
 
 
 def attend_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int, *, window: int | None = None
 ) -> list[torch.Tensor]:
     """Return the attention of each block of simulated heads."""
     return [
-        attend(q, k, v)
+        attend(q, k, v, window=window)
         for q, k, v in zip(
             query.chunk(blocks, dim=2), key.chunk(blocks, dim=2), value.chunk(blocks, dim=2), strict=True
         )

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from sas_megatron.attention.backend import AttentionBackend
 from sas_megatron.attention.chunked import attend_chunked, supports_chunks
-from sas_megatron.attention.core import AttentionBackend
 from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.config.errors import FieldError
 from sas_megatron.costs.attention_backend import LONGEST_CHUNKED_SEQUENCE
@@ -55,14 +55,13 @@ def test_chunks_read_no_uninitialized_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_chunks_are_used_only_for_supported_inputs() -> None:
     query, key, _ = (x.permute(1, 2, 0, 3) for x in inputs(20, torch.float32))
-    assert supports_chunks(query, key, causal=True, dropout=0.0)
-    assert not supports_chunks(query, key, causal=False, dropout=0.0)
-    assert not supports_chunks(query, key, causal=True, dropout=0.1)
-    assert not supports_chunks(query.bfloat16(), key.bfloat16(), causal=True, dropout=0.0)
-    assert not supports_chunks(query, key[:, :1], causal=True, dropout=0.0), "grouped heads"
-    assert not supports_chunks(query[:, :, :5], key, causal=True, dropout=0.0), "fewer queries than keys"
+    assert supports_chunks(query, key, dropout=0.0)
+    assert not supports_chunks(query, key, dropout=0.1)
+    assert not supports_chunks(query.bfloat16(), key.bfloat16(), dropout=0.0)
+    assert not supports_chunks(query, key[:, :1], dropout=0.0), "grouped heads"
+    assert not supports_chunks(query[:, :, :5], key, dropout=0.0), "fewer queries than keys"
     long = torch.empty(1, 1, LONGEST_CHUNKED_SEQUENCE + 1, 2)
-    assert not supports_chunks(long, long, causal=True, dropout=0.0)
+    assert not supports_chunks(long, long, dropout=0.0)
 
 
 @pytest.mark.parametrize("fields", [small.MHA, small.MLA, small.MFA, small.TPA, small.SAS], ids=str)

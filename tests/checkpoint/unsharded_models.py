@@ -48,6 +48,8 @@ ATTENTIONS: dict[str, small.Attention] = {
         "aggregation": "rsqrt",
     },
     "mla-unrotated": {**small.MLA, "rotary": "none"},
+    "gqa-window": {**small.GQA, "window_size": 5},
+    "sas-window": {**small.SAS_GROUPED, "window_size": 4, "window_pattern": ["full", "window"]},
     "sas-partly": {**small.SAS, "simulate_key_heads": False, "simulate_features": False},
 }
 # Settings of the rest of the model. With the first, the Llama format can express mha, gqa and mqa.

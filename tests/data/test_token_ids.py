@@ -47,7 +47,7 @@ def write_parquet(path: Path, documents: Any) -> Path:
 
 
 @pytest.mark.parametrize("line_characters", [20_000, pytest.param(1_000_000, marks=exhaustive)])
-@pytest.mark.parametrize("kind", cases(KINDS, default=["byte-level bpe", "tiktoken"]))
+@pytest.mark.parametrize("kind", cases(KINDS, default=["byte-level bpe"]))
 def test_ids_do_not_depend_on_chunks_and_processes(
     kind: str, line_characters: int, build: Any, tmp_path: Path
 ) -> None:

@@ -91,11 +91,13 @@ def test_the_example_of_a_variant_overrides_no_more_than_before_the_modifiers() 
     }
 
 
-def test_a_variant_of_another_package_has_every_modifier(
+def test_a_variant_of_another_package_has_every_modifier_and_windows_and_segments(
     installed: Path, small_data: SmallData, tmp_path: Path
 ) -> None:
-    run = small_data.run(tmp_path / "run", training={"num_steps": 4})
-    config = tied_config(run, tmp_path / "tied.yaml", **small.MODIFIERS)
+    data = {"reset_at_document_ends": True}
+    run = small_data.run(tmp_path / "run", training={"num_steps": 4}, data=data)
+    windows = {"window_size": 9, "window_pattern": ["window", "full"]}
+    config = tied_config(run, tmp_path / "tied.yaml", **small.MODIFIERS, **windows)
     done = command(installed, "train", config)
     assert done.returncode == 0, done.stderr
     terms = json.loads((tmp_path / "run" / "summary.json").read_text())["parameters"]

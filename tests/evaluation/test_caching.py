@@ -103,7 +103,7 @@ DEFAULT = [
         "tpa-modified",
     ),
     *("sas-modified", "sas-simulated-modified", "sas-before-modified"),
-    *("sas-before", "sas-before-simulated", "mla-unrotated"),
+    *("sas-before", "sas-before-simulated", "mla-unrotated", "gqa-window", "sas-window"),
     *("sas-simulated", "sas-grouped-simulated", "sas-all_to_all-simulated", "sas-only-features"),
 ]
 

@@ -27,21 +27,24 @@ def undrawn_weights() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A context rank's tokens [B, S/C], and the mask [B, 1, S, S] if document ends reset attention."""
+    """A context rank's tokens [B, S/C], and one segment for each sample if document ends reset attention."""
 
     tokens: torch.Tensor
-    mask: torch.Tensor | None
+    segments: Any
 
     @staticmethod
     def of(config: RunConfig) -> Microbatch:
         batch, length = config.training.micro_batch_size, config.data.sequence_length
         tokens = torch.zeros(batch, length // config.parallel.context, dtype=torch.int64)
-        if not config.data.reset_at_document_ends:
-            return Microbatch(tokens, None)
-        return Microbatch(tokens, torch.zeros(batch, 1, length, length, dtype=torch.bool))
+        segments = None
+        if config.data.reset_at_document_ends:
+            from sas_megatron.data.segments import Segments
+
+            segments = Segments.build([[length]] * batch, tokens)
+        return Microbatch(tokens, segments)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.tokens] if self.mask is None else [self.tokens, self.mask]
+        return [self.tokens] if self.segments is None else [self.tokens, self.segments.cu_seqlens_q]
 
     def pass_through(self, config: RunConfig, chunk: Any) -> torch.Tensor:
         """Return the losses of the last chunk, or hidden states; chunks after the first start from zeros."""
@@ -50,5 +53,7 @@ class Microbatch:
             shape = (rows, self.tokens.shape[0], config.model.hidden_size)
             hidden = torch.zeros(shape, dtype=chunk.config.params_dtype, requires_grad=True)
             chunk.set_input_tensor(hidden)
-        output: torch.Tensor = chunk(self.tokens, self.tokens, self.mask, labels=self.tokens)
+        output: torch.Tensor = chunk(
+            self.tokens, self.tokens, None, labels=self.tokens, packed_seq_params=self.segments
+        )
         return output

@@ -32,6 +32,22 @@ def test_the_count_equals_the_bytes_that_a_rank_saves(ranks: Any, name: str, bac
     assert ranks(1).run(kept_bytes, config) == [count_activation_bytes(config, device="cpu")]
 
 
+WINDOWS = {"window_size": 5, "window_pattern": ["window", "full", "window"]}
+
+
+@pytest.mark.parametrize("backend", ["unfused", "fused", "auto"])
+@pytest.mark.parametrize("name", ["mha", "mla", "sas-gather"])
+def test_the_count_equals_the_bytes_that_layers_with_windows_save(
+    ranks: Any, name: str, backend: str
+) -> None:
+    config = small_config(
+        attention={**ATTENTIONS[name], "backend": backend, **WINDOWS},
+        model={"num_layers": 4},
+        data={"sequence_length": 150, "reset_at_document_ends": name == "mla"},
+    )
+    assert ranks(1).run(kept_bytes, config) == [count_activation_bytes(config, device="cpu")]
+
+
 TENSOR_CASES = {
     f"{name}{', sequence' * sequence}": (name, sequence) for name in ATTENTIONS for sequence in (False, True)
 }

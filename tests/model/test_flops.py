@@ -211,3 +211,47 @@ def test_the_causal_half_applies_to_scores_and_values() -> None:
     assert {term: halved[term] / flops[term] for term in flops} == {
         term: 13 / 24 if term in ("scores", "values") else 1.0 for term in flops
     }
+
+
+def test_windows_leave_out_products_in_both_conventions() -> None:
+    """Counted pair by pair: all S keys become W, and of the causal keys only the last W remain."""
+    window, length, num_layers = 5, 12, 7
+    fields = {**ATTENTIONS["sas-gather"], "window_size": window}
+    full, windowed = (
+        small_config(
+            attention={**fields, "window_size": size, "window_pattern": pattern},
+            model={"num_layers": num_layers},
+        )
+        for size, pattern in ((None, ["window"]), (window, ["window", "window", "full"]))
+    )
+    flops, before = count_forward_flops(windowed), count_forward_flops(full)
+    halved, halved_before = (causal_half(terms, sequence_length=length) for terms in (flops, before))
+    causal = sum(min(token, window) for token in range(1, length + 1))
+    for term in ("scores", "values"):
+        layer = before[term] // num_layers
+        assert flops[term] == 2 * layer, "layers 3 and 6 have full attention"
+        assert flops[f"{term}_window_5"] == 5 * layer * window // length
+        assert halved[term] == pytest.approx(halved_before[term] * 2 / num_layers)
+        assert halved[f"{term}_window_5"] == pytest.approx(5 * layer / length * causal / length)
+    others = before.keys() - {"scores", "values"}
+    assert {term: flops[term] for term in others} == {term: before[term] for term in others}
+    wide = small_config(attention={**fields, "window_size": length}, model={"num_layers": num_layers})
+    assert count_forward_flops(wide) == before, "a window of all tokens is none"
+
+
+def test_recomputation_and_padding_within_windows_are_counted_in_their_terms() -> None:
+    attention = {**ATTENTIONS["sas-gather"], "window_size": 5, "window_pattern": ["window", "full"]}
+    config = small_config(
+        attention={**attention, "backend": "fused"},
+        model={"num_layers": 5},
+        training={"recompute": "full", "recompute_layers": 2},
+    )
+    forward, again = count_forward_flops(config), count_recompute_flops(config, device="cpu")
+    # Layers 1 and 2 again; the scores of all layers once more.
+    assert again["values_window_5"] == forward["values_window_5"] // 3
+    assert again["scores_window_5"] == forward["scores_window_5"] // 3 + forward["scores_window_5"]
+    assert again["values"] == forward["values"] // 2
+    padding = count_padding_flops(config, device="cpu")
+    # Three passes over all layers and one more over the recomputed ones; values of 6 features become 10.
+    assert padding["values_window_5"] == (3 * 3 + 1) * forward["values_window_5"] // 3 * 4 // 6
+    assert padding["values"] == (3 * 2 + 1) * forward["values"] // 2 * 4 // 6

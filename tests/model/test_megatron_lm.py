@@ -20,6 +20,7 @@ from tests.fork_server import ForkedCommand
 from tests.model.model_parts import random_tokens
 from tests.rank_pool import in_layout
 from tests.run_configs import small_config
+from tests.tolerances import assert_near
 
 SPEC = ("sas_megatron.model.megatron_lm", "layer_spec")
 
@@ -152,6 +153,43 @@ def test_layers_without_rotary_embeddings_need_the_option_of_the_scripts(ranks: 
     path.write_text(dump_yaml(config))
     [message] = ranks(1).run(error_message, path, config, {"no_rope_freq": None})
     assert message.startswith(f"--no-rope-freq=None: must equal [1, 1] of {path}; change one of them")
+
+
+def test_a_window_of_the_scripts_is_rejected(ranks: Any, tmp_path: Path) -> None:
+    config = config_of(ATTENTIONS["gqa"])
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    [message] = ranks(1).run(error_message, path, config, {"window_size": (3, 0)})
+    assert message.startswith(
+        "--window-size=(3, 0): is not read by these layers; set attention.window_size in"
+    )
+
+
+@torch.no_grad()
+def mask_and_segments(path: Path, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of their model with a mask tensor, and of ours with segments."""
+    from sas_megatron.data.segments import Segments
+    from sas_megatron.model.assembly import build_gpt_chunks
+
+    in_layout(config.parallel)
+    theirs = build_their_model(path, config)
+    (ours,) = build_gpt_chunks(config, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    tokens = random_tokens(config)[:1]
+    positions = torch.cat([torch.arange(5), torch.arange(tokens.shape[1] - 5)])[None]
+    mask = torch.ones(1, 1, *2 * tokens.shape[1:], dtype=torch.bool).triu(1)
+    mask[..., 5:, :5] = True
+    segments = Segments.build([[5, tokens.shape[1] - 5]], positions)
+    return theirs(tokens, positions, mask), ours(tokens, positions, None, packed_seq_params=segments)
+
+
+def test_a_mask_tensor_of_the_scripts_gives_the_same_as_segments(ranks: Any, tmp_path: Path) -> None:
+    config = config_of({**ATTENTIONS["gqa"], "window_size": 3, "window_pattern": ["full", "window"]})
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    [(masked, separated)] = ranks(1).run(mask_and_segments, path, config)
+    # Their rotary positions do not restart, and angles are float32.
+    assert_near(masked, separated, torch.float32, "logits")
 
 
 def test_a_rotary_width_that_differs_from_the_models_is_rejected(ranks: Any, tmp_path: Path) -> None:

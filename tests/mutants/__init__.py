@@ -9,12 +9,13 @@ reading only `sas_megatron/` and `launch/`, without knowledge of the tests that 
 
 from pathlib import Path
 
-from tests.mutants import faults_attention, faults_model, faults_scaling, faults_training
+from tests.mutants import faults_attention, faults_data, faults_model, faults_scaling, faults_training
 from tests.mutants.mutant import ROOT, Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
     *faults_attention.MUTANTS,
     *faults_model.MUTANTS,
+    *faults_data.MUTANTS,
     *faults_training.MUTANTS,
     *faults_scaling.MUTANTS,
 )

@@ -127,10 +127,31 @@ MUTANTS = (
     ),
     Mutant(
         "unfused-key-heads-tiled",
-        "sas_megatron.attention.core:AttentionBackend._attend_unfused",
+        "sas_megatron.attention.backend:AttentionBackend._attend_unfused",
         "heads.repeat_interleave(readers, dim=1)",
         "heads.repeat(1, readers, 1, 1)",
         "With the unfused back end query head i reads key head i mod G instead of i // (N/G).",
+    ),
+    Mutant(
+        "window-of-one-key-more",
+        "sas_megatron.attention.backend:window_mask",
+        "columns - rows - window + 1",
+        "columns - rows - window",
+        "Outside of chunked attention a query attends to one key more than its window has.",
+    ),
+    Mutant(
+        "positions-of-documents-continue",
+        "sas_megatron.data.segments:Segments.select_new",
+        "rope[self.positions]",
+        "rope[torch.arange(len(self.positions))[:, None].expand_as(self.positions)]",
+        "Rotary positions do not restart at document ends.",
+    ),
+    Mutant(
+        "cached-window-of-one-key-more",
+        "sas_megatron.attention.kv_cache:KeyValueCache.mask",
+        "slots <= positions_BS - window",
+        "slots < positions_BS - window",
+        "When decoding, a query attends to one key more than its window has.",
     ),
     Mutant(
         "dropout-equal-on-tensor-ranks",

@@ -14,15 +14,15 @@ MUTANTS = (
     Mutant(
         "recompute-flops-of-one-layer",
         "sas_megatron.costs.flops:count_recompute_flops",
-        'times["scores"] += config.model.num_layers',
-        'times["scores"] += 1',
+        'again["scores"] += recomputing',
+        'again["scores"] += recomputing[:1]',
         "The recomputed scores of the fused backward pass are counted for one layer instead of all.",
     ),
     Mutant(
         "causal-half-without-diagonal",
         "sas_megatron.costs.flops:causal_half",
-        "(sequence_length + 1) / (2 * sequence_length)",
-        "sequence_length / (2 * sequence_length)",
+        "(2 * sequence_length - window + 1)",
+        "(2 * sequence_length - window)",
         "The causal half of scores and values omits the diagonal.",
     ),
     Mutant(

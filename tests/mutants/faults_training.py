@@ -79,8 +79,8 @@ MUTANTS = (
     Mutant(
         "resume-adam-step-off-by-one",
         "sas_megatron.training.optimizer_states:set_num_updates",
-        "torch.tensor(float(num_updates), ",
-        "torch.tensor(float(num_updates + 1), ",
+        "float(num_updates)",
+        "float(num_updates + 1)",
         "After the run is resumed, Adam's bias correction counts one update too many.",
     ),
     Mutant(

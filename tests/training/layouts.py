@@ -216,5 +216,6 @@ DEFAULT_PAIRS = {
     ("tensor 2, sequence, data 2, distributed optimizer, overlapped", "mla"),
     ("DeepSpeed stage 0, tensor 2, data 2", "mha"),
     ("DeepSpeed stage 1, tensor 2, context 2", "gqa"),
+    ("DeepSpeed stage 3, data 2", "modified"),
     ("DeepSpeed stage 3, tensor 2, data 2", "tpa"),
 }

@@ -199,8 +199,9 @@ def losses_with_other_first_document(config: RunConfig) -> tuple[torch.Tensor, t
 
     The third result is the position of the token that ends the first document.
     """
-    from sas_megatron.data.batches import build_training_samples
+    from sas_megatron.data.batches import build_training_samples, microbatches
     from sas_megatron.model.assembly import build_gpt_chunks
+    from sas_megatron.model.language_loss import token_losses
 
     in_layout(ParallelConfig())
     tokenizer = open_token_files(config.data, vocab_size=512)
@@ -214,11 +215,20 @@ def losses_with_other_first_document(config: RunConfig) -> tuple[torch.Tensor, t
         raise AssertionError("no sample contains a document end")
     (model,) = build_gpt_chunks(config)
     model.eval()
-    batch = {name: torch.as_tensor(value)[None] for name, value in sample.items()}
+    (batch,) = microbatches(
+        samples,
+        first_sample=index,
+        num_samples=1,
+        num_microbatches=1,
+        micro_batch_size=1,
+        data_rank=0,
+        data_size=1,
+        device=torch.device("cpu"),
+        with_segments=config.data.reset_at_document_ends,
+    )
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
-        mask = batch.get("attention_mask")
-        return model(tokens, batch["position_ids"], mask, labels=batch["labels"]).detach()[0]
+        return token_losses(model, {**batch, "tokens": tokens}).detach()[0]
 
     other = batch["tokens"].clone()
     other[0, : ends[0]] = (other[0, : ends[0]] + 7) % 500

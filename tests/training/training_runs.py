@@ -36,19 +36,28 @@ class Steps:
 
 
 class RandomSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Random samples that depend on their index alone; a different number of tokens in each has no loss."""
+    """Random samples that depend on their index alone; a different number of tokens in each has no loss.
+
+    If document ends reset attention, positions restart at random tokens.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.vocab_size, self.length = config.model.vocab_size, config.data.sequence_length
+        self.resets = config.data.reset_at_document_ends
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
         text = torch.randint(self.vocab_size, (self.length + 1,), generator=generator)
+        loss_mask = (torch.rand(self.length, generator=generator) < 0.8).float()
+        positions = torch.arange(self.length)
+        if self.resets:
+            starts = torch.where(torch.rand(self.length, generator=generator) < 0.2, positions, 0)
+            positions = positions - starts.cummax(dim=0).values
         return {
             "tokens": text[:-1],
             "labels": text[1:],
-            "loss_mask": (torch.rand(self.length, generator=generator) < 0.8).float(),
-            "position_ids": torch.arange(self.length),
+            "loss_mask": loss_mask,
+            "position_ids": positions,
         }
 
 
@@ -67,6 +76,7 @@ def batches_of_step(config: RunConfig, topology: Any, step: int) -> Iterator[Any
         data_size=topology.data_size,
         device=topology.device,
         context_group=topology.context_group,
+        with_segments=config.data.reset_at_document_ends,
     )
 
 
@@ -74,7 +84,9 @@ def probe_batches(config: RunConfig, topology: Any) -> Any:
     """Return an object that gives a probe the first of `RandomSamples`."""
     from sas_megatron.training.run_data import RunData
 
-    data: Any = SimpleNamespace(_config=config, _topology=topology, _validation_samples=RandomSamples(config))
+    data: Any = SimpleNamespace(
+        _config=config, _topology=topology, _validation_samples={"validation": RandomSamples(config)}
+    )
     data.probe_batches = lambda: RunData.probe_batches(data)
     return data
 

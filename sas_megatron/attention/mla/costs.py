@@ -89,7 +89,7 @@ class LatentCosts(AttentionCosts):
         """Return the bytes of the inputs of projections (each once), of the norms, and of core attention.
 
         The cosines and sines are twice as wide as for other variants, since Megatron-core applies rotary
-        embeddings to these features with its unfused function.
+        embeddings to these features with its unfused function, unless each sample has its own positions.
         """
         attention = self.attention
         latent, rank = attention.kv_lora_rank, attention.query_lora_rank
@@ -100,12 +100,13 @@ class LatentCosts(AttentionCosts):
             inputs = {"query_down": layer.local_bytes(hidden_size), "query_up": layer.local_bytes(rank)}
             norms += layer.norm_bytes(rank, "rmsnorm")
         value_width = attention.num_heads // layer.tensor * attention.value_width
+        has_own_positions = layer.restarts and layer.batch > 1
         return {
             **inputs,
             "latent_norms": norms,
             "key_value_up": layer.local_bytes(latent),
             **self.count_core_bytes(layer, value_bytes=layer.full_bytes(value_width)),
-            "rotary": layer.rope_bytes(attention.rotary_width),
+            "rotary": layer.rope_bytes(attention.rotary_width // (2 if has_own_positions else 1)),
         }
 
     @override

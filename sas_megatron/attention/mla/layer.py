@@ -37,6 +37,7 @@ from sas_megatron.attention.core import CoreAttention, check_backend
 from sas_megatron.attention.kv_cache import KeyValueCache
 from sas_megatron.attention.layer import AttentionLayer
 from sas_megatron.attention.mla.config import LatentAttentionConfig
+from sas_megatron.data.segments import Segments
 from sas_megatron.distributed.gradient_sums import sum_gradients_over
 from sas_megatron.platform.transformer_engine_fallbacks import (
     ReplicatedNorm,
@@ -188,19 +189,21 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
 
     @override
     def rotary_angles(
-        self, rotary_pos_emb: torch.Tensor | None, hidden_states: torch.Tensor, cache: KeyValueCache | None
+        self,
+        rotary_pos_emb: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        cache: KeyValueCache | Segments | None,
     ) -> torch.Tensor | None:
         """Return the angles of the layer's own rotary embedding; None to apply none."""
         assert rotary_pos_emb is None, "latent attention computes its own rotary angles"
         if not self.has_rotary_embeddings:
             return None
-        if cache is None:
-            num_positions = self.rotary_pos_emb.get_rotary_seq_len(
-                None, None, hidden_states, self.config, None
-            )
-        else:
-            num_positions = cache.max_tokens
-        angles: torch.Tensor = self.rotary_pos_emb(num_positions)
+        if cache is not None:
+            # Packed: not only the positions of this context rank.
+            angles: torch.Tensor = self.rotary_pos_emb(cache.max_tokens, packed_seq=True)
+            return angles
+        num_positions = self.rotary_pos_emb.get_rotary_seq_len(None, None, hidden_states, self.config, None)
+        angles = self.rotary_pos_emb(num_positions)
         return angles
 
     @override
@@ -245,10 +248,16 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
         """Apply rotary embeddings to the last R features of heads [S, B, N/P, D + R]."""
         if rope is None:
             return heads
-        apply_rope = _rotate_neighbours if rope.shape[1] > 1 else self.apply_rope
         widths = [self.config.qk_head_dim, self.config.qk_pos_emb_head_dim]
         first, rotary = heads.split(widths, dim=-1)
-        return torch.cat([first, apply_rope(rotary, rope)], dim=-1)
+        return torch.cat([first, self.apply_rope(rotary, rope)], dim=-1)
+
+    @override
+    def apply_rope(self, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+        """Apply rotary embeddings to heads [S, B, heads, R]."""
+        if rope is not None and rope.shape[1] > 1:
+            return _rotate_neighbours(heads, rope)
+        return super().apply_rope(heads, rope)
 
     def _up_projection(self, spec: Any, input_size: int, output_size: int, *, buffer_name: str) -> Any:
         """Build a column-parallel projection without a bias."""
@@ -280,7 +289,8 @@ class LatentSelfAttention(AttentionLayer, MLASelfAttention):
 def _rotate_neighbours(heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
     """Rotate the pairs (2i, 2i + 1), and store them as two halves, as Megatron-core does for this layer.
 
-    Megatron-core's function requires the same positions in all sequences, which decoding does not have.
+    Megatron-core's function requires the same positions in all sequences, which decoding and segments do not
+    have.
     Without angles, return the heads.
     """
     if rope is None:

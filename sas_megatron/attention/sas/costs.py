@@ -153,7 +153,9 @@ class SimulatedCosts(AttentionCosts):
             views=simulation.find_received_views(),
             columns_bytes=simulation.received_columns_bytes,
         )
-        if simulation.is_fused and attention.simulate_features and not attention.qk_norm:
+        has_own_positions = layer.restarts and layer.batch > 1
+        kernels_rotate = simulation.is_fused and attention.simulate_features and not has_own_positions
+        if kernels_rotate and not attention.qk_norm:
             # The kernels apply rotary embeddings, with a table that the model has once.
             del terms["rotary"]
         elif attention.rotary == "before":

@@ -97,8 +97,9 @@ class SimulatedSelfAttention(SelfAttentionLayer):
             base = self.linear_qkv(hidden_states)[:1]
         else:
             base = self.get_query_key_value_tensors(hidden_states)
-        # The kernels need the same positions in all sequences, which decoding does not have.
-        kernels_apply_rope = self.kernels.applies_rope and not is_decoding
+        # The kernels need the same positions in all sequences, which decoding and segments do not have.
+        is_shared = rope is None or rope.shape[1] == 1
+        kernels_apply_rope = self.kernels.applies_rope and is_shared and not is_decoding
         base_rope, rope = self._split_rope(rope)
         simulate = functools.partial(
             self._simulate,

@@ -79,14 +79,20 @@ class TransformerLayer(nn.Module):
 
 
 def _allowed_tokens(
-    slots: torch.Tensor, num_past: int, attention_mask: torch.Tensor | None
+    slots: torch.Tensor, num_past: int, attention_mask: torch.Tensor | None, window: int | None = None
 ) -> torch.Tensor | None:
-    """Return the tokens to which each new token may attend, [B or 1, 1, S, T]; None for the causal mask."""
+    """Return the tokens to which each new token may attend, [B or 1, 1, S, T]; None for the causal mask.
+
+    Within a window, these are the last `window` tokens up to its own.
+    """
     has_padding = attention_mask is not None and not bool(attention_mask.all())
-    if not has_padding and (num_past == 0 or len(slots) == num_past + 1):
+    is_narrow = window is not None and window < len(slots)
+    if not has_padding and not is_narrow and (num_past == 0 or len(slots) == num_past + 1):
         return None
     new = slots[num_past:, None]
     causal = (slots <= new)[None, None]
+    if window is not None:
+        causal = causal & (slots > new - window)
     if attention_mask is None:
         return causal
     # A padding token attends to itself, since softmax needs at least one token.
@@ -153,8 +159,8 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
             kept = DynamicCache()
         positions = self._positions(hidden, attention_mask, position_ids, kept)
         states = [hidden]
-        for layer in self.decoder["layers"].children():
-            hidden = layer(hidden, positions, kept)
+        for index, layer in enumerate(self.decoder["layers"].children()):
+            hidden = layer(hidden, positions[self._window_of_layer(index)], kept)
             states = [*states, hidden] if output_hidden_states else states
         hidden = self.decoder["final_layernorm"](hidden)
         logits = F.linear(hidden[:, -logits_to_keep:], self._output_table())
@@ -174,7 +180,8 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
-    ) -> Positions:
+    ) -> dict[int | None, Positions]:
+        """Return the positions for layers without and with a window, by their window."""
         num_past = cache.get_seq_length() if cache is not None else 0
         slots = torch.arange(num_past + hidden.shape[1], device=hidden.device)
         token_positions = slots[None]
@@ -193,7 +200,16 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
             )
         rope = self._rope_cos_sin(token_positions)
         rope_of_new = RopeCosSin(*(part[..., num_past:, :] for part in rope))
-        return Positions(rope_of_new, rope, _allowed_tokens(slots, num_past, attention_mask))
+        return {
+            window: Positions(rope_of_new, rope, _allowed_tokens(slots, num_past, attention_mask, window))
+            for window in (None, self.config.attention.get("window_size"))
+        }
+
+    def _window_of_layer(self, index: int) -> int | None:
+        fields = self.config.attention
+        pattern = fields.get("window_pattern") or ["window"]
+        window: int | None = fields.get("window_size")
+        return window if pattern[index % len(pattern)] == "window" else None
 
     def _rope_cos_sin(self, positions: torch.Tensor) -> RopeCosSin:
         """Return cosines and sines for positions [B or 1, tokens], computed in float32 as in training.

@@ -96,7 +96,7 @@ def test_page_fits_the_browser_and_loads_no_resources(
     found = measure(report, tmp_path, *options)
     assert found["width"] == width
     assert found["overflow"] <= 0, "the page scrolls horizontally"
-    assert len(found["drawn"]) == 7
+    assert len(found["drawn"]) == 8
     assert all(drawn_width > 300 and height > 100 for drawn_width, height in found["drawn"])
     assert found["texts"] > 100
     assert found["loaded"] == []
@@ -138,7 +138,10 @@ def test_summary_page_and_json_agree(report: Path) -> None:
     figures = sorted(path.name for path in (report / "figures").iterdir())
     assert figures == sorted(
         f"{name}.{suffix}"
-        for name in ("costs", "curves", "differences", "frontier", "gain", "laws", "residuals")
+        for name in (
+            *("costs", "curves", "differences", "frontier"),
+            *("gain", "laws", "mechanisms", "residuals"),
+        )
         for suffix in ("png", "svg")
     )
     assert all(f"figures/{name}" in summary for name in figures if name.endswith("png"))
