@@ -16,6 +16,8 @@ from sas_megatron.config.run import RunConfig
 
 # Similarity of two names (difflib) from which one is offered for the other: a letter or two differ.
 SIMILAR = 0.75
+# Starts the list of a section's fields, which a message with several unknown keys has once.
+FIELDS = "; the fields of "
 
 
 def describe_unknown_key(path: str, value: Any = None, tree: Mapping[str, Any] | None = None) -> str:
@@ -48,7 +50,7 @@ def describe_unknown_key(path: str, value: Any = None, tree: Mapping[str, Any] |
     section = path.partition(".")[0]
     fields = [key.partition(".")[2] for key in known if key.startswith(f"{section}.")]
     if fields:
-        return f"{name} is not offered; the fields of {section} are {', '.join(fields)}"
+        return f"{name} is not offered{FIELDS}{section} are {', '.join(fields)}"
     return f"known sections: {', '.join(RunConfig.model_fields)}"
 
 

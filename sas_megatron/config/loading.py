@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from sas_megatron.config.errors import FileProblem, UserError, shorten, translate_os_errors
-from sas_megatron.config.hints import describe_unknown_key
+from sas_megatron.config.hints import FIELDS, describe_unknown_key
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.shipped_configs import find_config
 from sas_megatron.config.yaml_text import MAX_FILE_BYTES, parse_yaml
@@ -123,7 +123,7 @@ def build_run_config(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_describe(problem, tree) for problem in error.errors()]
+        lines = _list_once([_describe(problem, tree) for problem in error.errors()])
         if len(lines) > MAX_LISTED_PROBLEMS:
             lines[MAX_LISTED_PROBLEMS - 1] += f" (and {len(lines) - MAX_LISTED_PROBLEMS} more problems)"
         raise UserError("\n".join(lines[:MAX_LISTED_PROBLEMS])) from None
@@ -220,6 +220,17 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise UserError(f"{section} is a value, not a section; {describe_unknown_key(path)}")
     node[field] = value
+
+
+def _list_once(lines: list[str]) -> list[str]:
+    """Return the lines with each list of a section's fields in its first line only."""
+    listed: set[str] = set()
+    shortened = []
+    for line in lines:
+        text, separator, fields = line.partition(FIELDS)
+        shortened.append(text if fields in listed else text + separator + fields)
+        listed |= {fields} if separator else set()
+    return shortened
 
 
 def _describe(problem: Any, tree: dict[str, Any]) -> str:

@@ -136,13 +136,17 @@ class ModelConfig(Section):
             value = getattr(self, field)
             if field in needed and value is None:
                 raise self.problem(
-                    field, f"is required by model.rotary_scaling={self.rotary_scaling}", f"use {example}"
+                    field,
+                    f"is required by model.rotary_scaling={self.rotary_scaling}",
+                    f"use {example}",
+                    (f"model.{field}={example}",),
                 )
             if field not in needed and value is not None:
                 raise self.problem(
                     field,
                     f"has no effect with model.rotary_scaling={self.rotary_scaling}",
                     "omit it, or set model.rotary_scaling=llama3",
+                    (f"model.{field}=null",),
                 )
         self.require_positive(*ROTARY_SCALINGS["llama3"])
         if self.rotary_scaling_factor is not None and self.rotary_scaling_factor < 1:
@@ -155,6 +159,7 @@ class ModelConfig(Section):
                 "rotary_high_frequency_factor",
                 f"must be above model.rotary_low_frequency_factor={low}",
                 f"use {4 * low}",
+                (f"model.rotary_high_frequency_factor={4 * low}",),
             )
 
     @property
