@@ -120,6 +120,7 @@ class AttentionConfig(Section):
                 "qkv_bias",
                 f"is not supported by attention.kind={self.kind}",
                 "omit it, or use one of the kinds mha, gqa, mqa, diff, sas",
+                ("attention.qkv_bias=false",),
             )
         self._check_rotary()
         self._check_window()

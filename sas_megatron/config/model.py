@@ -136,18 +136,25 @@ class ModelConfig(Section):
             value = getattr(self, field)
             if field in needed and value is None:
                 raise self.problem(
-                    field, f"is required by model.rotary_scaling={self.rotary_scaling}", f"use {example}"
+                    field,
+                    f"is required by model.rotary_scaling={self.rotary_scaling}",
+                    f"use {example}",
+                    (f"model.{field}={example}",),
                 )
             if field not in needed and value is not None:
                 raise self.problem(
                     field,
                     f"has no effect with model.rotary_scaling={self.rotary_scaling}",
                     "omit it, or set model.rotary_scaling=llama3",
+                    (f"model.{field}=null",),
                 )
         self.require_positive(*ROTARY_SCALINGS["llama3"])
         if self.rotary_scaling_factor is not None and self.rotary_scaling_factor < 1:
             raise self.problem(
-                "rotary_scaling_factor", "must be at least 1, since frequencies are divided by it", "use 1.0"
+                "rotary_scaling_factor",
+                "must be at least 1, since frequencies are divided by it",
+                "use 1.0",
+                ("model.rotary_scaling_factor=1.0",),
             )
         low, high = self.rotary_low_frequency_factor, self.rotary_high_frequency_factor
         if low is not None and high is not None and high <= low:
@@ -155,6 +162,7 @@ class ModelConfig(Section):
                 "rotary_high_frequency_factor",
                 f"must be above model.rotary_low_frequency_factor={low}",
                 f"use {4 * low}",
+                (f"model.rotary_high_frequency_factor={4 * low}",),
             )
 
     @property

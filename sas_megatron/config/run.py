@@ -22,7 +22,7 @@ from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, WorldSizeError
 from sas_megatron.config.evaluation import EvaluationConfig
 from sas_megatron.config.head_layout import check_context_parallel, check_tensor_parallel
-from sas_megatron.config.model import ModelConfig
+from sas_megatron.config.model import ROTARY_SCALINGS, ModelConfig
 from sas_megatron.config.monitoring import HealthConfig, LoggingConfig
 from sas_megatron.config.optimizer import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
 from sas_megatron.config.parallel import ParallelConfig
@@ -77,6 +77,7 @@ class RunConfig(BaseModel):
                 "has no effect with model.linear_bias=true, which adds these biases and those of all other "
                 "projections",
                 "set attention.qkv_bias=false",
+                ("attention.qkv_bias=false",),
             )
         if self.model.rotary_scaling != "none" and not self.attention.uses_model_rotary:
             raise self.model.problem(
@@ -84,6 +85,10 @@ class RunConfig(BaseModel):
                 f"is not supported by attention.kind={self.attention.kind}, which has its own rotary "
                 "embedding",
                 "set model.rotary_scaling=none and omit its other fields, or use another kind",
+                (
+                    "model.rotary_scaling=none",
+                    *(f"model.{field}=null" for field in ROTARY_SCALINGS[self.model.rotary_scaling]),
+                ),
             )
 
     def _check_segments(self) -> None:
