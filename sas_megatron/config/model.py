@@ -151,7 +151,10 @@ class ModelConfig(Section):
         self.require_positive(*ROTARY_SCALINGS["llama3"])
         if self.rotary_scaling_factor is not None and self.rotary_scaling_factor < 1:
             raise self.problem(
-                "rotary_scaling_factor", "must be at least 1, since frequencies are divided by it", "use 1.0"
+                "rotary_scaling_factor",
+                "must be at least 1, since frequencies are divided by it",
+                "use 1.0",
+                ("model.rotary_scaling_factor=1.0",),
             )
         low, high = self.rotary_low_frequency_factor, self.rotary_high_frequency_factor
         if low is not None and high is not None and high <= low:
