@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -122,13 +123,15 @@ def simulation(
 @click.argument("overrides", nargs=-1)
 @click.option("--microbatches", type=POSITIVE, default=2, show_default=True, help="Microbatches per step.")
 @click.option("--rounds", type=POSITIVE, default=3, show_default=True)
+@click.option("--transformers", "with_transformers", is_flag=True, help="Time BASE in transformers, too.")
 @JSON_OPTION
 def step(
-    base: str, other: str, overrides: tuple[str, ...], microbatches: int, rounds: int, as_json: bool
+    base: str, other: str, overrides: tuple[str, ...], microbatches: int, as_json: bool, **options: Any
 ) -> None:
     """Compare times and FLOPs of training steps of two configs.
 
     OTHER is compared with BASE, each with one model replica. Both get the OVERRIDES (section.field=value).
+    With --transformers, the same rounds time a step of transformers' model with the parameters of BASE.
     """
     from sas_megatron.config.loading import load_run_config
 
@@ -137,14 +140,11 @@ def step(
 
     from sas_megatron.benchmarks.step_comparison import compare_steps, with_microbatches
 
-    result = compare_steps(
-        {path: with_microbatches(config, microbatches) for path, config in configs.items()},
-        device=device,
-        rounds=rounds,
-    )
+    configs = {path: with_microbatches(config, microbatches) for path, config in configs.items()}
+    result = compare_steps(configs, device=device, **options)
     if not as_json:
         click.echo(f"BASE: {base}\nOTHER: {other}")
-    result = {**result, **tables.machine_and_threads(device)}
+    result |= tables.machine_and_threads(device)
     tables.show(result, tables.step_rows(result), as_json=as_json)
 
 
@@ -231,7 +231,7 @@ def data(
     megatron_lm: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare `data prepare` with sentencepiece alone."""
+    """Compare `data prepare` with the library of the tokenizer alone."""
     import tempfile
 
     from sas_megatron.benchmarks.data import measure_preparation

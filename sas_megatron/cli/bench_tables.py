@@ -88,6 +88,11 @@ def step_rows(result: dict[str, Any]) -> Rows:
             (f"{name}, share of the peak", f"{row['flops_utilization']:.1%}"),
             (f"{name}, with the causal half", f"{row['flops_utilization_causal']:.1%}"),
         ]
+    if "transformers_seconds" in result:
+        rows += [
+            ("transformers, time of a step", f"{result['transformers_seconds']:.4f} s"),
+            ("transformers / BASE, time", f"{result['transformers_over_base']:.3f}"),
+        ]
     return [
         *rows,
         ("OTHER / BASE, parameters", f"{result['parameter_ratio']:.3f}"),

@@ -111,8 +111,8 @@ class StatusStore:
         ]
 
     def _append(self, key: str, *values: str) -> None:
-        line = json.dumps([self.rank, *values]) + "\n"
-        self._store.append(key, line)  # type: ignore[attr-defined]  # missing from torch's stubs
+        # PrefixStore inherits it, but torch's stubs lack it.
+        self._store.append(key, json.dumps([self.rank, *values]) + "\n")  # type: ignore[attr-defined]
 
     def _read_lines(self, key: str) -> list[list[Any]]:
         return [json.loads(line) for line in self._store.get(key).splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,17 @@ from typing_extensions import override
 from sas_megatron.checkpoint.restoring import Checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.run import RunConfig
+from sas_megatron.model.initialization import global_name
 from sas_megatron.model.language_loss import Batch, forward_step
-from sas_megatron.training.engine import Engine, ForwardStep, Reports
+from sas_megatron.training.engine import Engine, ForwardStep, Reports, TrainedTensor, is_first_replica
 from sas_megatron.training.gradient_norm import clip_gradients, compute_gradient_norm, finalize_gradients
 from sas_megatron.training.optimizer import build_optimizer, build_schedule
-from sas_megatron.training.optimizer_states import read_num_updates, set_num_updates, shard_optimizer
+from sas_megatron.training.optimizer_states import (
+    read_num_updates,
+    set_num_updates,
+    shard_optimizer,
+    updated_parameters,
+)
 
 
 class MegatronEngine(Engine):
@@ -152,6 +159,25 @@ class MegatronEngine(Engine):
         restore_tensors(checkpoint, self.shards())
         for optimizer in self.optimizers():
             set_num_updates(optimizer, checkpoint.progress["engine"]["num_updates"])
+
+    @override
+    def trained_tensors(self) -> Iterator[TrainedTensor]:
+        """Yield the tensors that AdamW updates in place: weights, float32 copies, or this rank's shards."""
+        names = {
+            parameter: global_name(chunk, name)
+            for chunk in self.model_chunks
+            for name, parameter in chunk.named_parameters()
+        }
+        for optimizer in self.optimizers():
+            for parameter, main, first_element in updated_parameters(optimizer):
+                yield TrainedTensor(
+                    names[parameter],
+                    parameter,
+                    first_element,
+                    main.detach,
+                    functools.partial(getattr, main, "grad"),
+                    is_first_replica(parameter, sharded_over_data=self.config.optimizer.distributed),
+                )
 
     @override
     def sync_parameters(self) -> None:

@@ -30,7 +30,7 @@ def shard_optimizer(optimizer: Any, model_chunks: list[Any]) -> list[ShardedTens
     }
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     shards = []
-    for parameter, main, first_element in _updated_parameters(optimizer):
+    for parameter, main, first_element in updated_parameters(optimizer):
         state = optimizer.optimizer.state[main]
         values = {name: state[name] for name in MOMENTS}
         if main.dtype != parameter.dtype:
@@ -70,7 +70,7 @@ def set_num_updates(optimizer: Any, num_updates: int) -> None:
         state["step"] = torch.tensor(float(num_updates), device=parameter.device)
 
 
-def _updated_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor, int]]:
+def updated_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor, int]]:
     """Yield each parameter of the model, the tensor that AdamW updates for it, and a first element.
 
     The tensor is the parameter itself, a float32 copy, or a contiguous range of the parameter's elements. The

@@ -23,6 +23,7 @@ from sas_megatron.data.batches import (
 )
 from sas_megatron.data.read_ahead import ReadAhead, on_device, pinned
 from sas_megatron.data.token_files import open_token_files
+from sas_megatron.data.validation_sets import list_validation_sets
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import Batch
 
@@ -50,9 +51,10 @@ class RunData:
             num_samples=config.training.num_ordered_samples,
             seed=config.training.seed,
         )
-        self._validation_samples = build_validation_samples(
-            config.data, tokenizer, num_samples=config.evaluation.num_sequences
-        )
+        self._validation_samples = {
+            name: build_validation_samples(data, tokenizer, num_samples=config.evaluation.num_sequences)
+            for name, data in list_validation_sets(config).items()
+        }
 
     def training_batches(self, first_sample: int) -> Iterator[Batch]:
         """Return this rank's microbatches of the step that begins with `first_sample`.
@@ -75,22 +77,34 @@ class RunData:
         batches = itertools.islice(self._training_batches, num_microbatches)
         return on_device(batches, self._topology.device)
 
-    def validation_batches(self) -> Iterator[Batch]:
-        """Return this rank's microbatches of all validation samples; empty as in `training_batches`."""
-        num_samples = self._config.evaluation.num_sequences
+    def validation_batches(self) -> dict[str, Iterator[Batch]]:
+        """Return this rank's microbatches of all samples of each validation set, by its name.
+
+        They are empty as in `training_batches`.
+        """
+        num_samples, device = self._config.evaluation.num_sequences, self._topology.device
         if not self._reads_samples:
-            return itertools.repeat(_NO_SAMPLES, self.num_microbatches(num_samples))
-        batches = self._reader(self._validation_samples, num_samples=num_samples)(0)
-        device = self._topology.device
-        return on_device(ReadAhead(pinned(batches, device)), device)
+            num_microbatches = self.num_microbatches(num_samples)
+            return {
+                name: itertools.repeat(_NO_SAMPLES, num_microbatches) for name in self._validation_samples
+            }
+        return {
+            name: on_device(
+                ReadAhead(pinned(self._reader(samples, num_samples=num_samples)(0), device)), device
+            )
+            for name, samples in self._validation_samples.items()
+        }
 
     def probe_batches(self) -> tuple[Iterator[Batch], int]:
-        """Return the microbatches of the probe and their number, the same on every data rank."""
+        """Return the microbatches of the probe and their number, the same on every data rank.
+
+        They are the first samples of the first validation set.
+        """
         num_samples, size = self._config.evaluation.probe_sequences, self._config.training.micro_batch_size
         multiple = self._config.parallel.microbatch_group_size
         count = math.ceil(num_samples / size / multiple) * multiple
         batches = microbatches(
-            self._validation_samples,
+            next(iter(self._validation_samples.values())),
             first_sample=0,
             num_samples=num_samples,
             num_microbatches=count,

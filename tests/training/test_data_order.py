@@ -114,6 +114,7 @@ def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
     The evaluation is given as loss, bits per byte and number of bytes.
     """
     from sas_megatron.data.batches import ByteLengths, build_validation_samples, microbatches
+    from sas_megatron.data.validation_sets import UNNAMED
     from sas_megatron.evaluation.held_out import evaluate_held_out
 
     topology = in_layout(ParallelConfig())
@@ -151,7 +152,10 @@ def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
         if mask.any()
     ]
     result = evaluate_held_out(
-        run_forward, byte_lengths=ByteLengths(tokenizer, topology.device), topology=topology
+        lambda forward_step, _batches: run_forward(forward_step),
+        {UNNAMED: iter(())},
+        byte_lengths=ByteLengths(tokenizer, topology.device),
+        topology=topology,
     )
     return labels, result.loss, result.bits_per_byte, result.num_bytes
 
