@@ -59,7 +59,6 @@ ALONE = {
     "numbers of a list that float64 cannot represent",
     "interval of zero steps",
     "number instead of a boolean",
-    "rotary scaling that shortens sequences",
     "rotary scaling of no sequence",
 }
 
