@@ -40,7 +40,14 @@ Architecture = dict[str, dict[str, Any]]
 
 # Fields that do not change the function of given weights: initialization, regularization, vocabulary padding,
 # and implementations that compute the same result.
-_IGNORED_MODEL_FIELDS = {"init_std", "output_init", "hidden_dropout", "vocab_multiple"}
+_IGNORED_MODEL_FIELDS = {
+    "init_std",
+    "output_init",
+    "hidden_dropout",
+    "vocab_multiple",
+    "output_loss",
+    "z_loss",
+}
 _IGNORED_ATTENTION_FIELDS = {
     "initialization",
     "output_initialization",

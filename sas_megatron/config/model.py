@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -60,6 +61,17 @@ class ModelConfig(Section):
         "normal: N(0, σ), as for the other matrices.",
     )
 
+    output_loss: Literal["auto", "chunked", "full"] = Field(
+        default="auto",
+        description="Computation of the loss. full keeps the probabilities of all tokens over the vocabulary "
+        "for the backward pass; chunked computes logits in chunks of 256 MiB, twice; auto selects chunked if "
+        "the float32 probabilities of a microbatch exceed one chunk on a rank, or if there is a z-loss.",
+    )
+    z_loss: float = Field(
+        default=0.0,
+        description="z in z·log²(Σ exp(logits)), which is added to each token's training loss; 0 for none.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         self.require_positive(
@@ -69,6 +81,11 @@ class ModelConfig(Section):
         self.require_at_most(MAX_LAYERS, "num_layers", reason="each layer is built and counted by itself")
         self.require_at_most(MAX_INT32, "vocab_size", "vocab_multiple", reason="tokens are stored as int32")
         self.require_between(0.0, 1.0, "hidden_dropout")
+        self.require_between(0.0, math.inf, "z_loss")
+        if self.z_loss > 0 and self.output_loss == "full":
+            raise self.problem(
+                "z_loss", "needs the chunked loss", "set model.output_loss=auto, or model.z_loss=0"
+            )
         return self
 
     @property

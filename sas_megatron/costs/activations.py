@@ -9,7 +9,8 @@ counted once, in the term of the operation that saves it first:
     mlp            the input, and the tensors that the activation function reads and writes
     residual       the dropout masks of the residual branches
     layer_inputs   the inputs of layers that are recomputed entirely
-    head           the output layer's input, and the probabilities over the rank's part of the vocabulary
+    head           the output layer's input, and the probabilities over the rank's part of the vocabulary, or,
+                   if the loss is chunked, the log-sum-exp of each token
 
 Three kinds of memory are not counted: tensors that a pass allocates and frees again (gradients included), the
 sequence-parallel buffer and the rotary table, which a model has once, and saved states of random generators.
@@ -29,6 +30,7 @@ from sas_megatron.costs.activation_spec import FLOAT32_BYTES, ActivationSpec
 from sas_megatron.costs.attention import build_attention_costs
 from sas_megatron.costs.attention_backend import Device, resolve_backend
 from sas_megatron.costs.head_sharding import count_attended_heads, count_local_heads
+from sas_megatron.costs.output_loss import count_probability_bytes, resolve_output_loss
 
 # Bytes of a token id, and of an element of a boolean mask.
 INDEX_BYTES, MASK_BYTES = 8, 1
@@ -204,13 +206,17 @@ def _count_embedding(config: RunConfig, spec: ActivationSpec) -> int:
 
 
 def _count_head(config: RunConfig, spec: ActivationSpec) -> Terms:
-    """Return the final norm's bytes, and the output layer's input, float32 probabilities and labels."""
+    """Return the final norm's bytes, the output layer's input, and what the loss saves.
+
+    The full loss saves float32 probabilities and labels, the chunked loss one float32 number per token.
+    """
     model = config.model
-    probabilities = FLOAT32_BYTES * spec.tokens * model.padded_vocab_size // spec.tensor
-    labels = spec.tokens * (INDEX_BYTES + MASK_BYTES)
+    saved = FLOAT32_BYTES * spec.tokens
+    if resolve_output_loss(config) == "full":
+        saved = count_probability_bytes(config) + spec.tokens * (INDEX_BYTES + MASK_BYTES)
     return {
         "norms": spec.norm_bytes(model.hidden_size, model.normalization),
-        "head": spec.local_bytes(model.hidden_size) + probabilities + labels,
+        "head": spec.local_bytes(model.hidden_size) + saved,
     }
 
 

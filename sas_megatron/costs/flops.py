@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
 from sas_megatron.costs.attention_backend import RECOMPUTING, Device, resolve_backend
+from sas_megatron.costs.output_loss import resolve_output_loss
 
 # Forward plus backward over forward: the gradients of inputs and of weights cost one forward pass each.
 TRAINING_FACTOR = 3
@@ -38,7 +39,7 @@ def count_forward_flops(config: RunConfig, *, sequence_length: int | None = None
     model = config.model
     layer = _count_layer_flops(config, sequence_length)
     terms = {name: model.num_layers * count for name, count in layer.items()}
-    terms["head"] = 2 * model.hidden_size * model.padded_vocab_size
+    terms["head"] = _count_head_flops(config)
     return terms
 
 
@@ -54,7 +55,7 @@ def count_recompute_flops(
     """Return the FLOPs of one token that the backward pass spends on recomputation, by term.
 
     Counted are the parts that `training.recompute` names, the scores that fused core attention recomputes,
-    and recomputation in the kernels of the attention variant.
+    recomputation in the kernels of the attention variant, and the logits that the chunked loss recomputes.
 
     Args:
         config: The run.
@@ -75,6 +76,8 @@ def count_recompute_flops(
         name: times[name] * count + config.model.num_layers * repeated.get(name, 0)
         for name, count in layer.items()
     }
+    if resolve_output_loss(config) == "chunked":
+        counted["head"] = _count_head_flops(config)
     return {name: count for name, count in counted.items() if count}
 
 
@@ -116,6 +119,10 @@ def _count_layer_flops(config: RunConfig, sequence_length: int | None) -> dict[s
         **attention.count_forward_flops(model.hidden_size, sequence_length=length),
         "mlp": 2 * model.hidden_size * products,
     }
+
+
+def _count_head_flops(config: RunConfig) -> int:
+    return 2 * config.model.hidden_size * config.model.padded_vocab_size
 
 
 def _count_recomputed_layers(config: RunConfig) -> int:

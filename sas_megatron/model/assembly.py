@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,8 +19,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.config.run import RunConfig
+from sas_megatron.costs.output_loss import resolve_output_loss
 from sas_megatron.distributed.topology import virtual_pipeline_size
 from sas_megatron.model.initialization import initialize_weights
+from sas_megatron.model.output_loss import GPT
 from sas_megatron.platform.transformer_engine_fallbacks import ReplicatedNorm
 
 ACTIVATIONS = {
@@ -175,7 +176,7 @@ def build_block_spec(config: RunConfig, *, num_layers: int | None = None) -> Tra
 
 def build_gpt_chunks(
     config: RunConfig, *, dtype: torch.dtype | None = None, draws_weights: bool = True
-) -> list[GPTModel]:
+) -> list[GPT]:
     """Build this rank's model chunks, initialized from `training.seed`.
 
     The process groups must exist (`joined_topology`). The full model has the same weights in every layout.
@@ -192,12 +193,14 @@ def build_gpt_chunks(
     return chunks
 
 
-def _build_chunk(config: RunConfig, chunk: int, dtype: torch.dtype | None) -> GPTModel:
+def _build_chunk(config: RunConfig, chunk: int, dtype: torch.dtype | None) -> GPT:
     num_chunks = config.parallel.virtual_pipeline
     virtual_stage = chunk if num_chunks > 1 else None
     stage = parallel_state.get_pipeline_model_parallel_rank()
     layers_of_stage = config.parallel.layers_of_stages(config.model.num_layers)[stage]
-    model = GPTModel(
+    model = GPT(
+        is_loss_chunked=resolve_output_loss(config) == "chunked",
+        z_loss=config.model.z_loss,
         config=build_transformer_config(config, dtype=dtype),
         transformer_layer_spec=build_block_spec(config, num_layers=layers_of_stage // num_chunks),
         vocab_size=config.model.padded_vocab_size,

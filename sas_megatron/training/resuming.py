@@ -37,6 +37,7 @@ RESUME_MAY_CHANGE = (
     "optimizer.distributed",
     "training.micro_batch_size",
     "training.recompute",
+    "model.output_loss",
     "training.deterministic",
     "attention.kv_cache",
     "data.index_cache",

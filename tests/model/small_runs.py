@@ -140,6 +140,7 @@ def shared_runs(draw: st.DrawFn) -> RunConfig:
     model["hidden_dropout"] = draw(st.sampled_from([0.0, 0.0, 0.1]))
     for width in ("ffn_hidden_size", "vocab_multiple"):
         model[width] *= tensor
+    model["output_loss"] = draw(st.sampled_from(["auto", "chunked"]))
     recomputation = draw(recomputations(kind=attention["kind"], num_layers=model["num_layers"]))
     micro_batch_size = draw(st.integers(1, 3))
     sections: dict[str, Any] = {

@@ -53,6 +53,7 @@ TERM_OF_FUNCTION = {
     "TransformerBlock._checkpointed_forward": "layer_inputs",
     "checkpointed_forward": "layer_inputs",  # its name from megatron-core 0.19 on
     "LanguageModule.compute_language_model_loss": "head",
+    "chunked_cross_entropy": "head",
     "forward_step.<locals>.total_loss": "loss",
     "MegatronOptimizer.scale_loss": "loss",
 }

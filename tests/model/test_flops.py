@@ -129,6 +129,15 @@ def test_the_stages_together_run_the_counted_flops(
         assert _sum_passes(stage[name] for stage in stages) == _sum_passes([counted]), name
 
 
+def test_the_chunked_loss_computes_its_logits_twice(ranks: Any) -> None:
+    config = small_config(attention=ATTENTIONS["gqa"], model={"output_loss": "chunked"})
+    (executed,) = ranks(1).run(executed_flops, config)
+    assert count_recompute_flops(config, device="cpu")["head"] == count_forward_flops(config)["head"]
+    head = 24 * count_forward_flops(config)["head"]
+    assert executed["forward"]["head"] == head
+    assert executed["backward"]["head"] == 3 * head
+
+
 def test_cudnn_recomputes_scores_and_pads_no_values() -> None:
     fields = {"kind": "sas", "num_heads": 4, "head_dim": 8, "simulated_head_dim": 16, "kernel": "plain"}
     cudnn, fused = (

@@ -65,18 +65,27 @@ def test_set_is_trained_on_twenty_tokens_per_parameter(size: str) -> None:
     assert 19 <= tokens / sum(count_parameters(config).values()) <= 21
 
 
-@pytest.mark.exhaustive  # slower on a machine with other load
-def test_costs_of_ten_thousand_configs_are_counted_in_seconds() -> None:
+# Both times are measured in turn in one process, since a processor shared with others is up to three times
+# slower: the 10,000 configs of a search then take 5 to 15 s, and the ratio changes by 3 %.
+COUNTED_OVER_BUILT = 4.0
+
+
+@pytest.mark.exhaustive
+def test_costs_of_a_config_are_counted_in_four_times_the_time_in_which_it_is_built() -> None:
     tree = read_yaml(shipped("125m", "sas"))
-    start_time = time.process_time()
-    for step in range(1, 10_001):
+    built = counted = 0.0
+    for step in range(1, 2_001):
         tree["model"]["ffn_hidden_size"] = 8 * step
+        start = time.process_time()
         config = build_run_config(tree)
+        middle = time.process_time()
         count_parameters(config), count_training_flops(config), count_kv_cache_bytes(config)
         count_recompute_flops(config, device="gpu")
         count_peak_activation_bytes(config, device="gpu", num_microbatches=4)
         count_communication_bytes(config, world_size=8)
-    assert time.process_time() - start_time < 5
+        built += middle - start
+        counted += time.process_time() - middle
+    assert counted < COUNTED_OVER_BUILT * built
 
 
 def test_documentation_states_the_costs_of_the_set() -> None:

@@ -26,6 +26,7 @@ ATTENTIONS: dict[str, small.Attention] = {
 TIED = {"tie_embeddings": True, "linear_bias": True, "normalization": "layernorm", "activation": "gelu"}
 OVERLAP = {"overlap_gradient_reduce": True, "overlap_parameter_gather": True}
 SHARDED = {"distributed": True}
+CHUNKED = {"output_loss": "chunked"}
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class Layout:
         return small_config(**sections)
 
     def single_process(self, attention: str) -> RunConfig:
-        """Return a run of the same model in one process with Megatron-core's engine and no recomputation."""
-        return Layout(1, model={**self.model, "num_layers": self.num_layers}).config(attention)
+        """Return a run of the same model in one process with Megatron-core's engine, loss and activations."""
+        model = {**self.model, "num_layers": self.num_layers, "output_loss": "full"}
+        return Layout(1, model=model).config(attention)
 
 
 # Each kind of parallelism separately, then combinations.
@@ -109,6 +111,11 @@ LAYOUTS: dict[str, Layout] = {
         training={"recompute": "selective", "recompute_modules": ["attention", "mlp"]},
         model=TIED,
     ),
+    "tensor 2, sequence, pipeline 2, tied, chunked loss": Layout(
+        4, {"tensor": 2, "sequence": True, "pipeline": 2}, model={**TIED, **CHUNKED}
+    ),
+    "tensor 4, chunked loss": Layout(4, {"tensor": 4}, model=CHUNKED),
+    "tensor 2, tied, chunked loss": Layout(2, {"tensor": 2}, model={**TIED, **CHUNKED}),
     "tensor 2, pipeline 2 interleaved": Layout(4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
     "tensor 2, context 2": Layout(4, {"tensor": 2, "context": 2}),
     "tensor 2, sequence, context 2, selective recompute": Layout(
@@ -148,6 +155,12 @@ LAYOUTS: dict[str, Layout] = {
         )
         for stage in range(4)
     },
+    "DeepSpeed stage 3, tensor 2, sequence, data 2, chunked loss": Layout(
+        4, {"tensor": 2, "sequence": True}, model=CHUNKED, deepspeed={"zero_stage": 3}
+    ),
+    "DeepSpeed stage 3, tensor 2, data 2, tied, chunked loss": Layout(
+        4, {"tensor": 2}, model={**TIED, **CHUNKED}, deepspeed={"zero_stage": 3}
+    ),
 }
 
 # The layouts and attentions of the default test run. Each layout here executes code of this package or of
@@ -173,6 +186,7 @@ DEFAULT_PAIRS = {
     ("data 2, distributed optimizer", "mha"),
     ("data 2, distributed optimizer, overlapped", "sas-all_to_all"),
     ("tensor 2, sequence, pipeline 2, tied, selective recompute", "tpa"),
+    ("tensor 2, sequence, pipeline 2, tied, chunked loss", "mha"),
     ("tensor 2, sequence, context 2, selective recompute", "sas-all_to_all"),
     ("context 2, data 2, distributed optimizer", "mla"),
     ("pipeline 2, context 2, full recompute", "mha"),

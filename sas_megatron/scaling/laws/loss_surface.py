@@ -196,10 +196,11 @@ def check_determined(points: Points, intervals: Mapping[str, Interval]) -> None:
         )
     for name, remedy in (("alpha", "sizes"), ("beta", "token budgets")):
         low, high = intervals[name]
-        # NaN ends are not within the bounds either.
+        # NaN ends are not within the bounds either. The ends are printed with two digits, since those of an
+        # undetermined exponent differ by a percent between processors.
         if not 0 < low <= high <= LARGEST_INTERVAL_END:
             raise _undetermined(
-                points, f"the 95 % interval of the exponent {name} is {low:.3g} to {high:.3g}", remedy
+                points, f"the 95 % interval of the exponent {name} is {low:.2g} to {high:.2g}", remedy
             )
 
 
