@@ -83,6 +83,8 @@ class TensorWriter:
             for item in self._plan.items:
                 begin = file.tell()
                 tensor = self._host_copies.compact(self._planner.lookup_object(item.index))
+                # The copy is not used again, and training waits for a save that does not copy.
+                file.lend(tensor, tensor.data_ptr(), tensor.nbytes)
                 torch.save(tensor, file)  # type: ignore[arg-type]  # it calls `write` and `flush` only
                 position = _StorageInfo(name, begin, file.tell() - begin)
                 results.append(WriteResult(item.index, position.length, position))

@@ -3,25 +3,30 @@
     write(data) ─┬─> thread: SHA-256 of data
                  └─> file, in blocks whose write to disk starts at once ─> sync()
 
-Both branches of a call run at the same time: hashlib and write release the interpreter's lock. A call returns
-when both have finished, so nothing is held beyond the caller's own data.
+Both run at the same time: hashlib and write release the interpreter's lock. A call waits until its data are
+hashed, unless they were lent to the file: lent data are hashed while the caller prepares the next ones.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from sas_megatron.io.file_records import FileRecord
 
-# Smaller pieces are hashed in the calling thread, since handing one over costs about 20 µs.
+# Smaller pieces are copied for the thread.
 _SMALL_BYTES = 2**16
 # The kernel would otherwise keep the first gigabytes in memory, and write all of them during the final sync.
 _BLOCK_BYTES = 2**23
+_SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): start to write dirty pages, without waiting for the end
+_LIBC = ctypes.CDLL(None)
 
 # `bench checkpoint` replaces it, to save without checksums.
 new_digest = hashlib.sha256
@@ -39,6 +44,10 @@ class HashedFile:
         self._file = path.open("wb")
         self._digest = new_digest()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._owner: object = None
+        self._lent = range(0)
+        # The hashing of the last large piece.
+        self._hashing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -52,32 +61,50 @@ class HashedFile:
         self._thread.shutdown()
         self._file.close()
 
+    def lend(self, owner: object, address: int, num_bytes: int) -> None:
+        """Promise that some memory stays unchanged until `record`, as long as a reference to `owner` exists.
+
+        Each call replaces the previous promise for pieces that are not yet written.
+        """
+        self._owner, self._lent = owner, range(address, address + num_bytes)
+
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes and hash them. The caller may change or free them afterwards.
+        """Append bytes and hash them. The caller may then change or free them, unless they are lent.
+
+        At most one lent piece is not yet hashed when the next one is written.
 
         Raises:
             OSError: The file cannot be written.
         """
         view = memoryview(data).cast("B")
         if view.nbytes < _SMALL_BYTES:
-            self._digest.update(view)
+            self._thread.submit(self._digest.update, bytes(view))
             return self._file.write(view)
-        hashing = self._thread.submit(self._digest.update, view)
+        if self._hashing is not None:
+            self._hashing.result()
+        is_lent = np.frombuffer(view, np.uint8).ctypes.data in self._lent
+        self._hashing = self._thread.submit(self._hash, view, self._owner if is_lent else None)
         try:
             for begin in range(0, view.nbytes, _BLOCK_BYTES):
-                self._file.write(view[begin : begin + _BLOCK_BYTES])
-                self._start_writeback()
+                block = view[begin : begin + _BLOCK_BYTES]
+                self._file.write(block)
+                self._start_writeback(block.nbytes)
         finally:
-            hashing.result()
+            if not is_lent:
+                self._hashing.result()
         return view.nbytes
 
-    def _start_writeback(self) -> None:
-        """Let the kernel write to disk what it has received, without waiting for it.
+    def _hash(self, view: memoryview, _owner: object) -> None:
+        """Hash a piece in the thread, which holds a reference to the owner of its memory meanwhile."""
+        self._digest.update(view)
 
-        On Linux, `POSIX_FADV_DONTNEED` does so before it drops the pages that are already on disk.
-        """
+    def _start_writeback(self, num_bytes: int) -> None:
+        """Let the kernel write the last bytes to disk, without waiting for it."""
         self._file.flush()
-        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        # Linux only, and a mere hint: the final sync reports errors.
+        if (start := getattr(_LIBC, "sync_file_range", None)) is not None:
+            offset = ctypes.c_int64(self._file.tell() - num_bytes)
+            start(self._file.fileno(), offset, ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE)
 
     def tell(self) -> int:
         """Return the number of bytes written so far."""
@@ -101,5 +128,6 @@ class HashedFile:
         os.fsync(self._file.fileno())
 
     def record(self) -> FileRecord:
-        """Return the size and checksum of what has been written."""
-        return FileRecord(self._file.tell(), self._digest.hexdigest())
+        """Wait until everything is hashed, and return the size and checksum of what has been written."""
+        checksum = self._thread.submit(self._digest.hexdigest).result()
+        return FileRecord(self._file.tell(), checksum)
