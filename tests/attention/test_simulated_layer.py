@@ -167,7 +167,11 @@ def test_lower_precision_stays_within_the_table(
 @pytest.mark.parametrize(
     "operator",
     cases(
-        [name for name in OPERATORS if name not in ("unfused", "fused")],
+        [
+            name
+            for name, fields in OPERATORS.items()
+            if name not in ("unfused", "fused") and LayerCase.of(**fields).config().unfusable_field is None
+        ],
         default=(
             "grouped three, partial rotary, no biases",
             "multi-query",

@@ -16,11 +16,11 @@ from tests.docs.pages import DOCS, PAGES, ROOT, commands_of
 from tests.scaling.laws.public_tables import olmo_ladder
 from tests.selection import exhaustive
 
-# A run directory that does not exist, and the data of the quickstart.
+# A run directory that does not exist, and the data of the quickstart, whose validation part is short here.
 NEW_RUN = (
     "logging.run_directory=runs/new "
     "data.prefixes=[quickstart/data/python_source] data.tokenizer=quickstart/data/tokenizer.model "
-    "model.vocab_size=8192"
+    "data.sequence_length=256 model.vocab_size=8192"
 )
 # A command of each page, and options that make it shorter.
 COMMANDS = {

@@ -6,9 +6,9 @@ MUTANTS = (
     # model
     Mutant(
         "head-flops-without-vocabulary-padding",
-        "sas_megatron.costs.flops:count_forward_flops",
-        "2 * model.hidden_size * model.padded_vocab_size",
-        "2 * model.hidden_size * model.vocab_size",
+        "sas_megatron.costs.flops:_count_head_flops",
+        "2 * config.model.hidden_size * config.model.padded_vocab_size",
+        "2 * config.model.hidden_size * config.model.vocab_size",
         "The FLOPs of the output layer omit the rows that pad the vocabulary.",
     ),
     Mutant(
@@ -42,8 +42,8 @@ MUTANTS = (
     Mutant(
         "head-activations-without-labels",
         "sas_megatron.costs.activations:_count_head",
-        "+ probabilities + labels",
-        "+ probabilities",
+        "count_probability_bytes(config) + spec.tokens * (INDEX_BYTES + MASK_BYTES)",
+        "count_probability_bytes(config)",
         "The activation memory of the loss omits the labels.",
     ),
     Mutant(
