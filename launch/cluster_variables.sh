@@ -36,6 +36,19 @@ check_node_variables() {
   fi
 }
 
+# name_command COMMAND...: record the command that the user has started, which messages repeat.
+name_command() {
+  export SAS_MEGATRON_COMMAND
+  [ -n "${SAS_MEGATRON_COMMAND:-}" ] || printf -v SAS_MEGATRON_COMMAND '%q ' "$@"
+}
+
+# resume_by_default ARGUMENTS: copy the arguments of `sas-megatron train` to `arguments`, with the default that a
+# repeated command resumes its run.
+resume_by_default() {
+  arguments=("$@")
+  [[ " $* " == *" checkpoint.resume="* ]] || arguments+=(checkpoint.resume=auto)
+}
+
 # The threads of a rank, which must be set before Python starts.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Write each line to a log file immediately.

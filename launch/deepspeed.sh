@@ -12,9 +12,11 @@
 set -euo pipefail
 # shellcheck source=launch/cluster_variables.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster_variables.sh"
+name_command "$0" "$@"
 processes=${GPUS_PER_NODE:-}
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then processes=$1; shift; fi
 if [ $# -lt 1 ]; then print_usage "$0"; exit 2; fi
+resume_by_default "$@"
 processes=${processes:-$(count_gpus)}
 check_node_variables "$processes" "${NNODES:-1}" "${NODE_RANK:-}"
 check_variable NNODES "${NNODES:-1}" '[0-9]+' 'a number, because DeepSpeed starts on all nodes at once'
@@ -48,7 +50,7 @@ over_ssh() {
 }
 
 if [ -n "${HOSTFILE:-}" ]; then
-  over_ssh "$@"
+  over_ssh "${arguments[@]}"
   options+=(--hostfile "$HOSTFILE" --launcher pdsh)
   if [ -n "${MASTER_ADDR:-}" ]; then options+=(--master_addr "$MASTER_ADDR"); fi
   world_size=$(awk '!/^ *(#|$)/ { sub(/.*slots=/, ""); sum += $1 } END { print sum + 0 }' "$HOSTFILE")
@@ -67,5 +69,5 @@ else
   rendezvous=(MASTER_ADDR=127.0.0.1 "MASTER_PORT=${MASTER_PORT:-29500}" NODE_RANK=0)
 fi
 # Report user errors once, before any process is started.
-env WORLD_SIZE="$world_size" ${rendezvous[@]+"${rendezvous[@]}"} sas-megatron train --check "$@" >/dev/null
-exec deepspeed "${options[@]}" --module sas_megatron train "$@"
+env WORLD_SIZE="$world_size" ${rendezvous[@]+"${rendezvous[@]}"} sas-megatron train --check "${arguments[@]}" >/dev/null
+exec deepspeed "${options[@]}" --module sas_megatron train "${arguments[@]}"

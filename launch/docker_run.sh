@@ -10,6 +10,7 @@ set -euo pipefail
 # shellcheck source=launch/cluster_variables.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster_variables.sh"
 if [ $# -lt 1 ]; then print_usage "$0"; exit 2; fi
+name_command "$0" "$@"
 # NCCL exchanges data between processes through shared memory, and pins memory for the network.
 options=(--rm --init --ipc host --network host --ulimit memlock=-1 --ulimit stack=67108864)
 # Files are written with the user and group of the caller.
@@ -25,7 +26,8 @@ infiniband=${INFINIBAND:-/dev/infiniband}
 if [ -d "$infiniband" ]; then options+=(--device "$infiniband:/dev/infiniband"); fi
 if [ -t 1 ]; then options+=(--tty); fi
 for name in GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS JOIN_SECONDS LOG_DIR RUN_ID \
-  SKIP_DOCTOR TORCH_ELASTIC_SHUTDOWN_TIMEOUT OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS CUDA_VISIBLE_DEVICES; do
+  CHECK_LAYOUT SKIP_DOCTOR SAS_MEGATRON_COMMAND TORCH_ELASTIC_SHUTDOWN_TIMEOUT OMP_NUM_THREADS \
+  CUDA_DEVICE_MAX_CONNECTIONS CUDA_VISIBLE_DEVICES; do
   if [ -n "${!name:-}" ]; then options+=(--env "$name"); fi
 done
 # Pass on the settings of the network, such as its interfaces: NCCL, torch's use of it, gloo, UCX and libfabric.

@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # Train with torchrun and one process per GPU (or CPU core), on one or several nodes.
 # usage: launch/torchrun.sh [PROCESSES] CONFIG [section.field=value ...]
+# A repeated command resumes its run (checkpoint.resume=auto), unless its arguments set checkpoint.resume.
 # On several nodes, run the same command on each. Variables of the cluster, with their defaults in parentheses:
 #   GPUS_PER_NODE  the default of PROCESSES (the number of GPUs of this node)
 #   NNODES         the number of nodes (1). MIN:MAX: start, and continue after losing a node, with any number between
 #   MASTER_ADDR    the name or address of the first node, reachable from all nodes
 #   MASTER_PORT    the port on which the first node listens (29500)
 #   NODE_RANK      the rank of this node, 0 on the first (SLURM_NODEID); if unset, nodes are ranked by arrival
-#   MAX_RESTARTS   how often failed processes are restarted (0); nodes are then ranked by arrival; use it with
-#                  checkpoint.resume=true
+#   MAX_RESTARTS   how often failed processes are restarted (0); nodes are then ranked by arrival
 #   JOIN_SECONDS   how long nodes wait for each other (50)
 #   LOG_DIR        a directory for one log file per process, in a subdirectory per node
+#   CHECK_LAYOUT   1: instead of training, compare a small version of CONFIG at its layout with one process (0)
 #   RUN_ID         a name for the run, equal on all nodes, to distinguish runs with the same address
 set -euo pipefail
 # shellcheck source=launch/cluster_variables.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster_variables.sh"
+name_command "$0" "$@"
 processes=${GPUS_PER_NODE:-}
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then processes=$1; shift; fi
 if [ $# -lt 1 ]; then print_usage "$0"; exit 2; fi
+resume_by_default "$@"
 processes=${processes:-$(count_gpus)}
 nodes=${NNODES:-1}
 join_seconds=${JOIN_SECONDS:-50}
@@ -25,6 +28,8 @@ port=${MASTER_PORT:-29500}
 node_rank=${NODE_RANK-${SLURM_NODEID-}}
 restarts=${MAX_RESTARTS:-0}
 check_node_variables "$processes" "$nodes" "$node_rank"
+check_variable CHECK_LAYOUT "${CHECK_LAYOUT:-0}" '[01]' '0 or 1'
+if [ "${CHECK_LAYOUT:-0}" = 1 ]; then command=(doctor --layout); else command=(train); fi
 check_variable MAX_RESTARTS "$restarts" '[0-9]+' 'the number of restarts of failed processes'
 options=(--nproc-per-node "$processes" --max-restarts "$restarts")
 # torchrun passes the signals that ask a run to save and stop on to the processes.
@@ -69,5 +74,5 @@ else
   options+=(--log-dir /dev/null)
 fi
 # Report user errors once, before any process is started.
-WORLD_SIZE=$((processes * ${nodes#*:})) sas-megatron train --check "$@" >/dev/null
-exec torchrun "${options[@]}" -m sas_megatron train "$@"
+WORLD_SIZE=$((processes * ${nodes#*:})) sas-megatron train --check "${arguments[@]}" >/dev/null
+exec torchrun "${options[@]}" -m sas_megatron "${command[@]}" "${arguments[@]}"

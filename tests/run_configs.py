@@ -8,8 +8,14 @@ from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.run import RunConfig
 from tests.conftest import ROOT
 
-# All shipped run configs. Study files have another format and are tested in tests/scaling/study.
-SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
+# All shipped run configs. Study files have another format and are tested in tests/scaling/study; bases are
+# parts of configs.
+STUDIES = ROOT / "configs" / "studies"
+SHIPPED = sorted(
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if STUDIES not in path.parents and path.parent.name != "bases"
+)
 
 
 def small_tree(**sections: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ stopped=false
 trap 'stopped=true; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 
 # A restarted pod resumes. Without a checkpoint, this starts from step 0.
-arguments=("$@" checkpoint.resume=true)
+arguments=("$@" checkpoint.resume=auto)
 run_directory=$(env -u MASTER_ADDR -u NODE_RANK WORLD_SIZE=$((${NNODES:-1} * ${GPUS_PER_NODE:-1})) \
   sas-megatron train --check "${arguments[@]}")
 

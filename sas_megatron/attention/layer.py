@@ -33,7 +33,8 @@ from typing_extensions import override
 from sas_megatron.attention.core import build_self_attention_spec
 from sas_megatron.attention.kv_cache import KeyValueCache
 from sas_megatron.attention.modifiers import AttentionModifiers, Weights
-from sas_megatron.config.attention import AttentionConfig, resolve_part
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import resolve_part
 from sas_megatron.config.errors import FieldError
 from sas_megatron.platform.transformer_engine_fallbacks import apply_rope
 
@@ -94,7 +95,7 @@ class AttentionLayer:
                 "attention layers support neither an additive bias nor packed sequences"
             )
         modifiers: AttentionModifiers = self.core_attention.modifiers
-        weights = modifiers.summed_weights()
+        weights = modifiers()
         query, key, value = self._project_and_expand(
             hidden_states, rotary_pos_emb, cache=inference_context, weights=weights
         )

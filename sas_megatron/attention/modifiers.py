@@ -11,7 +11,7 @@
 `AttentionLayer.forward` calls them around the methods of a variant, which needs no code for them.
 
 The scales of the norms and the maps of knocking heads are replicated over the tensor ranks. Each rank
-uses them for its local heads, so their gradients are partial sums. `summed_weights` passes all of them
+uses them for its local heads, so their gradients are partial sums. `AttentionModifiers` passes all of them
 through one identity whose backward pass all-reduces the gradients.
 
 The functions below save what their docstrings name, for every layout of their inputs, so that `costs` can
@@ -61,9 +61,7 @@ class AttentionModifiers(nn.Module):
             self.query_norm = nn.Parameter(torch.empty(attention.query_key_dim, **options))
             self.key_norm = nn.Parameter(torch.empty(attention.query_key_dim, **options))
         if attention.knocking_heads:
-            # Up, gate and down, [D, D], are applied from the right, as in the paper.
-            maps = {name: torch.empty(width, width, **options) for name in ("up", "gate", "down")}
-            self.knocking = nn.ParameterDict(maps)
+            self.knocking = KnockingMaps(width, **options)
         if attention.output_norm:
             self.output_norm = nn.Parameter(torch.empty(width, **options))
         if attention.output_gate == "headwise":
@@ -81,12 +79,15 @@ class AttentionModifiers(nn.Module):
                 tp_group=group,
             )
 
-    def summed_weights(self) -> Weights:
+    def forward(self) -> Weights:
         """Return the weights that this rank applies to its local heads, with gradients summed over the ranks.
 
-        Identity in forward; one all-reduce for all of them in backward.
+        Identity in forward; one all-reduce for all of them in backward. DeepSpeed's ZeRO gathers the weights
+        of a module while its forward method is called.
         """
-        local = {name: weight for name, weight in self.named_parameters() if "output_gate" not in name}
+        local = dict(self.named_parameters(recurse=False))
+        if self.attention.knocking_heads:
+            local |= {f"knocking.{name}": weight for name, weight in self.knocking().items()}
         if not local:
             return {}
         return dict(zip(local, sum_gradients_over(self.group, list(local.values())), strict=True))
@@ -132,6 +133,19 @@ class AttentionModifiers(nn.Module):
         heads = context_SBW.unflatten(-1, (-1, self.attention.value_width))
         gated: torch.Tensor = (heads * gates_SBN.unsqueeze(-1)).flatten(2)
         return gated
+
+
+class KnockingMaps(nn.Module):
+    """The maps up, gate and down, [D, D], which are applied from the right, as in the paper."""
+
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__()
+        for name in ("up", "gate", "down"):
+            self.register_parameter(name, nn.Parameter(torch.empty(width, width, **options)))
+
+    def forward(self) -> Weights:
+        """Return the maps by name."""
+        return dict(self.named_parameters())
 
 
 class HeadColumns(nn.Module):

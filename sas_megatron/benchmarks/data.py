@@ -1,4 +1,4 @@
-"""Speed and memory of `prepare_token_files`, against sentencepiece alone and against Megatron-LM."""
+"""Speed and memory of `prepare_token_files`, against the tokenizer's library and Megatron-LM."""
 
 from __future__ import annotations
 
@@ -19,22 +19,41 @@ import pyarrow.parquet as pq
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.prepare import prepare_token_files
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 
 MEMORY_POLL_SECONDS = 0.02
 
-# A process that encodes texts from memory in one batch, on one thread, into the fastest type of result
-# (numpy). It waits for a line of input before it encodes, so that all processes start together. Then it
+# Definitions of `encode` with a library alone, by the file of a tokenizer: texts in memory, one batch, one
+# thread, into the fastest type of result.
+BARE_LIBRARIES = {
+    "tokenizer.model": """
+import sentencepiece
+processor = sentencepiece.SentencePieceProcessor(model_file=model)
+encode = lambda texts: processor.encode(texts, return_type="numpy", num_threads=1)
+""",
+    "tokenizer.json": """
+import tokenizers
+tokenizer = tokenizers.Tokenizer.from_file(model)
+encode = lambda texts: tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+""",
+    "tokenizer.tiktoken": """
+from sas_megatron.data.tokenizer_loading import load_tokenizer
+encoding = load_tokenizer(model)._encoding
+encode = lambda texts: [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+""",
+}
+# A process that waits for a line of input before it encodes, so that all processes start together. Then it
 # prints tokens and seconds.
 BARE_ENCODING = """
 import sys, time
-import pyarrow.parquet, sentencepiece
-path, model, share, shares = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-processor = sentencepiece.SentencePieceProcessor(model_file=model)
+import pyarrow.parquet
+path, model, share, shares, library = *sys.argv[1:3], *map(int, sys.argv[3:5]), sys.argv[5]
+exec(library)
 texts = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()[share::shares]
 print("ready", flush=True)
 sys.stdin.readline()
 started = time.perf_counter()
-encoded = processor.encode(texts, return_type="numpy", num_threads=1)
+encoded = encode(texts)
 seconds = time.perf_counter() - started
 print(sum(map(len, encoded)), seconds, flush=True)
 """
@@ -49,7 +68,7 @@ class PreparationMeasurement:
     tokens: int
     text_bytes: int
     prepare_tokens_per_second: float
-    bare_tokens_per_second: float  # the same number of concurrent processes with only sentencepiece
+    bare_tokens_per_second: float  # the same number of concurrent processes with only the library
     ratio: float
     command_seconds: float  # complete command, imports included
     megatron_lm_seconds: float | None  # Megatron-LM's script, imports included; None if not requested
@@ -69,7 +88,7 @@ def measure_preparation(
 
     Args:
         source_parquet: Parquet file with a column `text`.
-        tokenizer_path: Model file of sentencepiece.
+        tokenizer_path: The tokenizer, as in `load_tokenizer`.
         workers: Number of worker processes.
         repeats: Number of rounds.
         megatron_lm: Checkout of Megatron-LM, whose `tools/preprocess_data.py` then runs in every round.
@@ -152,6 +171,7 @@ def _json_lines(folder: Path) -> Path:
 
 def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int) -> float:
     """Return the summed tokens per second of concurrent processes, each with a share of the documents."""
+    library = BARE_LIBRARIES[next(iter(load_tokenizer(tokenizer_path).files))]
     processes = [
         subprocess.Popen(
             [
@@ -162,7 +182,9 @@ def _measure_bare(source_parquet: Path, tokenizer_path: Path, num_processes: int
                 tokenizer_path,
                 str(share),
                 str(num_processes),
+                library,
             ],
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

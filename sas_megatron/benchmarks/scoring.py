@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from typing_extensions import override
 
 from sas_megatron.benchmarks.timing import Preparation, median_ratio, time_alternately
 from sas_megatron.config.run import RunConfig
@@ -60,6 +62,10 @@ class _NoTokenizer(Tokenizer):
     """A placeholder for the tokenizer of a model that only scores tokens."""
 
     def __init__(self) -> None: ...
+
+    @override
+    def encode_documents(self, documents: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
+        raise NotImplementedError("the model only scores tokens")
 
 
 def _rates(passages: Sequence[Passage], *, scoring: list[float], bare: list[float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from sas_megatron.benchmarks.roofline import measure_ceilings
 from sas_megatron.benchmarks.step_time import measure_step_seconds
 from sas_megatron.benchmarks.timing import median_ratio
+from sas_megatron.benchmarks.transformers_step import check_comparable
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.flops import causal_half, count_training_flops
 from sas_megatron.costs.parameters import count_parameters
@@ -24,15 +25,31 @@ def with_microbatches(config: RunConfig, num_microbatches: int) -> RunConfig:
     return config.model_copy(update={"training": training})
 
 
-def compare_steps(configs: dict[str, RunConfig], *, device: torch.device, rounds: int) -> dict[str, Any]:
+def compare_steps(
+    configs: dict[str, RunConfig], *, device: torch.device, rounds: int, with_transformers: bool = False
+) -> dict[str, Any]:
     """Time two runs in alternation; the first one is the base.
+
+    Args:
+        configs: The two runs by name.
+        device: The device of the runs.
+        rounds: Number of rounds, in each of which every run is timed once.
+        with_transformers: Whether to time the model of transformers with the base's parameters, too.
 
     Returns:
         For each name: seconds of a step, tokens, parameters, training FLOPs, and model FLOPs utilization
         (with all scores, and with their causal half). The ratios of the second run to the base in time, FLOPs
-        and parameters, and the time ratio over the FLOPs ratio.
+        and parameters, and the time ratio over the FLOPs ratio. With transformers, the seconds of its step,
+        and its time divided by the base's.
+
+    Raises:
+        UserError: There is no such model, or it cannot be timed.
     """
-    rounds_of_seconds = measure_step_seconds(list(configs.values()), rounds=rounds)
+    if with_transformers:
+        check_comparable(next(iter(configs.values())))
+    rounds_of_seconds = measure_step_seconds(
+        list(configs.values()), rounds=rounds, with_transformers=with_transformers
+    )
     seconds = {
         name: [measured[index] for measured in rounds_of_seconds] for index, name in enumerate(configs)
     }
@@ -42,8 +59,16 @@ def compare_steps(configs: dict[str, RunConfig], *, device: torch.device, rounds
     base, other = configs
     flops_ratio = rows[other]["flops"] / rows[base]["flops"]
     time_ratio = median_ratio(seconds[other], seconds[base])
+    comparison = {}
+    if with_transformers:
+        of_transformers = [measured[-1] for measured in rounds_of_seconds]
+        comparison = {
+            "transformers_seconds": statistics.median(of_transformers),
+            "transformers_over_base": median_ratio(of_transformers, seconds[base]),
+        }
     return {
         "rows": rows,
+        **comparison,
         "time_ratio": time_ratio,
         "flops_ratio": flops_ratio,
         "time_over_flops": time_ratio / flops_ratio,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 TIMED_STEPS = 3
 
 
-def measure_step_seconds(configs: list[RunConfig], *, rounds: int) -> list[list[float]]:
+def measure_step_seconds(
+    configs: list[RunConfig], *, rounds: int, with_transformers: bool = False
+) -> list[list[float]]:
     """Measure the steps of each config, on the number of processes that one model replica needs.
 
     Each round builds the model of each config again, one at a time. The tokens are random.
@@ -31,47 +34,74 @@ def measure_step_seconds(configs: list[RunConfig], *, rounds: int) -> list[list[
     Args:
         configs: Runs with the same layout.
         rounds: Number of measurements of each config.
+        with_transformers: Whether to time the model of transformers with the first config's parameters, too.
 
     Returns:
-        The median seconds of a step by round and config.
+        The median seconds of a step by round and config; those of transformers are the last of a round.
     """
     world_size = configs[0].parallel.model_size
     threads = max(1, (os.cpu_count() or 1) // world_size)
-    by_rank = run_on_ranks(_time_on_rank, configs, rounds, world_size=world_size, threads=threads)
+    by_rank = run_on_ranks(
+        _time_on_rank, configs, rounds, with_transformers, world_size=world_size, threads=threads
+    )
     # A step ends when its slowest rank has finished.
     return [[max(seconds) for seconds in zip(*ranks, strict=True)] for ranks in zip(*by_rank, strict=True)]
 
 
-def _time_on_rank(configs: list[RunConfig], rounds: int) -> list[list[float]]:
+def _time_on_rank(configs: list[RunConfig], rounds: int, with_transformers: bool) -> list[list[float]]:
     """Measure on a rank of an initialized world."""
     from sas_megatron.distributed.topology import joined_groups
 
     with joined_groups(configs[0].parallel, device=prepare_device(), seed=1) as topology:
-        return time_rounds(configs, rounds, topology)
+        return time_rounds(configs, rounds, topology, with_transformers=with_transformers)
 
 
-def time_rounds(configs: list[RunConfig], rounds: int, topology: Topology) -> list[list[float]]:
-    """Return this rank's median seconds of a step by round and config."""
-    return [
-        [_time_steps(config, topology.data_size, topology.device) for config in configs]
-        for _ in range(rounds)
-    ]
+def time_rounds(
+    configs: list[RunConfig], rounds: int, topology: Topology, *, with_transformers: bool = False
+) -> list[list[float]]:
+    """Return this rank's median seconds of a step by round and config, as `measure_step_seconds` does."""
+    steps = [functools.partial(_prepare_engine, config) for config in configs]
+    if with_transformers:
+        steps.append(functools.partial(_prepare_transformers, configs[0]))
+    return [[_time_steps(prepare, topology) for prepare in steps] for _ in range(rounds)]
 
 
-def _time_steps(config: RunConfig, data_size: int, device: torch.device) -> float:
+def _prepare_engine(config: RunConfig, topology: Topology) -> Callable[[], None]:
+    """Build the engine of a run, and return its optimizer step."""
     from sas_megatron.training import build
 
+    engine = build.build_engine(config)
+    num_microbatches = config.training.num_microbatches(topology.data_size)
+    batches = _random_batches(config, topology.device)
+
+    def take_step() -> None:
+        engine.forward_backward(batches, num_microbatches=num_microbatches)
+        engine.update(float(engine.compute_gradient_norm()))
+
+    return take_step
+
+
+def _prepare_transformers(config: RunConfig, topology: Topology) -> Callable[[], None]:
+    """Build the model of transformers with the run's parameters, and return its optimizer step."""
+    from sas_megatron.benchmarks.transformers_step import TransformersStep
+
+    trained = TransformersStep(config, topology.device)
+    num_microbatches = config.training.num_microbatches(topology.data_size)
+    batch = next(_random_batches(config, topology.device))
+    return lambda: trained.run(batch, num_microbatches=num_microbatches)
+
+
+def _time_steps(prepare: Callable[[Topology], Callable[[], None]], topology: Topology) -> float:
+    """Return the median seconds of the step that `prepare` returns."""
     # The previous engine is part of reference cycles, so its memory is freed only by a garbage collection.
     gc.collect()
     torch.cuda.empty_cache()
-    engine = build.build_engine(config)
-    num_microbatches = config.training.num_microbatches(data_size)
+    step = prepare(topology)
     seconds = []
     for _ in range(1 + TIMED_STEPS):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        engine.forward_backward(_random_batches(config, device), num_microbatches=num_microbatches)
-        engine.update(engine.compute_gradient_norm())
+        step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     # The first step creates the optimizer state and the tables of rotary embeddings.

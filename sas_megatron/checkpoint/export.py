@@ -1,7 +1,7 @@
 """Export a model to a folder that transformers loads: weights, config, code, tokenizer and model card.
 
-A model that the Llama format can express becomes a Llama, which needs no code from the folder. Other models
-keep the native names of their weights and include the code in `remote_code`.
+A model that a format of transformers can express (`export_formats`) needs no code from the folder. Other
+models keep the native names of their weights and include the code in `remote_code`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from sas_megatron.attention.sas import simulated_attention
+from sas_megatron.checkpoint.export_formats import choose_format
 from sas_megatron.checkpoint.hf_config import native_config
-from sas_megatron.checkpoint.llama import find_obstacle, llama_config, to_llama
 from sas_megatron.checkpoint.model_card import Export, write_card
 from sas_megatron.checkpoint.tensor_files import (
     EMBEDDING_NAMES,
@@ -26,12 +26,14 @@ from sas_megatron.checkpoint.tensor_files import (
     new_folder,
     write_tensors,
 )
+from sas_megatron.checkpoint.tokenizer_files import write_tokenizer
 from sas_megatron.checkpoint.trained_run import open_fitting_tokenizer
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.parameters import count_parameters
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.model import rotary_frequencies
 
 _CODE = Path(__file__).parent / "remote_code"
 _MODEL_CODE = (
@@ -40,8 +42,8 @@ _MODEL_CODE = (
         for name in ("attention", "attention_steps", "configuration", "modeling")
     ),
     Path(simulated_attention.__file__),
+    Path(rotary_frequencies.__file__),
 )
-_TOKENIZER_CODE = "tokenization_sas_megatron.py"
 
 
 def export_model(
@@ -71,15 +73,15 @@ def export_model(
         UserError: The weights do not match the config, or a file cannot be read or written.
     """
     tokenizer = tokenizer or open_fitting_tokenizer(
-        Path(config.data.tokenizer), config, remedy="name the tokenizer with which the model was trained"
+        config.data.tokenizer, config, remedy="name the tokenizer with which the model was trained"
     )
-    obstacle = find_obstacle(config.model, config.attention)
+    export_format, obstacle = choose_format(config.model, config.attention)
     tensors = _remove_padding(weights, config, dtype)
-    if obstacle is None:
-        fields = llama_config(config.model, config.attention)
-        tensors = to_llama(tensors, config.attention)
-    else:
+    if export_format is None:
         fields = native_config(config.model, config.attention)
+    else:
+        fields = export_format.config_fields(config.model, config.attention)
+        tensors = export_format.convert(tensors, config.attention)
     with new_folder(folder) as partial:
         weights_sha256 = write_tensors(partial, tensors, stem="model", shard_bytes=shard_bytes)
         written_dtype = dtype or next(iter(weights.values())).dtype
@@ -89,7 +91,7 @@ def export_model(
             partial / "generation_config.json",
             {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id, "use_cache": True},
         )
-        _write_tokenizer(partial, tokenizer, config)
+        write_tokenizer(partial, tokenizer, config)
         for path in () if obstacle is None else _MODEL_CODE:
             shutil.copyfile(path, partial / path.name)
         resolved = dump_yaml(config)
@@ -141,26 +143,6 @@ def _remove_padding(
             f"weights: have {total:,} parameters, but the config describes {expected:,}; use the config of "
             "the run that trained them"
         )
-
-
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
-    end_of_document = tokenizer.piece(tokenizer.eos_id)
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    shutil.copyfile(_CODE / _TOKENIZER_CODE, folder / _TOKENIZER_CODE)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "SASMegatronTokenizer",
-            "auto_map": {"AutoTokenizer": ["tokenization_sas_megatron.SASMegatronTokenizer", None]},
-            "model_max_length": config.data.sequence_length,
-            "eos_token": end_of_document,
-            # The vocabulary has no padding token, so the end of document is used instead.
-            "pad_token": end_of_document,
-            "padding_side": "left",
-            "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

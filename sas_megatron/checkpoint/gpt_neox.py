@@ -1,4 +1,4 @@
-"""Conversion of models in the GPT-NeoX format of transformers to multi-head models.
+"""Conversion of multi-head models to and from the GPT-NeoX format of transformers, which Pythia has.
 
 The fused projection of GPT-NeoX equals that of Megatron-core with one group per head: the query, key and
 value rows of a head are adjacent. Both apply the same rotary embeddings to the first features of a head.
@@ -6,14 +6,16 @@ value rows of a head are adjacent. Both apply the same rotary embeddings to the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from sas_megatron.checkpoint.hf_config import HFConfig
-from sas_megatron.checkpoint.llama import check_tied_output
-from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.checkpoint.hf_config import HFConfig, rope_scaling_fields
+from sas_megatron.checkpoint.llama import check_tied_output, first_obstacle
+from sas_megatron.checkpoint.tensor_files import NamedTensors
+from sas_megatron.config.attention import MODIFIERS, AttentionConfig
 from sas_megatron.config.model import ModelConfig
 
 _NAMES = {
@@ -38,6 +40,60 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def find_neox_obstacle(model: ModelConfig, attention: AttentionConfig) -> str | None:
+    """Return the first field, with its value, that GPT-NeoX cannot express; None if there is none."""
+    fits = {
+        "attention.kind": attention.kind == "mha",
+        "attention.head_dim": attention.head_dim * attention.num_heads == model.hidden_size,
+        "attention.rotary": attention.rotary == "after",
+        **{f"attention.{name}": getattr(attention, name) in (False, "none") for name in MODIFIERS},
+        "model.normalization": model.normalization == "layernorm",
+        "model.activation": model.activation in _ACTIVATION_NAMES,
+        "model.linear_bias": model.linear_bias,
+    }
+    return first_obstacle(fits, model, attention)
+
+
+def neox_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+    """Return the fields of `GPTNeoXConfig` for a model for which `find_neox_obstacle` returns None."""
+    fraction = attention.rotary_width / attention.head_dim
+    if int(attention.head_dim * fraction) < attention.rotary_width:
+        # transformers rounds the product down, and the quotient may be rounded down as well.
+        fraction = math.nextafter(fraction, 1.0)
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": attention.num_heads,
+        "hidden_act": _ACTIVATION_NAMES[model.activation],
+        "layer_norm_eps": model.norm_epsilon,
+        "rotary_emb_base": model.rotary_base,
+        "rotary_pct": fraction,
+        **rope_scaling_fields(model),
+        "use_parallel_residual": model.parallel_residual,
+        "attention_bias": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def to_neox(tensors: NamedTensors, _attention: AttentionConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Convert full native weights, of a model for which `find_neox_obstacle` returns None, to GPT-NeoX."""
+    for name, tensor in tensors:
+        if name in _NAMES:
+            yield _NAMES[name], tensor
+            continue
+        module, _, kind = name.rpartition(".")
+        layer, layer_module = module.removeprefix("decoder.layers.").split(".", 1)
+        yield f"gpt_neox.layers.{layer}.{_LAYER_NAMES[layer_module]}.{kind}", tensor
 
 
 def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -47,12 +103,10 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         FieldError: The native model cannot express a field.
         FileProblem: A field is missing.
     """
-    # With a parallel residual, attention and MLP read the same input; the native MLP follows the attention.
-    config.require("use_parallel_residual", False, default=True)
     activation = config.read_choice("hidden_act", ACTIVATIONS, default="gelu")
     # The MLP of GPT-NeoX always has biases, and model.linear_bias applies to attention and MLP.
     config.require("attention_bias", True)
-    rotary_base, rotary_fraction = config.read_rotary_embedding(
+    rotary_fields, rotary_fraction = config.read_rotary_embedding(
         "rotary_emb_base", fraction_field="rotary_pct", default_fraction=0.25
     )
     head_dim = config.get("hidden_size") // config.get("num_attention_heads")
@@ -64,7 +118,9 @@ def read_neox_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "linear_bias": True,
         "tie_embeddings": config.get("tie_word_embeddings", False),
         "hidden_dropout": float(config.get("hidden_dropout", 0.0)),
-        "rotary_base": rotary_base,
+        # `use_parallel_residual` is true in Pythia, and by default.
+        "parallel_residual": config.get("use_parallel_residual", True),
+        **rotary_fields,
     }
     attention = {
         "kind": "mha",

@@ -11,11 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.checkpoint.hf_fields import SizeFields
+from sas_megatron.checkpoint.hf_fields import NativeFields, SizeFields
 from sas_megatron.checkpoint.weights_source import describe_architecture
-from sas_megatron.config.attention import KINDS, AttentionConfig
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.config.model import ModelConfig
+from sas_megatron.config.model import ROTARY_SCALINGS, ModelConfig
 from sas_megatron.io.file_records import parse_json, read_regular_file
 
 _REQUIRED = object()
@@ -30,9 +31,22 @@ _NATIVE_FIELDS = {
     "normalization": "normalization",
     "norm_epsilon": "norm_epsilon",
     "linear_bias": "linear_bias",
+    "parallel_residual": "parallel_residual",
     "rotary_base": "rotary_base",
+    **{name: name for name in ("rotary_scaling", *ROTARY_SCALINGS["llama3"])},
     "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
+}
+# `rope_type` of transformers -> the fields of its parameters, with the fields of the section `model`.
+_ROPE_TYPES: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "rotary_scaling_factor"},
+    "llama3": {
+        "factor": "rotary_scaling_factor",
+        "low_freq_factor": "rotary_low_frequency_factor",
+        "high_freq_factor": "rotary_high_frequency_factor",
+        "original_max_position_embeddings": "rotary_original_length",
+    },
 }
 
 
@@ -136,23 +150,23 @@ class HFConfig:
 
     def read_rotary_embedding(
         self, base_field: str, *, fraction_field: str | None = None, default_fraction: float = 1.0
-    ) -> tuple[int, float]:
-        """Return the rotary base θ and the fraction of a head's features that are rotated.
+    ) -> tuple[dict[str, Any], float]:
+        """Return the fields `rotary_*` of the section `model`, and the fraction of rotated features.
+
+        The spelling of transformers 4 has a field for θ, one for the fraction if the format has it, and
+        `rope_scaling`; that of transformers 5 has `rope_parameters`.
 
         Args:
-            base_field: Field for θ in transformers 4; transformers 5 uses `rope_parameters` instead.
-            fraction_field: Field for the fraction in transformers 4, if the format has one.
+            base_field: Field for θ.
+            fraction_field: Field for the fraction; None if the format rotates all features.
             default_fraction: The fraction if no field contains it.
 
         Raises:
             FieldError: The native model cannot express the rotary embedding.
         """
-        self.require("rope_scaling", None)
-        parameters = self.get("rope_parameters", None) or {}
-        kind = parameters.get("rope_type", "default")
-        if kind != "default":
-            raise self._not_supported("rope_parameters.rope_type", kind, "default")
-        # transformers 5 writes null for a default.
+        # transformers 5 reads both in this order, and writes null for a default.
+        name = "rope_scaling" if self.get("rope_scaling", None) else "rope_parameters"
+        parameters = self.get(name, None) or {}
         base = parameters.get("rope_theta") or self.get(base_field, 10000)
         if base != int(base):
             raise FieldError(
@@ -161,11 +175,33 @@ class HFConfig:
                 "must be an integer, as model.rotary_base is",
                 "import another model",
             )
-        fraction = default_fraction
+        fraction = parameters.get("partial_rotary_factor")
         if fraction_field is not None:
-            stated = parameters.get("partial_rotary_factor")
-            fraction = self.get(fraction_field, default_fraction) if stated is None else stated
-        return int(base), fraction
+            fraction = self.get(fraction_field, default_fraction) if fraction is None else fraction
+        elif fraction not in (None, 1):
+            raise self._not_supported(f"{name}.partial_rotary_factor", fraction, 1.0)
+        fields = {"rotary_base": int(base), **self._read_rotary_scaling(name, parameters)}
+        return fields, default_fraction if fraction is None else fraction
+
+    def _read_rotary_scaling(self, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields `rotary_scaling*` of the section `model`, from the field `name`."""
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind not in _ROPE_TYPES:
+            raise self._not_supported(f"{name}.rope_type", kind, f"one of {', '.join(_ROPE_TYPES)}")
+        # The original length, by its priority in transformers 5.
+        length = "original_max_position_embeddings"
+        lengths = (self.get(length, None), parameters.get(length), self.get("max_position_embeddings", None))
+        known = {**parameters, length: next(filter(None, lengths), None)}
+        for field in _ROPE_TYPES[kind]:
+            if known.get(field) is None:
+                raise FieldError(
+                    f"{self.path}: {name}.{field}",
+                    None,
+                    f"is required by rope_type {kind}",
+                    "correct it, or copy the model again",
+                )
+        fields = {ours: known[theirs] for theirs, ours in _ROPE_TYPES[kind].items()}
+        return {"rotary_scaling": "none" if kind == "default" else kind, **fields}
 
     def _not_supported(self, name: str, value: object, expected: object) -> FieldError:
         return FieldError(
@@ -174,6 +210,14 @@ class HFConfig:
             f"must be {expected}: the models of this package support no other value",
             "import another model",
         )
+
+
+def rope_scaling_fields(model: ModelConfig) -> dict[str, Any]:
+    """Return `rope_scaling` in the spelling of transformers 4, which 5 and vLLM also read; {} if unscaled."""
+    if model.rotary_scaling == "none":
+        return {}
+    parameters = {theirs: getattr(model, ours) for theirs, ours in _ROPE_TYPES[model.rotary_scaling].items()}
+    return {"rope_scaling": {"rope_type": model.rotary_scaling, **parameters}}
 
 
 def native_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
@@ -210,5 +254,7 @@ def read_native_config(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]
     Raises:
         FileProblem: A field is missing.
     """
-    model = {name: config.get(hf_name) for name, hf_name in _NATIVE_FIELDS.items()}
+    # Models that earlier versions exported lack fields that have defaults.
+    fields = NativeFields.model_validate(config.fields)
+    model = {name: getattr(fields, hf_name) for name, hf_name in _NATIVE_FIELDS.items()}
     return model, config.get("attention")

@@ -1,7 +1,7 @@
 """The types and ranges of the fields in a config.json of each format that can be imported.
 
-Whether the native model can express a value is decided in `llama.py` and `gpt_neox.py`; fields that these do
-not read are ignored.
+Whether the native model can express a value is decided in `llama.py`, `qwen.py` and `gpt_neox.py`. Fields
+that these do not read are ignored.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ class _HFSection(Section):
 
 
 class RopeParameters(_HFSection):
-    """`rope_parameters` of transformers 5."""
+    """`rope_parameters` of transformers 5, or `rope_scaling` of transformers 4."""
 
     rope_type: str = "default"
+    # An older name of `rope_type`.
+    type: str = "default"
     rope_theta: Positive | None = None
     partial_rotary_factor: Annotated[float, Field(ge=0, le=1)] | None = None
+    factor: Annotated[float, Field(ge=1)] | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
 
 
 class SizeFields(_HFSection):
@@ -41,6 +47,10 @@ class SizeFields(_HFSection):
     num_hidden_layers: Size
     num_attention_heads: Size
     tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | None = None
+    rope_scaling: RopeParameters | None = None
+    max_position_embeddings: Size | None = None
+    original_max_position_embeddings: Size | None = None
 
 
 class LlamaFields(SizeFields):
@@ -53,18 +63,35 @@ class LlamaFields(SizeFields):
     mlp_bias: bool = False
     attention_dropout: Probability = 0.0
     rope_theta: Positive = 10000.0
-    rope_parameters: RopeParameters | None = None
+
+
+class Qwen2Fields(SizeFields):
+    """Fields of `Qwen2Config`."""
+
+    num_key_value_heads: Size
+    head_dim: Size | None = None
+    rms_norm_eps: Positive = 1e-6
+    attention_dropout: Probability = 0.0
+    use_sliding_window: bool = False
+    rope_theta: Positive = 10000.0
+
+
+class Qwen3Fields(Qwen2Fields):
+    """Fields of `Qwen3Config`, whose default of `head_dim` does not depend on the other sizes."""
+
+    head_dim: Size
+    attention_bias: bool = False
 
 
 class NeoXFields(SizeFields):
     """Fields of `GPTNeoXConfig`."""
 
+    use_parallel_residual: bool = True
     layer_norm_eps: Positive = 1e-5
     hidden_dropout: Probability = 0.0
     attention_dropout: Probability = 0.0
     rotary_emb_base: Positive = 10000.0
     rotary_pct: Annotated[float, Field(ge=0, le=1)] = 0.25
-    rope_parameters: RopeParameters | None = None
 
 
 class NativeFields(SizeFields):
@@ -76,4 +103,10 @@ class NativeFields(SizeFields):
     linear_bias: bool
     rotary_base: Size
     initializer_range: Positive
+    parallel_residual: bool = False
+    rotary_scaling: str = "none"
+    rotary_scaling_factor: Positive | None = None
+    rotary_low_frequency_factor: Positive | None = None
+    rotary_high_frequency_factor: Positive | None = None
+    rotary_original_length: Size | None = None
     attention: dict[str, Any]

@@ -3,6 +3,7 @@
 config.json, model*.safetensors  ->  weights*.safetensors   under global names
                                      weights.json           architecture, checksum and origin
                                      model.yaml             the sections `model` and `attention` of a config
+tokenizer.json, tokenizer.model  ->  the same files
 """
 
 from __future__ import annotations
@@ -18,8 +19,16 @@ from pydantic import ValidationError
 
 from sas_megatron.checkpoint.gpt_neox import from_neox, neox_shapes, read_neox_config
 from sas_megatron.checkpoint.hf_config import HFConfig, read_native_config
-from sas_megatron.checkpoint.hf_fields import LlamaFields, NativeFields, NeoXFields, SizeFields
+from sas_megatron.checkpoint.hf_fields import (
+    LlamaFields,
+    NativeFields,
+    NeoXFields,
+    Qwen2Fields,
+    Qwen3Fields,
+    SizeFields,
+)
 from sas_megatron.checkpoint.llama import from_llama, llama_shapes, read_llama_config
+from sas_megatron.checkpoint.qwen import read_qwen2_config, read_qwen3_config
 from sas_megatron.checkpoint.tensor_files import (
     EMBEDDING_NAMES,
     SHARD_BYTES,
@@ -34,6 +43,7 @@ from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.errors import FieldError, FileProblem, shorten
 from sas_megatron.config.loading import dump_tree
 from sas_megatron.config.model import ModelConfig
+from sas_megatron.data.tokenizer import Tokenizer
 
 # Default limit of model.vocab_multiple, a multiple of all usual tensor-parallel sizes.
 _MAX_VOCAB_MULTIPLE = 128
@@ -55,6 +65,8 @@ class _Format(NamedTuple):
 
 _FORMATS = {
     "llama": _Format(LlamaFields, read_llama_config, llama_shapes, from_llama),
+    "qwen2": _Format(Qwen2Fields, read_qwen2_config, llama_shapes, from_llama),
+    "qwen3": _Format(Qwen3Fields, read_qwen3_config, llama_shapes, from_llama),
     "gpt_neox": _Format(NeoXFields, read_neox_config, neox_shapes, from_neox),
     "sas_megatron": _Format(
         NativeFields,
@@ -66,7 +78,7 @@ _FORMATS = {
 
 
 def open_model(source: Path, *, vocab_multiple: int | None = None) -> UnshardedModel:
-    """Open a Hugging Face model in the Llama or GPT-NeoX format, or one that this package exported.
+    """Open a Hugging Face model in the format of Llama, Qwen2, Qwen3 or GPT-NeoX, or one exported from here.
 
     Args:
         source: Folder of the model.
@@ -111,13 +123,18 @@ def open_model(source: Path, *, vocab_multiple: int | None = None) -> UnshardedM
 
 
 def write_model(
-    unsharded_model: UnshardedModel, folder: Path, *, shard_bytes: int = SHARD_BYTES
+    unsharded_model: UnshardedModel,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> WeightsRecord:
     """Write unsharded weights, their record and their config sections into a new folder.
 
     Args:
         unsharded_model: The model.
         folder: New folder.
+        tokenizer: The tokenizer of the model, whose files are written as well.
         shard_bytes: Largest size of a file of weights. Memory holds one file at a time.
 
     Raises:
@@ -131,6 +148,8 @@ def write_model(
             origin=unsharded_model.origin,
         )
         record.write(partial)
+        for name, content in {} if tokenizer is None else tokenizer.files.items():
+            (partial / name).write_bytes(content)
         sections = {
             "model": unsharded_model.model.model_dump(mode="json"),
             "attention": unsharded_model.attention.model_dump(mode="json"),
@@ -201,5 +220,5 @@ def _pad_embeddings(
         raise FileProblem(
             stored.stored.folder,
             f"contains {len(stored.unread)} tensors that its config does not describe ({examples} …)",
-            "import a model with the weights of a standard Llama or GPT-NeoX",
+            "import a model with the weights of a standard model of its type",
         )

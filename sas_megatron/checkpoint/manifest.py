@@ -6,7 +6,7 @@
                                manifest.json    all files above             manifest.sha256   its checksum
 
 All files are written to `iter_0001000.partial` and synced to disk. The folder is then renamed, so a
-checkpoint with its final name is complete.
+checkpoint with its final name is complete. `latest_checkpointed_iteration.txt` beside it has its step.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from sas_megatron.io.file_records import (
     parse_json,
     read_regular_file,
 )
-from sas_megatron.io.files import sync
+from sas_megatron.io.files import sync, write_file
 
 # Formats 1 and 2 held one file per rank.
 SCHEMA = 3
 MANIFEST, MANIFEST_CHECKSUM = "manifest.json", "manifest.sha256"
+LATEST = "latest_checkpointed_iteration.txt"
 METADATA, PROGRESS, CONFIG = ".metadata", "progress.json", "config.yaml"
 UNREADABLE = f"is damaged: {MANIFEST} cannot be read"
 DAMAGE_REMEDY = "restore it from a copy, or resume from the previous checkpoint with checkpoint.resume=true"
@@ -136,6 +137,8 @@ def publish(partial: Path, manifest: Manifest) -> Path:
         _delete(replaced)
         final.rename(replaced)
     partial.rename(final)
+    # Megatron-LM's name of the newest checkpoint, for other programs; this package lists the folder.
+    write_file(final.parent / LATEST, str(manifest.step))
     sync(final.parent)
     return final
 

@@ -16,7 +16,7 @@ class Export:
 
     folder: Path
     model_class: str
-    # The field, with its value, that the Llama format cannot express; None if the model is a Llama.
+    # The field, with its value, that the Llama format cannot express; None if the model needs no model code.
     obstacle: str | None
     # Location of the weights.
     origin: str
@@ -64,7 +64,7 @@ as
 def write_card(path: Path, export: Export, config: RunConfig) -> None:
     """Write the model card of an exported model to `path`."""
     if export.obstacle is None:
-        trust, code = "", "The model is a Llama and needs no code from this folder."
+        trust, code = "", f"The model is a {export.model_class} and needs no code from this folder."
     else:
         trust = ", trust_remote_code=True"
         code = f"The code of the model is in this folder: the Llama format has no `{export.obstacle}`."

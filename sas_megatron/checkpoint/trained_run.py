@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,15 +18,13 @@ from sas_megatron.checkpoint.manifest import (
     find_run_checkpoints,
     is_complete,
 )
-from sas_megatron.config.errors import FieldError, FileProblem
+from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import find_tokenizer, load_tokenizer, tokenizer_exists
 from sas_megatron.io.run_record import RECORD, damaged_record, read_run_record
 
 logger = logging.getLogger(__name__)
-
-# The copy of the tokenizer in a run directory.
-TOKENIZER = "tokenizer.model"
 
 
 def select_checkpoint(source: Path, *, iteration: int | None) -> Path:
@@ -123,42 +120,43 @@ def open_model_tokenizer(config: RunConfig, checkpoint: Path, *, option: str, gi
     run = find_run_directory(checkpoint)
     recorded = _read_tokenizer_checksums(run)
     remedy = f"name the tokenizer of the model with {option}"
-    path, copy = Path(given or config.data.tokenizer), run / TOKENIZER
-    if given is None and os.path.isfile(copy) and not _is_recorded(path, recorded):
-        logger.info("%s is not the tokenizer of the run; its copy is used: %s", path, copy)
-        path = copy
-    if not os.path.exists(path):  # unlike Path.exists, it accepts any text
-        raise FieldError("data.tokenizer", path, f"does not exist, and {run} contains no copy", remedy)
-    tokenizer = open_fitting_tokenizer(path, config, remedy=remedy)
+    location, copy = given or config.data.tokenizer, find_tokenizer(run)
+    if given is None and copy is not None and not _is_recorded(location, config, recorded):
+        logger.info("%s is not the tokenizer of the run; its copy is used: %s", location, copy)
+        location = str(copy)
+    if not tokenizer_exists(location):
+        raise FieldError("data.tokenizer", location, f"does not exist, and {run} contains no copy", remedy)
+    tokenizer = open_fitting_tokenizer(location, config, remedy=remedy)
     if recorded and tokenizer.sha256 not in recorded:
-        raise FieldError("data.tokenizer", path, "differs from the tokenizer of the training run", remedy)
+        raise FieldError("data.tokenizer", location, "differs from the tokenizer of the training run", remedy)
     return tokenizer
 
 
-def open_fitting_tokenizer(path: Path, config: RunConfig, *, remedy: str) -> Tokenizer:
+def open_fitting_tokenizer(location: str, config: RunConfig, *, remedy: str) -> Tokenizer:
     """Open a tokenizer and check that the model of a config has a row for each of its tokens.
 
     Raises:
         FileProblem: The tokenizer is damaged.
         FieldError: It has more tokens than the model.
     """
-    tokenizer = Tokenizer(path)
+    tokenizer = load_tokenizer(location, end_of_document=config.data.end_of_document)
     if not tokenizer.fits(config.model.vocab_size):
         raise FieldError(
             "data.tokenizer",
-            path,
+            location,
             f"has {tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}",
             remedy,
         )
     return tokenizer
 
 
-def _is_recorded(path: Path, recorded: set[str]) -> bool:
-    """Return whether a path holds the tokenizer of the run; without a record, whether it exists."""
-    if not recorded or not os.path.isfile(path):
-        return os.path.isfile(path)
-    with contextlib.suppress(FileProblem):
-        return Tokenizer(path).sha256 in recorded
+def _is_recorded(location: str, config: RunConfig, recorded: set[str]) -> bool:
+    """Return whether a location holds the tokenizer of the run; without a record, whether it exists."""
+    if not recorded or not tokenizer_exists(location):
+        return tokenizer_exists(location)
+    with contextlib.suppress(UserError):
+        tokenizer = load_tokenizer(location, end_of_document=config.data.end_of_document)
+        return tokenizer.sha256 in recorded
     return False
 
 

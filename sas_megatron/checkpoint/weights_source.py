@@ -25,7 +25,7 @@ from sas_megatron.checkpoint.manifest import (
 from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.config.attention import AttentionConfig
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
-from sas_megatron.config.loading import load_run_config
+from sas_megatron.config.loading import format_override, load_run_config
 from sas_megatron.config.model import ModelConfig
 from sas_megatron.config.run import RunConfig
 from sas_megatron.io.file_records import (
@@ -100,6 +100,7 @@ def raise_if_architectures_differ(
                     value,
                     f"must be {actual_value}, as for the weights in {origin}",
                     f"set {field}={actual_value}",
+                    (format_override(field, actual_value),),
                 )
 
 
@@ -121,6 +122,7 @@ def raise_if_vocab_padding_differs(actual: ModelConfig, expected: ModelConfig, *
             f"gives {expected.padded_vocab_size} rows of the embedding, but the weights in {origin} have "
             f"{actual.padded_vocab_size}",
             f"set model.vocab_multiple={actual.vocab_multiple}",
+            (f"model.vocab_multiple={actual.vocab_multiple}",),
         )
 
 

@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from sas_megatron.cli import bench_tables as tables
-from sas_megatron.config.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-POSITIVE = click.IntRange(min=1)
-THREADS_OPTION = click.option("--threads", type=POSITIVE, help="CPU threads; default: one per processor.")
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of a table.")
-OUTPUT_OPTION = click.option(
-    "--output", type=click.Path(path_type=Path), help="PNG file for a plot of the results under the roofline."
+from sas_megatron.cli.bench_options import (
+    JSON_OPTION,
+    OUTPUT_OPTION,
+    POSITIVE,
+    ROUNDS_HELP,
+    THREADS_OPTION,
+    prepare,
+    shape_options,
 )
-ROUNDS_HELP = "Rounds after two warm-up rounds."
-
-
-def shape_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options for the sizes of an attention block, its precision, threads and rounds."""
-    sizes = {
-        "num-heads": 12,
-        "head-expansion": 3,
-        "head-dim": 64,
-        "simulated-head-dim": 96,
-        "kernel-size": 3,
-        "sequence-length": 512,
-        "batch-size": 2,
-    }
-    options = [
-        *(
-            click.option(f"--{name}", type=POSITIVE, default=size, show_default=True)
-            for name, size in sizes.items()
-        ),
-        click.option(
-            "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
-        ),
-        THREADS_OPTION,
-        click.option("--repeats", type=POSITIVE, default=9, show_default=True, help=ROUNDS_HELP),
-    ]
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+from sas_megatron.config.errors import UserError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,7 +53,7 @@ def attention(
 
     Each block runs forward and backward.
     """
-    device = _prepare(threads)
+    device = prepare(threads)
     from sas_megatron.benchmarks.attention import measure_attention, roofline_points
     from sas_megatron.benchmarks.attention_blocks import BlockShape
     from sas_megatron.config.parallel import ParallelConfig
@@ -127,7 +98,7 @@ def simulation(
     Raises:
         UserError: --sweep is used without a CUDA device.
     """
-    device = _prepare(threads)
+    device = prepare(threads)
     if sweep and device.type != "cuda":
         raise UserError("--sweep: the fused kernels need a CUDA device; leave it out")
     from sas_megatron.benchmarks.attention_blocks import BlockShape
@@ -152,29 +123,28 @@ def simulation(
 @click.argument("overrides", nargs=-1)
 @click.option("--microbatches", type=POSITIVE, default=2, show_default=True, help="Microbatches per step.")
 @click.option("--rounds", type=POSITIVE, default=3, show_default=True)
+@click.option("--transformers", "with_transformers", is_flag=True, help="Time BASE in transformers, too.")
 @JSON_OPTION
 def step(
-    base: str, other: str, overrides: tuple[str, ...], microbatches: int, rounds: int, as_json: bool
+    base: str, other: str, overrides: tuple[str, ...], microbatches: int, as_json: bool, **options: Any
 ) -> None:
     """Compare times and FLOPs of training steps of two configs.
 
     OTHER is compared with BASE, each with one model replica. Both get the OVERRIDES (section.field=value).
+    With --transformers, the same rounds time a step of transformers' model with the parameters of BASE.
     """
     from sas_megatron.config.loading import load_run_config
 
     configs = {path: load_run_config(path, list(overrides)) for path in (base, other)}
-    device = _prepare(None)
+    device = prepare(None)
 
     from sas_megatron.benchmarks.step_comparison import compare_steps, with_microbatches
 
-    result = compare_steps(
-        {path: with_microbatches(config, microbatches) for path, config in configs.items()},
-        device=device,
-        rounds=rounds,
-    )
+    configs = {path: with_microbatches(config, microbatches) for path, config in configs.items()}
+    result = compare_steps(configs, device=device, **options)
     if not as_json:
         click.echo(f"BASE: {base}\nOTHER: {other}")
-    result = {**result, **tables.machine_and_threads(device)}
+    result |= tables.machine_and_threads(device)
     tables.show(result, tables.step_rows(result), as_json=as_json)
 
 
@@ -184,8 +154,21 @@ def step(
 @click.option(
     "--steps", type=POSITIVE, default=20, show_default=True, help="Steps after three warm-up steps."
 )
+@click.option(
+    "--read-delay-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Compare steps with and without this many milliseconds added to each read of a sample instead.",
+)
+@click.option("--rounds", type=POSITIVE, default=9, show_default=True, help="Rounds of --read-delay-ms.")
 @JSON_OPTION
-def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> None:
+def loop(
+    config: str,
+    overrides: tuple[str, ...],
+    steps: int,
+    read_delay_ms: float | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
     """Time the training loop outside of the engine.
 
     The engine runs forward, backward and optimizer. OVERRIDES (section.field=value) apply to CONFIG. The run
@@ -198,22 +181,29 @@ def loop(config: str, overrides: tuple[str, ...], steps: int, as_json: bool) -> 
     from sas_megatron.config.loading import load_run_config
 
     loaded = load_run_config(config, list(overrides))
-    device = _prepare(None)
+    device = prepare(None)
 
     from sas_megatron.benchmarks.loop import measure_loop, prepare_run
+    from sas_megatron.benchmarks.read_delay import count_steps, measure_read_delay
     from sas_megatron.distributed.topology import joined_topology
 
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare_run(loaded, Path(folder), num_steps=steps)
+        num_steps = steps if read_delay_ms is None else count_steps(loaded, rounds=rounds)
+        run = prepare_run(loaded, Path(folder), num_steps=num_steps)
         with (
             # The console lines of the run would mix with the result.
             contextlib.redirect_stdout(sys.stderr),
             joined_topology(run.parallel, device=device, seed=1, timeout_minutes=10) as topology,
         ):
-            result = measure_loop(run, topology)
+            result = (
+                measure_loop(run, topology)
+                if read_delay_ms is None
+                else measure_read_delay(run, topology, seconds=read_delay_ms / 1e3, rounds=rounds)
+            )
     machine = tables.machine_and_threads(device)
     result = {"config": config, "overrides": overrides, **result, **machine}
-    tables.show(result, tables.loop_rows(result), as_json=as_json)
+    rows = tables.loop_rows(result) if read_delay_ms is None else tables.read_delay_rows(result)
+    tables.show(result, rows, as_json=as_json)
 
 
 @bench.command()
@@ -241,7 +231,7 @@ def data(
     megatron_lm: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare `data prepare` with sentencepiece alone."""
+    """Compare `data prepare` with the library of the tokenizer alone."""
     import tempfile
 
     from sas_megatron.benchmarks.data import measure_preparation
@@ -321,7 +311,7 @@ def scoring(
 
     Passages are scored as in `evaluate`, by the same model.
     """
-    device = _prepare(threads)
+    device = prepare(threads)
     from sas_megatron.benchmarks.scoring import measure_scoring
     from sas_megatron.config.loading import load_run_config
     from sas_megatron.config.shipped_configs import shipped_configs
@@ -334,17 +324,3 @@ def scoring(
         )
     result = {**result, **tables.machine_and_threads(device)}
     tables.show(result, tables.scoring_rows(result), as_json=as_json)
-
-
-def _prepare(threads: int | None) -> torch.device:
-    """Return the device. On a CPU, use the given number of threads, or one per processor."""
-    import os
-
-    from sas_megatron.platform.device import prepare_device
-
-    device = prepare_device()
-
-    import torch
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    return device

@@ -88,6 +88,11 @@ def step_rows(result: dict[str, Any]) -> Rows:
             (f"{name}, share of the peak", f"{row['flops_utilization']:.1%}"),
             (f"{name}, with the causal half", f"{row['flops_utilization_causal']:.1%}"),
         ]
+    if "transformers_seconds" in result:
+        rows += [
+            ("transformers, time of a step", f"{result['transformers_seconds']:.4f} s"),
+            ("transformers / BASE, time", f"{result['transformers_over_base']:.3f}"),
+        ]
     return [
         *rows,
         ("OTHER / BASE, parameters", f"{result['parameter_ratio']:.3f}"),
@@ -103,6 +108,17 @@ def loop_rows(result: dict[str, Any]) -> Rows:
     """Return the rows of `bench loop`."""
     rows = [(name, f"{seconds * 1e3:.2f} ms") for name, seconds in result["seconds"].items()]
     return [*rows, ("loop / step", f"{result['share_of_step']:.2%}")]
+
+
+def read_delay_rows(result: dict[str, Any]) -> Rows:
+    """Return the rows of `bench loop --read-delay-ms`."""
+    delay = f"{result['delay_seconds'] * 1e3:g} ms more for each sample"
+    return [
+        ("samples of a step", str(result["samples_per_step"])),
+        ("step", f"{result['plain_seconds'] * 1e3:.1f} ms"),
+        (f"step, {delay}", f"{result['delayed_seconds'] * 1e3:.1f} ms"),
+        ("ratio", f"{result['ratio']:.3f}"),
+    ]
 
 
 def data_rows(result: dict[str, Any]) -> Rows:

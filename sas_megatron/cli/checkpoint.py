@@ -80,8 +80,8 @@ def export_command(
     """Export a model to a folder that transformers loads.
 
     SOURCE is a run directory, whose newest checkpoint is exported, or a checkpoint. Multi-head, grouped-query
-    and multi-query models with RMSNorm and SwiGLU are written in the Llama format. Exports of all other
-    models include their code and need trust_remote_code=True.
+    and multi-query models are written in the format of Llama, Qwen2, Qwen3 or GPT-NeoX that can express them.
+    Exports of all other models include their code and need trust_remote_code=True.
     """
     _prepare()
     import torch
@@ -116,7 +116,7 @@ def export_command(
         )
         return
     model_format = (
-        "in the Llama format"
+        "without model code"
         if exported.obstacle is None
         else f"with its code, because the Llama format has no {exported.obstacle}"
     )
@@ -142,8 +142,9 @@ def import_command(
 ) -> None:
     """Write unsharded weights from which training starts with checkpoint.initial_weights=OUTPUT.
 
-    SOURCE is the folder of a Hugging Face model (Llama, GPT-NeoX, or exported by this package), a run
-    directory or a checkpoint. model.yaml in OUTPUT contains the sections that the config of the run needs.
+    SOURCE is the folder of a Hugging Face model (Llama, Qwen2, Qwen3, GPT-NeoX, or exported by this package),
+    a run directory or a checkpoint. model.yaml in OUTPUT contains the sections that the config of the run
+    needs.
 
     \f
     Raises:
@@ -151,6 +152,7 @@ def import_command(
     """
     _prepare()
     from sas_megatron.checkpoint.importing import open_model, write_model
+    from sas_megatron.checkpoint.tokenizer_files import open_source_tokenizer
     from sas_megatron.checkpoint.unsharded_weights import open_run_weights
     from sas_megatron.checkpoint.upcycling import upcycle
     from sas_megatron.config.errors import FieldError
@@ -166,14 +168,21 @@ def import_command(
         imported = open_run_weights(source, has_iteration=False).to_unsharded_model()
     if target is not None:
         imported = upcycle(imported, target)
-    record = write_model(imported, output)
+    tokenizer = open_source_tokenizer(source)
+    record = write_model(imported, output, tokenizer=tokenizer)
     if as_json:
         click.echo(json.dumps({"folder": str(output), **record.model_dump(mode="json")}, indent=2))
         return
     model = imported.model
     click.echo(
         f"{output}: {imported.attention.kind}, {model.num_layers} layers, hidden size {model.hidden_size}, "
-        f"vocabulary {model.vocab_size}\nStart training from it with checkpoint.initial_weights={output}"
+        f"vocabulary {model.vocab_size}\n"
+        + (
+            "no tokenizer in the source\n"
+            if tokenizer is None
+            else f"tokenizer: {output / next(iter(tokenizer.files))}, round trip {tokenizer.round_trip}\n"
+        )
+        + f"Start training from it with checkpoint.initial_weights={output}"
     )
 
 

@@ -26,6 +26,12 @@ document_limit = click.option(
     help="Largest document, or line of JSON, that is read. Memory grows with it.",
 )
 
+end_of_document = click.option(
+    "--end-of-document",
+    metavar="TOKEN",
+    help="Special token after each document; by default the one that the tokenizer names.",
+)
+
 EXCERPT_CHARACTERS = 600
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -42,8 +48,9 @@ def data() -> None:
     "tokenizer_path",
     type=click.Path(path_type=Path),
     required=True,
-    help="A sentencepiece .model file.",
+    help="A sentencepiece .model file, a tokenizer.json, their folder, or an encoding of tiktoken by name.",
 )
+@end_of_document
 @click.option(
     "--output",
     "prefix",
@@ -61,6 +68,7 @@ def prepare(
     sources: tuple[str, ...],
     *,
     tokenizer_path: Path,
+    end_of_document: str | None,
     prefix: str,
     workers: int | None,
     text_column: str,
@@ -80,6 +88,7 @@ def prepare(
         preparation = prepare_token_files(
             resolve_sources(list(sources)),
             tokenizer_path=tokenizer_path,
+            end_of_document=end_of_document,
             prefix=prefix,
             text_column=text_column,
             max_document_bytes=max_document_bytes,
@@ -103,6 +112,91 @@ def prepare(
         click.echo(f"{prefix}: resumed after {preparation.resumed_chunks} chunks of an earlier run")
     speed = preparation.encoded_tokens / max(preparation.encoding_seconds, 1e-9)
     click.echo(f"{prefix}: {facts}, in {preparation.encoding_seconds:.1f} s ({speed:,.0f} tokens/s)")
+
+
+@data.command(short_help="Check and record token files of Megatron.")
+@click.argument("prefixes", nargs=-1, required=True, metavar="PREFIX...")
+@click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    required=True,
+    help="The tokenizer that encoded them: a file, its folder, or an encoding of tiktoken by name.",
+)
+@end_of_document
+@click.option("--overwrite", is_flag=True, help="Check and record files again that have a PREFIX.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifests as JSON.")
+def adopt(
+    prefixes: tuple[str, ...],
+    *,
+    tokenizer_path: str,
+    end_of_document: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Check token files of Megatron, PREFIX.bin and PREFIX.idx, and record them in PREFIX.json.
+
+    The token files are read, and not written. PREFIX may be a pattern such as 'shards/part_*'. Files that are
+    recorded already are skipped.
+    """
+    import json
+
+    from sas_megatron.data.adoption import adopt_token_files, expand_prefixes
+    from sas_megatron.data.tokenizer_loading import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path, end_of_document=end_of_document)
+    shards = expand_prefixes(prefixes)
+    manifests = {}
+    for prefix in shards:
+        adoption = adopt_token_files(prefix, tokenizer, overwrite=overwrite)
+        manifests[prefix] = manifest = adoption.manifest
+        if not as_json:
+            state = "already recorded" if adoption.was_complete else "adopted"
+            click.echo(
+                f"{prefix}: {state}; {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
+                f"{manifest.text_bytes:,} bytes"
+            )
+    if as_json:
+        click.echo(json.dumps({prefix: manifest.model_dump() for prefix, manifest in manifests.items()}))
+    elif len(shards) > 1:
+        click.echo(f"data.prefixes: {json.dumps(shards, ensure_ascii=False)}")
+
+
+@data.command()
+@click.argument("list_path", metavar="LIST", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The Parquet file; a JSON record is beside it.",
+)
+@click.option(
+    "--wheels",
+    "wheel_folder",
+    type=click.Path(path_type=Path),
+    default=Path("data/wheels"),
+    show_default=True,
+    help="Folder of the wheels; missing ones are downloaded with pip.",
+)
+@click.option("--sha256", help="The SHA-256 that the documents must have.")
+def wheels(list_path: Path, *, output: Path, wheel_folder: Path, sha256: str | None) -> None:
+    """Write the Python source of a pinned list of wheels as one corpus, without duplicates.
+
+    LIST has a line NAME==VERSION --hash=sha256:HEX for each wheel. The corpus is the same on every machine.
+    """
+    from sas_megatron.data.wheel_corpus import build_wheel_corpus
+
+    corpus = build_wheel_corpus(
+        list_path,
+        output,
+        wheel_folder=wheel_folder,
+        expected_sha256=sha256,
+        log=lambda text: click.echo(text, err=True),
+    )
+    left_out = ", ".join(f"{kind} ({count:,})" for kind, count in corpus.left_out.items())
+    click.echo(
+        f"{output}: {corpus.num_documents:,} documents, {corpus.text_bytes:,} bytes, sha256 {corpus.sha256}"
+        + (f"; left out {left_out}" if left_out else "")
+    )
 
 
 @data.command()
@@ -139,15 +233,15 @@ def inspect(prefix: str, *, document: int, tokenizer_path: Path | None, as_json:
 
 def _load_tokenizer(manifest: TokenManifest, tokenizer_path: Path | None) -> Tokenizer:
     from sas_megatron.config.errors import FileProblem
-    from sas_megatron.data.tokenizer import Tokenizer
+    from sas_megatron.data.tokenizer_loading import load_tokenizer, tokenizer_exists
 
-    path = Path(tokenizer_path or manifest.tokenizer_path)
-    if not path.exists():
-        raise FileProblem(path, "does not exist", "name the tokenizer of the tokens with --tokenizer")
-    tokenizer = Tokenizer(path)
+    location = str(tokenizer_path or manifest.tokenizer_path)
+    if not tokenizer_exists(location):
+        raise FileProblem(location, "does not exist", "name the tokenizer of the tokens with --tokenizer")
+    tokenizer = load_tokenizer(location, end_of_document=manifest.end_of_document)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise FileProblem(
-            tokenizer.path, "is not the tokenizer that encoded the tokens", "name that one with --tokenizer"
+            location, "is not the tokenizer that encoded the tokens", "name that one with --tokenizer"
         )
     return tokenizer
 
@@ -167,10 +261,15 @@ def _print_facts(prefix: str, manifest: TokenManifest) -> None:
         "text", f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.num_tokens:.2f} per token"
     )
     table.add_row("vocabulary", f"{manifest.vocab_size:,}, largest token id {manifest.max_token_id:,}")
+    table.add_row("round trip", manifest.round_trip)
     table.add_row("tokenizer", f"{manifest.tokenizer_path} (sha256 {manifest.tokenizer_sha256[:12]}…)")
     for source in manifest.sources:
         table.add_row("source", f"{source.path} ({source.num_files:,} files, {source.size_bytes:,} bytes)")
-    table.add_row("text sha256", manifest.text_sha256)
+    if manifest.adopted:
+        without = manifest.documents_without_end
+        table.add_row("source", f"adopted; {without:,} documents without an end-of-document token")
+    else:
+        table.add_row("text sha256", manifest.text_sha256)
     table.add_row(".bin sha256", manifest.bin_sha256)
     table.add_row("written", f"{manifest.created}, sas_megatron {manifest.package_version}")
     Console().print(table)

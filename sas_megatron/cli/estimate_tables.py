@@ -32,6 +32,7 @@ def estimate_as_dict(estimate: RunEstimate) -> dict[str, Any]:
         "memory_bytes": round(hardware.memory_gib * 2**30),
         "fits": hardware.fits(estimate.peak_bytes),
         "step": _step_as_dict(estimate.step),
+        "savings": estimate.savings.as_dict(),
     }
 
 
@@ -100,6 +101,7 @@ def show_estimate(result: dict[str, Any]) -> None:
             table.add_row(label, *(_bytes(counts[label]) for counts in sent))
         console.print(table)
     _show_step(console, result["step"])
+    _show_savings(console, result["savings"])
     verdict = "fits" if result["fits"] else "does not fit"
     console.print(
         f"{verdict}: a rank needs {_bytes(result['needed_bytes_with_allocator_and_reserve'])} of the "
@@ -132,6 +134,27 @@ def _show_step(console: Console, step: dict[str, Any]) -> None:
     table.add_row("tokens/s", f"{step['tokens_per_second']:,.0f}", "")
     table.add_row("pipeline bubble", f"{step['pipeline_bubble']:.1%}", "")
     table.add_row("model FLOPs utilization", f"{step['model_flops_utilization']:.1%}", "")
+    console.print(table)
+
+
+def _show_savings(console: Console, savings: dict[str, Any]) -> None:
+    table = _table("savings in a step", ["saves", "costs"])
+    # Costs of the chunked loss, whether it is selected or not.
+    table.add_row(
+        f"model.output_loss=chunked ({savings['output_loss']} here)",
+        _bytes(savings["logits_bytes"]),
+        f"{savings['logits_seconds']:.2g} s",
+    )
+    table.add_row(
+        f"reads of the device ({savings['device_reads']} left)",
+        f"{savings['saved_device_reads']}, {savings['saved_read_seconds']:.2g} s",
+        "nothing",
+    )
+    table.add_row(
+        "reading samples ahead",
+        f"{1e3 * savings['hidden_read_seconds']:.3g} ms a sample",
+        f"{_bytes(savings['host_bytes'])} of host",
+    )
     console.print(table)
 
 

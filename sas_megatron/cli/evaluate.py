@@ -320,10 +320,10 @@ def _file_domains(model: TrainedModel, documents: Mapping[str, Documents]) -> di
 
 
 def _validation_domain(model: TrainedModel) -> dict[str, Any]:
+    from sas_megatron.data.validation_sets import list_validation_sets
     from sas_megatron.evaluation.sliding_window import validation_windows
 
-    return {
-        "validation": lambda settings: validation_windows(
-            model.config, model.tokenizer, length=settings.length
-        )
-    }
+    def windows(name: str, settings: WindowSettings) -> Any:
+        return validation_windows(model.config, model.tokenizer, length=settings.length, name=name)
+
+    return {name: functools.partial(windows, name) for name in list_validation_sets(model.config)}

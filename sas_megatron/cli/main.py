@@ -14,6 +14,7 @@ import time
 import click
 
 from sas_megatron import __version__
+from sas_megatron.cli.suggested_command import suggest_command
 from sas_megatron.config.errors import UserError
 
 # Delay of the error message on the first process of every other node, so that rank 0 prints first.
@@ -25,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.quickstart:quickstart",
         "Train MHA and SAS on the same text and compare them.",
     ),
-    "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a sentencepiece tokenizer."),
+    "tokenizer": ("sas_megatron.cli.tokenizer:tokenizer", "Train a tokenizer."),
     "data": ("sas_megatron.cli.data:data", "Encode documents as token files, and inspect token files."),
     "train": ("sas_megatron.cli.train:train", "Train one model from a config."),
     "evaluate": (
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sas_megatron.cli.doctor:doctor",
         "Check a node or an allocation for problems that would make training fail.",
     ),
+    "runs": ("sas_megatron.cli.runs:runs", "Send the records of runs to W&B or MLflow."),
     "bench": ("sas_megatron.cli.bench:bench", "Measure speed and memory on this machine."),
 }
 
@@ -110,6 +112,9 @@ def main() -> None:
             # A launcher that ends all processes when one ends (srun --kill-on-bad-exit) then shows it once.
             time.sleep(SECONDS_AFTER_RANK0)
         print(f"sas-megatron: error: {error}", file=sys.stderr, flush=True)
+        command = suggest_command(error)
+        if command is not None:
+            print(f"sas-megatron: try: {command}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         _remove_empty_log_folder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,14 +134,22 @@ def _parse_sizes(option: str, text: str) -> tuple[int, ...]:
 
 def _write_configs(matches: dict[str, Match], output: Path, *, base: str, axis: str) -> None:
     from sas_megatron.config.errors import translate_os_errors
-    from sas_megatron.config.loading import dump_tree
+    from sas_megatron.config.loading import BASE, dump_tree, find_base, read_run_tree
     from sas_megatron.io.files import make_folder, write_files
 
+    # The configs keep the base of BASE, whose fields they do not repeat.
+    shared_file = find_base(base)
+    shared = {} if shared_file is None else read_run_tree(shared_file)
     texts: dict[Path, str] = {}
     for name, found in matches.items():
         ratios = ", ".join(f"{cost} {ratio:.4f}" for cost, ratio in found.ratios.items())
         sections = found.config.model_dump(mode="json", exclude_unset=True)
-        tree = {section: fields for section, fields in sections.items() if fields}
+        tree: dict[str, Any] = {} if shared_file is None else {BASE: os.path.relpath(shared_file, output)}
+        for section, fields in sections.items():
+            kept = {
+                name: fields[name] for name in fields if fields[name] != shared.get(section, {}).get(name)
+            }
+            tree |= {section: fields if section == "attention" else kept} if kept else {}
         heading = (
             f"# Matched to {Path(base).name} in {axis} by `sas-megatron match`. Cost ratios: {ratios}.\n"
         )

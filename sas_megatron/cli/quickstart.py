@@ -71,7 +71,7 @@ def _build_configs(directory: Path, paths: list[Path], overrides: list[str]) -> 
     for path in paths:
         name = path.stem.removeprefix("quickstart_")
         run_directory = f"logging.run_directory='{directory.absolute() / 'runs' / name}'"
-        configs.append(load_run_config(path, [*common, run_directory, "checkpoint.resume=true", *overrides]))
+        configs.append(load_run_config(path, [*common, run_directory, "checkpoint.resume=auto", *overrides]))
     baseline, candidate = configs
     return [baseline, match(baseline, candidate, axis="params", free=(MLP,)).config]
 
@@ -82,7 +82,7 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
     from sas_megatron.data.corpus import builtin_corpus
     from sas_megatron.data.documents import stream_documents
     from sas_megatron.data.prepare import prepare_token_files
-    from sas_megatron.data.tokenizer import Tokenizer
+    from sas_megatron.data.tokenizer_loading import load_tokenizer
     from sas_megatron.data.tokenizer_training import train_tokenizer
 
     _log("text: the source code of the Python standard library")
@@ -91,7 +91,7 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
     if not model.exists():
         _log(f"tokenizer: sentencepiece, {vocab_size:,} pieces")
         train_tokenizer(stream_documents([corpus]), vocab_size=vocab_size, model_path=model)
-    if Tokenizer(model).vocab_size != vocab_size:
+    if load_tokenizer(model).vocab_size != vocab_size:
         raise FieldError(
             "model.vocab_size",
             vocab_size,
@@ -112,7 +112,7 @@ def _prepare_data(folder: Path, *, vocab_size: int, corpus_bytes: int | None) ->
 def _train(config: RunConfig) -> None:
     """Train one config with torchrun on this machine, unless a run of the same config has finished."""
     from sas_megatron.config.errors import FieldError
-    from sas_megatron.config.loading import dump_yaml, load_run_config
+    from sas_megatron.config.loading import dump_yaml, find_differences, load_run_config
     from sas_megatron.costs.parameters import count_parameters
     from sas_megatron.io.files import save_file
     from sas_megatron.platform.local_machine import training_command, training_environment
@@ -121,7 +121,8 @@ def _train(config: RunConfig) -> None:
 
     run_directory = Path(config.logging.run_directory)
     resolved = run_directory / "config.yaml"
-    if resolved.exists() and load_run_config(resolved) != config:
+    ignored = ("checkpoint.resume",)  # earlier versions wrote another value
+    if resolved.exists() and find_differences([load_run_config(resolved), config], ignored=ignored):
         raise FieldError(
             "--directory",
             run_directory.parents[1],

@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
+from sas_megatron.cli.study_files import (
+    json_option,
+    load_plan,
+    load_study_file,
+    match_names,
+    study_file,
+    study_files,
+)
+from sas_megatron.cli.study_results import collect, export_runs, import_runs, probes, report
 from sas_megatron.config.errors import FieldError
 
-if TYPE_CHECKING:
-    from sas_megatron.scaling.study.plan import Plan, PlannedRun
-    from sas_megatron.scaling.study.study_file import Study
+# Interval over which the load of other processes is measured before a measurement.
+SECONDS_TO_LISTEN = 1.0
 
-TABLE = "study.parquet"
-
-_DIRECTORY = "study directory"  # in the context of the command
-
-
-def _study_file(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the argument STUDY and the option --directory, which `_load_study` reads."""
-
-    def store(context: click.Context, _parameter: click.Parameter, directory: Path | None) -> None:
-        context.meta[_DIRECTORY] = directory
-
-    option = click.option(
-        "--directory",
-        type=click.Path(path_type=Path),
-        callback=store,
-        expose_value=False,
-        help="Directory of the study, if STUDY names another path or one relative to another folder.",
-    )
-    return click.argument("study", type=click.Path(path_type=Path))(option(command))
-
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
 _only = click.option("--only", default="*", help="Restrict to runs whose names match, such as 'sas-*'.")
 
 
@@ -48,14 +31,14 @@ def study() -> None:
 
 
 @study.command()
-@_study_file
-@_as_json
+@study_file
+@json_option
 def plan(study: Path, *, as_json: bool) -> None:
     """Print every run of STUDY and its cost, without starting anything."""
     from sas_megatron.cli.study_tables import plan_record, print_plan
     from sas_megatron.scaling.study.plan_data import check_data
 
-    planned = _load_plan(study)()
+    planned = load_plan(study)()
     check_data(planned)
     if as_json:
         click.echo(json.dumps(plan_record(planned), indent=2))
@@ -64,7 +47,7 @@ def plan(study: Path, *, as_json: bool) -> None:
 
 
 @study.command(short_help="Search for the fastest parallel layouts.")
-@_study_file
+@study_file
 @click.option("--hardware", required=True, help="h100, h200, a100, or a hardware file (see `estimate`).")
 def layout(study: Path, *, hardware: str) -> None:
     """Search for the fastest parallel layout of every variant and size on machine.processes devices.
@@ -82,7 +65,7 @@ def layout(study: Path, *, hardware: str) -> None:
     from sas_megatron.scaling.study.layouts import CellLayout, layout_changes, write_layouts
     from sas_megatron.scaling.study.plan_builder import build_plan
 
-    loaded, base = _load_study(study)
+    loaded, base = load_study_file(study)
     device, ranks = load_hardware(hardware), loaded.machine.processes
     # The estimate runs on the CPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -104,7 +87,7 @@ def layout(study: Path, *, hardware: str) -> None:
 
 
 @study.command()
-@_study_file
+@study_file
 @_only
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs in parallel.")
 def run(study: Path, *, only: str, jobs: int) -> None:
@@ -120,42 +103,53 @@ def run(study: Path, *, only: str, jobs: int) -> None:
     from sas_megatron.scaling.study.runner import StudyRunner
     from sas_megatron.scaling.study.submission import find_queued_runs
 
-    load_plan = _load_plan(study)
-    planned = load_plan()
+    current_plan = load_plan(study)
+    planned = current_plan()
     check_data(planned)
     # Runs with a SLURM job are not run here as well.
     queued = find_queued_runs(planned)
-    runner = StudyRunner(load_plan, jobs=jobs, log=lambda text: click.echo(f"» {text}"), excluded=queued)
-    if not runner.run(selected=_match_names(only, planned)):
+    runner = StudyRunner(current_plan, jobs=jobs, log=lambda text: click.echo(f"» {text}"), excluded=queued)
+    if not runner.run(selected=match_names(only, planned)):
         raise click.exceptions.Exit(1)
 
 
 @study.command(short_help="Measure the step time of every variant and size.")
-@_study_file
+@study_files
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Measurements per cell."
 )
-def time(study: Path, *, rounds: int) -> None:
-    """Measure the step time of every variant and size on this machine, for the study's time axis.
+@click.option("--on-busy-machine", is_flag=True, help="Measure even if other processes use the processors.")
+def time(studies: tuple[Path, ...], *, rounds: int, on_busy_machine: bool) -> None:
+    """Measure the step time of every variant and size on this machine, for the time axis of reports.
 
-    Each round measures every cell once, with random data. Results are best on a machine without other load.
+    Each round measures every cell of all studies once, with random data, so that all seconds are comparable.
+    A machine on which other processes use more than 0.2 processors is refused.
     """
-    from sas_megatron.benchmarks.step_time import measure_step_seconds
-    from sas_megatron.platform.local_machine import describe_processor
-    from sas_megatron.scaling.study.step_times import measure_step_times
+    import time as clock
 
-    planned = _load_plan(study)()
-    path = measure_step_times(
-        planned,
+    from sas_megatron.benchmarks.step_time import measure_step_seconds
+    from sas_megatron.platform.local_machine import OtherLoad, describe_processor
+    from sas_megatron.scaling.study.step_times import check_quiet, describe_step_times, measure_step_times
+
+    plans = [load_plan(path)() for path in studies]
+    if not on_busy_machine:
+        load = OtherLoad()
+        clock.sleep(SECONDS_TO_LISTEN)
+        check_quiet(load.measure())
+    paths = measure_step_times(
+        plans,
         lambda configs, count: measure_step_seconds(configs, rounds=count),
         rounds=rounds,
         machine=describe_processor(),
     )
-    click.echo(f"» step times of {len(planned.cells)} cells, {rounds} rounds: {path}")
+    for planned, path in zip(plans, paths, strict=True):
+        for remark in describe_step_times(planned)[1:]:
+            click.echo(f"· {remark}")
+        click.echo(f"» step times of {len(planned.cells)} cells, {rounds} rounds: {path}")
 
 
 @study.command(context_settings={"ignore_unknown_options": True})
-@_study_file
+@study_file
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @click.option(
     "--side-by-side", type=click.IntRange(min=1), help="Members of a job array that may run in parallel."
@@ -169,7 +163,7 @@ def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -
     from sas_megatron.scaling.study.plan_data import check_data
     from sas_megatron.scaling.study.submission import submit as submit_plan
 
-    planned = _load_plan(study)()
+    planned = load_plan(study)()
     check_data(planned)
     jobs = submit_plan(planned, options=options, max_parallel=side_by_side)
     for name, job in jobs.items():
@@ -182,23 +176,23 @@ def submit(study: Path, options: tuple[str, ...], *, side_by_side: int | None) -
 
 
 @study.command(short_help="Show the state of each run and the remaining time.")
-@_study_file
+@study_file
 @_only
-@_as_json
+@json_option
 def status(study: Path, *, only: str, as_json: bool) -> None:
     """Show the state of each run, the reason of a failure, and the remaining time."""
     from sas_megatron.cli.study_tables import print_status, status_record
     from sas_megatron.scaling.study.run_states import read_status
     from sas_megatron.scaling.study.submission import find_queued_runs, read_jobs
 
-    planned = _load_plan(study)()
+    planned = load_plan(study)()
     if not planned.directory.exists():
         click.echo(
             f"» {planned.directory.absolute()}: does not exist; if the study has run, name its directory "
             "with --directory",
             err=True,
         )
-    is_selected = _match_names(only, planned)
+    is_selected = match_names(only, planned)
     jobs, queued = read_jobs(planned), find_queued_runs(planned)
     statuses = [
         read_status(
@@ -213,94 +207,5 @@ def status(study: Path, *, only: str, as_json: bool) -> None:
         print_status(statuses)
 
 
-@study.command()
-@_study_file
-@click.option("--output", type=click.Path(path_type=Path), help=f"Default: {TABLE} in the study's directory.")
-@_as_json
-def collect(study: Path, *, output: Path | None, as_json: bool) -> None:
-    """Collect the finished runs into one Parquet table.
-
-    It is an error if runs differ in fields that STUDY does not vary.
-    """
-    from sas_megatron.scaling.study.collecting import collect as collect_table
-    from sas_megatron.scaling.study.study_table import write_table
-
-    planned = _load_plan(study)()
-    table = collect_table(planned)
-    path = output or planned.directory / TABLE
-    write_table(table, path)
-    done = sum(row.status == "done" for row in table.rows)
-    about: dict[str, Any] = {
-        "table": str(path),
-        "rows": len(table.rows),
-        "done": done,
-        "remarks": list(table.remarks),
-    }
-    if as_json:
-        click.echo(json.dumps(about, indent=2))
-        return
-    for remark in table.remarks:
-        click.echo(f"· {remark}")
-    click.echo(f"» {done} of {len(table.rows)} runs in {path}")
-
-
-@study.command(short_help="Fit laws, compare variants, and write a report.")
-@_study_file
-@click.option("--output", type=click.Path(path_type=Path), help="Folder. Default: report/ next to the table.")
-@click.option(
-    "--bootstraps", type=click.IntRange(min=50), default=1000, show_default=True, help="Bootstrap draws."
-)
-def report(study: Path, *, output: Path | None, bootstraps: int) -> None:
-    """Fit laws, compare variants, and write a page, figures and a summary from the collected table.
-
-    STUDY is the study file, or the table that `study collect` wrote.
-    """
-    from sas_megatron.scaling.study.study_report import write_study_report
-    from sas_megatron.scaling.study.study_table import read_table
-
-    path = study
-    if study.suffix in (".yaml", ".yml"):
-        path = _load_plan(study)().directory / TABLE
-    table = read_table(path)
-    page = write_study_report(table, output or path.parent / "report", num_draws=bootstraps)
-    click.echo(f"» {page}")
-
-
-def _load_plan(path: Path) -> Callable[[], Plan]:
-    """Load the study once and return a function for the current plan, which changes when a sweep finishes."""
-    from sas_megatron.scaling.study.sweeps import plan_with_rates
-
-    loaded, base = _load_study(path)
-    return lambda: plan_with_rates(loaded, base)
-
-
-def _load_study(path: Path) -> tuple[Study, dict[str, Any]]:
-    """Load a study with the directory that --directory names; report one that was found elsewhere."""
-    from sas_megatron.scaling.study.study_file import load_study, read_study
-
-    directory: Path | None = click.get_current_context().meta[_DIRECTORY]
-    loaded, base = load_study(path, directory=directory)
-    if directory is None and Path(loaded.directory) != Path(read_study(path).directory):
-        click.echo(f"» the directory of the study is {loaded.directory}", err=True)
-    return loaded, base
-
-
-def _match_names(only: str, plan: Plan) -> Callable[[PlannedRun], bool]:
-    """Return a predicate for the runs that match a pattern, or one of several separated by commas.
-
-    Raises:
-        FieldError: No run of the plan matches.
-    """
-    patterns = [only, *only.split(",")]
-
-    def is_selected(run: PlannedRun) -> bool:
-        return any(fnmatch(run.name, pattern) for pattern in patterns)
-
-    if not any(map(is_selected, plan.runs)):
-        raise FieldError(
-            "--only",
-            only,
-            "matches no run",
-            f"use a name that `study plan` shows, such as {plan.runs[0].name}",
-        )
-    return is_selected
+for _command in (collect, report, probes, export_runs, import_runs):
+    study.add_command(_command)

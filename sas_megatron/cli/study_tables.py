@@ -57,7 +57,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     """Print all runs, their total cost, repeated data, and the smallest differences that it can detect."""
-    console = _build_console()
+    console = build_console()
     uses = count_data_uses(plan)
     columns = {
         # The steps of a trunk are counted once, in its own row.
@@ -98,7 +98,7 @@ def _print_named_rows(console: Console, names: Sequence[str], columns: dict[str,
     from rich.measure import measure_renderables
 
     def build(first: Sequence[str] | None) -> Table:
-        table = _build_table(*([] if first is None else ["run"]), *columns, right=list(columns), no_wrap=True)
+        table = build_table(*([] if first is None else ["run"]), *columns, right=list(columns), no_wrap=True)
         for number, cells in enumerate(zip(*columns.values(), strict=True)):
             table.add_row(*([] if first is None else [first[number]]), *cells)
         return table
@@ -133,7 +133,7 @@ def _print_detectable_differences(plan: Plan, console: Console) -> None:
     console.print(
         f"Seed noise {deviation:.4f} ({source}). Smallest detectable loss difference:", soft_wrap=True
     )
-    table = _build_table("variant", "in one cell", "mean of all", right=("in one cell", "mean of all"))
+    table = build_table("variant", "in one cell", "mean of all", right=("in one cell", "mean of all"))
     for name, (one, mean) in _list_detectable_differences(plan, noise).items():
         table.add_row(name, format_loss(one), format_loss(mean))
     console.print(table)
@@ -238,8 +238,8 @@ def status_record(statuses: Sequence[RunStatus]) -> dict[str, Any]:
 
 def print_status(statuses: Sequence[RunStatus]) -> None:
     """Print the runs that are not done, with consecutive runs that wait for the same reason in one row."""
-    console = _build_console()
-    table = _build_table("run", "state", "step", "reason", right=("step",))
+    console = build_console()
+    table = build_table("run", "state", "step", "reason", right=("step",))
     for _, group in itertools.groupby(statuses, key=_group_key):
         first, *others = group
         if first.state != "done":
@@ -289,7 +289,8 @@ def _group_key(status: RunStatus) -> tuple[str, ...]:
     return (status.run.name,)
 
 
-def _build_console() -> Console:
+def build_console() -> Console:
+    """Return a console that prints text without markup."""
     from rich.console import Console
 
     # The output of runs ([rank0]: …) is not markup.
@@ -304,7 +305,7 @@ def _format_hours(hours: float | None) -> str:
     return MISSING if hours is None else f"{hours:,.3g}"
 
 
-def _build_table(*columns: str, right: Sequence[str], no_wrap: bool = False) -> Table:
+def build_table(*columns: str, right: Sequence[str], no_wrap: bool = False) -> Table:
     """Return a table without borders; `no_wrap` keeps every cell on one line, as names always are."""
     from rich.table import Table
 

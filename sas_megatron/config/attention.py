@@ -1,56 +1,18 @@
-"""The `attention` section: the fields that all variants share, and the table of variants.
-
-A variant consists of three classes, for its config, its costs and its layer, which `KINDS` names. They are
-imported when a config uses the kind: config/ and costs/ import no variant, and reading a config imports no
-torch. A variant from another package names the same three classes as entry points (`ENTRY_POINT_GROUP`).
-"""
+"""The `attention` section: the fields and rules that all variants share. No torch."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import pkgutil
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sas_megatron.config.errors import FieldError, UserError
-from sas_megatron.config.section import Section, divisors
+from sas_megatron.config.attention_kinds import KINDS, resolve_part
+from sas_megatron.config.errors import UserError
+from sas_megatron.config.section import Section, divisors, largest_at_most
 
-Part = Literal["config", "costs", "layer"]
-
-# Another package registers the kind `name` by three entry points of this group, `name.config`, `name.costs`
-# and `name.layer`. docs/own_attention has an example.
-ENTRY_POINT_GROUP = "sas_megatron.attention"
 # Fields of the modifiers, which every variant supports (attention/modifiers.py); all are off by default.
 MODIFIERS = ("qk_norm", "knocking_heads", "output_norm", "output_gate")
-
-
-class VariantNames(NamedTuple):
-    """The classes of a variant, as `module:class`."""
-
-    config: str
-    costs: str
-    layer: str
-
-
-def _variant(folder: str, name: str, costs: str, layer: str) -> VariantNames:
-    package = f"sas_megatron.attention.{folder}"
-    return VariantNames(f"{package}.config:{name}", f"{package}.costs:{costs}", f"{package}.layer:{layer}")
-
-
-KINDS: dict[str, VariantNames] = {
-    "diff": _variant("diff", "DifferentialAttentionConfig", "DifferentialCosts", "DifferentialSelfAttention"),
-    "mha": _variant("gqa", "MultiHeadAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
-    "gqa": _variant("gqa", "GroupedQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
-    "mqa": _variant("gqa", "MultiQueryAttentionConfig", "GroupedQueryCosts", "GroupedQueryAttention"),
-    "mfa": _variant("mfa", "FactorizedAttentionConfig", "FactorizedCosts", "FactorizedSelfAttention"),
-    "mla": _variant("mla", "LatentAttentionConfig", "LatentCosts", "LatentSelfAttention"),
-    "sas": _variant("sas", "SimulatedAttentionConfig", "SimulatedCosts", "SimulatedSelfAttention"),
-    "tpa": _variant(
-        "tpa", "TensorProductAttentionConfig", "TensorProductCosts", "TensorProductSelfAttention"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -71,6 +33,7 @@ class AttentionConfig(Section):
         uses_model_rotary: Whether the layer uses the model's rotary embedding, rather than its own.
         rotary_choices: The values of `rotary` that the variant supports.
         has_fused_qkv: Whether queries, keys and values come from Megatron-core's fused projection.
+        supports_qkv_bias: Whether `qkv_bias` adds biases to these projections.
         recomputable: The parts that `training.recompute_modules` may name, with the FLOP terms of each.
         dimension_steps: For matching (scaling/matching.py), the fields that may be solved for, with a step
             that suits the hardware.
@@ -82,6 +45,7 @@ class AttentionConfig(Section):
     uses_model_rotary: ClassVar[bool] = True
     rotary_choices: ClassVar[tuple[str, ...]] = ("after", "none")
     has_fused_qkv: ClassVar[bool] = True
+    supports_qkv_bias: ClassVar[bool] = False
     recomputable: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("scores", "values")}
     dimension_steps: ClassVar[dict[str, int]] = {"num_heads": 1, "head_dim": 8}
     size_dimensions: ClassVar[tuple[str, ...]] = ()
@@ -109,6 +73,11 @@ class AttentionConfig(Section):
         "auto: by chunks of queries where that is faster (on a CPU, causal, float32, up to 1,024 tokens), "
         "otherwise fused.",
     )
+    qkv_bias: bool = Field(
+        default=False,
+        description="Add biases to the projections of queries, keys and values only, as Qwen2 does; "
+        "model.linear_bias adds them to all projections.",
+    )
     qk_norm: bool = Field(default=False, description="RMSNorm of queries and keys before rotary embeddings.")
     knocking_heads: bool = Field(
         default=False, description="A gated map of D×D of each value head, shared by all heads."
@@ -127,10 +96,18 @@ class AttentionConfig(Section):
         self.require_positive("num_heads", "num_kv_heads", "head_dim", "rotary_dim")
         self.require_between(0.0, 1.0, "dropout")
         if self.num_heads % self.num_key_value_heads:
+            choices = divisors(self.num_heads)
             raise self.problem(
                 "num_kv_heads",
                 f"must divide attention.num_heads={self.num_heads}",
-                f"use one of {divisors(self.num_heads)}",
+                f"use one of {choices}",
+                (f"attention.num_kv_heads={largest_at_most(self.num_kv_heads or 1, choices)}",),
+            )
+        if self.qkv_bias and not self.supports_qkv_bias:
+            raise self.problem(
+                "qkv_bias",
+                f"is not supported by attention.kind={self.kind}",
+                "omit it, or use one of the kinds mha, gqa, mqa, diff, sas",
             )
         self._check_rotary()
         return self
@@ -138,9 +115,19 @@ class AttentionConfig(Section):
     def _check_rotary(self) -> None:
         if self.rotary not in self.rotary_choices:
             choices = " or ".join(self.rotary_choices)
-            raise self.problem("rotary", f"must be {choices} with attention.kind={self.kind}", "use after")
+            raise self.problem(
+                "rotary",
+                f"must be {choices} with attention.kind={self.kind}",
+                "use after",
+                ("attention.rotary=after",),
+            )
         if self.rotary == "none" and self.rotary_dim is not None:
-            raise self.problem("rotary_dim", "must be null if attention.rotary=none", "omit it")
+            raise self.problem(
+                "rotary_dim",
+                "must be null if attention.rotary=none",
+                "omit it",
+                ("attention.rotary_dim=null",),
+            )
         if not self.uses_model_rotary:
             return
         if self.rotary_dim is not None and self.rotary_dim % 2:
@@ -148,18 +135,21 @@ class AttentionConfig(Section):
                 "rotary_dim",
                 "must be even, since rotary embeddings rotate pairs of features",
                 f"use {self.rotary_dim + 1}",
+                (f"attention.rotary_dim={self.rotary_dim + 1}",),
             )
         if self.rotary_width > self.rotated_head_dim:
             raise self.problem(
                 "rotary_dim",
                 f"must not exceed the {self.rotated_head_dim} features of a query/key head",
                 f"use {self.rotated_head_dim} or less",
+                (f"attention.rotary_dim={self.rotated_head_dim}",),
             )
         if self.rotary_width % 2:
             raise self.problem(
                 "head_dim" if self.rotary_width == self.head_dim else "simulated_head_dim",
                 "must be even, since rotary embeddings rotate pairs of its features",
                 "use an even width, or set attention.rotary_dim or attention.rotary=none",
+                (f"attention.rotary_dim={self.rotary_width - 1}",),
             )
 
     @property
@@ -214,51 +204,6 @@ class AttentionConfig(Section):
         """Whether any modifier is on."""
         return any(getattr(self, name) not in (False, "none") for name in MODIFIERS)
 
-    def check_tensor_parallel(self, tensor: int) -> None:
-        """Check that the heads can be sharded over `tensor` ranks.
-
-        Raises:
-            FieldError: The heads cannot be sharded.
-        """
-        groups = self.num_key_value_heads
-        if self.num_heads % tensor:
-            raise self.problem(
-                "num_heads",
-                f"must be divisible by parallel.tensor={tensor}, the ranks that share the heads",
-                f"set parallel.tensor to one of {divisors(self.num_heads)}",
-            )
-        if groups % tensor and tensor % groups:
-            legal = [p for p in divisors(self.num_heads) if groups % p == 0 or p % groups == 0]
-            raise FieldError(
-                "attention.num_kv_heads",
-                groups,
-                f"must be a multiple or a divisor of parallel.tensor={tensor}",
-                f"set parallel.tensor to one of {legal}",
-            )
-        if self.has_fused_qkv and groups < tensor and self.qkv_width % tensor:
-            # With fewer key/value heads than ranks, Megatron-core shards columns rather than heads.
-            raise self.problem(
-                "head_dim",
-                f"gives {self.qkv_width} columns of queries, keys and values, which must be divisible by "
-                f"parallel.tensor={tensor} if there are only {groups} key/value heads",
-                f"use a multiple of {tensor}",
-            )
-
-    def check_context_parallel(self, tensor: int, context: int) -> None:
-        """Check that the heads of a tensor rank can be sharded over `context` ranks.
-
-        Raises:
-            FieldError: The heads of a tensor rank cannot be sharded.
-        """
-        heads = self.num_attended_heads // tensor
-        if heads % context:
-            raise FieldError(
-                "parallel.context",
-                context,
-                f"must divide the {heads} heads of each of parallel.tensor={tensor} ranks",
-                f"use one of {divisors(heads)}",
-            )
-
     def resolved_fields(self) -> dict[str, Any]:
         """Return the values of optional fields with their defaults resolved."""
         fields: dict[str, Any] = {"num_kv_heads": self.num_key_value_heads}
@@ -296,19 +241,6 @@ def resolve_kind(kind: object) -> type[AttentionConfig]:
     return resolved
 
 
-def resolve_part(kind: object, part: Part) -> Any:
-    """Import one of the three classes of an attention kind. Built-in kinds precede entry points.
-
-    Raises:
-        FieldError: The kind is unknown, or its package registers it by the former contract.
-    """
-    if isinstance(kind, str) and kind in KINDS:
-        name: str = getattr(KINDS[kind], part)
-    else:
-        name = _find_entry_point(kind, part)
-    return pkgutil.resolve_name(name)
-
-
 def parse_attention(value: Any) -> AttentionConfig:
     """Build the section from a mapping in a config file, by its `kind`.
 
@@ -320,30 +252,3 @@ def parse_attention(value: Any) -> AttentionConfig:
     if not isinstance(value, dict) or "kind" not in value:
         raise UserError(f"attention: needs a kind; use one of {', '.join(sorted(KINDS))}")
     return resolve_kind(value["kind"]).model_validate(value)
-
-
-def _find_entry_point(kind: object, part: Part) -> str:
-    """Return the name of a class of another package.
-
-    The metadata of all installed packages is read, which takes long; a sweep builds many configs, so this
-    runs for kinds that are not built in only.
-    """
-    points = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
-    found = points.get(f"{kind}.{part}")
-    if found is not None:
-        return found.value
-    parts = [f"{kind}.{name}" for name in VariantNames._fields]
-    registered = next((points[name] for name in (str(kind), *parts) if name in points), None)
-    if registered is not None:
-        package = registered.dist.name if registered.dist is not None else registered.module
-        raise FieldError(
-            "attention.kind",
-            kind,
-            f"is registered by the package {package} as {registered.name}, without {kind}.{part}: a variant "
-            f"needs the entry points {', '.join(parts)} in the group {ENTRY_POINT_GROUP}",
-            f"install a version of {package} for this contract, or register it as docs/own_attention does",
-        )
-    names = {*KINDS, *(name.removesuffix(".config") for name in points if name.endswith(".config"))}
-    raise FieldError(
-        "attention.kind", kind, "is not a known variant", f"use one of {', '.join(sorted(names))}"
-    )

@@ -18,6 +18,7 @@ WIDTH_LIMIT = 128
 WIDE_HEADS = {(192, 128): "9.11", (256, 256): "9.23"}
 # Dropout probabilities are multiples of 1/16.
 DROPOUT_STEPS = 16
+AUTO = ("attention.backend=auto",)
 
 
 def check_cudnn(attention: AttentionConfig, training: TrainingConfig) -> None:
@@ -34,18 +35,21 @@ def check_cudnn(attention: AttentionConfig, training: TrainingConfig) -> None:
             "backend",
             f"needs a multiple of 1/{DROPOUT_STEPS} as attention.dropout, which is {attention.dropout:g}",
             f"use auto, or attention.dropout={round(attention.dropout * DROPOUT_STEPS) / DROPOUT_STEPS:g}",
+            AUTO,
         )
     if training.precision != "bfloat16":
         raise attention.problem(
             "backend",
             f"does not support training.precision={training.precision}",
             "use auto, or training.precision=bfloat16",
+            AUTO,
         )
     if training.deterministic:
         raise attention.problem(
             "backend",
             "is not deterministic, and training.deterministic=true",
             "use auto, or training.deterministic=false",
+            AUTO,
         )
 
 
@@ -57,6 +61,7 @@ def _check_widths(attention: AttentionConfig) -> None:
             "backend",
             f"needs multiples of {WIDTH_MULTIPLE} features, but {found}",
             f"use auto, or multiples of {WIDTH_MULTIPLE}",
+            AUTO,
         )
     if max(widths) > WIDTH_LIMIT and widths not in WIDE_HEADS:
         wide = " or ".join(
@@ -67,4 +72,5 @@ def _check_widths(attention: AttentionConfig) -> None:
             "backend",
             f"supports at most {WIDTH_LIMIT} features, or {wide}, but {found}",
             f"use auto, or at most {WIDTH_LIMIT} features",
+            AUTO,
         )

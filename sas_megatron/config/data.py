@@ -24,7 +24,14 @@ class DataConfig(Section):
         default=None,
         description="Relative share of the samples drawn from each prefix. null: in proportion to size.",
     )
-    tokenizer: str = Field(description="The sentencepiece .model file that encoded the token files.")
+    tokenizer: str = Field(
+        description="The tokenizer that encoded the token files: a sentencepiece .model file, a "
+        "tokenizer.json or its folder, or the name of an encoding of tiktoken."
+    )
+    end_of_document: str | None = Field(
+        default=None,
+        description="The special token after each document. null: the one that the tokenizer names.",
+    )
     split: list[float] = Field(
         default=[0.97, 0.03], description="Shares of the documents used for training and for validation."
     )
@@ -57,6 +64,7 @@ class DataConfig(Section):
                 "weights",
                 f"has {len(self.weights)} entries for {len(self.prefixes)} prefixes",
                 "give one weight for each prefix",
+                ("data.weights=null",),
             )
         if self.weights is not None and min(self.weights) <= 0:
             raise self.problem(

@@ -27,17 +27,38 @@ class UserError(Exception):
 
 
 class FieldError(UserError):
-    """A field whose value breaks a rule: `attention.kernel_size=4: must be odd, so that …; use 3 or 5`."""
+    """A field whose value breaks a rule: `attention.kernel_size=4: must be odd, so that …; use 3 or 5`.
 
-    def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
+    Args:
+        field: The dotted name.
+        value: Its value.
+        rule: The rule.
+        remedy: How the user can follow the rule.
+        fix: Overrides that do so, such as `attention.kernel_size=3`; the command line prints the command
+            with them.
+    """
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str, fix: tuple[str, ...] = ()) -> None:
         self.field = field
         self.value = value
         self.rule = rule
         self.remedy = remedy
+        self.fix = fix
         super().__init__(f"{field}={shorten(value)}: {shorten(rule)}; {shorten(remedy)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.value, self.rule, self.remedy)
+        return type(self), (self.field, self.value, self.rule, self.remedy, self.fix)
+
+
+class WorldSizeError(FieldError):
+    """A number of processes that a run cannot use; `num_processes` is one that it can use."""
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str, num_processes: int) -> None:
+        self.num_processes = num_processes
+        super().__init__(field, value, rule, remedy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.rule, self.remedy, self.num_processes)
 
 
 class FileProblem(UserError):

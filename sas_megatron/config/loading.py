@@ -5,78 +5,26 @@ YAML file + dotted overrides -> nested mappings -> `RunConfig`, or a `UserError`
 
 from __future__ import annotations
 
-import difflib
 import io
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_kind
 from sas_megatron.config.errors import FileProblem, UserError, shorten, translate_os_errors
+from sas_megatron.config.hints import describe_unknown_key
 from sas_megatron.config.run import RunConfig
 from sas_megatron.config.shipped_configs import find_config
 from sas_megatron.config.yaml_text import MAX_FILE_BYTES, parse_yaml
 
-# Options of Megatron-LM -> the fields of this config, for hints in error messages.
-MEGATRON_ALIASES: dict[str, str] = {
-    "num_attention_heads": "attention.num_heads",
-    "num_query_groups": "attention.num_kv_heads",
-    "kv_channels": "attention.head_dim",
-    "attention_dropout": "attention.dropout",
-    "rotary_percent": "attention.rotary_dim",
-    "position_embedding_type": "attention.rotary",
-    "no_rope_freq": "attention.rotary",
-    "padded_vocab_size": "model.vocab_size",
-    "make_vocab_size_divisible_by": "model.vocab_multiple",
-    "init_method_std": "model.init_std",
-    "norm_eps": "model.norm_epsilon",
-    "add_bias_linear": "model.linear_bias",
-    "untie_embeddings_and_output_weights": "model.tie_embeddings",
-    "tensor_model_parallel_size": "parallel.tensor",
-    "sequence_parallel": "parallel.sequence",
-    "context_parallel_size": "parallel.context",
-    "pipeline_model_parallel_size": "parallel.pipeline",
-    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
-    "num_virtual_stages_per_pipeline_rank": "parallel.virtual_pipeline",
-    "decoder_first_pipeline_num_layers": "parallel.first_stage_layers",
-    "decoder_last_pipeline_num_layers": "parallel.last_stage_layers",
-    "overlap_grad_reduce": "parallel.overlap_gradient_reduce",
-    "overlap_param_gather": "parallel.overlap_parameter_gather",
-    "recompute_granularity": "training.recompute",
-    "recompute_num_layers": "training.recompute_layers",
-    "seq_length": "data.sequence_length",
-    "seq_len": "data.sequence_length",
-    "max_position_embeddings": "data.sequence_length",
-    "data_path": "data.prefixes",
-    "data_cache_path": "data.index_cache",
-    "tokenizer_model": "data.tokenizer",
-    "reset_position_ids": "data.reset_at_document_ends",
-    "reset_attention_mask": "data.reset_at_document_ends",
-    "lr": "optimizer.learning_rate",
-    "min_lr": "schedule.final_fraction",
-    "adam_beta1": "optimizer.beta1",
-    "adam_beta2": "optimizer.beta2",
-    "adam_eps": "optimizer.epsilon",
-    "clip_grad": "optimizer.clip_gradient_norm",
-    "use_distributed_optimizer": "optimizer.distributed",
-    "lr_decay_style": "schedule.kind",
-    "lr_warmup_iters": "schedule.warmup_steps",
-    "train_iters": "training.num_steps",
-    "bf16": "training.precision",
-    "exit_interval": "training.stop_after_steps",
-    "exit_duration_in_mins": "training.stop_after_seconds",
-    "eval_interval": "evaluation.interval",
-    "eval_iters": "evaluation.num_sequences",
-    "save_interval": "checkpoint.interval",
-    "log_interval": "logging.interval",
-    "save": "logging.run_directory",
-    "tensorboard_dir": "logging.tensorboard",
-}
-
 MAX_LISTED_PROBLEMS = 20
+# The key of a config that names the file whose fields it starts from.
+BASE = "base"
+MAX_BASES = 10
 # Types of pydantic's errors -> the remedy.
 TYPE_REMEDIES: dict[str, str] = {
     "int_type": "write a whole number, such as 4",
@@ -100,9 +48,70 @@ def load_run_config(path: str | os.PathLike[str], overrides: list[str] | None = 
     Raises:
         UserError: The file or an override is invalid; the message names the wrong fields.
     """
-    tree = read_yaml(path)
+    tree = read_run_tree(path)
     apply_overrides(tree, overrides or [])
     return build_run_config(tree)
+
+
+def read_run_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the sections of a run's config, with those of its `base` where it does not set them.
+
+    `base` is a path relative to the folder of the file that contains it, and may have a base itself. Fields
+    are merged one by one, except that an attention section of another kind replaces that of the base.
+
+    Raises:
+        FileProblem: A file cannot be read or is not YAML, or the bases have no end.
+    """
+    chain = [Path(path)]
+    trees = []
+    while True:
+        tree = read_yaml(chain[-1])
+        base = _find_base(chain[-1], tree.pop(BASE, None))
+        trees.append(tree)
+        if base is None:
+            break
+        if len(chain) == MAX_BASES or base.resolve() in [file.resolve() for file in chain]:
+            loop = " -> ".join(map(str, [*chain, base]))
+            raise FileProblem(chain[-1], f"its base leads to {loop}", f"remove one {BASE}")
+        chain.append(base)
+    merged: dict[str, Any] = {}
+    for tree in reversed(trees):
+        _merge(merged, tree)
+    return merged
+
+
+def find_base(path: str | os.PathLike[str]) -> Path | None:
+    """Return the file that a config names as its base; None if it has none.
+
+    Raises:
+        FileProblem: The config cannot be read, or its base does not exist.
+    """
+    return _find_base(Path(path), read_yaml(path).get(BASE))
+
+
+def _find_base(path: Path, named: Any) -> Path | None:
+    if named is None:
+        return None
+    if not isinstance(named, str):
+        raise FileProblem(path, f"{BASE}={named}: is not the path of a file", f"write {BASE}: cluster.yaml")
+    base = find_config(path).parent / named
+    if not base.is_file():
+        raise FileProblem(
+            path,
+            f"{BASE}={named}: names no file ({base})",
+            "write a path relative to the folder of this file",
+        )
+    return base
+
+
+def _merge(base: dict[str, Any], tree: dict[str, Any]) -> None:
+    """Set the fields of `tree` in `base`."""
+    for section, fields in tree.items():
+        before: Any = base.get(section)
+        can_merge = isinstance(before, dict) and isinstance(fields, dict)
+        if can_merge and section == "attention":
+            can_merge = fields.get("kind", before.get("kind")) == before.get("kind")
+        base[section] = {**before, **fields} if can_merge else fields
 
 
 def build_run_config(tree: dict[str, Any]) -> RunConfig:
@@ -188,6 +197,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"{name}: {error}") from None
 
 
+def format_override(field: str, value: Any) -> str:
+    """Return the override that sets a field to a value of JSON's types."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        is_plain = parse_yaml(text) == value
+    except ValueError:
+        is_plain = False
+    return f"{field}={text if is_plain else json.dumps(value)}"
+
+
 def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set the value at a dotted path in nested mappings, and add the mappings that it lacks.
 
@@ -199,7 +218,7 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise UserError(f"{section} is a value, not a section; {_hint(path)}")
+            raise UserError(f"{section} is a value, not a section; {describe_unknown_key(path)}")
     node[field] = value
 
 
@@ -208,52 +227,14 @@ def _describe(problem: Any, tree: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     kind, value = problem["type"], shorten(repr(problem["input"]))
     if kind == "extra_forbidden":
-        return f"{path}={value}: no such key; {_hint(path, tree)}"
+        return f"{path}={value}: no such key; {describe_unknown_key(path, problem['input'], tree)}"
     if kind == "missing":
         return f"{path}: is required; add it"
     if kind == "literal_error":
-        return f"{path}={value}: is not one of the choices; use {problem['ctx']['expected']}"
+        choices = problem["ctx"]["expected"].replace("True", "true").replace("False", "false")
+        return f"{path}={value}: is not one of the choices; use {choices}"
     expected = problem["msg"].removeprefix("Input should be ").split(" or instance of ")[0]
     return f"{path}={value}: must be {expected}; {TYPE_REMEDIES.get(kind, f'use {expected}')}"
-
-
-def _hint(path: str, tree: dict[str, Any] | None = None) -> str:
-    name = path.rsplit(".", 1)[-1].replace("-", "_")
-    if name in MEGATRON_ALIASES:
-        return f"did you mean {MEGATRON_ALIASES[name]}?"
-    kinds = [kind for kind in KINDS if path in known_keys({"attention": {"kind": kind}})]
-    if kinds:
-        return f"it belongs to attention.kind={' or '.join(kinds)}"
-    known = known_keys(tree)
-    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    if not nearest:
-        by_name = {key.rsplit(".", 1)[-1]: key for key in known}
-        nearest = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)]
-    return (
-        f"did you mean {nearest[0]}?" if nearest else f"known sections: {', '.join(RunConfig.model_fields)}"
-    )
-
-
-def known_keys(tree: dict[str, Any] | None = None) -> list[str]:
-    """Return every valid dotted key; those of the attention section depend on the kind that `tree` names."""
-    keys: list[str] = []
-    for section, field in RunConfig.model_fields.items():
-        section_class: Any = field.annotation
-        if section == "attention":
-            section_class = _attention_class(tree)
-        keys.append(section)
-        if isinstance(section_class, type) and issubclass(section_class, BaseModel):
-            keys.extend(f"{section}.{name}" for name in section_class.model_fields)
-    return keys
-
-
-def _attention_class(tree: dict[str, Any] | None) -> type[AttentionConfig]:
-    section = (tree or {}).get("attention")
-    kind = section.get("kind") if isinstance(section, dict) else None
-    try:
-        return resolve_kind(kind) if isinstance(kind, str) else AttentionConfig
-    except UserError:
-        return AttentionConfig
 
 
 def find_differences(

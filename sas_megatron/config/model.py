@@ -12,6 +12,18 @@ from sas_megatron.config.section import MAX_INT32, Section
 # Far more than any model has; more would take minutes and gigabytes to list.
 MAX_LAYERS = 4096
 
+# The fields that each kind of `rotary_scaling` needs, with their values in Llama 3.1 as examples.
+ROTARY_SCALINGS: dict[str, dict[str, float]] = {
+    "none": {},
+    "linear": {"rotary_scaling_factor": 8.0},
+    "llama3": {
+        "rotary_scaling_factor": 8.0,
+        "rotary_low_frequency_factor": 1.0,
+        "rotary_high_frequency_factor": 4.0,
+        "rotary_original_length": 8192,
+    },
+}
+
 
 class ModelConfig(Section):
     """Sizes of the GPT, and its layers other than attention."""
@@ -44,6 +56,11 @@ class ModelConfig(Section):
     linear_bias: bool = Field(
         default=False, description="Add biases to the MLP and the attention projections."
     )
+    parallel_residual: bool = Field(
+        default=False,
+        description="Attention and MLP of a layer read the same hidden states, each through its own norm, "
+        "and both results are added to them (GPT-NeoX). Otherwise the MLP reads the sum after attention.",
+    )
     tie_embeddings: bool = Field(
         default=False, description="Share one table between the input embedding and the output layer."
     )
@@ -51,6 +68,29 @@ class ModelConfig(Section):
         default=0.0, description="Dropout probability on the residual branches and the embedding."
     )
     rotary_base: int = Field(default=10000, description="θ, the base of the rotary embeddings.")
+    rotary_scaling: Literal["none", "linear", "llama3"] = Field(
+        default="none",
+        description="Scaling of the rotary frequencies, for sequences longer than those of earlier training. "
+        "linear: all are divided by rotary_scaling_factor (Chen et al. 2023, arXiv 2306.15595); llama3: only "
+        "the low ones, as in Llama 3.1.",
+    )
+    rotary_scaling_factor: float | None = Field(
+        default=None, description="Factor by which rotary frequencies are divided; 8.0 in Llama 3.1."
+    )
+    rotary_low_frequency_factor: float | None = Field(
+        default=None,
+        description="For llama3: frequencies with fewer rotations in rotary_original_length tokens are "
+        "divided by the full factor; 1.0 in Llama 3.1.",
+    )
+    rotary_high_frequency_factor: float | None = Field(
+        default=None,
+        description="For llama3: frequencies with more rotations in rotary_original_length tokens do not "
+        "change, and those in between change gradually; 4.0 in Llama 3.1.",
+    )
+    rotary_original_length: int | None = Field(
+        default=None,
+        description="For llama3: the number of tokens of a sequence in earlier training; 8192 in Llama 3.1.",
+    )
     init_std: float = Field(
         default=0.02, description="σ of the N(0, σ) initialization of all matrices but those of output_init."
     )
@@ -86,7 +126,36 @@ class ModelConfig(Section):
             raise self.problem(
                 "z_loss", "needs the chunked loss", "set model.output_loss=auto, or model.z_loss=0"
             )
+        self._check_rotary_scaling()
         return self
+
+    def _check_rotary_scaling(self) -> None:
+        """Check that the fields of `rotary_scaling` are given, and no others, and are in range."""
+        needed = ROTARY_SCALINGS[self.rotary_scaling]
+        for field, example in ROTARY_SCALINGS["llama3"].items():
+            value = getattr(self, field)
+            if field in needed and value is None:
+                raise self.problem(
+                    field, f"is required by model.rotary_scaling={self.rotary_scaling}", f"use {example}"
+                )
+            if field not in needed and value is not None:
+                raise self.problem(
+                    field,
+                    f"has no effect with model.rotary_scaling={self.rotary_scaling}",
+                    "omit it, or set model.rotary_scaling=llama3",
+                )
+        self.require_positive(*ROTARY_SCALINGS["llama3"])
+        if self.rotary_scaling_factor is not None and self.rotary_scaling_factor < 1:
+            raise self.problem(
+                "rotary_scaling_factor", "must be at least 1, since frequencies are divided by it", "use 1.0"
+            )
+        low, high = self.rotary_low_frequency_factor, self.rotary_high_frequency_factor
+        if low is not None and high is not None and high <= low:
+            raise self.problem(
+                "rotary_high_frequency_factor",
+                f"must be above model.rotary_low_frequency_factor={low}",
+                f"use {4 * low}",
+            )
 
     @property
     def padded_vocab_size(self) -> int:

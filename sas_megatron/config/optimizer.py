@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -22,6 +23,14 @@ SET_BY_OTHER_FIELDS = {
     "scheduler": "schedule.*",
     "zero_optimization.stage": "deepspeed.zero_stage",
 }
+
+
+def _without(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a copy of DeepSpeed's entries without a dotted key."""
+    section, _, name = key.rpartition(".")
+    if section:
+        return settings | {section: _without(settings[section], name)}
+    return {other: value for other, value in settings.items() if other != key}
 
 
 class OptimizerConfig(Section):
@@ -90,6 +99,7 @@ class ScheduleConfig(Section):
                 "decay_steps",
                 "must be set if and only if schedule.kind=warmup_stable_decay",
                 "set both or neither",
+                (f"schedule.kind={'constant' if self.decay_steps is None else 'warmup_stable_decay'}",),
             )
         return self
 
@@ -117,6 +127,9 @@ class DeepSpeedConfig(Section):
             entries = self.settings.get(section, {}) if section else self.settings
             if isinstance(entries, dict) and name in entries:
                 raise self.problem(
-                    "settings", f"{key} is set by {owner} and must not be repeated here", "remove it"
+                    "settings",
+                    f"{key} is set by {owner} and must not be repeated here",
+                    "remove it",
+                    (f"deepspeed.settings={json.dumps(_without(self.settings, key))}",),
                 )
         return self

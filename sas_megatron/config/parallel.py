@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from sas_megatron.config.errors import FieldError
-from sas_megatron.config.section import MAX_INT32, Section, divisors
+from sas_megatron.config.section import MAX_INT32, Section, divisors, largest_at_most
 
 
 class ParallelConfig(Section):
@@ -73,6 +73,7 @@ class ParallelConfig(Section):
                 "sequence",
                 "sequence parallelism shards over the tensor group, which has only one rank",
                 "set parallel.tensor to 2 or more, or parallel.sequence=false",
+                ("parallel.sequence=false",),
             )
         for field in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
             if self.pipeline == 1 and getattr(self, field) not in (None, 1):
@@ -80,12 +81,14 @@ class ParallelConfig(Section):
                     field,
                     "requires pipeline parallelism, and parallel.pipeline=1",
                     f"set parallel.pipeline to 2 or more, or remove parallel.{field}",
+                    (f"parallel.{field}={'1' if field == 'virtual_pipeline' else 'null'}",),
                 )
         if self.overlap_parameter_gather and not self.overlap_gradient_reduce:
             raise self.problem(
                 "overlap_parameter_gather",
                 "requires parallel.overlap_gradient_reduce=true, whose buckets it gathers",
                 "set both or neither",
+                ("parallel.overlap_gradient_reduce=true",),
             )
         return self
 
@@ -125,6 +128,7 @@ class ParallelConfig(Section):
                 f"must add up to model.num_layers={num_layers} together with "
                 f"parallel.first_stage_layers={self.first_stage_layers}",
                 "leave one of them out",
+                ("parallel.last_stage_layers=null",),
             )
         if num_other_stages and (other_layers < num_other_stages or other_layers % num_other_stages):
             rest = f" without {' and '.join(f'{name}={n}' for name, n in given.items())}" if given else ""
@@ -134,6 +138,10 @@ class ParallelConfig(Section):
                 f"model.num_layers={num_layers} layers evenly, with at least one each",
                 "use another number of stages, or set parallel.first_stage_layers or "
                 "parallel.last_stage_layers",
+                (
+                    f"parallel.pipeline={largest_at_most(self.pipeline, divisors(num_layers))}",
+                    *(f"parallel.{field}=null" for field in given),
+                ),
             )
         if num_other_stages == 0 and self.pipeline == 2 and self.virtual_pipeline > 1:
             # Megatron-core 0.16.1 divides the other layers by the number of other stages, which is 0.
@@ -142,13 +150,16 @@ class ParallelConfig(Section):
                 "must not be set for two interleaved stages if parallel.first_stage_layers is set, a limit "
                 "of Megatron-core",
                 "leave it out: the last stage gets the remaining layers",
+                ("parallel.last_stage_layers=null",),
             )
         for layers in dict.fromkeys(self.layers_of_stages(num_layers)):
             if layers % self.virtual_pipeline:
+                choices = divisors(layers)
                 raise self.problem(
                     "virtual_pipeline",
                     f"must divide the layers of each stage, and one has {layers}",
-                    f"use one of {divisors(layers)}",
+                    f"use one of {choices}",
+                    (f"parallel.virtual_pipeline={largest_at_most(self.virtual_pipeline, choices)}",),
                 )
 
     def check_stage(self, stage: int) -> None:
@@ -189,4 +200,5 @@ class ParallelConfig(Section):
                 f"interleaved stages process microbatches in groups of parallel.pipeline={self.pipeline}, "
                 f"and a step has {num_microbatches} on each data-parallel rank",
                 "change the batch sizes, or set parallel.virtual_pipeline=1",
+                ("parallel.virtual_pipeline=1",),
             )

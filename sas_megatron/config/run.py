@@ -18,18 +18,15 @@ from pydantic import (
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.cudnn import check_cudnn
 from sas_megatron.config.data import DataConfig
-from sas_megatron.config.errors import FieldError
+from sas_megatron.config.errors import FieldError, WorldSizeError
+from sas_megatron.config.evaluation import EvaluationConfig
+from sas_megatron.config.head_layout import check_context_parallel, check_tensor_parallel
 from sas_megatron.config.model import ModelConfig
+from sas_megatron.config.monitoring import HealthConfig, LoggingConfig
 from sas_megatron.config.optimizer import DeepSpeedConfig, OptimizerConfig, ScheduleConfig
 from sas_megatron.config.parallel import ParallelConfig
-from sas_megatron.config.section import divisors
-from sas_megatron.config.training import (
-    CheckpointConfig,
-    EvaluationConfig,
-    HealthConfig,
-    LoggingConfig,
-    TrainingConfig,
-)
+from sas_megatron.config.section import divisors, next_multiple
+from sas_megatron.config.training import CheckpointConfig, TrainingConfig
 
 
 class RunConfig(BaseModel):
@@ -52,9 +49,10 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        self.attention.check_tensor_parallel(self.parallel.tensor)
-        self.attention.check_context_parallel(self.parallel.tensor, self.parallel.context)
+        check_tensor_parallel(self.attention, self.parallel.tensor)
+        check_context_parallel(self.attention, self.parallel.tensor, self.parallel.context)
         check_cudnn(self.attention, self.training)
+        self._check_model()
         self.parallel.check_layers(self.model.num_layers)
         self._check_divisibility()
         if self.parallel.overlap_parameter_gather and not self.optimizer.distributed:
@@ -62,11 +60,29 @@ class RunConfig(BaseModel):
                 "overlap_parameter_gather",
                 "requires the distributed optimizer, and optimizer.distributed=false",
                 "set optimizer.distributed=true, or leave it out",
+                ("optimizer.distributed=true",),
             )
         self._check_recompute()
         self._check_engine()
         self._check_steps()
         return self
+
+    def _check_model(self) -> None:
+        """Check the fields of model and attention that depend on each other."""
+        if self.attention.qkv_bias and self.model.linear_bias:
+            raise self.attention.problem(
+                "qkv_bias",
+                "has no effect with model.linear_bias=true, which adds these biases and those of all other "
+                "projections",
+                "set attention.qkv_bias=false",
+            )
+        if self.model.rotary_scaling != "none" and not self.attention.uses_model_rotary:
+            raise self.model.problem(
+                "rotary_scaling",
+                f"is not supported by attention.kind={self.attention.kind}, which has its own rotary "
+                "embedding",
+                "set model.rotary_scaling=none and omit its other fields, or use another kind",
+            )
 
     def _check_divisibility(self) -> None:
         """Check that sequence, MLP and embedding table can be sharded over the ranks."""
@@ -78,24 +94,28 @@ class RunConfig(BaseModel):
                 "sequence_length",
                 f"must be divisible by {chunks}, twice parallel.context={context}",
                 f"use a multiple of {chunks}",
+                (f"data.sequence_length={next_multiple(self.data.sequence_length, chunks)}",),
             )
         if self.model.ffn_hidden_size % tensor:
             raise self.model.problem(
                 "ffn_hidden_size",
                 f"must be divisible by parallel.tensor={tensor}",
                 f"use a multiple of {tensor}",
+                (f"model.ffn_hidden_size={next_multiple(self.model.ffn_hidden_size, tensor)}",),
             )
         if self.model.padded_vocab_size % tensor:
             raise self.model.problem(
                 "vocab_multiple",
                 f"must be divisible by parallel.tensor={tensor}",
                 f"use a multiple of {tensor}",
+                (f"model.vocab_multiple={next_multiple(self.model.vocab_multiple, tensor)}",),
             )
         if self.parallel.sequence and self.data.sequence_length % (tensor * context):
             raise self.data.problem(
                 "sequence_length",
                 f"must be divisible by {self.parallel.describe_sequence_ranks()} under sequence parallelism",
                 f"use a multiple of {math.lcm(chunks, tensor * context)}, or set parallel.sequence=false",
+                ("parallel.sequence=false",),
             )
 
     def _check_steps(self) -> None:
@@ -103,11 +123,17 @@ class RunConfig(BaseModel):
         warmup, steps = self.schedule.warmup_steps, self.training.num_steps
         if self.logging.profile_steps is not None and self.logging.profile_steps[0] > steps:
             raise self.logging.problem(
-                "profile_steps", f"begins after training.num_steps={steps}", "use steps of the run"
+                "profile_steps",
+                f"begins after training.num_steps={steps}",
+                "use steps of the run",
+                ("logging.profile_steps=null",),
             )
         if warmup >= steps:
             raise self.schedule.problem(
-                "warmup_steps", f"must be below training.num_steps={steps}", "shorten it or train longer"
+                "warmup_steps",
+                f"must be below training.num_steps={steps}",
+                "shorten it or train longer",
+                (f"schedule.warmup_steps={steps // 10}",),
             )
         if warmup + (self.schedule.decay_steps or 0) > steps:
             raise self.schedule.problem(
@@ -115,6 +141,7 @@ class RunConfig(BaseModel):
                 f"must not exceed the {steps - warmup} of training.num_steps={steps} that remain after "
                 f"schedule.warmup_steps={warmup}",
                 "shorten one of them or train longer",
+                (f"schedule.decay_steps={steps - warmup}",),
             )
 
     def _check_recompute(self) -> None:
@@ -126,6 +153,7 @@ class RunConfig(BaseModel):
                     "recompute_modules",
                     f"attention.kind={self.attention.kind} cannot recompute {name}",
                     f"use some of {recomputable}",
+                    ("training.recompute_modules=null",),
                 )
         stages = self.parallel.layers_of_stages(self.model.num_layers)
         chunks = [layers // self.parallel.virtual_pipeline for layers in stages]
@@ -134,6 +162,7 @@ class RunConfig(BaseModel):
                 "recompute_layers",
                 f"must not exceed the smallest model chunk, which has {min(chunks)} layers",
                 f"use at most {min(chunks)}, or leave it out to recompute all layers",
+                (f"training.recompute_layers={min(chunks)}",),
             )
 
     def _check_engine(self) -> None:
@@ -144,6 +173,7 @@ class RunConfig(BaseModel):
                     "engine",
                     "does not use the section deepspeed, which is set",
                     "set training.engine=deepspeed, or remove the section",
+                    ("training.engine=deepspeed",),
                 )
             return
         if self.parallel.pipeline > 1:
@@ -151,6 +181,7 @@ class RunConfig(BaseModel):
                 "pipeline",
                 "requires Megatron-core's pipeline schedules, which training.engine=deepspeed does not use",
                 "set training.engine=megatron, or parallel.pipeline=1",
+                ("training.engine=megatron",),
             )
         for section, field, alternative in (
             (self.optimizer, "distributed", "deepspeed.zero_stage=1"),
@@ -161,6 +192,7 @@ class RunConfig(BaseModel):
                     field,
                     "requires Megatron-core's engine, and training.engine=deepspeed",
                     f"use {alternative}, or set training.engine=megatron",
+                    (f"{section.section_name}.{field}=false",),
                 )
         if self.health.replica_check_interval is not None and self.deepspeed.zero_stage == 3:
             raise self.health.problem(
@@ -168,6 +200,7 @@ class RunConfig(BaseModel):
                 "requires replicated weights, and deepspeed.zero_stage=3 shards them over the data-parallel "
                 "ranks",
                 "leave it out, or use stage 0, 1 or 2",
+                ("health.replica_check_interval=null",),
             )
         if self.training.precision == "bfloat16" and self.deepspeed.zero_stage == 0:
             # Seen with DeepSpeed 0.19.8: the gradient norm counts one tensor rank, and Adam's step count is
@@ -176,6 +209,7 @@ class RunConfig(BaseModel):
                 "zero_stage",
                 "DeepSpeed clips gradients and updates weights incorrectly in bfloat16 at stage 0",
                 "use 1, 2 or 3, or training.precision=float32, or training.engine=megatron",
+                ("deepspeed.zero_stage=1",),
             )
 
     @property
@@ -221,22 +255,25 @@ class RunConfig(BaseModel):
         model_size = self.parallel.model_size
         samples, micro = self.training.global_batch_size, self.training.micro_batch_size
         fitting = [model_size * degree for degree in divisors(samples // micro)]
+        nearest = max([size for size in fitting if size <= world_size], default=fitting[0])
         if world_size % model_size:
-            raise FieldError(
+            raise WorldSizeError(
                 "world size",
                 world_size,
                 f"must be a multiple of {model_size}, the ranks of one model "
                 f"({self.parallel.describe_model_ranks()})",
                 f"start {' or '.join(map(str, fitting[:4]))} processes "
                 f"(launch/torchrun.sh {fitting[0]} CONFIG), or change the parallel degrees",
+                nearest,
             )
         data_parallel = world_size // model_size
         if samples % (micro * data_parallel):
-            raise FieldError(
+            raise WorldSizeError(
                 "training.global_batch_size",
                 samples,
                 f"must be a multiple of micro_batch_size × data-parallel ranks = {micro} × {data_parallel}",
                 f"start {' or '.join(map(str, fitting[:4]))} processes, or change the batch sizes",
+                nearest,
             )
         self.parallel.check_microbatches(self.training.num_microbatches(data_parallel))
         return data_parallel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, ClassVar, Self
 
@@ -24,6 +25,43 @@ def divisors(number: int, *, limit: int = MAX_LISTED_DIVISOR) -> list[int]:
     return [candidate for candidate in range(1, min(number, limit) + 1) if number % candidate == 0]
 
 
+def _as_integers(value: Any) -> Any:
+    """Return whole numbers as int, since YAML reads 5e5 as a float, and other values unchanged."""
+    if isinstance(value, list):
+        return [_as_integers(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_INTEGER:
+        return int(value)
+    return value
+
+
+def largest_at_most(limit: int, choices: list[int]) -> int:
+    """Return the largest of `choices`, which contain 1, that is at most `limit`."""
+    return max(choice for choice in choices if choice <= max(1, limit))
+
+
+def next_multiple(number: int, of: int) -> int:
+    """Return the smallest multiple of `of` that is at least `number`."""
+    return -(-number // of) * of
+
+
+def require_path_lengths(field: str, paths: list[str]) -> None:
+    """Check that the paths of a field fit a file system.
+
+    Raises:
+        FieldError: A path, or one of its names with an ending, is too long.
+    """
+    for path in paths:
+        names = os.fsencode(path).split(b"/")
+        if max(map(len, names)) > MAX_NAME_BYTES or len(path) > MAX_PATH_CHARACTERS:
+            raise FieldError(
+                field,
+                paths if len(paths) > 1 else path,
+                f"has a name of more than {MAX_NAME_BYTES} bytes, or more than {MAX_PATH_CHARACTERS} "
+                "characters, which is too long for a file system",
+                "use a shorter path",
+            )
+
+
 class Section(BaseModel):
     """A section of a run's config; immutable once built."""
 
@@ -43,7 +81,15 @@ class Section(BaseModel):
         for former, name in cls.former_names.items():
             if former in fields:
                 renamed.setdefault(name, fields[former])
+        for name in cls._integer_fields() & renamed.keys():
+            renamed[name] = _as_integers(renamed[name])
         return renamed
+
+    @classmethod
+    @functools.cache
+    def _integer_fields(cls) -> frozenset[str]:
+        integers = (int, int | None, list[int], list[int] | None)
+        return frozenset(name for name, field in cls.model_fields.items() if field.annotation in integers)
 
     @model_validator(mode="after")
     def _check_integers(self) -> Self:
@@ -56,9 +102,9 @@ class Section(BaseModel):
                     )
         return self
 
-    def problem(self, field: str, rule: str, remedy: str) -> FieldError:
-        """Return the error to raise when `field` of this section breaks `rule`."""
-        return FieldError(f"{self.section_name}.{field}", getattr(self, field), rule, remedy)
+    def problem(self, field: str, rule: str, remedy: str, fix: tuple[str, ...] = ()) -> FieldError:
+        """Return the error to raise when `field` of this section breaks `rule`; `fix` as in `FieldError`."""
+        return FieldError(f"{self.section_name}.{field}", getattr(self, field), rule, remedy, fix)
 
     def require_positive(self, *fields: str) -> None:
         """Check that each of `fields` is above zero; a field that is None passes.
@@ -94,15 +140,8 @@ class Section(BaseModel):
         """
         for field in fields:
             value = getattr(self, field)
-            for path in value if isinstance(value, list) else [value or ""]:
-                names = os.fsencode(path).split(b"/")
-                if max(map(len, names)) > MAX_NAME_BYTES or len(path) > MAX_PATH_CHARACTERS:
-                    raise self.problem(
-                        field,
-                        f"has a name of more than {MAX_NAME_BYTES} bytes, or more than {MAX_PATH_CHARACTERS} "
-                        "characters, which is too long for a file system",
-                        "use a shorter path",
-                    )
+            paths = value if isinstance(value, list) else [value or ""]
+            require_path_lengths(f"{self.section_name}.{field}", paths)
 
     def require_between(self, low: float, high: float, *fields: str) -> None:
         """Check that each of `fields` is in [low, high).

@@ -1,17 +1,55 @@
-"""The `training`, `evaluation`, `checkpoint`, `health` and `logging` sections."""
+"""The `training` and `checkpoint` sections."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from sas_megatron.config.section import Section
+from sas_megatron.config.errors import FieldError
+from sas_megatron.config.section import Section, next_multiple
 
 # numpy, which shuffles the samples of Megatron-core's data sets, accepts seeds of 32 bits.
 NUM_SEEDS = 2**32
 # A year. Timeouts are datetime.timedelta, and torch converts them to nanoseconds of 64 bits.
 MAX_TIMEOUT_MINUTES = 365 * 24 * 60
+
+
+# Spellings of other programs -> the data type.
+PRECISIONS = {
+    **dict.fromkeys(("float32", "fp32", "f32", "float", "single", "torch.float32", "32"), "float32"),
+    **dict.fromkeys(("bfloat16", "bf16", "torch.bfloat16"), "bfloat16"),
+}
+NOT_OFFERED_PRECISIONS = (
+    "float16",
+    "fp16",
+    "f16",
+    "half",
+    "torch.float16",
+    "16",
+    "tf32",
+    "float64",
+    "fp64",
+    "fp8",
+)
+
+
+def parse_precision(value: Any) -> Any:
+    """Return the data type that a common spelling names; other values are left to the field's rule.
+
+    Raises:
+        FieldError: It names a data type that is not offered.
+    """
+    spelling = str(value).lower() if isinstance(value, str | int) else None
+    if spelling in NOT_OFFERED_PRECISIONS:
+        raise FieldError(
+            "training.precision",
+            value,
+            "is not offered: weights and activations are float32 or bfloat16",
+            "use bfloat16",
+            fix=("training.precision=bfloat16",),
+        )
+    return PRECISIONS.get(str(spelling), value)
 
 
 class TrainingConfig(Section):
@@ -22,9 +60,10 @@ class TrainingConfig(Section):
     num_steps: int = Field(description="Number of optimizer steps of the run.")
     global_batch_size: int = Field(description="Samples per optimizer step, over all ranks.")
     micro_batch_size: int = Field(description="B, samples per forward pass on one rank.")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(parse_precision)] = Field(
         default="float32",
-        description="Data type of weights and activations; gradients and optimizer states are float32.",
+        description="Data type of weights and activations; gradients and optimizer states are float32. Other "
+        "spellings, such as bf16 and fp32, are accepted.",
     )
     deterministic: bool = Field(
         default=False,
@@ -90,20 +129,24 @@ class TrainingConfig(Section):
                     field,
                     f"requires training.recompute={mode}",
                     f"remove it, or set training.recompute={mode}",
+                    (f"training.recompute={mode}",),
                 )
         if self.order_steps is not None and self.order_steps < self.num_steps:
             raise self.problem(
                 "order_steps",
                 f"must be at least training.num_steps={self.num_steps}",
                 f"use {self.num_steps} or more, or leave it out",
+                ("training.order_steps=null",),
             )
         if not 0 <= self.seed < NUM_SEEDS:
             raise self.problem("seed", f"must be at least 0 and below {NUM_SEEDS}", "use 1234, for example")
         if self.global_batch_size % self.micro_batch_size:
+            multiple = next_multiple(self.global_batch_size, self.micro_batch_size)
             raise self.problem(
                 "global_batch_size",
                 f"must be a multiple of training.micro_batch_size={self.micro_batch_size}",
-                f"use {-(-self.global_batch_size // self.micro_batch_size) * self.micro_batch_size}",
+                f"use {multiple}",
+                (f"training.global_batch_size={multiple}",),
             )
         return self
 
@@ -122,34 +165,11 @@ class TrainingConfig(Section):
         return self.global_batch_size // self.micro_batch_size // data_parallel
 
 
-class EvaluationConfig(Section):
-    """Held-out loss during training, on the same fixed windows each time."""
-
-    section_name: ClassVar[str] = "evaluation"
-
-    interval: int | None = Field(
-        default=None, description="Steps between evaluations; null: evaluate only at the end."
-    )
-    num_sequences: int = Field(
-        default=64,
-        description="Number of windows drawn from the validation split; the same windows for every seed.",
-    )
-    probe_sequences: int = Field(
-        default=0,
-        description="The first windows on which each evaluation also measures activations, scores and the "
-        "simulation by layer (records of the kind `probe` in metrics.jsonl); 0: none.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> EvaluationConfig:
-        self.require_positive("interval", "num_sequences")
-        if not 0 <= self.probe_sequences <= self.num_sequences:
-            raise self.problem(
-                "probe_sequences",
-                f"must be between 0 and evaluation.num_sequences={self.num_sequences}",
-                "use 2, for example",
-            )
-        return self
+def _refuse_numbers(value: Any) -> Any:
+    """Return the value; 0 and 1, which Python counts as equal to false and true, are refused."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise FieldError("checkpoint.resume", value, "is not one of the choices", "use true, false or auto")
+    return value
 
 
 class CheckpointConfig(Section):
@@ -163,10 +183,11 @@ class CheckpointConfig(Section):
         description="Additional steps after which to save. These checkpoints are never removed; other runs "
         "can branch off from them.",
     )
-    resume: bool = Field(
+    resume: Annotated[Literal[True, False, "auto"], BeforeValidator(_refuse_numbers)] = Field(
         default=False,
         description="Resume from the newest undamaged checkpoint in the run directory, if one exists; the "
-        "parallel layout may differ.",
+        "parallel layout may differ. auto (the default of the scripts in launch/): the same, without a "
+        "report if there is none.",
     )
     keep_last: int | None = Field(
         default=None,
@@ -204,6 +225,7 @@ class CheckpointConfig(Section):
                 "keep_every",
                 "has no effect with checkpoint.keep_last=null, which keeps all checkpoints",
                 "set checkpoint.keep_last too, or leave it out",
+                ("checkpoint.keep_every=null",),
             )
         if self.at_steps is not None and min(self.at_steps, default=1) < 1:
             raise self.problem(
@@ -214,6 +236,7 @@ class CheckpointConfig(Section):
                 "branch_from",
                 "provides the weights, and checkpoint.initial_weights is also set",
                 "remove one of them",
+                ("checkpoint.initial_weights=null",),
             )
         return self
 
@@ -224,95 +247,3 @@ class CheckpointConfig(Section):
     def is_permanent(self, step: int) -> bool:
         """Return whether the checkpoint of this step is kept regardless of `keep_last`."""
         return (self.keep_every is not None and step % self.keep_every == 0) or step in (self.at_steps or [])
-
-
-class HealthConfig(Section):
-    """Checks for non-finite and outlying steps, for diverging replicas of weights, and for slow ranks."""
-
-    section_name: ClassVar[str] = "health"
-
-    skipped_in_a_row: int = Field(
-        default=3,
-        description="Number of consecutive steps that may be skipped because of a spike or a non-finite loss "
-        "or gradient. A skipped step uses up its samples and leaves weights, optimizer and schedule "
-        "unchanged. The next such step ends the run; with 0, the first such step ends it.",
-    )
-    spike_response: Literal["record", "skip", "stop"] = Field(
-        default="record",
-        description="Response to a loss or gradient norm far above the previous ones: record it, also skip "
-        "the step, or end the run before the update.",
-    )
-    spike_threshold: float = Field(
-        default=10.0,
-        description="Number of deviations above the median that counts as a spike. A deviation is 1.4826 × "
-        "the median absolute deviation, and at least 1% of the median.",
-    )
-    spike_window: int = Field(
-        default=64,
-        description="Number of previous updates that a step is compared with; the check starts after that "
-        "number of updates.",
-    )
-    replica_check_interval: int | None = Field(
-        default=None,
-        description="Steps between checks that replicated weights are bitwise equal on all ranks that hold "
-        "them; the run ends if they are not. null: never check.",
-    )
-    straggler_interval: int | None = Field(
-        default=None,
-        description="Steps between measurements of each rank's own time per step, without the time spent "
-        "waiting for other ranks. null: never measure.",
-    )
-    straggler_excess: float = Field(
-        default=0.2,
-        description="Report a rank whose own time exceeds the median of its pipeline stage by more than this "
-        "fraction.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> HealthConfig:
-        self.require_between(0, float("inf"), "skipped_in_a_row")
-        self.require_positive("spike_threshold", "replica_check_interval", "straggler_interval")
-        self.require_positive("straggler_excess")
-        if self.spike_window < 3:
-            raise self.problem(
-                "spike_window", "must be 3 or more to have a median and a deviation", "use 64, for example"
-            )
-        return self
-
-
-class LoggingConfig(Section):
-    """The run directory, and the intervals and contents of logs."""
-
-    section_name: ClassVar[str] = "logging"
-    former_names: ClassVar[dict[str, str]] = {"wire_ledger": "communication_counter"}
-
-    run_directory: str = Field(
-        description="Folder for config.yaml, run.json, metrics.jsonl, summary.json and checkpoints/."
-    )
-    interval: int = Field(
-        default=10, description="Steps between logged steps; each logged step is one line of metrics.jsonl."
-    )
-    tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
-    communication_counter: bool = Field(
-        default=False,
-        description="Count the bytes that each rank sends in collectives, by process group, and write them "
-        "to summary.json.",
-    )
-    profile_steps: list[int] | None = Field(
-        default=None,
-        description="First and last step to profile on every rank. The traces are written to "
-        "profile/*.json.gz and open in Perfetto; profiled steps are slower. null: do not profile.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> LoggingConfig:
-        self.require_positive("interval")
-        self.require_paths("run_directory")
-        steps = self.profile_steps
-        if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
-            raise self.problem(
-                "profile_steps",
-                "must be two step numbers, counted from 1, the first not after the last",
-                "use [10, 12] for three steps, or null for none",
-            )
-        return self

@@ -123,9 +123,10 @@ class CoreAttentionSpec:
         layer = self.layer
         queries, keys = layer.heads
         heads, width = queries // layer.num_blocks, self.value_width
-        # torch pads the values to the width of the keys. With one head, the result is a view of the padded
-        # tensor, so the padding is saved as well.
-        if layer.backend in ("fused", "composed") and layer.context == 1 and heads == 1:
+        # torch pads the values to the width of the keys. With one head, or heads of one feature, the result
+        # is a view of the padded tensor, so the padding is saved as well.
+        is_view = layer.context == 1 and 1 in (heads, width)
+        if layer.backend in ("fused", "composed") and is_view:
             width = self.query_key_width
         result = layer.full_bytes(heads * width)
         if "attention" in layer.recomputed:

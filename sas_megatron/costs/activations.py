@@ -30,7 +30,11 @@ from sas_megatron.costs.activation_spec import FLOAT32_BYTES, ActivationSpec
 from sas_megatron.costs.attention import build_attention_costs
 from sas_megatron.costs.attention_backend import Device, resolve_backend
 from sas_megatron.costs.head_sharding import count_attended_heads, count_local_heads
-from sas_megatron.costs.output_loss import count_probability_bytes, resolve_output_loss
+from sas_megatron.costs.output_loss import (
+    count_probability_bytes,
+    is_loss_blocked,
+    resolve_output_loss,
+)
 
 # Bytes of a token id, and of an element of a boolean mask.
 INDEX_BYTES, MASK_BYTES = 8, 1
@@ -170,11 +174,20 @@ def _count_layer(config: RunConfig, spec: ActivationSpec) -> Terms:
     model = config.model
     attention = build_attention_costs(config.attention)
     return {
-        "norms": 2 * spec.norm_bytes(model.hidden_size, model.normalization),
+        "norms": _count_norms(config, spec),
         **attention.count_activation_bytes(model.hidden_size, spec),
         "mlp": _count_mlp(config, spec),
         "residual": 2 * _count_hidden_dropout(config, spec),
     }
+
+
+def _count_norms(config: RunConfig, spec: ActivationSpec) -> int:
+    """Return the bytes of both norms of a layer, which with parallel residual branches read one tensor."""
+    model = config.model
+    first = spec.norm_bytes(model.hidden_size, model.normalization)
+    if not model.parallel_residual:
+        return 2 * first
+    return first + spec.norm_bytes(model.hidden_size, model.normalization, input_width=0)
 
 
 def _count_hidden_dropout(config: RunConfig, spec: ActivationSpec) -> int:
@@ -208,12 +221,15 @@ def _count_embedding(config: RunConfig, spec: ActivationSpec) -> int:
 def _count_head(config: RunConfig, spec: ActivationSpec) -> Terms:
     """Return the final norm's bytes, the output layer's input, and what the loss saves.
 
-    The full loss saves float32 probabilities and labels, the chunked loss one float32 number per token.
+    The full loss saves float32 probabilities, and unless it is computed in blocks, positions of labels; the
+    chunked loss saves one float32 number per token.
     """
     model = config.model
     saved = FLOAT32_BYTES * spec.tokens
     if resolve_output_loss(config) == "full":
         saved = count_probability_bytes(config) + spec.tokens * (INDEX_BYTES + MASK_BYTES)
+    if is_loss_blocked(config, device=spec.device):
+        saved = count_probability_bytes(config)
     return {
         "norms": spec.norm_bytes(model.hidden_size, model.normalization),
         "head": spec.local_bytes(model.hidden_size) + saved,

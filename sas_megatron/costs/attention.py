@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from sas_megatron.config.attention import AttentionConfig, resolve_part
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import resolve_part
 from sas_megatron.costs.activation_spec import ActivationSpec, CoreAttentionSpec
 from sas_megatron.costs.attention_backend import Device
 from sas_megatron.costs.attention_modifiers import (
@@ -31,11 +32,12 @@ class AttentionCosts:
         """Return the layer's weights in the order in which its module registers them.
 
         The output projection comes last here, although Megatron-core registers it first. By default, `qkv`
-        has H·D(N + 2G) elements and `projection` N·D·H, both with biases if `linear_bias` is set.
+        has H·D(N + 2G) elements and `projection` N·D·H, both with biases if `linear_bias` is set; the first
+        also has one if `attention.qkv_bias` is set.
         """
         width = self.attention.qkv_width
         qkv = [Weight("qkv", hidden_size * width, sharded=True)]
-        if linear_bias:
+        if linear_bias or self.attention.qkv_bias:
             qkv.append(Weight("qkv", width, sharded=True))
         return [*qkv, *self.projection_weights(hidden_size, linear_bias=linear_bias)]
 

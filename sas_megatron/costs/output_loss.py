@@ -1,6 +1,7 @@
 """How the loss is computed from hidden states: with the logits of all tokens, or in chunks. No torch.
 
-    full       Megatron-core's: the float32 probabilities [T, V/P] are saved for the backward pass
+    full       Megatron-core's: the float32 probabilities [T, V/P] are saved for the backward pass; on a CPU
+               with one tensor rank, they are computed in blocks of tokens that stay in the cache
     chunked    logits of CHUNK_BYTES at a time, for some columns of the vocabulary and all tokens; the
                backward pass computes them again, so that only the log-sum-exp [T] is saved
     auto       chunked if the probabilities exceed CHUNK_BYTES, or with a z-loss; otherwise full
@@ -14,6 +15,7 @@ from typing import Literal
 
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.activation_spec import FLOAT32_BYTES
+from sas_megatron.costs.attention_backend import Device
 
 OutputLoss = Literal["full", "chunked"]
 # At 8,192 tokens a chunk has 8,192 columns, which is wide enough for products at full speed; the smaller the
@@ -30,6 +32,20 @@ def resolve_output_loss(config: RunConfig) -> OutputLoss:
     if model.output_loss != "auto":
         return model.output_loss
     return "chunked" if model.z_loss > 0 or count_probability_bytes(config) > CHUNK_BYTES else "full"
+
+
+def is_loss_blocked(config: RunConfig, *, device: Device) -> bool:
+    """Return whether the full loss is computed in blocks of tokens, which is faster on a CPU.
+
+    DeepSpeed may shard the output weight, and gathers it for the output layer alone, which is not used then.
+    """
+    return (
+        device == "cpu"
+        and resolve_output_loss(config) == "full"
+        and config.parallel.tensor == 1
+        and config.training.precision == "float32"
+        and config.training.engine == "megatron"
+    )
 
 
 def count_probability_bytes(config: RunConfig) -> int:

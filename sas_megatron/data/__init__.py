@@ -1,1 +1,1 @@
-"""Documents -> tokens of a sentencepiece tokenizer -> Megatron-core indexed datasets -> batches."""
+"""Documents -> tokens -> Megatron-core indexed datasets -> batches."""

@@ -121,7 +121,7 @@ def index_folder(data: DataConfig, tokenizer: Tokenizer, *, sizes: list[int], se
         megatron.core.__version__,
         [[manifest.bin_sha256, manifest.idx_sha256] for manifest in manifests],
         tokenizer.sha256,
-        data.model_dump(mode="json", exclude={"index_cache", "tokenizer"}),
+        data.model_dump(mode="json", exclude={"index_cache", "tokenizer", "end_of_document"}),
         sizes,
         seed,
     ]
@@ -182,13 +182,21 @@ def _slice_context(values_BS: torch.Tensor, group: dist.ProcessGroup) -> torch.T
 
 
 class ByteLengths:
-    """Number of UTF-8 bytes that label tokens decode to, for losses in bits per byte."""
+    """Number of UTF-8 bytes of the text of label tokens, for losses in bits per byte."""
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
-        self._lengths = torch.from_numpy(np.asarray(tokenizer.token_byte_lengths(), dtype=np.int64)).to(
-            device
+        self._lengths, self._prefix_lengths = (
+            torch.from_numpy(lengths.astype(np.int64)).to(device)
+            for lengths in (tokenizer.token_byte_lengths(), tokenizer.prefix_byte_lengths())
         )
 
-    def __call__(self, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the total number of bytes of the labels where `mask` is not zero, a scalar tensor."""
-        return (self._lengths[labels] * (mask != 0)).sum()
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the total number of bytes of the labels where `mask` is not zero, a scalar tensor.
+
+        Args:
+            tokens: The token before each label, of the same shape.
+            labels: The tokens that are counted.
+            mask: The loss mask, of the same shape.
+        """
+        begins = self._lengths[tokens] == 0  # after a special token; see Tokenizer.count_bytes
+        return ((self._lengths[labels] - self._prefix_lengths[labels] * begins) * (mask != 0)).sum()

@@ -23,6 +23,7 @@ class Chunk:
     """Consecutive documents that are not empty, as UTF-8 in one buffer."""
 
     index: int
+    first_document: int  # number of documents with text in all previous chunks
     document_bytes: npt.NDArray[np.int64]  # [documents], length of each document
     text: bytes
     empty_documents: int  # number of empty documents left out since the previous chunk
@@ -49,10 +50,17 @@ def cut_chunks(batches: Iterable[TextBatch], chunk_bytes: int = CHUNK_BYTES) -> 
     """
     lengths: list[npt.NDArray[np.int64]] = []
     texts: list[bytes] = []
-    size_bytes = empty_documents = source_bytes_read = index = 0
+    size_bytes = empty_documents = source_bytes_read = index = first_document = 0
 
     def build_chunk() -> Chunk:
-        return Chunk(index, np.concatenate(lengths), b"".join(texts), empty_documents, source_bytes_read)
+        return Chunk(
+            index,
+            first_document,
+            np.concatenate(lengths),
+            b"".join(texts),
+            empty_documents,
+            source_bytes_read,
+        )
 
     for batch in batches:
         batch_lengths, batch_text = _lengths_and_text(batch)
@@ -71,6 +79,7 @@ def cut_chunks(batches: Iterable[TextBatch], chunk_bytes: int = CHUNK_BYTES) -> 
             row, start = end_row, end
             if size_bytes >= chunk_bytes:
                 yield build_chunk()
+                first_document += sum(map(len, lengths))
                 lengths, texts, size_bytes, empty_documents = [], [], 0, 0
                 index += 1
     if lengths or empty_documents:

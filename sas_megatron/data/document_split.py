@@ -56,6 +56,8 @@ def split_documents(
 def check_split(data: DataConfig, document_tokens: Mapping[str, npt.NDArray[np.int32]]) -> None:
     """Check that both parts of every prefix have the tokens of at least one sample.
 
+    A split without training documents is that of a validation set, whose one part is the entire prefix.
+
     A sample takes S + 1 tokens: it reads the first S and predicts the last S. A validation window longer than
     the part would contain the same text twice.
 
@@ -67,6 +69,8 @@ def check_split(data: DataConfig, document_tokens: Mapping[str, npt.NDArray[np.i
         FieldError: A part has no documents, or too few tokens. The remedy names a split that is valid for
             all prefixes, if there is one.
     """
+    if data.split[0] == 0:
+        return
     cuts = {prefix: _valid_cuts(tokens, data.sequence_length) for prefix, tokens in document_tokens.items()}
     for prefix, tokens in document_tokens.items():
         if count_training_documents(len(tokens), data.split) in cuts[prefix]:
@@ -85,6 +89,7 @@ def check_split(data: DataConfig, document_tokens: Mapping[str, npt.NDArray[np.i
                 if split
                 else f"prepare {prefix} from more documents: training and validation need more than "
                 f"data.sequence_length={data.sequence_length} tokens each",
+                (f"data.split={split}",) if split else (),
             )
         raise FieldError(
             "data.sequence_length",
@@ -93,6 +98,7 @@ def check_split(data: DataConfig, document_tokens: Mapping[str, npt.NDArray[np.i
             f"{has})",
             f"use at most {counts.num_tokens - 1}, or "
             + (f"data.split={split}" if split else "prepare more documents"),
+            (f"data.split={split}" if split else f"data.sequence_length={counts.num_tokens - 1}",),
         )
 
 

@@ -296,7 +296,8 @@ def _text_of_line(line: str, file: SourceFile, line_number: int, text_column: st
         except UnicodeEncodeError as error:
             raise FileProblem(
                 where,
-                f"has an unpaired surrogate ({error.object[error.start]!r})",
+                f"has an unpaired surrogate ({error.object[error.start]!r}) at character {error.start} of "
+                "the text, counted from 0",
                 "fix or remove the line",
             ) from error
     return text

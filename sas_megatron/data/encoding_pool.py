@@ -12,25 +12,35 @@ import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import TracebackType
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.data.chunks import Chunk
 from sas_megatron.data.encoding_worker import EncodedChunk, WorkerFailure
+from sas_megatron.data.tokenizer import RefusedText, Tokenizer
 
 # Results per worker that may wait for an earlier result; bounds the memory.
 MAX_CHUNKS_AHEAD_PER_WORKER = 4
 
 
+class RefusedDocument(UserError):
+    """A document that the library of the tokenizer cannot encode; `number` counts those with text from 0."""
+
+    def __init__(self, number: int, refused: RefusedText) -> None:
+        self.number, self.refused = number, refused
+        super().__init__(f"document {number}: {refused}")
+
+
 class EncodingPool:
     """Worker processes with one tokenizer each; a context manager that ends them on exit."""
 
-    def __init__(self, tokenizer_path: Path, num_workers: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_workers: int) -> None:
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._chunk_of: dict[Connection, Chunk] = {}
+        self._tokenizer_sha256 = tokenizer.sha256
         for _ in range(num_workers):
-            self._start_worker(tokenizer_path)
+            self._start_worker(tokenizer)
 
     def __enter__(self) -> EncodingPool:
         return self
@@ -45,7 +55,7 @@ class EncodingPool:
                 process.terminate()
             process.wait()
 
-    def wait_until_ready(self, tokenizer_sha256: str) -> None:
+    def wait_until_ready(self) -> None:
         """Wait until each worker has imported its modules and read the tokenizer.
 
         Raises:
@@ -53,7 +63,7 @@ class EncodingPool:
             RuntimeError: A worker failed with an error of the program.
         """
         for connection in self._connections:
-            if self._receive(connection) != tokenizer_sha256:
+            if self._receive(connection) != self._tokenizer_sha256:
                 raise UserError("tokenizer: the file changed while it was being read; run the command again")
 
     @property
@@ -65,6 +75,7 @@ class EncodingPool:
         """Yield each chunk with its tokens, in order; chunks are read only as fast as workers finish them.
 
         Raises:
+            RefusedDocument: The library of the tokenizer cannot encode a document.
             UserError: A worker was killed, or raised a user error.
             RuntimeError: A worker failed with an error of the program.
         """
@@ -97,14 +108,15 @@ class EncodingPool:
                 yield chunk, finished.pop(chunk.index)
             feed_workers()  # yielded chunks have left in_flight and made room for more
 
-    def _start_worker(self, tokenizer_path: Path) -> None:
+    def _start_worker(self, tokenizer: Tokenizer) -> None:
         parent_end, worker_end = Pipe()
         environment = dict(os.environ)
         # The parent may have found the package by other means than PYTHONPATH.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment["TOKENIZERS_PARALLELISM"] = "false"  # each worker encodes in one thread
         command = [sys.executable, "-m", "sas_megatron.data.encoding_worker", str(worker_end.fileno())]
         process = subprocess.Popen(
-            [*command, str(tokenizer_path.absolute())],
+            [*command, tokenizer.absolute_location, tokenizer.end_of_document],
             pass_fds=[worker_end.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,
@@ -114,6 +126,7 @@ class EncodingPool:
         self._processes.append(process)
 
     def _send(self, connection: Connection, chunk: Chunk) -> None:
+        self._chunk_of[connection] = chunk
         try:
             connection.send(chunk)
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -125,6 +138,9 @@ class EncodingPool:
         except (EOFError, ConnectionResetError) as error:
             raise self._report_exit(connection) from error
         if isinstance(message, WorkerFailure):
+            if message.refused is not None:
+                chunk = self._chunk_of[connection]
+                raise RefusedDocument(chunk.first_document + message.refused.index, message.refused)
             raise (UserError if message.is_user_error else RuntimeError)(message.message)
         return message
 

@@ -1,8 +1,8 @@
 """A worker process that receives chunks of documents and sends back their tokens.
 
-Run as `python -m sas_megatron.data.encoding_worker DESCRIPTOR TOKENIZER`. The worker imports neither torch
-nor Megatron-core, which would take seconds. It ends with its parent process, because the connection then
-closes.
+Run as `python -m sas_megatron.data.encoding_worker DESCRIPTOR TOKENIZER END_OF_DOCUMENT`. The worker imports
+neither torch nor Megatron-core, which would take seconds. It ends with its parent process, because the
+connection then closes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 from sas_megatron.config.errors import UserError
 from sas_megatron.data.chunks import Chunk
-from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer import RefusedText, Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class WorkerFailure:
 
     message: str
     is_user_error: bool
+    refused: RefusedText | None = None  # of a document that the library cannot encode
 
 
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> EncodedChunk:
@@ -51,10 +53,10 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> EncodedChunk:
     )
 
 
-def serve(connection: Connection, tokenizer_path: str) -> None:
+def serve(connection: Connection, tokenizer_location: str, end_of_document: str) -> None:
     """Send the tokenizer's sha256 when ready, then answer each chunk until the other end closes."""
     try:
-        tokenizer = Tokenizer(tokenizer_path)
+        tokenizer = load_tokenizer(tokenizer_location, end_of_document=end_of_document)
         connection.send(tokenizer.sha256)
         while True:
             try:
@@ -64,6 +66,8 @@ def serve(connection: Connection, tokenizer_path: str) -> None:
             connection.send(encode_chunk(tokenizer, chunk))
     except (BrokenPipeError, ConnectionResetError):
         return  # the parent process ended
+    except RefusedText as refused:
+        connection.send(WorkerFailure(str(refused), is_user_error=True, refused=refused))
     except UserError as error:
         connection.send(WorkerFailure(str(error), is_user_error=True))
     except Exception:
@@ -76,4 +80,4 @@ if __name__ == "__main__":
     # This file runs as __main__ here; the import makes it send the classes that the parent imports.
     from sas_megatron.data import encoding_worker
 
-    encoding_worker.serve(Connection(int(sys.argv[1])), sys.argv[2])
+    encoding_worker.serve(Connection(int(sys.argv[1])), sys.argv[2], sys.argv[3])

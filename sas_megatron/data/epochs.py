@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sas_megatron.config.data import DataConfig
@@ -16,6 +16,7 @@ from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.document_split import DocumentPart, split_documents
 from sas_megatron.data.token_files import read_document_lengths, token_file
+from sas_megatron.data.validation_sets import list_validation_sets
 
 # Megatron-core lists the documents and samples of all epochs in memory, at about 16 bytes each, and counts
 # the epochs one by one. Data that are read fewer times than this may have longer lists.
@@ -141,7 +142,19 @@ def count_data_use(config: RunConfig) -> DataUse:
     Raises:
         FileProblem: The token files cannot be read.
     """
-    return PartCounts(config.data).data_use(config)
+    use = PartCounts(config.data).data_use(config)
+    if config.evaluation.sets is None:
+        return use
+    sets = {name: PartCounts(data).data_use(config) for name, data in list_validation_sets(config).items()}
+    parts = [
+        (name, prefix, part) for name, found in sets.items() for prefix, part in found.validation.items()
+    ]
+    return replace(
+        use,
+        validation={f"{name}: {prefix}": part for name, prefix, part in parts},
+        num_windows=sum(found.num_windows for found in sets.values()),
+        num_distinct_windows=sum(found.num_distinct_windows for found in sets.values()),
+    )
 
 
 def check_repetition(config: RunConfig) -> None:

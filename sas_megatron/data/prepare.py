@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from sas_megatron.data.documents import (
     empty_corpus,
     stream_text_batches,
 )
-from sas_megatron.data.encoding_pool import EncodingPool
+from sas_megatron.data.encoding_pool import EncodingPool, RefusedDocument
 from sas_megatron.data.partial_tokens import PartialTokens, publish
 from sas_megatron.data.sources import Source, SourceFile, find_sources, fingerprint_files
 from sas_megatron.data.token_files import (
@@ -40,7 +41,10 @@ from sas_megatron.data.token_files import (
     verify_token_files,
 )
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from sas_megatron.io.files import format_path
+
+logger = logging.getLogger(__name__)
 
 # More processes would only take memory: the largest machines have about this many CPUs.
 MAX_WORKERS = 1024
@@ -72,8 +76,9 @@ class Preparation:
 def prepare_token_files(
     sources: Sequence[str | Path],
     *,
-    tokenizer_path: Path,
+    tokenizer_path: str | Path,
     prefix: str | Path,
+    end_of_document: str | None = None,
     text_column: str = "text",
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
     num_workers: int | None = None,
@@ -87,8 +92,9 @@ def prepare_token_files(
 
     Args:
         sources: Files and folders of documents.
-        tokenizer_path: A sentencepiece .model file.
+        tokenizer_path: A tokenizer, as in `load_tokenizer`.
         prefix: Path of the token files without ending.
+        end_of_document: Name of the special token after each document; by default that of the tokenizer.
         text_column: Column of the documents' text.
         max_document_bytes: The largest document that is read.
         num_workers: Number of worker processes; by default the number of CPUs available to this process.
@@ -97,8 +103,8 @@ def prepare_token_files(
 
     Raises:
         FieldError: `text_column`, `num_workers` or `prefix` is invalid, or a document is too large.
-        FileProblem: A source or the tokenizer cannot be read, the token files cannot be written, or token
-            files of other documents exist.
+        FileProblem: A source or the tokenizer cannot be read, the library of the tokenizer cannot encode a
+            document, the token files cannot be written, or token files of other documents exist.
         UserError: No document has text, or a worker was killed.
     """
     started = time.perf_counter()
@@ -106,7 +112,11 @@ def prepare_token_files(
         num_workers = len(os.sched_getaffinity(0))
     _check_arguments(prefix, num_workers=num_workers)
     prefix = Path(prefix)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, end_of_document=end_of_document)
+    if not tokenizer.is_exact:
+        logger.warning(
+            "%s: decoded tokens are not exactly the text: %s", tokenizer.location, tokenizer.round_trip
+        )
     found = find_sources(sources, text_column=text_column)
     files = [file for source in found for file in source.files]
     read = functools.partial(
@@ -120,17 +130,20 @@ def prepare_token_files(
             return Preparation(complete, True, 0, 0, 0.0, 0.0)
         with (
             PartialTokens(prefix, plan, tokenizer.token_dtype) as partial,
-            EncodingPool(tokenizer_path, num_workers) as pool,
+            EncodingPool(tokenizer, num_workers) as pool,
         ):
-            pool.wait_until_ready(tokenizer.sha256)
+            pool.wait_until_ready()
             ready = time.perf_counter()
-            resumed_chunks, encoded_tokens = _encode(
-                pool,
-                partial,
-                batches=read(),
-                source_bytes=sum(file.size_bytes for file in files),
-                report_progress=report_progress,
-            )
+            try:
+                resumed_chunks, encoded_tokens = _encode(
+                    pool,
+                    partial,
+                    batches=read(),
+                    source_bytes=sum(file.size_bytes for file in files),
+                    report_progress=report_progress,
+                )
+            except RefusedDocument as refused:
+                raise _locate(refused, read()) from refused
             manifest = _write_manifest(partial, tokenizer=tokenizer, sources=found, text_column=text_column)
         publish(prefix)
     ended = time.perf_counter()
@@ -191,6 +204,28 @@ def _encode(
     return partial.totals.num_chunks - encoded_chunks, encoded_tokens
 
 
+def _locate(refused: RefusedDocument, batches: Iterator[TextBatch]) -> FileProblem:
+    """Return the error for a document that the tokenizer's library cannot encode, with its file and place."""
+    before = row = 0
+    file: SourceFile | None = None
+    for batch in batches:
+        row = row if batch.file is file else 0
+        file = batch.file
+        for text in batch.texts:
+            if text.is_valid and len(text.as_buffer()):
+                if before == refused.number:
+                    return FileProblem(
+                        file.path,
+                        f"has a text that the library of the tokenizer cannot encode, document {row} counted "
+                        f"from 0, {len(text.as_buffer()):,} bytes, {refused.refused.text[:40]!r}… "
+                        f"({refused.refused.reason})",
+                        "split or remove this document",
+                    )
+                before += 1
+            row += 1
+    raise AssertionError("the documents changed while they were read")
+
+
 def _find_complete(
     prefix: Path, files: Sequence[SourceFile], plan: dict[str, Any], read: Callable[[], Iterator[TextBatch]]
 ) -> TokenManifest | None:
@@ -246,7 +281,9 @@ def _write_manifest(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         max_token_id=totals.max_token_id,
-        tokenizer_path=format_path(tokenizer.path.absolute()),
+        end_of_document=tokenizer.end_of_document,
+        round_trip=tokenizer.round_trip,
+        tokenizer_path=format_path(Path(tokenizer.absolute_location)),
         tokenizer_sha256=tokenizer.sha256,
         text_column=text_column,
         sources=[_record_source(source) for source in sources],

@@ -11,7 +11,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +19,11 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.data.document_split import check_split
+from sas_megatron.data.round_trip import EXACT
 from sas_megatron.data.token_index import (
     BLOCK_BYTES,
     PREPARE_AGAIN,
+    TokenType,
     check_header,
     check_positions,
     count_index_bytes,
@@ -30,8 +31,11 @@ from sas_megatron.data.token_index import (
     read_offsets,
 )
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 
-SCHEMA_VERSION = 1
+# Version 2 added `end_of_document`, `round_trip` and `adopted`.
+SCHEMA_VERSION = 2
+_READABLE_VERSIONS = (1, SCHEMA_VERSION)
 
 
 # Token files up to this size are read completely before a run, which takes about 1 s. Of larger ones only
@@ -55,20 +59,25 @@ class TokenManifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int
+    adopted: bool = False  # another program wrote the token files; their texts are not known
     num_documents: PositiveInt
-    num_tokens: PositiveInt  # including one end-of-document token per document
+    num_tokens: PositiveInt  # including the end-of-document tokens
     text_bytes: int
     empty_documents: int  # number of documents left out because they are empty
-    dtype: Literal["uint16", "int32"]
+    documents_without_end: int = 0  # only of adopted files
+    dtype: TokenType
     vocab_size: int
     eos_id: int
+    # None in version 1, of which all tokenizers were exact.
+    end_of_document: str | None = None
+    round_trip: str = EXACT
     max_token_id: int
     tokenizer_path: str
     tokenizer_sha256: str
-    text_column: str
+    text_column: str | None = None
     sources: list[SourceRecord]
-    sources_fingerprint: str  # sha256 of path, size and modification time of each file
-    text_sha256: str  # sha256 of the digests of all chunks
+    sources_fingerprint: str | None = None  # sha256 of path, size and modification time of each file
+    text_sha256: str | None = None  # sha256 of the digests of all chunks
     bin_bytes: int
     bin_sha256: str
     idx_bytes: int
@@ -95,7 +104,7 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         remedy=PREPARE_AGAIN,
         missing=(
             "does not exist, so the token files are missing or incomplete",
-            "prepare them with `sas-megatron data prepare`",
+            "use `sas-megatron data prepare`, or `sas-megatron data adopt` for token files of Megatron",
         ),
     ):
         content = path.read_bytes()
@@ -107,10 +116,10 @@ def load_manifest(prefix: str | Path) -> TokenManifest:
         raise FileProblem(
             path, f"is not a manifest of token files ({where}: {first['msg']})", PREPARE_AGAIN
         ) from error
-    if manifest.schema_version != SCHEMA_VERSION:
+    if manifest.schema_version not in _READABLE_VERSIONS:
         raise FileProblem(
             path,
-            f"has schema version {manifest.schema_version}, and this program reads {SCHEMA_VERSION}",
+            f"has schema version {manifest.schema_version}, and this program reads up to {SCHEMA_VERSION}",
             PREPARE_AGAIN,
         )
     return manifest
@@ -171,7 +180,7 @@ def verify_token_files(
             token_bytes=token_bytes,
         )
         for block in _token_blocks(bin_path, manifest):
-            _check_token(_find_extreme_token(block), limit, bin_path)
+            check_token_range(block, limit, bin_path)
     return manifest
 
 
@@ -188,13 +197,14 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
             shorter than one sample, or the tokenizer has more tokens than the model.
         FileProblem: A file is missing or damaged, or has a token outside of the model's vocabulary.
     """
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer, end_of_document=data.end_of_document)
     if not tokenizer.fits(vocab_size):
         raise FieldError(
             "model.vocab_size",
             vocab_size,
             f"must not be less than the {tokenizer.vocab_size} tokens of {data.tokenizer}",
             f"use {tokenizer.vocab_size}",
+            (f"model.vocab_size={tokenizer.vocab_size}",),
         )
     for prefix in data.prefixes:
         manifest = load_manifest(prefix)
@@ -208,6 +218,14 @@ def open_token_files(data: DataConfig, *, vocab_size: int, verify: bool = False)
             )
         verify_token_files(prefix, vocab_size, full=verify and manifest.bin_bytes <= MAX_FULLY_VERIFIED_BYTES)
         if manifest.tokenizer_sha256 != tokenizer.sha256:
+            if manifest.end_of_document not in (None, tokenizer.end_of_document):
+                raise FieldError(
+                    "data.end_of_document",
+                    data.end_of_document,
+                    f"gives {tokenizer.end_of_document}, but the documents of {prefix} end with "
+                    f"{manifest.end_of_document}",
+                    f"use {manifest.end_of_document}",
+                )
             raise FieldError(
                 "data.tokenizer",
                 data.tokenizer,
@@ -258,7 +276,7 @@ def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.in
     if start < 0 or length < 1 or start + length > len(tokens):
         raise FileProblem(idx_path, f"has a wrong position for document {document}", PREPARE_AGAIN)
     found = tokens[start : start + length].astype(np.int64)
-    _check_token(_find_extreme_token(found), manifest.vocab_size, bin_path)
+    check_token_range(found, manifest.vocab_size, bin_path)
     return found
 
 
@@ -270,6 +288,15 @@ def hash_file(path: Path) -> str:
     """
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_token_range(tokens: npt.NDArray[np.generic], vocab_size: int, path: Path) -> None:
+    """Check that tokens of a .bin file are ids of a vocabulary.
+
+    Raises:
+        FileProblem: One is not.
+    """
+    _check_token(_find_extreme_token(tokens), vocab_size, path)
 
 
 def _check_token(token: int, vocab_size: int, path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,9 @@ from sas_megatron.config.errors import FileProblem, translate_os_errors
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
-CODE_OF_DTYPE = {"int32": 4, "uint16": 8}
+TokenType = Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
+TYPE_OF_CODE: dict[int, TokenType] = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+CODE_OF_DTYPE: dict[str, int] = {name: code for code, name in TYPE_OF_CODE.items()}
 BLOCK_BYTES = 1 << 22
 PREPARE_AGAIN = "prepare it again with `sas-megatron data prepare --overwrite`"
 
@@ -77,6 +79,36 @@ def read_offsets(path: Path, num_documents: int) -> npt.NDArray[np.int64]:
         FileProblem: The file cannot be read, or is shorter.
     """
     return _map(path, "<i8", offset=INDEX_HEADER.size + 4 * num_documents, count=num_documents)
+
+
+def read_header(path: Path) -> tuple[TokenType, int]:
+    """Return the type of the tokens and the number of documents of an .idx file of any program.
+
+    Raises:
+        FileProblem: The file is no index, has another size than its header gives, has tokens that are not
+            integers, or has several sequences per document.
+        OSError: The file cannot be read.
+    """
+    with open(path, "rb") as stream:
+        header = stream.read(INDEX_HEADER.size)
+    fields = INDEX_HEADER.unpack(header) if len(header) == INDEX_HEADER.size else (b"", 0, 0, 0, 0)
+    if fields[:2] != (INDEX_MAGIC, INDEX_VERSION):
+        raise FileProblem(path, "is not an index of token files", PREPARE_AGAIN)
+    _, _, code, num_sequences, num_boundaries = fields
+    if code not in TYPE_OF_CODE:
+        raise FileProblem(path, f"has tokens that are not integers (type {code})", PREPARE_AGAIN)
+    if num_boundaries != num_sequences + 1 or num_sequences == 0:
+        raise FileProblem(
+            path,
+            f"has {num_sequences:,} sequences in {num_boundaries - 1:,} documents",
+            "write the token files with one sequence for each document, without --split-sentences",
+        )
+    size_bytes, expected_bytes = path.stat().st_size, count_index_bytes(num_sequences)
+    if size_bytes != expected_bytes:
+        raise FileProblem(
+            path, f"has {size_bytes:,} bytes, but its header gives {expected_bytes:,}", PREPARE_AGAIN
+        )
+    return TYPE_OF_CODE[code], num_sequences
 
 
 def check_header(path: Path, *, dtype: str, num_documents: int) -> None:

@@ -119,6 +119,8 @@ def joined_topology(
         rank=rank,
         world_size=world_size,
         timeout=timeout,
+        # NCCL then connects all ranks here, once, and makes the other groups by splitting this one.
+        device_id=device if device.type == "cuda" else None,
     )
     try:
         with (
@@ -151,6 +153,8 @@ def joined_groups(
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(config),
         context_parallel_size=config.context,
+        # Only checkpoints in Megatron-core's own format use them.
+        create_gloo_process_groups=False,
         # Megatron-core's groups do not inherit the world's timeout. It accepts a float, though annotated as
         # int.
         distributed_timeout_minutes=timeout_minutes,

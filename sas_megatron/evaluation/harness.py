@@ -165,7 +165,7 @@ class HarnessModel(TemplateLM):
         """Convert the `generation_kwargs` of a task to settings."""
         remaining = dict(options)
         # As with a transformers model, the string of the end-of-document token also ends a text.
-        stop = [*_pop_texts(remaining, "until"), self._tokenizer.piece(self.eot_token_id)]
+        stop = [*_pop_texts(remaining, "until"), self._tokenizer.end_of_document]
         limits = [_pop_number(remaining, name, int) for name in _TOKEN_LIMITS]
         limit = next((given for given in limits if given is not None), MAX_NEW_TOKENS)
         sampling = _pop_sampling(remaining)

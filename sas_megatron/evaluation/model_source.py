@@ -72,7 +72,7 @@ def find_model_source(
         given=config.data.tokenizer if is_given else None,
     )
     # Validation windows are built with the tokenizer that the config names.
-    config = config.replaced({"data.tokenizer": str(tokenizer.path)})
+    config = config.replaced({"data.tokenizer": tokenizer.location})
     return ModelSource(checkpoint, config, tokenizer, source)
 
 

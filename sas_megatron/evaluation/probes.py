@@ -29,6 +29,8 @@ from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.model.language_loss import forward_step
 
+# Queries whose scores are computed together, so that no tensor has S² elements.
+QUERIES = 256
 # The parts of a layer whose results are measured, by their name in Megatron-core; "" is the layer itself.
 PARTS = {"residual": "", "attention": "self_attention", "mlp": "mlp"}
 
@@ -168,21 +170,23 @@ class _Probe:
             return
         readers = query_BMSE.shape[1] // key_BGSE.shape[1]
         length, num_keys = query_BMSE.shape[2], key_BGSE.shape[2]
-        visible = torch.ones(length, num_keys, dtype=torch.bool, device=query_BMSE.device)
-        visible = visible.tril(num_keys - length) if causal else visible
-        if allowed is not None:
-            visible = visible & allowed[:batch, 0]
         scale = self.attention.core_attention.backend.scale
-        for index, head in enumerate(self._attended_heads()):
-            query, key = (
-                _widened(x[:batch, i]) for x, i in ((query_BMSE, index), (key_BGSE, index // readers))
-            )
-            scores = (scale * query @ key.transpose(1, 2)).masked_fill(~visible, float("-inf"))
-            log_weights = scores.log_softmax(dim=-1)
-            # 0·log 0 is 0.
-            terms = (log_weights.exp() * log_weights).masked_fill(~visible, 0.0)
-            heads = {head: (scores.max().item(), -terms.sum().item(), batch * length)}
-            self.sums.add(LayerSums(heads=heads))
+        for start in range(0, length, QUERIES):
+            rows = slice(start, min(start + QUERIES, length))
+            num_rows = rows.stop - start
+            visible = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query_BMSE.device)
+            visible = visible.tril(num_keys - length + start) if causal else visible
+            if allowed is not None:
+                visible = visible & allowed[:batch, 0, rows]
+            for index, head in enumerate(self._attended_heads()):
+                query = _widened(query_BMSE[:batch, index, rows])
+                key = _widened(key_BGSE[:batch, index // readers])
+                scores = (scale * query @ key.transpose(1, 2)).masked_fill(~visible, float("-inf"))
+                log_weights = scores.log_softmax(dim=-1)
+                # 0·log 0 is 0.
+                terms = (log_weights.exp() * log_weights).masked_fill(~visible, 0.0)
+                heads = {head: (scores.max().item(), -terms.sum().item(), batch * num_rows)}
+                self.sums.add(LayerSums(heads=heads))
 
     def _attended_heads(self) -> list[int]:
         """Return the numbers, in the full layer, of the query heads that this rank attends with."""

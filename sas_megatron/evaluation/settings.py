@@ -11,6 +11,7 @@ from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.token_files import open_token_files
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.validation_sets import check_validation_sets
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,9 @@ def windowed_config(config: RunConfig, length: int) -> RunConfig:
     open_token_files(data, vocab_size=config.model.vocab_size)
     num_windows = max(1, config.evaluation.num_sequences * config.data.sequence_length // length)
     evaluation = config.evaluation.model_copy(update={"num_sequences": num_windows})
-    return config.model_copy(update={"data": data, "evaluation": evaluation})
+    windowed = config.model_copy(update={"data": data, "evaluation": evaluation})
+    check_validation_sets(windowed, verify=False)
+    return windowed
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, *, context: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.batches import build_validation_samples
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.validation_sets import UNNAMED, list_validation_sets
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.evaluation.results import describe_loss
 from sas_megatron.evaluation.scoring import Passage, Scores, score
@@ -93,16 +94,17 @@ class LossByPosition:
     def __add__(self, other: LossByPosition) -> LossByPosition:
         return LossByPosition(self.sums + other.sums)
 
-    def add(self, window: Passage, scores: Scores, byte_lengths: npt.NDArray[np.int32]) -> None:
+    def add(self, window: Passage, scores: Scores, tokenizer: Tokenizer) -> None:
         """Add the predictions of a window.
 
         Args:
             window: The window.
             scores: Its scores.
-            byte_lengths: The number of bytes of each token of the vocabulary.
+            tokenizer: The tokenizer of the model.
         """
         num_read = np.arange(len(window.tokens) - window.num_scored, len(window.tokens))
-        num_bytes = byte_lengths[window.tokens[-window.num_scored :]]
+        before, scored = (window.tokens[-window.num_scored - 1 : -1], window.tokens[-window.num_scored :])
+        num_bytes = tokenizer.count_bytes(scored, before)
         terms = np.stack([-scores.log_probabilities, np.ones(window.num_scored), num_bytes], axis=1)
         np.add.at(self.sums, np.ceil(np.log2(num_read)).astype(np.int64), terms)
 
@@ -122,13 +124,13 @@ def _to_held_out_loss(sums: npt.NDArray[np.float64]) -> HeldOutLoss:
 
 def measure_windows(model: TrainedModel, windows: Iterable[Passage], *, batch_tokens: int) -> LossByPosition:
     """Return the loss over windows, on every rank. Every rank must pass the same windows."""
-    result, byte_lengths = LossByPosition(), model.tokenizer.token_byte_lengths()
+    result = LossByPosition()
     for portion in _split_into_portions(windows):
         scores = score(
             model, portion, batch_tokens=batch_tokens, vocabulary=model.config.model.padded_vocab_size
         )
         for window, of_window in zip(portion, scores, strict=True):
-            result.add(window, of_window, byte_lengths)
+            result.add(window, of_window, model.tokenizer)
     return result
 
 
@@ -141,7 +143,9 @@ def document_windows(
         yield from cut_windows(np.array([eos, *tokenizer.encode(document), eos], dtype=np.int32), settings)
 
 
-def validation_windows(config: RunConfig, tokenizer: Tokenizer, *, length: int) -> Iterator[Passage]:
+def validation_windows(
+    config: RunConfig, tokenizer: Tokenizer, *, length: int, name: str = UNNAMED
+) -> Iterator[Passage]:
     """Yield the validation windows of a run. Every rank must call this function after joining the world.
 
     Args:
@@ -149,13 +153,15 @@ def validation_windows(config: RunConfig, tokenizer: Tokenizer, *, length: int) 
         tokenizer: Its tokenizer.
         length: Window length. With another length than in training, the total number of tokens is about
             equal.
+        name: The validation set.
 
     Raises:
         UserError: As in `windowed_config`.
     """
     windowed = windowed_config(config, length)
     num_windows = windowed.evaluation.num_sequences
-    samples = build_validation_samples(windowed.data, tokenizer, num_samples=num_windows)
+    data = list_validation_sets(windowed)[name]
+    samples = build_validation_samples(data, tokenizer, num_samples=num_windows)
     for number in range(num_windows):
         sample = samples[number]
         tokens, labels = (np.asarray(sample[name], dtype=np.int32) for name in ("tokens", "labels"))

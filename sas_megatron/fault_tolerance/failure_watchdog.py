@@ -58,6 +58,8 @@ from sas_megatron.fault_tolerance.stop_request import find_stop_signals
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 1.0
 COUNTER_POLL_SECONDS = 0.1
+# With more ranks than this, each polls less often, so that the store answers as many requests per second.
+RANKS_AT_FULL_RATE = 256
 EXIT_STATUS = 1  # user errors exit with 2
 
 
@@ -102,6 +104,7 @@ class FailureWatchdog:
         self._error_report: StatusReport | None = None
         self._traceback: str | None = None
         self._exited = threading.Event()
+        self._counter_poll_seconds = COUNTER_POLL_SECONDS * max(1.0, world_size / RANKS_AT_FULL_RATE)
         self._is_confirmed_alive = False
         # The deadline of the alive check that this rank has requested, and the signal that caused it.
         self._alive_check: tuple[float, signal.Signals] | None = None
@@ -245,7 +248,7 @@ class FailureWatchdog:
                 if self._exited.is_set():
                     return
                 self._write_error_report(status)
-                time.sleep(COUNTER_POLL_SECONDS)
+                time.sleep(self._counter_poll_seconds)
             self._print_report(status)
             self._wait_for_reporting_ranks(status)
         except dist.DistError:
@@ -263,7 +266,7 @@ class FailureWatchdog:
             while time.monotonic() < deadline:
                 if status.count(counter) >= status.count("num_reports") - short_of_all:
                     return
-                time.sleep(COUNTER_POLL_SECONDS)
+                time.sleep(self._counter_poll_seconds)
 
         with contextlib.suppress(dist.DistError):
             status.increment("num_done")
@@ -281,22 +284,19 @@ class FailureWatchdog:
             status.increment("num_error_reports")
 
     def _print_report(self, status: StatusStore) -> None:
-        statuses = status.read_statuses()
+        reports = status.read_reports()
         records = None
-        if self._flight_recorder is not None and is_hang(statuses):
+        if self._flight_recorder is not None and is_hang(map(reports.get, range(self.world_size))):
             self._flight_recorder.write()
             records = self._flight_recorder.folder
-        is_printer = status.lowest_reporting_rank() == self.rank and status.increment("num_printers") == 1
-        if not is_printer and self._traceback is None:
-            return
-        same_error = [s.rank for s in statuses if s.report == statuses[self.rank].report]
         # The traceback of an error that many ranks raised is printed once.
-        if self._traceback is not None and same_error[0] == self.rank:
+        same_error = [rank for rank, report in reports.items() if report == reports[self.rank]]
+        if self._traceback is not None and min(same_error) == self.rank:
             _print_error(f"rank {self.rank} on {socket.gethostname()}:\n{self._traceback}")
-        if is_printer:
+        if min(reports) == self.rank and status.increment("num_printers") == 1:
             _print_error(
                 describe_stop(
-                    statuses,
+                    status.read_statuses(reports),
                     timeout_minutes=self._timeout_minutes,
                     flight_records=records,
                     activity=self._activity,

@@ -53,10 +53,12 @@ class RankStatus:
     report: StatusReport | None
 
 
-def is_hang(statuses: Sequence[RankStatus]) -> bool:
-    """Return whether a collective timed out or a rank reported no status."""
-    lost = _texts_of_kind(statuses, StatusKind.CONNECTION_LOST)
-    return any(TIMED_OUT in text for text in lost) or any(status.report is None for status in statuses)
+def is_hang(reports: Iterable[StatusReport | None]) -> bool:
+    """Return whether a collective timed out or a rank reported no status, given the reports of all ranks."""
+    return any(
+        report is None or (report.kind == StatusKind.CONNECTION_LOST and TIMED_OUT in report.text)
+        for report in reports
+    )
 
 
 def describe_stop(
@@ -86,7 +88,7 @@ def describe_stop(
             "(training.collective_timeout_minutes)"
         )
     findings = findings or _describe_terminated(statuses) or _describe_lost(statuses)
-    if flight_records is not None and is_hang(statuses):
+    if flight_records is not None and is_hang(status.report for status in statuses):
         findings.append(f"each rank's last collectives are in {flight_records}")
     return f"{begin}: {'; '.join(findings)}; {activity.remedy}"
 

@@ -1,19 +1,23 @@
 """The status of every rank in the store of the rendezvous, where all ranks can read it.
 
-    host/3                   the host of rank 3
-    step/3                   the last step that rank 3 has finished
+    hosts                    a line with the rank and the host of each rank
+    step/3                   the last step that rank 3 has finished; empty before it has started the first one
     stop_requested           set by the first rank that fails or is terminated
-    report/3                 the status report of rank 3, which it writes once a stop is requested
+    reports                  lines with a rank and its status report, which it writes once a stop is requested
     alive_check_requested    set by a rank that wants to know whether all ranks are alive
-    alive/3                  the answer of rank 3
+    num_alive                the number of ranks that have answered
 
-Every method raises `torch.distributed.DistError` if the store cannot be reached.
+All ranks use the store at the same time when a run stops, and one process serves it. Therefore each method
+makes a number of requests that does not depend on the number of ranks. Every method raises
+`torch.distributed.DistError` if the store cannot be reached.
 """
 
 from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Mapping
+from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -38,8 +42,9 @@ class StatusStore:
         return StatusStore(connection, rank=self.rank, world_size=self.world_size)
 
     def write_host(self) -> None:
-        """Record the host of this rank."""
-        self._store.set(f"host/{self.rank}", socket.gethostname())
+        """Record the host of this rank, which has not finished any step; call it once."""
+        self._store.set(f"step/{self.rank}", "")
+        self._append("hosts", socket.gethostname())
 
     def write_step(self, step: int) -> None:
         """Record the last step that this rank has finished."""
@@ -47,7 +52,7 @@ class StatusStore:
 
     def write_report(self, report: StatusReport) -> None:
         """Record the status report of this rank, or replace it."""
-        self._store.set(f"report/{self.rank}", json.dumps([report.kind, report.text]))
+        self._append("reports", report.kind, report.text)
 
     def request_stop(self) -> None:
         """Ask all ranks to report their status and end."""
@@ -66,12 +71,12 @@ class StatusStore:
         return self._store.check(["alive_check_requested"])
 
     def confirm_alive(self) -> None:
-        """Record that this rank is alive."""
-        self._store.set(f"alive/{self.rank}", "")
+        """Record that this rank is alive; call it once."""
+        self.increment("num_alive")
 
     def are_all_alive(self) -> bool:
         """Return whether every rank has called `confirm_alive`."""
-        return all(self._store.check([f"alive/{rank}"]) for rank in range(self.world_size))
+        return self.count("num_alive") == self.world_size
 
     def increment(self, counter: str) -> int:
         """Add one to a counter that all ranks share, and return its new value."""
@@ -81,27 +86,33 @@ class StatusStore:
         """Return the value of a shared counter; 0 if it was never incremented."""
         return self._store.add(counter, 0)
 
-    def lowest_reporting_rank(self) -> int:
-        """Return the lowest rank with a status report; this rank must have written its own."""
-        return next(rank for rank in range(self.world_size) if self._store.check([f"report/{rank}"]))
+    def read_reports(self) -> dict[int, StatusReport]:
+        """Return the report of every rank that has written one; this rank must have written its own."""
+        return {
+            rank: StatusReport(StatusKind(kind), text) for rank, kind, text in self._read_lines("reports")
+        }
 
-    def read_statuses(self) -> list[RankStatus]:
-        """Return the status of every rank, in rank order."""
-        return [self._read_status(rank) for rank in range(self.world_size)]
+    def read_statuses(self, reports: Mapping[int, StatusReport]) -> list[RankStatus]:
+        """Return the status of every rank, in rank order; this rank must have written its host.
 
-    def _read_status(self, rank: int) -> RankStatus:
-        step, report = self._read(f"step/{rank}"), self._read(f"report/{rank}")
-        return RankStatus(
-            rank,
-            host=self._read(f"host/{rank}"),
-            last_step=None if step is None else int(step),
-            report=None if report is None else _parse_report(report),
-        )
+        Args:
+            reports: The result of `read_reports`.
+        """
+        hosts = dict(self._read_lines("hosts"))
+        steps = dict(zip(hosts, self._store.multi_get([f"step/{rank}" for rank in hosts]), strict=True))
+        return [
+            RankStatus(
+                rank,
+                host=hosts.get(rank),
+                last_step=int(steps[rank]) if steps.get(rank) else None,
+                report=reports.get(rank),
+            )
+            for rank in range(self.world_size)
+        ]
 
-    def _read(self, key: str) -> str | None:
-        return self._store.get(key).decode() if self._store.check([key]) else None
+    def _append(self, key: str, *values: str) -> None:
+        # PrefixStore inherits it, but torch's stubs lack it.
+        self._store.append(key, json.dumps([self.rank, *values]) + "\n")  # type: ignore[attr-defined]
 
-
-def _parse_report(text: str) -> StatusReport:
-    kind, line = json.loads(text)
-    return StatusReport(StatusKind(kind), line)
+    def _read_lines(self, key: str) -> list[list[Any]]:
+        return [json.loads(line) for line in self._store.get(key).splitlines()]

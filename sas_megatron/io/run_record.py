@@ -45,6 +45,15 @@ class RunRecord(_Entry):
     corpus: dict[str, TokensRecord] | None = None
     sessions: list[SessionRecord] = []
 
+    @property
+    def run_id(self) -> str:
+        """The id of the run, which run.json also names for other programs: that of its first session.
+
+        Raises:
+            IndexError: There is no session.
+        """
+        return self.sessions[0].session
+
     def list_sessions(self) -> list[dict[str, Any]]:
         """Return the entries of the sessions with all their keys."""
         return [session.model_dump(mode="json") for session in self.sessions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.config.run import RunConfig
-from sas_megatron.costs.output_loss import resolve_output_loss
+from sas_megatron.costs.output_loss import is_loss_blocked, resolve_output_loss
 from sas_megatron.distributed.topology import virtual_pipeline_size
 from sas_megatron.model.initialization import initialize_weights
 from sas_megatron.model.output_loss import GPT
+from sas_megatron.model.rotary_frequencies import scale_frequencies
 from sas_megatron.platform.transformer_engine_fallbacks import ReplicatedNorm
 
 ACTIVATIONS = {
@@ -55,6 +57,7 @@ def build_transformer_config(config: RunConfig, *, dtype: torch.dtype | None = N
         normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.normalization],
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=model.linear_bias,
+        add_qkv_bias=attention.qkv_bias,
         gated_linear_unit=model.activation == "swiglu",
         activation_func=ACTIVATIONS[model.activation],
         hidden_dropout=model.hidden_dropout,
@@ -142,18 +145,47 @@ class RecomputableRowParallelLinear(RowParallelLinear):
         return output, bias
 
 
+class ParallelResidualLayer(TransformerLayer):
+    """A layer x + attention(norm(x)) + MLP(norm'(x)), as in GPT-NeoX (arXiv 2204.06745, section 2.1).
+
+    Megatron-core's layer adds the attention's result before the MLP reads it. Here the spec's
+    `self_attn_bda` is `get_bias_dropout`, so that the parent's attention part returns its branch alone.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
+        """Return the output, of the shape of `hidden_states`, and the context of cross-attention, None."""
+        branch, context = self._forward_attention(hidden_states, **options)
+        return self._forward_mlp(hidden_states, options.get("inference_context")) + branch, context
+
+
+def get_bias_dropout(training: bool, _fused: bool) -> Callable[..., torch.Tensor]:
+    """Return a function that adds a bias and applies dropout, with the signature of Megatron-core's.
+
+    The function ignores the residual, its second argument.
+    """
+
+    def bias_dropout(
+        result: tuple[torch.Tensor, torch.Tensor | None], _residual: torch.Tensor, probability: float
+    ) -> torch.Tensor:
+        output, bias = result
+        return F.dropout(output if bias is None else output + bias, probability, training)
+
+    return bias_dropout
+
+
 def build_layer_spec(config: RunConfig) -> ModuleSpec:
     """Build the spec of one transformer layer with the run's attention variant.
 
     Raises:
         FieldError: The attention's backend or kernel cannot run on this machine.
     """
+    is_parallel = config.model.parallel_residual
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelResidualLayer if is_parallel else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=ReplicatedNorm,
             self_attention=resolve_layer(config.attention).build_spec(config.attention),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout if is_parallel else get_bias_dropout_add,
             pre_mlp_layernorm=ReplicatedNorm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -200,6 +232,7 @@ def _build_chunk(config: RunConfig, chunk: int, dtype: torch.dtype | None) -> GP
     layers_of_stage = config.parallel.layers_of_stages(config.model.num_layers)[stage]
     model = GPT(
         is_loss_chunked=resolve_output_loss(config) == "chunked",
+        is_loss_blocked=is_loss_blocked(config, device="gpu" if torch.cuda.is_available() else "cpu"),
         z_loss=config.model.z_loss,
         config=build_transformer_config(config, dtype=dtype),
         transformer_layer_spec=build_block_spec(config, num_layers=layers_of_stage // num_chunks),
@@ -214,10 +247,19 @@ def _build_chunk(config: RunConfig, chunk: int, dtype: torch.dtype | None) -> GP
     )
     if config.attention.uses_model_rotary and config.attention.rotary != "none":
         # Megatron-core can rotate fewer features than kv_channels, but not more, as SAS does with E > D.
-        model.rotary_pos_emb = RotaryEmbedding(
-            kv_channels=config.attention.rotary_width,
-            rotary_percent=1.0,
-            rotary_base=config.model.rotary_base,
-            cp_group=model.pg_collection.cp,
-        )
+        model.rotary_pos_emb = build_rotary_embedding(config, cp_group=model.pg_collection.cp)
     return model
+
+
+def build_rotary_embedding(config: RunConfig, *, cp_group: torch.distributed.ProcessGroup) -> RotaryEmbedding:
+    """Build the rotary embedding of a model, with scaled frequencies if the config has a scaling."""
+    model = config.model
+    embedding = RotaryEmbedding(
+        kv_channels=config.attention.rotary_width,
+        rotary_percent=1.0,
+        rotary_base=model.rotary_base,
+        cp_group=cp_group,
+    )
+    # Megatron-core 0.16.1 has no choice of Llama 3's other numbers, and scales positions for `linear`.
+    embedding.inv_freq = scale_frequencies(embedding.inv_freq, model)
+    return embedding

@@ -12,10 +12,12 @@ LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[s
 
 
 def token_losses(model: Any, batch: Batch) -> torch.Tensor:
-    """Return each token's loss, [B, S] in float32; on all but the last stage, hidden states [S, B, H]."""
-    losses: torch.Tensor = model(
-        batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
-    )
+    """Return each token's loss, [B, S] in float32; on all but the last stage, hidden states [S, B, H].
+
+    A stage that is neither the first nor the last needs no tokens: its batch may be empty.
+    """
+    inputs = map(batch.get, ("tokens", "position_ids", "attention_mask"))
+    losses: torch.Tensor = model(*inputs, labels=batch.get("labels"))
     return losses
 
 

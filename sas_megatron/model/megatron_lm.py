@@ -23,14 +23,18 @@ from sas_megatron.attention.layer import resolve_layer
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.model.assembly import build_layer_spec, build_transformer_config
+from sas_megatron.model.assembly import (
+    ParallelResidualLayer,
+    build_layer_spec,
+    build_transformer_config,
+)
 from sas_megatron.model.initialization import initialize_layer
 
 CONFIG_VARIABLE = "SAS_MEGATRON_CONFIG"
 # The fields of Megatron-core's config that decide the layer's shape, in addition to the variant's options.
 SIZES = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    "no_rope_freq",
+    *("no_rope_freq", "add_qkv_bias"),
 )
 
 
@@ -70,6 +74,10 @@ class SpecifiedLayer(TransformerLayer):
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **options)
 
 
+class SpecifiedParallelLayer(SpecifiedLayer, ParallelResidualLayer):
+    """`SpecifiedLayer` with parallel residual branches."""
+
+
 def _check_sizes(config: TransformerConfig, run_config: RunConfig) -> None:
     """Raise `UserError` if the command line and the config differ.
 
@@ -82,6 +90,12 @@ def _check_sizes(config: TransformerConfig, run_config: RunConfig) -> None:
         raise UserError(
             f"attention.kind={run_config.attention.kind}: needs a {needed.__name__}, but the model has a "
             f"{type(config).__name__}; add --multi-latent-attention"
+        )
+    if run_config.model.rotary_scaling != "none":
+        raise UserError(
+            f"model.rotary_scaling={run_config.model.rotary_scaling}: is not supported in Megatron-LM's "
+            "scripts, which build the rotary embedding of the model; set it to none, or train with "
+            "`sas-megatron train`"
         )
     expected = build_transformer_config(run_config)
     for name in (*SIZES, *layer.transformer_options(run_config.attention)):
@@ -103,7 +117,7 @@ def _load_named_config() -> RunConfig:
 def build_specified_layer(run_config: RunConfig) -> ModuleSpec:
     """Build the spec of one layer with the run's attention, norms and MLP."""
     return ModuleSpec(
-        module=SpecifiedLayer,
+        module=SpecifiedParallelLayer if run_config.model.parallel_residual else SpecifiedLayer,
         params={"run_config": run_config},
         submodules=build_layer_spec(run_config).submodules,
     )

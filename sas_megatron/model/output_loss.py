@@ -9,6 +9,9 @@
 
 Chunks are columns for all tokens, rather than tokens for all columns: the gradient of a weight row is then
 one product over all tokens, which is rounded once.
+
+On a CPU, the full loss is computed in blocks of tokens (`blocked_cross_entropy`): Megatron-core's makes six
+passes over all logits in forward and two in backward, each of which reads them from memory.
 """
 
 from __future__ import annotations
@@ -23,30 +26,45 @@ from typing_extensions import override
 
 from sas_megatron.costs.output_loss import count_chunk_columns
 
+# Logits of a block of tokens: 4 MiB in float32, which stay in a CPU's cache between the passes over them.
+BLOCK_ELEMENTS = 2**20
+
 
 class GPT(GPTModel):
-    """Megatron-core's GPT, which can compute its losses in chunks of the vocabulary.
+    """Megatron-core's GPT, which can compute its losses in chunks of the vocabulary, or in blocks of tokens.
 
     Args:
         is_loss_chunked: Whether losses are computed in chunks, for which logits are never complete.
+        is_loss_blocked: Whether losses are computed in blocks, on one tensor rank.
         z_loss: z in z·log²(Σ exp(logits)), which is added to each token's loss in training (Chowdhery et al.
             2022, PaLM, section 5; there 1e-4). It requires `is_loss_chunked`.
         arguments: The positional arguments of `GPTModel`.
         options: Its keyword arguments.
     """
 
-    def __init__(self, *arguments: Any, is_loss_chunked: bool, z_loss: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        is_loss_chunked: bool,
+        is_loss_blocked: bool = False,
+        z_loss: float = 0.0,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
         self.is_loss_chunked = is_loss_chunked
+        self.is_loss_blocked = is_loss_blocked
         self.z_loss = z_loss
 
     @override
     def _postprocess(self, *, hidden_states: Any, labels: Any, **options: Any) -> Any:
         # Megatron-core 0.16.1 and 0.19.2 call it with keywords alone.
-        if labels is None or not self.post_process or not self.is_loss_chunked:
+        is_separate = self.is_loss_chunked or self.is_loss_blocked
+        if labels is None or not self.post_process or not is_separate:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **options)
         is_tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
+        if self.is_loss_blocked:
+            return blocked_cross_entropy(hidden_states, weight, labels)
         losses_BS, log_sum_exp_BS = chunked_cross_entropy(
             hidden_states,
             weight,
@@ -57,6 +75,67 @@ class GPT(GPTModel):
         if self.z_loss > 0 and self.training:
             losses_BS = losses_BS + self.z_loss * log_sum_exp_BS.square()
         return losses_BS
+
+
+def blocked_cross_entropy(
+    hidden_SBH: torch.Tensor, weight_VH: torch.Tensor, labels_BS: torch.Tensor
+) -> torch.Tensor:
+    """Return each token's cross-entropy [B, S] over a vocabulary that one rank holds.
+
+    Saved for the backward pass: the hidden states and the probabilities [T, V].
+
+    Args:
+        hidden_SBH: Hidden states [S, B, H].
+        weight_VH: The output weight, [V, H].
+        labels_BS: Label tokens [B, S].
+    """
+    losses: torch.Tensor = _BlockedCrossEntropy.apply(hidden_SBH, weight_VH, labels_BS)
+    return losses
+
+
+class _BlockedCrossEntropy(torch.autograd.Function):
+    """For each block of tokens, logits and probabilities in forward, and all gradients in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels_BS: torch.Tensor
+    ) -> torch.Tensor:
+        hidden_TH, labels_T1 = hidden.flatten(0, 1), labels_BS.t().reshape(-1, 1)
+        num_tokens, is_training = len(hidden_TH), any(ctx.needs_input_grad)
+        block = max(1, BLOCK_ELEMENTS // len(weight))
+        logits_CV = hidden.new_empty(min(block, num_tokens), len(weight))
+        # Without gradients, only one block of probabilities exists.
+        probabilities_TV = hidden.new_empty(num_tokens if is_training else len(logits_CV), len(weight))
+        losses_T = hidden.new_empty(num_tokens)
+        for first in range(0, num_tokens, block):
+            tokens = slice(first, first + block)
+            logits = logits_CV[: len(hidden_TH[tokens])]
+            torch.mm(hidden_TH[tokens], weight.t(), out=logits)
+            probabilities = probabilities_TV[tokens if is_training else slice(len(logits))]
+            torch.softmax(logits, dim=1, out=probabilities)
+            # The largest probability is 1/V or more, while that of the label can be 0 in float32.
+            log_sum_exp = logits.amax(dim=1) - probabilities.amax(dim=1).log()
+            losses_T[tokens] = log_sum_exp - logits.gather(1, labels_T1[tokens])[:, 0]
+        if is_training:
+            ctx.save_for_backward(hidden, weight, labels_BS, probabilities_TV)
+        return losses_T.view(-1, labels_BS.shape[0]).t().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BS: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, labels_BS, probabilities_TV = ctx.saved_tensors
+        hidden_TH, labels_T1 = hidden.flatten(0, 1), labels_BS.t().reshape(-1, 1)
+        gradient_T1 = gradient_BS.t().reshape(-1, 1)
+        block = max(1, BLOCK_ELEMENTS // len(weight))
+        gradient_CV = hidden.new_empty(min(block, len(hidden_TH)), len(weight))
+        hidden_gradient_TH, weight_gradient_VH = torch.empty_like(hidden_TH), torch.zeros_like(weight)
+        for first in range(0, len(hidden_TH), block):
+            tokens = slice(first, first + block)
+            gradient = gradient_CV[: len(hidden_TH[tokens])]
+            torch.mul(probabilities_TV[tokens], gradient_T1[tokens], out=gradient)
+            gradient.scatter_add_(1, labels_T1[tokens], -gradient_T1[tokens])
+            torch.mm(gradient, weight, out=hidden_gradient_TH[tokens])
+            torch.addmm(weight_gradient_VH, gradient.t(), hidden_TH[tokens], out=weight_gradient_VH)
+        return hidden_gradient_TH.view_as(hidden), weight_gradient_VH, None
 
 
 def chunked_cross_entropy(

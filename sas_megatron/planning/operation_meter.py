@@ -65,6 +65,7 @@ class OperationMeter(TorchDispatchMode):
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
         outputs = [value for value in tree_iter(result) if isinstance(value, torch.Tensor)]
+        outputs = outputs or _written(func, args, kwargs)
         tensors = outputs or inputs
         if not tensors:
             return
@@ -113,6 +114,14 @@ def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
         if argument.name == name:
             return args[index] if index < len(args) else kwargs.get(name, argument.default_value)
     return None
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the arguments that an operation changes in place; those on lists of tensors return nothing."""
+    arguments = [argument.name for argument in func._schema.arguments if argument.is_write]
+    written = [name for name in arguments if name != "grads"]  # changed only if AdamW unscales gradients
+    values = [_argument(func, args, kwargs, name) for name in written]
+    return [value for value in tree_iter(values) if isinstance(value, torch.Tensor)]
 
 
 def _traffic_bytes(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:

@@ -151,7 +151,7 @@ class StepProfiler:
             # A complete step, since the next step gathers the parameters that this one updates.
             self.run_step(num_microbatches)
             return
-        self.engine.update(self.engine.compute_gradient_norm())
+        self.engine.update(float(self.engine.compute_gradient_norm()))
         self.engine.forward(forward_step, self._batches(), num_microbatches=num_microbatches)
 
     def profile_step(self, num_microbatches: int) -> StepWorkload:

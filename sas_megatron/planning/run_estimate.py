@@ -10,6 +10,7 @@ from sas_megatron.config.run import RunConfig
 from sas_megatron.planning.hardware_file import Hardware
 from sas_megatron.planning.rank_estimate import RankReport, estimate_rank
 from sas_megatron.planning.step_estimate import StepEstimate, estimate_step
+from sas_megatron.planning.step_savings import StepSavings, estimate_savings
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RunEstimate:
     # One rank of the first, the second and the last stage, if these differ; or the one rank asked for.
     reports: list[RankReport]
     step: StepEstimate
+    savings: StepSavings
 
     @property
     def peak_bytes(self) -> int:
@@ -44,7 +46,10 @@ def estimate_run(
     ranks = stage_ranks(config, world_size) if rank is None else [rank]
     reports = [estimate_rank(config, rank=stage_rank, world_size=world_size) for stage_rank in ranks]
     step = estimate_step(config, reports, hardware=hardware, world_size=world_size)
-    return RunEstimate(world_size, data_parallel, hardware, reports, step)
+    savings = estimate_savings(
+        config, hardware=hardware, step_seconds=step.seconds, data_parallel=data_parallel
+    )
+    return RunEstimate(world_size, data_parallel, hardware, reports, step, savings)
 
 
 def stage_ranks(config: RunConfig, world_size: int) -> list[int]:

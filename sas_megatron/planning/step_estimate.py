@@ -68,7 +68,7 @@ def estimate_step(
         terms["bubble"] = bubble * sum(terms.values())
     per_microbatch = sum(terms.values()) / slowest.num_microbatches / (1 + bubble)
     terms["data"] = _data_seconds(slowest, config, hardware, per_microbatch_seconds=per_microbatch)
-    terms["update"] = _compute_seconds(slowest.update, hardware, launch_each=hardware.device == "cpu")
+    terms["update"] = _compute_seconds(slowest.update, hardware)
     for workload in (slowest.microbatches, slowest.update):
         for group in workload.bytes_sent:
             if group != "data" and (group not in PIPELINED_GROUPS or workload is slowest.update):
@@ -117,19 +117,12 @@ def _data_seconds(
     return sum(seconds.values())
 
 
-def _compute_seconds(workload: Workload, hardware: Hardware, *, launch_each: bool = True) -> float:
-    """Return the time of all operations.
-
-    Args:
-        workload: The operations.
-        hardware: Figures of the device.
-        launch_each: Whether each operation has a launch of its own. torch's AdamW launches operations tensor
-            by tensor on CPU, and on lists of tensors on a GPU.
-    """
+def _compute_seconds(workload: Workload, hardware: Hardware) -> float:
+    """Return the time of all operations, each of which has a launch; some operate on lists of tensors."""
     executing = sum(
         calls * execution_seconds(operation, hardware) for operation, calls in workload.operations.items()
     )
-    num_launches = sum(workload.operations.values()) if launch_each else 0.0
+    num_launches = sum(workload.operations.values())
     launching = 1e-6 * hardware.operation_microseconds * num_launches
     # A GPU executes operations while the host launches the next ones; a CPU does one after the other.
     return max(executing, launching) if hardware.device == "gpu" else executing + launching

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -24,6 +25,39 @@ def read_memory_bytes(path: str, field: str) -> int:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     (kibibytes,) = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
     return int(kibibytes) * 1024
+
+
+class OtherLoad:
+    """Measures the processors that other processes use, from the construction on.
+
+    The processes that this process has started count as others until it has waited for their end.
+    """
+
+    def __init__(self) -> None:
+        self._started, self._busy, self._own = time.monotonic(), _read_busy_seconds(), _read_own_seconds()
+
+    def measure(self) -> float | None:
+        """Return the mean number of processors in use by others since the start; None if it is not known."""
+        busy = _read_busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        others = (busy - self._busy) - (_read_own_seconds() - self._own)
+        return max(0.0, others / max(time.monotonic() - self._started, 1e-9))
+
+
+def _read_busy_seconds() -> float | None:
+    """Return the processor seconds of all processes since the machine started; None if not on Linux."""
+    try:
+        words = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
+    except OSError:
+        return None
+    # user nice system idle iowait irq softirq steal, in clock ticks. Other virtual machines steal processors.
+    user, nice, system, _idle, _wait, irq, softirq, steal, *_ = map(int, words[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _read_own_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 def count_gpus() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,6 +82,35 @@ def run_preflight_checks(run_directory: Path, config: RunConfig | None) -> Prefl
         )
         return PreflightReport([*node, unconnected], world_size, is_printed=True)
     return PreflightReport([*nodes, *all_ranks], world_size, is_printed=is_rank0())
+
+
+def compare_layout(config: RunConfig, *, show: Callable[[PreflightReport], None]) -> PreflightReport:
+    """Compare a small version of a run in one process with the same at its layout (`layout_check`).
+
+    All ranks that a launcher has started must call it.
+
+    Args:
+        config: The run.
+        show: Prints the report; called on rank 0.
+
+    Raises:
+        UserError: The config is not valid for this number of ranks or these devices.
+    """
+    world_size = launched_world_size()
+    config.check_world_size(world_size)
+    from sas_megatron.platform.device import prepare_device
+    from sas_megatron.platform.gpu_settings import apply_gpu_settings
+
+    apply_gpu_settings(config.training)
+    device = prepare_device()  # before Megatron-core is imported
+
+    from sas_megatron.preflight.layout_check import check_layout
+
+    def report(findings: list[Finding]) -> None:
+        show(PreflightReport(findings, world_size, is_printed=True))
+
+    findings = check_layout(config, device=device, world_size=world_size, report=report)
+    return PreflightReport(findings, world_size, is_printed=False)
 
 
 def _check_node(run_directory: Path, config: RunConfig | None, world_size: int) -> Iterator[Finding]:

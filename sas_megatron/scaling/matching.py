@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.head_layout import check_context_parallel, check_tensor_parallel
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.activations import count_kv_cache_bytes
 from sas_megatron.costs.attention import build_attention_costs
@@ -60,8 +61,8 @@ class Degrees:
             FieldError: The number of heads is not divisible.
         """
         for tensor, context in itertools.product(self.tensor, self.context):
-            config.attention.check_tensor_parallel(tensor)
-            config.attention.check_context_parallel(tensor, context)
+            check_tensor_parallel(config.attention, tensor)
+            check_context_parallel(config.attention, tensor, context)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from sas_megatron.scaling.numbers import (
 )
 from sas_megatron.scaling.report import Block, Grid, Report, ReportFigure, ReportFiles, Section
 from sas_megatron.scaling.run_comparison import RunComparison, RunMeasures, sum_terms
-from sas_megatron.scaling.runs import CurvePoint, Run
+from sas_megatron.scaling.run_records import CurvePoint
+from sas_megatron.scaling.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

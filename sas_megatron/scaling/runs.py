@@ -11,17 +11,26 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import find_differences, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.flops import causal_half
+from sas_megatron.scaling.layer_measurements import LayerMeasurements, join_measurements
 from sas_megatron.scaling.outcomes import Axis
+from sas_megatron.scaling.run_records import (
+    CurvePoint,
+    HealthEvent,
+    Probe,
+    RunSummary,
+    TrainPoint,
+    ValidationPoint,
+)
 from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 
 # The fields that a comparison varies, and fields that do not affect the result. A resumed run equals the
@@ -29,10 +38,11 @@ from sas_megatron.training.data_identity import DATA_PATHS, corpus_contents
 VARIED_KEYS = ("attention", "model.ffn_hidden_size")
 INERT_KEYS = (
     "logging.run_directory",
+    "logging.tracker",
     "data.index_cache",
+    "evaluation.probe_sequences",
     "checkpoint.resume",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every",
+    "checkpoint.keep_",
     "checkpoint.asynchronous",
 )
 FINISHED = "finished"
@@ -41,79 +51,6 @@ _FIELDS: dict[Axis, str] = {
     "flops": "training_flops",
     "seconds": "elapsed_seconds",
 }
-
-
-class _Record(BaseModel):
-    # NaN is not valid JSON: a missing result is null or absent.
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class CurvePoint(_Record):
-    """One line of metrics.jsonl: the amounts spent up to a step, and the loss at that step."""
-
-    step: int
-    consumed_tokens: int
-    training_flops: float
-    elapsed_seconds: float
-    loss: float | None = None
-
-
-class TrainPoint(CurvePoint):
-    """Loss of the batch of a step."""
-
-    kind: Literal["train"]
-    loss: float | None = Field(default=None, validation_alias="train_loss")
-
-
-class ValidationPoint(CurvePoint):
-    """Loss on the held-out windows after a step."""
-
-    kind: Literal["validation"]
-    loss: float | None = Field(default=None, validation_alias="validation_loss")
-
-
-class HealthEvent(_Record):
-    """A problem of a step that the health checks found; not a point of a curve."""
-
-    kind: Literal["health"]
-    step: int
-
-
-class Probe(_Record):
-    """Measurements of the probe batch by layer; not a point of a curve."""
-
-    kind: Literal["probe"]
-    step: int
-
-
-class HealthCounts(_Record):
-    """Counts of summary.json: steps whose update was skipped."""
-
-    skipped_steps: int
-
-
-class RunSummary(_Record):
-    """The contents of summary.json; None for a result that the run does not have."""
-
-    exit_reason: str
-    steps: int
-    tokens: int
-    # None in summaries of schema 2 and earlier.
-    epochs: float | None = None
-    training_flops: float | None = None
-    training_flops_per_token: dict[str, float] | None = None
-    parameters: dict[str, int] | None = None
-    training_seconds: float | None = None
-    total_seconds: float | None = None
-    median_step_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    final_train_loss: float | None = None
-    final_validation_loss: float | None = None
-    best_validation_loss: float | None = None
-    validation_perplexity: float | None = None
-    validation_bits_per_byte: float | None = None
-    world_size: int | None = None
-    health: HealthCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +65,7 @@ class Run:
     train_curve: tuple[CurvePoint, ...]
     validation_curve: tuple[CurvePoint, ...]
     remarks: tuple[str, ...] = ()
+    measurements: LayerMeasurements = field(default_factory=LayerMeasurements)
 
     def spent(self, point: CurvePoint, axis: Axis) -> float | None:
         """Return the amount spent up to a point; None for the causal half if FLOPs by term are not recorded.
@@ -176,7 +114,7 @@ def load_run(directory: str | Path) -> Run:
         )
     provenance = _read_object(directory / "run.json")
     _check_config_checksum(directory / "config.yaml", provenance)
-    (train_curve, validation_curve), remarks = _read_metrics(directory / "metrics.jsonl")
+    (train_curve, validation_curve), measurements, remarks = _read_metrics(directory / "metrics.jsonl")
     if summary.health is not None and summary.health.skipped_steps:
         remarks += (
             f"{summary_path}: the update of {summary.health.skipped_steps} steps was skipped (see `health`).",
@@ -190,6 +128,7 @@ def load_run(directory: str | Path) -> Run:
         summary=summary,
         train_curve=train_curve,
         validation_curve=validation_curve,
+        measurements=measurements,
         remarks=remarks,
     )
 
@@ -248,7 +187,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _may_differ(key: str) -> bool:
-    return key in INERT_KEYS or any(key == varied or key.startswith(f"{varied}.") for varied in VARIED_KEYS)
+    return key.startswith((*INERT_KEYS, *VARIED_KEYS))
 
 
 def _read_config(path: Path) -> RunConfig:
@@ -290,8 +229,8 @@ def _read_summary(path: Path) -> RunSummary:
         raise FileProblem(path, _describe(error), "restore the file, or train again") from None
 
 
-def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
-    """Return the training and validation curves, and a remark if an incomplete line was ignored.
+def _read_metrics(path: Path) -> tuple[_Curves, LayerMeasurements, tuple[str, ...]]:
+    """Return both curves, the measurements by layer, and a remark if an incomplete line was ignored.
 
     A run that was resumed from an older checkpoint has logged the steps after it twice: the last record
     counts.
@@ -299,6 +238,7 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
     lines = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
     train: list[CurvePoint] = []
     validation: list[CurvePoint] = []
+    probes: list[Probe] = []
     remarks: tuple[str, ...] = ()
     for position, (number, line) in enumerate(lines):
         try:
@@ -309,6 +249,8 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
                 remarks = (f"{path}: the last line ({number}) is incomplete and was ignored.",)
                 break
             raise FileProblem(f"{path}:{number}", _describe(error), "correct or remove the line") from None
+        if isinstance(point, Probe):
+            probes.append(point)
         if isinstance(point, HealthEvent | Probe):
             continue
         for curve in (train, validation):
@@ -320,17 +262,18 @@ def _read_metrics(path: Path) -> tuple[_Curves, tuple[str, ...]]:
         curve.append(point)
     for curve in (train, validation):
         _check_order(path, curve)
-    return (tuple(train), tuple(validation)), remarks
+    measurements = join_measurements((probe.step, probe.layers) for probe in probes)
+    return (tuple(train), tuple(validation)), measurements, remarks
 
 
 def _check_order(path: Path, curve: Sequence[CurvePoint]) -> None:
     for before, after in itertools.pairwise(curve):
-        for field in _FIELDS.values():
-            if getattr(after, field) < getattr(before, field):
+        for name in _FIELDS.values():
+            if getattr(after, name) < getattr(before, name):
                 raise FileProblem(
                     path,
-                    f"{field} decreases from {getattr(before, field)} at step {before.step} "
-                    f"to {getattr(after, field)} at step {after.step}, although it is cumulative",
+                    f"{name} decreases from {getattr(before, name)} at step {before.step} "
+                    f"to {getattr(after, name)} at step {after.step}, although it is cumulative",
                     "train again, or leave this run out",
                 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sas_megatron.config.attention import MODIFIERS, parse_attention, resolve_kind
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.config.loading import read_yaml
+from sas_megatron.config.loading import read_run_tree
 from sas_megatron.config.run import RunConfig
 
 
@@ -23,7 +23,7 @@ def build_variant(base: RunConfig, attention: str) -> tuple[str, RunConfig]:
         UserError: The kind is unknown, or the file or its attention is invalid.
     """
     if Path(attention).suffix in (".yaml", ".yml"):
-        tree = read_yaml(attention)
+        tree = read_run_tree(attention)
         if "attention" not in tree:
             raise FileProblem(attention, "has no section attention", "add one, with its kind")
         name, fields = Path(attention).stem, tree["attention"]
@@ -37,7 +37,7 @@ def build_variant(base: RunConfig, attention: str) -> tuple[str, RunConfig]:
 def default_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     """Return the section `attention` of a kind with defaults from the base; the base's own for its own kind.
 
-    Modifiers of the base are kept.
+    Modifiers of the base are kept, and biases of queries, keys and values if the kind supports them.
 
     Raises:
         UserError: The kind is unknown.
@@ -45,7 +45,8 @@ def default_attention(base: RunConfig, kind: str) -> dict[str, Any]:
     if kind == base.attention.kind:
         return base.attention.model_dump(exclude_unset=True)
     variant = resolve_kind(kind)
-    common = base.attention.model_dump(exclude_unset=True, include={"dropout", "backend", *MODIFIERS})
+    kept = {"dropout", "backend", *MODIFIERS, *(["qkv_bias"] if variant.supports_qkv_bias else [])}
+    common = base.attention.model_dump(exclude_unset=True, include=kept)
     return {
         "kind": kind,
         **common,

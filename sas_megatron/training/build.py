@@ -6,6 +6,7 @@ config -> model chunks of this rank -> (initial weights) -> engine: optimizer, s
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sas_megatron.checkpoint.initial_weights import load_initial_weights
 from sas_megatron.config.run import RunConfig
@@ -29,5 +30,10 @@ def build_engine(config: RunConfig, *, initial_weights: Path | None = None) -> E
     model_chunks = build_gpt_chunks(config)
     if initial_weights is not None:  # before the optimizer copies the weights
         load_initial_weights(initial_weights, model_chunks, config)
+    return wrap_in_engine(config, model_chunks)
+
+
+def wrap_in_engine(config: RunConfig, model_chunks: list[Any]) -> Engine:
+    """Return the engine that `training.engine` selects, for model chunks that have their initial weights."""
     engine = DeepSpeedEngine if config.training.engine == "deepspeed" else MegatronEngine
     return engine(config, model_chunks)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from sas_megatron.checkpoint.sharded_tensors import shard_parameter, shard_weigh
 from sas_megatron.config.errors import FileProblem
 from sas_megatron.config.run import RunConfig
 from sas_megatron.distributed.gradient_sums import all_reduce_gradients
+from sas_megatron.model.initialization import global_name
 from sas_megatron.model.language_loss import Batch, forward_step
-from sas_megatron.training.engine import Engine, ForwardStep, Reports
+from sas_megatron.training.engine import Engine, ForwardStep, Reports, TrainedTensor, is_first_replica
 from sas_megatron.training.optimizer import build_schedule, describe_parameter_groups
 
 # Folder of DeepSpeed's files in a checkpoint.
@@ -144,6 +146,21 @@ class DeepSpeedEngine(Engine):
         stage = 0 if self._keeps_full_gradients else self.config.deepspeed.zero_stage
         with _forced_overflow(self.optimizer, stage=stage):
             self.engine.step()
+
+    @override
+    def trained_tensors(self) -> Iterator[TrainedTensor]:
+        """Yield full parameters, which the data ranks gather one at a time at stages 1 to 3."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+        for name, parameter in self.model.named_parameters():
+            weights: Callable[[], torch.Tensor] = parameter.detach
+            gradient = functools.partial(getattr, parameter, "grad")
+            if self.config.deepspeed.zero_stage > 0:
+                weights = functools.partial(safe_get_full_fp32_param, parameter)
+                gradient = functools.partial(safe_get_full_grad, parameter)
+            is_counted = is_first_replica(parameter, sharded_over_data=False)
+            name = global_name(self.model, name)
+            yield TrainedTensor(name, parameter, 0, weights, gradient, is_counted)
 
     @override
     def sync_parameters(self) -> None:

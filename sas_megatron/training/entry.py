@@ -13,9 +13,11 @@ from sas_megatron.checkpoint.weights_source import find_weights
 from sas_megatron.config.run import RunConfig
 from sas_megatron.data.epochs import check_repetition
 from sas_megatron.data.token_files import open_token_files
+from sas_megatron.data.validation_sets import check_validation_sets
 from sas_megatron.fault_tolerance.final_report import TRAINING
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
 from sas_megatron.platform.launcher import is_first_on_node, is_rank0, launched_world_size
+from sas_megatron.tracking.tracker import check_installed
 from sas_megatron.training.resuming import find_branch
 from sas_megatron.training.run_files import RunFiles
 
@@ -31,9 +33,11 @@ def check_run(config: RunConfig, *, world_size: int) -> None:
     """
     config.check_world_size(world_size)
     open_token_files(config.data, vocab_size=config.model.vocab_size, verify=is_first_on_node())
+    check_validation_sets(config, verify=is_first_on_node())
     check_repetition(config)
+    check_installed(config.logging.trackers)
     RunFiles.check_directory(config)
-    if config.checkpoint.resume and find_checkpoints(RunFiles.checkpoints(config)):
+    if config.checkpoint.resume is not False and find_checkpoints(RunFiles.checkpoints(config)):
         return
     if config.checkpoint.initial_weights is not None:
         find_weights(Path(config.checkpoint.initial_weights), config)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from sas_megatron.config.training import HealthConfig
+from sas_megatron.config.monitoring import HealthConfig
 
 Response = Literal["record", "skip", "stop"]
 Quantity = Literal["loss", "gradient_norm"]

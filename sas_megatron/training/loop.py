@@ -25,7 +25,6 @@ from sas_megatron.distributed.communication_counter import gather_communication_
 from sas_megatron.distributed.object_collectives import gather_from_ranks
 from sas_megatron.distributed.topology import Topology, build_communication_counter
 from sas_megatron.evaluation.held_out import HeldOutLoss, evaluate_held_out
-from sas_megatron.evaluation.probes import probe_model
 from sas_megatron.fault_tolerance.stop_request import RunExit, StopRequest
 from sas_megatron.training.build import build_engine
 from sas_megatron.training.engine import Engine
@@ -33,6 +32,7 @@ from sas_megatron.training.health_monitor import HealthMonitor
 from sas_megatron.training.records import Recorder
 from sas_megatron.training.run_data import RunData
 from sas_megatron.training.run_files import RunFiles
+from sas_megatron.training.run_probe import RunProbe
 from sas_megatron.training.starting_point import find_starting_point
 from sas_megatron.training.step import StepResult, train_step
 from sas_megatron.training.step_profiler import StepProfiler
@@ -69,6 +69,7 @@ class Run:
         self.progress = self.start.read_progress()
         self.last_step: StepResult | None = None
         self.held_out: HeldOutLoss | None = None
+        self.probe = RunProbe(self.engine, topology, self.progress, recorder=self.recorder)
         self.health = HealthMonitor(config, topology, self.progress.health, recorder=self.recorder)
         self.communication_counter = build_communication_counter(topology)
         self.profiler = StepProfiler(config.logging, rank=topology.rank, device=topology.device)
@@ -98,7 +99,7 @@ class Run:
                 self._evaluate()
             while self.progress.step < last_step:
                 step = self.progress.step + 1
-                with self.profiler.step(step), self.health.measured(step):
+                with self.probe.measured_step(), self.profiler.step(step), self.health.measured(step):
                     stop_requested = self._step().stop_requested
                 self.health.check_replicas(self.engine, step)
                 if stop_requested and self.progress.step < last_step:
@@ -138,7 +139,7 @@ class Run:
                 stop_requested=lambda: self.stop.reason is not None,
             )
         self._synchronize()
-        seconds = time.perf_counter() - start_time
+        seconds = time.perf_counter() - start_time - self.probe.seconds
         self.last_step = result
         self.health.count_step(result, self.progress.step + 1)
         self.progress.count_step(num_samples, seconds)
@@ -164,17 +165,15 @@ class Run:
     def _evaluate(self) -> None:
         """Compute the validation loss and record it."""
         num_microbatches = self.data.num_microbatches(self.config.evaluation.num_sequences)
-        batches = self.data.validation_batches()
         self.held_out = held_out = evaluate_held_out(
-            functools.partial(self.engine.forward, batches=batches, num_microbatches=num_microbatches),
+            functools.partial(self.engine.forward, num_microbatches=num_microbatches),
+            self.data.validation_batches(),
             byte_lengths=self.data.byte_lengths,
             topology=self.topology,
         )
         self.progress.count_evaluation(held_out.loss)
         self.recorder.log_validation(self.progress, held_out)
-        if self.config.evaluation.probe_sequences:
-            layers = probe_model(self.engine, self.data, config=self.config, topology=self.topology)
-            self.recorder.log_probe(self.progress, layers)
+        self.probe.measure(self.data)
 
     def _save(self) -> None:
         """Save a checkpoint, after the records up to it have been synced to disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from typing_extensions import override
@@ -22,10 +18,17 @@ from typing_extensions import override
 from sas_megatron.checkpoint.restoring import Checkpoint, restore_tensors
 from sas_megatron.checkpoint.sharded_tensors import shard_weights
 from sas_megatron.config.run import RunConfig
+from sas_megatron.model.initialization import global_name
 from sas_megatron.model.language_loss import Batch, forward_step
-from sas_megatron.training.engine import Engine, ForwardStep, Reports
+from sas_megatron.training.engine import Engine, ForwardStep, Reports, TrainedTensor, is_first_replica
+from sas_megatron.training.gradient_norm import clip_gradients, compute_gradient_norm, finalize_gradients
 from sas_megatron.training.optimizer import build_optimizer, build_schedule
-from sas_megatron.training.optimizer_states import read_num_updates, set_num_updates, shard_optimizer
+from sas_megatron.training.optimizer_states import (
+    read_num_updates,
+    set_num_updates,
+    shard_optimizer,
+    updated_parameters,
+)
 
 
 class MegatronEngine(Engine):
@@ -46,7 +49,7 @@ class MegatronEngine(Engine):
         # The pipeline schedules read the config of the first chunk; the layers of each chunk read their own.
         transformer = self.model_chunks[0].config
         transformer.grad_scale_func = self.optimizer.scale_loss
-        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.finalize_model_grads_func = finalize_gradients
         if config.parallel.overlap_gradient_reduce:
             # Only the last microbatch of a step starts the gradient reduction.
             no_sync = [chunk.no_sync for chunk in self.ddp_chunks]
@@ -78,19 +81,17 @@ class MegatronEngine(Engine):
         return self._run(forward_step, batches, num_microbatches=num_microbatches, forward_only=False)
 
     @override
-    def compute_gradient_norm(self) -> float:
+    def compute_gradient_norm(self) -> torch.Tensor:
         """Return the norm that Megatron-core computes; each parameter counts once, replicas do not."""
         self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+        return compute_gradient_norm(self.optimizers())
 
     @override
     def update(self, gradient_norm: float) -> None:
         """Clip and update as Megatron-core's `step` does."""
         max_norm = self.config.optimizer.clip_gradient_norm
-        for optimizer in self.optimizers() if max_norm > 0 else []:
-            clip_grad_by_total_norm_fp32(
-                optimizer.get_parameters(), max_norm=max_norm, total_norm=gradient_norm
-            )
+        if max_norm > 0:
+            clip_gradients(self.optimizers(), max_norm=max_norm, gradient_norm=gradient_norm)
         self.optimizer.step_with_ready_grads()
 
     @override
@@ -158,6 +159,25 @@ class MegatronEngine(Engine):
         restore_tensors(checkpoint, self.shards())
         for optimizer in self.optimizers():
             set_num_updates(optimizer, checkpoint.progress["engine"]["num_updates"])
+
+    @override
+    def trained_tensors(self) -> Iterator[TrainedTensor]:
+        """Yield the tensors that AdamW updates in place: weights, float32 copies, or this rank's shards."""
+        names = {
+            parameter: global_name(chunk, name)
+            for chunk in self.model_chunks
+            for name, parameter in chunk.named_parameters()
+        }
+        for optimizer in self.optimizers():
+            for parameter, main, first_element in updated_parameters(optimizer):
+                yield TrainedTensor(
+                    names[parameter],
+                    parameter,
+                    first_element,
+                    main.detach,
+                    functools.partial(getattr, main, "grad"),
+                    is_first_replica(parameter, sharded_over_data=self.config.optimizer.distributed),
+                )
 
     @override
     def sync_parameters(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -55,10 +56,13 @@ def describe_parameter_groups(config: RunConfig, model: nn.Module) -> list[dict[
 
 
 def build_optimizer(config: RunConfig, model_chunks: list[Any]) -> Any:
-    """Build Megatron-core's AdamW over the parameters of the chunks, in the groups of `parameter_group`."""
+    """Build Megatron-core's AdamW over the parameters of the chunks, in the groups of `parameter_group`.
+
+    It is fused: one operation updates all parameters of a group, and the host reads nothing.
+    """
     settings = config.optimizer
     overrides = group_overrides(config)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.learning_rate,
@@ -74,7 +78,13 @@ def build_optimizer(config: RunConfig, model_chunks: list[Any]) -> Any:
         ),
         model_chunks,
         config_overrides={_group_key(group): override for group, override in overrides.items()},
+        use_gloo_process_groups=False,  # for checkpoints in Megatron-core's format
     )
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(chained.optimizer, torch.optim.Adam):  # otherwise TransformerEngine's or Apex's
+            for group in chained.optimizer.param_groups:
+                group["fused"] = True
+    return optimizer
 
 
 def _group_key(group: str) -> ParamKey:

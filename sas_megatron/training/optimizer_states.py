@@ -30,7 +30,7 @@ def shard_optimizer(optimizer: Any, model_chunks: list[Any]) -> list[ShardedTens
     }
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     shards = []
-    for parameter, main, first_element in _updated_parameters(optimizer):
+    for parameter, main, first_element in updated_parameters(optimizer):
         state = optimizer.optimizer.state[main]
         values = {name: state[name] for name in MOMENTS}
         if main.dtype != parameter.dtype:
@@ -49,7 +49,8 @@ def shard_optimizer(optimizer: Any, model_chunks: list[Any]) -> list[ShardedTens
 def read_num_updates(optimizer: Any) -> int:
     """Return the number of updates that Adam's bias correction uses; it is the same for all parameters."""
     inner = optimizer.optimizer
-    counts = {int(state["step"]) for state in inner.state.values() if "step" in state}
+    steps = [state["step"] for state in inner.state.values() if "step" in state]
+    counts = set(map(int, torch.stack(steps).tolist())) if steps else set()  # one read for all parameters
     # The fused implementations store it per group.
     counts |= {int(group["step"]) for group in inner.param_groups if "step" in group}
     assert len(counts) <= 1, f"parameters have different numbers of updates: {counts}"
@@ -63,12 +64,13 @@ def set_num_updates(optimizer: Any, num_updates: int) -> None:
         for group in inner.param_groups:
             group["step"] = num_updates
         return
-    for state in inner.state.values():
-        # Each parameter needs its own tensor, because torch increments it in place.
-        state["step"] = torch.tensor(float(num_updates))
+    for parameter, state in inner.state.items():
+        # Each parameter needs its own tensor, because torch increments it in place. Fused AdamW reads it on
+        # the device.
+        state["step"] = torch.tensor(float(num_updates), device=parameter.device)
 
 
-def _updated_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor, int]]:
+def updated_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor, int]]:
     """Yield each parameter of the model, the tensor that AdamW updates for it, and a first element.
 
     The tensor is the parameter itself, a float32 copy, or a contiguous range of the parameter's elements. The

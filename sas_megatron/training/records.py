@@ -2,8 +2,8 @@
 
 The console shows a progress bar on a terminal, and Megatron's log lines elsewhere.
 
-A record has a `kind`: `train` for a logged step, `validation` for an evaluation, `probe` for what
-`evaluation.probes` measures by layer, `health` for an event that `health_monitor` describes.
+A record has a `kind`: `train` for a logged step, `validation` for an evaluation, `update` and `probe` for
+what `run_probe` measures by layer, `health` for an event that `health_monitor` describes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sas_megatron.distributed.object_collectives import run_on_rank0
 from sas_megatron.distributed.topology import Topology
 from sas_megatron.evaluation.held_out import HeldOutLoss
 from sas_megatron.platform.device import peak_memory_bytes
+from sas_megatron.tracking.follower import Follower
 from sas_megatron.training.metrics import Progress, Throughput
 from sas_megatron.training.run_files import RunFiles
 from sas_megatron.training.starting_point import StartingPoint
@@ -96,6 +97,7 @@ class Recorder:
         self.throughput = Throughput(config, world_size=topology.world_size, peak_flops=peak_flops)
         self.console = Console(config, is_rank0=topology.is_rank0)
         self._files = RunFiles(config) if topology.is_rank0 else None
+        self._follower = Follower(config)
         self._data_use: DataUse | None = None
         self._config = config
         self._topology = topology
@@ -116,6 +118,8 @@ class Recorder:
             for line in self._files.open(
                 self._config, provenance, resumed_step=resumed_step, branch=start.branch
             ):
+                self.log(line)
+            for line in self._follower.start():
                 self.log(line)
 
     def log(self, text: str) -> None:
@@ -142,12 +146,13 @@ class Recorder:
         self.log(
             f"validation loss at iteration {progress.step} | lm loss value: {held_out.loss:.6E} | "
             f"lm loss PPL: {held_out.perplexity:.6E} | bits per byte: {held_out.bits_per_byte:.4f} |"
+            + "".join(f" {name}: {found.loss:.6E} |" for name, found in held_out.sets.items())
         )
         self._write({"kind": "validation", **self.throughput.position(progress), **held_out.results})
 
-    def log_probe(self, progress: Progress, layers: list[dict[str, Any]]) -> None:
-        """Record the measurements of the probe batch, without a line on the console."""
-        self._write({"kind": "probe", **self.throughput.position(progress), "layers": layers})
+    def log_probe(self, kind: str, progress: Progress, layers: list[dict[str, Any]]) -> None:
+        """Record measurements by layer, of the kind `update` or `probe`, without a line on the console."""
+        self._write({"kind": kind, **self.throughput.position(progress), "layers": layers})
 
     def log_health(self, step: int, event: dict[str, Any]) -> None:
         """Record an event of the run's health, without a line on the console."""
@@ -182,10 +187,12 @@ class Recorder:
                 self._files.write_stop(results.run_exit, step=progress.step)
 
     def close(self) -> None:
-        """Close the console and the files."""
+        """Close the console and the files, and report the trackers that lack records."""
         self.console.close()
         if self._files is not None:
             self._files.close()
+        for line in self._follower.finish():
+            self.log(line)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._files is not None:

@@ -20,7 +20,7 @@ from sas_megatron.checkpoint.manifest import (
 from sas_megatron.checkpoint.trained_run import offering_another_checkpoint
 from sas_megatron.checkpoint.weights_source import read_checkpoint_config
 from sas_megatron.config.errors import FieldError, FileProblem, UserError, translate_os_errors
-from sas_megatron.config.loading import find_differences, load_run_config
+from sas_megatron.config.loading import find_differences, format_override, load_run_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.io.file_records import find_damage
 from sas_megatron.io.run_record import RECORD
@@ -45,6 +45,8 @@ RESUME_MAY_CHANGE = (
     "training.stop_after_seconds",
     "training.collective_timeout_minutes",
 )
+# Kinds of records that an evaluation writes, or the step before it.
+EVALUATION_RECORDS = ("validation", "probe", "update")
 # A branch may also have another length, with the same order of samples, and another decay.
 BRANCH_MAY_CHANGE = (
     *RESUME_MAY_CHANGE,
@@ -71,8 +73,8 @@ class Branch:
     def read_metrics(self, config: RunConfig) -> KeptRecords:
         """Return the records of the trunk's metrics.jsonl that the branch shares: those up to its first step.
 
-        An evaluation that the trunk made only because it ended there is left out, because a trunk that is
-        still running has not made it.
+        An evaluation that the trunk made only because it ended there is left out, with its measurements,
+        because a trunk that is still running has not made it.
 
         Raises:
             FileProblem: The file cannot be read.
@@ -83,7 +85,7 @@ class Branch:
         for line in found.lines:
             record = json.loads(line)
             is_due = interval is not None and record["step"] % interval == 0
-            if record["kind"] != "validation" or is_due:
+            if record["kind"] not in EVALUATION_RECORDS or is_due:
                 lines.append(line)
         return KeptRecords(lines, num_unreadable=found.num_unreadable)
 
@@ -192,7 +194,13 @@ def _raise_if_fields_differ(
     config: RunConfig, saved: RunConfig, *, ignored: tuple[str, ...], owner: str, alternative: str
 ) -> None:
     for field, (new, previous) in find_differences([config, saved], ignored=ignored).items():
-        raise FieldError(field, new, f"was {previous} in {owner}", f"restore the old value, or {alternative}")
+        raise FieldError(
+            field,
+            new,
+            f"was {previous} in {owner}",
+            f"restore the old value, or {alternative}",
+            (format_override(field, previous),),
+        )
 
 
 def describe_config_repair(config: RunConfig) -> str | None:

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sas_megatron import __version__
-from sas_megatron.checkpoint.trained_run import TOKENIZER
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.tokenizer_loading import load_tokenizer, tokenizer_exists
 from sas_megatron.fault_tolerance.stop_request import RunExit
 from sas_megatron.io.files import write_file
 from sas_megatron.io.run_record import RECORD, SCHEMA, RunRecord, damaged_record, read_run_record
+from sas_megatron.tracking.rows import list_scalars
 from sas_megatron.training.resuming import (
     Branch,
     KeptRecords,
@@ -50,7 +51,7 @@ class RunFiles:
 
     def __init__(self, config: RunConfig) -> None:
         self.directory = Path(config.logging.run_directory)
-        self._with_tensorboard = config.logging.tensorboard
+        self._with_tensorboard = "tensorboard" in config.logging.trackers
         # Distinguishes this session from others of the run.
         self._session = uuid.uuid4().hex
         self._metrics: TextIO | None = None
@@ -71,14 +72,15 @@ class RunFiles:
         """
         directory = Path(config.logging.run_directory)
         _check_kinds(directory)
-        if (directory / METRICS).exists() and not config.checkpoint.resume:
+        if (directory / METRICS).exists() and config.checkpoint.resume is False:
             raise FieldError(
                 "logging.run_directory",
                 directory,
                 "already holds a run",
-                "set checkpoint.resume=true to resume it, or choose another directory",
+                "set checkpoint.resume=auto to resume it, or choose another directory",
+                ("checkpoint.resume=auto",),
             )
-        if config.checkpoint.resume:
+        if config.checkpoint.resume is not False:
             check_resumable(config)
         existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -167,9 +169,8 @@ class RunFiles:
 
     def _add_scalars(self, record: dict[str, Any]) -> None:
         if self._tensorboard is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            for tag, value in list_scalars(record).items():
+                self._tensorboard.add_scalar(tag, value, record["step"])
 
     def sync(self) -> None:
         """Wait until the records are on disk, so that no checkpoint exists without the records before it.
@@ -241,9 +242,11 @@ class RunFiles:
 
     def _copy_tokenizer(self, config: RunConfig) -> None:
         """Keep the tokenizer with the run, for commands that read the run where the path does not exist."""
-        tokenizer, copy = Path(config.data.tokenizer), self.directory / TOKENIZER
-        if tokenizer.is_file():  # a test may train without one
-            content = tokenizer.read_bytes()
+        if not tokenizer_exists(config.data.tokenizer):  # a test may train without one
+            return
+        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+        for name, content in tokenizer.files.items():
+            copy = self.directory / name
             if not (copy.is_file() and copy.read_bytes() == content):
                 write_file(copy, content)
 
@@ -270,6 +273,8 @@ class RunFiles:
         record = {
             **sessions[-1],
             "started_at": sessions[0]["started_at"],
+            # That of the first session, so that all sessions are one run of a tracker.
+            "run_id": sessions[0]["session"],
             "initial_weights": initial_weights[-1] if initial_weights else None,
             "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
             "sessions": sessions,

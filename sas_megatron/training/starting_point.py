@@ -50,17 +50,20 @@ def find_starting_point(config: RunConfig, *, log: Callable[[str], None]) -> Sta
 
     Args:
         config: The run.
-        log: Called with a line for each damaged checkpoint that is skipped.
+        log: Called with a line for each damaged checkpoint that is skipped, and if there is none to resume.
 
     Raises:
         UserError: The checkpoint or the weights are missing, damaged, or do not fit the config.
     """
-    if config.checkpoint.resume:
+    if config.checkpoint.resume is not False:
         newest = find_newest_complete(RunFiles.checkpoints(config), log=log)
         if newest is not None:
             checkpoint = newest.path
             run_on_rank0(lambda: check_checkpoint_config(config, checkpoint))
             return StartingPoint(newest, None, None)
+        if config.checkpoint.resume is True:
+            folder = RunFiles.checkpoints(config)
+            log(f"checkpoint.resume=true: {folder} has no checkpoint; the run starts at step 0")
     branch = run_on_rank0(lambda: find_branch(config))
     if branch is not None:
         with offering_another_checkpoint(branch.checkpoint, suggest_branch):

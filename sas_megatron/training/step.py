@@ -80,15 +80,14 @@ def train_step(
         stop_requested: Returns whether this rank was asked to stop; called after the backward pass.
     """
     reports = engine.forward_backward(batches, num_microbatches=num_microbatches)
-    local_norm = engine.compute_gradient_norm()
     loss, gradient_norm, any_stop_requested = _reduce_over_ranks(
-        reports, local_norm, topology, stop_requested=stop_requested()
+        reports, engine.compute_gradient_norm(), topology, stop_requested=stop_requested()
     )
     findings = check(loss, gradient_norm)
     is_applied = all(finding.response == "record" for finding in findings)
     if is_applied:
         engine.schedule.step(1)
-        engine.update(local_norm)
+        engine.update(gradient_norm)
     else:
         engine.skip_update()
     return StepResult(
@@ -103,7 +102,7 @@ def train_step(
 
 
 def _reduce_over_ranks(
-    reports: Reports, gradient_norm: float, topology: Topology, *, stop_requested: bool
+    reports: Reports, gradient_norm: float | torch.Tensor, topology: Topology, *, stop_requested: bool
 ) -> tuple[float, float, bool]:
     """Return the mean loss per token, the gradient norm, and whether any rank was asked to stop.
 
@@ -116,8 +115,9 @@ def _reduce_over_ranks(
     totals[2] = gradient_norm
     totals[3] = stop_requested
     topology.sum_over_all_ranks(totals)
-    mean_norm = totals[2].item() / topology.world_size
-    return (totals[0] / totals[1]).item(), mean_norm, totals[3].item() > 0
+    totals[0] /= totals[1]
+    loss, _, sum_of_norms, stops = totals.tolist()  # the only read of a device tensor in a step
+    return loss, sum_of_norms / topology.world_size, stops > 0
 
 
 def _gather_non_finite_losses(reports: Reports) -> list[NonFiniteLoss]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sas_megatron.config.training import LoggingConfig
+from sas_megatron.config.monitoring import LoggingConfig
 
 
 class StepProfiler:

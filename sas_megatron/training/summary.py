@@ -44,6 +44,11 @@ def describe_provenance(
             name: load_manifest(prefix).model_dump(mode="json")
             for prefix, name in name_token_files(config.data.prefixes).items()
         },
+        # The token files of named validation sets.
+        "validation_sets": {
+            name: {prefix: load_manifest(prefix).model_dump(mode="json") for prefix in prefixes}
+            for name, prefixes in (config.evaluation.sets or {}).items()
+        },
     }
 
 
@@ -75,8 +80,9 @@ def build_summary(
     held_out = {} if results.held_out is None else results.held_out.results
     last_step = results.last_step
     return {
-        # Schema 2 renamed `wire_bytes_sent` to `communication_bytes_sent`; schema 3 added the epochs.
-        "schema": 3,
+        # Schema 2 renamed `wire_bytes_sent` to `communication_bytes_sent`; schema 3 added the epochs, and
+        # schema 4 the named validation sets.
+        "schema": 4,
         "exit_reason": results.run_exit.reason,
         "steps": progress.step,
         "tokens": position["consumed_tokens"],
@@ -96,6 +102,8 @@ def build_summary(
         "best_validation_loss": progress.best_validation_loss,
         "validation_perplexity": held_out.get("validation_perplexity"),
         "validation_bits_per_byte": held_out.get("validation_bits_per_byte"),
+        # The losses of named validation sets; the losses above are those of all their tokens.
+        "validation_sets": held_out.get("validation_sets"),
         "world_size": topology.world_size,
         "communication_bytes_sent": results.bytes_sent,
         "health": results.health,

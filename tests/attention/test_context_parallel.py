@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sas_megatron.config.errors import FieldError
+from sas_megatron.config.head_layout import check_context_parallel
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.parallel import ParallelConfig
 from sas_megatron.costs.head_sharding import count_context_elements
@@ -77,8 +78,8 @@ def test_a_number_of_context_ranks_that_does_not_divide_the_heads_is_rejected() 
     with pytest.raises(
         FieldError, match=r"parallel\.context=4: must divide the 2 heads .*; use one of \[1, 2\]"
     ):
-        case.config().check_context_parallel(2, 4)
-    LayerCase.of(**VARIANTS["sas"]).config().check_context_parallel(2, 3)
+        check_context_parallel(case.config(), 2, 4)
+    check_context_parallel(LayerCase.of(**VARIANTS["sas"]).config(), 2, 3)
 
 
 def bytes_over_context(case: LayerCase, context: int) -> tuple[float, float]:

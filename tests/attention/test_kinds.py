@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sas_megatron.config.attention import KINDS, AttentionConfig, resolve_part
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import KINDS, resolve_part
 from sas_megatron.config.errors import FieldError
 from sas_megatron.costs.attention import AttentionCosts
 

@@ -10,8 +10,9 @@ import torch
 
 from sas_megatron.attention.sas import simulation_kernels
 from sas_megatron.attention.sas.config import SimulatedAttentionConfig
-from sas_megatron.config.attention import KINDS as ALL_KINDS
-from sas_megatron.config.attention import AttentionConfig, VariantNames
+from sas_megatron.config.attention import AttentionConfig
+from sas_megatron.config.attention_kinds import KINDS as ALL_KINDS
+from sas_megatron.config.attention_kinds import VariantNames
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.parallel import ParallelConfig
 from tests import small_attentions as small
@@ -136,7 +137,8 @@ def output_of_the_parts(case: LayerCase) -> tuple[torch.Tensor, torch.Tensor, li
         rope = layer.rotary_angles(angles, hidden, None)
         query, *kept = layer.project(hidden, rope, is_decoding=False)
         key, value = layer.expand(kept, rope, is_decoding=False)
-        expected, _ = layer.linear_proj(layer.core_attention(query, key, value, None))
+        context = layer.reduce_heads(layer.core_attention(query, key, value, None), hidden)
+        expected, _ = layer.linear_proj(context)
     return output, expected, [name for name, _ in layer.named_parameters()]
 
 
@@ -144,7 +146,9 @@ NEUTRAL = {"qk_norm": False, "knocking_heads": False, "output_norm": False, "out
 
 
 @pytest.mark.parametrize(
-    "attention", [small.MQA, small.MLA, small.MFA, small.TPA, small.SAS], ids=lambda x: x["kind"]
+    "attention",
+    [small.MHA, small.GQA, small.MQA, small.DIFF, small.MLA, small.MFA, small.TPA, small.SAS],
+    ids=lambda x: x["kind"],
 )
 def test_neutral_values_are_the_attention_without_modifiers_bit_for_bit(
     ranks: Any, attention: small.Attention

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from sas_megatron.config.run import RunConfig
 from tests.fork_server import run_command
+from tests.rank_pool import in_layout
 from tests.run_configs import small_config
 
 
@@ -52,6 +54,25 @@ def test_time_between_the_calls_of_the_engine_belongs_to_the_loop() -> None:
         assert step["loop: the rest"] >= 0.05
         assert step["loop"] == pytest.approx(step["loop: batches"] + step["loop: the rest"])
         assert step["step"] == pytest.approx(step["engine"] + step["loop"])
+
+
+def ratio_with_slow_reads(config: RunConfig, folder: Path) -> dict[str, Any]:
+    from sas_megatron.benchmarks.loop import prepare_run
+    from sas_megatron.benchmarks.read_delay import count_steps, measure_read_delay
+
+    topology = in_layout(config.parallel)
+    run = prepare_run(config, folder, num_steps=count_steps(config, rounds=1))
+    return measure_read_delay(run, topology, seconds=0.1, rounds=1)
+
+
+def test_reads_that_take_longer_than_the_step_are_seen(ranks: Any, tmp_path: Path) -> None:
+    config = small_config(
+        model={"vocab_size": 512, "num_layers": 1}, training={"global_batch_size": 2, "micro_batch_size": 2}
+    )
+    (result,) = ranks(1).run(ratio_with_slow_reads, config, tmp_path)
+    assert result["samples_per_step"] == 2
+    assert result["delayed_seconds"] >= 0.2
+    assert result["ratio"] == pytest.approx(result["delayed_seconds"] / result["plain_seconds"])
 
 
 def test_the_command_measures_a_real_run_and_removes_its_files(tmp_path: Path) -> None:

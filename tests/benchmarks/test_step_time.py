@@ -84,7 +84,7 @@ def test_the_time_of_a_step_is_that_of_the_slowest_rank(monkeypatch: pytest.Monk
     monkeypatch.setattr(step_time, "run_on_ranks", return_seconds)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert measure_step_seconds([config, config], rounds=2) == [[3.0, 5.0], [2.0, 6.0]]
-    assert calls == [(step_time._time_on_rank, ([config, config], 2), {"world_size": 2, "threads": 3})]
+    assert calls == [(step_time._time_on_rank, ([config, config], 2, False), {"world_size": 2, "threads": 3})]
 
 
 def count_live_engines(configs: list[RunConfig]) -> list[int]:

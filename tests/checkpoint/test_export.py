@@ -15,7 +15,7 @@ from sas_megatron.checkpoint.tensor_files import StoredTensors, WeightsDigest, n
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from tests.checkpoint.unsharded_models import ATTENTIONS, PARTS, build_unsharded_weights, compute_logits
 from tests.fork_server import ForkedCommand
 from tests.full_disk import no_file_longer_than
@@ -154,7 +154,7 @@ def test_the_exported_tokenizer_gives_the_native_ids_and_decodes_to_the_text(
 ) -> None:
     from transformers import AutoTokenizer
 
-    native = Tokenizer(small_data.tokenizer)
+    native = load_tokenizer(small_data.tokenizer)
     folder, _, _ = exported("mqa", "plain", torch.float32)
     exported_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     exported_tokenizer.save_pretrained(tmp_path / "again")

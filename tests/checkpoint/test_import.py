@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,87 +15,11 @@ from sas_megatron.checkpoint.importing import open_model, write_model
 from sas_megatron.checkpoint.tensor_files import StoredTensors
 from sas_megatron.checkpoint.weights_source import describe_architecture
 from sas_megatron.config.errors import FieldError, FileProblem
-from sas_megatron.config.loading import read_yaml
-from sas_megatron.config.run import RunConfig
+from tests.checkpoint.transformers_models import MODELS, ROTARY_WIDTHS, config_of, save_random_model
 from tests.checkpoint.unsharded_models import ATTENTIONS, PARTS, build_unsharded_weights, compute_logits
-from tests.model.model_parts import random_tokens
 from tests.run_configs import small_config
 from tests.small_data import SmallData
 from tests.tolerances import assert_near
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 46,
-    "hidden_size": 24,
-    "intermediate_size": 28,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    # Large, so that scores and gates leave their linear range.
-    "initializer_range": 0.3,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-NEOX = {**SIZES, "use_parallel_residual": False, "rope_parameters": {"rope_type": "default"}}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", SIZES),
-    "llama, grouped": ("Llama", {**SIZES, "num_key_value_heads": 2, "head_dim": 10}),
-    "llama, biased and tied": (
-        "Llama",
-        {
-            **SIZES,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "tie_word_embeddings": True,
-            "rms_norm_eps": 1e-3,
-        },
-    ),
-    "llama, one group": ("Llama", {**SIZES, "num_key_value_heads": 1}),
-    "llama, other rotary base": (
-        "Llama",
-        # A field of transformers 4, which transformers 5 accepts and saves in `rope_parameters`.
-        {**SIZES, "rope_theta": 500.0},
-    ),
-    "neox": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0}),
-    "neox, partly rotary": ("GPTNeoX", {**NEOX, "rotary_pct": 0.7, "layer_norm_eps": 1e-3}),
-    "neox, tanh approximation": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
-    "neox, tied": ("GPTNeoX", {**NEOX, "rotary_pct": 0.7, "tie_word_embeddings": True}),
-}
-
-# ⌊0.7·6⌋ of the 6 features are rotated.
-ROTARY_WIDTHS = {"neox, partly rotary": 4, "neox, tied": 4}
-
-
-@torch.no_grad()
-def save_random_model(name: str, folder: Path) -> torch.Tensor:
-    """Save a random transformers model in float64 and return its logits for `random_tokens`."""
-    import transformers
-
-    family, fields = MODELS[name]
-    torch.manual_seed(3)
-    # A copy, because transformers sets missing fields in place.
-    config = getattr(transformers, f"{family}Config")(**copy.deepcopy(fields))
-    model = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder, max_shard_size="20KB")
-    for module in model.modules():
-        # The norm of transformers' Llama computes in float32 for models of any type.
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = torch.nn.RMSNorm(24, eps=module.variance_epsilon).double().forward
-            module.forward.__self__.weight = module.weight
-    logits: torch.Tensor = model(random_tokens(config_of_vocabulary()), use_cache=False).logits
-    return logits
-
-
-def config_of_vocabulary() -> RunConfig:
-    """Return a config with the vocabulary of `SIZES`."""
-    return small_config(model={"vocab_size": 46, "vocab_multiple": 2})
-
-
-def config_of(folder: Path, **sections: Any) -> RunConfig:
-    """Return a config with the sections that an import wrote."""
-    written = read_yaml(folder / "model.yaml")
-    return small_config(**{**written, **sections})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -182,23 +105,43 @@ REJECTED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"model_type": "mamba"},
         r"model_type=mamba: is not a supported format; import a model with one of",
     ),
-    "parallel": (
-        "neox",
-        {"use_parallel_residual": True},
-        r"use_parallel_residual=True: must be False: the models of this package .* no other value; import",
-    ),
     "activation": ("neox", {"hidden_act": "relu"}, r"hidden_act=relu: must be one of gelu, gelu_new, .*;"),
     "gate": ("llama", {"hidden_act": "gelu"}, r"hidden_act=gelu: must be silu: .*;"),
     "one bias": ("llama", {"attention_bias": True}, r"mlp_bias=False: must be True: .*;"),
-    "scaling": (
+    "other scaling": (
         "llama",
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
-        r"rope_parameters.rope_type=linear: must be default: .*;",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}},
+        r"rope_parameters.rope_type=yarn: must be one of default, linear, llama3: .*;",
     ),
-    "old scaling": (
+    "other scaling in the older spelling": (
         "llama",
-        {"rope_scaling": {"rope_type": "llama3"}},
-        r"rope_scaling=\{'rope_type': 'llama3'\}: must be None: .*;",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        r"rope_scaling.rope_type=dynamic: must be one of default, linear, llama3: .*;",
+    ),
+    "incomplete scaling": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+        r"rope_scaling.low_freq_factor=None: is required by rope_type llama3; correct it, or copy",
+    ),
+    "scaling below one": (
+        "llama",
+        {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+        r"rope_scaling.factor=0.5: must be greater than or equal to 1; correct it, or copy",
+    ),
+    "partly rotary": (
+        "llama",
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        r"rope_parameters.partial_rotary_factor=0.5: must be 1.0: .*;",
+    ),
+    "sliding window": (
+        "qwen2, grouped",
+        {"use_sliding_window": True},
+        r"use_sliding_window=True: must be False: .*;",
+    ),
+    "attention bias of qwen": (
+        "qwen3, grouped",
+        {"attention_bias": True},
+        r"attention_bias=True: must be False: .*;",
     ),
     "broken base": (
         "llama",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sas_megatron.checkpoint.manifest import (
+    LATEST,
     SCHEMA,
     DamagedCheckpoint,
     Manifest,
@@ -59,7 +60,9 @@ def test_publishing_a_step_again_replaces_the_checkpoint(tmp_path: Path) -> None
     (write(tmp_path, 3) / "weights").write_text("damaged")
     verify_checkpoint(write(tmp_path, 3))
     remove_old_checkpoints(tmp_path, newest=3, keep_last=None, is_permanent=lambda _: False)
-    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
+    # The file is Megatron-LM's name of the newest checkpoint.
+    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000003", LATEST}
+    assert (tmp_path / LATEST).read_text() == "3"
 
 
 def test_checksums_agree_with_sha256sum_and_hashlib(tmp_path: Path) -> None:
@@ -150,7 +153,7 @@ def test_retention_keeps_the_newest_regular_and_requested_checkpoints(
     settings = CheckpointConfig(keep_last=keep_last, keep_every=keep_every, at_steps=at_steps)
     remove_old_checkpoints(tmp_path, newest=6, keep_last=keep_last, is_permanent=settings.is_permanent)
     assert steps(tmp_path) == kept
-    assert len(list(tmp_path.iterdir())) == len(kept) + 1
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == len(kept) + 1
 
 
 def test_retention_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
@@ -185,7 +188,7 @@ def test_of_a_linked_checkpoint_only_the_link_is_removed(tmp_path: Path) -> None
     (folder / "iter_0000003").symlink_to(elsewhere / "iter_0000003")
     write(folder, 3)
     assert remove_old_checkpoints(folder, newest=3, keep_last=1, is_permanent=lambda _: False)
-    assert {path.name for path in folder.iterdir()} == {"iter_0000003"}
+    assert {path.name for path in folder.glob("iter_*")} == {"iter_0000003"}
     for step in (1, 2):
         verify_checkpoint(elsewhere / f"iter_000000{step}")
 

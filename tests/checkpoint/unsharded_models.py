@@ -8,6 +8,7 @@ import torch
 
 from sas_megatron.config.run import RunConfig
 from tests import small_attentions as small
+from tests.evaluation.trained_models import gather_logits
 from tests.model.model_parts import perturb_weights, random_tokens, weight_parts
 from tests.rank_pool import in_layout
 
@@ -75,15 +76,38 @@ def build_unsharded_weights(config: RunConfig, dtype: torch.dtype) -> dict[str, 
 
 @torch.no_grad()
 def compute_logits(weights: dict[str, torch.Tensor], config: RunConfig) -> torch.Tensor:
-    """Return the logits [B, S, V] of full weights, with the padded vocabulary. Runs on a pool of one rank."""
+    """Return the logits [B, S, V] of full weights for `random_tokens`, with the padded vocabulary."""
+    model = _build_model(weights, config)
+    tokens = random_tokens(config)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    logits: torch.Tensor = model(tokens, positions, None, runtime_gather_output=True)
+    return logits
+
+
+@torch.no_grad()
+def decode_logits(weights: dict[str, torch.Tensor], config: RunConfig) -> torch.Tensor:
+    """Return the same logits, computed with a KV cache: five tokens, then one at a time."""
+    from sas_megatron.evaluation.trained_model import TrainedModel
+
+    model: Any = TrainedModel(config, _build_model(weights, config), None, in_layout(config.parallel), step=0)
+    tokens = random_tokens(config)
+    cache = model.new_cache(len(tokens), max_tokens=tokens.shape[1])
+    passes = []
+    for new in tokens.split([5] + [1] * (tokens.shape[1] - 5), dim=1):
+        cache.begin_pass(new.shape[1])
+        passes.append(gather_logits(model, model.hidden_states(new, cache)))
+        cache.end_pass([new.shape[1]] * len(tokens))
+    return torch.cat(passes).transpose(0, 1)
+
+
+def _build_model(weights: dict[str, torch.Tensor], config: RunConfig) -> Any:
+    """Build this rank's model from full weights, without pipeline parallelism."""
     from sas_megatron.model.assembly import build_gpt_chunks
-    from sas_megatron.model.initialization import global_name
+    from sas_megatron.model.initialization import global_name, tensor_parallel_shard
 
     in_layout(config.parallel)
     dtype = weights["embedding.word_embeddings.weight"].dtype
     (model,) = build_gpt_chunks(config, dtype=dtype)
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights[global_name(model, name)])
-    tokens = random_tokens(config)
-    logits: torch.Tensor = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
-    return logits
+        parameter.copy_(tensor_parallel_shard(weights[global_name(model, name)], parameter))
+    return model

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.costs import format_amount
 from sas_megatron.cli.main import COMMANDS, cli
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import dump_yaml, load_run_config
 from sas_megatron.costs.activations import count_peak_activation_bytes

@@ -93,6 +93,34 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return builtin_corpus(tmp_path_factory.mktemp("builtin"), max_bytes=100_000)
 
 
+def test_a_byte_level_tokenizer_is_trained_and_used(folder: Path, tmp_path: Path) -> None:
+    path, prefix = tmp_path / "bpe" / "tokenizer.json", tmp_path / "tokens"
+    arguments = ("tokenizer", "train", folder / "texts", "--kind", "bpe", "--output", path)
+    trained = invoke(*arguments, "--vocab-size", 300, "--special-token", "<|user|>")
+    assert f"{path}: 300 tokens (byte-level bpe), trained on" in trained.output
+    record = json.loads((tmp_path / "bpe" / "tokenizer.training.json").read_text())
+    assert (record["kind"], record["special_tokens"]) == ("bpe", ["<|user|>"])
+    prepared = invoke("data", "prepare", folder / "texts", "--tokenizer", path, "--output", prefix)
+    assert prepared.exit_code == 0, prepared.output
+    facts = json.loads(invoke("data", "inspect", prefix, "--json").stdout)
+    assert (facts["end_of_document"], facts["eos_id"]) == ("<|endoftext|>", 0)
+    assert facts["document"]["text"] == f"# file 0\n{TEXT}"
+    for more, message in (
+        (
+            ("--vocab-size", 257, "--special-token", "a"),
+            "is too small for the 256 bytes and 2 special tokens; use",
+        ),
+        (("--vocab-size", 9999), "vocab_size=9999: is too large for the text; use at most "),
+        (("--special-token", "<|endoftext|>"), "must be different names; name each special token once"),
+        (
+            ("--model-type", "bpe"),
+            "--model-type=bpe: is an option of sentencepiece; leave it out with --kind bpe",
+        ),
+    ):
+        refused = invoke(*arguments, *more)
+        assert message in str(refused.exception)
+
+
 def test_user_error_exits_with_status_2_and_no_traceback(folder: Path, tmp_path: Path) -> None:
     absent = tmp_path / "absent.jsonl"
     model = folder / "made" / "t.model"
@@ -125,13 +153,21 @@ def test_user_error_exits_with_status_2_and_no_traceback(folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("tokenizer",), ("tokenizer", "train"), ("data",), ("data", "prepare"), ("data", "inspect")]
+    "arguments",
+    [
+        ("tokenizer",),
+        ("tokenizer", "train"),
+        ("data",),
+        ("data", "prepare"),
+        ("data", "adopt"),
+        ("data", "inspect"),
+    ],
 )
 def test_help_imports_no_heavy_package(arguments: tuple[str, ...]) -> None:
     script = (
         "import sys\nfrom sas_megatron.cli.main import cli\n"
         f"cli.main([*{arguments!r}, '--help'], standalone_mode=False)\n"
-        "heavy = ('torch', 'pyarrow', 'numpy', 'sentencepiece', 'rich')\n"
+        "heavy = ('torch', 'pyarrow', 'numpy', 'sentencepiece', 'tokenizers', 'tiktoken', 'rich')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

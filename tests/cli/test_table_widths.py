@@ -27,6 +27,18 @@ SENT = {
 }
 
 
+SAVINGS = {
+    "output_loss": "chunked",
+    "logits_bytes": BYTES,
+    "logits_seconds": 123.45,
+    "device_reads": 1,
+    "saved_device_reads": 12_345,
+    "saved_read_seconds": 0.12345,
+    "host_bytes": BYTES,
+    "hidden_read_seconds": 1.2345,
+}
+
+
 def estimate_of_large_ranks() -> dict[str, Any]:
     rank = {
         "layers": 128,
@@ -49,6 +61,7 @@ def estimate_of_large_ranks() -> dict[str, Any]:
         "needed_bytes_with_allocator_and_reserve": BYTES,
         "fits": False,
         "step": STEP,
+        "savings": SAVINGS,
     }
 
 
@@ -97,6 +110,13 @@ STEP_COMPARISON = {
     "peak_is_of": "data sheet, NVIDIA H100 SXM5 80 GB",
 }
 LOOP = {"seconds": {"loop: the rest": 12.345}, "share_of_step": 0.1234}
+READ_DELAY = {
+    "delay_seconds": 0.005,
+    "samples_per_step": 12_345,
+    "plain_seconds": 123.456,
+    "delayed_seconds": 1234.567,
+    "ratio": 12.345,
+}
 DATA = {
     "workers": 128,
     "prepare_tokens_per_second": 1.234e9,
@@ -128,6 +148,7 @@ CASES: dict[str, Callable[[], None]] = {
     "bench simulation": lambda: _show_bench(tables.simulation_rows, SIMULATION),
     "bench step": lambda: _show_bench(tables.step_rows, STEP_COMPARISON),
     "bench loop": lambda: _show_bench(tables.loop_rows, LOOP),
+    "bench loop --read-delay-ms": lambda: _show_bench(tables.read_delay_rows, READ_DELAY),
     "bench data": lambda: _show_bench(tables.data_rows, DATA),
     "bench checkpoint": lambda: _show_bench(tables.checkpoint_rows, CHECKPOINT),
     "bench scoring": lambda: _show_bench(tables.scoring_rows, SCORING),

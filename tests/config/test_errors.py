@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from sas_megatron.config.errors import UserError
-from sas_megatron.config.loading import MEGATRON_ALIASES, build_run_config, known_keys
+from sas_megatron.config.hints import known_keys
+from sas_megatron.config.loading import build_run_config
+from sas_megatron.config.megatron_flags import MEGATRON_ALIASES, NOT_OFFERED, OTHER_UNITS
+from sas_megatron.config.model import ModelConfig
 from tests.run_configs import small_config, small_tree
 
 MHA: dict[str, Any] = {"kind": "mha", "num_heads": 6, "head_dim": 10}
@@ -40,7 +43,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "key of one other kind": (
         {"attention": {**MHA, "kv_lora_rank": 8}},
-        "attention.kv_lora_rank=8: no such key; it belongs to attention.kind=mla",
+        "attention.kv_lora_rank=8: no such key; attention.kv_lora_rank belongs to attention.kind=mla, and "
+        "this run has attention.kind=mha",
+    ),
+    "misspelt key of another kind": (
+        {"attention": {**MHA, "kernal_size": 3}},
+        "attention.kernal_size=3: no such key; did you mean attention.kernel_size? attention.kernel_size "
+        "belongs to attention.kind=sas, and this run has attention.kind=mha",
+    ),
+    "key of another kind in another section": (
+        {"model": {"key_rank": 2}},
+        "model.key_rank=2: no such key; attention.key_rank belongs to attention.kind=tpa, and this run has "
+        "attention.kind=mha",
     ),
     "name in Megatron-LM": (
         {"parallel": {"tensor_model_parallel_size": 2}},
@@ -52,7 +66,12 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing like it": (
         {"model": {"zzzzzz": 1}},
-        "model.zzzzzz=1: no such key; known sections: model, attention, parallel, data, optimizer, "
+        "model.zzzzzz=1: no such key; zzzzzz is not offered; the fields of model are "
+        + ", ".join(ModelConfig.model_fields),
+    ),
+    "no such section": (
+        {"zzzzzz": {"a": 1}},
+        "zzzzzz={'a': 1}: no such key; known sections: model, attention, parallel, data, optimizer, "
         "schedule, training, deepspeed, evaluation, checkpoint, health, logging",
     ),
     "unknown kind": (
@@ -215,6 +234,21 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "attention.qk_norm=True: must be false with identity initialization, since norms of 16 features "
         "differ from those of 10; set attention.simulated_head_dim=10, or another initialization",
     ),
+    "biases of a kind without them": (
+        {"attention": {**MLA, "qkv_bias": True}},
+        "attention.qkv_bias=True: is not supported by attention.kind=mla; "
+        "omit it, or use one of the kinds mha, gqa, mqa, diff, sas",
+    ),
+    "biases that exist already": (
+        {"attention": {**MHA, "qkv_bias": True}, "model": {"linear_bias": True}},
+        "attention.qkv_bias=True: has no effect with model.linear_bias=true, which adds these biases and "
+        "those of all other projections; set attention.qkv_bias=false",
+    ),
+    "rotary scaling of latent attention": (
+        {"attention": MLA, "model": {"rotary_scaling": "linear", "rotary_scaling_factor": 2.0}},
+        "model.rotary_scaling=linear: is not supported by attention.kind=mla, which has its own rotary "
+        "embedding; set model.rotary_scaling=none and omit its other fields, or use another kind",
+    ),
     "unknown gate": (
         {"attention": {**MHA, "output_gate": "ring"}},
         "attention.output_gate='ring': is not one of the choices; use 'none', 'headwise' or 'elementwise'",
@@ -249,6 +283,7 @@ def test_all_wrong_fields_are_listed_in_one_error() -> None:
 
 def test_hints_name_existing_keys() -> None:
     known = set(known_keys({"attention": {"kind": "sas"}}))
-    assert set(MEGATRON_ALIASES.values()) <= known
-    # Hints are given for unknown keys, so no alias may be a valid key of the section that it leads to.
-    assert not {f"{target.split('.')[0]}.{alias}" for alias, target in MEGATRON_ALIASES.items()} & known
+    assert {*MEGATRON_ALIASES.values(), *(other.field for other in OTHER_UNITS.values())} <= known
+    # Hints are given for unknown keys, so no option may be the last name of a valid key.
+    names = {key.rpartition(".")[2] for key in known}
+    assert not {*MEGATRON_ALIASES, *OTHER_UNITS, *NOT_OFFERED} & names

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from sas_megatron.config.attention import KINDS, resolve_kind
+from sas_megatron.config.attention import resolve_kind
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import FileProblem, UserError
 from sas_megatron.config.loading import build_run_config, dump_yaml, load_run_config, read_yaml
 from sas_megatron.config.run import RunConfig

@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sas_megatron.config.attention import KINDS, resolve_kind
+from sas_megatron.config.attention import resolve_kind
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.loading import build_run_config
 from sas_megatron.config.run import RunConfig

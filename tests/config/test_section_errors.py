@@ -10,6 +10,13 @@ import pytest
 from sas_megatron.config.errors import UserError
 from tests.run_configs import small_config
 
+LLAMA3 = {
+    "rotary_scaling": "llama3",
+    "rotary_scaling_factor": 8.0,
+    "rotary_low_frequency_factor": 1.0,
+    "rotary_high_frequency_factor": 4.0,
+    "rotary_original_length": 8192,
+}
 # Sections that break one rule each -> the full message.
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "sequence parallelism on one tensor rank": (
@@ -29,6 +36,28 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "embedding table over tensor ranks": (
         {"parallel": {"tensor": 2}, "model": {"vocab_multiple": 5}},
         "model.vocab_multiple=5: must be divisible by parallel.tensor=2; use a multiple of 2",
+    ),
+    "rotary scaling without its factor": (
+        {"model": {"rotary_scaling": "linear"}},
+        "model.rotary_scaling_factor=None: is required by model.rotary_scaling=linear; use 8.0",
+    ),
+    "factor without rotary scaling": (
+        {"model": {"rotary_scaling_factor": 8.0}},
+        "model.rotary_scaling_factor=8.0: has no effect with model.rotary_scaling=none; "
+        "omit it, or set model.rotary_scaling=llama3",
+    ),
+    "rotary scaling that shortens sequences": (
+        {"model": {"rotary_scaling": "linear", "rotary_scaling_factor": 0.5}},
+        "model.rotary_scaling_factor=0.5: must be at least 1, since frequencies are divided by it; use 1.0",
+    ),
+    "rotary scaling in the wrong order": (
+        {"model": {**LLAMA3, "rotary_low_frequency_factor": 4.0}},
+        "model.rotary_high_frequency_factor=4.0: must be above model.rotary_low_frequency_factor=4.0; "
+        "use 16.0",
+    ),
+    "rotary scaling of no sequence": (
+        {"model": {**LLAMA3, "rotary_original_length": 0}},
+        "model.rotary_original_length=0: must be positive; use 1 or more",
     ),
     "batch sizes": (
         {"training": {"global_batch_size": 8, "micro_batch_size": 3}},
@@ -132,7 +161,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "number instead of a boolean": (
         {"checkpoint": {"resume": 1}},
-        "checkpoint.resume=1: must be a valid boolean; write true or false",
+        "checkpoint.resume=1: is not one of the choices; use true, false or auto",
     ),
     "number instead of text": (
         {"data": {"tokenizer": 7}},

@@ -9,6 +9,7 @@ import pytest
 from sas_megatron.data.corpus import builtin_corpus
 from sas_megatron.data.documents import stream_documents
 from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from sas_megatron.data.tokenizer_training import train_tokenizer
 from tests.data.preparing import prepare
 
@@ -27,7 +28,7 @@ def tokenizer_path(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_path)
+    return load_tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="session")

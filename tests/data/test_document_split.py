@@ -130,6 +130,9 @@ def test_every_command_refuses_data_without_validation_documents(
     for arguments in (["train", tmp_path / "config.yaml"], ["study", "plan", study], ["study", "run", study]):
         done = run_command(*arguments, cwd=tmp_path)
         assert done.returncode == 2, done.stdout
-        assert done.stderr == f"sas-megatron: error: {expected}\n"
+        assert done.stderr.splitlines()[0] == f"sas-megatron: error: {expected}"
+        # `train` prints the command with the split.
+        tried = [f"sas-megatron: try: sas-megatron train {tmp_path}/config.yaml 'data.split=[0.74, 0.26]'"]
+        assert done.stderr.splitlines()[1:] == (tried if arguments[0] == "train" else [])
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "study").exists()

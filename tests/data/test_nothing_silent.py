@@ -12,9 +12,12 @@ import pytest
 
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from tests.conftest import ROOT
 from tests.data.damaged_files import write_table
 from tests.data.preparing import prepare_two_documents
+from tests.data.token_pairs import write_pair
+from tests.data.tokenizer_kinds import write_normalizing
 from tests.docs.pages import read_table
 from tests.fork_server import run_command
 from tests.scaling.study.studies import write_study
@@ -122,6 +125,24 @@ def check_kept_tokens(workspace: Workspace) -> None:
     assert "tokens: already complete; 3 documents" in workspace.prepare().stdout
 
 
+def check_changed_text(workspace: Workspace) -> None:
+    model = workspace.folder / "normalizing"
+    model.mkdir()
+    options = ("--tokenizer", write_normalizing(model), "--output", "changed", "--workers", 1)
+    done = workspace.command("data", "prepare", workspace.folder / "texts", *options)
+    assert "decoded tokens are not exactly the text: combining characters are composed (NFC)" in done.stderr
+    record = json.loads((workspace.folder / "changed.json").read_text())
+    assert record["round_trip"].startswith("combining characters are composed (NFC)")
+
+
+def check_adopted(workspace: Workspace) -> None:
+    tokenizer = load_tokenizer(workspace.small_data.tokenizer)
+    write_pair(workspace.folder / "adopted", [tokenizer.encode("one text"), [*tokenizer.encode("two"), 1]])
+    done = workspace.command("data", "adopt", "adopted", "--tokenizer", workspace.small_data.tokenizer)
+    assert "1 of 2 documents do not end with </s>" in done.stderr
+    assert json.loads((workspace.folder / "adopted.json").read_text())["documents_without_end"] == 1
+
+
 def check_sample(workspace: Workspace) -> None:
     (workspace.folder / "empty.txt").write_text("")
     options = ("--vocab-size", 290, "--sample-bytes", 1200, "--output", "sample.model")
@@ -212,7 +233,9 @@ CHECKS: dict[tuple[str, str], Callable[[Workspace], None]] = {
     ("data prepare", "several formats, or several splits of a saved dataset, read together"): check_formats,
     ("data prepare", "source files of `builtin` that are empty or not UTF-8"): check_builtin,
     ("data prepare", "empty documents"): check_empty_documents,
+    ("data prepare", "what the tokenizer changes in a text"): check_changed_text,
     ("data prepare", "tokens of an interrupted or earlier run, kept"): check_kept_tokens,
+    ("data adopt", "documents without a token at their end, kept"): check_adopted,
     ("tokenizer train", "text beyond `--sample-bytes`, and empty documents"): check_sample,
     ("train", "training text read more than once, prefixes named more than once"): check_training_epochs,
     ("train", "validation text repeated by windows"): check_training_epochs,

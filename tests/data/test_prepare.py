@@ -188,7 +188,7 @@ def test_errors_leave_no_files(corpus: Path, tokenizer_path: Path, tmp_path: Pat
     for number in (0, 1025):
         with pytest.raises(FieldError, match=f"workers={number}: must be between 1 and 1,024 processes"):
             prepare(corpus, tokenizer_path, prefix, num_workers=number)
-    with pytest.raises(FileProblem, match="is damaged, or is not a sentencepiece model"):
+    with pytest.raises(FileProblem, match="is damaged, or is not a tokenizer that this program reads"):
         prepare(corpus, corpus, prefix)
     with pytest.raises(FieldError, match="must end in a file name"):
         prepare_token_files([corpus], tokenizer_path=tokenizer_path, prefix=f"{prefix}/")

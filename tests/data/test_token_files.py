@@ -82,7 +82,7 @@ def test_error_names_missing_truncated_and_longer_files(prefix: Path, ending: st
 def test_error_names_a_missing_or_invalid_manifest(prefix: Path) -> None:
     path = token_file(prefix, ".json")
     edit_manifest(prefix, schema_version=99)
-    assert ".json: has schema version 99, and this program reads 1" in problem(prefix)
+    assert ".json: has schema version 99, and this program reads up to 2" in problem(prefix)
     edit_manifest(prefix, num_tokens="many")
     assert ".json: is not a manifest of token files (num_tokens: Input should be a valid integer" in problem(
         prefix

@@ -11,8 +11,8 @@ import click
 import pytest
 
 from sas_megatron.cli.main import cli
-from sas_megatron.config.attention import KINDS
-from sas_megatron.config.loading import known_keys
+from sas_megatron.config.attention_kinds import KINDS
+from sas_megatron.config.hints import known_keys
 from sas_megatron.config.run import RunConfig
 from tests.docs.pages import PAGES, ROOT, Command, commands_of, inline_code
 

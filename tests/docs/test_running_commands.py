@@ -48,13 +48,19 @@ COMMANDS = {
         "sas-megatron train configs/quickstart_gated.yaml parallel.tensor=1",
         "training.num_steps=5 schedule.warmup_steps=2",
     ),
+    "monitoring.md": ("sas-megatron runs sync runs/125m/sas --tracker mlflow", ""),
     "reading_the_code.md": ("python -m tests.mutants --list", ""),
+    "scale_study.md": ("sas-megatron study status configs/studies/scale/a.yaml", ""),
     "speed.md": ("sas-megatron bench attention", "--repeats 1"),
     "statistics.md": (
         "sas-megatron study report docs/studies/python_ablation/study.parquet --output runs/report",
         "--bootstraps 50",
     ),
     "studies.md": ("sas-megatron study plan configs/studies/python.yaml", ""),
+    "tokenizers.md": (
+        "sas-megatron tokenizer train builtin --kind bpe --vocab-size 8192 --output bpe/tokenizer.json",
+        "--sample-bytes 1000000",
+    ),
     "training.md": (
         "sas-megatron train configs/quickstart_mha.yaml parallel.tensor=1 logging.run_directory=runs/mha",
         "training.num_steps=25",

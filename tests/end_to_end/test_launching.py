@@ -182,8 +182,8 @@ def test_launch_scripts_contain_no_config_fields() -> None:
     for path in sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch")):
         code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
         fields = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", "\n".join(code)))
-        # A requeued job and a replaced pod resume; this field does not change what the run computes.
-        resumes = path.name in ("slurm_train.sbatch", "run_pod.sh")
+        # Repeated commands, requeued jobs and replaced pods resume, which does not change the results.
+        resumes = path.name in ("cluster_variables.sh", "slurm_train.sbatch", "run_pod.sh")
         assert fields <= ({"checkpoint.resume"} if resumes else set()), path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -74,6 +75,20 @@ def test_a_variant_of_another_package_is_trained_and_its_costs_are_counted(
 
     matched = command(installed, "match", config, "--variants", "tied,gqa", "--equal", "kv")
     assert matched.returncode == 0, matched.stderr
+
+
+def test_the_example_of_a_variant_overrides_no_more_than_before_the_modifiers() -> None:
+    overridden = {
+        definition.name: {item.name for item in definition.body if isinstance(item, ast.FunctionDef)}
+        for path in PACKAGE.glob("tied_*.py")
+        for definition in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(definition, ast.ClassDef)
+    }
+    assert overridden == {
+        "TiedAttentionConfig": {"projected_width"},
+        "TiedAttentionCosts": {"weights", "count_projection_flops", "count_kv_cache_elements"},
+        "TiedSelfAttention": {"__init__", "build_spec", "project", "expand"},
+    }
 
 
 def test_a_variant_of_another_package_has_every_modifier(

@@ -78,7 +78,8 @@ def test_the_wheel_contains_the_package_and_all_configs_and_no_tests(wheel: Path
 def test_the_installed_package_loads_every_shipped_config_in_an_empty_folder(
     installed: Path, tmp_path: Path
 ) -> None:
-    names = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    paths = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "bases"]
+    names = [str(path.relative_to(ROOT)) for path in paths]
     script = (
         "import sas_megatron\n"
         "from sas_megatron.config.loading import load_run_config\n"

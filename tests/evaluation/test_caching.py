@@ -78,6 +78,8 @@ CASES = {
     "sas-all_to_all-simulated": {**small.SAS_GROUPED, "exchange": "all_to_all", "kv_cache": "simulated"},
     "sas-before-simulated": {**ATTENTIONS["sas-before"], "kv_cache": "simulated"},
     "sas-multi-query": {**small.SAS, "num_kv_heads": 1},
+    "gqa-modified": {**small.GQA, **small.MODIFIERS},
+    "mqa-modified": {**small.MQA, **small.MODIFIERS, "output_gate": "headwise"},
     "mfa-modified": {**small.MFA, **small.MODIFIERS},
     "sas-simulated-modified": {**small.SAS, **small.MODIFIERS, "kv_cache": "simulated"},
     "sas-before-modified": {**small.SAS, **small.MODIFIERS, "rotary": "before"},
@@ -91,7 +93,15 @@ CASES = {
 # The other cases differ from these in queries, which are not cached, or combine features of two of these.
 DEFAULT = [
     *("gqa-partly-rotary", "mqa", "mla", "mfa", "tpa", "sas-grouped", "sas-partly", "sas-multi-query"),
-    *("mha-modified", "diff-modified", "mla-modified", "mfa-modified", "tpa-modified"),
+    *(
+        "mha-modified",
+        "gqa-modified",
+        "mqa-modified",
+        "diff-modified",
+        "mla-modified",
+        "mfa-modified",
+        "tpa-modified",
+    ),
     *("sas-modified", "sas-simulated-modified", "sas-before-modified"),
     *("sas-before", "sas-before-simulated", "mla-unrotated"),
     *("sas-simulated", "sas-grouped-simulated", "sas-all_to_all-simulated", "sas-only-features"),

@@ -9,7 +9,7 @@ import torch
 
 from sas_megatron.config.errors import FieldError, UserError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from sas_megatron.evaluation.settings import GenerationSettings, Sampling, encode_prompts
 from tests import small_attentions as small
 from tests.evaluation.trained_models import roughened_model
@@ -36,7 +36,7 @@ def generate_on_rank(config: RunConfig, settings: GenerationSettings) -> Any:
     """Return tokens, text and finish of each prompt."""
     from sas_megatron.evaluation.generation import generate
 
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     model = roughened_model(config, tokenizer, dtype=torch.float64)
     generated = generate(model, encode_prompts(PROMPTS, tokenizer, context=CONTEXT), settings)
     return [(completion.tokens, completion.text, completion.finish) for completion in generated.completions]
@@ -45,7 +45,7 @@ def generate_on_rank(config: RunConfig, settings: GenerationSettings) -> Any:
 @torch.no_grad()
 def greedy_by_definition(config: RunConfig, num_new: int) -> list[list[int]]:
     """Return greedy tokens of each separate prompt, with a full forward pass per token. Runs on one rank."""
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     model = roughened_model(config, tokenizer, dtype=torch.float64)
     found = []
     for prompt in encode_prompts(PROMPTS, tokenizer, context=CONTEXT):
@@ -79,7 +79,7 @@ def test_greedy_texts_agree_with_full_forward_passes(ranks: Any, small_data: Sma
     attention, world_size, parallel = GREEDY[case]
     (expected,) = ranks(1).run(greedy_by_definition, config_of(small_data, attention), 30)
     assert {len(tokens) for tokens in expected} > {30}, "one text fills the context"
-    config, tokenizer = config_of(small_data, attention, **parallel), Tokenizer(small_data.tokenizer)
+    config, tokenizer = config_of(small_data, attention, **parallel), load_tokenizer(small_data.tokenizer)
     for batch_tokens in (1, 10_000):
         settings = GenerationSettings(max_new_tokens=30, batch_tokens=batch_tokens)
         for found in ranks(world_size).run(generate_on_rank, config, settings):
@@ -123,7 +123,7 @@ def test_texts_end_before_stop_strings_and_at_the_end_of_a_document(
         assert finish == ("stop string" if stop in full_text else "length")
         assert tokens == all_tokens[: len(tokens)]
     (ended,) = ranks(1).run(generate_end_of_document, config)
-    eos_id = Tokenizer(small_data.tokenizer).eos_id
+    eos_id = load_tokenizer(small_data.tokenizer).eos_id
     assert ended == ([eos_id], "", "end of document"), "the end-of-document token has no text"
 
 
@@ -131,7 +131,7 @@ def generate_end_of_document(config: RunConfig) -> Any:
     """Generate with logits for which the end of document is the most likely token. Runs on one rank."""
     from sas_megatron.evaluation.generation import generate
 
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     model = roughened_model(config, tokenizer, dtype=torch.float64)
     logits = torch.zeros(1, 512)
     logits[:, tokenizer.eos_id] = 1.0
@@ -187,7 +187,7 @@ def test_invalid_sampling_settings_are_rejected(settings: dict[str, Any], messag
 
 
 def test_invalid_prompts_are_rejected(small_data: SmallData) -> None:
-    tokenizer = Tokenizer(small_data.tokenizer)
+    tokenizer = load_tokenizer(small_data.tokenizer)
     with pytest.raises(UserError, match="--prompt: is missing; give one"):
         encode_prompts([], tokenizer, context=CONTEXT)
     with pytest.raises(FieldError, match="--prompt='': prompt 2 is empty; give at least"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from tests.run_configs import small_config
 from tests.selection import cases
 from tests.small_data import SmallData
 from tests.training.test_runs import complete, records
-from tests.training.training_runs import RandomSamples
+from tests.training.training_runs import probe_batches
 
 SEQUENCES = 3
 SAS = {**small.SAS_GROUPED, "head_expansion": 2}
@@ -66,7 +65,6 @@ class ForwardEngine:
 def probed(config: RunConfig) -> tuple[list[dict[str, Any]], list[torch.Tensor], dict[str, torch.Tensor]]:
     """Return the probe's results, and in one process the input of each attention layer and the weights."""
     from sas_megatron.evaluation.probes import probe_model
-    from sas_megatron.training.run_data import RunData
 
     topology = in_layout(config.parallel)
     engine = ForwardEngine(config)
@@ -74,11 +72,20 @@ def probed(config: RunConfig) -> tuple[list[dict[str, Any]], list[torch.Tensor],
     for chunk in engine.model_chunks:
         for layer in chunk.decoder.layers:
             layer.self_attention.register_forward_pre_hook(lambda _module, given: inputs.append(given[0]))
-    data = SimpleNamespace(_config=config, _topology=topology, _validation_samples=RandomSamples(config))
-    data.probe_batches = lambda: RunData.probe_batches(data)  # type: ignore[arg-type]
-    found = probe_model(engine, data, config=config, topology=topology)
+    found = probe_model(engine, probe_batches(config, topology), config=config, topology=topology)
     weights = {name: parameter.detach() for name, parameter in engine.model_chunks[0].named_parameters()}
     return found, inputs, weights
+
+
+def probed_in_parts(config: RunConfig) -> Any:
+    """Return what `probed` returns, with the scores of at most five queries at once."""
+    from sas_megatron.evaluation import probes
+
+    kept, probes.QUERIES = probes.QUERIES, 5
+    try:
+        return probed(config)
+    finally:
+        probes.QUERIES = kept
 
 
 def base_heads(hidden_SBH: torch.Tensor, weights: Any, config: Any) -> dict[str, torch.Tensor]:
@@ -171,6 +178,15 @@ def test_the_probe_of_grouped_attention_equals_its_definition_in_float64(ranks: 
     assert all(found[0][f"{part}_rms"] > 0 for part in ("residual", "attention", "mlp"))
 
 
+def test_scores_of_a_long_sequence_are_measured_in_parts(ranks: Any) -> None:
+    config = config_of(small.GQA)
+    [(at_once, _, _)] = ranks(1).run(probed, config)
+    [(in_parts, _, _)] = ranks(1).run(probed_in_parts, config)
+    for entry, expected in zip(in_parts, at_once, strict=True):
+        assert entry["largest_score"] == near(expected["largest_score"])
+        assert entry["mean_entropy"] == near(expected["mean_entropy"])
+
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2": (2, {"tensor": 2}),
     "tensor 2, sequence": (2, {"tensor": 2, "sequence": True}),
@@ -224,35 +240,6 @@ def test_every_layout_has_the_probe_of_one_process(ranks: Any, case: str) -> Non
                 assert entry[name] == near(value), f"{name} of layer {expected['layer']}"
 
 
-def test_probes_are_recorded_at_each_evaluation_and_change_no_loss(
-    ranks: Any, small_data: SmallData, tmp_path: Any
-) -> None:
-    configs = [
-        small_data.run(
-            tmp_path / str(number),
-            attention=SAS,
-            model={"hidden_dropout": 0.1},
-            evaluation={"interval": 2, "num_sequences": 4, "probe_sequences": number},
-            training={"num_steps": 4},
-            parallel={"tensor": 2},
-        )
-        for number in (0, 2)
-    ]
-    for config in configs:
-        ranks(2).run(complete, config)
-    without, with_probes = (
-        [record[f"{kind}_loss"] for kind in ("train", "validation") for record in records(config, kind)]
-        for config in configs
-    )
-    assert with_probes == without
-    assert not records(configs[0], "probe")
-    probes = records(configs[1], "probe")
-    assert [record["step"] for record in probes] == [2, 4]
-    assert len(probes[0]["layers"]) == configs[1].model.num_layers
-    assert len(probes[0]["layers"][0]["largest_score"]) == 8
-    assert probes[0]["layers"] != probes[1]["layers"]
-
-
 @pytest.mark.parametrize("stage", cases((1, 3), default=(3,)))
 def test_deepspeed_has_the_probes_of_megatron_core(
     ranks: Any, small_data: SmallData, tmp_path: Any, stage: int
@@ -273,7 +260,8 @@ def test_deepspeed_has_the_probes_of_megatron_core(
         ranks(2).run(complete, config)
     (expected,), (found,) = (records(config, "probe") for config in (megatron, deepspeed))
     for entry, of_megatron in zip(found["layers"], expected["layers"], strict=True):
-        assert entry["largest_score"] == pytest.approx(of_megatron["largest_score"], rel=1e-4)
+        # A largest score may be near 0.
+        assert entry["largest_score"] == pytest.approx(of_megatron["largest_score"], rel=1e-4, abs=1e-5)
         assert entry["copy_similarity"] == pytest.approx(of_megatron["copy_similarity"], rel=1e-4)
 
 

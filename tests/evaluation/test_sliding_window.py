@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sas_megatron.config.errors import FieldError
 from sas_megatron.config.run import RunConfig
-from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from sas_megatron.evaluation.settings import WindowSettings
 from tests import small_attentions as small
 from tests.evaluation.trained_models import roughened_model
@@ -72,7 +72,7 @@ def losses_on_rank(config: RunConfig, length: int, stride: int) -> Any:
     """Return the losses of a document by windows and by a forward pass per token. Runs on one rank."""
     from sas_megatron.evaluation.sliding_window import document_windows, measure_windows
 
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     model = roughened_model(config, tokenizer, dtype=torch.float64)
     document = Path(json.__file__).read_text(encoding="utf-8")[:500]
     settings = WindowSettings(length, stride, batch_tokens=90)

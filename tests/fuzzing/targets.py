@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sas_megatron.config.attention import KINDS
-from sas_megatron.config.loading import dump_tree, known_keys
+from sas_megatron.config.attention_kinds import KINDS
+from sas_megatron.config.hints import known_keys
+from sas_megatron.config.loading import dump_tree
 from tests.fork_server import ROOT
 from tests.fuzzing.child import Seeds, Target, run_command, run_successfully
 from tests.fuzzing.fixture_files import FIXTURES, exported_model, unpack

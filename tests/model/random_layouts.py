@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from sas_megatron.config.attention import AttentionConfig, parse_attention
 from sas_megatron.config.errors import UserError
+from sas_megatron.config.head_layout import check_context_parallel, check_tensor_parallel
 from sas_megatron.config.run import RunConfig
 from sas_megatron.costs.attention import build_attention_costs
-from tests.model.small_runs import modified_attentions
+from tests.model.small_runs import bias_of_queries, modified_attentions
 from tests.run_configs import small_config
 
 
@@ -28,6 +29,7 @@ def _models(num_layers: st.SearchStrategy[int], *, multiple: int = 1) -> st.Sear
             "activation": st.sampled_from(["swiglu", "gelu"]),
             "normalization": st.sampled_from(["rmsnorm", "layernorm"]),
             "linear_bias": st.booleans(),
+            "parallel_residual": st.booleans(),
             "tie_embeddings": st.booleans(),
         }
     )
@@ -46,10 +48,12 @@ def runs_with_layouts(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
     micro_batch_size, data_parallel = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     round_size = parallel["pipeline"] if parallel["virtual_pipeline"] > 1 else 1
     num_microbatches = round_size * draw(st.integers(1, 3))
+    model = draw(_models(st.just(num_layers), multiple=tensor))
+    attention |= draw(bias_of_queries(attention, linear_bias=model["linear_bias"]))
     chunk = math.lcm(2 * context if context > 1 else 1, tensor * context if parallel["sequence"] else 1)
     config = small_config(
         attention=attention,
-        model=draw(_models(st.just(num_layers), multiple=tensor)),
+        model=model,
         parallel=parallel,
         data={"sequence_length": chunk * draw(st.integers(1, 3))},
         optimizer={"learning_rate": 0.01, "distributed": distributed},
@@ -68,7 +72,7 @@ def runs_with_layouts(draw: st.DrawFn) -> tuple[RunConfig, int, int]:
 def _layouts(draw: st.DrawFn, attention: AttentionConfig) -> tuple[dict[str, Any], int]:
     """Draw the `parallel` section, and a number of layers that its stages can share."""
     tensor = draw(st.sampled_from([ranks for ranks in (1, 2, 3, 4) if _can_share(attention, ranks)]))
-    fitting = [ranks for ranks in (1, 2, 3, 4) if _passes(attention.check_context_parallel, tensor, ranks)]
+    fitting = [ranks for ranks in (1, 2, 3, 4) if _passes(check_context_parallel, attention, tensor, ranks)]
     pipeline = draw(st.integers(1, 3))
     num_chunks = draw(st.integers(1, 2)) if pipeline > 1 else 1
     first, last = (num_chunks * draw(st.integers(1, 2)) for _ in range(2))
@@ -105,7 +109,7 @@ def _can_share(attention: AttentionConfig, tensor: int) -> bool:
     sharded = [
         weight for weight in build_attention_costs(attention).weights(1, linear_bias=True) if weight.sharded
     ]
-    return _passes(attention.check_tensor_parallel, tensor) and not any(
+    return _passes(check_tensor_parallel, attention, tensor) and not any(
         weight.elements % tensor for weight in sharded
     )
 

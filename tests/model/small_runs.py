@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 
+from sas_megatron.config.attention import resolve_kind
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.run import RunConfig
 from tests.run_configs import small_config
@@ -101,8 +102,17 @@ def models(draw: st.DrawFn, *, most_layers: int = 3) -> dict[str, Any]:
         "activation": draw(st.sampled_from(["swiglu", "gelu"])),
         "normalization": draw(st.sampled_from(["rmsnorm", "layernorm"])),
         "linear_bias": draw(st.booleans()),
+        "parallel_residual": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()),
     }
+
+
+@st.composite
+def bias_of_queries(draw: st.DrawFn, attention: dict[str, Any], *, linear_bias: bool) -> dict[str, Any]:
+    """Draw `qkv_bias`, if the kind supports it and no other field adds these biases."""
+    if linear_bias or not resolve_kind(attention["kind"]).supports_qkv_bias:
+        return {}
+    return {"qkv_bias": draw(st.booleans())}
 
 
 @st.composite
@@ -121,6 +131,7 @@ def recomputations(draw: st.DrawFn, *, kind: str, num_layers: int) -> dict[str, 
 def small_runs(draw: st.DrawFn) -> RunConfig:
     """Draw a run in one process, with unfused attention and any recomputation."""
     attention, model = draw(modified_attentions()), draw(models())
+    attention |= draw(bias_of_queries(attention, linear_bias=model["linear_bias"]))
     recomputation = draw(recomputations(kind=attention["kind"], num_layers=model["num_layers"]))
     return small_config(
         attention=attention,
@@ -135,6 +146,7 @@ def shared_runs(draw: st.DrawFn) -> RunConfig:
     """Draw a run on up to eight ranks per layer, with any backend and precision, with or without dropout."""
     attention = draw(modified_attentions(backends=("unfused", "fused", "auto")))
     model = draw(models(most_layers=2))
+    attention |= draw(bias_of_queries(attention, linear_bias=model["linear_bias"]))
     tensor, context = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
     attention["dropout"] = draw(st.sampled_from([0.0, 0.0, 0.0, 0.1]))
     model["hidden_dropout"] = draw(st.sampled_from([0.0, 0.0, 0.1]))

@@ -50,10 +50,12 @@ TERM_OF_FUNCTION = {
     "SimulatedSelfAttention.project": "qkv",
     "TransformerLayer._forward_mlp": "mlp",
     "_bias_dropout_add_func": "residual",
+    "get_bias_dropout.<locals>.bias_dropout": "residual",
     "TransformerBlock._checkpointed_forward": "layer_inputs",
     "checkpointed_forward": "layer_inputs",  # its name from megatron-core 0.19 on
     "LanguageModule.compute_language_model_loss": "head",
     "chunked_cross_entropy": "head",
+    "blocked_cross_entropy": "head",
     "forward_step.<locals>.total_loss": "loss",
     "MegatronOptimizer.scale_loss": "loss",
 }

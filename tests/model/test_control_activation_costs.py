@@ -1,4 +1,4 @@
-"""The counted bytes of activations with each control on SAS, and without rotary embeddings."""
+"""The counted bytes of activations: controls on SAS, attention without rotary embeddings, padded values."""
 
 from __future__ import annotations
 
@@ -82,6 +82,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**small.TPA_UNFACTORED_QUERIES, "rotary": "none"},
         ALONE,
         {"micro_batch_size": 1},
+    ),
+    # Results of one feature are views of the padded tensor that core attention computes.
+    "mla, values of one feature": ({**small.MLA, "value_head_dim": 1, "backend": "fused"}, ALONE, {}),
+    "mla, values of one feature, gate, dropout": (
+        {**small.MLA, "value_head_dim": 1, "output_gate": "elementwise", "dropout": 0.1},
+        TENSOR_2,
+        {},
     ),
 }
 # The others repeat a condition that these cover.

@@ -31,6 +31,7 @@ ATTENTIONS: dict[str, small.Attention] = {
     "mfa": small.MFA,
     "tpa": small.TPA,
     "tpa-kv": small.TPA_UNFACTORED_QUERIES,
+    "gqa-biased": {**small.GQA, "qkv_bias": True, "qk_norm": True},
     "gqa-unrotated": {**small.GQA, "rotary": "none"},
     "mla-unrotated": {**small.MLA, "rotary": "none"},
     "sas-before": {
@@ -50,6 +51,14 @@ PARTS: dict[str, dict[str, Any]] = {
         "activation": "gelu",
         "normalization": "layernorm",
         "tie_embeddings": True,
+    },
+    "parallel": {
+        "parallel_residual": True,
+        "rotary_scaling": "llama3",
+        "rotary_scaling_factor": 8.0,
+        "rotary_low_frequency_factor": 1.0,
+        "rotary_high_frequency_factor": 4.0,
+        "rotary_original_length": 24,
     },
 }
 
@@ -86,6 +95,8 @@ CASES: dict[str, tuple[str, str, str]] = {
     for layout in LAYOUTS
     for parts in PARTS
     for attention in ATTENTIONS
+    # Latent attention has its own rotary embeddings, which are not scaled.
+    if parts != "parallel" or not attention.startswith("mla")
 }
 # Every attention on tensor ranks, on context ranks and on both; the other parts of the model in each layout.
 DEFAULT = (
@@ -99,6 +110,8 @@ DEFAULT = (
     "tensor 2, sequence-biased-mfa",
     "tensor 4-biased-sas-grouped-all_to_all",
     "tensor 4-plain-tpa",
+    "tensor 4-plain-gqa-biased",
+    "tensor 4-parallel-mha",
     "tensor 4-biased-mqa",
     "tensor 4, sequence-plain-sas-all_to_all",
     "tensor 4, sequence-biased-mha",
@@ -106,8 +119,10 @@ DEFAULT = (
     "pipeline 2-biased-mha",
     "pipeline 2 interleaved-biased-sas-gather",
     "pipeline 2 interleaved-plain-gqa-modified",
+    "pipeline 2 interleaved-parallel-sas-all_to_all",
     "pipeline 2, first stage short-plain-gqa",
     "context 2-plain-gqa",
+    "context 2-parallel-gqa-biased",
     "context 2-biased-mla",
     "context 2-plain-sas-all_to_all",
     "context 2-biased-mfa",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sas_megatron.config.attention import KINDS
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
@@ -73,8 +73,8 @@ def compare_with_ours(path: Path, config: RunConfig) -> tuple[bool, float]:
     return equal, float(difference.abs().max())
 
 
-def config_of(attention: dict[str, Any], tensor: int = 1) -> RunConfig:
-    return small_config(attention=attention, parallel={"tensor": tensor})
+def config_of(attention: dict[str, Any], tensor: int = 1, **model: Any) -> RunConfig:
+    return small_config(attention=attention, parallel={"tensor": tensor}, model=model)
 
 
 ATTENTIONS: dict[str, small.Attention] = {
@@ -103,6 +103,27 @@ def test_the_spec_of_every_kind_computes_the_same_as_our_model(
     for equal, difference in ranks(tensor).run(compare_with_ours, path, config):
         assert equal, "the layers' initial weights"
         assert difference <= 1e-12
+
+
+def test_parallel_residual_branches_and_biases_of_queries_are_built(ranks: Any, tmp_path: Path) -> None:
+    config = config_of({**ATTENTIONS["gqa"], "qkv_bias": True}, parallel_residual=True)
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    [(equal, difference)] = ranks(1).run(compare_with_ours, path, config)
+    assert equal
+    assert difference <= 1e-12
+    [message] = ranks(1).run(error_message, path, config, {"add_qkv_bias": False})
+    assert message.startswith(f"--add-qkv-bias=False: must equal True of {path}; change one of them")
+
+
+def test_scaled_rotary_embeddings_are_rejected_since_the_scripts_build_them(
+    ranks: Any, tmp_path: Path
+) -> None:
+    config = config_of(ATTENTIONS["gqa"], rotary_scaling="linear", rotary_scaling_factor=2.0)
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    [message] = ranks(1).run(error_message, path, config, {})
+    assert message.startswith("model.rotary_scaling=linear: is not supported in Megatron-LM's scripts")
 
 
 def error_message(path: Path, config: RunConfig, sizes: dict[str, Any]) -> str:

@@ -91,6 +91,54 @@ def test_losses_and_gradients_equal_a_plain_cross_entropy_in_float64(
     assert_near(torch.cat([part[3] for part in by_rank]), weight, dtype, "gradient of the weight")
 
 
+def blocks_on_a_rank(dtype: torch.dtype, elements: int) -> list[torch.Tensor]:
+    """Return losses without gradients, losses, and the gradients of hidden states and weight."""
+    from sas_megatron.model import output_loss
+
+    hidden, weight, labels, (gradient, _) = inputs(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output_loss, "BLOCK_ELEMENTS", elements)
+        in_evaluation = output_loss.blocked_cross_entropy(hidden, weight, labels)
+        losses = output_loss.blocked_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels)
+        losses.backward(gradient.to(dtype))
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [in_evaluation, losses.detach(), hidden.grad, weight.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("elements", [1, 7 * VOCAB, 1000 * VOCAB])
+def test_losses_and_gradients_of_blocks_equal_a_plain_cross_entropy(
+    ranks: Any, dtype: torch.dtype, elements: int
+) -> None:
+    """Blocks of one token, of seven of the 24 tokens, and of all."""
+    ((in_evaluation, losses, of_hidden, of_weight),) = ranks(1).run(blocks_on_a_rank, dtype, elements)
+    hidden, weight, labels, (gradient, _) = inputs(dtype)
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = torch.einsum("sbh,vh->bvs", hidden, weight)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    expected.backward(gradient)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert losses.dtype == dtype
+    assert torch.equal(losses, in_evaluation)
+    assert_near(losses, expected.detach(), dtype, "losses")
+    assert_near(of_hidden, hidden.grad, dtype, "gradient of the hidden states")
+    assert_near(of_weight, weight.grad, dtype, "gradient of the weight")
+
+
+def loss_of_an_impossible_label() -> float:
+    """Return the loss of a label with a probability of 0 in float32."""
+    from sas_megatron.model.output_loss import blocked_cross_entropy
+
+    weight = torch.tensor([[500.0], [0.0]], requires_grad=True)
+    return float(blocked_cross_entropy(torch.ones(1, 1, 1), weight, torch.tensor([[1]])))
+
+
+def test_the_loss_of_an_impossible_label_is_finite(ranks: Any) -> None:
+    assert ranks(1).run(loss_of_an_impossible_label) == [pytest.approx(500.0)]
+
+
 class LargestResult(TorchDispatchMode):
     """Records the largest number of elements of a result of any operation."""
 

@@ -38,6 +38,7 @@ TEST_FOLDERS: dict[str, tuple[str, ...]] = {
     "benchmarks": ("tests/benchmarks", "tests/cli"),
     "preflight": ("tests/preflight", "tests/cli"),
     "cli": ("tests/cli", "tests/end_to_end"),
+    "tracking": ("tests/tracking", "tests/training"),
     "launch": ("tests/end_to_end", "tests/platform"),
 }
 

@@ -85,7 +85,7 @@ MUTANTS = (
     ),
     Mutant(
         "modifier-gradients-not-summed",
-        "sas_megatron.attention.modifiers:AttentionModifiers.summed_weights",
+        "sas_megatron.attention.modifiers:AttentionModifiers.forward",
         "sum_gradients_over(self.group, list(local.values()))",
         "list(local.values())",
         "The gradients of norms and knocking heads are not summed over the tensor group.",

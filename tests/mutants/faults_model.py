@@ -267,4 +267,19 @@ MUTANTS = (
         "pass",
         "When a measuring rank fails, the processes of the other ranks are not terminated.",
     ),
+    # tracking
+    Mutant(
+        "tracker-repeats-the-last-step",
+        "sas_megatron.tracking.rows:RowReader.read",
+        "if row.step > after]",
+        "if row.step >= after]",
+        "After a restart the last step that a tracker has received is sent again.",
+    ),
+    Mutant(
+        "tracker-sends-incomplete-rows",
+        "sas_megatron.tracking.rows:RowReader.read",
+        "if rows and not is_final:",
+        "if False:",
+        "A row is sent before the evaluation of its step is recorded.",
+    ),
 )

@@ -145,6 +145,27 @@ MUTANTS = (
         "Runs with different data or software are collected into one table.",
     ),
     Mutant(
+        "record-checksum-ignored",
+        "sas_megatron.scaling.study.run_records:read_record",
+        "if expected != record.sha256:",
+        "if expected is None:",
+        "A record whose contents were changed is imported.",
+    ),
+    Mutant(
+        "record-of-other-config-imported",
+        "sas_megatron.scaling.study.record_exchange:_stage",
+        "remove_equal_data(differences, run.config, folder).items()",
+        "()",
+        "The record of a run with another config counts as the planned run.",
+    ),
+    Mutant(
+        "swept-rate-moved-the-wrong-way",
+        "sas_megatron.scaling.study.plan_builder:_PlanBuilder._common_settings",
+        "rate /= step_law_rate(parameters, swept_tokens)",
+        "rate *= step_law_rate(parameters, swept_tokens)",
+        "A learning rate does not follow the step law from the sweep's budget to that of a run.",
+    ),
+    Mutant(
         "branch-jobs-do-not-wait",
         "sas_megatron.scaling.study.submission:_Arrays._submit",
         "--dependency=aftercorr:{after}",

@@ -30,8 +30,8 @@ MUTANTS = (
     Mutant(
         "gradients-clipped-by-squared-norm",
         "sas_megatron.training.megatron_engine:MegatronEngine.update",
-        "total_norm=gradient_norm",
-        "total_norm=gradient_norm**2",
+        "gradient_norm=gradient_norm",
+        "gradient_norm=gradient_norm**2",
         "Gradients are clipped by the square of their norm.",
     ),
     Mutant(
@@ -79,13 +79,13 @@ MUTANTS = (
     Mutant(
         "resume-adam-step-off-by-one",
         "sas_megatron.training.optimizer_states:set_num_updates",
-        "torch.tensor(float(num_updates))",
-        "torch.tensor(float(num_updates + 1))",
+        "torch.tensor(float(num_updates), ",
+        "torch.tensor(float(num_updates + 1), ",
         "After the run is resumed, Adam's bias correction counts one update too many.",
     ),
     Mutant(
         "distributed-states-at-first-element",
-        "sas_megatron.training.optimizer_states:_updated_parameters",
+        "sas_megatron.training.optimizer_states:updated_parameters",
         '["params"][index], elements.start',
         '["params"][index], 0',
         "A checkpoint places every shard of the distributed optimizer at the start of its parameter.",
@@ -100,7 +100,7 @@ MUTANTS = (
     Mutant(
         "stop-decided-by-each-rank",
         "sas_megatron.training.step:_reduce_over_ranks",
-        "totals[3].item() > 0",
+        "stops > 0",
         "stop_requested",
         "Only the ranks that received the stop signal stop.",
     ),
@@ -212,7 +212,7 @@ MUTANTS = (
     ),
     Mutant(
         "exported-rotary-base-is-default",
-        "sas_megatron.checkpoint.llama:llama_config",
+        "sas_megatron.checkpoint.llama:common_llama_fields",
         '"rope_theta": model.rotary_base',
         '"rope_theta": 10000.0',
         "An exported Llama has the default rotary base instead of the model's.",

@@ -17,11 +17,11 @@ MICROBATCHES = 16
 
 
 def _estimate(num_replicas: int) -> tuple[float, Any]:
-    from sas_megatron.config.loading import read_yaml
+    from sas_megatron.config.loading import read_run_tree
     from sas_megatron.planning.hardware_file import load_hardware
     from sas_megatron.planning.run_estimate import estimate_run
 
-    tree = read_yaml(ROOT / "configs" / "125m" / "sas.yaml")
+    tree = read_run_tree(ROOT / "configs" / "125m" / "sas.yaml")
     tree["model"] |= {"num_layers": 16, "hidden_size": 4096, "ffn_hidden_size": 11008}
     tree["attention"] |= {"num_heads": 32, "head_dim": 128, "num_kv_heads": 8, "simulated_head_dim": 192}
     tree["parallel"] = {"tensor": 8, "sequence": True, "pipeline": 8, "virtual_pipeline": 2}

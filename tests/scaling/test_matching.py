@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sas_megatron.config.errors import FieldError, UserError
+from sas_megatron.config.head_layout import check_context_parallel
 from sas_megatron.config.run import RunConfig
 from sas_megatron.scaling.matching import COUNTED_AXES, DEPTH, MLP, Degrees, counted_costs, match
 from sas_megatron.scaling.variants import build_variant
@@ -75,6 +76,53 @@ def test_every_kind_matches_the_base_on_every_axis(axis: str, kind: str) -> None
     if axis == "kv":
         # Fields without effect on the cache are solved for equal parameters.
         assert abs(costs["params"] / target["params"] - 1) <= 0.01
+
+
+CONTROLS: dict[str, dict[str, object]] = {
+    "one block": {"head_expansion": 1},
+    "linear": {"head_activation": "none", "feature_activation": "none"},
+    "reparametrized": {
+        "head_expansion": 1,
+        "kernel_size": 1,
+        "head_activation": "none",
+        "simulation_bias": False,
+        "simulate_features": False,
+    },
+    "value path": {
+        "simulate_query_heads": False,
+        "simulate_key_heads": False,
+        "simulate_features": False,
+    },
+    "rotary before": {"rotary": "before"},
+}
+MODIFIERS: dict[str, dict[str, object]] = {
+    "elementwise gate": {"output_gate": "elementwise"},
+    "headwise gate": {"output_gate": "headwise"},
+    "output norm": {"output_norm": True},
+    "QK-norm": {"qk_norm": True},
+    "knocking heads": {"knocking_heads": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("sas", name) for name in CONTROLS),
+        *itertools.product(("mha", "diff", "mla", "sas"), MODIFIERS),
+    ],
+)
+def test_every_control_and_modifier_matches_the_base(kind: str, name: str) -> None:
+    base = base_config()
+    _, variant = build_variant(base, kind)
+    fields = {f"attention.{field}": value for field, value in (CONTROLS | MODIFIERS)[name].items()}
+    variant = variant.replaced(fields)
+    for axis in COUNTED_AXES:
+        if axis == "kv":  # controls and modifiers have no effect on it
+            continue
+        found = match(base, variant, axis=axis, free=(MLP,)).config
+        target, costs = counted_costs(base), counted_costs(found)
+        assert abs(costs[axis] / target[axis] - 1) <= 0.01
+        assert found.attention == variant.attention
 
 
 def test_match_has_the_mlp_width_nearest_to_the_base() -> None:
@@ -187,7 +235,7 @@ def test_solved_head_count_is_divisible_by_every_tensor_parallel_size() -> None:
     found = match(base, variant, axis="params", degrees=Degrees(tensor=(1, 3, 4), context=(1,)))
     assert found.config.attention.num_heads % 12 == 0
     for tensor, context in itertools.product((1, 3, 4), (1,)):
-        found.config.attention.check_context_parallel(tensor, context)
+        check_context_parallel(found.config.attention, tensor, context)
 
 
 def test_value_of_the_config_is_a_valid_choice_for_any_multiple() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sas_megatron.config.attention import KINDS, MODIFIERS
+from sas_megatron.config.attention import MODIFIERS
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import UserError
 from sas_megatron.scaling.variants import build_variant
 from tests.scaling.conftest import build_config

@@ -17,6 +17,8 @@ ATTENTIONS: dict[str, small.Attention] = {
     "sas-all_to_all": {**small.SAS_GROUPED, "head_expansion": 2, "exchange": "all_to_all"},
     "modified": {**small.GQA, **small.MODIFIERS, "output_gate": "headwise"},
     # With all modifiers, rounding grows in five steps, since the output norm divides small differences.
+    # Qwen2's biases and Qwen3's norms.
+    "biased": {**small.GQA, "qkv_bias": True, "qk_norm": True},
     "diff": {**small.DIFF_GROUPED, **small.MODIFIERS, "output_norm": False},
     "mfa": small.MFA,
     # The authors initialize the output projection to 0; the factors' gradients of the first step would be 0.
@@ -24,6 +26,14 @@ ATTENTIONS: dict[str, small.Attention] = {
 }
 
 TIED = {"tie_embeddings": True, "linear_bias": True, "normalization": "layernorm", "activation": "gelu"}
+PYTHIA = {
+    "parallel_residual": True,
+    "linear_bias": True,
+    "normalization": "layernorm",
+    "activation": "gelu",
+    "rotary_scaling": "linear",
+    "rotary_scaling_factor": 3.0,
+}
 OVERLAP = {"overlap_gradient_reduce": True, "overlap_parameter_gather": True}
 SHARDED = {"distributed": True}
 CHUNKED = {"output_loss": "chunked"}
@@ -57,14 +67,19 @@ class Layout:
         return max(1, 4 * model_size // self.world_size)
 
     def config(self, attention: str) -> RunConfig:
+        """Return a run of one of `ATTENTIONS` on this layout with eight samples per step."""
+        return self.config_of(ATTENTIONS[attention])
+
+    def config_of(self, attention: small.Attention) -> RunConfig:
         """Return a run on this layout with eight samples per step."""
         sections: dict[str, Any] = {
-            "attention": ATTENTIONS[attention],
+            "attention": attention,
             "model": {**self.model, "num_layers": self.num_layers},
             "data": {"sequence_length": 16},
             "parallel": self.parallel,
             "optimizer": {"learning_rate": 0.01, **self.optimizer},
             "schedule": {"warmup_steps": 2},
+            "evaluation": {"num_sequences": 4, "probe_sequences": 3},
             "training": {
                 "num_steps": 9,
                 "global_batch_size": 8,
@@ -103,6 +118,10 @@ LAYOUTS: dict[str, Layout] = {
     "data 2, overlapped": Layout(2, {"overlap_gradient_reduce": True}),
     "data 2, distributed optimizer": Layout(2, optimizer=SHARDED),
     "data 2, distributed optimizer, overlapped": Layout(2, OVERLAP, SHARDED),
+    "tensor 2, sequence, parallel branches": Layout(2, {"tensor": 2, "sequence": True}, model=PYTHIA),
+    "pipeline 2, parallel branches, recompute": Layout(
+        2, {"pipeline": 2}, training={"recompute": "full"}, model=PYTHIA
+    ),
     "tensor 2, data 2": Layout(4, {"tensor": 2}),
     "tensor 2, sequence, pipeline 2": Layout(4, {"tensor": 2, "sequence": True, "pipeline": 2}),
     "tensor 2, sequence, pipeline 2, tied, selective recompute": Layout(
@@ -172,6 +191,9 @@ DEFAULT_PAIRS = {
     ("one rank, full recompute of one layer", "tpa"),
     ("tensor 2", "mfa"),
     ("tensor 2, sequence", "sas-all_to_all"),
+    ("tensor 2, sequence", "biased"),
+    ("tensor 2, sequence, parallel branches", "mha"),
+    ("pipeline 2, parallel branches, recompute", "sas-gather"),
     ("tensor 4", "gqa"),
     ("tensor 4, sequence", "diff"),
     ("pipeline 2", "gqa"),

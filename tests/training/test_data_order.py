@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +53,68 @@ def test_data_ranks_read_each_sample_of_a_step_once(
     assert not set(map(tuple, single_rank)) & set(map(tuple, next_step)), "steps must not repeat samples"
 
 
+def reads_of_a_rank(config: RunConfig) -> tuple[list[int], list[list[int]]]:
+    """Return the samples that a rank reads for three steps, and the tokens; after the second it resumes."""
+    from sas_megatron.training.run_data import RunData
+
+    topology = in_layout(config.parallel)
+    data = RunData(config, topology)
+    samples, read = data._training_samples, []
+
+    class Recorded:
+        def __getitem__(self, index: int) -> Any:
+            read.append(index)
+            return samples[index]
+
+    data._training_samples = Recorded()  # type: ignore[assignment]
+    batches = [batch for first in (0, 4, 16) for batch in data.training_batches(first)]
+    batches += list(data.validation_batches())
+    return sorted(set(read)), [row.tolist() for batch in batches for row in batch.get("tokens", [])]
+
+
+def test_only_the_first_and_the_last_pipeline_stage_read_samples(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = small_data.run(
+        tmp_path,
+        model={"num_layers": 4},
+        parallel={"pipeline": 4},
+        training={"global_batch_size": 4, "micro_batch_size": 1, "num_steps": 5},
+    )
+    first, second, third, last = ranks(4).run(reads_of_a_rank, config)
+    assert second == third == ([], [])
+    assert first == last
+    # The thread has read on after the second step, and stops at the end of the run.
+    assert set(first[0]) >= {*range(8), *range(16, 20)}
+    assert max(first[0]) < 20
+    masked = small_data.run(
+        tmp_path,
+        model={"num_layers": 4},
+        parallel={"pipeline": 4},
+        training={"global_batch_size": 4, "micro_batch_size": 1, "num_steps": 5},
+        data={"reset_at_document_ends": True},
+    )
+    assert all(tokens == first[1] for _, tokens in ranks(4).run(reads_of_a_rank, masked))
+
+
+def test_batches_read_ahead_equal_those_of_each_step(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    config = small_data.run(
+        tmp_path, training={"global_batch_size": 4, "micro_batch_size": 2, "num_steps": 40}
+    )
+    [(_, tokens)] = ranks(1).run(reads_of_a_rank, config)
+    expected = [row for step in (0, 1, 4) for row in ranks(1).run(tokens_of_step, config, step, 0, 1)[0]]
+    assert tokens[:12] == expected
+
+
 def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
     """Return the labels of the validation windows, and the evaluation of a model with uniform predictions.
 
     The evaluation is given as loss, bits per byte and number of bytes.
     """
     from sas_megatron.data.batches import ByteLengths, build_validation_samples, microbatches
+    from sas_megatron.data.validation_sets import UNNAMED
     from sas_megatron.evaluation.held_out import evaluate_held_out
 
     topology = in_layout(ParallelConfig())
@@ -93,7 +152,10 @@ def held_out(config: RunConfig) -> tuple[list[list[int]], float, float, int]:
         if mask.any()
     ]
     result = evaluate_held_out(
-        run_forward, byte_lengths=ByteLengths(tokenizer, topology.device), topology=topology
+        lambda forward_step, _batches: run_forward(forward_step),
+        {UNNAMED: iter(())},
+        byte_lengths=ByteLengths(tokenizer, topology.device),
+        topology=topology,
     )
     return labels, result.loss, result.bits_per_byte, result.num_bytes
 
@@ -249,3 +311,29 @@ def test_blends_follow_their_weights(ranks: Any, small_data: SmallData, tmp_path
     config = small_data.run(tmp_path / "run", data={"prefixes": prefixes, "weights": [3.0, 1.0]})
     [counts] = ranks(1).run(blended_documents, config, 80)
     assert counts == [60, 20]
+
+
+def threads_after_a_released_reader(config: RunConfig) -> list[bool]:
+    """Return whether a rank's thread reads ahead while the data of a run exist, and afterwards."""
+    from sas_megatron.training.run_data import RunData
+
+    topology = in_layout(config.parallel)
+    found = []
+    data = RunData(config, topology)
+    next(data.training_batches(0))
+    found.append(any(thread.name == "read ahead" for thread in threading.enumerate()))
+    del data
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while (
+        any(thread.name == "read ahead" for thread in threading.enumerate()) and time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
+    found.append(any(thread.name == "read ahead" for thread in threading.enumerate()))
+    return found
+
+
+def test_the_reading_thread_ends_with_the_data_of_its_run(
+    ranks: Any, small_data: SmallData, tmp_path: Path
+) -> None:
+    assert ranks(1).run(threads_after_a_released_reader, small_data.run(tmp_path)) == [[True, False]]

@@ -212,10 +212,10 @@ def test_the_exported_model_has_the_validation_loss_of_the_run(
 def validation_windows(config: RunConfig) -> list[list[int]]:
     """Return, on a rank, the tokens of the validation windows."""
     from sas_megatron.data.batches import build_validation_samples
-    from sas_megatron.data.tokenizer import Tokenizer
+    from sas_megatron.data.tokenizer_loading import load_tokenizer
 
     samples = build_validation_samples(
-        config.data, Tokenizer(config.data.tokenizer), num_samples=config.evaluation.num_sequences
+        config.data, load_tokenizer(config.data.tokenizer), num_samples=config.evaluation.num_sequences
     )
     rows = (samples[index] for index in range(config.evaluation.num_sequences))
     return [[*row["tokens"].tolist(), int(row["labels"][-1])] for row in rows]

@@ -1,4 +1,4 @@
-"""Every layout gives the results of one process: initial weights, every gradient, losses of five steps."""
+"""Every layout gives the results of one process: initial weights, every gradient, five losses, probes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import torch
 from sas_megatron.config.run import RunConfig
 from tests.model.model_parts import joined_weights
 from tests.selection import exhaustive
-from tests.tolerances import LOSS_AFTER_FIVE_STEPS, WHOLE_MODEL_GRADIENT, assert_within
+from tests.tolerances import (
+    LAYER_MEASUREMENT,
+    LOSS_AFTER_FIVE_STEPS,
+    WHOLE_MODEL_GRADIENT,
+    assert_within,
+)
 from tests.training.layouts import ATTENTIONS, DEFAULT_PAIRS, LAYOUTS
 from tests.training.training_runs import Steps, take_steps, tensor_groups
 
@@ -57,6 +62,19 @@ def test_every_layout_trains_like_one_process(
     for steps in by_rank:
         assert steps.losses == pytest.approx(expected.losses, rel=LOSS_AFTER_FIVE_STEPS)
         assert steps.gradient_norms[0] == pytest.approx(expected.gradient_norms[0], rel=1e-5)
+        for found, of_one_process in ((steps.probe, expected.probe), (steps.update, expected.update)):
+            assert_equal_layers(found, of_one_process)
+
+
+def assert_equal_layers(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Compare what was measured in each layer."""
+    assert [layer["layer"] for layer in found] == list(range(1, len(expected) + 1))
+    for layer, of_one_process in zip(found, expected, strict=True):
+        assert layer.keys() == of_one_process.keys()
+        for name, values in of_one_process.items():
+            # A largest score may be near 0.
+            nearly = pytest.approx(values, rel=LAYER_MEASUREMENT, abs=LAYER_MEASUREMENT / 100)
+            assert layer[name] == nearly, name
 
 
 def test_the_default_pairs_are_in_the_table_and_include_every_attention() -> None:

@@ -69,7 +69,7 @@ def tensorboard_steps(folder: Path) -> list[int]:
 
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    return [event.step for event in events.Scalars("train/train_loss")]
+    return [event.step for event in events.Scalars("lm loss")]
 
 
 def write_steps(directory: Path, steps: range, *, resumed_step: int, branch: Any = None) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sas_megatron.checkpoint.tensor_reading import TensorReader
-from sas_megatron.config.attention import KINDS, MODIFIERS
+from sas_megatron.config.attention import MODIFIERS
+from sas_megatron.config.attention_kinds import KINDS
 from sas_megatron.config.errors import FieldError, FileProblem
 from sas_megatron.config.loading import load_run_config
 from sas_megatron.config.run import RunConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class Steps:
     # Gradients of the first step, summed over all ranks.
     gradients: dict[str, WeightPart]
     weights: dict[str, WeightPart]
+    # Measured inside the model: the forward pass before the first step, and the update of this step.
+    probe: list[dict[str, Any]]
+    update: list[dict[str, Any]]
     tensor_rank: int
     # Pipeline, context and data rank; ranks that differ only in their tensor rank have the same index.
     group_index: tuple[int, int, int]
@@ -66,22 +70,36 @@ def batches_of_step(config: RunConfig, topology: Any, step: int) -> Iterator[Any
     )
 
 
+def probe_batches(config: RunConfig, topology: Any) -> Any:
+    """Return an object that gives a probe the first of `RandomSamples`."""
+    from sas_megatron.training.run_data import RunData
+
+    data: Any = SimpleNamespace(_config=config, _topology=topology, _validation_samples=RandomSamples(config))
+    data.probe_batches = lambda: RunData.probe_batches(data)
+    return data
+
+
 def take_steps(config: RunConfig) -> Steps:
     """Make `NUM_STEPS` updates on a rank."""
+    from sas_megatron.evaluation.probes import probe_model
     from sas_megatron.training.build import build_engine
+    from sas_megatron.training.run_probe import UpdateMeasurement
     from sas_megatron.training.step import train_step
 
     topology = in_layout(config.parallel)
     engine = build_engine(config)
     per_rank = config.training.num_microbatches(topology.data_size)
     initial_weights = weight_parts(engine.model_chunks, weight_reader(engine))
+    probe = probe_model(engine, probe_batches(config, topology), config=config, topology=topology)
     losses, norms, gradients = [], [], {}
-    update = engine.update
+    update, measurement = engine.update, UpdateMeasurement(engine)
 
     def first_update(gradient_norm: float) -> None:
         gradients.update(weight_parts(engine.model_chunks, gradient_reader(engine)))
         engine.update = update
+        measurement.before_update()
         update(gradient_norm)
+        measurement.after_update()
 
     engine.update = first_update
     for step in range(NUM_STEPS):
@@ -99,6 +117,8 @@ def take_steps(config: RunConfig) -> Steps:
         initial_weights,
         gradients,
         weight_parts(engine.model_chunks, weight_reader(engine)),
+        probe,
+        measurement.results(),
         topology.tensor_rank,
         (topology.pipeline_rank, topology.context_rank, topology.data_rank),
     )
@@ -180,15 +200,15 @@ def steps_without(fault: str, config: RunConfig) -> Any:
     from sas_megatron.attention.sas import layer as simulated_layer
     from sas_megatron.training import megatron_engine
 
-    original_sum, original_finalize = simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads
+    original_sum, original_finalize = simulated_layer.sum_gradients_over, megatron_engine.finalize_gradients
     if fault == "simulation":
         simulated_layer.sum_gradients_over = lambda _group, weights: tuple(weights)
     else:
-        megatron_engine.finalize_model_grads = _finalize_without_norms
+        megatron_engine.finalize_gradients = _finalize_without_norms
     try:
         return take_steps(config)
     finally:
-        simulated_layer.sum_gradients_over, megatron_engine.finalize_model_grads = (
+        simulated_layer.sum_gradients_over, megatron_engine.finalize_gradients = (
             original_sum,
             original_finalize,
         )

@@ -21,6 +21,7 @@ from sas_megatron.config.attention import AttentionConfig
 class DifferentialAttentionConfig(AttentionConfig):
     """2N query heads, G key/value heads, N heads after the difference; a pair reads one key/value head."""
 
+    supports_qkv_bias: ClassVar[bool] = True
     dimension_steps: ClassVar[dict[str, int]] = {**AttentionConfig.dimension_steps, "num_kv_heads": 1}
     cache_dimensions: ClassVar[tuple[str, ...]] = ("num_kv_heads", "head_dim")
 

@@ -15,6 +15,8 @@ from sas_megatron.config.section import divisors
 class ProjectedAttentionConfig(AttentionConfig):
     """The field that the three kinds share, and the start that their authors' code gives the projections."""
 
+    supports_qkv_bias: ClassVar[bool] = True
+
     initialization: Literal["authors", "normal"] = Field(
         default="normal",
         description="authors: as in the code of the kind's authors (docs/initial_weights.md); normal: as for "
@@ -77,6 +79,7 @@ class MultiHeadAttentionConfig(ProjectedAttentionConfig):
                 "num_kv_heads",
                 "must equal num_heads in multi-head attention",
                 "omit it, or use kind: gqa",
+                ("attention.num_kv_heads=null",),
             )
         return self
 
@@ -91,6 +94,9 @@ class MultiQueryAttentionConfig(ProjectedAttentionConfig):
     def _check_multi_query(self) -> MultiQueryAttentionConfig:
         if self.num_key_value_heads != 1:
             raise self.problem(
-                "num_kv_heads", "must be 1 in multi-query attention", "omit it, or use kind: gqa"
+                "num_kv_heads",
+                "must be 1 in multi-query attention",
+                "omit it, or use kind: gqa",
+                ("attention.num_kv_heads=1",),
             )
         return self

@@ -49,12 +49,14 @@ class FactorizedAttentionConfig(AttentionConfig):
                 "num_kv_heads",
                 "must be 1 in multi-matrix factorization attention",
                 "omit it, or use kind: gqa",
+                ("attention.num_kv_heads=1",),
             )
         if self.query_rank > self.num_heads * self.head_dim:
             raise self.problem(
                 "query_rank",
                 f"must not exceed the {self.num_heads * self.head_dim} features of all query heads",
                 "use a smaller rank, or kind: mqa, whose queries have full rank",
+                (f"attention.query_rank={self.num_heads * self.head_dim}",),
             )
         return self
 

@@ -72,24 +72,28 @@ class LatentAttentionConfig(AttentionConfig):
                 "num_kv_heads",
                 "must equal num_heads in latent attention",
                 "omit it; kv_lora_rank decides the size of the KV cache",
+                ("attention.num_kv_heads=null",),
             )
         if self.rotary_dim is not None:
             raise self.problem(
                 "rotary_dim",
                 "must be null in latent attention, which has separate features for positions",
                 "use rotary_head_dim",
+                ("attention.rotary_dim=null",),
             )
         if self.rotary_head_dim % 2:
             raise self.problem(
                 "rotary_head_dim",
                 "must be even, since rotary embeddings rotate pairs of features",
                 f"use {self.rotary_head_dim + 1}",
+                (f"attention.rotary_head_dim={self.rotary_head_dim + 1}",),
             )
         if self.value_width > self.query_key_dim:
             raise self.problem(
                 "value_head_dim",
                 f"must be at most head_dim + rotary_head_dim = {self.query_key_dim}",
                 f"use {self.query_key_dim} or less",
+                (f"attention.value_head_dim={self.query_key_dim}",),
             )
         return self
 

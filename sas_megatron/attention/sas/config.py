@@ -17,6 +17,7 @@ from sas_megatron.config.attention import AttentionConfig, InitialWeights
 class SimulatedAttentionConfig(AttentionConfig):
     """N query and G key/value heads of D features act as r·N and r·G heads of E query/key features."""
 
+    supports_qkv_bias: ClassVar[bool] = True
     rotary_choices: ClassVar[tuple[str, ...]] = ("after", "before", "none")
     recomputable: ClassVar[dict[str, tuple[str, ...]]] = {
         **AttentionConfig.recomputable,
@@ -98,6 +99,7 @@ class SimulatedAttentionConfig(AttentionConfig):
                 "kernel_size",
                 "must be odd, so that the convolution preserves head_dim",
                 f"use {self.kernel_size - 1} or {self.kernel_size + 1}",
+                (f"attention.kernel_size={self.kernel_size + 1}",),
             )
         if self.simulated_head_dim is not None:
             if not self.simulate_features and self.simulated_head_dim != self.head_dim:
@@ -105,20 +107,28 @@ class SimulatedAttentionConfig(AttentionConfig):
                     "simulated_head_dim",
                     f"must be head_dim={self.head_dim} if attention.simulate_features=false",
                     "omit it",
+                    ("attention.simulated_head_dim=null",),
                 )
             if self.simulated_head_dim < self.head_dim:
                 raise self.problem(
                     "simulated_head_dim",
                     f"must be at least attention.head_dim={self.head_dim}",
                     f"use {self.head_dim + self.head_dim // 2}, for example",
+                    ("attention.simulated_head_dim=null",),
                 )
         if self.kernel == "fused" and self.unfusable_field is not None:
-            raise self.problem("kernel", f"does not support {self.unfusable_field}", "use auto or plain")
+            raise self.problem(
+                "kernel",
+                f"does not support {self.unfusable_field}",
+                "use auto or plain",
+                ("attention.kernel=auto",),
+            )
         if self.initialization == "identity" and self.aggregation != "mean":
             raise self.problem(
                 "aggregation",
                 "must be mean with identity initialization, since the layer starts as the base layer",
                 "omit it",
+                ("attention.aggregation=mean",),
             )
         if self.initialization == "identity" and self.qk_norm and self.query_key_dim > self.head_dim:
             raise self.problem(
@@ -126,12 +136,14 @@ class SimulatedAttentionConfig(AttentionConfig):
                 f"must be false with identity initialization, since norms of {self.query_key_dim} features "
                 f"differ from those of {self.head_dim}",
                 f"set attention.simulated_head_dim={self.head_dim}, or another initialization",
+                (f"attention.simulated_head_dim={self.head_dim}",),
             )
         if self.initialization == "identity" and self.rotary_width > self.head_dim:
             raise self.problem(
                 "rotary_dim",
                 f"must be at most attention.head_dim={self.head_dim} with identity initialization",
                 "omit it",
+                ("attention.rotary_dim=null",),
             )
         return self
 

@@ -59,12 +59,14 @@ class TensorProductAttentionConfig(AttentionConfig):
                 "num_kv_heads",
                 "must equal num_heads in tensor product attention",
                 "omit it, and set attention.key_rank and attention.value_rank",
+                ("attention.num_kv_heads=null",),
             )
         if self.query_rank is not None and not self.factorize_query:
             raise self.problem(
                 "query_rank",
                 "must be null if attention.factorize_query=false",
                 "omit it, or set attention.factorize_query=true",
+                ("attention.query_rank=null",),
             )
         return self
 

@@ -59,10 +59,11 @@ class GroupedAttention(nn.Module):
             bias=config.linear_bias,
         )
 
-    def build_projections(self, config: SASMegatronConfig, _fields: dict[str, Any]) -> None:
+    def build_projections(self, config: SASMegatronConfig, fields: dict[str, Any]) -> None:
         """Build the modules that `project` and `expand` use."""
         columns = (self.num_query_heads + 2 * self.num_groups) * self.head_dim
-        self.linear_qkv = nn.Linear(config.hidden_size, columns, bias=config.linear_bias)
+        has_bias = config.linear_bias or fields.get("qkv_bias", False)
+        self.linear_qkv = nn.Linear(config.hidden_size, columns, bias=has_bias)
 
     def forward(self, hidden: torch.Tensor, positions: Positions, cache: Cache | None) -> torch.Tensor:
         """Return the layer's output for hidden states, both [B, S, H]."""

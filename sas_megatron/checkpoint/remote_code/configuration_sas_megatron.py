@@ -17,7 +17,13 @@ class SASMegatronConfig(PretrainedConfig):
         normalization: The norm before each block, `rmsnorm` or `layernorm`.
         norm_epsilon: A constant added to the variance in each norm.
         linear_bias: Whether the MLP and the attention's projections have biases.
+        parallel_residual: Whether attention and MLP of a layer read the same hidden states.
         rotary_base: θ of the rotary embeddings.
+        rotary_scaling: The scaling of the rotary frequencies, `none`, `linear` or `llama3`.
+        rotary_scaling_factor: The factor of the scaling.
+        rotary_low_frequency_factor: Rotations in the original length below which frequencies are divided.
+        rotary_high_frequency_factor: Rotations in the original length above which they are not.
+        rotary_original_length: The original length, in tokens.
         cache_simulated_heads: For SAS, whether the KV cache stores simulated heads, which are faster and
             r(E + D)/2D times as large. Otherwise it stores base heads, which are simulated in each step.
     """
@@ -39,6 +45,12 @@ class SASMegatronConfig(PretrainedConfig):
         norm_epsilon: float = 1e-5,
         linear_bias: bool = False,
         rotary_base: int = 10000,
+        parallel_residual: bool = False,
+        rotary_scaling: str = "none",
+        rotary_scaling_factor: float | None = None,
+        rotary_low_frequency_factor: float | None = None,
+        rotary_high_frequency_factor: float | None = None,
+        rotary_original_length: int | None = None,
         cache_simulated_heads: bool = False,
         initializer_range: float = 0.02,
         use_cache: bool = True,
@@ -64,6 +76,12 @@ class SASMegatronConfig(PretrainedConfig):
         self.norm_epsilon = norm_epsilon
         self.linear_bias = linear_bias
         self.rotary_base = rotary_base
+        self.parallel_residual = parallel_residual
+        self.rotary_scaling = rotary_scaling
+        self.rotary_scaling_factor = rotary_scaling_factor
+        self.rotary_low_frequency_factor = rotary_low_frequency_factor
+        self.rotary_high_frequency_factor = rotary_high_frequency_factor
+        self.rotary_original_length = rotary_original_length
         self.cache_simulated_heads = cache_simulated_heads
         self.initializer_range = initializer_range
         self.use_cache = use_cache

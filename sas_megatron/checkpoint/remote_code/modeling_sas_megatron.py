@@ -2,7 +2,8 @@
 
     tokens [B, S] -> embedding -> layers: x + attention(norm(x)), then x + MLP(norm(x)) -> norm -> logits
 
-Parameters have the same names and layouts as in training.
+With parallel residual branches, a layer is x + attention(norm(x)) + MLP(norm'(x)) instead. Parameters have
+the same names and layouts as in training.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention_sas_megatron import ATTENTIONS
 from .attention_steps_sas_megatron import Positions, RopeCosSin
 from .configuration_sas_megatron import SASMegatronConfig
+from .rotary_frequencies import rotary_frequencies, scale_frequencies
 
 # The name of the cache in transformers' arguments and results; `cache` from 5.24 on.
 RESULTS = {field.name for field in fields(CausalLMOutputWithPast)}
@@ -62,6 +64,7 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: SASMegatronConfig, layer_index: int) -> None:
         super().__init__()
+        self.has_parallel_branches = config.parallel_residual
         self.input_layernorm = build_norm(config)
         self.self_attention = ATTENTIONS[config.attention["kind"]](config, layer_index)
         self.pre_mlp_layernorm = build_norm(config)
@@ -69,8 +72,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, positions: Positions, cache: Cache | None) -> torch.Tensor:
         """Return the layer's output for hidden states, both [B, S, H]."""
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), positions, cache)
-        result: torch.Tensor = hidden + self.mlp(self.pre_mlp_layernorm(hidden))
+        attended = hidden + self.self_attention(self.input_layernorm(hidden), positions, cache)
+        mlp_input = hidden if self.has_parallel_branches else attended
+        result: torch.Tensor = attended + self.mlp(self.pre_mlp_layernorm(mlp_input))
         return result
 
 
@@ -200,8 +204,9 @@ class SASMegatronForCausalLM(PreTrainedModel, GenerationMixin):
         width = fields["rotary_head_dim" if fields["kind"] == "mla" else "rotary_dim"]
         if fields.get("rotary") == "none":
             width = 0
-        pairs = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
-        frequencies = 1.0 / self.config.rotary_base ** (pairs / max(width, 1))
+        frequencies = scale_frequencies(
+            rotary_frequencies(width, self.config.rotary_base, device=positions.device), self.config
+        )
         angles = positions[:, None, :, None].float() * frequencies
         return RopeCosSin(angles.cos(), angles.sin())
 

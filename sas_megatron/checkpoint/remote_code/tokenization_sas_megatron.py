@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizer
 # sentencepiece replaces spaces by this character. If it occurs in the text, it is encoded as the tokens of
 # its three bytes, as in training.
 SPACE_MARK = "\u2581"
+# A message appended to a serialized one is merged with it: `normalizer_spec { add_dummy_prefix: false }`.
+WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
 SPACE_MARK_PIECES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
 
 
@@ -27,7 +29,11 @@ class SASMegatronTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file: str, **options: Any) -> None:
         self.vocab_file = vocab_file
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        model = Path(vocab_file).read_bytes()
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        # Text after a literal U+2581 continues the text, and gets no space before it.
+        self.continuation = sentencepiece.SentencePieceProcessor(model_proto=model + WITHOUT_PREFIX)
+        self.adds_prefix = self.processor.encode("a", out_type=str)[0][:1] == SPACE_MARK
         options.setdefault("split_special_tokens", True)
         super().__init__(**options)
 
@@ -45,7 +51,7 @@ class SASMegatronTokenizer(PreTrainedTokenizer):
         first, *others = text.split(SPACE_MARK)
         pieces: list[str] = self.processor.encode(first, out_type=str)
         for part in others:
-            pieces += SPACE_MARK_PIECES + self.processor.encode(part, out_type=str)
+            pieces += SPACE_MARK_PIECES + self.continuation.encode(part, out_type=str)
         return pieces
 
     def _convert_token_to_id(self, token: str) -> int:
@@ -58,7 +64,8 @@ class SASMegatronTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Return the text of pieces; bytes that are not valid UTF-8 become U+FFFD."""
-        return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
+        text = b"".join(map(self._bytes_of, tokens))
+        return (text.removeprefix(b" ") if self.adds_prefix else text).decode("utf-8", errors="replace")
 
     def _bytes_of(self, piece: str) -> bytes:
         if self.processor.is_byte(self.processor.piece_to_id(piece)):

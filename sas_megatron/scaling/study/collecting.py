@@ -22,7 +22,10 @@ from sas_megatron.scaling.study.sweeps import list_sweep_remarks, list_sweep_run
 from sas_megatron.training.data_identity import corpus_contents, remove_equal_data
 
 # Fields of run.json that must be equal in all runs, or their losses are not comparable.
-EQUAL_FIELDS = ("corpus", "packages", "world_size")
+EQUAL_FIELDS = ("corpus", "numerics", "world_size")
+# The packages that compute losses. Another machine may have other versions of the rest, which is stated.
+NUMERICAL_PACKAGES = ("torch", "megatron-core")
+NAMES = {"numerics": "packages"}
 
 
 def collect(plan: Plan) -> StudyTable:
@@ -44,7 +47,11 @@ def collect(plan: Plan) -> StudyTable:
     status = _list_statuses(plan, done=set(found))
     rows = tuple(
         _build_row(
-            run, found.get(run.name), status=status[run.name], step_rounds=step_times.get(run.cell.name, [])
+            run,
+            found.get(run.name),
+            study=plan.directory.name,
+            status=status[run.name],
+            step_rounds=step_times.get(run.cell.name, []),
         )
         for run in plan.results
     )
@@ -94,7 +101,8 @@ def _check_equal(runs: Sequence[Run]) -> None:
         groups = _group_by(runs, field)
         if len(groups) > 1:
             lines += [
-                f"  run.json {field}: {value} in {format_some(names)}" for value, names in groups.items()
+                f"  run.json {NAMES.get(field, field)}: {value} in {format_some(names)}"
+                for value, names in groups.items()
             ]
     if lines:
         raise UserError(
@@ -114,6 +122,7 @@ def _list_remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple
     for field, name, effect in (
         ("machine", "machines", "their times are not comparable"),
         ("git", "git revisions", "the package changed during the study"),
+        ("packages", "versions of packages", "two machines may differ in more than their speed"),
     ):
         groups = _group_by(runs, field)
         if len(groups) > 1:
@@ -122,11 +131,14 @@ def _list_remarks(plan: Plan, rows: Sequence[Row], runs: Sequence[Run]) -> tuple
     return tuple(remarks)
 
 
-def _build_row(planned: PlannedRun, run: Run | None, *, status: str, step_rounds: list[float]) -> Row:
+def _build_row(
+    planned: PlannedRun, run: Run | None, *, study: str, status: str, step_rounds: list[float]
+) -> Row:
     config, cell = planned.config, planned.cell
     flops_per_token = {name: float(count) for name, count in count_training_flops(config).items()}
     counted = Row(
         run=planned.name,
+        study=study,
         status=status,
         variant=cell.variant,
         attention=config.attention.kind,
@@ -163,28 +175,51 @@ def _add_measurements(counted: Row, planned: PlannedRun, run: Run) -> Row:
             "loss": summary.final_validation_loss,
             "train_loss": summary.final_train_loss,
             "bits_per_byte": summary.validation_bits_per_byte,
+            "set_losses": {name: found.loss for name, found in (summary.validation_sets or {}).items()},
             "training_seconds": summary.training_seconds,
             "median_step_seconds": summary.median_step_seconds,
             "peak_memory_bytes": summary.peak_memory_bytes,
             "world_size": summary.world_size,
             "machine": _text(run.provenance.get("machine")),
             "git": _text(run.provenance.get("git")),
+            "host": _text(run.provenance.get("host")),
+            "corpus_sha256": _hash_corpus(run),
             "provenance_sha256": hashlib.sha256(provenance).hexdigest(),
             "curve_steps": [point.step for point in curve],
             "curve_tokens": [point.consumed_tokens for point in curve],
             "curve_flops": [point.training_flops for point in curve],
             "curve_seconds": [point.elapsed_seconds for point in curve],
             "curve_loss": [point.loss for point in curve],
+            "layer_steps": run.measurements.steps,
+            "layer_curves": run.measurements.curves,
+            "layer_values": run.measurements.layers,
         }
     )
+
+
+def _hash_corpus(run: Run) -> str | None:
+    corpus = _text(corpus_contents(run.provenance))
+    return None if corpus is None else hashlib.sha256(corpus.encode()).hexdigest()
 
 
 def _group_by(runs: Sequence[Run], field: str) -> dict[str | None, list[str]]:
     groups: dict[str | None, list[str]] = {}
     for run in runs:
-        value = corpus_contents(run.provenance) if field == "corpus" else run.provenance.get(field)
-        groups.setdefault(_text(value), []).append(run.name)
+        groups.setdefault(_text(_find_value(run, field)), []).append(run.name)
     return groups
+
+
+def _find_value(run: Run, field: str) -> object:
+    """Return a field of run.json; `numerics` are the versions of the packages that compute losses."""
+    if field == "corpus":
+        return corpus_contents(run.provenance)
+    if field == "numerics":
+        packages = run.provenance.get("packages")
+        return (
+            {name: packages.get(name) for name in NUMERICAL_PACKAGES} if isinstance(packages, dict) else None
+        )
+    value: object = run.provenance.get(field)
+    return value
 
 
 def _text(value: object) -> str | None:

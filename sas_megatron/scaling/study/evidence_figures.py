@@ -18,7 +18,7 @@ from sas_megatron.scaling.significance import Estimate
 from sas_megatron.scaling.study.analysis import Slice, SliceAnalysis
 from sas_megatron.scaling.study.grids import group_axes, name_axes
 from sas_megatron.scaling.study.law_figures import LOSS_LABEL, format_thousands
-from sas_megatron.scaling.study.study_table import SweepRun
+from sas_megatron.scaling.study.study_table import SweepCell, SweepRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,16 +105,16 @@ def curve_figure(part: Slice) -> ReportFigure:
 
 def sweep_figure(part: Slice, sweeps: Sequence[SweepRun]) -> ReportFigure | None:
     """Return the figure of the learning rate sweeps; None without any."""
-    sizes = list(dict.fromkeys(run.size for run in sweeps))
-    if not sizes:
+    cells = list(dict.fromkeys(run.cell for run in sweeps))
+    if not cells:
         return None
     return ReportFigure(
         "sweeps",
         "Learning rate sweeps",
-        "Final loss against the peak learning rate in the sweeps (one seed, smallest budget). A vertical "
+        "Final loss against the peak learning rate in the sweeps (one seed). A vertical "
         "line marks the rate with which the variant was trained.",
-        (min(12.5, 1.0 + 4.4 * len(sizes)), 4.2),
-        lambda figure: _draw_sweeps(figure, part, sweeps, sizes),
+        (min(12.5, 1.0 + 4.4 * len(cells)), 4.2),
+        lambda figure: _draw_sweeps(figure, part, sweeps, cells),
     )
 
 
@@ -218,14 +218,16 @@ def build_mean_curves(part: Slice, size: str) -> list[CurveData]:
     return curves
 
 
-def _draw_sweeps(figure: Figure, part: Slice, sweeps: Sequence[SweepRun], sizes: Sequence[str]) -> None:
-    panels = np.atleast_1d(figure.subplots(1, len(sizes), sharey=True))
-    for panel, size in zip(panels, sizes, strict=True):
+def _draw_sweeps(figure: Figure, part: Slice, sweeps: Sequence[SweepRun], cells: Sequence[SweepCell]) -> None:
+    panels = np.atleast_1d(figure.subplots(1, len(cells), sharey=True))
+    sizes = [size for size, _, _ in cells]
+    for panel, cell in zip(panels, cells, strict=True):
+        size, budget, _ = cell
         for index, (variant, rows) in enumerate(part.rows.items()):
             runs = sorted(
                 (run.learning_rate, run.loss)
                 for run in sweeps
-                if (run.variant, run.size) == (variant, size) and run.loss is not None
+                if (run.variant, run.cell) == (variant, cell) and run.loss is not None
             )
             if not runs:
                 continue
@@ -234,7 +236,8 @@ def _draw_sweeps(figure: Figure, part: Slice, sweeps: Sequence[SweepRun], sizes:
             for rate in {row.learning_rate for row in rows if row.size == size}:
                 panel.axvline(rate, color=style["color"], linestyle=style["linestyle"], linewidth=0.9)
         panel.set_xscale("log")
-        panel.set_title(size, loc="left", fontsize=10.5)
+        title = size if sizes.count(size) == 1 or budget is None else f"{size}, budget {budget:g}"
+        panel.set_title(title, loc="left", fontsize=10.5)
         panel.set_xlabel("peak learning rate")
     panels[0].set_ylabel(LOSS_LABEL)
     _add_legend(figure, list(panels))

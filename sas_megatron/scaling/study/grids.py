@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
 from sas_megatron.data.epochs import format_epochs
+from sas_megatron.scaling.budget_trend import estimate_trend
 from sas_megatron.scaling.comparison import Comparison
 from sas_megatron.scaling.convergence import MeanSaving
 from sas_megatron.scaling.gains import Gain
@@ -16,6 +18,7 @@ from sas_megatron.scaling.numbers import (
     format_difference,
     format_duration,
     format_exact,
+    format_fields,
     format_interval,
     format_loss,
     format_p_value,
@@ -27,9 +30,9 @@ from sas_megatron.scaling.numbers import (
 from sas_megatron.scaling.outcomes import AXES, AXIS_NAMES, Axis
 from sas_megatron.scaling.report import Grid
 from sas_megatron.scaling.seed_noise import NoiseModel
-from sas_megatron.scaling.significance import MAX_SEEDS
+from sas_megatron.scaling.significance import MAX_SEEDS, Estimate
 from sas_megatron.scaling.study.analysis import SliceAnalysis
-from sas_megatron.scaling.study.study_table import Row, StudyTable, SweepRun
+from sas_megatron.scaling.study.study_table import Row, StudyTable, SweepCell, SweepRun
 from sas_megatron.scaling.verdicts import Verdict
 
 AxisGroups = Sequence[tuple[Axis, ...]]
@@ -109,6 +112,27 @@ def _list_cells(comparison: Comparison, axis: Axis) -> tuple[CellDifference, ...
     return comparison.verdict(axis).cells
 
 
+def trend_grid(comparisons: Sequence[Comparison], noise: NoiseModel) -> Grid | None:
+    """Return the change of each difference per tenfold amount; None if the runs have almost one budget."""
+    axes: tuple[Axis, ...] = ("tokens", "flops", "causal_flops")
+    lines = []
+    for comparison in comparisons:
+        trends = [estimate_trend(comparison.verdict(axis), noise) for axis in axes]
+        if any(trends):
+            cells = (MISSING if trend is None else _format_trend(trend) for trend in trends)
+            lines.append((comparison.candidate, *cells))
+    headings = ("variant", *(f"per tenfold {AXIS_NAMES[axis]}" for axis in axes))
+    return Grid(headings, tuple(lines)) if lines else None
+
+
+def _format_trend(trend: Estimate) -> str:
+    text = format_difference(trend.difference)
+    if trend.interval is None:
+        return text
+    interval = format_interval(trend.interval, format_difference)
+    return f"{text} ({interval})\n{format_p_value(trend.p_value)}, {trend.degrees:.2g} df"
+
+
 def gain_grid(comparisons: Sequence[Comparison]) -> Grid | None:
     """Return the gains at the smallest, middle and largest budget with a gain; None without any."""
     lines = []
@@ -137,20 +161,51 @@ def _format_gain(gain: Gain) -> str:
 
 def rate_grid(table: StudyTable) -> Grid | None:
     """Return the differences at the best swept rates and at their neighbours; None without a sweep."""
-    sweeps: dict[tuple[str, str], list[SweepRun]] = {}
+    sweeps: dict[tuple[str, SweepCell], list[SweepRun]] = {}
     for run in table.sweeps:
-        sweeps.setdefault((run.variant, run.size), []).append(run)
+        sweeps.setdefault((run.variant, run.cell), []).append(run)
     lines = []
-    for (variant, size), runs in sweeps.items():
-        if variant == table.baseline or (table.baseline, size) not in sweeps:
+    for (variant, cell), runs in sweeps.items():
+        if variant == table.baseline or (table.baseline, cell) not in sweeps:
             continue
-        ours, theirs = _losses_around_best(runs), _losses_around_best(sweeps[table.baseline, size])
+        ours, theirs = _losses_around_best(runs), _losses_around_best(sweeps[table.baseline, cell])
         pairs = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
         differences = [ours[one] - theirs[other] for one, other in pairs]
         cells = [MISSING if math.isnan(value) else format_difference(value) for value in differences]
-        lines.append((variant, size, *cells))
+        size, budget, _ = cell
+        lines.append((variant, size, MISSING if budget is None else f"{budget:g}", *cells))
     names = [f"{name}: {side} rate" for name in ("variant", table.baseline) for side in ("lower", "higher")]
-    return Grid(("variant", "size", "best rates", *names), tuple(lines)) if lines else None
+    headings = ("variant", "size", "budget", "best rates", *names)
+    return Grid(headings, tuple(lines)) if lines else None
+
+
+def machine_grid(table: StudyTable) -> Grid | None:
+    """Return which machine and commit made which runs; None if no row names its host."""
+    groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for row in table.rows:
+        if row.status == "done" and row.host is not None:
+            machine = describe_machine(row.machine) if row.machine else MISSING
+            of_study = groups.setdefault((row.host, machine, row.git or MISSING), {})
+            of_study.setdefault(row.study or MISSING, []).append(row)
+    lines = []
+    for made, by_study in groups.items():
+        for study, rows in by_study.items():
+            seeds: dict[str, list[str]] = {}
+            for row in rows:
+                seeds.setdefault(f"{row.variant}-{row.size}-{row.budget:g}", []).append(str(row.seed))
+            names = "\n".join(f"{cell} (seeds {', '.join(found)})" for cell, found in seeds.items())
+            lines.append((*made, study, str(len(rows)), names))
+    headings = ("host", "machine", "commit", "study", "runs", "variant, size and budget")
+    return Grid(headings, tuple(lines), "texts") if lines else None
+
+
+def describe_machine(record: str) -> str:
+    """Return the machine of run.json, a JSON text in the table, in words."""
+    try:
+        machine = json.loads(record)
+    except ValueError:
+        return record
+    return format_fields(machine) if isinstance(machine, dict) else record
 
 
 def _losses_around_best(runs: Sequence[SweepRun]) -> list[float]:

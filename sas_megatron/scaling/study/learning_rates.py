@@ -1,4 +1,4 @@
-"""Peak learning rates of a study: by a published rule, or by a sweep at the two smallest sizes."""
+"""Peak learning rates of a study, by a published rule or by a sweep, and weight decay by a rule."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def step_law_rate(parameters: int, tokens: float) -> float:
 def step_law_batch_tokens(tokens: float) -> float:
     """Return 0.58 D^0.571, the tokens per step (Li et al. 2025, eq. 1)."""
     return float(0.58 * tokens**0.571)
+
+
+def timescale_weight_decay(learning_rate: float, steps: int, *, tokens_per_parameter: float) -> float:
+    """Return 1 / (learning rate × steps × τ) with τ = 1.084 (D/N)^−0.527 (Bergsma et al. 2025)."""
+    return float(1 / (learning_rate * steps * 1.084 * tokens_per_parameter**-0.527))
 
 
 @dataclass(frozen=True)

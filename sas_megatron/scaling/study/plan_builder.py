@@ -22,7 +22,12 @@ from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters, without_embeddings
 from sas_megatron.scaling.matching import match
 from sas_megatron.scaling.study.layouts import Layouts
-from sas_megatron.scaling.study.learning_rates import kaplan_rate, step_law_batch_tokens, step_law_rate
+from sas_megatron.scaling.study.learning_rates import (
+    kaplan_rate,
+    step_law_batch_tokens,
+    step_law_rate,
+    timescale_weight_decay,
+)
 from sas_megatron.scaling.study.plan import Cell, Plan, PlannedRun, Role, count_budget_tokens
 from sas_megatron.scaling.study.study_file import Overrides, Study
 from sas_megatron.scaling.variants import default_attention, scale_fields
@@ -30,6 +35,8 @@ from sas_megatron.scaling.variants import default_attention, scale_fields
 # Learning rates by variant and size.
 Rates = Mapping[tuple[str, str], float]
 ATTENTION = "attention."
+# Validation windows on which the runs of a study measure what happens inside the model.
+PROBE_SEQUENCES = 2
 
 
 def build_plan(
@@ -108,11 +115,11 @@ class _PlanBuilder:
         }
         others = {name: value for name, value in overrides if not name.startswith(ATTENTION)}
         tree = _override(self.base, study.sizes[size] | others)
-        reference = build_run_config(tree)
+        reference = _with_probes(build_run_config(tree))
         defaults = default_attention(reference, self._kind(variant))
         fields = defaults | study.variants[variant] | attention
         tree["attention"] = scale_fields(fields, fields.pop("times", {}))
-        config = build_run_config(tree)
+        config = _with_probes(build_run_config(tree))
         if study.match != "none" and config != reference:
             config = match(
                 reference, config, axis=study.match, free=tuple(study.free), tolerance=study.tolerance
@@ -143,13 +150,15 @@ class _PlanBuilder:
     # Runs
 
     def _sweep_runs(self) -> Iterator[PlannedRun]:
-        """Yield one run per factor for each swept cell, at the smallest budget."""
-        budget = self.budgets[0]
+        """Yield one run per factor for each swept cell."""
+        rule, budget = self.study.learning_rate, self.study.sweep_budget
         for cell in self._swept_cells():
             steps = self._num_steps(cell, budget)
-            for factor in self.study.learning_rate.factors:
+            for factor in rule.factors:
+                rate = cell.config.optimizer.learning_rate * factor
                 settings = {
-                    "optimizer.learning_rate": cell.config.optimizer.learning_rate * factor,
+                    **self._decayed(cell, rate, steps),
+                    **({} if rule.sweep_seed is None else {"training.seed": rule.sweep_seed}),
                     "training.num_steps": steps,
                     **(self._decay_settings(steps) if self.study.trunks == "shared" else {}),
                 }
@@ -157,15 +166,15 @@ class _PlanBuilder:
                 yield _plan_run("sweep", cell, budget, config)
 
     def _swept_cells(self) -> list[Cell]:
-        """Return the cells of each variant at the two smallest sizes, at the first level of every axis."""
+        """Return the cells of each variant at the swept sizes, at the first level of every axis."""
         sizes = {
             size: min(cell.base_parameters for cell in self.cells if cell.size == size)
             for size in self.study.sizes
         }
-        smallest = sorted(sizes, key=sizes.__getitem__)[:2]
+        swept = self.study.learning_rate.sweep_sizes or sorted(sizes, key=sizes.__getitem__)[:2]
         chosen: dict[tuple[str, str], Cell] = {}
         for cell in self.cells:
-            if cell.size in smallest:
+            if cell.size in swept:
                 chosen.setdefault((cell.variant, cell.size), cell)
         return list(chosen.values())
 
@@ -214,16 +223,34 @@ class _PlanBuilder:
     # Settings
 
     def _common_settings(self, cell: Cell, seed: int, longest: int) -> dict[str, Any]:
-        """Return the seed and the learning rate of runs of up to `longest` steps."""
+        """Return the seed, the learning rate and the weight decay of runs of up to `longest` steps."""
         rule, parameters = self.study.learning_rate.rule, cell.parameters_without_embeddings
         rate = cell.config.optimizer.learning_rate
         if rule == "kaplan":
             rate = kaplan_rate(parameters)
         elif rule == "step_law":
-            rate = step_law_rate(parameters, longest * cell.step_tokens)
+            multiple = (self.study.learning_rate.multiples or {}).get(cell.variant, 1.0)
+            rate = multiple * step_law_rate(parameters, longest * cell.step_tokens)
+        elif rule == "stated":
+            rate = self.study.learning_rate.find_stated_rate(cell.variant, cell.size)
         elif rule == "sweep" and self.rates is not None:
             rate = self.rates[cell.variant, cell.size]
-        return {"training.seed": seed, "optimizer.learning_rate": rate}
+            if self.study.trunks == "none" or self.study.learning_rate.sweep_budget is not None:
+                # The found rates are those of the sweep's budget.
+                swept_tokens = count_budget_tokens(self.study, cell, self.study.sweep_budget)
+                rate *= step_law_rate(parameters, longest * cell.step_tokens)
+                rate /= step_law_rate(parameters, swept_tokens)
+        return {"training.seed": seed, **self._decayed(cell, rate, longest)}
+
+    def _decayed(self, cell: Cell, rate: float, steps: int) -> dict[str, float]:
+        """Return a learning rate and the weight decay that belongs to it, for a run of some steps."""
+        if self.study.weight_decay == "base":
+            return {"optimizer.learning_rate": rate}
+        ratio = steps * cell.step_tokens / cell.parameters
+        return {
+            "optimizer.learning_rate": rate,
+            "optimizer.weight_decay": timescale_weight_decay(rate, steps, tokens_per_parameter=ratio),
+        }
 
     def _decay_settings(self, steps: int) -> dict[str, Any]:
         return {
@@ -246,12 +273,22 @@ class _PlanBuilder:
                 {
                     **settings,
                     "logging.run_directory": str(directory),
-                    "checkpoint.resume": True,
+                    "checkpoint.resume": "auto",
                     "checkpoint.keep_last": 1,
+                    **self._tracker_settings(cell),
                 }
             )
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
+
+    def _tracker_settings(self, cell: Cell) -> dict[str, Any]:
+        """Return the group and the tags of a run, if a tracker shows them."""
+        logging = cell.config.logging
+        if set(logging.trackers) <= {"tensorboard"}:
+            return {}
+        tags = [*logging.tracker_tags, cell.variant, cell.size, *cell.levels.values()]
+        group = logging.tracker_group or Path(self.study.directory).name
+        return {"logging.tracker_group": group, "logging.tracker_tags": list(dict.fromkeys(tags))}
 
 
 def _plan_run(
@@ -273,6 +310,14 @@ def _plan_run(
         trunk=trunk,
         trained_steps=config.training.num_steps - trunk_steps,
     )
+
+
+def _with_probes(config: RunConfig) -> RunConfig:
+    """Return the config with measurements inside the model, unless it states `evaluation.probe_sequences`."""
+    if "probe_sequences" in config.evaluation.model_fields_set:
+        return config
+    number = min(PROBE_SEQUENCES, config.evaluation.num_sequences)
+    return config.replaced({"evaluation.probe_sequences": number})
 
 
 def _name(cell: Cell, budget: float, seed: int) -> str:

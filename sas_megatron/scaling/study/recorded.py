@@ -56,6 +56,8 @@ class StepSecondsRecord(_Recorded):
 
     machine: dict[str, Any]
     measured_at: str
+    # Processors that other processes used; records of earlier versions have none.
+    other_load: float | None = None
     cells: dict[str, MeasuredCell]
 
 

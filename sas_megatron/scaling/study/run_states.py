@@ -29,6 +29,7 @@ State = Literal["done", "running", "queued", "stuck", "failed", "diverged", "int
 IGNORED_FIELDS = (
     "checkpoint.",
     "data.index_cache",
+    "evaluation.probe_sequences",
     "logging.",
     "training.stop_after_",
     "training.collective_timeout_minutes",

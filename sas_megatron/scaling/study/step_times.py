@@ -7,14 +7,17 @@ once, so that rounds, and the medians over them, are comparable.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sas_megatron.config.errors import UserError
 from sas_megatron.config.loading import flatten_config
 from sas_megatron.config.run import RunConfig
 from sas_megatron.io.files import save_file
+from sas_megatron.platform.local_machine import OtherLoad
 from sas_megatron.scaling.numbers import format_fields, format_some
 from sas_megatron.scaling.study.plan import Cell, Plan
 from sas_megatron.scaling.study.recorded import StepSecondsRecord, read_recorded
@@ -36,31 +39,61 @@ TIMED_FIELDS = (
     "training.recompute",
 )
 
+# Processors that other processes may use during a measurement.
+QUIET_PROCESSORS = 0.2
+
 # Configs and number of rounds -> for each round, the seconds per step of each config.
 StepTimer = Callable[[list[RunConfig], int], list[list[float]]]
 
 
-def measure_step_times(plan: Plan, timer: StepTimer, *, rounds: int, machine: dict[str, Any]) -> Path:
-    """Measure every cell `rounds` times and record the results, replacing an earlier record.
+def measure_step_times(
+    plans: Sequence[Plan], timer: StepTimer, *, rounds: int, machine: dict[str, Any]
+) -> list[Path]:
+    """Measure every cell `rounds` times and record the results of each study, replacing earlier records.
+
+    Cells of several studies with equal configs are measured once.
 
     Args:
-        plan: The plan whose cells are measured.
+        plans: The plans whose cells are measured.
         timer: Measures the steps.
         rounds: Measurements per cell.
         machine: Description of the machine, for the record.
     """
-    by_round = timer([cell.config for cell in plan.cells], rounds)
-    record = {
+    configs = {_identify(cell): cell.config for plan in plans for cell in plan.cells}
+    load = OtherLoad()
+    by_round = timer(list(configs.values()), rounds)
+    seconds = dict(zip(configs, map(list, zip(*by_round, strict=True)), strict=True))
+    common = {
         "machine": machine,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cells": {
-            cell.name: {"step_seconds": list(seconds), "config": _list_timed_fields(cell)}
-            for cell, seconds in zip(plan.cells, zip(*by_round, strict=True), strict=True)
-        },
+        "other_load": load.measure(),
     }
-    path = plan.directory / RECORD
-    save_file(path, json.dumps(record, indent=2) + "\n", remedy="choose another directory in the study file")
-    return path
+    paths = []
+    for plan in plans:
+        cells = {
+            cell.name: {"step_seconds": seconds[_identify(cell)], "config": _list_timed_fields(cell)}
+            for cell in plan.cells
+        }
+        paths.append(plan.directory / RECORD)
+        text = json.dumps({**common, "cells": cells}, indent=2) + "\n"
+        save_file(paths[-1], text, remedy="choose another directory in the study file")
+    return paths
+
+
+def check_quiet(load: float | None) -> None:
+    """Check that other processes use less than `QUIET_PROCESSORS`.
+
+    Args:
+        load: The processors that other processes use; None if it is not known.
+
+    Raises:
+        UserError: They use more.
+    """
+    if load is not None and load > QUIET_PROCESSORS:
+        raise UserError(
+            f"other processes use {load:.1f} of {os.cpu_count()} processors, which changes the measured "
+            "times; stop them, or measure anyway with --on-busy-machine"
+        )
 
 
 def describe_step_times(plan: Plan) -> list[str]:
@@ -70,6 +103,10 @@ def describe_step_times(plan: Plan) -> list[str]:
         return []
     machine = format_fields(record.machine)
     remarks = [f"Step times were measured on {machine}, at {record.measured_at}."]
+    if record.other_load is not None and record.other_load > QUIET_PROCESSORS:
+        remarks.append(
+            f"Other processes used {record.other_load:.1f} processors while the step times were measured."
+        )
     missing = sorted({cell.name for cell in plan.cells} - set(read_step_times(plan)))
     if missing:
         remarks.append(
@@ -93,6 +130,10 @@ def read_step_times(plan: Plan) -> dict[str, list[float]]:
 def _read_record(plan: Plan) -> StepSecondsRecord | None:
     remedy = "run `sas-megatron study time` again, or remove it"
     return read_recorded(plan.directory / RECORD, StepSecondsRecord, remedy=remedy)
+
+
+def _identify(cell: Cell) -> str:
+    return json.dumps(_list_timed_fields(cell), sort_keys=True)
 
 
 def _list_timed_fields(cell: Cell, *, exclude_defaults: bool = False) -> dict[str, Any]:

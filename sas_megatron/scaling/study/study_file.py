@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from sas_megatron.config.errors import FieldError, FileProblem, UserError
-from sas_megatron.config.loading import read_yaml
+from sas_megatron.config.loading import read_run_tree, read_yaml
 from sas_megatron.config.section import Section
 from sas_megatron.scaling.matching import MLP, TOLERANCE
+from sas_megatron.scaling.study.rate_rule import LearningRateRule
 
 # A plan of this many runs takes a few seconds, in every command.
 MAX_RUNS = 3000
@@ -62,37 +63,6 @@ class Budgets(Section):
     def values(self) -> list[float]:
         """The budgets, in the unit of the rule."""
         return list(getattr(self, self.rule))
-
-
-class LearningRateRule(Section):
-    """Source of the peak learning rate of each run."""
-
-    section_name: ClassVar[str] = "learning_rate"
-
-    rule: Literal["base", "kaplan", "step_law", "sweep"] = Field(
-        default="base",
-        description="base: optimizer.learning_rate of base and size; kaplan: 0.003239 − 0.0001395 ln N "
-        "(Kaplan et al. 2020, arXiv 2001.08361, eq. D.1); step_law: 1.79 N^−0.713 D^0.307 (Li et al. 2025, "
-        "arXiv 2503.04715, eq. 1); N excludes embeddings, and D is that of the longest run if runs share a "
-        "trunk; sweep: the step law times the factor that sweeps at the two smallest sizes find.",
-    )
-    factors: list[float] = Field(
-        default=[0.25, 0.5, 1.0, 2.0, 4.0],
-        description="Factors of a sweep, times optimizer.learning_rate of base and size.",
-    )
-    batch: Literal["base", "step_law"] = Field(
-        default="base",
-        description="base: training.global_batch_size of base and size; step_law: 0.58 D^0.571 tokens with "
-        "D of the longest run, rounded to full microbatches of all ranks (the same paper).",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> LearningRateRule:
-        if len(self.factors) < 3 or min(self.factors) <= 0 or sorted(set(self.factors)) != self.factors:
-            raise self.problem(
-                "factors", "must be three or more positive numbers in ascending order", "use [0.5, 1, 2]"
-            )
-        return self
 
 
 class Machine(Section):
@@ -152,6 +122,13 @@ class Study(Section):
         description="Fraction of a run's steps in which the learning rate decays linearly to zero.",
     )
     learning_rate: LearningRateRule = Field(default_factory=LearningRateRule)
+    weight_decay: Literal["base", "timescale"] = Field(
+        default="base",
+        description="base: optimizer.weight_decay of base and size; timescale: 1 / (learning rate × steps × "
+        "τ) with τ = 1.084 (D/N)^−0.527, the part of a run over which AdamW averages its updates (Bergsma et "
+        "al. 2025, arXiv 2505.13738); N includes embeddings, and D is that of the longest run if runs share "
+        "a trunk.",
+    )
     machine: Machine = Field(default_factory=Machine)
     seed_noise: float | None = Field(
         default=None,
@@ -207,13 +184,7 @@ class Study(Section):
                 f"must have at most {MAX_RUNS:,}, as the product of sizes, axes, budgets and seeds",
                 "divide it into several studies, or use fewer seeds",
             )
-        if self.learning_rate.rule == "sweep" and len(self.sizes) < 2:
-            raise FieldError(
-                "learning_rate.rule",
-                "sweep",
-                "needs two sizes, since it sweeps the two smallest",
-                "add a size, or use another rule",
-            )
+        self.learning_rate.check_names(variants=self.variants, sizes=self.sizes)
         return self
 
     def _count_runs(self, num_seeds: int) -> int:
@@ -228,6 +199,11 @@ class Study(Section):
     def num_seeds(self, variant: str) -> int:
         """Return the number of runs of a variant at each size and budget."""
         return self.seeds if isinstance(self.seeds, int) else self.seeds[variant]
+
+    @property
+    def sweep_budget(self) -> float:
+        """The budget of a learning rate sweep."""
+        return self.learning_rate.sweep_budget or self.budgets.values[0]
 
     @property
     def baseline(self) -> str:
@@ -248,7 +224,7 @@ def load_study(path: str | Path, *, directory: Path | None = None) -> tuple[Stud
     study = read_study(path)
     directory = directory or find_directory(study.directory, Path(path))
     study = study.model_copy(update={"directory": str(directory)})
-    return study, read_yaml(Path(path).parent / study.base)
+    return study, read_run_tree(Path(path).parent / study.base)
 
 
 def read_study(path: str | Path) -> Study:

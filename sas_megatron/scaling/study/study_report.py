@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from sas_megatron import __version__
 from sas_megatron.scaling.comparison import Comparison
 from sas_megatron.scaling.laws.law_record import law_fit_record
-from sas_megatron.scaling.numbers import MISSING, format_fields, replace_non_finite
+from sas_megatron.scaling.numbers import MISSING, replace_non_finite
 from sas_megatron.scaling.outcomes import AXIS_NAMES
 from sas_megatron.scaling.report import Block, Grid, Report, ReportFiles, Section, write_report
 from sas_megatron.scaling.study.analysis import SliceAnalysis, analyze
@@ -19,17 +18,21 @@ from sas_megatron.scaling.study.answer import answer_study
 from sas_megatron.scaling.study.evidence_figures import difference_figure
 from sas_megatron.scaling.study.figures import list_figures
 from sas_megatron.scaling.study.grids import (
+    describe_machine,
     difference_grid,
     exponent_grid,
     gain_grid,
     group_axes,
     law_grid,
+    machine_grid,
     name_axes,
     rate_grid,
     run_grid,
     saving_grid,
+    trend_grid,
     verdict_grid,
 )
+from sas_megatron.scaling.study.mechanisms import choose_runs, list_mechanism_blocks
 from sas_megatron.scaling.study.study_table import StudyTable
 
 # Version 3 had other names of a verdict's estimates and of gains.
@@ -50,6 +53,12 @@ DIFFERENCE_NOTE = (
     "Loss of the variant minus that of {baseline} at {axes}, by size and budget. The last line is the "
     "standard deviation of a run over seeds, pooled over variants and sizes and smoothed over budgets."
 )
+TREND_NOTE = (
+    "Slope of the differences over the logarithm of the amount, with the weights of the verdicts, its 95 % "
+    "interval, the p-value of a single test, and the degrees of freedom. Negative: the variant gains on "
+    "{baseline} as both spend more. At equal FLOPs it follows the best sizes where the trained sizes enclose "
+    "them, and the same sizes elsewhere."
+)
 GAIN_NOTE = (
     "The budget that {baseline} would need for the same loss, as a multiple of the variant's budget, with "
     "95 % intervals from the noise between seeds. Above 1 the variant is worth its cost. Nothing is "
@@ -60,11 +69,14 @@ LAW_NOTE = (
     "sizes and seeds, which are drawn with all of their budgets."
 )
 RATE_NOTE = (
-    "Difference of the losses in the learning rate sweeps (one seed, smallest budget), at the best swept "
+    "Difference of the losses in the learning rate sweeps (one seed), at the best swept "
     "rates and with the next lower or higher rate for the variant or for {baseline}. A verdict is fragile if "
     "the sign changes."
 )
 SAVING_NOTE = "Share of the baseline's steps that a variant does not need to reach the baseline's final loss."
+MACHINE_NOTE = (
+    "Which machine and which commit of the package made which runs. Seconds are comparable on one machine."
+)
 RUN_NOTE = "A dash is a missing value. The last column is the beginning of the SHA-256 checksum of run.json."
 
 
@@ -86,8 +98,9 @@ def build_study_report(table: StudyTable, *, num_draws: int = 1000) -> Report:
         subtitle="",
         answer=answer_study(table, analyses),
         figure=difference_figure(analyses),
-        sections=tuple(
-            _build_section(analysis, index, table=table) for index, analysis in enumerate(analyses)
+        sections=(
+            *(_build_section(analysis, index, table=table) for index, analysis in enumerate(analyses)),
+            *_build_mechanism_sections(analyses),
         ),
         record=_study_record(table, analyses),
         about=_describe_study(table),
@@ -117,7 +130,20 @@ def _build_section(analysis: SliceAnalysis, index: int, *, table: StudyTable) ->
     if saved is not None:
         blocks.append(Block("Steps saved", SAVING_NOTE, saved, _list_saving_remarks(comparisons)))
     blocks.append(Block("Runs", RUN_NOTE, run_grid(analysis), in_summary=False))
+    if index == 0:
+        blocks += _grid_block("Machines", MACHINE_NOTE, machine_grid(table))
     return Section(name or "Verdicts", tuple(blocks))
+
+
+def _build_mechanism_sections(analyses: Sequence[SliceAnalysis]) -> list[Section]:
+    """Return for each slice with measurements a section on what happens inside its models."""
+    sections = []
+    for index, analysis in enumerate(analyses, 1):
+        runs, name = choose_runs(analysis.slice.rows), analysis.slice.name
+        if runs:
+            blocks = list_mechanism_blocks(runs, name=f"{index}_mechanisms" if name else "mechanisms")
+            sections.append(Section(": ".join(filter(None, ("Inside the models", name))), blocks))
+    return sections
 
 
 def _list_verdict_blocks(analysis: SliceAnalysis, table: StudyTable, *, is_first: bool) -> list[Block]:
@@ -150,6 +176,11 @@ def _list_verdict_blocks(analysis: SliceAnalysis, table: StudyTable, *, is_first
             blocks.append(
                 Block(title, note if is_first and number == 0 else "", grid, in_summary=number == 0)
             )
+    blocks += _grid_block(
+        "Change of the difference with the budget",
+        TREND_NOTE.format(baseline=table.baseline) if is_first else "",
+        trend_grid(comparisons, noise),
+    )
     return blocks
 
 
@@ -218,7 +249,7 @@ def _describe_study(table: StudyTable) -> tuple[tuple[str, str], ...]:
     return (
         ("Runs", f"{done} of {len(table.rows)} finished"),
         ("Collected", table.collected_at),
-        ("Machine", "; ".join(map(_describe_machine, machines)) or MISSING),
+        ("Machine", "; ".join(map(describe_machine, machines)) or MISSING),
         ("Package", f"{__version__}, {'; '.join(revisions) or MISSING}"),
         (
             "Seconds",
@@ -232,15 +263,6 @@ def _describe_study(table: StudyTable) -> tuple[tuple[str, str], ...]:
             "half is not named; 6ND in a separate column",
         ),
     )
-
-
-def _describe_machine(record: str) -> str:
-    """Return the machine of run.json, a JSON text in the table, in words."""
-    try:
-        machine = json.loads(record)
-    except ValueError:
-        return record
-    return format_fields(machine)
 
 
 def _study_record(table: StudyTable, analyses: Sequence[SliceAnalysis]) -> dict[str, Any]:

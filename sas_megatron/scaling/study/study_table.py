@@ -18,9 +18,11 @@ from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.costs.flops import causal_half
 from sas_megatron.io.files import make_folder, replace_file
 
-# Version 3 added rounds of step times, sweeps and withdrawn variants; version 2 added the epochs.
-SCHEMA_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
+# Version 4 added study, host and data of a run, budget and seed of a sweep, losses of named validation sets,
+# and measurements inside the models; version 3 added rounds of step times, sweeps and withdrawn variants;
+# version 2 added the epochs.
+SCHEMA_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Row:
     loss: float | None = None
     train_loss: float | None = None
     bits_per_byte: float | None = None
+    # The losses of named validation sets (`evaluation.sets`); each is a column `loss.NAME` of the file.
+    set_losses: dict[str, float | None] = field(default_factory=dict)
     training_seconds: float | None = None
     median_step_seconds: float | None = None
     # Measured in alternation with the other cells (`study time`), hence comparable; None if not measured.
@@ -68,6 +72,11 @@ class Row:
     world_size: int | None = None
     machine: str | None = None
     git: str | None = None
+    # The host of its last session, the study that planned it, and a checksum of what identifies its token
+    # files; None in tables of version 3 and earlier.
+    host: str | None = None
+    study: str | None = None
+    corpus_sha256: str | None = None
     # Checksum of run.json, which identifies the run that the row was collected from.
     provenance_sha256: str | None = None
     curve_steps: list[int] = field(default_factory=list)
@@ -75,6 +84,11 @@ class Row:
     curve_flops: list[float] = field(default_factory=list)
     curve_seconds: list[float] = field(default_factory=list)
     curve_loss: list[float | None] = field(default_factory=list)
+    # Measurements inside the model (`layer_measurements`): the steps, by name the mean over layers at each of
+    # them, and by name the values of the layers at the last one.
+    layer_steps: list[int] = field(default_factory=list)
+    layer_curves: dict[str, list[float | None]] = field(default_factory=dict)
+    layer_values: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def causal_flops(self) -> float:
@@ -83,14 +97,28 @@ class Row:
         return self.tokens * sum(half.values())
 
 
+# Size, budget and seed of a sweep.
+SweepCell = tuple[str, float | None, int | None]
+
+
 @dataclass(frozen=True)
 class SweepRun:
-    """A run of a learning rate sweep; `loss` is None if it diverged."""
+    """A run of a learning rate sweep; `loss` is None if it diverged.
+
+    `budget` and `seed` are None in tables of version 3 and earlier.
+    """
 
     variant: str
     size: str
     learning_rate: float
     loss: float | None
+    budget: float | None = None
+    seed: int | None = None
+
+    @property
+    def cell(self) -> SweepCell:
+        """Size, budget and seed, in which the losses of two variants are comparable."""
+        return self.size, self.budget, self.seed
 
 
 @dataclass(frozen=True)
@@ -111,7 +139,7 @@ class StudyTable:
 
 
 # Mappings are stored as JSON text, since their keys differ between rows.
-_MAPPINGS = ("levels", "flops_per_token")
+_MAPPINGS = ("levels", "flops_per_token", "layer_curves", "layer_values")
 _TYPES: dict[str, pa.DataType] = {
     "str": pa.string(),
     "str | None": pa.string(),
@@ -121,19 +149,22 @@ _TYPES: dict[str, pa.DataType] = {
     "float | None": pa.float64(),
     "dict[str, str]": pa.string(),
     "dict[str, float]": pa.string(),
+    "dict[str, list[float | None]]": pa.string(),
     "list[int]": pa.list_(pa.int64()),
     "list[float]": pa.list_(pa.float64()),
     "list[float | None]": pa.list_(pa.float64()),
 }
-_SCHEMA = pa.schema([(item.name, _TYPES[str(item.type)]) for item in dataclasses.fields(Row)])
+_SETS, _SET_PREFIX = "set_losses", "loss."
+_SCHEMA = pa.schema(
+    [(item.name, _TYPES[str(item.type)]) for item in dataclasses.fields(Row) if item.name != _SETS]
+)
 
 
 def write_table(table: StudyTable, path: Path) -> None:
     """Write the table atomically: on an error, an existing file is unchanged."""
-    rows = [
-        {name: json.dumps(value) if name in _MAPPINGS else value for name, value in _fields(row).items()}
-        for row in table.rows
-    ]
+    rows = [_record_row(row) for row in table.rows]
+    sets = list(dict.fromkeys(name for row in table.rows for name in row.set_losses))
+    schema = pa.schema([*_SCHEMA, *((_SET_PREFIX + name, pa.float64()) for name in sets)])
     about = {
         "schema_version": SCHEMA_VERSION,
         "name": table.name,
@@ -143,7 +174,7 @@ def write_table(table: StudyTable, path: Path) -> None:
         "sweeps": [dataclasses.asdict(run) for run in table.sweeps],
         "withdrawn": table.withdrawn,
     }
-    built = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({"study": json.dumps(about)}))
+    built = pa.Table.from_pylist(rows, schema=schema.with_metadata({"study": json.dumps(about)}))
     with translate_os_errors(path, problem="cannot be written", remedy="choose another --output"):
         make_folder(path.parent)
         with replace_file(path) as temporary:
@@ -165,10 +196,7 @@ def read_table(path: str | Path) -> StudyTable:
         if version not in READABLE_VERSIONS:
             known = " or ".join(map(str, READABLE_VERSIONS))
             raise FileProblem(path, f"has schema version {version}, not {known}, of a study's table", remedy)
-        rows = tuple(
-            Row(**{name: json.loads(value) if name in _MAPPINGS else value for name, value in row.items()})
-            for row in built.to_pylist()
-        )
+        rows = tuple(_read_row(row) for row in built.to_pylist())
         return StudyTable(
             about["name"],
             about["baseline"],
@@ -186,5 +214,21 @@ def read_table(path: str | Path) -> StudyTable:
         raise FileProblem(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from None
 
 
-def _fields(row: Row) -> dict[str, Any]:
-    return {item.name: getattr(row, item.name) for item in dataclasses.fields(row)}
+def _record_row(row: Row) -> dict[str, Any]:
+    """Return the values of a row by column."""
+    values = {item.name: getattr(row, item.name) for item in dataclasses.fields(row)}
+    sets = values.pop(_SETS)
+    recorded = {name: json.dumps(value) if name in _MAPPINGS else value for name, value in values.items()}
+    return recorded | {_SET_PREFIX + name: loss for name, loss in sets.items()}
+
+
+def _read_row(recorded: dict[str, Any]) -> Row:
+    """Return the row of the values by column. A set that a run does not have is left out."""
+    sets = {name: loss for name, loss in recorded.items() if name.startswith(_SET_PREFIX)}
+    values = {
+        name: json.loads(value) if name in _MAPPINGS else value
+        for name, value in recorded.items()
+        if name not in sets
+    }
+    known = {name.removeprefix(_SET_PREFIX): loss for name, loss in sets.items() if loss is not None}
+    return Row(**values, set_losses=known)

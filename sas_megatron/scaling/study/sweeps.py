@@ -73,7 +73,7 @@ def list_sweep_remarks(study: Study) -> tuple[str, ...]:
     if chosen.multiples is not None:
         found = "; ".join(_describe(variant, sizes) for variant, sizes in chosen.multiples.items())
         remarks.append(
-            "Learning rates follow the step law (1.79 N^−0.713 D^0.307, with D of the smallest budget) "
+            "Learning rates follow the step law (1.79 N^−0.713 D^0.307, with D of the sweep's budget) "
             "times a factor per variant, the geometric mean over its sweeps of best rate / step law: "
             f"{found}."
         )
@@ -88,7 +88,14 @@ def list_sweep_remarks(study: Study) -> tuple[str, ...]:
 def list_sweep_runs(plan: Plan) -> tuple[SweepRun, ...]:
     """Return the runs of the sweep that have ended, with their losses."""
     return tuple(
-        SweepRun(run.cell.variant, run.cell.size, run.config.optimizer.learning_rate, _read_loss(run))
+        SweepRun(
+            variant=run.cell.variant,
+            size=run.cell.size,
+            learning_rate=run.config.optimizer.learning_rate,
+            loss=_read_loss(run),
+            budget=float(run.budget),
+            seed=run.seed,
+        )
         for run in plan.runs
         if run.role == "sweep" and is_settled(run)
     )
@@ -112,7 +119,7 @@ def _choose_rates(plan: Plan) -> dict[str, Any]:
     best = {key: find_best_rate(tried) for key, tried in trials.items()}
     law: dict[str, dict[str, float]] = {}
     for cell in plan.cells:
-        tokens = count_budget_tokens(plan.study, cell, plan.study.budgets.values[0])
+        tokens = count_budget_tokens(plan.study, cell, plan.study.sweep_budget)
         # The sweep uses the first level of each further axis, which comes first in the plan.
         law.setdefault(cell.variant, {}).setdefault(
             cell.size, step_law_rate(cell.parameters_without_embeddings, tokens)

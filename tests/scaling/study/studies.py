@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sas_megatron.config.loading import dump_tree, dump_yaml
-from sas_megatron.scaling.study.plan import PlannedRun
+from sas_megatron.scaling.study.plan import Plan, PlannedRun
+from sas_megatron.scaling.study.plan_builder import build_plan
+from sas_megatron.scaling.study.study_file import load_study
 from tests.scaling.conftest import build_tree
 
 SIZES = {
@@ -35,6 +37,12 @@ def write_study(folder: Path, base: dict[str, Any] | None = None, **changes: Any
     path = folder / "study.yaml"
     path.write_text(dump_tree(study_tree(folder, **changes)), encoding="utf-8")
     return path
+
+
+def plan_of(folder: Path, *, rates: Any = None, **changes: Any) -> Plan:
+    """Return the plan of the study that `write_study` writes."""
+    study, base = load_study(write_study(folder, **changes))
+    return build_plan(study, base, rates=rates)
 
 
 def leave_run(run: PlannedRun, *, loss: float | None = 4.0, exit_reason: str | None = "finished") -> None:

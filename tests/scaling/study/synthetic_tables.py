@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
+from sas_megatron.scaling.layer_measurements import join_measurements
 from sas_megatron.scaling.study.study_table import Row, StudyTable
 
 # E, the factor of both terms, and the FLOPs per token relative to mha.
@@ -32,6 +34,36 @@ def build_synthetic_table(
         for seed in range(count)
     ]
     return StudyTable("made_up", "mha", tuple(rows), "2026-11-24T00:00:00+00:00", ("A remark <of> it.",))
+
+
+def probe_layer(number: int, similarity: float) -> dict[str, Any]:
+    """Return what a run of SAS measures in a layer, as metrics.jsonl has it."""
+    return {
+        "layer": number,
+        "residual_rms": 1.5,
+        "largest_score": [3.0, 7.0],
+        "mean_entropy": [1.0, None] if similarity > 0.95 else [1.0, 2.0],
+        "silent_units": {"heads.query": 0.25},
+        "copy_similarity": {"query": similarity, "key": 0.5},
+    }
+
+
+def with_measurements(table: StudyTable) -> StudyTable:
+    """Add what runs measured in three layers, of which only those of sas have simulated copies."""
+    rows = []
+    for row in table.rows:
+        found = join_measurements(
+            (step, [probe_layer(layer, (layer + 10 * row.seed) / step) for layer in (1, 2, 3)])
+            for step in (100, 200)
+        )
+        curves, layers = (
+            {name: of_name for name, of_name in values.items() if row.variant == "sas" or "." not in name}
+            for values in (found.curves, found.layers)
+        )
+        rows.append(
+            dataclasses.replace(row, layer_steps=found.steps, layer_curves=curves, layer_values=layers)
+        )
+    return dataclasses.replace(table, rows=tuple(rows))
 
 
 def _row(variant: str, size: int, budget: float, seed: int, length: str | None, error: float) -> Row:

@@ -77,9 +77,10 @@ def test_sweeps_are_compared_at_neighbouring_rates() -> None:
     grid = rate_grid(table)
     assert grid is not None
     assert grid.headings[2:] == (
+        "budget",
         *("best rates", "variant: lower rate", "variant: higher rate", "mha: lower rate", "mha: higher rate"),
     )
-    assert grid.lines == (("sas", "w0", "−0.1000", "–", "+0.0500", "−0.3000", "−0.2000"),)
+    assert grid.lines == (("sas", "w0", "–", "−0.1000", "–", "+0.0500", "−0.3000", "−0.2000"),)
     assert rate_grid(build_synthetic_table()) is None
     (analysis,) = analyze(table, num_draws=50)
     figure = sweep_figure(analysis.slice, runs)

@@ -14,20 +14,15 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
+from sas_megatron.config.training import EvaluationConfig
 from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters, without_embeddings
-from sas_megatron.scaling.study.plan import Plan
 from sas_megatron.scaling.study.plan_builder import build_plan
 from sas_megatron.scaling.study.study_file import load_study
-from tests.conftest import ROOT
-from tests.scaling.study.studies import write_study
+from tests.run_configs import STUDIES
+from tests.scaling.study.studies import plan_of, write_study
 
-SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
-
-
-def plan_of(folder: Path, *, rates: Any = None, **changes: Any) -> Plan:
-    study, base = load_study(write_study(folder, **changes))
-    return build_plan(study, base, rates=rates)
+SHIPPED = sorted(STUDIES.rglob("*.yaml"))
 
 
 def test_branches_share_a_trunk_and_have_the_steps_of_their_budget(tmp_path: Path) -> None:
@@ -70,6 +65,19 @@ def test_runs_without_trunks_have_the_schedule_of_the_base(tmp_path: Path) -> No
     assert {run.config.schedule.kind for run in plan.runs} == {"cosine"}
     assert {run.tokens for run in plan.runs} == {14 * 357, 56 * 357}
     assert all(run.trained_steps == run.config.training.num_steps for run in plan.runs)
+
+
+def test_runs_measure_what_happens_inside_their_models_unless_the_study_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    def numbers(**fields: Any) -> set[int]:
+        sizes = {"small": {f"evaluation.{name}": value for name, value in fields.items()}}
+        return {run.config.evaluation.probe_sequences for run in plan_of(tmp_path, sizes=sizes).runs}
+
+    assert numbers() == {2}
+    assert numbers(num_sequences=1) == {1}
+    assert numbers(probe_sequences=0) == {0}
+    assert EvaluationConfig().probe_sequences == 0, "other runs measure nothing by default"
 
 
 def test_a_variant_may_multiply_fields_of_each_size(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sas_megatron.scaling.numbers import format_difference
 from sas_megatron.scaling.study.analysis import analyze, cut_slices
 from sas_megatron.scaling.study.study_report import write_study_report
 from sas_megatron.scaling.study.study_table import StudyTable, SweepRun, read_table, write_table
-from tests.scaling.study.synthetic_tables import build_synthetic_table
+from tests.scaling.study.synthetic_tables import build_synthetic_table, with_measurements
 from tests.selection import exhaustive
 
 MEASURE = """
@@ -48,7 +48,7 @@ addEventListener("load", () => {
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    write_table(build_synthetic_table(), folder / "study.parquet")
+    write_table(with_measurements(build_synthetic_table()), folder / "study.parquet")
     written = CliRunner().invoke(
         cli, ["study", "report", str(folder / "study.parquet"), "--bootstraps", "50"]
     )
@@ -145,6 +145,14 @@ def test_summary_page_and_json_agree(report: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_drawing")
+def test_the_report_answers_a_question_for_each_mechanism(report: Path) -> None:
+    section = (report / "summary.md").read_text().partition("## Inside the models")[2]
+    assert "### Do simulated copies become different heads?" in section
+    assert "| sas | query | 0.120 | 0.060 | 0.055 in 1 | 0.065 in 3 |" in section
+    assert "figures/mechanisms.png" in section
+    assert (report / "figures" / "mechanisms.png").exists()
+
+
 def test_sentences_that_hold_for_several_axes_or_variants_appear_once(tmp_path: Path) -> None:
     seeds = {"mha": 3, "gqa": 3, "sas": 3}
     write_study_report(build_synthetic_table(seeds=seeds, budgets=(4,), num_sizes=1), tmp_path, num_draws=50)

@@ -22,6 +22,8 @@ from sas_megatron.scaling.runs import has_finished
 from sas_megatron.scaling.study import runner
 from sas_megatron.scaling.study.collecting import collect
 from sas_megatron.scaling.study.plan import Plan
+from sas_megatron.scaling.study.record_exchange import collect_records, export_records
+from sas_megatron.scaling.study.run_records import MAX_RECORD_BYTES
 from sas_megatron.scaling.study.run_states import acquire_lock, is_locked, log_path, read_status
 from sas_megatron.scaling.study.study_file import load_study
 from sas_megatron.scaling.study.study_table import read_table
@@ -49,7 +51,10 @@ def results(path: Path) -> dict[str, tuple[Any, ...]]:
     """Return the table's values of each run, except for times and paths."""
     rows = collect(plan_at(path)).rows
     return {
-        row.run: (row.status, row.loss, row.train_loss, row.tokens, row.training_flops, row.curve_loss)
+        row.run: (
+            *(row.status, row.loss, row.train_loss, row.tokens, row.training_flops, row.curve_loss),
+            *(row.layer_steps, row.layer_curves, row.layer_values),
+        )
         for row in rows
     }
 
@@ -106,6 +111,10 @@ def test_finished_study_is_collected_and_not_run_again(finished: Path) -> None:
         assert row.steps == row.tokens // 320
         assert row.curve_steps == list(range(5, row.steps + 1, 5))
         assert row.curve_loss[-1] == row.loss
+        # What happens inside the models is measured at each evaluation, and at each step before one.
+        assert row.layer_steps == row.curve_steps
+        assert None not in row.layer_curves["update_ratio.mlp"]
+        assert ("copy_similarity.query" in row.layer_curves) == (row.variant == "sas")
         assert row.training_flops == row.tokens * sum(row.flops_per_token.values()) == row.curve_flops[-1]
         assert row.flops_6nd == 6 * row.params * row.tokens
     # Branches of one trunk have the same loss before the branch point.
@@ -115,6 +124,13 @@ def test_finished_study_is_collected_and_not_run_again(finished: Path) -> None:
     # The two trunks are included.
     statuses = CliRunner().invoke(cli, ["study", "status", str(finished), "--json"])
     assert json.loads(statuses.output)["counts"] == {"done": 6}
+
+
+def test_records_of_real_runs_give_the_same_table(finished: Path, tmp_path: Path) -> None:
+    exported = export_records(plan_at(finished), tmp_path)
+    assert len(exported.new) == 6
+    assert max(path.stat().st_size for path in exported.folder.iterdir()) <= MAX_RECORD_BYTES
+    assert collect_records(*load_study(finished), tmp_path).rows == collect(plan_at(finished)).rows
 
 
 def times_of_finished(plan: Plan) -> dict[Path, int]:
@@ -234,9 +250,12 @@ def test_runs_that_differ_from_the_plan_or_each_other_are_not_collected(
 ) -> None:
     base = base_tree(small_data, finished.parent / "none")
     base["optimizer"]["weight_decay"] = 0.2
+    base["evaluation"]["probe_sequences"] = 0
     other = write_study(tmp_path, base, **{**STUDY, "directory": str(finished.parent / "study")})
-    with pytest.raises(UserError, match=r"mha-one-3200-s1234: optimizer\.weight_decay is 0\.1, planned 0\.2"):
+    with pytest.raises(UserError) as raised:
         collect(plan_at(other))
+    assert "mha-one-3200-s1234: optimizer.weight_decay is 0.1, planned 0.2" in str(raised.value)
+    assert "probe_sequences" not in str(raised.value), "it affects no result"
     # A finished run stays done, even if the plan has changed.
     complete(other, "--only", "sas*6400*")
     provenance = finished.parent / "study" / "runs" / "sas-one-6400-s1234" / "run.json"
@@ -281,7 +300,7 @@ def test_step_times_are_measured_and_added_to_the_table(
 ) -> None:
     context = fork_context()
     monkeypatch.setattr(rank_processes.multiprocessing, "get_context", lambda _method: context)
-    done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2"])
+    done = CliRunner().invoke(cli, ["study", "time", str(finished), "--rounds", "2", "--on-busy-machine"])
     assert done.exit_code == 0, done.output
     path = finished.parent / "study" / "step_seconds.json"
     record = json.loads(path.read_text())
