@@ -1,7 +1,7 @@
 """Save checkpoints: write to a temporary folder, optionally in the background, and publish atomically.
 
 begin (all ranks)  -> temporary folder; plan which rank writes which shard; files of the engine
-write (each rank)  -> its shards, synced to disk and read again for the checksums
+write (each rank)  -> its shards, hashed while they are written, and synced to disk
 publish (rank 0)   -> metadata, progress, config, manifest; rename the folder; remove old checkpoints
 """
 
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from sas_megatron.checkpoint import manifest
 from sas_megatron.checkpoint.manifest import Manifest
 from sas_megatron.checkpoint.rank_layout import describe_layout, read_random_states, shard_random_states
-from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter, get_written_files
+from sas_megatron.checkpoint.tensor_writing import COMMON, FORMAT, TensorWriter
 from sas_megatron.config.errors import FileProblem, describe_os_error, translate_os_errors
 from sas_megatron.config.loading import dump_yaml
 from sas_megatron.config.run import RunConfig
@@ -56,11 +56,10 @@ class _Pending:
 
     def write(self) -> None:
         """Write this rank's shards and compute the checksums of its files."""
-        self.results = self.tensors.write()
-        paths = [self.partial / name for name in sorted(get_written_files(self.results))]
+        self.results, records = self.tensors.write()
         for path in self.engine_files:
             sync(path)
-        self.records = _describe(self.partial, paths + self.engine_files)
+        self.records = records | _describe(self.partial, self.engine_files)
 
     def write_in_thread(self) -> None:
         """Run `write` in a thread and store its exception for `raise_if_failed`."""

@@ -7,7 +7,6 @@ reads them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,10 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from typing_extensions import override
 
+from sas_megatron.checkpoint.host_copies import HostCopies
 from sas_megatron.checkpoint.sharded_tensors import group_by_name
+from sas_megatron.io.file_records import FileRecord
+from sas_megatron.io.hashed_file import HashedFile
 
 # Files that Megatron-core also reads: the name of the format, and the state common to all ranks (empty).
 FORMAT, COMMON = "metadata.json", "common.pt"
@@ -44,6 +46,7 @@ class TensorWriter:
         """
         is_first = dist.get_rank() == 0
         self._folder = folder
+        self._host_copies = HostCopies()
         self._planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
         self._metadata: Metadata | None = None
@@ -61,49 +64,43 @@ class TensorWriter:
 
     def copy(self) -> None:
         """Copy the shards that this rank writes to the CPU, so that training can continue during `write`."""
-        self._planner.copy()
+        self._planner.copy(self._host_copies)
 
-    def write(self) -> list[WriteResult]:
+    def write(self) -> tuple[list[WriteResult], dict[str, FileRecord]]:
         """Write this rank's shards into one file, one shard at a time, and sync the file to disk.
 
         Torch's writer would keep all its copies, of views and of GPU tensors, until the file is complete
         (2.13).
+
+        Returns:
+            The positions of the shards, and the record of the file by its name; both empty without shards.
         """
         if not self._plan.items:
-            return []
+            return [], {}
         name = f"{self._plan.storage_data.prefix}0.distcp"
         results = []
-        with (self._folder / name).open("wb") as file:
+        with HashedFile(self._folder / name) as file:
             for item in self._plan.items:
                 begin = file.tell()
-                torch.save(_compact_on_cpu(self._planner.lookup_object(item.index)), file)
+                tensor = self._host_copies.compact(self._planner.lookup_object(item.index))
+                # The copy is not used again, and training waits for a save that does not copy.
+                file.lend(tensor, tensor.data_ptr(), tensor.nbytes)
+                torch.save(tensor, file)  # type: ignore[arg-type]  # it calls `write` and `flush` only
                 position = _StorageInfo(name, begin, file.tell() - begin)
                 results.append(WriteResult(item.index, position.length, position))
-            file.flush()
-            os.fsync(file.fileno())
-        return results
+            file.sync()
+            return results, {name: file.record()}
 
     def finish(self, results: list[list[WriteResult]]) -> None:
         """Write the metadata with the positions of all shards.
 
         Args:
-            results: What `write` returned on each rank.
+            results: The positions that `write` returned on each rank.
         """
         assert self._metadata is not None, "only rank 0 has the metadata of the global plan"
         self._writer.finish(self._metadata, results)
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
         torch.save({}, self._folder / COMMON)
-
-
-def _compact_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor to the CPU with a storage of its size, because torch.save writes the entire storage."""
-    on_cpu = tensor.detach().cpu()
-    return on_cpu if on_cpu.untyped_storage().size() == on_cpu.nbytes else on_cpu.clone()
-
-
-def get_written_files(results: list[WriteResult]) -> set[str]:
-    """Return the names of the files that a rank has written."""
-    return {result.storage_data.relative_path for result in results}
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -113,10 +110,10 @@ class _SavePlanner(DefaultSavePlanner):
         super().__init__(**options)
         self._copies: dict[MetadataIndex, torch.Tensor] = {}
 
-    def copy(self) -> None:
+    def copy(self, host_copies: HostCopies) -> None:
         """Copy the shards in this rank's plan to the CPU."""
         for item in self.plan.items:
-            self._copies[item.index] = self.lookup_object(item.index).detach().to("cpu", copy=True)
+            self._copies[item.index] = host_copies.copy(self.lookup_object(item.index))
 
     @override
     def lookup_object(self, index: MetadataIndex) -> Any:

@@ -266,12 +266,12 @@ def data(
     show_default=True,
     help="Size of the checkpoint in 10⁹ bytes; needs four times as much memory.",
 )
-@click.option("--repeats", type=POSITIVE, default=5, show_default=True)
+@click.option("--repeats", type=POSITIVE, default=7, show_default=True)
 @JSON_OPTION
 def checkpoint(directory: Path, gigabytes: float, repeats: int, as_json: bool) -> None:
     """Time how long a save blocks training, and its rate.
 
-    The time is compared with one copy in memory, and the rate with dd.
+    The time is compared with one copy in memory, the save with one without checksums, and the rate with dd.
     """
     import tempfile
 

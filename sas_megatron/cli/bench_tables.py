@@ -152,6 +152,8 @@ def checkpoint_rows(result: dict[str, Any]) -> Rows:
         ("training blocked by an asynchronous save", f"{seconds['blocked']:.3f} s"),
         ("blocked / copy", f"{result['blocked_over_copy']:.2f}"),
         ("save, checksums included", f"{seconds['save']:.3f} s"),
+        ("save without checksums", f"{seconds['unhashed']:.3f} s"),
+        ("checksums / save", f"{result['hashing_exposed']:.1%}"),
         ("dd conv=fsync", f"{seconds['dd']:.3f} s"),
         ("rate of a save / rate of dd", f"{result['save_rate_over_dd']:.2f}"),
     ]

@@ -19,4 +19,5 @@ def test_a_save_is_compared_with_a_copy_and_with_dd_and_its_files_are_removed(tm
     )
     assert result["blocked_over_copy"] == blocked / copy
     assert result["save_rate_over_dd"] == dd / save
+    assert result["hashing_exposed"] == (save - result["seconds"]["unhashed"]) / save
     assert not list(tmp_path.iterdir())

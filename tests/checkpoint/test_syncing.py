@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sas_megatron.checkpoint.manifest import find_checkpoints
+from sas_megatron.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from sas_megatron.config.run import RunConfig
 from tests.checkpoint.saved_runs import train_and_save
 from tests.training.layouts import SHARDED, Layout
@@ -46,3 +46,31 @@ def test_every_file_is_synced_in_full_before_the_checkpoint_is_published(ranks: 
         if path.is_file():
             assert synced.get(path.name) == path.stat().st_size, path.name
     assert f"{checkpoint.name}.partial" in synced, "the folder, which contains the file names, is synced"
+
+
+def save_and_list_reads(config: RunConfig, folder: Path) -> list[str]:
+    """Save a checkpoint on a rank; return the names of the files that are read for their checksums."""
+    from sas_megatron.io import file_records
+
+    read: list[str] = []
+    open_regular_file = file_records.open_regular_file
+
+    def recording_open(path: Path) -> Any:
+        read.append(path.name)
+        return open_regular_file(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_records, "open_regular_file", recording_open)
+        train_and_save(config, folder, 1)
+    return read
+
+
+def test_files_of_tensors_are_not_read_again_for_their_checksums(ranks: Any, tmp_path: Path) -> None:
+    config = Layout(2, optimizer=SHARDED).config("sas-gather")
+    first, second = ranks(2).run(save_and_list_reads, config, tmp_path)
+    (checkpoint,) = find_checkpoints(tmp_path)
+    tensors = {path.name for path in checkpoint.glob("*.distcp")}
+    assert len(tensors) == 2
+    assert not tensors & {*first, *second}
+    assert "progress.json" in first
+    verify_checkpoint(checkpoint)

@@ -143,9 +143,16 @@ MUTANTS = (
     Mutant(
         "tensors-not-synced",
         "sas_megatron.checkpoint.tensor_writing:TensorWriter.write",
-        "os.fsync(file.fileno())",
-        "pass",
+        "file.sync()",
+        "file.flush()",
         "A checkpoint is published without an fsync of its tensors.",
+    ),
+    Mutant(
+        "views-saved-with-their-buffer",
+        "sas_megatron.checkpoint.host_copies:HostCopies.compact",
+        "tensor.untyped_storage().size() == tensor.nbytes",
+        "tensor.is_contiguous()",
+        "A checkpoint stores the buffer of the optimizer once for each of its views.",
     ),
     Mutant(
         "file-checksum-not-compared",
