@@ -5,6 +5,7 @@
 # creates a git worktree with an environment of its own. SIGTERM or SIGINT: the started runs save a checkpoint and stop;
 # the same command resumes them. Variables, with their defaults in parentheses:
 #   FROZEN_FOLDER  the folder of worktrees (../sas_megatron_frozen, next to this checkout)
+#   FROZEN_VENV    an existing environment with the requirements, which is not changed (a new one in the worktree)
 #   STUDY_NICE     the priority, from 0 to 19, the lowest (19)
 #   STUDY_COMMAND  the command of `sas-megatron study` (run); for example export, import, status
 set -euo pipefail
@@ -30,9 +31,15 @@ if [ "$(git -C "$worktree" rev-parse HEAD)" != "$commit" ] || [ -n "$(git -C "$w
   fail "$worktree: was changed; restore it with git -C $worktree checkout --force $commit, or remove it"
 fi
 if [ ! -f "$worktree/$study" ]; then fail "$study: does not exist at commit ${commit:0:12}"; fi
-# shellcheck source=launch/environment.sh
-source "$worktree/launch/environment.sh"
-enter_environment ''
+if [ -n "${FROZEN_VENV:-}" ]; then
+  export PATH="$FROZEN_VENV/bin:$PATH"
+else
+  # An environment of the checkout must not be changed to the package of the worktree.
+  export SAS_MEGATRON_VENV=$worktree/.venv
+  # shellcheck source=launch/environment.sh
+  source "$worktree/launch/environment.sh"
+  enter_environment ''
+fi
 # The runs import the package of the worktree, also if the working directory contains another one.
 export PYTHONPATH=$worktree PYTHONSAFEPATH=1
 printf 'frozen_study: commit %s in %s, process %s\n' "${commit:0:12}" "$worktree" $$ >&2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -42,18 +41,10 @@ class Checkout:
             self.study.with_name("base.yaml").write_text(dump_tree(base))
         self.git("init", "--quiet")
         self.commit = self.add_commit()
-        version = subprocess.run([sys.executable, "--version"], capture_output=True, text=True, check=True)
-        environment = folder / "environment"
-        environment.mkdir()
-        for name in ("bin", "lib", "pyvenv.cfg"):
-            (environment / name).symlink_to(Path(sys.prefix) / name)
-        stamp = hashlib.sha256((ROOT / "setup.py").read_bytes()).hexdigest()[:16]
-        (environment / "set_up_for_test").write_text(f"{stamp} {version.stdout.strip()}")
         self.environment = {
             **os.environ,
             "FROZEN_FOLDER": str(folder / "frozen"),
-            "SAS_MEGATRON_VENV": str(environment),
-            "PYTHON": sys.executable,
+            "FROZEN_VENV": sys.prefix,
         }
 
     def git(self, *arguments: str) -> str:
