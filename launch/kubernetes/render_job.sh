@@ -47,8 +47,8 @@ quote() {
   printf '"%s"' "${text//\$(/\$\$(}"
 }
 
-arguments=''
-for argument in "$@"; do arguments+="            - $(quote "$argument")"$'\n'; done
+argument_lines=''
+for argument in "$@"; do argument_lines+="            - $(quote "$argument")"$'\n'; done
 limits=''
 if [ -n "$gpu_resource" ]; then limits+="$gpu_resource: $gpus, "; fi
 # RDMA pins memory, for which a container needs this capability.
@@ -102,7 +102,7 @@ spec:
           image: "$image"
           command: [/opt/sas_megatron/launch/kubernetes/run_pod.sh]
           args:
-${arguments%$'\n'}
+${argument_lines%$'\n'}
           workingDir: /work
           env:
             - {name: RUN_ID, value: "$RUN_ID"}
