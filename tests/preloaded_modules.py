@@ -6,6 +6,7 @@ import atexit
 import gc
 import importlib
 import os
+import sys
 
 MODULES = (
     "sas_megatron.attention.mfa.layer",
@@ -45,8 +46,11 @@ def _import_all() -> None:
     if device.type == "cpu":
         # `training/deepspeed_engine.py` sets it as well. DeepSpeed chooses its accelerator only once.
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed's autotuner imports MLflow if it is installed, and with it libraries that start threads.
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
         for module in DEEPSPEED_MODULES:
             importlib.import_module(module)
+        del sys.modules["mlflow"]
         del os.environ["DS_ACCELERATOR"]
     # Otherwise a garbage collection in a forked process would visit, and so copy, the imported objects.
     gc.freeze()

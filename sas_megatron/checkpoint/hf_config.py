@@ -131,7 +131,7 @@ class HFConfig:
             FieldError: The value has no native name.
         """
         value = self.get(name, default)
-        if value not in native_names:
+        if not isinstance(value, str) or value not in native_names:
             raise self._not_supported(name, value, f"one of {', '.join(native_names)}")
         return native_names[value]
 

@@ -161,7 +161,7 @@ def adopt(
         click.echo(f"data.prefixes: {json.dumps(shards, ensure_ascii=False)}")
 
 
-@data.command()
+@data.command(short_help="Write the Python source of wheels as a corpus.")
 @click.argument("list_path", metavar="LIST", type=click.Path(path_type=Path))
 @click.option(
     "--output",

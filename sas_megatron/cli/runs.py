@@ -12,7 +12,7 @@ def runs() -> None:
     """Send the records of runs to trackers."""
 
 
-@runs.command()
+@runs.command(short_help="Send finished runs to their trackers.")
 @click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--tracker",

@@ -196,16 +196,18 @@ class CoreAttentionSpec:
         return inputs + self.layer.element_bytes * elements + FLOAT32_BYTES * self._rows * queries
 
     def _count_window_elements(self, keys: int) -> int:
-        """Return the elements that the blocks of a window save: keys and values again, and one mask.
+        """Return the elements that the blocks of a window save besides those without a window.
 
-        The first block's keys are views of those that are counted without a window.
+        The first block saves its part of keys and values, and the others save copies that begin with the last
+        keys and values of the previous block. Keys without a copy belong to a tensor that is saved anyway.
+        All blocks share a mask.
         """
         layer = self.layer
         if layer.window is None or layer.backend != "fused":
             return 0
         (rows, _), *others = _window_keys(layer.length, layer.window)
-        again = layer.batch * keys * 2 * self.query_key_width * sum(num_keys for _, num_keys in others)
-        return again + rows * (rows + layer.window - 1)
+        copied = 2 * sum(num_keys for _, num_keys in others) - (layer.length - rows)
+        return layer.batch * keys * self.query_key_width * copied + rows * (rows + layer.window - 1)
 
     def _cudnn_bytes(self) -> int:
         """Return the bytes of query, key, value and result, unpadded, and the log-sum-exp of each query."""

@@ -51,7 +51,8 @@ def check_refused(done: subprocess.CompletedProcess[str], message: str, folder: 
 def test_invalid_override_ends_training_before_it_starts(tmp_path: Path) -> None:
     check_refused(
         command("train", QUICKSTART, "attention.kernel_size=4", "training.num_steps=50", folder=tmp_path),
-        "attention.kernel_size=4: must be odd, so that the convolution preserves head_dim; use 3 or 5",
+        "attention.kernel_size=4: must be odd, so that the convolution preserves head_dim; use 3 or 5\n"
+        f"sas-megatron: try: sas-megatron train {QUICKSTART} training.num_steps=50 attention.kernel_size=5",
         tmp_path,
     )
 
@@ -60,7 +61,9 @@ def test_wrong_world_size_ends_training_before_it_starts(tmp_path: Path) -> None
     check_refused(
         command("train", QUICKSTART, folder=tmp_path, WORLD_SIZE="3", RANK="0"),
         "world size=3: must be a multiple of 2, the ranks of one model (parallel.tensor=2); "
-        "start 2 processes (launch/torchrun.sh 2 CONFIG), or change the parallel degrees",
+        "start 2 processes (launch/torchrun.sh 2 CONFIG), or change the parallel degrees\n"
+        "sas-megatron: try: torchrun --standalone --nproc-per-node 2 -m sas_megatron train "
+        f"{QUICKSTART}",
         tmp_path,
     )
 

@@ -128,8 +128,9 @@ DATA = {
     "peak_memory_bytes_of_triple": 2**40,
 }
 CHECKPOINT = {
-    "seconds": dict.fromkeys(("copy", "blocked", "save", "dd"), 1234.567),
+    "seconds": dict.fromkeys(("copy", "blocked", "save", "unhashed", "dd"), 1234.567),
     "blocked_over_copy": 12.345,
+    "hashing_exposed": 0.123,
     "save_rate_over_dd": 12.345,
 }
 SCORING = {kind: {"scoring": 1.234e6, "bare": 1.234e6, "ratio": 0.987} for kind in ("choices", "texts")}

@@ -241,9 +241,10 @@ def read_both(prefixes: list[str], location: str, cache: str) -> list[list[Any]]
             path_to_cache=f"{cache}/theirs",
             tokenizer=_OnlyEnd(tokenizer.eos_id),
             reset_position_ids=True,
-            reset_attention_mask=True,
+            # Segments replace the mask.
+            reset_attention_mask=False,
             eod_mask_loss=False,
-            create_attention_mask=True,
+            create_attention_mask=False,
         ),
     ).build()[0]
     return [

@@ -12,7 +12,7 @@ import pytest
 from sas_megatron.config.errors import FieldError
 from sas_megatron.data.mock_data import provide_mock_data
 from sas_megatron.data.token_files import load_manifest, open_token_files, verify_token_files
-from sas_megatron.data.tokenizer import Tokenizer
+from sas_megatron.data.tokenizer_loading import load_tokenizer
 from tests.fork_server import run_command
 from tests.run_configs import small_config
 
@@ -90,7 +90,7 @@ def test_a_run_without_a_corpus_trains_and_resumes(tmp_path: Path, cache: Path) 
     losses = [record["train_loss"] for record in records if record["kind"] == "train"]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    assert Tokenizer(tmp_path / "run" / "tokenizer.model").vocab_size == 301
+    assert load_tokenizer(tmp_path / "run" / "tokenizer.model").vocab_size == 301
     # The newest checkpoint under Megatron-LM's name.
     pointer = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert pointer.read_text() == "6"

@@ -16,6 +16,7 @@ from sas_megatron.data.tokenizer_loading import load_tokenizer
 from tests.conftest import ROOT
 from tests.data.damaged_files import write_table
 from tests.data.preparing import prepare_two_documents
+from tests.data.test_wheel_corpus import source, write_wheels
 from tests.data.token_pairs import write_pair
 from tests.data.tokenizer_kinds import write_normalizing
 from tests.docs.pages import read_table
@@ -143,6 +144,18 @@ def check_adopted(workspace: Workspace) -> None:
     assert json.loads((workspace.folder / "adopted.json").read_text())["documents_without_end"] == 1
 
 
+def check_wheels(workspace: Workspace) -> None:
+    text = source(seed=1)
+    files: dict[str, str | bytes] = {"one/a.py": text, "one/b.py": text, "one/c.py": "", "one/d.py": b"\xff"}
+    listed = write_wheels(workspace.folder / "wheels", one=files)
+    options = ("--wheels", listed.parent, "--output", "wheels.parquet")
+    done = workspace.command("data", "wheels", listed, *options)
+    counts = "left out empty files (1), files that are not UTF-8 (1), exact duplicates (1)"
+    assert counts in done.stdout.splitlines()[-1]
+    record = json.loads((workspace.folder / "wheels.json").read_text())
+    assert record["left_out"] == {"empty files": 1, "files that are not UTF-8": 1, "exact duplicates": 1}
+
+
 def check_sample(workspace: Workspace) -> None:
     (workspace.folder / "empty.txt").write_text("")
     options = ("--vocab-size", 290, "--sample-bytes", 1200, "--output", "sample.model")
@@ -232,6 +245,10 @@ CHECKS: dict[tuple[str, str], Callable[[Workspace], None]] = {
     ("data prepare", "files and folders that several names lead to, read once"): check_names,
     ("data prepare", "several formats, or several splits of a saved dataset, read together"): check_formats,
     ("data prepare", "source files of `builtin` that are empty or not UTF-8"): check_builtin,
+    (
+        "data wheels",
+        "empty files, files that are not UTF-8 or mostly data, copies and near-duplicates",
+    ): check_wheels,
     ("data prepare", "empty documents"): check_empty_documents,
     ("data prepare", "what the tokenizer changes in a text"): check_changed_text,
     ("data prepare", "tokens of an interrupted or earlier run, kept"): check_kept_tokens,

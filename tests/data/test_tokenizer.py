@@ -181,7 +181,9 @@ def test_error_names_invalid_models(tmp_path: Path, tokenizer_path: Path) -> Non
         path.write_bytes(content)
         with pytest.raises(FileProblem, match=r"t\.model: is damaged, or is not a tokenizer that"):
             load_tokenizer(path)
-    with pytest.raises(FileProblem, match="cannot be read"):
+    with pytest.raises(
+        FileProblem, match=r"is a folder without tokenizer\.json or tokenizer\.model; name the file"
+    ):
         load_tokenizer(tmp_path)
 
 

@@ -55,6 +55,7 @@ def test_data_ranks_read_each_sample_of_a_step_once(
 
 def reads_of_a_rank(config: RunConfig) -> tuple[list[int], list[list[int]]]:
     """Return the samples that a rank reads for three steps, and the tokens; after the second it resumes."""
+    from sas_megatron.data.validation_sets import UNNAMED
     from sas_megatron.training.run_data import RunData
 
     topology = in_layout(config.parallel)
@@ -68,7 +69,7 @@ def reads_of_a_rank(config: RunConfig) -> tuple[list[int], list[list[int]]]:
 
     data._training_samples = Recorded()  # type: ignore[assignment]
     batches = [batch for first in (0, 4, 16) for batch in data.training_batches(first)]
-    batches += list(data.validation_batches())
+    batches += list(data.validation_batches()[UNNAMED])
     return sorted(set(read)), [row.tolist() for batch in batches for row in batch.get("tokens", [])]
 
 

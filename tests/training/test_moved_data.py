@@ -148,15 +148,15 @@ def test_a_model_is_used_with_the_tokenizer_that_its_run_keeps(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     source = find_model_source(copied)
-    assert source.tokenizer.path == copied / "tokenizer.model"
+    assert source.tokenizer.location == str(copied / "tokenizer.model")
     assert source.config.data.tokenizer == str(copied / "tokenizer.model")
-    assert source.tokenizer.path.read_bytes() == small_data.tokenizer.read_bytes()
+    assert Path(source.tokenizer.location).read_bytes() == small_data.tokenizer.read_bytes()
     # Another file at the path of the config is not used, and a path that the user names is.
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / small_data.tokenizer.name).write_bytes(b"another tokenizer")
-    assert find_model_source(copied).tokenizer.path == copied / "tokenizer.model"
+    assert find_model_source(copied).tokenizer.location == str(copied / "tokenizer.model")
     given = find_model_source(copied, overrides=[f"data.tokenizer={small_data.tokenizer}"])
-    assert given.tokenizer.path == small_data.tokenizer
+    assert given.tokenizer.location == str(small_data.tokenizer)
     with pytest.raises(
         FieldError, match=r"data\.tokenizer=none\.model: does not exist, and .* no copy; name"
     ):

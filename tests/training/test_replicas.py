@@ -65,7 +65,8 @@ def complete_with_drift(config: RunConfig, drifting_rank: int, name: str) -> Non
     def flip_bit(run: Any) -> None:
         if run.progress.step == 3:
             weights = dict(run.engine.model_chunks[0].named_parameters())[name].detach()
-            weights.view(torch.int32).view(-1)[-1] ^= 1
+            # The lowest bit may be lost in the rounding of the next update.
+            weights.view(torch.int32).view(-1)[-1] ^= 1 << 10
 
     complete_with_callback(config, drifting_rank, flip_bit)
 

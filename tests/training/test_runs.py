@@ -85,7 +85,7 @@ def test_every_kind_and_modifier_has_a_quickstart_config() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "num_steps"),
-    cases([("sas", 30), *((kind, 120) for kind in QUICKSTARTS)], default=[("sas", 30)]),
+    cases([("sas", 40), *((kind, 120) for kind in QUICKSTARTS)], default=[("sas", 40)]),
 )
 def test_every_shipped_quickstart_config_learns_the_builtin_corpus(
     ranks: Any, small_data: SmallData, tmp_path: Path, kind: str, num_steps: int
@@ -273,7 +273,7 @@ def test_the_fault_of_a_non_finite_loss_names_step_and_rank(
 def test_an_existing_run_directory_is_refused(ranks: Any, small_data: SmallData, tmp_path: Path) -> None:
     config = small_data.run(tmp_path / "run", training={"num_steps": 4})
     ranks(1).run(complete, config)
-    with pytest.raises(FieldError, match=r"already holds a run; set checkpoint\.resume=true"):
+    with pytest.raises(FieldError, match=r"already holds a run; set checkpoint\.resume=auto"):
         RunFiles.check_directory(config)
 
 

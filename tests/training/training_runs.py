@@ -102,7 +102,9 @@ def take_steps(config: RunConfig) -> Steps:
     engine = build_engine(config)
     per_rank = config.training.num_microbatches(topology.data_size)
     initial_weights = weight_parts(engine.model_chunks, weight_reader(engine))
-    probe = probe_model(engine, probe_batches(config, topology), config=config, topology=topology)
+    probe = []
+    if config.evaluation.probe_sequences:
+        probe = probe_model(engine, probe_batches(config, topology), config=config, topology=topology)
     losses, norms, gradients = [], [], {}
     update, measurement = engine.update, UpdateMeasurement(engine)
 

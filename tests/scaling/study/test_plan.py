@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from sas_megatron.cli.main import cli
 from sas_megatron.config.errors import UserError
-from sas_megatron.config.training import EvaluationConfig
+from sas_megatron.config.evaluation import EvaluationConfig
 from sas_megatron.costs.flops import count_training_flops
 from sas_megatron.costs.parameters import count_parameters, without_embeddings
 from sas_megatron.scaling.study.plan_builder import build_plan

@@ -100,7 +100,7 @@ def test_page_fits_the_browser_and_loads_no_resources(
     assert all(drawn_width > 300 and height > 100 for drawn_width, height in found["drawn"])
     assert found["texts"] > 100
     assert found["loaded"] == []
-    assert found["tables"] == 8
+    assert found["tables"] == 13
     assert (found["ink"] == "rgb(232, 235, 238)") == (scheme == "dark")
     assert found["verdict"] != "rgba(0, 0, 0, 0)"
 
