@@ -84,10 +84,11 @@ def test_only_the_first_and_the_last_pipeline_stage_read_samples(
     )
     first, second, third, last = ranks(4).run(reads_of_a_rank, config)
     assert second == third == ([], [])
-    assert first == last
-    # The thread has read on after the second step, and stops at the end of the run.
-    assert set(first[0]) >= {*range(8), *range(16, 20)}
-    assert max(first[0]) < 20
+    assert first[1] == last[1]
+    # The thread has read on after the second step, as far as it had time, and stops at the end of the run.
+    for read, _ in (first, last):
+        assert set(read) >= {*range(8), *range(16, 20)}
+        assert max(read) < 20
     masked = small_data.run(
         tmp_path,
         model={"num_layers": 4},
