@@ -25,7 +25,7 @@ from sas_megatron.tracking.rows import RowReader, has_ended
 from sas_megatron.tracking.sent_record import FOLDER, locked, read_sent_record
 from sas_megatron.tracking.sync import Sender
 from sas_megatron.tracking.tracker import REMOTE_TRACKERS, load_tracked_run
-from sas_megatron.tracking.wandb_tracker import OFFLINE_MODES
+from sas_megatron.tracking.wandb_tracker import is_offline
 
 SECONDS_BETWEEN = 10.0
 # After an error, twice as long each time.
@@ -114,16 +114,12 @@ def follow(directory: Path) -> None:
             # The process of the previous session may still be sending.
             stack.enter_context(locked(directory, name, wait=True))
         senders = {name: stack.enter_context(Sender(run, name)) for name in names}
-        live = [name for name in names if not _is_offline(name)]
+        live = [name for name in names if name != "wandb" or not is_offline()]
         pause, seconds = SECONDS_BETWEEN, 0.0
         while not _is_closed(sys.stdin.fileno(), seconds=seconds):
             pause = SECONDS_BETWEEN if _send(senders, live) else min(2 * pause, MAX_SECONDS_BETWEEN)
             seconds = pause
         _send(senders, names)
-
-
-def _is_offline(tracker: str) -> bool:
-    return tracker == "wandb" and os.environ.get("WANDB_MODE", "").lower() in OFFLINE_MODES
 
 
 def _is_closed(descriptor: int, *, seconds: float) -> bool:

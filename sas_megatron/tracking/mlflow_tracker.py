@@ -123,7 +123,7 @@ def _translated_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise NotReached(" ".join(str(error).split())[:300]) from error
+        raise NotReached(error) from error
 
 
 def _absolute_uri(uri: str) -> str:

@@ -23,7 +23,14 @@ Save = Callable[[SentRecord], None]
 
 
 class NotReached(Exception):
-    """A tracker refuses a connection, or does not answer; the rows can be sent later."""
+    """A tracker refuses a connection, or does not answer; the rows can be sent later.
+
+    Args:
+        error: The error of the tracker's library; its message may have many lines.
+    """
+
+    def __init__(self, error: object) -> None:
+        super().__init__(" ".join(str(error).split())[:300])
 
 
 @dataclass(frozen=True)

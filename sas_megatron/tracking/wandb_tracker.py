@@ -20,7 +20,7 @@ from sas_megatron.tracking.rows import Row
 from sas_megatron.tracking.sent_record import FOLDER, Pending, SentRecord
 from sas_megatron.tracking.tracker import NotReached, Save, TrackedRun, Tracker
 
-OFFLINE_MODES = ("offline", "dryrun")
+_OFFLINE_MODES = ("offline", "dryrun")
 ROWS_PER_RECORD = 100
 # Offline parts of the run, each for one session, which `wandb sync RUN/wandb/offline-run-*` uploads.
 PARTS = "wandb"
@@ -29,8 +29,12 @@ _UNPUBLISHED = "wandb.unpublished."
 
 def build_wandb_tracker(run: TrackedRun) -> Tracker:
     """Return the tracker for WANDB_MODE."""
-    is_offline = os.environ.get("WANDB_MODE", "online").lower() in OFFLINE_MODES
-    return OfflineWandbTracker(run) if is_offline else OnlineWandbTracker(run)
+    return OfflineWandbTracker(run) if is_offline() else OnlineWandbTracker(run)
+
+
+def is_offline() -> bool:
+    """Return whether WANDB_MODE selects files for `wandb sync` instead of a server."""
+    return os.environ.get("WANDB_MODE", "").lower() in _OFFLINE_MODES
 
 
 def _init(run: TrackedRun, *, folder: Path, mode: Literal["online", "offline"]) -> Any:
@@ -61,7 +65,7 @@ def _init(run: TrackedRun, *, folder: Path, mode: Literal["online", "offline"]) 
             ),
         )
     except (wandb.Error, OSError) as error:
-        raise NotReached(" ".join(str(error).split())[:300]) from error
+        raise NotReached(error) from error
 
 
 class OnlineWandbTracker(Tracker):
