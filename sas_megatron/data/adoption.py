@@ -12,20 +12,17 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sas_megatron import __version__
 from sas_megatron.config.errors import FileProblem, translate_os_errors
 from sas_megatron.data.token_files import (
-    SCHEMA_VERSION,
     TokenManifest,
+    build_manifest,
     check_token_range,
-    hash_file,
     load_manifest,
     token_file,
     verify_token_files,
@@ -38,7 +35,7 @@ from sas_megatron.data.token_index import (
     read_offsets,
 )
 from sas_megatron.data.tokenizer import RefusedText, Tokenizer
-from sas_megatron.io.files import format_path, write_file
+from sas_megatron.io.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +165,9 @@ def _check(prefix: str, tokenizer: Tokenizer) -> TokenManifest:
         if without_end == num_documents:
             raise FileProblem(bin_path, problem, "name the tokenizer that encoded it")
         logger.warning("%s: %s; is it the tokenizer that encoded them?", bin_path, problem)
-    return TokenManifest(
-        schema_version=SCHEMA_VERSION,
+    return build_manifest(
+        tokenizer,
+        idx_path,
         adopted=True,
         num_documents=num_documents,
         num_tokens=num_tokens,
@@ -177,20 +175,10 @@ def _check(prefix: str, tokenizer: Tokenizer) -> TokenManifest:
         empty_documents=0,
         documents_without_end=without_end,
         dtype=token_type,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        end_of_document=tokenizer.end_of_document,
-        round_trip=tokenizer.round_trip,
         max_token_id=contents.max_token_id,
-        tokenizer_path=format_path(Path(tokenizer.absolute_location)),
-        tokenizer_sha256=tokenizer.sha256,
         sources=[],
         bin_bytes=bin_bytes,
         bin_sha256=contents.sha256,
-        idx_bytes=idx_path.stat().st_size,
-        idx_sha256=hash_file(idx_path),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        package_version=__version__,
     )
 
 

@@ -10,26 +10,23 @@ import contextlib
 import hashlib
 import shutil
 import uuid
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from sentencepiece import sentencepiece_model_pb2
 
-from sas_megatron import __version__
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.data.sentencepiece_tokenizer import SPACE_MARK
 from sas_megatron.data.token_files import (
-    SCHEMA_VERSION,
-    TokenManifest,
-    hash_file,
+    build_manifest,
     token_file,
     verify_token_files,
 )
 from sas_megatron.data.token_index import write_index
 from sas_megatron.data.tokenizer_loading import load_tokenizer
+from sas_megatron.io.file_records import describe_file
 from sas_megatron.io.files import make_folder, user_cache_folder
 
 # Changes whenever the same arguments give other files.
@@ -117,29 +114,23 @@ def _write_files(temporary: Path, folder: Path, *, vocab_size: int, num_document
     bin_path, idx_path = token_file(prefix, ".bin"), token_file(prefix, ".idx")
     bin_path.write_bytes(tokens.tobytes())
     write_index(idx_path, lengths, tokenizer.token_dtype)
+    contents = describe_file(bin_path)
     nothing = hashlib.sha256().hexdigest()
-    manifest = TokenManifest(
-        schema_version=SCHEMA_VERSION,
+    manifest = build_manifest(
+        tokenizer,
+        idx_path,
         num_documents=num_documents,
         num_tokens=tokens.size,
         text_bytes=int(tokenizer.token_byte_lengths()[tokens].sum()),
         empty_documents=0,
-        dtype="uint16" if tokenizer.token_dtype.itemsize == 2 else "int32",
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
         max_token_id=int(tokens.max()),
         tokenizer_path=str(folder / model.name),
-        tokenizer_sha256=tokenizer.sha256,
         text_column="mock",
         sources=[],
         sources_fingerprint=nothing,
         text_sha256=nothing,
-        bin_bytes=bin_path.stat().st_size,
-        bin_sha256=hash_file(bin_path),
-        idx_bytes=idx_path.stat().st_size,
-        idx_sha256=hash_file(idx_path),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        package_version=__version__,
+        bin_bytes=contents.size_bytes,
+        bin_sha256=contents.sha256,
     )
     token_file(prefix, ".json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

@@ -16,11 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sas_megatron import __version__
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.data.chunks import CHUNK_BYTES, cut_chunks
 from sas_megatron.data.documents import (
@@ -33,10 +31,9 @@ from sas_megatron.data.encoding_pool import EncodingPool, RefusedDocument
 from sas_megatron.data.partial_tokens import PartialTokens, publish
 from sas_megatron.data.sources import Source, SourceFile, find_sources, fingerprint_files
 from sas_megatron.data.token_files import (
-    SCHEMA_VERSION,
     SourceRecord,
     TokenManifest,
-    hash_file,
+    build_manifest,
     token_file,
     verify_token_files,
 )
@@ -271,30 +268,20 @@ def _write_manifest(
         totals.num_chunks = 0
         raise empty_corpus([source.path for source in sources])
     idx_path = partial.write_index()
-    manifest = TokenManifest(
-        schema_version=SCHEMA_VERSION,
+    manifest = build_manifest(
+        tokenizer,
+        idx_path,
         num_documents=totals.num_documents,
         num_tokens=totals.num_tokens,
         text_bytes=totals.text_bytes,
         empty_documents=totals.empty_documents,
-        dtype="uint16" if tokenizer.token_dtype.itemsize == 2 else "int32",
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
         max_token_id=totals.max_token_id,
-        end_of_document=tokenizer.end_of_document,
-        round_trip=tokenizer.round_trip,
-        tokenizer_path=format_path(Path(tokenizer.absolute_location)),
-        tokenizer_sha256=tokenizer.sha256,
         text_column=text_column,
         sources=[_record_source(source) for source in sources],
         sources_fingerprint=fingerprint_files(file for source in sources for file in source.files),
         text_sha256=partial.text_sha256(),
         bin_bytes=totals.token_bytes,
         bin_sha256=partial.bin_sha256(),
-        idx_bytes=idx_path.stat().st_size,
-        idx_sha256=hash_file(idx_path),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        package_version=__version__,
     )
     partial.write_manifest(manifest.model_dump_json(indent=2) + "\n")
     return manifest

@@ -7,15 +7,17 @@ file.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from sas_megatron import __version__
 from sas_megatron.config.data import DataConfig
 from sas_megatron.config.errors import FieldError, FileProblem, translate_os_errors
 from sas_megatron.data.document_split import check_split
@@ -32,12 +34,12 @@ from sas_megatron.data.token_index import (
 )
 from sas_megatron.data.tokenizer import Tokenizer
 from sas_megatron.data.tokenizer_loading import load_tokenizer
+from sas_megatron.io.file_records import describe_file
+from sas_megatron.io.files import format_path
 
 # Version 2 added `end_of_document`, `round_trip` and `adopted`.
 SCHEMA_VERSION = 2
 _READABLE_VERSIONS = (1, SCHEMA_VERSION)
-
-
 # Token files up to this size are read completely before a run, which takes about 1 s. Of larger ones only
 # sizes, headers and manifests are compared; `sas-megatron data inspect --verify` reads them completely.
 MAX_FULLY_VERIFIED_BYTES = 2**30
@@ -89,6 +91,32 @@ class TokenManifest(BaseModel):
 def token_file(prefix: str | Path, ending: str) -> Path:
     """Return the path of a prefix with an ending such as `.bin`; the prefix itself may contain dots."""
     return Path(f"{prefix}{ending}")
+
+
+def build_manifest(tokenizer: Tokenizer, idx_path: Path, **contents: Any) -> TokenManifest:
+    """Return the manifest of complete token files.
+
+    Args:
+        tokenizer: The tokenizer of the tokens.
+        idx_path: The index.
+        contents: The other fields. `dtype` and `tokenizer_path` replace those of the tokenizer.
+    """
+    index = describe_file(idx_path)
+    fields = {
+        "schema_version": SCHEMA_VERSION,
+        "dtype": tokenizer.token_dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "end_of_document": tokenizer.end_of_document,
+        "round_trip": tokenizer.round_trip,
+        "tokenizer_path": format_path(Path(tokenizer.absolute_location)),
+        "tokenizer_sha256": tokenizer.sha256,
+        "idx_bytes": index.size_bytes,
+        "idx_sha256": index.sha256,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "package_version": __version__,
+    }
+    return TokenManifest(**{**fields, **contents})
 
 
 def load_manifest(prefix: str | Path) -> TokenManifest:
@@ -171,7 +199,7 @@ def verify_token_files(
     _check_token(manifest.max_token_id, limit, bin_path)
     if full:
         for path, sha256 in ((bin_path, manifest.bin_sha256), (idx_path, manifest.idx_sha256)):
-            if hash_file(path) != sha256:
+            if describe_file(path).sha256 != sha256:
                 raise FileProblem(path, "has changed since it was written (sha256)", PREPARE_AGAIN)
         check_positions(
             idx_path,
@@ -278,16 +306,6 @@ def read_document_tokens(prefix: str | Path, document: int) -> npt.NDArray[np.in
     found = tokens[start : start + length].astype(np.int64)
     check_token_range(found, manifest.vocab_size, bin_path)
     return found
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_token_range(tokens: npt.NDArray[np.generic], vocab_size: int, path: Path) -> None:
