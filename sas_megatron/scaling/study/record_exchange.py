@@ -83,9 +83,7 @@ def export_records(plan: Plan, folder: Path) -> Exchange:
         record = read_record(kept) if kept.exists() else build_run_record(run.directory, study=target.name)
         if path.exists():
             if read_record(path).files["run.json"] != record.files["run.json"]:
-                raise FileProblem(
-                    path, f"is the record of another run than that in {run.directory}", "remove one of them"
-                )
+                raise _another_run(path, run)
             known.append(run.name)
         else:
             contents[path] = record.compress()
@@ -227,8 +225,7 @@ def _is_known(path: Path, record: CompactRecord, run: PlannedRun) -> bool:
     if is_settled(run):
         if (run.directory / "run.json").read_text(encoding="utf-8") == record.files.get("run.json"):
             return True
-        problem = f"is the record of another run than that in {run.directory}"
-        raise FileProblem(path, problem, "remove one of them")
+        raise _another_run(path, run)
     if run.directory.exists() or is_locked(run):
         raise FileProblem(
             path,
@@ -236,6 +233,12 @@ def _is_known(path: Path, record: CompactRecord, run: PlannedRun) -> bool:
             "stop that run and remove its directory, or remove the record",
         )
     return False
+
+
+def _another_run(path: Path, run: PlannedRun) -> FileProblem:
+    return FileProblem(
+        path, f"is the record of another run than that in {run.directory}", "remove one of them"
+    )
 
 
 def _stage(path: Path, record: CompactRecord, run: PlannedRun, folder: Path) -> None:
